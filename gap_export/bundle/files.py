@@ -1,0 +1,67 @@
+"""What a bundle folder holds: names with a meaning, a safe walk, and hashing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from gap_export.errors import BundleError
+from gap_export.manifest import MANIFEST_NAME
+
+HASH_NAME = f"{MANIFEST_NAME}.sha256"
+ENGINES_FOLDER = "engines"
+
+_CHUNK_BYTES = 1 << 20
+
+
+def hash_line(raw_manifest: bytes) -> bytes:
+    """Content of ``gap.json.sha256`` for a manifest's bytes, as ``sha256sum -c`` reads it."""
+    return f"{hashlib.sha256(raw_manifest).hexdigest()}  {MANIFEST_NAME}\n".encode()
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as source:
+        while chunk := source.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def walk_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Every file below a folder, by name, as (POSIX path within the folder, lstat).
+
+    Raises:
+        BundleError: something is neither a plain file nor a folder. A symbolic link could lead out
+            of the bundle, and a pipe or device would block the reader.
+        OSError: a folder cannot be read.
+    """
+    yield from _walk(folder, prefix="")
+
+
+def _walk(folder: Path, *, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+    with os.scandir(folder) as entries:
+        ordered = sorted(entries, key=lambda entry: entry.name)
+    for entry in ordered:
+        name = f"{prefix}{entry.name}"
+        status = entry.stat(follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode):
+            yield from _walk(folder / entry.name, prefix=f"{name}/")
+        elif stat.S_ISREG(status.st_mode):
+            # scandir's cached stat may lack device and inode on some systems; ask again.
+            yield name, os.lstat(folder / entry.name)
+        else:
+            kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a plain file"
+            raise BundleError(
+                f"the bundle holds something that is {kind}",
+                seen=name,
+                allowed="plain files and folders",
+                fix="copy the bundle again with links followed (cp -rL), or export it again",
+            )

@@ -1,0 +1,332 @@
+"""Writing a bundle: in a hidden sibling folder, renamed when complete.
+
+Interrupted at any point, even by ``kill -9``, nothing half-written is ever found under the final
+name; what an abandoned draft leaves in hidden folders goes away at the next write beside it.
+A draft's owner holds a lock on its folder, which the kernel releases when the process dies, so a
+living draft is never swept. POSIX only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME, hash_line, sha256_of, walk_files
+from gap_export.errors import BundleError, OutputError
+from gap_export.manifest import (
+    MANIFEST_NAME,
+    FileSpec,
+    Manifest,
+    check_member_path,
+    parse_manifest,
+)
+
+_DRAFT_MARK = ".gap-draft-"
+_REPLACED_MARK = ".gap-replaced-"
+_CHUNK_BYTES = 1 << 20
+_WRITE_FAILURES = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file system does not take files of that size",
+    errno.EROFS: "the file system is read-only",
+}
+
+
+class BundleDraft:
+    """A bundle being written.
+
+    Attributes:
+        folder: Where its files go until :meth:`commit`.
+    """
+
+    def __init__(self, folder: Path, final: Path, *, force: bool) -> None:
+        self.folder = folder
+        self._final = final
+        self._force = force
+        self._copied: dict[str, FileSpec] = {}
+        self._committed = False
+
+    @property
+    def committed(self) -> bool:
+        """Whether the bundle stands under its final name."""
+        return self._committed
+
+    def copy(self, source: Path, name: str) -> FileSpec:
+        """Copy a file into the bundle, hashing it on the way.
+
+        Args:
+            source: Any file.
+            name: Path within the bundle.
+
+        Returns:
+            The file's entry in the manifest; :meth:`commit` adds it.
+
+        Raises:
+            BundleError: the name leaves the bundle's folder.
+            OutputError: the disk is full or cannot be written.
+            OSError: the source cannot be read.
+        """
+        target = self.folder / check_member_path(name)
+        digest, size = hashlib.sha256(), 0
+        with source.open("rb") as reader:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("xb") as writer:
+                while chunk := reader.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    writer.write(chunk)
+        spec = FileSpec(path=name, size=size, sha256=digest.hexdigest(), held="copied")
+        self._copied[name] = spec
+        return spec
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Complete the bundle: list and hash all its files, then give it its final name.
+
+        Args:
+            manifest: ``files`` is filled in here.
+
+        Returns:
+            The manifest as written.
+
+        Raises:
+            OutputError: the final name was taken meanwhile, or the disk is full.
+        """
+        complete = dataclasses.replace(manifest, files=self._list_files())
+        raw = complete.to_json()
+        (self.folder / MANIFEST_NAME).write_bytes(raw)
+        (self.folder / HASH_NAME).write_bytes(hash_line(raw))
+        _sync_tree(self.folder)
+        _check_final(self._final, force=self._force)
+        _put_in_place(self.folder, self._final)
+        self._committed = True
+        return complete
+
+    def _list_files(self) -> tuple[FileSpec, ...]:
+        specs: list[FileSpec] = []
+        for path, status in walk_files(self.folder):
+            spec = self._copied.get(path)
+            if spec is None or spec.size != status.st_size:
+                sha256 = sha256_of(self.folder / path)
+                spec = FileSpec(path=path, size=status.st_size, sha256=sha256, held="written")
+            specs.append(spec)
+        return tuple(specs)
+
+
+@contextmanager
+def write_bundle(out: str | Path, *, force: bool = False) -> Iterator[BundleDraft]:
+    """Write a bundle; without :meth:`BundleDraft.commit` nothing remains.
+
+    Args:
+        out: The bundle's folder. It may be missing or empty.
+        force: Replace a bundle that is there. Any other folder is refused in any case.
+
+    Raises:
+        OutputError: the folder is taken, the disk is full, or the place cannot be written.
+    """
+    final = _absolute(Path(out))
+    created: list[Path] = []
+    draft: BundleDraft | None = None
+    lock = -1
+    try:
+        with _as_output_error(final):
+            _check_final(final, force=force)
+            created = _make_parents(final.parent)
+            _sweep(final)
+            folder, lock = _make_draft_folder(final)
+            draft = BundleDraft(folder, final, force=force)
+            yield draft
+    finally:
+        if draft is None or not draft.committed:
+            if draft is not None:
+                shutil.rmtree(draft.folder, ignore_errors=True)
+            for parent in reversed(created):
+                # Somebody else may have put something there meanwhile; then it stays.
+                with suppress(OSError):
+                    parent.rmdir()
+        if lock >= 0:
+            os.close(lock)
+
+
+@contextmanager
+def _as_output_error(final: Path) -> Iterator[None]:
+    """Turn failures of writing into one clear message; others, such as a missing source, pass."""
+    try:
+        yield
+    except OSError as err:
+        ours = err.filename is not None and _is_within(str(err.filename), final.parent)
+        denied = err.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
+        reason = _WRITE_FAILURES.get(err.errno or 0)
+        if reason is None and not (ours and denied):
+            raise
+        raise OutputError(
+            "the bundle cannot be written",
+            seen=f"{final}: {reason or err.strerror}",
+            fix="make room or choose another place with --out; nothing half-written was left",
+        ) from err
+
+
+def _absolute(path: Path) -> Path:
+    """The path without ``..``; a link as its last part is kept, so that it can be refused."""
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+
+
+def _is_within(path: str, parent: Path) -> bool:
+    absolute = _absolute(Path(path))
+    # Creating missing parents may fail at any of them.
+    return absolute.is_relative_to(parent) or parent.is_relative_to(absolute)
+
+
+def _check_final(final: Path, *, force: bool) -> None:
+    """Refuse a place that holds anything but nothing, or with ``force`` a bundle of ours."""
+    if not os.path.lexists(final):
+        return
+    if final.is_symlink() or not final.is_dir():
+        raise OutputError(
+            "the output is in the way: not a folder",
+            seen=final,
+            fix="choose another --out, or move it away",
+        )
+    if not any(final.iterdir()):
+        return
+    foreign = _what_is_foreign(final)
+    if foreign is not None:
+        raise OutputError(
+            "the output folder exists and is not only a gap-export bundle",
+            seen=f"{final} ({foreign})",
+            allowed="a new or an empty folder",
+            fix="choose another --out; --force replaces bundles only",
+        )
+    if not force:
+        raise OutputError(
+            "the output folder holds a bundle already",
+            seen=final,
+            allowed="a new or an empty folder",
+            fix="choose another --out, or replace the bundle with --force",
+        )
+
+
+def _what_is_foreign(folder: Path) -> str | None:
+    """Why a folder must not be removed, or None where all of it belongs to a bundle of ours."""
+    try:
+        manifest = parse_manifest((folder / MANIFEST_NAME).read_bytes())
+        listed = {file.path for file in manifest.files} | {MANIFEST_NAME, HASH_NAME}
+        for path, _ in walk_files(folder):
+            if path not in listed and not path.startswith(f"{ENGINES_FOLDER}/"):
+                return f"it holds {path}, which the bundle does not list"
+    except FileNotFoundError:
+        return f"no {MANIFEST_NAME}"
+    except (BundleError, OSError) as err:
+        return str(err)
+    return None
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Create missing parents; return those created, outermost first."""
+    missing: list[Path] = []
+    while not os.path.lexists(parent):
+        missing.append(parent)
+        parent = parent.parent
+    missing.reverse()
+    for path in missing:
+        path.mkdir(exist_ok=True)
+    return missing
+
+
+def _make_draft_folder(final: Path) -> tuple[Path, int]:
+    """A fresh hidden sibling folder and the descriptor that holds its lock."""
+    while True:
+        folder = final.parent / f".{final.name}{_DRAFT_MARK}{secrets.token_hex(4)}"
+        folder.mkdir()
+        lock = _try_lock(folder)
+        # Another process may sweep between mkdir and lock; then take a new name.
+        if lock is not None and folder.is_dir():
+            return folder, lock
+        if lock is not None:
+            os.close(lock)
+
+
+def _try_lock(folder: Path) -> int | None:
+    # Not at the top: reading bundles needs no locks, and works where fcntl does not exist.
+    import fcntl
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sweep(final: Path) -> None:
+    """Remove what dead writers of this name left, and put back a bundle they had set aside."""
+    prefix = f".{final.name}"
+    for folder in sorted(final.parent.iterdir()):
+        is_draft = folder.name.startswith(prefix + _DRAFT_MARK)
+        is_replaced = folder.name.startswith(prefix + _REPLACED_MARK)
+        if not (is_draft or is_replaced) or folder.is_symlink() or not folder.is_dir():
+            continue
+        lock = _try_lock(folder)
+        if lock is None:
+            continue
+        try:
+            if is_replaced and not os.path.lexists(final):
+                # The writer died between its two renames; the old bundle is still whole.
+                folder.rename(final)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _put_in_place(folder: Path, final: Path) -> None:
+    """Give the draft its final name; a bundle in the way is removed after that, or put back."""
+    replaced: Path | None = None
+    lock: int | None = None
+    if final.is_dir() and any(final.iterdir()):
+        lock = _try_lock(final)
+        replaced = final.parent / f".{final.name}{_REPLACED_MARK}{secrets.token_hex(4)}"
+        final.rename(replaced)
+    try:
+        folder.rename(final)
+    except OSError as err:
+        if replaced is not None:
+            replaced.rename(final)
+        if err.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise OutputError(
+                "the output folder was taken by somebody else meanwhile",
+                seen=final,
+                fix="choose another --out",
+            ) from err
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+    _sync(final.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

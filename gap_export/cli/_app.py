@@ -1,0 +1,89 @@
+"""The command tree: its commands, and which of them runs when none is named."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from gap_export import __version__
+from gap_export.cli._options import QuietOption, VerboseOption
+from gap_export.cli.check import check
+from gap_export.cli.doctor import doctor
+from gap_export.cli.evaluate import evaluate
+from gap_export.cli.export import export
+from gap_export.cli.ground import ground
+from gap_export.cli.inspect_bundle import inspect_bundle
+from gap_export.cli.models import models
+
+DEFAULT_COMMAND = "export"
+_CONTEXT = {"help_option_names": ["-h", "--help"]}
+_ANYWHERE = {"-q", "--quiet", "-v", "--verbose"}
+_GROUP_ONLY = {"-h", "--help", "--version"}
+
+
+class DefaultCommandGroup(TyperGroup):
+    """Runs ``export`` where the first word is no command: ``gap-export MODEL --keep 0.3``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Insert the default command where none is named."""
+        place = next((n for n, arg in enumerate(args) if arg not in _ANYWHERE), None)
+        if place is not None and args[place] not in {*self.commands, *_GROUP_ONLY}:
+            self._refuse_near_miss(args[place])
+            args = [*args[:place], DEFAULT_COMMAND, *args[place:]]
+        return super().parse_args(ctx, args)
+
+    def _refuse_near_miss(self, word: str) -> None:
+        """A mistyped command must not become a puzzling message about a model."""
+        near = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75)
+        if near and not Path(word).exists():
+            raise typer.BadParameter(f"no command '{word}'. Did you mean '{near[0]}'?")
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"gap-export {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Grounding vision-language models, pruned and exported with their position ids.
+
+    MODEL alone means `export MODEL`: gap-export refshapes-llava --keep 0.3
+
+    Exit codes: 0 fine, 1 failed, 2 wrong usage or input, 3 parity or accuracy below the bar.
+    """
+    del quiet, verbose, version  # their callbacks did the work
+
+
+def build_command() -> Any:
+    """The command tree, as typer runs it."""
+    app = typer.Typer(
+        cls=DefaultCommandGroup,
+        add_completion=False,
+        # Plain help is quick, the same at any width, and can be searched.
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        context_settings=_CONTEXT,
+    )
+    app.callback()(_root)
+    app.command("export")(export)
+    app.command("check")(check)
+    app.command("ground")(ground)
+    app.command("eval")(evaluate)
+    app.command("inspect")(inspect_bundle)
+    app.command("models")(models)
+    app.command("doctor")(doctor)
+    return get_command(app)

@@ -1,0 +1,114 @@
+"""What is on this machine: facts for ``doctor``, each of which may be missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+_DISTRIBUTION = "gap-export"
+_EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_SMI_FIELDS = ("name", "driver_version", "memory.total", "compute_cap")
+# Jetson boards have no nvidia-smi worth asking, but say here what they are.
+_BOARD_FILE = Path("/proc/device-tree/model")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Everything ``doctor`` knows, as JSON data."""
+    return {
+        "python": {"version": platform.python_version(), "executable": sys.executable},
+        "platform": {
+            "system": platform.platform(),
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "board": _board(),
+            "memory_bytes": _memory("SC_PHYS_PAGES"),
+            "memory_free_bytes": _memory("SC_AVPHYS_PAGES"),
+            "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
+        },
+        "packages": installed_packages(),
+        "execution_providers": _execution_providers(),
+        "torch_cuda": _torch_cuda(),
+        "gpus": _gpus(),
+    }
+
+
+def installed_packages() -> dict[str, dict[str, str | None]]:
+    """Version of each package of the base install and of each extra; None where it is missing.
+
+    The list comes from this distribution's own metadata, so pyproject.toml is its only source.
+    """
+    found: dict[str, dict[str, str | None]] = {"base": {}}
+    try:
+        requirements = requires(_DISTRIBUTION) or []
+    except PackageNotFoundError:
+        return found
+    for requirement in requirements:
+        specifier, _, marker = requirement.partition(";")
+        name = _NAME.match(specifier.strip())
+        extra = _EXTRA.search(marker)
+        if name is None or name.group() == _DISTRIBUTION:
+            continue
+        group = extra.group(1) if extra else "base"
+        found.setdefault(group, {})[name.group()] = _version(name.group())
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _execution_providers() -> list[str]:
+    try:
+        import onnxruntime
+    except (ImportError, OSError):  # not installed, or a library that it links is missing
+        return []
+    return list(onnxruntime.get_available_providers())
+
+
+def _torch_cuda() -> dict[str, Any] | None:
+    """None where torch is not installed."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return None
+    return {"available": torch.cuda.is_available(), "built_for": torch.version.cuda}
+
+
+def _gpus() -> list[dict[str, str]]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(  # noqa: S603 - fixed arguments, no shell
+            query, capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):  # there, but with no driver to talk to
+        return []
+    rows = [line.split(", ") for line in answer.stdout.splitlines() if line.strip()]
+    return [dict(zip(_SMI_FIELDS, row, strict=False)) for row in rows]
+
+
+def _board() -> str | None:
+    try:
+        return _BOARD_FILE.read_text(encoding="utf-8").strip("\0\n ")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _memory(pages: str) -> int | None:
+    try:
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not every system answers
+        return None

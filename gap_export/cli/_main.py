@@ -1,0 +1,99 @@
+"""From argv to an exit code: the one place where errors, signals and broken pipes end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from gap_export.cli._app import build_command
+from gap_export.cli._terminal import Terminal
+from gap_export.errors import ExitCode, GapExportError
+
+PROGRAM = "gap-export"
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM, raised where the program is so that open contexts clean up.
+
+    Not a KeyboardInterrupt: libraries catch that one for purposes of their own.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.exit_code = 128 + signum
+        self.text = "interrupted" if signum == signal.SIGINT else "terminated"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; None for those of this process.
+
+    Returns:
+        The exit code, see :class:`gap_export.errors.ExitCode`; 128 + n after signal n.
+    """
+    terminal = Terminal()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _stop_signals():
+            code = _run(arguments, terminal)
+        sys.stdout.flush()
+    except GapExportError as err:
+        terminal.error(str(err))
+        code = int(err.exit_code)
+    except Stopped as stop:
+        terminal.error(stop.text)
+        code = stop.exit_code
+    except BrokenPipeError:
+        # The reader left (`| head`): no message, and none from the interpreter's last flush either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = int(ExitCode.FAILED)
+    except Exception as err:  # noqa: BLE001 - users see a line, not a traceback; -v shows it all
+        if terminal.verbose:
+            traceback.print_exc()
+        hint = "" if terminal.verbose else "; run with -v for the traceback"
+        terminal.error(f"{type(err).__name__}: {err}\nthis is a bug{hint}")
+        code = int(ExitCode.FAILED)
+    return code
+
+
+def _run(arguments: list[str], terminal: Terminal) -> int:
+    """Hand over to typer, which ends every command, and every usage error, with SystemExit."""
+    try:
+        build_command().main(args=arguments, prog_name=PROGRAM, obj=terminal)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(ExitCode.OK)
+    return int(ExitCode.OK)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into :class:`Stopped`; only the first counts, clean-up follows."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        del frame
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(signum)
+
+    before = {each: signal.getsignal(each) for each in signals}
+    # Started with a signal ignored (nohup, a background job): it stays ignored.
+    heard = [each for each in signals if before[each] is not signal.SIG_IGN]
+    for each in heard:
+        signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each in heard:
+            signal.signal(each, before[each])

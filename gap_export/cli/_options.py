@@ -1,0 +1,94 @@
+"""Options that several commands share, defined once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import typer
+
+from gap_export.cli._terminal import Terminal
+
+Order: TypeAlias = Literal["raster", "score"]
+Positions: TypeAlias = Literal["gap", "compact"]
+
+
+def _set_quiet(ctx: typer.Context, value: bool) -> None:
+    if value:
+        terminal_of(ctx).quiet = True
+
+
+def _set_verbose(ctx: typer.Context, value: bool) -> None:
+    if value:
+        terminal_of(ctx).set_verbose()
+
+
+def terminal_of(ctx: Any) -> Terminal:
+    """The terminal that :func:`gap_export.cli.main` made for this run."""
+    terminal = ctx.find_root().obj
+    assert isinstance(terminal, Terminal)
+    return terminal
+
+
+QuietOption = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Nothing on stderr but errors.", callback=_set_quiet),
+]
+VerboseOption = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="Log messages, and tracebacks of bugs.", callback=_set_verbose
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Name or alias of a recipe (see `gap-export models`), or a checkpoint folder.",
+        show_default=False,
+    ),
+]
+BundleArgument = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.", show_default=False)
+]
+
+KEEP_HELP = "Share of the visual tokens to keep, in (0, 1]. [default: the recipe's]"
+PRUNER_HELP = "Which tokens survive: spatial, random, cls, fastervlm, text. [default: the recipe's]"
+
+OrderOption = Annotated[
+    Order | None,
+    typer.Option("--order", help="Order of the kept tokens. [default: raster]", show_default=False),
+]
+PositionsOption = Annotated[
+    Positions,
+    typer.Option(
+        "--positions", help="gap: original position ids; compact: re-numbered, the naive baseline."
+    ),
+]
+SeedOption = Annotated[
+    int,
+    typer.Option("--seed", metavar="N", min=0, help="Of the samples, and of pruners that draw."),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME",
+        help="Recipe that a checkpoint folder follows.",
+        show_default=False,
+    ),
+]
+CheckpointOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="DIR",
+        help="Weights the bundle was made from. [default: where they were]",
+        show_default=False,
+    ),
+]
+SamplesOption = Annotated[
+    int, typer.Option("--samples", metavar="N", min=1, help="How many expressions to ask.")
+]

@@ -1,0 +1,106 @@
+"""What a command writes: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from gap_export.progress import Progress, SilentProgress
+
+
+class Terminal:
+    """The two streams, and how talkative the user wants them.
+
+    Attributes:
+        quiet: Nothing on stderr but errors.
+        verbose: Log messages of the package, and tracebacks of unexpected errors.
+    """
+
+    def __init__(self) -> None:
+        self.quiet = False
+        self.verbose = False
+
+    def set_verbose(self) -> None:
+        """Show the package's log on stderr."""
+        self.verbose = True
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        logger = logging.getLogger("gap_export")
+        logger.handlers[:] = [handler]
+        logger.setLevel(logging.DEBUG)
+
+    def result(self, text: str) -> None:
+        """Print the result of a command."""
+        print(text)
+
+    def json(self, plain: Any) -> None:
+        """Print the result of a command as JSON; NaN and infinity are not JSON and refused."""
+        print(format_json(plain))
+
+    def message(self, text: str) -> None:
+        """Tell the user something that is not the result."""
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
+    def warning(self, text: str) -> None:
+        """Tell the user that something may not be what they think."""
+        self.message(f"warning: {text}")
+
+    def error(self, text: str) -> None:
+        """Say what went wrong, in quiet mode too."""
+        print(f"error: {text}", file=sys.stderr)
+
+    def progress(self) -> Progress:
+        """A listener for long work: silent when quiet, else bars on stderr."""
+        if self.quiet:
+            return SilentProgress()
+        from gap_export.cli._progress import TerminalProgress
+
+        return TerminalProgress()
+
+
+def format_json(plain: Any, indent: str = "") -> str:
+    """JSON for programs that people can read as well: a list of plain values stays on one line."""
+    inner = indent + "  "
+    if isinstance(plain, dict) and plain:
+        items = [f"{json.dumps(str(k))}: {format_json(v, inner)}" for k, v in plain.items()]
+        return f"{{\n{inner}" + f",\n{inner}".join(items) + f"\n{indent}}}"
+    if isinstance(plain, list) and any(isinstance(item, (dict, list)) for item in plain):
+        items = [format_json(item, inner) for item in plain]
+        return f"[\n{inner}" + f",\n{inner}".join(items) + f"\n{indent}]"
+    return json.dumps(plain, allow_nan=False)
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Align text in columns; numbers to the right.
+
+    The same on a screen and in a file, whatever the width, so that it can be read by either.
+    """
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(_is_number(cell) for cell in column[1:]) for column in columns]
+    lines = []
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _is_number(cell: str) -> bool:
+    return cell in {"", "-"} or cell[0].isdigit()
+
+
+def format_size(size: int) -> str:
+    """Bytes for people: ``1.4 MB``, in powers of ten."""
+    value = float(size)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"

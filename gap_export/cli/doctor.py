@@ -1,0 +1,102 @@
+"""``gap-export doctor``: what this machine can do, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from gap_export.cli._options import JsonOption, QuietOption, VerboseOption, terminal_of
+from gap_export.cli._terminal import format_size
+
+_HOW_TO_GET = {
+    "base": "pip install gap-export",
+    # Not the extra: the two packages overwrite each other's files.
+    "gpu": "pip uninstall -y onnxruntime && pip install onnxruntime-gpu",
+}
+# Extras that only people who work on gap-export itself want, or that bring the others together.
+_NOT_SHOWN = ("all", "dev")
+
+
+def doctor(
+    ctx: typer.Context,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Say what this machine can do, and what is missing."""
+    from gap_export.cli._machine import describe_machine
+
+    terminal = terminal_of(ctx)
+    machine = describe_machine()
+    machine["packages"] = {k: v for k, v in machine["packages"].items() if k not in _NOT_SHOWN}
+    machine["problems"] = _problems(machine)
+    if as_json:
+        terminal.json(machine)
+    else:
+        terminal.result("\n".join([*_describe_platform(machine), "", *_describe_packages(machine)]))
+        for problem in machine["problems"]:
+            terminal.warning(problem)
+
+
+def _problems(machine: dict[str, Any]) -> list[str]:
+    packages = machine["packages"]
+    problems = [
+        f"{name} is missing, nothing runs without it: pip install gap-export"
+        for name, found in packages["base"].items()
+        if found is None and not (name == "onnxruntime" and _gpu_runtime(machine))
+    ]
+    on_cpu = packages["base"].get("onnxruntime")
+    if on_cpu and _gpu_runtime(machine):
+        problems.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install the one you want"
+        )
+    if not machine["execution_providers"]:
+        problems.append(
+            "onnxruntime does not import, no bundle can run: pip install --force-reinstall "
+            "onnxruntime"
+        )
+    return problems
+
+
+def _gpu_runtime(machine: dict[str, Any]) -> str | None:
+    """Version of onnxruntime-gpu, which takes the place of onnxruntime."""
+    found: str | None = machine["packages"].get("gpu", {}).get("onnxruntime-gpu")
+    return found
+
+
+def _describe_platform(machine: dict[str, Any]) -> list[str]:
+    facts = machine["platform"]
+    cuda = machine["torch_cuda"]
+    lines = [
+        f"python     {machine['python']['version']} ({machine['python']['executable']})",
+        f"platform   {facts['system']}, {facts['cpus']} CPUs",
+        f"memory     {_size(facts['memory_bytes'])}, {_size(facts['memory_free_bytes'])} free",
+        f"disk here  {_size(facts['disk_free_bytes'])} free",
+    ]
+    if facts["board"]:
+        lines.append(f"board      {facts['board']}")
+    lines += [f"GPU        {', '.join(gpu.values())}" for gpu in machine["gpus"]]
+    if not machine["gpus"]:
+        lines.append("GPU        none found (nvidia-smi is missing or has no driver)")
+    lines.append(f"runs on    {', '.join(machine['execution_providers']) or 'nothing'}")
+    if cuda is not None:
+        built = f"built for CUDA {cuda['built_for']}" if cuda["built_for"] else "a CPU build"
+        lines.append(f"torch CUDA {'available' if cuda['available'] else 'not available'}, {built}")
+    return lines
+
+
+def _describe_packages(machine: dict[str, Any]) -> list[str]:
+    lines = []
+    for group, packages in machine["packages"].items():
+        missing = [name for name, found in packages.items() if found is None]
+        how = _HOW_TO_GET.get(group, f'pip install "gap-export[{group}]"')
+        verdict = f"missing: {how}" if missing else "installed"
+        lines.append(f"{group}: {verdict}")
+        lines += [f"  {name} {found or 'missing'}" for name, found in packages.items()]
+    return lines
+
+
+def _size(size: int | None) -> str:
+    return "unknown" if size is None else format_size(size)

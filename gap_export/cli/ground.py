@@ -1,0 +1,73 @@
+"""``gap-export ground BUNDLE IMAGE EXPRESSION``: the box, as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from gap_export.cli._options import BundleArgument, QuietOption, VerboseOption, terminal_of
+
+
+def ground(
+    ctx: typer.Context,
+    bundle: BundleArgument,
+    image: Annotated[
+        Path, typer.Argument(metavar="IMAGE", help="A picture file.", show_default=False)
+    ],
+    expression: Annotated[
+        str,
+        typer.Argument(
+            metavar="EXPRESSION", help='What to find: "the small red circle".', show_default=False
+        ),
+    ],
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            "--save", metavar="FILE", help="Write the picture with the box and the kept tokens."
+        ),
+    ] = None,
+    verify: Annotated[
+        Literal["stamp", "full"],
+        typer.Option(
+            "--verify", help="stamp: hash what changed since the last time; full: every byte."
+        ),
+    ] = "stamp",
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--provider",
+            metavar="NAME",
+            help="ONNX Runtime execution provider, best first; repeatable. [default: the best]",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads", metavar="N", min=1, help="CPU threads. [default: all]", show_default=False
+        ),
+    ] = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Find something in a picture; prints JSON."""
+    from gap_export.runtime.session import GroundingSession
+
+    terminal = terminal_of(ctx)
+    with GroundingSession.open(
+        bundle, execution_providers=provider, num_threads=threads, verify=verify
+    ) as session:
+        pad_color = session.manifest.image.pad_color
+        grounding = session.ground(image, expression)
+    for text in grounding.warnings:
+        terminal.warning(text)
+    if grounding.box is None:
+        terminal.warning(f"the answer holds no box: {grounding.text!r}")
+    terminal.json({"image": str(image), **grounding.to_plain()})
+    if save is not None:
+        from gap_export.runtime.drawing import draw_grounding, save_drawing
+
+        save_drawing(draw_grounding(image, grounding, pad_color=pad_color), save)
+        terminal.message(f"wrote {save}")

@@ -1,0 +1,170 @@
+"""``gap-export inspect BUNDLE``: what it is, and where the GapRemap node sits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from gap_export.cli._options import (
+    BundleArgument,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    terminal_of,
+)
+from gap_export.cli._terminal import format_size, format_table
+
+if TYPE_CHECKING:
+    from gap_export.bundle import Bundle
+    from gap_export.manifest import Manifest, TensorSpec
+
+GAP_REMAP = "GapRemap"
+
+
+def inspect_bundle(
+    ctx: typer.Context,
+    bundle: BundleArgument,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Say what a bundle is, and where GapRemap sits."""
+    from gap_export.bundle import open_bundle
+    from gap_export.manifest import to_plain
+
+    terminal = terminal_of(ctx)
+    opened = open_bundle(bundle)
+    tokens = _token_accounting(opened.manifest)
+    remaps = _find_remaps(opened)
+    if as_json:
+        terminal.json(
+            {
+                "bundle": str(opened.path),
+                "size_bytes": _total_size(opened.manifest),
+                "tokens": tokens,
+                "gap_remap": remaps,
+                "manifest": to_plain(opened.manifest),
+            }
+        )
+        return
+    sections = [
+        _describe_model(opened),
+        _describe_tokens(tokens, opened.manifest),
+        _describe_graphs(opened.manifest),
+        _describe_remaps(remaps),
+        _describe_files(opened.manifest),
+    ]
+    terminal.result("\n\n".join(sections))
+
+
+def _total_size(manifest: Manifest) -> int:
+    return sum(file.size for file in manifest.files)
+
+
+def _token_accounting(manifest: Manifest) -> dict[str, int]:
+    """What pruning saves in the KV cache, in tokens and bytes of one row."""
+    pruning, decoder = manifest.pruning, manifest.decoder
+    width = {"float32": 4, "float16": 2, "bfloat16": 2}[manifest.dtype]
+    per_token = 2 * decoder.num_layers * decoder.num_key_value_heads * decoder.head_dim * width
+    dropped = pruning.num_visual_tokens - pruning.num_emitted_tokens
+    return {
+        "num_visual_tokens": pruning.num_visual_tokens,
+        "num_kept_tokens": pruning.num_kept_tokens,
+        "num_emitted_tokens": pruning.num_emitted_tokens,
+        "kv_cache_bytes_per_token": per_token,
+        "kv_cache_bytes_saved": dropped * per_token,
+        "max_position_embeddings": decoder.max_position_embeddings,
+    }
+
+
+def _find_remaps(bundle: Bundle) -> list[dict[str, Any]]:
+    """Every GapRemap node, read from the graphs themselves, with the nodes that read its output."""
+    from gap_export.cli._onnx_reader import read_nodes
+
+    found = []
+    for graph in bundle.manifest.graphs:
+        nodes = read_nodes(bundle.file(graph.file))
+        for node in nodes:
+            if node.op_type != GAP_REMAP:
+                continue
+            readers = [n for n in nodes if set(n.inputs) & set(node.outputs)]
+            found.append(
+                {
+                    "file": graph.file,
+                    "node": node.name,
+                    "domain": node.domain,
+                    "inputs": list(node.inputs),
+                    "outputs": list(node.outputs),
+                    "consumers": [{"node": n.name, "op_type": n.op_type} for n in readers],
+                }
+            )
+    return found
+
+
+def _describe_model(bundle: Bundle) -> str:
+    manifest = bundle.manifest
+    model, pruning = manifest.model, manifest.pruning
+    size = format_size(_total_size(manifest))
+    lines = [
+        f"{model.name} (family {model.family}, {model.license}): {model.summary}",
+        f"bundle     {bundle.path}",
+        f"size       {size}, {manifest.dtype}, opset {manifest.opset}",
+        f"pruning    {pruning.pruner}, keep {pruning.keep_ratio:g}, order {pruning.order}, "
+        f"extra token {pruning.extra_token}"
+        + ("" if pruning.seed is None else f", seed {pruning.seed}"),
+        f"positions  {pruning.positions}",
+        f"source     {manifest.source.location}",
+        "made with  " + ", ".join(f"{name} {text}" for name, text in manifest.tools.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _describe_tokens(tokens: dict[str, int], manifest: Manifest) -> str:
+    grid = manifest.grid
+    kept, total = tokens["num_emitted_tokens"], tokens["num_visual_tokens"]
+    return (
+        f"tokens     {kept} of {total} visual tokens fed ({grid.rows}x{grid.cols} grid), "
+        f"{total - kept} dropped; ids up to {tokens['max_position_embeddings'] - 1}\n"
+        f"KV cache   {format_size(tokens['kv_cache_bytes_per_token'])} a token, "
+        f"{format_size(tokens['kv_cache_bytes_saved'])} a picture saved"
+    )
+
+
+def _describe_graphs(manifest: Manifest) -> str:
+    lines = []
+    for graph in manifest.graphs:
+        lines.append(f"{graph.file} ({graph.component}, {graph.lowering}, {graph.dtype})")
+        for arrow, specs in (("<-", graph.inputs), ("->", graph.outputs)):
+            lines += [f"  {arrow} {line}" for line in _merge_layers(specs)]
+    return "\n".join(lines)
+
+
+def _merge_layers(specs: tuple[TensorSpec, ...]) -> list[str]:
+    """One line a tensor; the cache tensors of all layers as one, with ``{i}`` for the layer."""
+    merged: dict[str, int] = {}
+    for spec in specs:
+        name = ".".join("{i}" if part.isdigit() else part for part in spec.name.split("."))
+        shape = ", ".join(map(str, spec.shape))
+        line = f"{name} [{shape}] {spec.dtype}"
+        merged[line] = merged.get(line, 0) + 1
+    return [line if count == 1 else f"{line} (x{count})" for line, count in merged.items()]
+
+
+def _describe_remaps(remaps: list[dict[str, Any]]) -> str:
+    if not remaps:
+        return f"{GAP_REMAP}: in no graph; position ids reach the decoder as they are fed"
+    lines = []
+    for remap in remaps:
+        readers = ", ".join(f"{c['node'] or '?'} ({c['op_type']})" for c in remap["consumers"])
+        lines += [
+            f"{GAP_REMAP} in {remap['file']}: node {remap['node']}, domain {remap['domain']}",
+            f"  <- {', '.join(remap['inputs'])}",
+            f"  -> {', '.join(remap['outputs'])}, read by {readers or 'nothing'}",
+        ]
+    return "\n".join(lines)
+
+
+def _describe_files(manifest: Manifest) -> str:
+    rows = [[f.path, format_size(f.size), f.held, f.sha256[:12]] for f in manifest.files]
+    return format_table(["file", "size", "held", "sha256"], rows)

@@ -1,0 +1,120 @@
+"""The exception tree and the exit codes. Every error a user can meet is one of these.
+
+    GapExportError                      1  something failed
+    |-- UsageError                      2  wrong usage or input
+    |   |-- UnknownModelError              no recipe, alias or folder of that name
+    |   |-- RecipeError                    a recipe.yaml that does not hold together
+    |   |-- CheckpointError                weights missing, of another architecture, or not matching
+    |   |-- UnsupportedPrunerError         the model has not got what the pruner reads
+    |   |-- OutputError                    the output folder is taken, or cannot be written
+    |   |-- BundleError                    a bundle that is damaged, unsafe or too new
+    |   |-- ImageError                     a picture that cannot be used
+    |   |-- ExpressionError                a referring expression that cannot be used
+    |   `-- MissingDependencyError         an extra is not installed
+    |-- ExportError                     1  tracing or a graph pass failed
+    |   `-- PassError                      a pass declined or broke its contract
+    `-- ParityError                     3  the candidate does not agree with the reference
+
+An error's text says what is wrong, the value seen, what is allowed and what to do.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the command line."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    BELOW_BAR = 3
+
+
+class GapExportError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        what: What is wrong, one clause, no full stop.
+        seen: The value seen, if there is one.
+        allowed: What would have been fine.
+        fix: What the user can do about it.
+    """
+
+    exit_code = ExitCode.FAILED
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        seen: object | None = None,
+        allowed: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what = what
+        self.seen = seen
+        self.allowed = allowed
+        self.fix = fix
+        parts = [what if seen is None else f"{what}: {seen}"]
+        if allowed is not None:
+            parts.append(f"allowed: {allowed}")
+        if fix is not None:
+            parts.append(fix)
+        super().__init__("; ".join(parts))
+
+
+class UsageError(GapExportError):
+    """Wrong usage or wrong input; the user can mend it."""
+
+    exit_code = ExitCode.USAGE
+
+
+class UnknownModelError(UsageError):
+    """No recipe, alias or checkpoint folder of that name."""
+
+
+class RecipeError(UsageError):
+    """A recipe that does not hold together."""
+
+
+class CheckpointError(UsageError):
+    """Weights that are missing, of another architecture, or do not match the model."""
+
+
+class UnsupportedPrunerError(UsageError):
+    """The model has not got what the pruner reads (a CLS token, a text tower)."""
+
+
+class OutputError(UsageError):
+    """The output folder is taken, or cannot be written."""
+
+
+class BundleError(UsageError):
+    """A bundle that is damaged, unsafe, incomplete or too new."""
+
+
+class ImageError(UsageError):
+    """A picture that cannot be used."""
+
+
+class ExpressionError(UsageError):
+    """A referring expression that cannot be used."""
+
+
+class MissingDependencyError(UsageError):
+    """A package of an optional extra is not installed."""
+
+
+class ExportError(GapExportError):
+    """Tracing or a graph pass failed."""
+
+
+class PassError(ExportError):
+    """A graph pass declined, or broke the contract of its base class."""
+
+
+class ParityError(GapExportError):
+    """The candidate does not agree with the reference, or accuracy is below its bar."""
+
+    exit_code = ExitCode.BELOW_BAR

@@ -1,0 +1,1 @@
+"""Accuracy: how well a model still grounds, on data made here."""

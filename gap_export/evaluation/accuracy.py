@@ -1,0 +1,238 @@
+"""Acc@0.5 of a model or a bundle: unpruned, pruned with compact positions, pruned with GAP.
+
+All three rows come from ONNX Runtime sessions over the same samples. The compact row is the *same
+graph* as the GAP row, fed ``kept_positions = arange(P)``: nothing else differs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from gap_export.errors import UsageError
+from gap_export.evaluation.metrics import accuracy_at, intersection_over_union, wilson_interval
+from gap_export.evaluation.refshapes import Sample, iter_samples
+from gap_export.pipeline import ExportOptions, GraphCache, export_model
+from gap_export.positions import PositionMode
+from gap_export.progress import Progress, SilentProgress
+from gap_export.recipe import RECIPE_NAME
+from gap_export.runtime.session import GroundingSession
+from gap_export.source import resolve_model, resolve_source
+
+MIN_SAMPLES = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyRow:
+    """One measured configuration.
+
+    Attributes:
+        model: Recipe name.
+        pruner: Its name, or ``none`` for the unpruned row.
+        keep_ratio: 1.0 for the unpruned row.
+        positions: ``none`` (nothing was pruned), ``compact`` or ``gap``.
+        seed: Seed of the samples (and of pruners that draw).
+        n: Expressions asked.
+        num_images: Pictures they were asked about.
+        acc_at_50: Share of expressions answered with IoU > 0.5, in 0..1.
+        ci95: 95 % Wilson interval of it.
+        mean_iou: Mean IoU, unparsable answers counted as 0.
+        recovered: acc_at_50 divided by the unpruned row's; None for that row itself, or if it is 0.
+    """
+
+    model: str
+    pruner: str
+    keep_ratio: float
+    positions: Literal["none", "compact", "gap"]
+    seed: int
+    n: int
+    num_images: int
+    acc_at_50: float
+    ci95: tuple[float, float]
+    mean_iou: float
+    recovered: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """The rows, unpruned first."""
+
+    rows: tuple[AccuracyRow, ...]
+
+    def to_plain(self) -> dict[str, Any]:
+        """JSON form: ``{"rows": [...]}``, accuracies in 0..1."""
+        return {"rows": [asdict(row) for row in self.rows]}
+
+    def worst_recovery(self) -> float | None:
+        """Smallest share of the unpruned accuracy that GAP recovered, over the GAP rows."""
+        shares = [
+            r.recovered for r in self.rows if r.positions == "gap" and r.recovered is not None
+        ]
+        return min(shares, default=None)
+
+
+def evaluate_model(
+    model: str,
+    *,
+    pruners: Sequence[str] = (),
+    keep_ratios: Sequence[float] = (),
+    order: Literal["raster", "score"] = "raster",
+    seed: int = 0,
+    num_samples: int = 500,
+    recipe: str | None = None,
+    progress: Progress | None = None,
+) -> EvaluationReport:
+    """Export a model at every (pruner, keep ratio), and measure each beside the unpruned model.
+
+    Args:
+        model: Recipe name, alias or checkpoint folder.
+        pruners: Names; empty for the recipe's default.
+        keep_ratios: In (0, 1]; empty for the recipe's default.
+        order: Order of the kept tokens.
+        seed: Of the RefShapes samples, and of pruners that draw.
+        num_samples: Expressions to ask.
+        recipe: Recipe to use for a checkpoint folder that has none.
+        progress: Told what is done.
+
+    Returns:
+        One unpruned row, then a compact and a GAP row for every configuration.
+
+    Raises:
+        UsageError: what ``export_model`` refuses, or fewer samples than 1.
+    """
+    _check_samples(num_samples)
+    progress = progress or SilentProgress()
+    found, _ = resolve_model(model, recipe)
+    base = ExportOptions(model=model, recipe=recipe, order=order, seed=seed)
+    runs = [
+        replace(base, pruner=pruner, keep_ratio=keep_ratio)
+        for keep_ratio in keep_ratios or (found.defaults.keep_ratio,)
+        for pruner in pruners or (found.defaults.pruner,)
+    ]
+    samples = list(iter_samples(seed=seed, num_samples=num_samples))
+    with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
+        cache = GraphCache()
+        unpruned = replace(base, keep_ratio=1.0, out=Path(scratch) / "unpruned")
+        whole = export_model(unpruned, progress=progress, cache=cache)
+        rows = [_measure(whole.bundle, None, samples, seed, progress, None)]
+        for number, options in enumerate(runs):
+            out = Path(scratch) / str(number)
+            pruned = export_model(replace(options, out=out), progress=progress, cache=cache)
+            rows += _pruned_rows(pruned.bundle, samples, seed, progress, rows[0].acc_at_50)
+    return EvaluationReport(rows=tuple(rows))
+
+
+def evaluate_bundle(
+    bundle: Path,
+    *,
+    baseline: Path | None = None,
+    checkpoint: Path | None = None,
+    seed: int = 0,
+    num_samples: int = 500,
+    progress: Progress | None = None,
+) -> EvaluationReport:
+    """Measure a bundle, compact and GAP, beside its unpruned model.
+
+    Args:
+        bundle: The bundle.
+        baseline: A bundle of the same model with keep ratio 1.0; else the unpruned model is
+            exported from ``checkpoint`` or from where the bundle says it came from.
+        checkpoint: Folder of the source checkpoint.
+        seed: Of the RefShapes samples.
+        num_samples: Expressions to ask.
+        progress: Told what is done.
+
+    Raises:
+        UsageError: no unpruned model can be had, or ``baseline`` is of another model or pruned.
+    """
+    _check_samples(num_samples)
+    progress = progress or SilentProgress()
+    samples = list(iter_samples(seed=seed, num_samples=num_samples))
+    with GroundingSession.open(bundle) as session:
+        manifest = session.manifest
+    with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
+        if baseline is None:
+            recipe, source = resolve_source(manifest, checkpoint)
+            options = ExportOptions(
+                model=str(source),
+                recipe=None if (source / RECIPE_NAME).is_file() else recipe.name,
+                keep_ratio=1.0,
+                out=Path(scratch) / "unpruned",
+            )
+            baseline = export_model(options, progress=progress).bundle
+        with GroundingSession.open(baseline) as session:
+            other = session.manifest
+        if other.model.name != manifest.model.name or other.pruning.keep_ratio != 1.0:
+            raise UsageError(
+                "the baseline is not the unpruned form of this bundle's model",
+                seen=f"{other.model.name} at keep {other.pruning.keep_ratio:g}",
+                allowed=f"{manifest.model.name} at keep 1",
+                fix=f"make one with: gap-export {manifest.model.name} --keep 1",
+            )
+        whole = _measure(baseline, None, samples, seed, progress, None)
+    return EvaluationReport(
+        rows=(whole, *_pruned_rows(bundle, samples, seed, progress, whole.acc_at_50))
+    )
+
+
+def _check_samples(num_samples: int) -> None:
+    if num_samples < MIN_SAMPLES:
+        raise UsageError("too few samples", seen=num_samples, allowed=f">= {MIN_SAMPLES}")
+
+
+def _pruned_rows(
+    bundle: Path, samples: list[Sample], seed: int, progress: Progress, unpruned: float
+) -> list[AccuracyRow]:
+    modes: tuple[PositionMode, ...] = ("compact", "gap")
+    return [_measure(bundle, mode, samples, seed, progress, unpruned) for mode in modes]
+
+
+def _measure(
+    bundle: Path,
+    positions: PositionMode | None,
+    samples: list[Sample],
+    seed: int,
+    progress: Progress,
+    unpruned: float | None,
+) -> AccuracyRow:
+    """Run one bundle over the samples; ``positions`` None for the unpruned row."""
+    with GroundingSession.open(bundle, positions=positions or "gap") as session:
+        manifest = session.manifest
+        pruning = manifest.pruning
+        title = f"{pruning.pruner} {pruning.keep_ratio:g} {positions}" if positions else "unpruned"
+        ious: list[float] = []
+        num_images = 0
+        with progress.stage(f"measuring {title}", total=len(samples)) as advance:
+            for group in _by_image(samples):
+                num_images += 1
+                answers = session.ground_batch(
+                    group[0].image, [sample.expression.text for sample in group]
+                )
+                for sample, answer in zip(group, answers, strict=True):
+                    box = answer.box
+                    ious.append(0.0 if box is None else intersection_over_union(box, sample.box))
+                advance(len(group))
+    accuracy = accuracy_at(ious)
+    hits = sum(iou > 0.5 for iou in ious)
+    return AccuracyRow(
+        model=manifest.model.name,
+        pruner=pruning.pruner if positions else "none",
+        keep_ratio=pruning.keep_ratio,
+        positions=positions or "none",
+        seed=seed,
+        n=len(ious),
+        num_images=num_images,
+        acc_at_50=accuracy,
+        ci95=wilson_interval(hits, len(ious)),
+        mean_iou=sum(ious) / len(ious),
+        recovered=accuracy / unpruned if unpruned else None,
+    )
+
+
+def _by_image(samples: list[Sample]) -> Iterator[list[Sample]]:
+    for _, group in groupby(samples, key=lambda sample: sample.scene.index):
+        yield list(group)

@@ -1,0 +1,51 @@
+"""The task metric: intersection over union, Acc@0.5 and its interval. Numpy alone."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+Box = tuple[float, float, float, float]
+
+
+def intersection_over_union(first: Box, second: Box) -> float:
+    """Plain IoU of two boxes (x1, y1, x2, y2) in the same units; 0 where either has no area.
+
+    No "+1 pixel": coordinates are edges, not pixel indices.
+    """
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    overlap = width * height
+    areas = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (first, second))
+    return float(overlap / (areas - overlap))
+
+
+def accuracy_at(ious: list[float], threshold: float = 0.5) -> float:
+    """Share of IoUs above the threshold, in 0..1; an answer that did not parse counts with IoU 0.
+
+    Raises:
+        ValueError: there are no IoUs: an accuracy of nothing means nothing.
+    """
+    if not ious:
+        raise ValueError("accuracy of no samples")
+    return float(np.mean(np.asarray(ious) > threshold))
+
+
+def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927), in 0..1.
+
+    Questions about one image are treated as independent, so it is a little narrow.
+
+    Raises:
+        ValueError: total < 1 or successes not in 0..total.
+    """
+    if total < 1 or not 0 <= successes <= total:
+        raise ValueError(f"{successes} of {total} is not a proportion")
+    share = successes / total
+    denominator = 1 + z * z / total
+    center = (share + z * z / (2 * total)) / denominator
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / denominator
+    return max(0.0, center - half), min(1.0, center + half)

@@ -1,0 +1,173 @@
+"""RefShapes: a synthetic referring-expression set, rendered on the fly and fully determined.
+
+A scene is a function of (split, seed, index) and of nothing else. The split is part of the
+random generator's key, so no held-out scene can be met in training, whatever the seeds.
+
+Example:
+    >>> scene = generate_scene(split="heldout", seed=0, index=7)
+    >>> scene.image.shape, scene.image.dtype.name
+    ((96, 96, 3), 'uint8')
+    >>> for sample in iter_samples(seed=0, num_samples=2000):
+    ...     sample.image, sample.expression, sample.box  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gap_export.evaluation.refshapes_expressions import (
+    WORDS,
+    Expression,
+    Kind,
+    sample_expressions,
+)
+from gap_export.evaluation.refshapes_objects import (
+    COLORS,
+    GRID_SIZE,
+    IMAGE_SIZE,
+    PATCH_SIZE,
+    SHAPES,
+    SIZES,
+    SceneObject,
+    sample_objects,
+)
+from gap_export.evaluation.refshapes_render import render
+
+__all__ = [
+    "COLORS",
+    "GRID_SIZE",
+    "IMAGE_SIZE",
+    "PATCH_SIZE",
+    "SHAPES",
+    "SIZES",
+    "WORDS",
+    "Expression",
+    "Kind",
+    "Sample",
+    "Scene",
+    "SceneObject",
+    "Split",
+    "generate_scene",
+    "iter_samples",
+]
+
+Split = Literal["train", "heldout"]
+
+_SPLIT_KEYS: dict[str, int] = {"train": 1, "heldout": 2}
+_MIN_EXPRESSIONS = 4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scene:
+    """A rendered scene and the expressions that can be asked about it.
+
+    Attributes:
+        image: uint8 [96, 96, 3], RGB.
+        objects: Its objects.
+        expressions: Different, unambiguous expressions.
+        object_map: int64 [12, 12], index of the object that covers most of a patch, or -1.
+        split: Split it was drawn from.
+        seed: Seed it was drawn with.
+        index: Index within split and seed.
+    """
+
+    image: NDArray[np.uint8]
+    objects: tuple[SceneObject, ...]
+    expressions: tuple[Expression, ...]
+    object_map: NDArray[np.int64]
+    split: Split
+    seed: int
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """One question with its answer.
+
+    Attributes:
+        scene: Scene asked about.
+        expression: Expression asked.
+    """
+
+    scene: Scene
+    expression: Expression
+
+    @property
+    def image(self) -> NDArray[np.uint8]:
+        """The picture, uint8 [96, 96, 3]."""
+        return self.scene.image
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """The answer (x1, y1, x2, y2) in pixels."""
+        return self.scene.objects[self.expression.target].box
+
+
+def generate_scene(*, split: Split, seed: int, index: int, num_expressions: int = 8) -> Scene:
+    """Build scene number `index`; the same arguments always give the same bytes.
+
+    Args:
+        split: "train" or "heldout".
+        seed: Non-negative seed.
+        index: Non-negative number of the scene.
+        num_expressions: How many expressions to look for, at least 1. Scenes for which fewer
+            than min(4, num_expressions) are found are drawn again.
+
+    Returns:
+        The scene, with at most `num_expressions` expressions.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    if split not in _SPLIT_KEYS:
+        raise ValueError(f"split is {split!r}; use one of {', '.join(_SPLIT_KEYS)}")
+    if min(seed, index) < 0 or num_expressions < 1:
+        raise ValueError(
+            f"seed={seed}, index={index}, num_expressions={num_expressions}: "
+            "seed and index must be 0 or more, num_expressions 1 or more"
+        )
+    rng = np.random.default_rng([_SPLIT_KEYS[split], seed, index])
+    while True:
+        objects = sample_objects(rng)
+        expressions = sample_expressions(rng, objects, num_expressions)
+        if len(expressions) >= min(_MIN_EXPRESSIONS, num_expressions):
+            break
+    image, object_map = render(rng, objects)
+    return Scene(
+        image=image,
+        objects=objects,
+        expressions=expressions,
+        object_map=object_map,
+        split=split,
+        seed=seed,
+        index=index,
+    )
+
+
+def iter_samples(
+    *, seed: int, num_samples: int, expressions_per_image: int = 4
+) -> Iterator[Sample]:
+    """Yield held-out questions, image by image.
+
+    Args:
+        seed: Seed of the held-out set.
+        num_samples: How many questions to yield.
+        expressions_per_image: Most questions asked about one image; they are all different.
+
+    Yields:
+        Exactly `num_samples` samples from at least num_samples / expressions_per_image images.
+    """
+    index = yielded = 0
+    while yielded < num_samples:
+        scene = generate_scene(
+            split="heldout", seed=seed, index=index, num_expressions=expressions_per_image
+        )
+        index += 1
+        for expression in scene.expressions[: num_samples - yielded]:
+            yield Sample(scene=scene, expression=expression)
+            yielded += 1

@@ -1,0 +1,40 @@
+"""The optional extras: what each brings, and one clear message where one is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+
+from gap_export.errors import MissingDependencyError
+
+# extra -> modules that must import for it to count as installed
+EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "export": ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors"),
+    "trt-rtx": ("tensorrt_rtx",),
+    "trt": ("tensorrt",),
+    "optimum": ("optimum",),
+}
+
+
+def missing_modules(extra: str) -> list[str]:
+    """Modules of an extra that are not installed; nothing is imported to find out."""
+    return [name for name in EXTRAS[extra] if find_spec(name) is None]
+
+
+def require_extra(extra: str, purpose: str) -> None:
+    """Refuse to go on without an extra.
+
+    Args:
+        extra: A key of EXTRAS.
+        purpose: What needs it, e.g. "exporting a model".
+
+    Raises:
+        MissingDependencyError: a module of the extra is not installed.
+    """
+    missing = missing_modules(extra)
+    if missing:
+        raise MissingDependencyError(
+            f"{purpose} needs packages that are not installed",
+            seen=", ".join(missing),
+            fix=f'install them with: pip install "gap-export[{extra}]"',
+        )

@@ -1,0 +1,1 @@
+"""Does the exported model compute what PyTorch computes? In tensors, in tokens and in boxes."""

@@ -1,0 +1,141 @@
+"""Record what a session asks of one backend, and replay it on another.
+
+Both backends then see identical inputs at every step, so that each output's difference is its
+own and not one inherited from an earlier stage. Only the KV cache is the candidate's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gap_export.runtime.backend import Backend, KVCache
+
+FloatArray = NDArray[np.floating[Any]]
+Int64Array = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of a backend: which method, with what, and the outputs by name."""
+
+    method: str
+    inputs: dict[str, NDArray[Any] | None]
+    outputs: dict[str, NDArray[Any]]
+
+
+@dataclass
+class RecordingBackend:
+    """Passes every call on to ``inner`` and keeps it in ``calls``."""
+
+    inner: Backend
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The inner backend's."""
+        return self.inner.name
+
+    def __enter__(self) -> RecordingBackend:
+        """Enter the inner backend."""
+        self.inner.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leave the inner backend."""
+        self.inner.__exit__(kind, value, traceback)
+
+    def encode_text(self, input_ids: Int64Array) -> FloatArray:
+        """See Backend."""
+        embeds = self.inner.encode_text(input_ids)
+        self._keep("encode_text", {"input_ids": input_ids}, {"text_embeds": embeds})
+        return embeds
+
+    def encode_image(
+        self, pixel_values: FloatArray, text_embeds: FloatArray | None
+    ) -> tuple[FloatArray, Int64Array]:
+        """See Backend."""
+        features, keep = self.inner.encode_image(pixel_values, text_embeds)
+        self._keep(
+            "encode_image",
+            {"pixel_values": pixel_values, "text_embeds": text_embeds},
+            {"image_features": features, "keep_indices": keep},
+        )
+        return features, keep
+
+    def embed_tokens(self, input_ids: Int64Array) -> FloatArray:
+        """See Backend."""
+        embeds = self.inner.embed_tokens(input_ids)
+        self._keep("embed_tokens", {"input_ids": input_ids}, {"inputs_embeds": embeds})
+        return embeds
+
+    def new_cache(self, batch_size: int) -> KVCache:
+        """See Backend."""
+        self._keep("new_cache", {"batch_size": np.asarray(batch_size)}, {})
+        return self.inner.new_cache(batch_size)
+
+    def decode(
+        self,
+        *,
+        inputs_embeds: FloatArray,
+        attention_mask: Int64Array,
+        position_ids: Int64Array,
+        kept_positions: Int64Array,
+        cache: KVCache,
+    ) -> FloatArray:
+        """See Backend."""
+        given = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "kept_positions": kept_positions,
+        }
+        logits = self.inner.decode(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            kept_positions=kept_positions,
+            cache=cache,
+        )
+        self._keep("decode", given, {"logits": logits})
+        return logits
+
+    def _keep(
+        self,
+        method: str,
+        inputs: dict[str, Any],
+        outputs: dict[str, Any],
+    ) -> None:
+        copied = {k: None if v is None else np.array(v) for k, v in inputs.items()}
+        kept = {k: np.array(v) for k, v in outputs.items()}
+        self.calls.append(Call(method=method, inputs=copied, outputs=kept))
+
+
+def replay(calls: list[Call], candidate: Backend) -> list[dict[str, NDArray[Any]]]:
+    """Outputs of the candidate for each recorded call, in order."""
+    outputs: list[dict[str, NDArray[Any]]] = []
+    cache: KVCache | None = None
+    for call in calls:
+        given = call.inputs
+        if call.method == "new_cache":
+            cache = candidate.new_cache(int(given["batch_size"]))  # type: ignore[arg-type]
+            outputs.append({})
+        elif call.method == "decode":
+            assert cache is not None, "a session decodes only with a cache"
+            outputs.append({"logits": candidate.decode(**given, cache=cache)})  # type: ignore[arg-type]
+        elif call.method == "encode_image":
+            features, keep = candidate.encode_image(**given)  # type: ignore[arg-type]
+            outputs.append({"image_features": features, "keep_indices": keep})
+        else:
+            (name,) = call.outputs
+            outputs.append({name: getattr(candidate, call.method)(**given)})
+    return outputs

@@ -1,0 +1,40 @@
+"""Graph passes, one file each, and the pipelines they are run in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import onnx_ir as ir
+
+from gap_export.passes.graph_pass import GraphPass, PassReport, fingerprint
+from gap_export.passes.insert_gap_remap import InsertGapRemap
+from gap_export.passes.strip_trace_metadata import StripTraceMetadata
+
+__all__ = [
+    "PIPELINES",
+    "GraphPass",
+    "InsertGapRemap",
+    "PassReport",
+    "StripTraceMetadata",
+    "fingerprint",
+    "run_pipeline",
+]
+
+PIPELINES: Mapping[str, tuple[GraphPass, ...]] = MappingProxyType(
+    {
+        "vision_encoder": (StripTraceMetadata(),),
+        "text_encoder": (StripTraceMetadata(),),
+        "embed_tokens": (StripTraceMetadata(),),
+        "decoder_model_merged": (InsertGapRemap(), StripTraceMetadata()),
+    }
+)
+
+
+def run_pipeline(model: ir.Model, passes: Sequence[GraphPass]) -> tuple[PassReport, ...]:
+    """Run passes in order, in place.
+
+    Raises:
+        PassError: one declined or broke its contract.
+    """
+    return tuple(graph_pass.run(model) for graph_pass in passes)

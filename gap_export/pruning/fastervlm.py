@@ -1,0 +1,25 @@
+"""``fastervlm``: tokens that CLS attends to (FasterVLM, arXiv 2412.01818)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from gap_export.pruning.pruner import Reading, ScoringPruner, VisionState
+
+
+class FasterVlmPruner(ScoringPruner):
+    """Attention of CLS to each patch in the layer that produced the features, averaged over heads.
+
+    The softmax runs over CLS and patches; the CLS column is left out afterwards.
+    """
+
+    name: ClassVar[str] = "fastervlm"
+    summary: ClassVar[str] = "patches the CLS token attends to"
+    reads: ClassVar[frozenset[Reading]] = frozenset({"cls_attention"})
+
+    def scores(self, state: VisionState) -> torch.Tensor:
+        """Float32 [B, N] in 0..1."""
+        assert state.cls_attention is not None
+        return state.cls_attention.float()

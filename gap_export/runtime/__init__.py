@@ -1,0 +1,1 @@
+"""Running a bundle: pictures and words in, boxes out. No torch, no transformers."""

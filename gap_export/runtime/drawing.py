@@ -1,0 +1,161 @@
+"""Pictures of answers: the box, and which visual tokens the model got to see."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from gap_export.errors import OutputError
+from gap_export.runtime.geometry import Box, Frame
+from gap_export.runtime.grounding import Grounding
+from gap_export.runtime.image import ImageInput, load_image
+
+_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+# Output pixels of the longer side; smaller pictures are enlarged, larger ones shrunk.
+_MIN_SIDE, _MAX_SIDE = 512, 2048
+_BOX_COLOR = (255, 225, 0)
+_HALO_COLOR = (0, 0, 0)
+_OUTLINE_COLOR = (255, 255, 255)
+_CAPTION_COLOR, _CAPTION_BACKGROUND = (235, 235, 235), (24, 24, 24)
+# How much of a dropped token's brightness is taken away.
+_DIMMING = 0.65
+_WHITE = (255, 255, 255)
+
+
+def draw_grounding(
+    image: ImageInput, grounding: Grounding, *, pad_color: tuple[int, int, int] = _WHITE
+) -> Image.Image:
+    """The picture with what was dropped dimmed, kept tokens outlined, and the box.
+
+    Args:
+        image: The picture that was asked about.
+        grounding: The answer.
+        pad_color: RGB 0..255, shown where the picture is transparent.
+
+    Returns:
+        RGB, with the expression and the number of tokens written below.
+
+    Raises:
+        ImageError: the picture cannot be used.
+    """
+    picture = load_image(image, pad_color=pad_color)
+    longest = max(picture.size)
+    scale = min(max(longest, _MIN_SIDE), _MAX_SIDE) / longest
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    drawing = picture.resize(size, Image.Resampling.LANCZOS)
+    stroke = max(2, max(size) // 170)
+    drawing = _show_tokens(drawing, grounding, scale)
+    if grounding.box is not None:
+        pen = ImageDraw.Draw(drawing)
+        corners = _scaled(grounding.box, scale)
+        pen.rectangle(_grown(corners, 1), outline=_HALO_COLOR, width=stroke + 2)
+        pen.rectangle(corners, outline=_BOX_COLOR, width=stroke)
+    return _with_caption(drawing, _caption(grounding))
+
+
+def save_drawing(drawing: Image.Image, path: str | Path) -> Path:
+    """Write a drawing; a file of that name is replaced, but never left half-written.
+
+    Args:
+        drawing: From :func:`draw_grounding`.
+        path: Ends in .png, .jpg, .jpeg or .webp.
+
+    Returns:
+        The path.
+
+    Raises:
+        OutputError: another suffix, or the place cannot be written.
+    """
+    target = Path(path)
+    kind = _SUFFIXES.get(target.suffix.lower())
+    if kind is None:
+        raise OutputError(
+            "pictures are not saved in that format", seen=target, allowed=", ".join(_SUFFIXES)
+        )
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        drawing.save(part, format=kind)
+        part.replace(target)
+    except OSError as err:
+        raise OutputError(
+            "the picture cannot be saved",
+            seen=f"{target}: {err.strerror or err}",
+            fix="choose another place",
+        ) from err
+    finally:
+        with suppress(OSError):
+            part.unlink()
+    return target
+
+
+def token_box(index: int, grid: tuple[int, int], frame: Frame) -> Box:
+    """Where in the picture a visual token comes from, in pixels; padding lies outside.
+
+    Args:
+        index: 0..N-1, raster order.
+        grid: Rows and columns.
+        frame: What the grid covers.
+    """
+    row, col = divmod(index, grid[1])
+    width, height = frame.width / grid[1], frame.height / grid[0]
+    left, top = frame.left + col * width, frame.top + row * height
+    return left, top, left + width, top + height
+
+
+def _show_tokens(drawing: Image.Image, grounding: Grounding, scale: float) -> Image.Image:
+    kept = sorted(set(grounding.keep_indices))
+    if len(kept) == grounding.num_visual_tokens:
+        return drawing
+    cells = [
+        _scaled(token_box(index, grounding.grid, grounding.grid_frame), scale) for index in kept
+    ]
+    mask = Image.new("L", drawing.size, 0)
+    mask_pen = ImageDraw.Draw(mask)
+    for cell in cells:
+        mask_pen.rectangle(_inclusive(cell), fill=255)
+    grey = drawing.convert("L").convert("RGB")
+    dimmed = Image.blend(grey, Image.new("RGB", drawing.size), _DIMMING)
+    shown = Image.composite(drawing, dimmed, mask)
+    pen = ImageDraw.Draw(shown)
+    for cell in cells:
+        pen.rectangle(_inclusive(cell), outline=_OUTLINE_COLOR)
+    return shown
+
+
+def _caption(grounding: Grounding) -> str:
+    tokens = f"{len(grounding.keep_indices)} of {grounding.num_visual_tokens} visual tokens"
+    nothing = "" if grounding.box is not None else " (no box)"
+    return f"{grounding.expression.strip()}{nothing} | {tokens}"
+
+
+def _with_caption(drawing: Image.Image, text: str) -> Image.Image:
+    font = ImageFont.load_default(size=max(14, drawing.width // 34))
+    pad = max(4, drawing.width // 64)
+    # No letter is narrower than two pixels: what is beyond cannot fit anyway.
+    text = text[: drawing.width // 2]
+    while len(text) > 1 and font.getlength(text) > drawing.width - 2 * pad:
+        text = f"{text[:-2]}\N{HORIZONTAL ELLIPSIS}"
+    upper, lower = font.getbbox("Ag")[1::2]
+    strip = round(lower - upper) + 2 * pad
+    canvas = Image.new("RGB", (drawing.width, drawing.height + strip), _CAPTION_BACKGROUND)
+    canvas.paste(drawing)
+    pen = ImageDraw.Draw(canvas)
+    pen.text((pad, drawing.height + pad - upper), text, font=font, fill=_CAPTION_COLOR)
+    return canvas
+
+
+def _scaled(box: Box, scale: float) -> Box:
+    x1, y1, x2, y2 = (round(value * scale) for value in box)
+    return x1, y1, x2, y2
+
+
+def _grown(box: Box, margin: int) -> Box:
+    return box[0] - margin, box[1] - margin, box[2] + margin, box[3] + margin
+
+
+def _inclusive(box: Box) -> Box:
+    """As Pillow's rectangles take it: with the last pixel; at least one pixel."""
+    return box[0], box[1], max(box[0], box[2] - 1), max(box[1], box[3] - 1)

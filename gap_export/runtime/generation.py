@@ -1,0 +1,212 @@
+"""The prompt as the decoder takes it, and the greedy loop; one code for every backend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gap_export.errors import GapExportError, UsageError
+from gap_export.positions import (
+    Int64Array,
+    PositionMode,
+    VisualSpan,
+    build_kept_positions,
+    compact_positions,
+    slots_from_mask,
+    stack_kept_positions,
+)
+from gap_export.runtime.backend import Backend, FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRow:
+    """One row's text around its image.
+
+    Attributes:
+        prefix_embeds: [s, H], tokens before the image.
+        suffix_embeds: [t, H], tokens after the image, at least one.
+        image_features: [K', H], what is left of the image.
+        keep_indices: int64 [K'], unpruned index of each of them.
+    """
+
+    prefix_embeds: FloatArray
+    suffix_embeds: FloatArray
+    image_features: FloatArray
+    keep_indices: Int64Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderPrompt:
+    """A left-padded batch, ready for prefill.
+
+    Attributes:
+        inputs_embeds: [B, P, H], padding is zeros.
+        attention_mask: int64 [B, P], 0 for padding.
+        position_ids: int64 [B, P], slots.
+        kept_positions: int64 [B, P].
+    """
+
+    inputs_embeds: FloatArray
+    attention_mask: Int64Array
+    position_ids: Int64Array
+    kept_positions: Int64Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What the greedy loop gave.
+
+    Attributes:
+        token_ids: Per row the chosen tokens, the one that ended the answer included. Where tokens
+            were forced: the tokens that would have been chosen, one per step.
+        logits: [B, steps, V] where asked for, else None.
+        prefill_ms: Time to the first token.
+        decode_ms: Time of all further ones.
+    """
+
+    token_ids: tuple[tuple[int, ...], ...]
+    logits: FloatArray | None
+    prefill_ms: float
+    decode_ms: float
+
+
+def assemble_prompt(
+    rows: Sequence[PromptRow], *, num_visual_tokens: int, positions: PositionMode
+) -> DecoderPrompt:
+    """Put text and image together, with the position table, rows padded on the left.
+
+    Args:
+        rows: One per expression.
+        num_visual_tokens: N, before pruning.
+        positions: ``gap`` keeps original ids; ``compact`` re-numbers, the naive baseline.
+
+    Raises:
+        UsageError: no rows, or keep indices that do not fit.
+    """
+    if not rows:
+        raise UsageError("a batch needs at least one row", seen=0)
+    embeds = [
+        np.concatenate([row.prefix_embeds, row.image_features, row.suffix_embeds]) for row in rows
+    ]
+    tables = [
+        _position_table(row, num_visual_tokens=num_visual_tokens, positions=positions)
+        for row in rows
+    ]
+    length = max(len(row) for row in embeds)
+    inputs_embeds = np.zeros((len(rows), length, embeds[0].shape[1]), dtype=embeds[0].dtype)
+    attention_mask = np.zeros((len(rows), length), dtype=np.int64)
+    for index, row_embeds in enumerate(embeds):
+        inputs_embeds[index, length - len(row_embeds) :] = row_embeds
+        attention_mask[index, length - len(row_embeds) :] = 1
+    return DecoderPrompt(
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        position_ids=slots_from_mask(attention_mask),
+        kept_positions=stack_kept_positions(tables),
+    )
+
+
+def generate(
+    backend: Backend,
+    prompt: DecoderPrompt,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    forced_tokens: Int64Array | None = None,
+    keep_logits: bool = False,
+) -> Generation:
+    """Greedy decoding; ties go to the lower token id.
+
+    Args:
+        backend: Runs the decoder and the word embeddings.
+        prompt: From :func:`assemble_prompt`.
+        max_new_tokens: Upper bound of tokens per row.
+        eos_token_ids: A row ends with any of these.
+        forced_tokens: int64 [B, T]: feed these instead of the chosen ones, for T steps whatever is
+            chosen (teacher forcing, to compare logits step by step).
+        keep_logits: Return the logits of every step.
+
+    Raises:
+        UsageError: no step to do, or forced tokens of another batch size.
+        GapExportError: the decoder gave logits that are not numbers.
+    """
+    num_rows = len(prompt.inputs_embeds)
+    if forced_tokens is not None and len(forced_tokens) != num_rows:
+        raise UsageError(
+            "forced tokens of another batch size", seen=len(forced_tokens), allowed=str(num_rows)
+        )
+    num_steps = max_new_tokens if forced_tokens is None else forced_tokens.shape[1]
+    if num_steps < 1:
+        raise UsageError("nothing to generate", seen=f"{num_steps} tokens", allowed=">= 1")
+
+    chosen: list[Int64Array] = []
+    kept_logits: list[FloatArray] = []
+    finished = np.zeros(num_rows, dtype=bool)
+    embeds, mask, slots = prompt.inputs_embeds, prompt.attention_mask, prompt.position_ids
+    cache = backend.new_cache(num_rows)
+    started = first_done = time.perf_counter()
+    for step in range(num_steps):
+        logits = backend.decode(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=slots,
+            kept_positions=prompt.kept_positions,
+            cache=cache,
+        )
+        tokens = _argmax(logits, step=step)
+        chosen.append(tokens)
+        if keep_logits:
+            kept_logits.append(logits)
+        if step == 0:
+            first_done = time.perf_counter()
+        finished |= np.isin(tokens, eos_token_ids)
+        if step + 1 == num_steps or (forced_tokens is None and finished.all()):
+            break
+        # Finished rows go on being fed their own choices; nobody reads what they say.
+        fed = tokens if forced_tokens is None else forced_tokens[:, step]
+        embeds = backend.embed_tokens(fed[:, None])
+        mask = np.concatenate([mask, np.ones((num_rows, 1), dtype=np.int64)], axis=1)
+        slots = slots[:, -1:] + 1
+    ended = time.perf_counter()
+    token_ids = np.stack(chosen, axis=1)
+    return Generation(
+        token_ids=tuple(
+            tuple(row.tolist()) if forced_tokens is not None else _until_eos(row, eos_token_ids)
+            for row in token_ids
+        ),
+        logits=np.stack(kept_logits, axis=1) if keep_logits else None,
+        prefill_ms=1e3 * (first_done - started),
+        decode_ms=1e3 * (ended - first_done),
+    )
+
+
+def _position_table(
+    row: PromptRow, *, num_visual_tokens: int, positions: PositionMode
+) -> Int64Array:
+    start = len(row.prefix_embeds)
+    span = VisualSpan(
+        start=start, num_visual_tokens=num_visual_tokens, keep_indices=row.keep_indices
+    )
+    unpruned_length = start + num_visual_tokens + len(row.suffix_embeds)
+    table = build_kept_positions(unpruned_length=unpruned_length, spans=[span])
+    return table if positions == "gap" else compact_positions(len(table))
+
+
+def _argmax(logits: FloatArray, *, step: int) -> Int64Array:
+    tokens: Int64Array = logits.argmax(axis=-1).astype(np.int64)
+    # numpy's argmax stops at the first NaN, so looking at the winners finds any.
+    if np.isnan(np.take_along_axis(logits, tokens[:, None], axis=-1)).any():
+        raise GapExportError(
+            "the decoder's logits are not numbers",
+            seen=f"NaN at step {step}",
+            fix="check the bundle with: gap-export check BUNDLE",
+        )
+    return tokens
+
+
+def _until_eos(row: Int64Array, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
+    ends = np.flatnonzero(np.isin(row, eos_token_ids))
+    return tuple(row[: ends[0] + 1 if ends.size else len(row)].tolist())

@@ -1,0 +1,176 @@
+"""From whatever picture a user has to what the vision encoder reads."""
+
+from __future__ import annotations
+
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from gap_export.errors import ImageError
+from gap_export.manifest import ImageSpec
+from gap_export.runtime.geometry import ImageGeometry
+
+ImageInput = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
+
+MAX_PIXELS = 64_000_000
+# Named, since Pillow would start other programs for some formats, such as EPS.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_ALLOWED = f"a picture of at most {MAX_PIXELS // 1_000_000} megapixels ({', '.join(_FORMATS)})"
+# What Pillow's readers raise on damaged files.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)
+# A thin picture padded to a square could be huge; above this side it is shrunk before padding.
+_MAX_SIDE = 4096
+_RESAMPLE = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+
+
+def load_image(image: ImageInput, *, pad_color: tuple[int, int, int]) -> Image.Image:
+    """A picture as displayed: upright, RGB, opaque.
+
+    EXIF rotation is applied; grey, palette, CMYK and 16-bit pictures are converted; transparent
+    parts show ``pad_color``; of an animation the first (or current) frame is taken.
+
+    Args:
+        image: A file, a Pillow picture, or uint8 [H, W], [H, W, 3] (RGB) or [H, W, 4] (RGBA).
+        pad_color: RGB 0..255.
+
+    Raises:
+        ImageError: missing, not a picture, damaged, empty or too large.
+    """
+    if isinstance(image, np.ndarray):
+        return _to_rgb(_from_array(image), pad_color=pad_color, name="the array")
+    if isinstance(image, Image.Image):
+        return _to_rgb(image, pad_color=pad_color, name="the picture")
+    if not isinstance(image, (str, os.PathLike)):
+        raise ImageError(
+            "not a picture",
+            seen=type(image).__name__,
+            allowed="a path, a PIL.Image.Image, or a uint8 array [H, W, 3]",
+        )
+    path = Path(image)
+    _check_file(path)
+    try:
+        with _quiet():
+            opened = Image.open(path, formats=_FORMATS)
+    except Image.DecompressionBombError as err:
+        raise ImageError("the picture is too large", seen=path, allowed=_ALLOWED) from err
+    except UnidentifiedImageError as err:
+        raise ImageError("not a picture that can be read", seen=path, allowed=_ALLOWED) from err
+    except _DAMAGED as err:
+        raise ImageError("the picture is damaged", seen=f"{path}: {err}", allowed=_ALLOWED) from err
+    with opened:
+        return _to_rgb(opened, pad_color=pad_color, name=str(path))
+
+
+def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[NDArray[np.float32], ImageGeometry]:
+    """Pad or squash, resize, normalise.
+
+    Args:
+        image: RGB, from :func:`load_image`.
+        spec: What the vision encoder reads.
+
+    Returns:
+        pixel_values float32 [1, 3, height, width], and the picture's size.
+    """
+    geometry = ImageGeometry(width=image.width, height=image.height)
+    if spec.preparation == "pad":
+        image = _pad_to_square(image, spec.pad_color)
+    resized = image.resize((spec.width, spec.height), _RESAMPLE[spec.resample])
+    unit = np.asarray(resized, dtype=np.float32) / np.float32(255.0)
+    normal = (unit - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
+    return np.ascontiguousarray(normal.transpose(2, 0, 1)[None]), geometry
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Pillow warns of large sizes, which we refuse ourselves, and of metadata we do not read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if path.is_file():
+            if path.stat().st_size == 0:
+                raise ImageError("the picture is an empty file", seen=path, allowed=_ALLOWED)
+            return
+        what = "this is a folder, not a picture" if path.is_dir() else "no such picture"
+        if path.exists() and not path.is_dir():
+            what = "not a plain file"
+    except (OSError, ValueError) as err:
+        raise ImageError("the picture cannot be read", seen=f"{path!r}: {err}") from err
+    raise ImageError(what, seen=path, allowed=_ALLOWED, fix="check the path")
+
+
+def _from_array(array: NDArray[Any]) -> Image.Image:
+    shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if array.dtype != np.uint8 or not shaped or 0 in array.shape:
+        raise ImageError(
+            "an array that is not a picture",
+            seen=f"{array.dtype} {list(array.shape)}",
+            allowed="uint8 [H, W], [H, W, 3] or [H, W, 4], not empty",
+        )
+    return Image.fromarray(array)
+
+
+def _to_rgb(image: Image.Image, *, pad_color: tuple[int, int, int], name: str) -> Image.Image:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError("the picture has no pixels", seen=f"{name}: {width}x{height}")
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            "the picture is too large",
+            seen=f"{name}: {width}x{height} pixels",
+            allowed=_ALLOWED,
+            fix="make it smaller first",
+        )
+    try:
+        with _quiet():
+            image.load()
+            return _flatten(ImageOps.exif_transpose(image), pad_color)
+    except (*_DAMAGED, Image.DecompressionBombError, MemoryError) as err:
+        raise ImageError(
+            "the picture is damaged or not complete",
+            seen=f"{name}: {err}",
+            allowed=_ALLOWED,
+            fix="save it again, or get it again",
+        ) from err
+
+
+def _flatten(image: Image.Image, pad_color: tuple[int, int, int]) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16 bits a pixel, whatever the byte order; Pillow's own conversion would clip them.
+        wide = np.asarray(image).astype(np.int64)
+        return Image.fromarray((wide.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; save it with 8 bits")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        canvas = Image.new("RGBA", layer.size, (*pad_color, 255))
+        canvas.alpha_composite(layer)
+        return canvas.convert("RGB")
+    return image.convert("RGB")
+
+
+def _pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    side = max(image.size)
+    if side > _MAX_SIDE:
+        scale = _MAX_SIDE / side
+        small = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image, side = image.resize(small, Image.Resampling.BOX), _MAX_SIDE
+    if image.size == (side, side):
+        return image
+    canvas = Image.new("RGB", (side, side), color)
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas

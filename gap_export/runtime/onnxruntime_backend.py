@@ -1,0 +1,264 @@
+"""Runs a bundle's graphs in ONNX Runtime, on the CPU or, where it is present, on CUDA.
+
+The KV cache stays where it was computed: each step's ``present`` outputs are bound as the next
+step's ``past`` inputs, without a copy through numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from gap_export.bundle import Bundle
+from gap_export.errors import BundleError, GapExportError, UsageError
+from gap_export.manifest import GraphSpec
+from gap_export.positions import Int64Array
+from gap_export.runtime.backend import FloatArray, KVCache
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_CPU = "CPUExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
+# Its errors reach the user as ours; it need not write them to stderr as well.
+_FATAL_ONLY = 4
+# All that ONNX Runtime raises: classes with no common base, and RuntimeError from bound runs.
+_ORT_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    *(
+        value
+        for value in vars(ort_errors).values()
+        if isinstance(value, type) and issubclass(value, Exception)
+    ),
+)
+
+
+@dataclass
+class OnnxRuntimeCache:
+    """Keys and values as ONNX Runtime holds them.
+
+    Attributes:
+        batch_size: B.
+        length: Slots filled.
+        values: past_key_values.{i}.key|value by input name, [B, heads, length, dim].
+    """
+
+    batch_size: int
+    length: int = 0
+    values: dict[str, ort.OrtValue] = field(default_factory=dict)
+
+
+class OnnxRuntimeBackend:
+    """The bundle's base graphs in ONNX Runtime."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        execution_providers: Sequence[str] | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        """Load the graphs.
+
+        Args:
+            bundle: An opened, that is checked, bundle.
+            execution_providers: ONNX Runtime's names, best first; by default CUDA where this
+                ONNX Runtime has it, then the CPU.
+            num_threads: Threads of one operator; by default ONNX Runtime decides.
+
+        Raises:
+            UsageError: an execution provider this ONNX Runtime has not got, or a number of
+                threads below 1.
+            BundleError: a graph that ONNX Runtime refuses, or whose inputs are not the manifest's.
+        """
+        manifest = bundle.manifest
+        self._providers = _choose_providers(execution_providers)
+        self._options = _session_options(num_threads)
+        self._dtype = np.dtype(manifest.dtype)
+        self._decoder_spec = manifest.decoder
+        self._vision = self._load(bundle, "vision_encoder")
+        self._text = None if manifest.text_encoder is None else self._load(bundle, "text_encoder")
+        self._embed = self._load(bundle, "embed_tokens")
+        self._decoder = self._load(bundle, "decoder_model_merged")
+        used = self._decoder.get_providers()
+        self._device = "cuda" if _CUDA in used else "cpu"
+        self._decoder_inputs = {value.name for value in self._decoder.get_inputs()}
+        self._present_names = tuple(
+            value.name for value in self._decoder.get_outputs() if value.name.startswith("present.")
+        )
+
+    @property
+    def name(self) -> str:
+        """What runs, for reports."""
+        return f"ONNX Runtime {ort.__version__} ({self._decoder.get_providers()[0]})"
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Free the graphs."""
+        del self._vision, self._text, self._embed, self._decoder
+
+    def encode_text(self, input_ids: Int64Array) -> FloatArray:
+        """See Backend."""
+        if self._text is None:
+            raise UsageError("this bundle's pruner reads no text, so it has no text encoder")
+        return self._run(self._text, ["text_embeds"], {"input_ids": input_ids})[0]
+
+    def encode_image(
+        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
+    ) -> tuple[FloatArray, Int64Array]:
+        """See Backend."""
+        feed: dict[str, NDArray[Any]] = {"pixel_values": pixel_values}
+        if text_embeds is not None:
+            feed["text_embeds"] = text_embeds
+        features, keep = self._run(self._vision, ["image_features", "keep_indices"], feed)
+        return features, keep
+
+    def embed_tokens(self, input_ids: Int64Array) -> FloatArray:
+        """See Backend."""
+        return self._run(self._embed, ["inputs_embeds"], {"input_ids": input_ids})[0]
+
+    def new_cache(self, batch_size: int) -> OnnxRuntimeCache:
+        """See Backend."""
+        spec = self._decoder_spec
+        shape = (batch_size, spec.num_key_value_heads, 0, spec.head_dim)
+        empty = np.zeros(shape, dtype=self._dtype)
+        return OnnxRuntimeCache(
+            batch_size=batch_size,
+            values={
+                _past_name(name): ort.OrtValue.ortvalue_from_numpy(empty, self._device)
+                for name in self._present_names
+            },
+        )
+
+    def decode(
+        self,
+        *,
+        inputs_embeds: FloatArray,
+        attention_mask: Int64Array,
+        position_ids: Int64Array,
+        kept_positions: Int64Array,
+        cache: KVCache,
+    ) -> FloatArray:
+        """See Backend."""
+        assert isinstance(cache, OnnxRuntimeCache), "a cache belongs to the backend that made it"
+        binding = self._decoder.io_binding()
+        feed = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "kept_positions": kept_positions,
+        }
+        # The binding reads these arrays in place: they must live, contiguous, until the run ends.
+        held = {name: np.ascontiguousarray(array) for name, array in feed.items()}
+        for name, array in held.items():
+            binding.bind_cpu_input(name, array)
+        for name, value in cache.values.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits", "cpu")
+        for name in self._present_names:
+            binding.bind_output(name, self._device)
+        try:
+            self._decoder.run_with_iobinding(binding)
+        except _ORT_ERRORS as err:
+            raise _failed("decoder_model_merged", err) from err
+        logits, *present = binding.get_outputs()
+        cache.values = {
+            _past_name(name): value
+            for name, value in zip(self._present_names, present, strict=True)
+        }
+        cache.length += inputs_embeds.shape[1]
+        last: FloatArray = logits.numpy()[:, -1].copy()
+        return last
+
+    def _load(self, bundle: Bundle, component: str) -> ort.InferenceSession:
+        spec = bundle.manifest.graph(component)
+        try:
+            session = ort.InferenceSession(
+                str(bundle.file(spec.file)), self._options, providers=self._providers
+            )
+        except _ORT_ERRORS as err:
+            raise BundleError(
+                f"ONNX Runtime {ort.__version__} refuses {spec.file}",
+                seen=_first_line(err),
+                fix="export the bundle again with this version of gap-export",
+            ) from err
+        _check_interface(session, spec)
+        return session
+
+    def _run(
+        self, session: ort.InferenceSession, outputs: list[str], feed: Mapping[str, NDArray[Any]]
+    ) -> list[NDArray[Any]]:
+        try:
+            found: list[NDArray[Any]] = session.run(outputs, dict(feed))
+        except _ORT_ERRORS as err:
+            raise _failed(", ".join(outputs), err) from err
+        return found
+
+
+def _choose_providers(wanted: Sequence[str] | None) -> list[str]:
+    available = ort.get_available_providers()
+    if wanted is None:
+        return [name for name in (_CUDA, _CPU) if name in available]
+    unknown = [name for name in wanted if name not in available]
+    if unknown or not wanted:
+        raise UsageError(
+            "execution provider not available",
+            seen=", ".join(unknown) or "none given",
+            allowed=", ".join(available),
+            fix='for CUDA install "gap-export[gpu]"' if _CUDA in unknown else None,
+        )
+    return list(wanted)
+
+
+def _session_options(num_threads: int | None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    if num_threads is not None:
+        if num_threads < 1:
+            raise UsageError("number of threads out of range", seen=num_threads, allowed=">= 1")
+        options.intra_op_num_threads = num_threads
+    return options
+
+
+def _check_interface(session: ort.InferenceSession, spec: GraphSpec) -> None:
+    for kind, declared, found in (
+        ("inputs", spec.inputs, session.get_inputs()),
+        ("outputs", spec.outputs, session.get_outputs()),
+    ):
+        if {value.name for value in declared} != {value.name for value in found}:
+            raise BundleError(
+                f"{kind} of {spec.file} are not the manifest's",
+                seen=", ".join(sorted(value.name for value in found)),
+                allowed=", ".join(sorted(value.name for value in declared)),
+                fix="export the bundle again",
+            )
+
+
+def _past_name(present_name: str) -> str:
+    return present_name.replace("present.", "past_key_values.", 1)
+
+
+def _failed(where: str, err: Exception) -> GapExportError:
+    return GapExportError(
+        "ONNX Runtime failed while computing",
+        seen=f"{where}: {_first_line(err)}",
+        fix="check the bundle with: gap-export check BUNDLE",
+    )
+
+
+def _first_line(err: Exception) -> str:
+    return (str(err).splitlines() or [type(err).__name__])[0]

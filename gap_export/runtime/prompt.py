@@ -1,0 +1,209 @@
+"""From an expression to token ids, refusing whatever would change the prompt's structure."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from gap_export.errors import BundleError, ExpressionError
+from gap_export.manifest import Manifest
+from gap_export.positions import Int64Array
+
+TOKENIZER_FILE = "tokenizer.json"
+_SLOT = "{expression}"
+# Far above any real token's length: keeps a novel from being tokenized only to be refused.
+_MAX_CHARACTERS_PER_TOKEN = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedExpression:
+    """One expression in its prompt.
+
+    Attributes:
+        prefix_ids: int64 [s], tokens before the image, beginning-of-sequence included.
+        suffix_ids: int64 [t], tokens after the image.
+        text_ids: int64 [T'] for the text tower; None where the pruner reads no text.
+        warnings: What the user should know, e.g. words the tokenizer does not.
+    """
+
+    prefix_ids: Int64Array
+    suffix_ids: Int64Array
+    text_ids: Int64Array | None
+    warnings: tuple[str, ...]
+
+
+class PromptEncoder:
+    """Turns expressions into ids, and ids back into text, for one bundle."""
+
+    def __init__(self, manifest: Manifest, assets_folder: Path) -> None:
+        """Load the tokenizers.
+
+        Raises:
+            BundleError: a tokenizer cannot be read, or the image token is not one id of it.
+        """
+        self._manifest = manifest
+        self._tokenizer = _load_tokenizer(assets_folder / TOKENIZER_FILE)
+        self._special = _special_tokens(self._tokenizer)
+        self._unknown_id = _unknown_id(self._tokenizer)
+        self._text_tokenizer: Tokenizer | None = None
+        if manifest.text_encoder is not None:
+            self._text_tokenizer = _load_tokenizer(
+                assets_folder / manifest.text_encoder.tokenizer_file
+            )
+            self._special |= _special_tokens(self._text_tokenizer)
+        image_token_id = self._tokenizer.token_to_id(manifest.prompt.image_token)
+        if image_token_id is None:
+            raise BundleError(
+                "the tokenizer does not know the image token",
+                seen=manifest.prompt.image_token,
+                fix="the bundle does not hold together; export it again",
+            )
+        self._image_token_id: int = image_token_id
+
+    def encode(self, expression: str) -> EncodedExpression:
+        """Ids of the prompt around the image.
+
+        Args:
+            expression: What to look for, e.g. "the red cup on the left". Space around it does
+                not count.
+
+        Raises:
+            ExpressionError: not text, empty, too long, with control characters, or holding one of
+                the tokenizer's special tokens.
+        """
+        text = self._check_text(expression)
+        spec = self._manifest.prompt
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        if len(encoding.ids) > spec.max_expression_tokens:
+            raise ExpressionError(
+                "the expression is too long",
+                seen=f"{len(encoding.ids)} tokens",
+                allowed=f"at most {spec.max_expression_tokens} tokens",
+                fix="describe the object in fewer words",
+            )
+        ids = self._tokenizer.encode(spec.template.replace(_SLOT, text)).ids
+        places = [place for place, token in enumerate(ids) if token == self._image_token_id]
+        if len(places) != 1 or places[0] + 1 == len(ids):
+            raise BundleError(
+                "the prompt template does not hold the image token once, before some text",
+                seen=f"{len(places)} times in {spec.template!r}",
+                fix="the bundle does not hold together; export it again",
+            )
+        self._check_context(len(ids))
+        return EncodedExpression(
+            prefix_ids=np.asarray(ids[: places[0]], dtype=np.int64),
+            suffix_ids=np.asarray(ids[places[0] + 1 :], dtype=np.int64),
+            text_ids=self._encode_for_text_tower(text),
+            warnings=self._warn_of_unknown_words(text, encoding),
+        )
+
+    def decode(self, token_ids: tuple[int, ...]) -> str:
+        """Text of an answer, without special tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
+
+    def _check_text(self, expression: str) -> str:
+        if not isinstance(expression, str):
+            raise ExpressionError(
+                "the expression is not text", seen=type(expression).__name__, allowed="a string"
+            )
+        text = expression.strip()
+        if not text:
+            raise ExpressionError(
+                "the expression is empty",
+                seen=repr(expression[:40]),
+                allowed='words for one object, e.g. "the red cup on the left"',
+            )
+        limit = self._manifest.prompt.max_expression_tokens * _MAX_CHARACTERS_PER_TOKEN
+        if len(text) > limit:
+            raise ExpressionError(
+                "the expression is too long",
+                seen=f"{len(text)} characters",
+                allowed=f"at most {self._manifest.prompt.max_expression_tokens} tokens",
+                fix="describe the object in fewer words",
+            )
+        for character in text:
+            if unicodedata.category(character) in ("Cc", "Cs"):
+                raise ExpressionError(
+                    "the expression holds a control character",
+                    seen=repr(character),
+                    allowed="one line of plain text",
+                )
+        for token in sorted(self._special):
+            if token in text:
+                raise ExpressionError(
+                    "the expression holds a special token of the model",
+                    seen=token,
+                    allowed=f"plain words, without {', '.join(sorted(self._special))}",
+                    fix="leave it out",
+                )
+        return text
+
+    def _check_context(self, num_ids: int) -> None:
+        # Pruned tokens keep their ids, so the unpruned length counts.
+        spec, limit = self._manifest.prompt, self._manifest.decoder.max_position_embeddings
+        unpruned_length = num_ids - 1 + self._manifest.pruning.num_visual_tokens
+        if unpruned_length + spec.max_new_tokens > limit:
+            raise ExpressionError(
+                "the expression does not fit the model's context",
+                seen=f"{unpruned_length} prompt tokens (pruned ones keep their places) "
+                f"and {spec.max_new_tokens} for the answer",
+                allowed=f"{limit} in all",
+                fix="describe the object in fewer words",
+            )
+
+    def _encode_for_text_tower(self, text: str) -> Int64Array | None:
+        spec = self._manifest.text_encoder
+        if spec is None or self._text_tokenizer is None:
+            return None
+        ids = self._text_tokenizer.encode(spec.template.replace(_SLOT, text)).ids
+        if len(ids) > spec.max_tokens:
+            # The last token is the end of text, which the tower reads its answer from.
+            ids = [*ids[: spec.max_tokens - 1], ids[-1]]
+        return np.asarray(ids, dtype=np.int64)
+
+    def _warn_of_unknown_words(self, text: str, encoding: Any) -> tuple[str, ...]:
+        if self._unknown_id is None:
+            return ()
+        words = [
+            text[start:end]
+            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            if token == self._unknown_id
+        ]
+        if not words:
+            return ()
+        return (f"words the model does not know: {', '.join(dict.fromkeys(words))}",)
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as err:
+        raise BundleError("the bundle's tokenizer cannot be read", seen=f"{path}: {err}") from err
+    except Exception as err:
+        # The tokenizers package raises bare Exception; anything narrower would miss it.
+        if type(err) is not Exception:
+            raise
+        raise BundleError(
+            "the bundle's tokenizer is not one", seen=f"{path}: {err}", fix="export it again"
+        ) from err
+
+
+def _special_tokens(tokenizer: Tokenizer) -> set[str]:
+    added = tokenizer.get_added_tokens_decoder().values()
+    return {token.content for token in added if token.special}
+
+
+def _unknown_id(tokenizer: Tokenizer) -> int | None:
+    """Id that stands for unknown words; models that spell out bytes have none."""
+    model = json.loads(tokenizer.to_str())["model"]
+    name = model.get("unk_token")
+    if name is None or model.get("byte_fallback"):
+        return None
+    found: int | None = tokenizer.token_to_id(name)
+    return found

@@ -1,0 +1,279 @@
+"""The public face of a bundle: a picture and an expression in, a box out.
+
+with GroundingSession.open("refshapes-llava-spatial-0.3") as session:
+    print(session.ground("scene.png", "the small red circle").box)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gap_export.bundle import Verify, open_bundle
+from gap_export.errors import BundleError, ExpressionError
+from gap_export.manifest import Manifest
+from gap_export.positions import Int64Array, PositionMode
+from gap_export.runtime.backend import Backend, FloatArray
+from gap_export.runtime.boxes import parse_box, to_pixels
+from gap_export.runtime.generation import (
+    DecoderPrompt,
+    Generation,
+    PromptRow,
+    assemble_prompt,
+    generate,
+)
+from gap_export.runtime.geometry import ImageGeometry
+from gap_export.runtime.grounding import Grounding
+from gap_export.runtime.image import ImageInput, load_image, prepare_image
+from gap_export.runtime.prompt import EncodedExpression, PromptEncoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Grounding", "GroundingSession"]
+
+
+class GroundingSession:
+    """Grounds expressions in pictures with one model.
+
+    Attributes:
+        manifest: What the model is.
+        backend: What runs it.
+        positions: ``gap``, or ``compact`` for the naive baseline.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        assets_folder: str | Path,
+        backend: Backend,
+        *,
+        positions: PositionMode | None = None,
+    ) -> None:
+        """Join a model's facts, its tokenizers and a backend.
+
+        Args:
+            manifest: Of the model.
+            assets_folder: Where its tokenizers are; a bundle's folder.
+            backend: Runs its components; closed with the session.
+            positions: Position ids of what pruning leaves; by default the manifest's.
+
+        Raises:
+            BundleError: a tokenizer cannot be used, or the manifest's numbers contradict.
+        """
+        self.manifest = manifest
+        self.backend = backend
+        self.positions: PositionMode = positions or manifest.pruning.positions
+        if manifest.grid.num_visual_tokens != manifest.pruning.num_visual_tokens:
+            raise BundleError(
+                "grid and pruning disagree on the number of visual tokens",
+                seen=f"{manifest.grid.num_visual_tokens} and {manifest.pruning.num_visual_tokens}",
+                fix="the bundle does not hold together; export it again",
+            )
+        self._prompts = PromptEncoder(manifest, Path(assets_folder))
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path,
+        *,
+        execution_providers: Sequence[str] | None = None,
+        num_threads: int | None = None,
+        verify: Verify = "stamp",
+        positions: PositionMode | None = None,
+    ) -> GroundingSession:
+        """Open a bundle in ONNX Runtime.
+
+        Args:
+            bundle: Its folder.
+            execution_providers: ONNX Runtime's names; by default CUDA where present, then CPU.
+            num_threads: Threads of one operator; by default ONNX Runtime decides.
+            verify: ``full`` hashes every byte again, ``stamp`` only what changed since last time.
+            positions: ``compact`` runs the naive baseline; by default the bundle's own.
+
+        Raises:
+            BundleError: damaged, incomplete, unsafe, or too new.
+            UsageError: an execution provider that is not available.
+        """
+        # Not at the top: a session with another backend needs no ONNX Runtime.
+        from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+
+        opened = open_bundle(bundle, verify=verify)
+        backend = OnnxRuntimeBackend(opened, execution_providers, num_threads)
+        return cls(opened.manifest, opened.path, backend, positions=positions)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        self.backend.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the backend."""
+        self.backend.__exit__(kind, error, trace)
+
+    def ground(self, image: ImageInput, expression: str) -> Grounding:
+        """Find one object.
+
+        Args:
+            image: A file, a Pillow picture, or a uint8 array [H, W, 3].
+            expression: What to look for.
+
+        Raises:
+            ImageError: the picture cannot be used.
+            ExpressionError: the expression cannot be used.
+        """
+        return self.ground_batch(image, [expression])[0]
+
+    def ground_batch(self, image: ImageInput, expressions: Sequence[str]) -> list[Grounding]:
+        """Find several objects in one picture; the vision encoder sees the picture once.
+
+        Args:
+            image: A file, a Pillow picture, or a uint8 array [H, W, 3].
+            expressions: What to look for; each answer is the same as if asked alone.
+
+        Raises:
+            ImageError: the picture cannot be used.
+            ExpressionError: there are no expressions, or one cannot be used.
+        """
+        if isinstance(expressions, str) or not expressions:
+            raise ExpressionError(
+                "no list of expressions", seen=repr(expressions), allowed="at least one, in a list"
+            )
+        clock = _Clock()
+        with clock.stage("preprocess"):
+            encoded = [self._prompts.encode(expression) for expression in expressions]
+            picture = load_image(image, pad_color=self.manifest.image.pad_color)
+            pixel_values, geometry = prepare_image(picture, self.manifest.image)
+        text_embeds: FloatArray | None = None
+        if self.manifest.text_encoder is not None:
+            with clock.stage("text_encoder"):
+                text_embeds = self._encode_texts(encoded)
+        with clock.stage("vision_encoder"):
+            features, keep = self.backend.encode_image(pixel_values, text_embeds)
+            _check_vision(features, keep, self.manifest, rows=len(encoded))
+        with clock.stage("embed_tokens"):
+            prompt, keep = self._assemble(encoded, features, keep)
+        answer = generate(
+            self.backend,
+            prompt,
+            max_new_tokens=self.manifest.prompt.max_new_tokens,
+            eos_token_ids=self.manifest.decoder.eos_token_ids,
+        )
+        clock.add("prefill", answer.prefill_ms)
+        clock.add("decode", answer.decode_ms)
+        return self._answers(expressions, encoded, answer, keep, geometry, clock)
+
+    def _encode_texts(self, encoded: Sequence[EncodedExpression]) -> FloatArray:
+        """Text embeddings [B, D]; texts of one length go together, so none is ever padded."""
+        rows_by_length: dict[int, list[int]] = {}
+        texts = [row.text_ids for row in encoded if row.text_ids is not None]
+        assert len(texts) == len(encoded), "a prompt encoder with a text tower gives text ids"
+        for row, ids in enumerate(texts):
+            rows_by_length.setdefault(len(ids), []).append(row)
+        embeds: dict[int, FloatArray] = {}
+        for rows in rows_by_length.values():
+            batch = self.backend.encode_text(np.stack([texts[row] for row in rows]))
+            embeds.update(zip(rows, batch, strict=True))
+        return np.stack([embeds[row] for row in range(len(texts))])
+
+    def _assemble(
+        self, encoded: Sequence[EncodedExpression], features: FloatArray, keep: Int64Array
+    ) -> tuple[DecoderPrompt, Int64Array]:
+        """The decoder's prompt, and keep_indices [B, K'] of each row."""
+        size = len(encoded)
+        features = np.broadcast_to(features, (size, *features.shape[1:]))
+        keep = np.broadcast_to(keep, (size, keep.shape[1]))
+        rows = []
+        for index, row in enumerate(encoded):
+            start = len(row.prefix_ids)
+            ids = np.concatenate([row.prefix_ids, row.suffix_ids])
+            embeds = self.backend.embed_tokens(ids[None])[0]
+            rows.append(
+                PromptRow(
+                    prefix_embeds=embeds[:start],
+                    suffix_embeds=embeds[start:],
+                    image_features=features[index],
+                    keep_indices=keep[index],
+                )
+            )
+        prompt = assemble_prompt(
+            rows,
+            num_visual_tokens=self.manifest.pruning.num_visual_tokens,
+            positions=self.positions,
+        )
+        return prompt, keep
+
+    def _answers(
+        self,
+        expressions: Sequence[str],
+        encoded: Sequence[EncodedExpression],
+        answer: Generation,
+        keep: Int64Array,
+        geometry: ImageGeometry,
+        clock: _Clock,
+    ) -> list[Grounding]:
+        manifest = self.manifest
+        texts = [self._prompts.decode(token_ids) for token_ids in answer.token_ids]
+        timings = clock.read()
+        found = []
+        for row, text in enumerate(texts):
+            fractions = parse_box(text, manifest.box)
+            box = None if fractions is None else to_pixels(fractions, manifest.box, geometry)
+            found.append(
+                Grounding(
+                    expression=expressions[row],
+                    box=box,
+                    text=text,
+                    token_ids=answer.token_ids[row],
+                    keep_indices=tuple(keep[row].tolist()),
+                    num_visual_tokens=manifest.pruning.num_visual_tokens,
+                    grid=(manifest.grid.rows, manifest.grid.cols),
+                    grid_frame=geometry.input_frame(manifest.image),
+                    image_size=(geometry.width, geometry.height),
+                    timings_ms=timings,
+                    warnings=encoded[row].warnings,
+                )
+            )
+        return found
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._stages: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.add(name, 1e3 * (time.perf_counter() - started))
+
+    def add(self, name: str, milliseconds: float) -> None:
+        self._stages[name] = milliseconds
+
+    def read(self) -> dict[str, float]:
+        return {**self._stages, "total": 1e3 * (time.perf_counter() - self._started)}
+
+
+def _check_vision(features: FloatArray, keep: Int64Array, manifest: Manifest, *, rows: int) -> None:
+    """The graph gave what the manifest promises; a wrong table would only show in wrong boxes."""
+    emitted, hidden = manifest.pruning.num_emitted_tokens, manifest.decoder.hidden_size
+    images = rows if manifest.text_encoder is not None else 1
+    if features.shape != (images, emitted, hidden) or keep.shape != (images, emitted):
+        raise BundleError(
+            "the vision encoder's outputs are not of the manifest's shape",
+            seen=f"image_features {list(features.shape)}, keep_indices {list(keep.shape)}",
+            allowed=f"{[images, emitted, hidden]} and {[images, emitted]}",
+            fix="export the bundle again",
+        )

@@ -1,0 +1,327 @@
+"""Writing: all or nothing, and never over what is not ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gap_export.bundle import BundleDraft, open_bundle, write_bundle, writing
+from gap_export.errors import BundleError, OutputError
+from gap_export.manifest import Manifest
+
+
+def names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """An otherwise empty folder to write into."""
+    folder = tmp_path / "place"
+    folder.mkdir()
+    return folder
+
+
+def test_bundle_appears_under_its_name_and_nothing_beside_it(
+    place: Path, write_sample: Callable[..., Path]
+) -> None:
+    write_sample(place / "out")
+    assert names(place) == {"out"}
+    assert names(place / "out") == {
+        "embed_tokens.onnx", "gap.json", "gap.json.sha256", "model.safetensors", "sub",
+    }  # fmt: skip
+
+
+def test_hash_file_is_what_sha256sum_reads(place: Path, write_sample: Callable[..., Path]) -> None:
+    out = write_sample(place / "out")
+    done = subprocess.run(
+        ["sha256sum", "-c", "gap.json.sha256"], cwd=out, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(1)])
+def test_interrupted_write_leaves_nothing(place: Path, error: BaseException) -> None:
+    def interrupted() -> None:
+        with write_bundle(place / "deep" / "er" / "out") as draft:
+            (draft.folder / "half.onnx").write_bytes(b"half")
+            raise error
+
+    with pytest.raises(type(error)):
+        interrupted()
+    assert names(place) == set()
+
+
+def test_draft_without_commit_leaves_nothing(place: Path) -> None:
+    with write_bundle(place / "out") as draft:
+        (draft.folder / "half.onnx").write_bytes(b"half")
+        assert not (place / "out").exists()
+    assert names(place) == set()
+
+
+def test_interrupt_while_replacing_keeps_the_old_bundle(
+    place: Path, write_sample: Callable[..., Path]
+) -> None:
+    out = write_sample(place / "out")
+    before = contents(out)
+
+    def interrupted() -> None:
+        with write_bundle(out, force=True) as draft:
+            (draft.folder / "half.onnx").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert contents(out) == before
+    assert names(place) == {"out"}
+
+
+KILLED_WRITER = """
+import sys
+from pathlib import Path
+from gap_export.bundle import write_bundle
+with write_bundle(Path(sys.argv[1])) as draft:
+    (draft.folder / "half.onnx").write_bytes(b"half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_kill_9_in_the_middle_leaves_no_bundle_and_the_next_write_sweeps(
+    place: Path, write_sample: Callable[..., Path]
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED_WRITER, str(place / "out")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"writing\n"
+        # A living writer's draft is not swept by another one.
+        (draft,) = names(place)
+        write_sample(place / "out")
+        assert names(place) == {"out", draft}
+        writer.send_signal(signal.SIGKILL)
+    assert (place / draft / "half.onnx").exists()
+    assert open_bundle(place / "out").path == place / "out"
+    write_sample(place / "out", force=True)
+    assert names(place) == {"out"}
+
+
+def test_bundle_set_aside_by_a_dead_writer_is_put_back(
+    place: Path, write_sample: Callable[..., Path]
+) -> None:
+    out = write_sample(place / "out")
+    before = contents(out)
+    out.rename(place / ".out.gap-replaced-0a1b2c3d")
+    with pytest.raises(OutputError, match="holds a bundle already"):
+        write_sample(out)
+    with write_bundle(place / "out", force=True):
+        assert contents(out) == before
+
+
+def test_hidden_folders_of_others_are_not_swept(
+    place: Path, write_sample: Callable[..., Path]
+) -> None:
+    others = {".other.gap-draft-0a1b2c3d", ".out", ".out.backup"}
+    for name in others:
+        (place / name).mkdir()
+    write_sample(place / "out")
+    assert names(place) == {"out"} | others
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_foreign_folder_is_never_touched(
+    foreign_folder: Path, force: bool, write_sample: Callable[..., Path]
+) -> None:
+    with pytest.raises(OutputError, match=r"not only a gap-export bundle.*no gap\.json"):
+        write_sample(foreign_folder, force=force)
+    assert contents(foreign_folder) == {"diary.txt": b"dear diary"}
+
+
+def test_bundle_with_a_foreign_file_in_it_is_not_replaced(
+    place: Path, write_sample: Callable[..., Path]
+) -> None:
+    out = write_sample(place / "out")
+    (out / "notes.txt").write_bytes(b"mine")
+    with pytest.raises(OutputError, match=r"it holds notes\.txt, which the bundle does not list"):
+        write_sample(out, force=True)
+    assert (out / "notes.txt").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"format": "another"}'])
+def test_folder_with_another_gap_json_is_not_replaced(
+    foreign_folder: Path, content: bytes, write_sample: Callable[..., Path]
+) -> None:
+    (foreign_folder / "gap.json").write_bytes(content)
+    with pytest.raises(OutputError, match="not only a gap-export bundle"):
+        write_sample(foreign_folder, force=True)
+    assert (foreign_folder / "diary.txt").exists()
+
+
+def test_bundle_is_replaced_only_with_force_and_its_engines_go_too(
+    place: Path, write_sample: Callable[..., Path]
+) -> None:
+    out = write_sample(place / "out", graph=b"old")
+    (out / "engines").mkdir()
+    (out / "engines" / "old.engine").write_bytes(b"old")
+    with pytest.raises(OutputError, match=r"holds a bundle already.*--force"):
+        write_sample(out, graph=b"new")
+    assert (out / "embed_tokens.onnx").read_bytes() == b"old"
+    write_sample(out, graph=b"new", force=True)
+    assert open_bundle(out).file("embed_tokens.onnx").read_bytes() == b"new"
+    assert names(place) == {"out"}
+    assert not (out / "engines").exists()
+
+
+def test_damaged_bundle_may_be_replaced(place: Path, write_sample: Callable[..., Path]) -> None:
+    out = write_sample(place / "out")
+    (out / "model.safetensors").unlink()
+    with pytest.raises(BundleError):
+        open_bundle(out)
+    write_sample(out, force=True)
+    assert open_bundle(out).path == out
+
+
+def test_empty_folder_is_used(place: Path, write_sample: Callable[..., Path]) -> None:
+    (place / "out").mkdir()
+    assert open_bundle(write_sample(place / "out")).path == place / "out"
+
+
+def test_file_or_link_in_the_way_is_refused(
+    place: Path, foreign_folder: Path, write_sample: Callable[..., Path]
+) -> None:
+    (place / "file").write_bytes(b"x")
+    (place / "link").symlink_to(foreign_folder)
+    (place / "dangling").symlink_to(place / "nowhere")
+    for name in ("file", "link", "dangling"):
+        with pytest.raises(OutputError, match="in the way: not a folder"):
+            write_sample(place / name, force=True)
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_sample(place / "file" / "out")
+    assert names(place) == {"file", "link", "dangling"}
+
+
+def test_name_taken_while_writing_is_refused(
+    place: Path, sample_manifest: Manifest, foreign_folder: Path
+) -> None:
+    def write() -> None:
+        with write_bundle(place / "out", force=True) as draft:
+            (draft.folder / "embed_tokens.onnx").write_bytes(b"x")
+            foreign_folder.rename(place / "out")
+            draft.commit(sample_manifest)
+
+    with pytest.raises(OutputError, match="not only a gap-export bundle"):
+        write()
+    assert contents(place / "out") == {"diary.txt": b"dear diary"}
+    assert names(place) == {"out"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_is_one_clear_error_and_leaves_nothing(
+    place: Path,
+    write_sample: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+) -> None:
+    def full(_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(writing, "_sync_tree", full)
+    with pytest.raises(OutputError, match=r"cannot be written: .*out: (no space|the disk quota)"):
+        write_sample(place / "out")
+    assert names(place) == set()
+
+
+def test_full_disk_while_copying_is_one_clear_error(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "big"
+    source.write_bytes(b"x" * 100)
+    real_open = Path.open
+
+    def open_full(path: Path, mode: str = "r", **options: object) -> object:
+        if "x" in mode:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real_open(path, mode, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", open_full)
+
+    def write() -> None:
+        with write_bundle(place / "out") as draft:
+            draft.copy(source, "model.safetensors")
+
+    with pytest.raises(OutputError, match="no space left on the disk"):
+        write()
+    assert names(place) == set()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write all")
+def test_place_without_permission_is_one_clear_error(
+    place: Path, write_sample: Callable[..., Path]
+) -> None:
+    place.chmod(0o500)
+    try:
+        with pytest.raises(OutputError, match=r"cannot be written: .*Permission denied"):
+            write_sample(place / "out")
+    finally:
+        place.chmod(0o700)
+
+
+def test_denied_mkdir_is_one_clear_error(
+    place: Path, write_sample: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    with pytest.raises(OutputError, match=r"cannot be written: .*Permission denied"):
+        write_sample(place / "out")
+
+
+def test_missing_source_is_not_blamed_on_the_output(place: Path) -> None:
+    def write() -> None:
+        with write_bundle(place / "out") as draft:
+            draft.copy(place.parent / "no-such-weights", "model.safetensors")
+
+    with pytest.raises(FileNotFoundError, match="no-such-weights"):
+        write()
+    assert names(place) == set()
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../x", ""])
+def test_copy_to_outside_of_the_draft_is_refused(place: Path, name: str) -> None:
+    def write(draft: BundleDraft) -> None:
+        draft.copy(Path(__file__), name)
+
+    with write_bundle(place / "out") as draft, pytest.raises(BundleError, match="leaves its"):
+        write(draft)
+    assert names(place) == set()
+
+
+def test_file_changed_after_copying_is_hashed_again(
+    place: Path, tmp_path: Path, sample_manifest: Manifest
+) -> None:
+    source = tmp_path / "weights"
+    source.write_bytes(b"weights")
+    with write_bundle(place / "out") as draft:
+        draft.copy(source, "embed_tokens.onnx")
+        (draft.folder / "embed_tokens.onnx").write_bytes(b"longer weights")
+        manifest = draft.commit(sample_manifest)
+    assert manifest.files[0].held == "written"
+    assert open_bundle(place / "out").manifest == manifest

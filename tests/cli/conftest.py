@@ -1,0 +1,59 @@
+"""What the tests of the commands share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from gap_export import pipeline
+from gap_export.cli import main
+from gap_export.errors import UsageError
+from gap_export.pipeline import ExportOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def plain(self) -> Any:
+        """stdout, which must be one JSON document."""
+        return json.loads(self.out)
+
+
+RunCli = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run_cli(capsys: pytest.CaptureFixture[str]) -> RunCli:
+    """Runs ``gap-export`` in this process."""
+
+    def run(*argv: object) -> Outcome:
+        capsys.readouterr()
+        code = main([str(arg) for arg in argv])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err or "-v" in argv
+        return Outcome(code=code, out=out, err=err)
+
+    return run
+
+
+@pytest.fixture
+def seen_options(monkeypatch: pytest.MonkeyPatch) -> list[ExportOptions]:
+    """What ``export`` was called with; the export itself ends there."""
+    seen: list[ExportOptions] = []
+
+    def refuse(options: ExportOptions, *, progress: object) -> None:
+        seen.append(options)
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(pipeline, "export_model", refuse)
+    return seen

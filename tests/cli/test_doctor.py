@@ -1,0 +1,90 @@
+"""``gap-export doctor``."""
+
+from __future__ import annotations
+
+import subprocess
+
+import onnxruntime
+import pytest
+
+from gap_export.cli import _machine
+
+
+def test_versions_and_providers_are_those_that_import(run_cli):
+    outcome = run_cli("doctor", "--json")
+    assert outcome.code == 0
+    packages = outcome.plain["packages"]
+    assert packages["base"]["onnxruntime"] == onnxruntime.__version__
+    assert packages["export"]["torch"].startswith("2.")
+    assert outcome.plain["execution_providers"] == onnxruntime.get_available_providers()
+    assert set(packages) == {"base", "export", "gpu", "optimum", "trt", "trt-rtx"}
+
+
+def test_what_is_missing_is_said_with_the_way_to_get_it(run_cli, monkeypatch):
+    installed = _machine._version
+    monkeypatch.setattr(
+        _machine, "_version", lambda name: None if name in {"onnx", "optimum"} else installed(name)
+    )
+    lines = run_cli("doctor").out.splitlines()
+    assert 'export: missing: pip install "gap-export[export]"' in lines
+    assert "  onnx missing" in lines
+    assert 'optimum: missing: pip install "gap-export[optimum]"' in lines
+    assert "base: installed" in lines
+
+
+def test_both_onnx_runtimes_at_once_are_a_problem(run_cli, monkeypatch):
+    installed = _machine._version
+    monkeypatch.setattr(
+        _machine, "_version", lambda name: "1.0" if name == "onnxruntime-gpu" else installed(name)
+    )
+    outcome = run_cli("doctor")
+    assert outcome.code == 0
+    assert "warning: onnxruntime and onnxruntime-gpu are both installed" in outcome.err
+
+
+def test_onnxruntime_gpu_alone_is_no_problem(run_cli, monkeypatch):
+    versions = {"onnxruntime": None, "onnxruntime-gpu": "1.0"}
+    installed = _machine._version
+    monkeypatch.setattr(
+        _machine, "_version", lambda name: versions[name] if name in versions else installed(name)
+    )
+    assert run_cli("doctor", "--json").plain["problems"] == []
+
+
+@pytest.fixture
+def nvidia_smi(monkeypatch):
+    """A stand-in for the program: set ``answer`` or ``error``."""
+
+    class Program:
+        answer = ""
+        error: Exception | None = None
+
+        def run(self, command, **options):
+            if self.error:
+                raise self.error
+            return subprocess.CompletedProcess(command, 0, stdout=self.answer)
+
+    program = Program()
+    monkeypatch.setattr(_machine.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(_machine.subprocess, "run", program.run)
+    return program
+
+
+def test_gpus_are_named(nvidia_smi):
+    nvidia_smi.answer = "NVIDIA RTX 4090, 580.1, 24564 MiB, 8.9\nNVIDIA T4, 580.1, 15360 MiB, 7.5\n"
+    first, second = _machine._gpus()
+    assert first == {
+        "name": "NVIDIA RTX 4090",
+        "driver_version": "580.1",
+        "memory.total": "24564 MiB",
+        "compute_cap": "8.9",
+    }
+    assert second["compute_cap"] == "7.5"
+
+
+@pytest.mark.parametrize(
+    "error", [subprocess.CalledProcessError(9, "x"), subprocess.TimeoutExpired("x", 1), OSError()]
+)
+def test_a_driver_that_does_not_answer_is_no_gpu(nvidia_smi, error):
+    nvidia_smi.error = error
+    assert _machine._gpus() == []

@@ -1,0 +1,127 @@
+"""``gap-export eval``, on measured rows that are made up here."""
+
+from __future__ import annotations
+
+import pytest
+
+from gap_export.evaluation import accuracy
+from gap_export.evaluation.accuracy import AccuracyRow, EvaluationReport
+
+
+def row(pruner, positions, value, recovered):
+    return AccuracyRow(
+        model="refshapes-llava",
+        pruner=pruner,
+        keep_ratio=1.0 if pruner == "none" else 0.3,
+        positions=positions,
+        seed=0,
+        n=500,
+        num_images=125,
+        acc_at_50=value,
+        ci95=(value - 0.02, value + 0.02),
+        mean_iou=0.5,
+        recovered=recovered,
+    )
+
+
+REPORT = EvaluationReport(
+    rows=(
+        row("none", "none", 0.96, None),
+        row("spatial", "compact", 0.04, 0.04),
+        row("spatial", "gap", 0.912, 0.95),
+        row("cls", "compact", 0.04, 0.04),
+        row("cls", "gap", 0.768, 0.8),
+    )
+)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Arguments of the evaluations asked for."""
+    seen = []
+
+    def record(target, **arguments):
+        del arguments["progress"]
+        seen.append((target, arguments))
+        return REPORT
+
+    monkeypatch.setattr(accuracy, "evaluate_model", record)
+    monkeypatch.setattr(accuracy, "evaluate_bundle", record)
+    return seen
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """Looks like a bundle from outside."""
+    (tmp_path / "gap.json").write_text("{}")
+    return tmp_path
+
+
+def test_every_flag_of_a_model_reaches_the_evaluation(run_cli, calls):
+    flags = "--pruner cls,spatial --pruner cls --keep 0.3 --keep 0.5 --order score --seed 3"
+    run_cli("eval", "demo", *flags.split(), "--samples", "20", "--data", "refshapes")
+    arguments = {
+        "pruners": ["cls", "spatial"],
+        "keep_ratios": [0.3, 0.5],
+        "order": "score",
+        "seed": 3,
+        "num_samples": 20,
+        "recipe": None,
+    }
+    assert calls == [("demo", arguments)]
+
+
+def test_every_flag_of_a_bundle_reaches_the_evaluation(run_cli, calls, bundle, tmp_path):
+    run_cli("eval", bundle, "--baseline", "whole", "--checkpoint", "weights", "--samples", "20")
+    ((target, arguments),) = calls
+    assert target == bundle
+    assert {name: str(value) for name, value in arguments.items()} == {
+        "baseline": "whole",
+        "checkpoint": "weights",
+        "seed": "0",
+        "num_samples": "20",
+    }
+
+
+@pytest.mark.parametrize("flag", [["--keep", "0.3"], ["--pruner", "cls"], ["--order", "raster"]])
+def test_flags_of_a_model_are_refused_for_a_bundle(run_cli, calls, bundle, flag):
+    outcome = run_cli("eval", bundle, *flag)
+    assert (outcome.code, calls) == (2, [])
+    assert outcome.err == f"error: {flag[0]} cannot be used here: a bundle is pruned already\n"
+
+
+def test_flags_of_a_bundle_are_refused_for_a_model(run_cli, calls):
+    outcome = run_cli("eval", "demo", "--baseline", "whole")
+    assert (outcome.code, calls) == (2, [])
+    assert "--baseline cannot be used here" in outcome.err
+
+
+def test_the_table_prints_percent_and_json_shares(run_cli, calls):
+    lines = run_cli("eval", "demo").out.splitlines()
+    assert "500 expressions, 125 pictures" in lines[0]
+    assert lines[4].split() == ["none", "1", "none", "96.0", "94.0-98.0", "-", "50.0"]
+    assert lines[6].split() == ["spatial", "0.3", "gap", "91.2", "89.2-93.2", "95.0", "50.0"]
+
+    plain = run_cli("eval", "demo", "--json").plain
+    assert list(plain) == ["rows"]
+    wanted = {"model", "pruner", "keep_ratio", "positions", "seed", "n", "acc_at_50", "ci95"}
+    assert wanted <= set(plain["rows"][0])
+    assert plain["rows"][2]["acc_at_50"] == 0.912
+    assert [r["positions"] for r in plain["rows"]] == ["none", "compact", "gap", "compact", "gap"]
+
+
+def test_a_bar_that_is_met_exits_0_and_one_that_is_not_exits_3(run_cli, calls):
+    assert run_cli("eval", "demo", "--min-recovered", "0.8").code == 0
+    outcome = run_cli("eval", "demo", "--min-recovered", "0.81")
+    assert outcome.code == 3
+    assert "cls at keep 0.3: 0.800; allowed: >= 0.81" in outcome.err
+    assert "spatial at" not in outcome.err
+    assert "91.2" in outcome.out
+
+
+def test_a_bar_without_an_unpruned_accuracy_is_not_met(run_cli, monkeypatch):
+    report = EvaluationReport(rows=(row("none", "none", 0.0, None), row("cls", "gap", 0.0, None)))
+    monkeypatch.setattr(accuracy, "evaluate_model", lambda *a, **k: report)
+    outcome = run_cli("eval", "demo", "--min-recovered", "0")
+    assert outcome.code == 3
+    assert "cls at keep 0.3: unknown" in outcome.err

@@ -1,0 +1,75 @@
+"""``gap-export ground``."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXPRESSION = "the red circle"
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_stdout_is_one_json_document(run_cli, tiny_bundle, picture):
+    outcome = run_cli("ground", tiny_bundle, picture, EXPRESSION)
+    assert outcome.code == 0
+    assert outcome.plain["image"] == str(picture)
+    assert outcome.plain["expression"] == EXPRESSION
+    assert outcome.plain["image_size"] == [40, 24]
+    assert len(outcome.plain["keep_indices"]) == 5
+    assert outcome.plain["timings_ms"]["total"] > 0
+    # Random weights do not speak in boxes: that is worth a warning, and no failure.
+    if outcome.plain["box"] is None:
+        assert "the answer holds no box" in outcome.err
+
+
+def test_provider_threads_and_verify_are_taken(run_cli, tiny_bundle, picture):
+    flags = ["--provider", "CPUExecutionProvider", "--threads", "1", "--verify", "full"]
+    plain = run_cli("ground", tiny_bundle, picture, EXPRESSION, "-q", *flags).plain
+    assert (
+        plain["token_ids"] == run_cli("ground", tiny_bundle, picture, EXPRESSION).plain["token_ids"]
+    )
+
+
+def test_save_writes_a_picture_and_says_so_on_stderr(run_cli, tiny_bundle, picture, tmp_path):
+    out = tmp_path / "found.png"
+    outcome = run_cli("ground", tiny_bundle, picture, EXPRESSION, "--save", out)
+    assert outcome.code == 0
+    assert f"wrote {out}\n" in outcome.err
+    with Image.open(out) as saved:
+        assert saved.width > 40
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "words"),
+    [
+        ("bundle", "nowhere", "no bundle there"),
+        ("image", "nowhere.png", "nowhere.png"),
+        ("expression", "   ", "expression"),
+        ("expression", "the <image> circle", "<image>"),
+        ("--provider", "NoSuchProvider", "NoSuchProvider"),
+        ("--save", "found.xyz", ".png"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_2(
+    run_cli, tiny_bundle, picture, tmp_path, monkeypatch, argument, value, words
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = {"bundle": tiny_bundle, "image": picture, "expression": EXPRESSION}
+    flags = []
+    if argument in arguments:
+        arguments[argument] = value
+    else:
+        flags = [argument, value]
+    outcome = run_cli("ground", *arguments.values(), *flags, "-q")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+    assert words in outcome.err

@@ -1,0 +1,58 @@
+"""``gap-export inspect``."""
+
+from __future__ import annotations
+
+import shutil
+
+import onnx
+
+
+def test_gap_remap_is_found_where_onnx_sees_it(run_cli, tiny_bundle):
+    graph = onnx.load(tiny_bundle / "decoder_model_merged.onnx", load_external_data=False).graph
+    (node,) = [n for n in graph.node if n.op_type == "GapRemap"]
+    readers = [n.name for n in graph.node if node.output[0] in n.input]
+    assert readers
+
+    (remap,) = run_cli("inspect", tiny_bundle, "--json").plain["gap_remap"]
+    assert (remap["file"], remap["node"]) == ("decoder_model_merged.onnx", node.name)
+    assert (remap["domain"], remap["inputs"]) == ("gap_export", ["position_ids", "kept_positions"])
+    assert [consumer["node"] for consumer in remap["consumers"]] == readers
+
+    text = run_cli("inspect", tiny_bundle).out
+    assert f"GapRemap in decoder_model_merged.onnx: node {node.name}, domain gap_export" in text
+    assert all(name in text for name in readers)
+
+
+def test_tokens_and_sizes_add_up(run_cli, tiny_bundle):
+    plain = run_cli("inspect", tiny_bundle, "--json").plain
+    files = [path for path in tiny_bundle.rglob("*") if path.is_file()]
+    listed = sum(p.stat().st_size for p in files if not p.name.startswith("gap.json"))
+    assert plain["size_bytes"] == listed
+    # 2 layers, 2 key and value heads of 8, fp32; 16 - 5 visual tokens dropped.
+    assert plain["tokens"]["kv_cache_bytes_per_token"] == 2 * 2 * 2 * 8 * 4
+    assert plain["tokens"]["kv_cache_bytes_saved"] == 11 * 256
+
+
+def test_the_text_names_model_pruning_graphs_and_files(run_cli, tiny_bundle):
+    text = run_cli("inspect", tiny_bundle).out
+    for words in (
+        "tiny-llava (family llava, Apache-2.0): random weights, for tests",
+        "pruning    spatial, keep 0.3, order raster, extra token none",
+        "positions  gap",
+        "5 of 16 visual tokens fed (4x4 grid), 11 dropped",
+        "<- past_key_values.{i}.key [batch_size, 2, past_sequence_length, 8] float32 (x2)",
+        "-> logits [batch_size, 1, ",
+        "tokenizer.json",
+    ):
+        assert words in text
+
+
+def test_a_changed_byte_is_an_error(run_cli, tiny_bundle, tmp_path):
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+    graph = copy / "embed_tokens.onnx"
+    raw = bytearray(graph.read_bytes())
+    raw[10] ^= 1
+    graph.write_bytes(raw)
+    outcome = run_cli("inspect", copy)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "embed_tokens.onnx" in outcome.err

@@ -1,0 +1,163 @@
+"""From argv to exit code: the default command, errors, bugs, signals and broken pipes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gap_export import __version__, pipeline
+from gap_export.cli._main import Stopped, _stop_signals
+from gap_export.errors import ExportError, ParityError, UsageError
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("refshapes-llava", "--keep", "0.3"),
+        ("--keep", "0.3", "refshapes-llava"),
+        ("-q", "refshapes-llava", "--keep", "0.3"),
+        ("refshapes-llava", "--keep", "0.3", "-q"),
+        ("export", "-q", "refshapes-llava", "--keep=0.3"),
+    ],
+)
+def test_export_runs_where_no_command_is_named(run_cli, seen_options, argv):
+    run_cli(*argv)
+    assert seen_options == [pipeline.ExportOptions(model="refshapes-llava", keep_ratio=0.3)]
+
+
+def test_a_mistyped_command_is_not_taken_for_a_model(run_cli, seen_options):
+    outcome = run_cli("grond", "bundle", "image.png", "the red circle")
+    assert (outcome.code, seen_options) == (2, [])
+    assert "no command 'grond'. Did you mean 'ground'?" in outcome.err
+
+
+def test_an_unknown_model_suggests_the_nearest_and_exits_2(run_cli):
+    outcome = run_cli("refshape-lava", "--keep", "0.3")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: no model of that name: refshape-lava")
+    assert "refshapes-llava" in outcome.err
+
+
+@pytest.mark.parametrize(("error", "code"), [(UsageError, 2), (ExportError, 1), (ParityError, 3)])
+def test_our_errors_are_one_message_and_their_exit_code(run_cli, monkeypatch, error, code):
+    def fail(options, *, progress):
+        raise error("it broke", seen=7, fix="mend it")
+
+    monkeypatch.setattr(pipeline, "export_model", fail)
+    outcome = run_cli("refshapes-llava")
+    assert (outcome.code, outcome.out) == (code, "")
+    assert outcome.err == "error: it broke: 7; mend it\n"
+
+
+def test_a_bug_is_one_line_and_a_traceback_only_with_v(run_cli, monkeypatch):
+    def fail(options, *, progress):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(pipeline, "export_model", fail)
+    outcome = run_cli("refshapes-llava")
+    assert outcome.code == 1
+    assert outcome.err == (
+        "error: ZeroDivisionError: oh\nthis is a bug; run with -v for the traceback\n"
+    )
+    for argv in (("-v", "refshapes-llava"), ("refshapes-llava", "-v")):
+        outcome = run_cli(*argv)
+        assert outcome.code == 1
+        assert "Traceback (most recent call last)" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("models", "--nonsense"), ["--nonsense"]),
+        (("refshapes-llava", "--keep", "much"), ["--keep", "number"]),
+        (("refshapes-llava", "--positions", "gaps"), ["--positions", "gaps", "compact"]),
+        (("ground", "bundle"), ["IMAGE"]),
+        (("eval", "refshapes-llava", "--samples", "0"), ["--samples", "1"]),
+    ],
+)
+def test_wrong_usage_exits_2_and_says_what(run_cli, argv, words):
+    outcome = run_cli(*argv)
+    assert (outcome.code, outcome.out) == (2, "")
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert [word for word in words if word not in last] == []
+
+
+def test_version_and_help_go_to_stdout(run_cli):
+    assert run_cli("--version").out == f"gap-export {__version__}\n"
+    for flag in ("-h", "--help"):
+        outcome = run_cli(flag)
+        assert outcome.code == 0
+        for command in ("export", "check", "ground", "eval", "inspect", "models", "doctor"):
+            assert f"\n  {command} " in outcome.out
+
+
+def test_no_arguments_show_the_help(run_cli):
+    outcome = run_cli()
+    assert outcome.code == 2
+    assert "Usage: gap-export" in outcome.out + outcome.err
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "text"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_unwinds_open_contexts_and_is_one_line(
+    run_cli, monkeypatch, tmp_path, signum, code, text
+):
+    cleaned = []
+
+    def work(options, *, progress):
+        try:
+            os.kill(os.getpid(), signum)
+            time.sleep(5)
+        finally:
+            # A second signal must not cut the clean-up short.
+            os.kill(os.getpid(), signum)
+            cleaned.append(True)
+
+    before = signal.getsignal(signum)
+    monkeypatch.setattr(pipeline, "export_model", work)
+    outcome = run_cli("refshapes-llava")
+    assert (outcome.code, outcome.err, cleaned) == (code, f"error: {text}\n", [True])
+    assert signal.getsignal(signum) is before
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with _stop_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_stopped_is_not_caught_as_an_ordinary_exception():
+    assert not issubclass(Stopped, (Exception, KeyboardInterrupt))
+
+
+def test_a_reader_that_leaves_is_no_error_message():
+    # Far more than a pipe holds, so that the writer meets the closed end.
+    code = (
+        "import sys; from gap_export.cli import _main, models;"
+        "models.format_table = lambda *a: 'x' * 1_000_000; sys.exit(_main.main(['models']))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_python_m_runs_the_same_program():
+    command = [sys.executable, "-m", "gap_export", "--version"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert answer.stdout == f"gap-export {__version__}\n"

@@ -1,0 +1,62 @@
+"""Accuracy rows: what is compared with what, and the collapse and recovery on the demo model."""
+
+from __future__ import annotations
+
+import pytest
+
+from gap_export.errors import UsageError
+from gap_export.evaluation.accuracy import evaluate_bundle, evaluate_model
+from gap_export.pipeline import ExportOptions, export_model
+
+
+def test_rows_are_unpruned_then_compact_and_gap_for_each_configuration(tiny_checkpoint):
+    report = evaluate_model(
+        str(tiny_checkpoint),
+        pruners=["spatial", "random"],
+        keep_ratios=[0.5, 0.3],
+        num_samples=8,
+        seed=4,
+    )
+    keys = [(row.pruner, row.keep_ratio, row.positions) for row in report.rows]
+    assert keys == [
+        ("none", 1.0, "none"),
+        ("spatial", 0.5, "compact"),
+        ("spatial", 0.5, "gap"),
+        ("random", 0.5, "compact"),
+        ("random", 0.5, "gap"),
+        ("spatial", 0.3, "compact"),
+        ("spatial", 0.3, "gap"),
+        ("random", 0.3, "compact"),
+        ("random", 0.3, "gap"),
+    ]
+    assert {(row.n, row.num_images, row.seed) for row in report.rows} == {(8, 2, 4)}
+    assert all(0 <= row.ci95[0] <= row.acc_at_50 <= row.ci95[1] <= 1 for row in report.rows)
+
+
+def test_fewer_samples_than_one_are_refused(tiny_checkpoint):
+    with pytest.raises(UsageError, match="samples"):
+        evaluate_model(str(tiny_checkpoint), num_samples=0)
+
+
+def test_a_pruned_baseline_is_refused(tiny_bundle):
+    with pytest.raises(UsageError, match="baseline"):
+        evaluate_bundle(tiny_bundle, baseline=tiny_bundle, num_samples=4)
+
+
+def test_a_bundle_gives_the_same_rows_with_a_baseline_as_with_its_checkpoint(
+    tiny_bundle, tiny_checkpoint, tmp_path
+):
+    options = ExportOptions(model=str(tiny_checkpoint), keep_ratio=1.0, out=tmp_path / "whole")
+    whole = export_model(options).bundle
+    by_baseline = evaluate_bundle(tiny_bundle, baseline=whole, num_samples=4)
+    by_checkpoint = evaluate_bundle(tiny_bundle, checkpoint=tiny_checkpoint, num_samples=4)
+    assert by_baseline == by_checkpoint
+
+
+def test_the_demo_model_collapses_without_gap_and_recovers_with_it(demo_bundle):
+    report = evaluate_bundle(demo_bundle, num_samples=300, seed=0)
+    unpruned, compact, gap = report.rows
+    assert unpruned.acc_at_50 >= 0.90
+    assert compact.acc_at_50 <= 0.15 * unpruned.acc_at_50
+    assert gap.acc_at_50 >= 0.80 * unpruned.acc_at_50
+    assert report.worst_recovery() == gap.recovered == gap.acc_at_50 / unpruned.acc_at_50

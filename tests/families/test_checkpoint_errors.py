@@ -1,0 +1,194 @@
+"""What can be wrong with a checkpoint, and what the user is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from gap_export.errors import CheckpointError, ExitCode, RecipeError
+from gap_export.families import build_reference, resolve_pruning
+
+LAYER = "language_model.model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def broken(tiny_checkpoint, tmp_path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "broken"))
+
+
+def build(folder: Path, recipe: Any, pruner: str = "spatial") -> None:
+    pruning = resolve_pruning(
+        recipe, pruner=pruner, keep_ratio=0.3, order="raster", positions="gap", seed=0
+    )
+    build_reference(recipe, folder, pruning, device="meta")
+
+
+def refusal(folder: Path, recipe: Any, pruner: str = "spatial") -> str:
+    with pytest.raises(CheckpointError) as caught:
+        build(folder, recipe, pruner)
+    assert caught.value.exit_code == ExitCode.USAGE
+    return str(caught.value)
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Any]], Any], name="model") -> None:
+    tensors = load_file(folder / f"{name}.safetensors")
+    change(tensors)
+    save_file(tensors, folder / f"{name}.safetensors")
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any], name="config.json") -> None:
+    plain = json.loads((folder / name).read_text())
+    change(plain)
+    (folder / name).write_text(json.dumps(plain))
+
+
+def test_untouched_copy_is_fine(broken, tiny_recipe):
+    build(broken, tiny_recipe, "text")
+
+
+def test_missing_tensor_is_named(broken, tiny_recipe):
+    edit_tensors(broken, lambda t: t.pop(LAYER))
+    assert "missing decoder.layers.1.mlp.up_proj.weight" in refusal(broken, tiny_recipe)
+
+
+def test_missing_tensor_that_the_export_never_reads_is_named_too(broken, tiny_recipe):
+    edit_tensors(broken, lambda t: t.pop("vision_tower.post_layernorm.bias"))
+    assert "missing tower.post_layernorm.bias" in refusal(broken, tiny_recipe)
+
+
+def test_unexpected_tensor_is_named(broken, tiny_recipe):
+    edit_tensors(broken, lambda t: t.update({"adapter.weight": np.ones(2, np.float32)}))
+    assert "unexpected adapter.weight" in refusal(broken, tiny_recipe)
+
+
+def test_many_missing_tensors_are_counted(broken, tiny_recipe):
+    edit_tensors(broken, lambda t: [t.pop(k) for k in list(t) if "layers.1" in k])
+    assert "and 19 more" in refusal(broken, tiny_recipe)
+
+
+def test_misshaped_tensor_is_named_with_both_shapes(broken, tiny_recipe):
+    edit_tensors(broken, lambda t: t.update({LAYER: np.ones((64, 33), np.float32)}))
+    message = refusal(broken, tiny_recipe)
+    assert "decoder.layers.1.mlp.up_proj.weight [64, 33] instead of [64, 32]" in message
+
+
+def test_weights_of_another_dtype_are_refused(broken, tiny_recipe):
+    edit_tensors(broken, lambda t: t.update({LAYER: t[LAYER].astype(np.float16)}))
+    assert "F16" in refusal(broken, tiny_recipe)
+
+
+def test_one_tensor_under_two_names_is_refused(broken, tiny_recipe):
+    twice = "model.language_model.layers.1.mlp.up_proj.weight"
+    edit_tensors(broken, lambda t: t.update({twice: t[LAYER]}))
+    assert "two names for one tensor" in refusal(broken, tiny_recipe)
+
+
+def test_tensors_that_hold_no_weight_are_passed_over(broken, tiny_recipe):
+    old = {
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+        "vision_tower.embeddings.position_ids": np.ones((1, 17), np.int64),
+    }
+    edit_tensors(broken, lambda t: t.update(old))
+    build(broken, tiny_recipe)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("vision_tower.", "vision_tower.vision_model."),
+        ("vision_tower.", "model.vision_tower."),
+        ("language_model.model.", "model.language_model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+    ],
+)
+def test_every_layout_of_names_is_read(broken, tiny_recipe, old, new):
+    def rename(tensors: dict[str, Any]) -> None:
+        for key in [k for k in tensors if k.startswith(old)]:
+            tensors[new + key.removeprefix(old)] = tensors.pop(key)
+
+    edit_tensors(broken, rename)
+    build(broken, tiny_recipe)
+
+
+def test_untied_head_may_not_be_left_out(broken, tiny_recipe):
+    edit_tensors(broken, lambda t: t.pop("language_model.lm_head.weight"))
+    assert "missing lm_head.weight" in refusal(broken, tiny_recipe)
+
+
+def test_missing_and_empty_folder_are_refused(tmp_path, tiny_recipe):
+    assert "folder not found" in refusal(tmp_path / "none", tiny_recipe)
+    assert "no weights" in refusal(tmp_path, tiny_recipe)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_missing_file_is_named(broken, tiny_recipe, name):
+    (broken / name).unlink()
+    assert f"{broken / name}" in refusal(broken, tiny_recipe)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "visual_projection.safetensors"]
+)
+def test_missing_file_of_the_text_tower_matters_to_the_text_pruner_alone(broken, tiny_recipe, name):
+    (broken / "clip" / name).unlink()
+    assert str(broken / "clip") in refusal(broken, tiny_recipe, "text")
+    build(broken, tiny_recipe, "cls")
+
+
+@pytest.mark.parametrize("size", [0, 100, 5000])
+def test_truncated_weights_are_refused(broken, tiny_recipe, size):
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    assert "damaged" in refusal(broken, tiny_recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: c.update(model_type="llava_next"), "model_type 'llava_next'"),
+        (lambda c: c.pop("model_type"), "model_type None"),
+        (lambda c: c["text_config"].update(model_type="qwen2"), "decoder type"),
+        (lambda c: c["vision_config"].update(model_type="siglip_vision_model"), "vision tower"),
+        (lambda c: c.update(vision_feature_layer=-1), "vision_feature_layer"),
+        (lambda c: c.update(vision_feature_select_strategy="full"), "select_strategy"),
+        (lambda c: c["vision_config"].update(image_size=64), "visual token grid"),
+        (lambda c: c["vision_config"].update(patch_size=4), "visual token grid"),
+        (lambda c: c["text_config"].update(hidden_size="wide"), "does not parse"),
+        (lambda c: c["text_config"].update(num_hidden_layers=3), "missing decoder.layers.2"),
+    ],
+)
+def test_config_of_another_model_is_refused(broken, tiny_recipe, change, says):
+    edit_config(broken, change)
+    assert says in refusal(broken, tiny_recipe)
+
+
+def test_rope_scaling_is_refused(broken, tiny_recipe):
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    edit_config(broken, lambda c: c["text_config"].update(rope_parameters=rope))
+    assert "rope_type" in refusal(broken, tiny_recipe)
+
+
+def test_select_layer_that_is_not_there_is_refused(broken, tiny_recipe):
+    edit_config(broken, lambda c: c.update(vision_feature_layer=-4))
+    recipe = tiny_recipe.model_copy(update={"select_layer": -4})
+    assert "no such select layer" in refusal(broken, recipe)
+
+
+@pytest.mark.parametrize("eos", [None, "two", [], [2, -1], 10_000])
+def test_unusable_end_token_is_refused(broken, tiny_recipe, eos):
+    edit_config(broken, lambda c: c.update(eos_token_id=eos), "generation_config.json")
+    assert "eos_token_id" in refusal(broken, tiny_recipe)
+
+
+def test_unknown_family_is_refused(tiny_checkpoint, tiny_recipe):
+    with pytest.raises(RecipeError, match=r"lava.*allowed: llava"):
+        build(tiny_checkpoint, tiny_recipe.model_copy(update={"family": "lava"}))

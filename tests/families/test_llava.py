@@ -1,0 +1,226 @@
+"""The reference against transformers' own LLaVA, on random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gap_export.families import Reference, build_reference, resolve_pruning
+from gap_export.recipe import load_recipe
+
+PRUNERS = ("cls", "text", "random", "spatial", "fastervlm")
+ATOL = 2e-5
+
+
+def reference(folder: Path, pruner: str = "spatial", keep_ratio: float = 1.0) -> Reference:
+    recipe = load_recipe(folder / "recipe.yaml")
+    pruning = resolve_pruning(
+        recipe, pruner=pruner, keep_ratio=keep_ratio, order="raster", positions="gap", seed=0
+    )
+    return build_reference(recipe, folder, pruning, device="cpu")
+
+
+def transformers_model(folder: Path) -> Any:
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="eager")
+    return model.eval()
+
+
+def pictures(count: int, size: int = 32) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(3))
+
+
+def no_past(ref: Reference, batch: int) -> list[torch.Tensor]:
+    spec = ref.decoder_spec
+    empty = torch.zeros(batch, spec.num_key_value_heads, 0, spec.head_dim)
+    return [empty] * (2 * spec.num_layers)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[{"num_key_value_heads": 2}, {"num_key_value_heads": 4}, {"tie_word_embeddings": True}],
+    ids=["gqa", "mha", "tied"],
+)
+def checkpoint(request, make_checkpoint):
+    return make_checkpoint(**request.param)
+
+
+def test_unpruned_logits_equal_transformers_through_decode(checkpoint):
+    ref, theirs = reference(checkpoint), transformers_model(checkpoint)
+    ids = torch.randint(5, 120, (1, 24), generator=torch.Generator().manual_seed(1))
+    ids[0, 2:18] = 3
+    later = [7, 30, 99, 4]
+    with torch.inference_mode():
+        embeds = ref.embed_tokens(ids)
+        embeds[:, 2:18] = ref.vision_encoder(pictures(1))[0]
+        past, slots = no_past(ref, 1), torch.arange(24)[None]
+        mask = torch.ones(1, 24, dtype=torch.int64)
+        fed = ids
+        for token in [*later, None]:
+            logits, *past = ref.decoder(embeds, mask, slots, *past)
+            wanted = theirs(input_ids=fed, pixel_values=pictures(1)).logits[:, -1:]
+            assert wanted.abs().max() > 0.5
+            assert (logits - wanted).abs().max() < ATOL
+            if token is not None:
+                step = torch.tensor([[token]])
+                fed, embeds = torch.cat([fed, step], dim=1), ref.embed_tokens(step)
+                slots = slots[:, -1:] + 1
+                mask = torch.ones(1, fed.shape[1], dtype=torch.int64)
+
+
+def test_features_and_cls_attention_equal_transformers(tiny_checkpoint):
+    theirs = transformers_model(tiny_checkpoint)
+    tower = reference(tiny_checkpoint).vision_encoder.tower
+    with torch.inference_mode():
+        hidden, attention = tower(pictures(2))
+        seen = theirs.model.vision_tower(
+            pictures(2), output_hidden_states=True, output_attentions=True
+        )
+        wanted = theirs.model.get_image_features(pictures(2)).pooler_output
+        ours = reference(tiny_checkpoint).vision_encoder(pictures(2))[0]
+    assert (hidden - seen.hidden_states[-2]).abs().max() < ATOL
+    # hidden_states[-2] is what the last layer reads, so the layer before it produced it.
+    assert (attention - seen.attentions[-2][:, :, 0, 1:].mean(dim=1)).abs().max() < ATOL
+    assert (ours - torch.stack(list(wanted))).abs().max() < ATOL
+
+
+def test_vision_encoder_runs_no_layer_beyond_the_select_layer(tiny_checkpoint):
+    keys = reference(tiny_checkpoint).vision_encoder.state_dict()
+    assert any(".layers.1." in key for key in keys)
+    assert not any(".layers.2." in key or "post_layernorm" in key for key in keys)
+
+
+def test_text_encoder_equals_transformers_and_ignores_padding(tiny_checkpoint):
+    from transformers import CLIPTextModelWithProjection
+
+    theirs = CLIPTextModelWithProjection.from_pretrained(tiny_checkpoint / "clip").eval()
+    encoder = reference(tiny_checkpoint, "text").text_encoder
+    rows = torch.tensor([[1, 10, 14, 16, 2], [1, 12, 124, 2, 0]])
+    with torch.inference_mode():
+        ours, wanted = encoder(rows), theirs(input_ids=rows).text_embeds
+        alone = encoder(rows[1:, :4])
+    assert (ours - wanted).abs().max() < ATOL
+    assert (ours[1:] - alone).abs().max() < ATOL
+
+
+@pytest.mark.parametrize("eos_token_id", [2, 9])
+def test_text_encoder_pools_where_transformers_does(tiny_checkpoint, tmp_path, eos_token_id):
+    """Id 2 is the old convention: the largest id of the row; any other: the first such id."""
+    from transformers import CLIPTextModelWithProjection
+
+    from gap_export.families.clip_text import read_text_tower
+    from gap_export.families.components import text_component
+    from gap_export.families.loading import fill_module
+    from gap_export.recipe import TextTower
+
+    theirs = CLIPTextModelWithProjection.from_pretrained(tiny_checkpoint / "clip").eval()
+    theirs.config.eos_token_id = theirs.text_model.eos_token_id = eos_token_id
+    theirs.save_pretrained(tmp_path / "clip")
+    projection = (tiny_checkpoint / "clip/visual_projection.safetensors").read_bytes()
+    (tmp_path / "clip/visual_projection.safetensors").write_bytes(projection)
+    tower = TextTower(folder="clip", similarity_sign=1)
+    with torch.device("meta"):
+        component = text_component(read_text_tower(tower, tmp_path, vision_width=32))
+    fill_module(component)
+    rows = torch.tensor([[1, 50, 9, 50, 9, 2], [1, 9, 9, 50, 2, 0]])
+    with torch.inference_mode():
+        difference = component.module(rows) - theirs(input_ids=rows).text_embeds
+    assert difference.abs().max() < ATOL
+
+
+@pytest.mark.parametrize(
+    ("pruner", "order"),
+    # spatial has nothing to order by
+    [*((p, "raster") for p in PRUNERS), *((p, "score") for p in PRUNERS if p != "spatial")],
+)
+def test_pruned_features_are_the_unpruned_ones_at_keep_indices(tiny_graphs, pruner, order):
+    encoder = tiny_graphs.reference(pruner, 0.3, order=order).vision_encoder
+    text = [torch.randn(3, 16, generator=torch.Generator().manual_seed(5))]
+    inputs = [pictures(3), *(text if pruner == "text" else [])]
+    with torch.inference_mode():
+        every, _ = tiny_graphs.reference("spatial", 1.0).vision_encoder(pictures(3))
+        features, keep = encoder(*inputs)
+    assert keep.shape == (3, 5)
+    index = keep[:, :, None].expand(-1, -1, every.shape[2])
+    assert (features - every.gather(1, index)).abs().max() < ATOL
+    raster = tiny_graphs.reference(pruner, 0.3).vision_encoder
+    with torch.inference_mode():
+        ascending = raster(*inputs)[1]
+    assert torch.equal(keep.sort(dim=1).values, ascending)
+    if order == "score":
+        assert not torch.equal(keep, ascending)
+
+
+def test_one_picture_serves_many_expressions(tiny_graphs):
+    encoder = tiny_graphs.reference("text", 0.3).vision_encoder
+    text = torch.randn(4, 16, generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        together = encoder(pictures(1), text)
+        apart = [encoder(pictures(1), row[None]) for row in text]
+        repeated = encoder(pictures(1).expand(4, -1, -1, -1), text)
+    assert torch.equal(together[1], torch.cat([keep for _, keep in apart]))
+    assert torch.equal(together[1], repeated[1])
+    assert len({tuple(row) for row in together[1].tolist()}) > 1
+    assert (together[0] - torch.cat([features for features, _ in apart])).abs().max() < ATOL
+
+
+def test_similarity_sign_turns_the_choice_round(tiny_checkpoint):
+    recipe = load_recipe(tiny_checkpoint / "recipe.yaml")
+    flipped = recipe.model_copy(
+        update={"text_tower": recipe.text_tower.model_copy(update={"similarity_sign": -1})}
+    )
+    text, kept = torch.randn(1, 16), []
+    for each in (recipe, flipped):
+        pruning = resolve_pruning(
+            each, pruner="text", keep_ratio=0.5, order="raster", positions="gap", seed=0
+        )
+        encoder = build_reference(each, tiny_checkpoint, pruning, device="cpu").vision_encoder
+        with torch.inference_mode():
+            kept.append(set(encoder(pictures(1), text)[1][0].tolist()))
+    assert kept[0] | kept[1] == set(range(16)) and not kept[0] & kept[1]
+
+
+def test_meta_reference_reads_no_weight(tiny_checkpoint, tiny_graphs, monkeypatch):
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr("gap_export.families.loading.read_tensor", forbidden)
+    meta = build_reference(
+        tiny_graphs.recipe, tiny_checkpoint, tiny_graphs.pruning("text"), device="meta"
+    )
+    for component in meta.components:
+        assert all(p.is_meta for p in component.module.parameters())
+        assert set(component.weight_refs) == set(component.module.state_dict())
+
+
+def test_reference_names_its_files(tiny_checkpoint, tiny_graphs):
+    plain = tiny_graphs.reference("spatial", 0.3)
+    assert [c.name for c in plain.components] == [
+        "vision_encoder", "embed_tokens", "decoder_model_merged",
+    ]  # fmt: skip
+    assert plain.text_encoder is None and plain.text_encoder_spec is None
+    assert plain.weight_files == {tiny_checkpoint / "model.safetensors": "model.safetensors"}
+    assert not any("clip" in file.parts for file in plain.checkpoint_files)
+
+    text = tiny_graphs.reference("text", 0.3)
+    assert [c.name for c in text.components][1] == "text_encoder"
+    assert text.weight_files == {
+        tiny_checkpoint / "model.safetensors": "model.safetensors",
+        tiny_checkpoint / "clip/model.safetensors": "clip-model.safetensors",
+        tiny_checkpoint / "clip/visual_projection.safetensors": "visual_projection.safetensors",
+    }
+    assert [name for _, name in text.tokenizer_files] == ["tokenizer.json", "text_tokenizer.json"]
+    assert text.text_encoder_spec.max_tokens == 24
+    read = {file.relative_to(tiny_checkpoint).as_posix() for file in text.checkpoint_files}
+    assert read == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "clip/config.json", "clip/model.safetensors", "clip/tokenizer.json",
+        "clip/visual_projection.safetensors",
+    }  # fmt: skip
+    spec = plain.decoder_spec
+    assert (spec.num_layers, spec.num_key_value_heads, spec.head_dim) == (2, 2, 8)
+    assert spec.eos_token_ids == (2,) and spec.max_position_embeddings == 256

@@ -1,0 +1,94 @@
+"""The check passes on an honest bundle and fails, with its exit code, on a wrong one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gap_export.errors import UsageError
+from gap_export.parity.check import Question, check_bundle
+from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+
+
+@pytest.fixture(scope="module")
+def questions():
+    rng = np.random.default_rng(0)
+    texts = ["the red circle", "the big blue square", "object"]
+    return [
+        Question(image=rng.integers(0, 256, (40, 32, 3), dtype=np.uint8), expression=text)
+        for text in texts
+    ]
+
+
+def run(bundle, recipe, checkpoint, questions):
+    return check_bundle(bundle, recipe=recipe, checkpoint=checkpoint, questions=questions)
+
+
+@pytest.mark.parametrize("fixture", ["tiny_bundle", "tiny_text_bundle"])
+def test_an_honest_bundle_passes(fixture, tiny_recipe, tiny_checkpoint, questions, request):
+    bundle = request.getfixturevalue(fixture)
+    report = run(bundle, tiny_recipe, tiny_checkpoint, questions)
+    assert report.passed, report.to_plain()
+    assert report.equal_tokens == report.equal_boxes == report.num_questions == 3
+    outputs = {row.output for row in report.outputs}
+    assert {"image_features", "keep_indices", "logits (prefill)", "logits (decode)"} <= outputs
+    json.dumps(report.to_plain(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "spoil", "output"),
+    [
+        ("decode", lambda logits: logits * 2, "logits (prefill)"),
+        ("decode", lambda logits: logits[:, ::-1].copy(), "logits (prefill)"),
+        ("embed_tokens", lambda embeds: embeds + np.float32(1e-3), "inputs_embeds"),
+        ("encode_image", lambda pair: (pair[0], pair[1][:, ::-1].copy()), "keep_indices"),
+        ("encode_image", lambda pair: (pair[0] * np.float32(np.nan), pair[1]), "image_features"),
+    ],
+    ids=["doubled", "permuted", "shifted", "order", "nan"],
+)
+def test_a_wrong_candidate_fails_in_the_output_that_is_wrong(
+    tiny_bundle, tiny_recipe, tiny_checkpoint, questions, monkeypatch, method, spoil, output
+):
+    honest = getattr(OnnxRuntimeBackend, method)
+
+    def wrong(self, *args, **kwargs):
+        return spoil(honest(self, *args, **kwargs))
+
+    monkeypatch.setattr(OnnxRuntimeBackend, method, wrong)
+    report = run(tiny_bundle, tiny_recipe, tiny_checkpoint, questions[:1])
+    assert not report.passed
+    assert output in {row.output for row in report.outputs if not row.passed}
+    json.dumps(report.to_plain(), allow_nan=False)
+
+
+def test_compact_positions_fed_to_the_graph_fail(
+    tiny_bundle, tiny_recipe, tiny_checkpoint, questions, monkeypatch
+):
+    honest = OnnxRuntimeBackend.decode
+
+    def compact(self, *, kept_positions, **given):
+        table = np.broadcast_to(np.arange(kept_positions.shape[1]), kept_positions.shape)
+        return honest(self, kept_positions=np.ascontiguousarray(table), **given)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "decode", compact)
+    report = run(tiny_bundle, tiny_recipe, tiny_checkpoint, questions[:1])
+    failed = [row for row in report.outputs if not row.passed]
+    assert {row.output for row in failed} == {"logits (prefill)", "logits (decode)"}
+    assert all(row.max_abs_diff > 100 * row.atol for row in failed)
+
+
+def test_tokens_that_differ_fail_even_where_tensors_agree(
+    tiny_bundle, tiny_recipe, tiny_checkpoint, questions
+):
+    report = run(tiny_bundle, tiny_recipe, tiny_checkpoint, questions)
+    assert report.passed
+    assert not replace(report, equal_tokens=2).passed
+    assert not replace(report, equal_boxes=0).passed
+
+
+def test_no_questions_is_refused(tiny_bundle, tiny_recipe, tiny_checkpoint):
+    with pytest.raises(UsageError, match="at least 1"):
+        run(tiny_bundle, tiny_recipe, tiny_checkpoint, [])

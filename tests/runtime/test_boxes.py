@@ -1,0 +1,152 @@
+"""Answers to boxes, against the forward direction: box -> padded square -> text."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from gap_export.manifest import BoxSpec
+from gap_export.runtime.boxes import parse_box, to_pixels
+from gap_export.runtime.geometry import Frame, ImageGeometry
+
+PADDED = BoxSpec(syntax="bracketed", scale=1.0, frame="padded_square")
+SQUASHED = BoxSpec(syntax="bracketed", scale=100.0, frame="image")
+SPECS = pytest.mark.parametrize("spec", [PADDED, SQUASHED])
+
+sizes = st.integers(1, 5000)
+hundredths = st.integers(0, 100)
+
+
+@SPECS
+@given(
+    st.tuples(hundredths, hundredths, hundredths, hundredths),
+    st.sampled_from(["", " ", "\n", "  "]),
+    st.sampled_from(["", "Sure, it is at ", "the cup [1] is here: ", "["]),
+    st.sampled_from(["", ".", "]", " and [0.1, 0.2, 0.3, 0.4]"]),
+)
+def test_written_box_is_read_back(
+    spec: BoxSpec, corners: tuple[int, int, int, int], space: str, before: str, after: str
+) -> None:
+    numbers = [f"{corner / 100 * spec.scale:.2f}" for corner in corners]
+    text = f"{before}[{space}{f'{space},{space}'.join(numbers)}{space}]{after}"
+    box = parse_box(text, spec)
+    assert box is not None
+    assert box == pytest.approx([corner / 100 for corner in corners], abs=1e-9)
+
+
+@SPECS
+@given(sizes, sizes, st.data())
+def test_pixels_undo_the_padding_of_wide_tall_and_square_pictures(
+    spec: BoxSpec, width: int, height: int, data: st.DataObject
+) -> None:
+    x1 = data.draw(st.integers(0, width - 1))
+    y1 = data.draw(st.integers(0, height - 1))
+    x2 = data.draw(st.integers(x1 + 1, width))
+    y2 = data.draw(st.integers(y1 + 1, height))
+    # Forward, as a picture is prepared: pasted into the middle of a square, or stretched.
+    if spec.frame == "padded_square":
+        side = max(width, height)
+        shift_x, shift_y, span_x, span_y = (side - width) // 2, (side - height) // 2, side, side
+    else:
+        shift_x, shift_y, span_x, span_y = 0, 0, width, height
+    fractions = (
+        (x1 + shift_x) / span_x,
+        (y1 + shift_y) / span_y,
+        (x2 + shift_x) / span_x,
+        (y2 + shift_y) / span_y,
+    )
+    geometry = ImageGeometry(width=width, height=height)
+    assert to_pixels(fractions, spec, geometry) == pytest.approx((x1, y1, x2, y2), abs=1e-6)
+    swapped = (fractions[2], fractions[3], fractions[0], fractions[1])
+    assert to_pixels(swapped, spec, geometry) == to_pixels(fractions, spec, geometry)
+    crossed = (fractions[2], fractions[1], fractions[0], fractions[3])
+    assert to_pixels(crossed, spec, geometry) == to_pixels(fractions, spec, geometry)
+
+
+@SPECS
+@given(sizes, sizes, st.lists(st.floats(-1e9, 1e9), min_size=4, max_size=4))
+def test_pixels_are_within_the_picture_and_ordered_or_none(
+    spec: BoxSpec, width: int, height: int, values: list[float]
+) -> None:
+    x1, y1, x2, y2 = values
+    box = to_pixels((x1, y1, x2, y2), spec, ImageGeometry(width=width, height=height))
+    if box is not None:
+        assert 0 <= box[0] < box[2] <= width
+        assert 0 <= box[1] < box[3] <= height
+
+
+@pytest.mark.parametrize(
+    ("fractions", "expected"),
+    [
+        ((0.25, 0.5, 0.75, 0.6), (100.0, 100.0, 300.0, 140.0)),  # side 400, 100 rows of padding
+        ((0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 400.0, 200.0)),  # clipped to the picture
+        ((0.1, 0.0, 0.2, 0.25), None),  # all of it in the padding above
+        ((0.5, 0.5, 0.5, 0.6), None),  # no width
+        ((0.5, 0.5, 0.6, 0.5), None),  # no height
+        ((-2.0, 0.5, -1.0, 0.6), None),  # left of the picture
+    ],
+)
+def test_pixels_of_a_wide_picture_at_known_points(
+    fractions: tuple[float, float, float, float], expected: tuple[float, ...] | None
+) -> None:
+    box = to_pixels(fractions, PADDED, ImageGeometry(width=400, height=200))
+    assert box == (None if expected is None else pytest.approx(expected))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no box",
+        "[]",
+        "[0.1, 0.2, 0.3]",
+        "[0.1, 0.2, 0.3, 0.4, 0.5]",
+        "[0.1 0.2 0.3 0.4]",
+        "[a, b, c, d]",
+        "[0.1, 0.2, 0.3, 0.4",
+        "(0.1, 0.2, 0.3, 0.4)",
+        "[nan, inf, 0.3, 0.4]",
+        "[1e3, 0.2, 0.3, 0.4]",
+        "[., 0.2, 0.3, 0.4]",
+        "[0.1,, 0.2, 0.3, 0.4]",
+        "[" + "9" * 400 + ", 0, 0, 0]",
+        "[\u0661, 0.2, 0.3, 0.4]",  # a digit, but not one of the syntax
+    ],
+)
+def test_text_without_a_box_gives_none(text: str) -> None:
+    assert parse_box(text, PADDED) is None
+
+
+@given(st.text(alphabet="[]0123456789.,- \n", max_size=300))
+def test_garbage_is_parsed_without_error(text: str) -> None:
+    box = parse_box(text, PADDED)
+    if box is not None:
+        assert "[" in text
+        assert all(abs(value) < 1e10 for value in box)
+
+
+def test_first_of_several_boxes_counts() -> None:
+    assert parse_box("[0.1, 0.2, 0.3, 0.4] [0.5, 0.6, 0.7, 0.8]", PADDED) == (0.1, 0.2, 0.3, 0.4)
+
+
+def test_signs_and_bare_points_are_numbers() -> None:
+    assert parse_box("[-0.1, +.5, 1., 1]", PADDED) == (-0.1, 0.5, 1.0, 1.0)
+
+
+@given(sizes, sizes)
+def test_padded_square_covers_the_picture_with_equal_margins(width: int, height: int) -> None:
+    assume(width != height)
+    frame = ImageGeometry(width=width, height=height).box_frame(PADDED)
+    assert frame.width == frame.height == max(width, height)
+    for start, span in ((frame.left, width), (frame.top, height)):
+        before, after = -start, frame.width + start - span
+        assert 0 <= after - before <= 1
+
+
+def test_squashed_picture_is_its_own_frame() -> None:
+    geometry = ImageGeometry(width=30, height=20)
+    spec = dataclasses.replace(SQUASHED, scale=1.0)
+    assert geometry.box_frame(spec) == Frame(left=0, top=0, width=30, height=20)

@@ -1,0 +1,275 @@
+"""Real graphs in ONNX Runtime: cache, batches, refusals, and no torch anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from gap_export.bundle import Bundle, open_bundle, write_bundle
+from gap_export.errors import BundleError, GapExportError, UsageError
+from gap_export.manifest import Manifest
+from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.runtime.session import GroundingSession
+
+EXPRESSIONS = [
+    "the star",
+    "the small red circle above the big blue square",
+    "green object",
+    "the left-most star",
+]
+Rebuild = Callable[..., Path]
+
+
+@pytest.fixture
+def backend(tiny_bundle: Path) -> Iterator[OnnxRuntimeBackend]:
+    with OnnxRuntimeBackend(open_bundle(tiny_bundle)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def rebuild(tiny_bundle: Path, tmp_path: Path) -> Rebuild:
+    """A copy of the bundle with some files' bytes or manifest entries changed, hashes right."""
+
+    def build(contents: dict[str, bytes] | None = None, **changes: Any) -> Path:
+        opened = open_bundle(tiny_bundle)
+        with write_bundle(tmp_path / "rebuilt") as draft:
+            for file in opened.manifest.files:
+                draft.copy(opened.file(file.path), file.path)
+            for name, content in (contents or {}).items():
+                (draft.folder / name).write_bytes(content)
+            draft.commit(dataclasses.replace(opened.manifest, **changes))
+        return tmp_path / "rebuilt"
+
+    return build
+
+
+def random_prompt(manifest: Manifest, length: int, rows: int = 1) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    hidden = manifest.decoder.hidden_size
+    return {
+        "inputs_embeds": rng.normal(size=(rows, length, hidden)).astype(np.float32),
+        "attention_mask": np.ones((rows, length), np.int64),
+        "position_ids": np.arange(length, dtype=np.int64)[None].repeat(rows, axis=0),
+        "kept_positions": np.sort(rng.permutation(40)[:6]).astype(np.int64)[None].repeat(rows, 0),
+    }
+
+
+def test_cache_grown_step_by_step_equals_one_prefill(
+    backend: OnnxRuntimeBackend, tiny_bundle: Path
+) -> None:
+    given = random_prompt(open_bundle(tiny_bundle).manifest, 9)
+    at_once = backend.decode(**given, cache=backend.new_cache(1))
+    cache = backend.new_cache(1)
+    start = 0
+    for end in (4, 5, 7, 9):
+        logits = backend.decode(
+            inputs_embeds=given["inputs_embeds"][:, start:end],
+            attention_mask=given["attention_mask"][:, :end],
+            position_ids=given["position_ids"][:, start:end],
+            kept_positions=given["kept_positions"],
+            cache=cache,
+        )
+        start = end
+        assert cache.length == end
+    np.testing.assert_allclose(logits, at_once, atol=1e-4)
+    compact = given | {"kept_positions": np.arange(6, dtype=np.int64)[None]}
+    other = backend.decode(**compact, cache=backend.new_cache(1))
+    assert np.abs(other - at_once).max() > 1e-2
+
+
+def test_cache_is_held_by_onnx_runtime_not_by_numpy(
+    backend: OnnxRuntimeBackend, tiny_bundle: Path
+) -> None:
+    manifest = open_bundle(tiny_bundle).manifest
+    cache = backend.new_cache(2)
+    backend.decode(**random_prompt(manifest, 5, rows=2), cache=cache)
+    spec = manifest.decoder
+    assert len(cache.values) == 2 * spec.num_layers
+    for name, value in cache.values.items():
+        assert name.startswith("past_key_values.")
+        assert isinstance(value, ort.OrtValue)
+        assert value.shape() == [2, spec.num_key_value_heads, 5, spec.head_dim]
+
+
+@pytest.mark.parametrize("fixture", ["tiny_bundle", "tiny_text_bundle"])
+def test_rows_of_different_length_equal_the_rows_alone(
+    request: pytest.FixtureRequest, picture: Any, fixture: str
+) -> None:
+    with GroundingSession.open(request.getfixturevalue(fixture)) as session:
+        alone = [session.ground(picture, expression) for expression in EXPRESSIONS]
+        together = session.ground_batch(picture, EXPRESSIONS)
+    for one, other in zip(alone, together, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.keep_indices == other.keep_indices
+        assert one.box == other.box
+
+
+def test_compact_positions_give_other_answers(tiny_bundle: Path, picture: Any) -> None:
+    answers = []
+    for positions in ("gap", "compact"):
+        with GroundingSession.open(tiny_bundle, positions=positions) as session:  # type: ignore[arg-type]
+            found = session.ground_batch(picture, EXPRESSIONS)
+            answers.append([answer.token_ids for answer in found])
+    assert answers[0] != answers[1]
+
+
+def test_name_says_what_runs(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    with OnnxRuntimeBackend(bundle, ["CPUExecutionProvider"], num_threads=1) as backend:
+        assert backend.name == f"ONNX Runtime {ort.__version__} (CPUExecutionProvider)"
+
+
+@pytest.mark.parametrize("providers", [["NoSuchProvider"], []])
+def test_execution_provider_that_is_not_there_is_refused(
+    tiny_bundle: Path, providers: list[str]
+) -> None:
+    with pytest.raises(UsageError, match=r"not available.*allowed: .*CPUExecutionProvider"):
+        GroundingSession.open(tiny_bundle, execution_providers=providers)
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in ort.get_available_providers(),
+    reason="this ONNX Runtime has CUDA, so asking for it is fine",
+)
+def test_missing_cuda_says_what_to_install(tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError, match=r'CUDAExecutionProvider.*install "gap-export\[gpu\]"'):
+        GroundingSession.open(tiny_bundle, execution_providers=["CUDAExecutionProvider"])
+
+
+@pytest.mark.parametrize("num_threads", [0, -1])
+def test_number_of_threads_below_one_is_refused(tiny_bundle: Path, num_threads: int) -> None:
+    with pytest.raises(UsageError, match=f"number of threads out of range: {num_threads}"):
+        GroundingSession.open(tiny_bundle, num_threads=num_threads)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph"])
+def test_graph_that_is_none_is_refused(rebuild: Rebuild, content: bytes) -> None:
+    bundle = rebuild({"decoder_model_merged.onnx": content})
+    with pytest.raises(BundleError, match=r"refuses decoder_model_merged\.onnx"):
+        GroundingSession.open(bundle)
+
+
+@pytest.mark.parametrize("location", ["../outside.safetensors", "/etc/hostname"])
+def test_weights_outside_of_the_bundle_are_refused(
+    rebuild: Rebuild, tiny_bundle: Path, tmp_path: Path, location: str
+) -> None:
+    name = "embed_tokens.onnx"
+    weights = (tiny_bundle / "model.safetensors").read_bytes()
+    (tmp_path / "outside.safetensors").write_bytes(weights)
+    model = onnx.load(tiny_bundle / name, load_external_data=False)
+    moved = 0
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value, moved = location, moved + 1
+    assert moved
+    bundle = rebuild({name: model.SerializeToString()})
+    with pytest.raises(BundleError, match=r"refuses embed_tokens\.onnx"):
+        GroundingSession.open(bundle)
+
+
+def test_graph_with_other_inputs_than_the_manifest_s_is_refused(
+    rebuild: Rebuild, tiny_bundle: Path
+) -> None:
+    graphs = open_bundle(tiny_bundle).manifest.graphs
+    changed = tuple(
+        dataclasses.replace(graph, inputs=graph.inputs[1:])
+        if graph.component == "decoder_model_merged"
+        else graph
+        for graph in graphs
+    )
+    with pytest.raises(BundleError, match=r"inputs of decoder_model_merged\.onnx are not"):
+        GroundingSession.open(rebuild(graphs=changed))
+
+
+def test_bundle_without_a_decoder_is_refused(rebuild: Rebuild, tiny_bundle: Path) -> None:
+    graphs = open_bundle(tiny_bundle).manifest.graphs
+    kept = tuple(graph for graph in graphs if graph.component != "decoder_model_merged")
+    with pytest.raises(BundleError, match="no such graph: decoder_model_merged"):
+        GroundingSession.open(rebuild(graphs=kept))
+
+
+def test_failure_while_computing_is_one_clear_error(
+    backend: OnnxRuntimeBackend, tiny_bundle: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = random_prompt(open_bundle(tiny_bundle).manifest, 5)
+    given["attention_mask"] = np.ones((1, 3), np.int64)
+    with pytest.raises(GapExportError, match="ONNX Runtime failed while computing"):
+        backend.decode(**given, cache=backend.new_cache(1))
+    with pytest.raises(GapExportError, match="ONNX Runtime failed while computing"):
+        backend.embed_tokens(np.asarray([[10**6]]))
+    assert capfd.readouterr().err == ""
+
+
+def test_text_is_not_encoded_where_the_pruner_reads_none(backend: OnnxRuntimeBackend) -> None:
+    with pytest.raises(UsageError, match="reads no text"):
+        backend.encode_text(np.zeros((1, 3), np.int64))
+
+
+BARE_SESSION = """
+import sys
+from pathlib import Path
+
+class Refuse:
+    names = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors"}
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ImportError(f"{name} is not to be imported here")
+
+sys.meta_path.insert(0, Refuse())
+try:
+    import torch
+except ImportError:
+    pass
+else:
+    raise SystemExit("the hook does not work")
+
+import numpy as np
+from gap_export import GroundingSession
+from gap_export.runtime.drawing import draw_grounding, save_drawing
+
+picture = np.full((24, 40, 3), 90, np.uint8)
+with GroundingSession.open(sys.argv[1]) as session:
+    answers = session.ground_batch(picture, ["the star", "the small red circle"])
+save_drawing(draw_grounding(picture, answers[0]), Path(sys.argv[2]) / "x.png")
+print([list(answer.token_ids) for answer in answers])
+"""
+
+
+@pytest.mark.parametrize("fixture", ["tiny_bundle", "tiny_text_bundle"])
+def test_session_runs_where_the_export_packages_cannot_be_imported(
+    request: pytest.FixtureRequest, tmp_path: Path, fixture: str
+) -> None:
+    bundle: Path = request.getfixturevalue(fixture)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", BARE_SESSION, str(bundle), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    with GroundingSession.open(bundle) as session:
+        picture = np.full((24, 40, 3), 90, np.uint8)
+        found = session.ground_batch(picture, ["the star", "the small red circle"])
+    assert done.stdout.strip() == str([list(answer.token_ids) for answer in found])
+    assert (tmp_path / "x.png").stat().st_size > 0
+
+
+def test_open_checks_the_bundle_first(rebuild: Rebuild) -> None:
+    bundle: Bundle = open_bundle(rebuild())
+    weights = bundle.file("model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(BundleError, match=r"model\.safetensors is not what it was"):
+        GroundingSession.open(bundle.path)

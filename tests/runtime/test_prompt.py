@@ -1,0 +1,178 @@
+"""Expressions to ids: the prompt's structure is the template's, whatever the user writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from gap_export.errors import BundleError, ExpressionError
+from gap_export.manifest import Manifest, PromptSpec
+from gap_export.runtime.prompt import PromptEncoder
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+
+
+@pytest.fixture
+def encoder(sample_manifest: Manifest, tokenizer_folder: Path) -> PromptEncoder:
+    return PromptEncoder(sample_manifest, tokenizer_folder)
+
+
+@pytest.fixture
+def text_encoder(text_manifest: Manifest, tokenizer_folder: Path) -> PromptEncoder:
+    return PromptEncoder(text_manifest, tokenizer_folder)
+
+
+def with_prompt(manifest: Manifest, **changes: object) -> Manifest:
+    prompt: PromptSpec = dataclasses.replace(manifest.prompt, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(manifest, prompt=prompt)
+
+
+def test_prompt_is_split_at_the_image(encoder: PromptEncoder, tokenizer: Tokenizer) -> None:
+    encoded = encoder.encode("the small red circle")
+    spell = tokenizer.id_to_token
+    assert [spell(i) for i in encoded.prefix_ids] == ["<s>", "USER:"]
+    assert [spell(i) for i in encoded.suffix_ids] == [
+        "the", "small", "red", "circle", "ASSISTANT:",
+    ]  # fmt: skip
+    assert encoded.prefix_ids.dtype == encoded.suffix_ids.dtype == np.int64
+    assert encoded.text_ids is None
+    assert encoded.warnings == ()
+
+
+def test_space_around_an_expression_does_not_count(encoder: PromptEncoder) -> None:
+    plain, spaced = encoder.encode("the star"), encoder.encode("  the star\n")
+    assert spaced.suffix_ids.tolist() == plain.suffix_ids.tolist()
+
+
+@pytest.mark.parametrize("expression", ["", " ", "\n\t ", "\u3000\u00a0"])
+def test_empty_expression_is_refused(encoder: PromptEncoder, expression: str) -> None:
+    with pytest.raises(ExpressionError, match=r"expression is empty.*the red cup"):
+        encoder.encode(expression)
+
+
+@pytest.mark.parametrize("thing", [None, 5, b"the star", ["the star"]])
+def test_expression_that_is_not_text_is_refused(encoder: PromptEncoder, thing: object) -> None:
+    with pytest.raises(ExpressionError, match=f"not text: {type(thing).__name__}"):
+        encoder.encode(thing)  # type: ignore[arg-type]
+
+
+def test_longest_expression_is_accepted_and_one_more_word_is_not(encoder: PromptEncoder) -> None:
+    assert len(encoder.encode(" ".join(["star"] * 12)).suffix_ids) == 13
+    with pytest.raises(ExpressionError, match="too long: 13 tokens; allowed: at most 12 tokens"):
+        encoder.encode(" ".join(["star"] * 13))
+
+
+def test_very_long_expression_is_refused_before_it_is_tokenized(encoder: PromptEncoder) -> None:
+    with pytest.raises(ExpressionError, match="too long: 3000000 characters"):
+        encoder.encode("x" * 3_000_000)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["the <image> star", "<image>", "star</s>", "<s>star", "<pad>", "a<unk>b", "x <image><image>"],
+)
+def test_special_token_is_refused(encoder: PromptEncoder, expression: str) -> None:
+    with pytest.raises(ExpressionError, match="special token of the model: <"):
+        encoder.encode(expression)
+
+
+@pytest.mark.parametrize("expression", ["a\nb", "a\tb", "a\0b", "a\x1b[2Jb", "a\x7fb", "a\ud800b"])
+def test_control_character_is_refused(encoder: PromptEncoder, expression: str) -> None:
+    with pytest.raises(ExpressionError, match="control character"):
+        encoder.encode(expression)
+
+
+def test_braces_are_words_like_others(encoder: PromptEncoder, tokenizer: Tokenizer) -> None:
+    encoded = encoder.encode("{expression} {0} %s star")
+    assert len(encoded.suffix_ids) == 5
+    assert tokenizer.id_to_token(int(encoded.suffix_ids[3])) == "star"
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(expression=st.text(max_size=60))
+def test_any_text_is_refused_or_stays_within_the_template(
+    encoder: PromptEncoder, tokenizer: Tokenizer, expression: str
+) -> None:
+    try:
+        encoded = encoder.encode(expression)
+    except ExpressionError:
+        return
+    specials = {tokenizer.token_to_id(token) for token in ("<pad>", "<s>", "</s>", "<image>")}
+    assert [tokenizer.id_to_token(i) for i in encoded.prefix_ids] == ["<s>", "USER:"]
+    assert tokenizer.id_to_token(int(encoded.suffix_ids[-1])) == "ASSISTANT:"
+    assert not specials & set(encoded.suffix_ids.tolist())
+
+
+def test_unknown_words_are_named_once(encoder: PromptEncoder) -> None:
+    encoded = encoder.encode("the purple star left of the purple moon")
+    assert encoded.warnings == ("words the model does not know: purple, moon",)
+
+
+def test_words_for_the_text_tower_keep_its_end_when_cut(
+    text_encoder: PromptEncoder, tokenizer: Tokenizer
+) -> None:
+    spell = tokenizer.id_to_token
+    short = text_encoder.encode("the star").text_ids
+    long = text_encoder.encode("the small red circle above the star").text_ids
+    assert short is not None
+    assert long is not None
+    assert [spell(i) for i in short] == ["<s>", "the", "star", "</s>"]
+    assert [spell(i) for i in long] == ["<s>", "the", "small", "red", "circle", "above", "</s>"]
+
+
+def test_context_counts_pruned_tokens(sample_manifest: Manifest, tokenizer_folder: Path) -> None:
+    # <s> USER: + 16 visual tokens + 3 words + ASSISTANT: = 22, and 8 for the answer.
+    def encoder(limit: int) -> PromptEncoder:
+        decoder = dataclasses.replace(sample_manifest.decoder, max_position_embeddings=limit)
+        manifest = dataclasses.replace(sample_manifest, decoder=decoder)
+        return PromptEncoder(manifest, tokenizer_folder)
+
+    assert len(encoder(30).encode("the red star").suffix_ids) == 4
+    with pytest.raises(ExpressionError, match=r"does not fit.*22 prompt tokens.*allowed: 29"):
+        encoder(29).encode("the red star")
+
+
+@pytest.mark.parametrize(
+    "template", ["USER: {expression} ASSISTANT:", "<image> {expression} <image>", "<image>"]
+)
+def test_template_without_one_image_before_text_is_refused(
+    sample_manifest: Manifest, tokenizer_folder: Path, template: str
+) -> None:
+    encoder = PromptEncoder(with_prompt(sample_manifest, template=template), tokenizer_folder)
+    with pytest.raises(BundleError, match="does not hold the image token once"):
+        encoder.encode("the star")
+
+
+def test_image_token_that_the_tokenizer_does_not_know_is_refused(
+    sample_manifest: Manifest, tokenizer_folder: Path
+) -> None:
+    manifest = with_prompt(sample_manifest, image_token="<picture>")
+    with pytest.raises(BundleError, match="does not know the image token: <picture>"):
+        PromptEncoder(manifest, tokenizer_folder)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff", b'{"model": 5}'])
+def test_tokenizer_that_is_none_is_refused(
+    sample_manifest: Manifest, tmp_path: Path, content: bytes | None
+) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(BundleError, match=r"tokenizer (cannot be read|is not one)"):
+        PromptEncoder(sample_manifest, tmp_path)
+
+
+def test_answer_is_spelled_without_special_tokens(
+    encoder: PromptEncoder, tokenizer: Tokenizer
+) -> None:
+    ids = tuple(tokenizer.encode("[ 0.12 , 0.34 ]", add_special_tokens=False).ids)
+    assert encoder.decode((*ids, 2)) == "[ 0.12 , 0.34 ]"
+    assert encoder.decode(()) == ""

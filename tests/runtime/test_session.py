@@ -1,0 +1,229 @@
+"""A session from picture and words to box, on a backend in numpy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gap_export.errors import BundleError, ExpressionError, ImageError
+from gap_export.manifest import BoxSpec, Manifest
+from gap_export.runtime.geometry import Frame
+from gap_export.runtime.session import GroundingSession
+
+MakeBackend = Callable[[Manifest], Any]
+EXPRESSIONS = ["the star", "the small red circle above the star", "blue square", "the star"]
+
+
+@pytest.fixture
+def session(
+    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path
+) -> GroundingSession:
+    return GroundingSession(sample_manifest, tokenizer_folder, make_backend(sample_manifest))
+
+
+@pytest.fixture
+def text_session(
+    text_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path
+) -> GroundingSession:
+    return GroundingSession(text_manifest, tokenizer_folder, make_backend(text_manifest))
+
+
+def calls_of(session: GroundingSession) -> list[str]:
+    backend: Any = session.backend
+    found: list[str] = backend.calls
+    return found
+
+
+def test_answer_tells_what_was_seen(session: GroundingSession, picture: Any) -> None:
+    answer = session.ground(picture, " the star ")
+    assert answer.expression == " the star "
+    assert answer.keep_indices == (0, 3, 6, 9, 12)
+    assert answer.num_visual_tokens == 16
+    assert answer.grid == (4, 4)
+    assert answer.grid_frame == Frame(left=0, top=-8, width=40, height=40)
+    assert answer.image_size == (40, 24)
+    assert 1 <= len(answer.token_ids) <= 8
+    assert list(answer.timings_ms) == [
+        "preprocess", "vision_encoder", "embed_tokens", "prefill", "decode", "total",
+    ]  # fmt: skip
+    parts = [ms for stage, ms in answer.timings_ms.items() if stage != "total"]
+    assert 0 < sum(parts) <= answer.timings_ms["total"]
+
+
+def test_answer_is_plain_json(session: GroundingSession, picture: Any) -> None:
+    answer = session.ground(picture, "the star")
+    plain = json.loads(json.dumps(answer.to_plain()))
+    assert plain["keep_indices"] == [0, 3, 6, 9, 12]
+    assert plain["grid"] == {"rows": 4, "cols": 4, "frame": [0, -8, 40, 40]}
+    assert plain["image_size"] == [40, 24]
+    assert set(plain) == {field.name for field in dataclasses.fields(answer)} - {"grid_frame"}
+
+
+def test_batch_equals_its_rows_alone_and_sees_the_picture_once(
+    session: GroundingSession, picture: Any
+) -> None:
+    alone = [session.ground(picture, expression) for expression in EXPRESSIONS]
+    calls_of(session).clear()
+    together = session.ground_batch(picture, EXPRESSIONS)
+    assert calls_of(session).count("encode_image") == 1
+    for one, other in zip(alone, together, strict=True):
+        assert (one.token_ids, one.box, one.text) == (other.token_ids, other.box, other.text)
+    assert len({answer.token_ids for answer in together}) > 1
+
+
+def test_batch_of_a_text_reading_pruner_equals_its_rows_alone(
+    text_session: GroundingSession, picture: Any
+) -> None:
+    alone = [text_session.ground(picture, expression) for expression in EXPRESSIONS]
+    calls_of(text_session).clear()
+    together = text_session.ground_batch(picture, EXPRESSIONS)
+    # Texts of 4, 7 (cut), 4 and 4 tokens: one call a length, none padded.
+    assert calls_of(text_session)[:3] == [
+        "encode_text [3, 4]",
+        "encode_text [1, 7]",
+        "encode_image",
+    ]
+    assert len({answer.keep_indices for answer in together}) > 1
+    for one, other in zip(alone, together, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.keep_indices == other.keep_indices
+    assert "text_encoder" in together[0].timings_ms
+
+
+def test_positions_are_the_manifest_s_unless_told_otherwise(
+    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any
+) -> None:
+    def first_ids(manifest: Manifest, **options: Any) -> list[int]:
+        backend = make_backend(manifest)
+        GroundingSession(manifest, tokenizer_folder, backend, **options).ground(picture, "star")
+        ids: list[int] = backend.ids_seen[0][0].tolist()
+        return ids
+
+    pruning = dataclasses.replace(sample_manifest.pruning, positions="compact")
+    compact = dataclasses.replace(sample_manifest, pruning=pruning)
+    gap = [0, 1, 2, 5, 8, 11, 14, 18, 19]
+    assert first_ids(sample_manifest) == gap
+    assert first_ids(sample_manifest, positions="compact") == list(range(9))
+    assert first_ids(compact) == list(range(9))
+    assert first_ids(compact, positions="gap") == gap
+
+
+class Answering:
+    """Wraps a backend so that its answer is a given text, token by token."""
+
+    def __init__(self, inner: Any, token_ids: list[int]) -> None:
+        self._inner, self._token_ids, self._step = inner, token_ids, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def decode(self, **given: Any) -> Any:
+        logits = np.zeros_like(self._inner.decode(**given))
+        logits[:, self._token_ids[self._step]] = 1.0
+        self._step += 1
+        return logits
+
+
+def answering(manifest: Manifest, inner: Any, folder: Path, text: str) -> GroundingSession:
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids[1:]
+    prompt = dataclasses.replace(manifest.prompt, max_new_tokens=20)
+    manifest = dataclasses.replace(manifest, prompt=prompt)
+    return GroundingSession(manifest, folder, Answering(inner, [*ids, 2]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("answer", "frame", "box"),
+    [
+        ("[ 0.25 , 0.50 , 0.75 , 0.60 ]", "padded_square", (10.0, 12.0, 30.0, 16.0)),
+        ("[ 0.75 , 0.60 , 0.25 , 0.50 ]", "padded_square", (10.0, 12.0, 30.0, 16.0)),
+        ("[ 0.25 , 0.50 , 0.75 , 0.60 ]", "image", (10.0, 12.0, 30.0, 14.4)),
+        ("[ 0.25 , 0.01 , 0.75 , 0.10 ]", "padded_square", None),
+        ("the red star", "image", None),
+    ],
+)
+def test_answer_becomes_a_box_in_pixels_of_the_picture(
+    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any,
+    answer: str, frame: Any, box: Any,
+) -> None:  # fmt: skip
+    spec = BoxSpec(syntax="bracketed", scale=1.0, frame=frame)
+    manifest = dataclasses.replace(sample_manifest, box=spec)
+    session = answering(manifest, make_backend(manifest), tokenizer_folder, answer)
+    found = session.ground(picture, "the star")
+    assert found.text == answer
+    assert found.token_ids[-1] == 2
+    assert found.box == (None if box is None else pytest.approx(box))
+
+
+def test_box_of_a_turned_picture_is_in_its_frame_as_displayed(
+    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to be upright: 40x24 becomes 24x40
+    Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
+    session = answering(
+        sample_manifest, make_backend(sample_manifest), tokenizer_folder,
+        "[ 0.50 , 0.25 , 0.60 , 0.75 ]",
+    )  # fmt: skip
+    found = session.ground(tmp_path / "turned.png", "the star")
+    assert found.image_size == (24, 40)
+    assert found.box == pytest.approx((12.0, 10.0, 16.0, 30.0))
+
+
+def test_unknown_words_come_back_as_a_warning(session: GroundingSession, picture: Any) -> None:
+    first, second = session.ground_batch(picture, ["the purple star", "the star"])
+    assert first.warnings == ("words the model does not know: purple",)
+    assert second.warnings == ()
+
+
+@pytest.mark.parametrize("expressions", [[], (), "the star"])
+def test_batch_that_is_no_list_is_refused(
+    session: GroundingSession, picture: Any, expressions: Any
+) -> None:
+    with pytest.raises(ExpressionError, match="no list of expressions"):
+        session.ground_batch(picture, expressions)
+
+
+def test_bad_input_is_refused_before_anything_runs(
+    session: GroundingSession, picture: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ImageError, match="no such picture"):
+        session.ground(tmp_path / "missing.png", "the star")
+    with pytest.raises(ExpressionError, match="empty"):
+        session.ground_batch(picture, ["the star", " "])
+    assert calls_of(session) == []
+
+
+def test_backend_is_closed_with_the_session(session: GroundingSession, picture: Any) -> None:
+    with session as entered:
+        assert entered is session
+        entered.ground(picture, "the star")
+    assert vars(session.backend)["closed"]
+
+
+def test_vision_encoder_that_breaks_the_manifest_s_word_is_refused(
+    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any
+) -> None:
+    pruning = dataclasses.replace(sample_manifest.pruning, num_emitted_tokens=4)
+    backend = make_backend(dataclasses.replace(sample_manifest, pruning=pruning))
+    session = GroundingSession(sample_manifest, tokenizer_folder, backend)
+    with pytest.raises(BundleError, match=r"\[1, 4, 8\].*allowed: \[1, 5, 8\]"):
+        session.ground(picture, "the star")
+
+
+def test_manifest_whose_numbers_contradict_is_refused(
+    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path
+) -> None:
+    grid = dataclasses.replace(sample_manifest.grid, rows=5)
+    manifest = dataclasses.replace(sample_manifest, grid=grid)
+    with pytest.raises(BundleError, match="disagree on the number of visual tokens: 20 and 16"):
+        GroundingSession(manifest, tokenizer_folder, make_backend(manifest))

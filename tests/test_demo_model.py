@@ -1,0 +1,84 @@
+"""The bundled model: transformers, PyTorch and ONNX Runtime give the same answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gap_export.evaluation.refshapes import iter_samples
+from gap_export.parity.check import Question, check_bundle
+from gap_export.pipeline import ExportOptions, export_model
+from gap_export.positions import gap_remap
+from gap_export.recipe import find_recipe
+from gap_export.runtime.image import load_image, prepare_image
+from gap_export.runtime.session import GroundingSession
+
+NUM_AGAINST_TRANSFORMERS = 200
+NUM_AGAINST_PYTORCH = 500
+
+
+@pytest.fixture(scope="module")
+def whole_bundle(tmp_path_factory):
+    """The demo model with all its tokens, and the GAP node."""
+    out = tmp_path_factory.mktemp("whole") / "bundle"
+    return export_model(ExportOptions(model="refshapes-llava", keep_ratio=1.0, out=out)).bundle
+
+
+def test_keep_one_equals_plain_transformers_token_for_token(whole_bundle):
+    import torch
+    from transformers import AutoTokenizer, LlavaForConditionalGeneration
+
+    recipe, folder = find_recipe("refshapes-llava")
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    equal = 0
+    samples = list(iter_samples(seed=11, num_samples=NUM_AGAINST_TRANSFORMERS))
+    with GroundingSession.open(whole_bundle) as session:
+        for sample in samples:
+            picture = load_image(sample.image, pad_color=recipe.image.pad_color)
+            pixels, _ = prepare_image(picture, recipe.image)
+            text = recipe.prompt.template.format(expression=sample.expression.text)
+            image_tokens = " ".join(["<image>"] * recipe.grid.num_visual_tokens)
+            ids = tokenizer(text.replace("<image>", image_tokens), return_tensors="pt")
+            with torch.inference_mode():
+                answer = model.generate(
+                    input_ids=ids["input_ids"],
+                    attention_mask=ids["attention_mask"],
+                    pixel_values=torch.from_numpy(pixels),
+                    do_sample=False,
+                    max_new_tokens=recipe.prompt.max_new_tokens,
+                )
+            expected = tuple(answer[0, ids["input_ids"].shape[1] :].tolist())
+            equal += session.ground(sample.image, sample.expression.text).token_ids == expected
+    assert equal == len(samples) == NUM_AGAINST_TRANSFORMERS
+
+
+def test_onnx_runtime_gives_pytorchs_tokens_and_boxes_on_500_expressions(demo_bundle):
+    recipe, folder = find_recipe("refshapes-llava")
+    questions = [
+        Question(image=sample.image, expression=sample.expression.text)
+        for sample in iter_samples(seed=12, num_samples=NUM_AGAINST_PYTORCH)
+    ]
+    report = check_bundle(demo_bundle, recipe=recipe, checkpoint=folder, questions=questions)
+    assert report.passed, report.to_plain()
+    assert report.equal_boxes == report.equal_tokens == NUM_AGAINST_PYTORCH
+
+
+def test_ids_of_the_demo_prompt_are_those_before_pruning(demo_bundle):
+    """144 tokens, 43 kept, image at 2: text starts at id 146 and the first decode step follows."""
+    seen = []
+    with GroundingSession.open(demo_bundle) as session:
+        decode = session.backend.decode
+
+        def watch(**given):
+            seen.append(gap_remap(given["position_ids"], given["kept_positions"])[0].tolist())
+            return decode(**given)
+
+        session.backend.decode = watch
+        picture = np.full((96, 96, 3), 90, np.uint8)
+        answer = session.ground(picture, "the red circle")
+    prompt = seen[0]
+    assert prompt[:2] == [0, 1]
+    assert prompt[2:45] == [2 + index for index in answer.keep_indices]
+    assert prompt[45:] == [146, 147, 148, 149]
+    assert [step for (step,) in seen[1:]] == list(range(150, 150 + len(seen) - 1))

@@ -1,0 +1,218 @@
+"""The manifest: what goes out comes back, and nothing else comes in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gap_export.errors import BundleError
+from gap_export.manifest import (
+    FORMAT_VERSION,
+    FileSpec,
+    Manifest,
+    check_member_path,
+    from_plain,
+    parse_manifest,
+    to_plain,
+)
+
+Place = tuple[str | int, ...]
+
+# The manifest is frozen, so that examples of one test may share it.
+sharing = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+PATHS = st.from_regex(r"[a-z]{1,8}(/[a-z]{1,8})?(\.onnx)?", fullmatch=True)
+LEAVES: Mapping[type, st.SearchStrategy[Any]] = {
+    str: st.text(max_size=10),
+    int: st.integers(),
+    float: st.floats(allow_nan=False, allow_infinity=False),
+    type(None): st.none(),
+}
+
+
+def values_of(hint: Any, name: str = "") -> st.SearchStrategy[Any]:
+    """Anything of a manifest field's type; fields that hold paths get safe ones."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        fields = {f.name: values_of(hints[f.name], f.name) for f in dataclasses.fields(hint)}
+        return st.builds(hint, **fields)  # type: ignore[arg-type]
+    if name in ("path", "file", "tokenizer_file"):
+        return PATHS
+    if origin is Literal:
+        return st.sampled_from(args)
+    if origin in (typing.Union, types.UnionType):
+        return st.one_of([values_of(arg) for arg in args])
+    if origin is tuple and args[-1] is Ellipsis:
+        return st.lists(values_of(args[0]), max_size=2).map(tuple)
+    if origin is tuple:
+        return st.tuples(*[values_of(arg) for arg in args])
+    if origin is not None:
+        return st.dictionaries(LEAVES[str], values_of(args[1]), max_size=2)
+    return LEAVES[hint]
+
+
+def plain_of(manifest: Manifest) -> dict[str, Any]:
+    found = json.loads(manifest.to_json())
+    assert isinstance(found, dict)
+    return found
+
+
+def raw_of(plain: Any) -> bytes:
+    return json.dumps(plain).encode()
+
+
+def places_of(value: Any, place: Place = ()) -> Iterator[Place]:
+    """Every place in JSON data, the root aside."""
+    if place:
+        yield place
+    if isinstance(value, (dict, list)):
+        keys = value if isinstance(value, dict) else range(len(value))
+        for key in keys:
+            yield from places_of(value[key], (*place, key))
+
+
+def replaced(plain: Any, place: Place, value: Any) -> Any:
+    """A copy with another value at one place."""
+    copy = json.loads(json.dumps(plain))
+    node = copy
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = value
+    return copy
+
+
+@given(values_of(Manifest))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_manifest_survives_json_and_back(manifest: Manifest) -> None:
+    raw = manifest.to_json()
+    assert parse_manifest(raw) == manifest
+    assert parse_manifest(raw).to_json() == raw
+
+
+@sharing
+@given(st.data())
+def test_missing_key_is_refused_by_name(sample_manifest: Manifest, data: st.DataObject) -> None:
+    plain = plain_of(sample_manifest)
+    named = [p for p in places_of(plain) if isinstance(p[-1], str) and p[0] != "tools"]
+    place = data.draw(st.sampled_from([p for p in named if p[0] not in ("format",)]))
+    node = plain
+    for key in place[:-1]:
+        node = node[key]  # type: ignore[index]
+    del node[place[-1]]  # type: ignore[arg-type]
+    expected = "version not supported" if place == ("format_version",) else str(place[-1])
+    with pytest.raises(BundleError, match=expected):
+        parse_manifest(raw_of(plain))
+
+
+@sharing
+@given(st.data(), st.text(min_size=1, max_size=8))
+def test_unknown_key_is_refused_at_any_depth(
+    sample_manifest: Manifest, data: st.DataObject, name: str
+) -> None:
+    plain = plain_of(sample_manifest)
+    objects: list[Place] = [()]
+    for place in places_of(plain):
+        node: Any = plain
+        for key in place:
+            node = node[key]
+        if isinstance(node, dict) and place != ("tools",):
+            objects.append(place)
+    place = data.draw(st.sampled_from(objects))
+    node = plain
+    for key in place:
+        node = node[key]
+    if name in node:
+        return
+    with pytest.raises(BundleError, match=r"wrong keys.*unknown"):
+        parse_manifest(raw_of(replaced(plain, (*place, name), 1)))
+
+
+@sharing
+@given(st.data())
+def test_wrong_type_is_refused_at_any_place(sample_manifest: Manifest, data: st.DataObject) -> None:
+    plain = plain_of(sample_manifest)
+    places = [p for p in places_of(plain) if p[0] not in ("format", "format_version")]
+    place = data.draw(st.sampled_from(places))
+    # An object with a key nobody has fits nowhere: not even in tools, whose values are texts.
+    with pytest.raises(BundleError):
+        parse_manifest(raw_of(replaced(plain, place, {"\0": 1})))
+
+
+@sharing
+@given(st.data())
+def test_any_value_anywhere_is_refused_or_kept_as_it_is(
+    sample_manifest: Manifest, data: st.DataObject
+) -> None:
+    plain = plain_of(sample_manifest)
+    place = data.draw(st.sampled_from(list(places_of(plain))))
+    value = data.draw(st.sampled_from([None, True, 0, -1, 1.5, "", "x", [], [1], {}]))
+    changed = replaced(plain, place, value)
+    try:
+        manifest = parse_manifest(raw_of(changed))
+    except BundleError:
+        return
+    assert plain_of(manifest) == changed
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, "1", None, 1.5, True, [1]])
+def test_another_version_is_refused_before_anything_else_is_read(version: Any) -> None:
+    raw = raw_of({"format": "gap-export-bundle", "format_version": version, "future": 1})
+    with pytest.raises(BundleError, match=r"manifest version not supported.*upgrade gap-export"):
+        parse_manifest(raw)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b"[]", b'{"format": "other"}', b'"x"']
+)
+def test_what_is_not_a_manifest_is_refused(raw: bytes) -> None:
+    with pytest.raises(BundleError, match=r"gap\.json is not"):
+        parse_manifest(raw)
+
+
+UNSAFE = ["", ".", "..", "/etc/passwd", "a/../b", "../a", "a//b", "./a", "a/", "a\\b", "C:a", "a\0"]
+
+
+@pytest.mark.parametrize("path", UNSAFE)
+def test_path_outside_the_folder_is_refused_wherever_the_manifest_holds_paths(
+    sample_manifest: Manifest, path: str
+) -> None:
+    with pytest.raises(BundleError, match="leaves its folder"):
+        check_member_path(path)
+    file = FileSpec(path=path, size=0, sha256="", held="written")
+    graph = dataclasses.replace(sample_manifest.graphs[0], file=path)
+    for manifest in (
+        dataclasses.replace(sample_manifest, files=(file,)),
+        dataclasses.replace(sample_manifest, graphs=(graph,)),
+    ):
+        with pytest.raises(BundleError, match="leaves its folder"):
+            parse_manifest(manifest.to_json())
+
+
+@pytest.mark.parametrize("path", ["a", "a/b.onnx", "..a", "a..b/c", "über.onnx", "a b"])
+def test_plain_relative_path_is_accepted(path: str) -> None:
+    assert str(check_member_path(path)) == path
+
+
+def test_graph_is_found_by_component_and_lowering(sample_manifest: Manifest) -> None:
+    assert sample_manifest.graph("embed_tokens") is sample_manifest.graphs[0]
+    with pytest.raises(BundleError, match=r"no such graph: decoder .*embed_tokens \(onnxruntime\)"):
+        sample_manifest.graph("decoder")
+    with pytest.raises(BundleError, match=r"embed_tokens \(portable\)"):
+        sample_manifest.graph("embed_tokens", lowering="portable")
+
+
+def test_part_of_a_manifest_can_be_read_alone(sample_manifest: Manifest) -> None:
+    plain = json.loads(json.dumps(to_plain(sample_manifest.pruning)))
+    part = from_plain(type(sample_manifest.pruning), plain, where="pruning")
+    assert part == sample_manifest.pruning
+    with pytest.raises(BundleError, match="pruning must be an object: list"):
+        from_plain(type(sample_manifest.pruning), [], where="pruning")

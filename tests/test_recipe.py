@@ -1,0 +1,78 @@
+"""Recipes: every shipped one loads, and a bad one is refused with one clear message."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gap_export.errors import RecipeError, UnknownModelError
+from gap_export.recipe import find_recipe, list_recipes, load_recipe, models_dir
+
+DEMO = models_dir() / "refshapes-llava" / "recipe.yaml"
+
+
+def write_recipe(tmp_path: Path, **changes: object) -> Path:
+    plain = yaml.safe_load(DEMO.read_text())
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        target = plain
+        for parent in parents:
+            target = target[parent]
+        target[last] = value
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    return path
+
+
+def test_every_shipped_recipe_is_named_as_its_folder_and_found_by_each_alias():
+    recipes = list_recipes()
+    assert "refshapes-llava" in [recipe.name for recipe, _ in recipes]
+    for recipe, folder in recipes:
+        assert recipe.name == folder.name
+        for name in (recipe.name, *recipe.aliases):
+            assert find_recipe(name)[0] == recipe
+
+
+def test_names_and_aliases_are_unique():
+    names = [n for recipe, _ in list_recipes() for n in (recipe.name, *recipe.aliases)]
+    assert len(names) == len(set(names))
+
+
+def test_unknown_model_suggests_the_nearest_names():
+    with pytest.raises(UnknownModelError, match="did you mean refshapes-llava") as caught:
+        find_recipe("refshape-lava")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"surprise": 1}, "surprise"),
+        ({"image__surprise": 1}, "surprise"),
+        ({"grid__rows": "many"}, "grid.rows"),
+        ({"defaults__keep_ratio": 0}, "keep_ratio"),
+        ({"prompt__template": "USER: <image> ASSISTANT:"}, "{expression}"),
+        ({"prompt__template": "<image> <image> {expression}"}, "<image>"),
+        ({"prompt__template": "{expression} <image>"}, "after the image"),
+        ({"text_tower__similarity_sign": 0}, "similarity_sign"),
+    ],
+)
+def test_bad_recipe_names_the_key(tmp_path, changes, words):
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        load_recipe(write_recipe(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("content", ["", "just text", "a: [", "!!python/object:os.system {}"])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError):
+        load_recipe(path)
+
+
+def test_missing_recipe_file_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "nowhere.yaml")

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from gap_export.errors import ExportError
+from gap_export.families import Component, build_reference
+from gap_export.manifest import TensorSpec
+from gap_export.trace import IR_VERSION, OPSET, describe_interface, trace_component
+
+PRUNERS = ("cls", "text", "random", "spatial", "fastervlm")
+ATOL = 5e-5
+
+
+def spec(name: str, *shape: int | str, dtype: str = "float32") -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+
+def meta_component(graphs: Any, name: str, *args: Any) -> tuple[Component, dict[Any, str]]:
+    meta = build_reference(graphs.recipe, graphs.checkpoint, graphs.pruning(*args), device="meta")
+    return meta.component(name), dict(meta.weight_files)
+
+
+@pytest.mark.parametrize("keep_ratio", [0.3, 1.0])
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_vision_graph_equals_pytorch(tiny_graphs, pruner, keep_ratio):
+    session = tiny_graphs.session("vision_encoder", pruner, keep_ratio)
+    module = tiny_graphs.reference(pruner, keep_ratio).vision_encoder
+    generator = torch.Generator().manual_seed(1)
+    sizes = [(1, 1), (1, 4), (3, 3)] if pruner == "text" else [(1, 1), (3, 3)]
+    for images, rows in sizes:
+        feeds = {"pixel_values": torch.randn(images, 3, 32, 32, generator=generator)}
+        if pruner == "text":
+            feeds["text_embeds"] = torch.randn(rows, 16, generator=generator)
+        with torch.inference_mode():
+            features, keep = module(*feeds.values())
+        found, indices = session.run(None, {k: v.numpy() for k, v in feeds.items()})
+        assert indices.dtype == np.int64
+        assert np.array_equal(indices, keep.numpy())
+        assert found.shape == (rows, len(indices[0]), 32)
+        assert np.abs(found - features.numpy()).max() <= ATOL
+
+
+@pytest.mark.parametrize("pruner", ["cls", "random", "fastervlm"])
+def test_score_order_equals_pytorch(tiny_graphs, pruner):
+    session = tiny_graphs.session("vision_encoder", pruner, 0.3, "score")
+    module = tiny_graphs.reference(pruner, 0.3, "score").vision_encoder
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        features, keep = module(pixels)
+    found, indices = session.run(None, {"pixel_values": pixels.numpy()})
+    assert np.array_equal(indices, keep.numpy())
+    assert np.abs(found - features.numpy()).max() <= ATOL
+    assert not np.array_equal(indices, np.sort(indices))
+
+
+def test_ties_fall_alike_in_graph_and_pytorch(tiny_graphs):
+    """A text embedding of zeros makes all scores equal: the first K tokens stay."""
+    session = tiny_graphs.session("vision_encoder", "text", 0.3)
+    feeds = {
+        "pixel_values": np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32),
+        "text_embeds": np.zeros((2, 16), dtype=np.float32),
+    }
+    indices = session.run(["keep_indices"], feeds)[0]
+    with torch.inference_mode():
+        keep = tiny_graphs.reference("text", 0.3).vision_encoder(
+            *(torch.from_numpy(feed) for feed in feeds.values())
+        )[1]
+    assert indices.tolist() == keep.tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_text_and_embedding_graphs_equal_pytorch(tiny_graphs):
+    reference = tiny_graphs.reference("text", 0.3)
+    for name, rows in (
+        ("text_encoder", [[1, 12, 15, 2], [1, 2, 0, 0]]),
+        ("text_encoder", [[1, 12, 15, 20, 100, 11, 2]]),
+        ("embed_tokens", [[1, 4, 3], [0, 124, 2]]),
+    ):
+        ids = torch.tensor(rows)
+        with torch.inference_mode():
+            wanted = reference.component(name).module(ids).numpy()
+        found = tiny_graphs.session(name, "text", 0.3).run(None, {"input_ids": ids.numpy()})[0]
+        assert np.abs(found - wanted).max() <= ATOL
+
+
+def test_interface_is_the_declared_one(tiny_graphs):
+    component, locations = meta_component(tiny_graphs, "decoder_model_merged")
+    model = trace_component(component, locations=locations)
+    assert describe_interface(model) == (component.inputs, component.outputs)
+    assert [value.name for value in component.inputs] == [
+        "inputs_embeds", "attention_mask", "position_ids",
+        "past_key_values.0.key", "past_key_values.0.value",
+        "past_key_values.1.key", "past_key_values.1.value",
+    ]  # fmt: skip
+    assert component.inputs[1] == spec(
+        "attention_mask", "batch_size", "total_sequence_length", dtype="int64"
+    )
+    assert model.opset_imports[""] == OPSET and OPSET <= 20
+    assert model.ir_version == IR_VERSION and IR_VERSION <= 10
+
+
+def test_weights_are_references_and_only_constants_are_inline(tiny_graphs):
+    component, locations = meta_component(tiny_graphs, "vision_encoder", "random")
+    model = trace_component(component, locations=locations)
+    inline = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            ref = component.weight_refs[name]
+            assert (tensor.location, tensor.offset, tensor.length) == (
+                "model.safetensors", ref.offset, ref.length,
+            )  # fmt: skip
+        else:
+            inline[name] = tensor.numpy()
+    assert list(inline) == ["fixed_places"]
+    places = component.constants["fixed_places"]
+    assert np.array_equal(inline["fixed_places"], places)
+    assert places.tolist() == sorted(places.tolist())
+
+
+def test_saved_graph_is_valid_and_has_no_operator_tensorrt_refuses(tiny_graphs):
+    for component in ("vision_encoder", "text_encoder", "embed_tokens", "decoder_model_merged"):
+        path = tiny_graphs.path(component, "text", 0.3)
+        onnx.checker.check_model(str(path), full_check=True)
+        ops = {node.op_type for node in ir.load(path).graph}
+        assert not ops & {"NonZero", "Compress", "SplitToSequence", "SequenceAt", "Loop", "If"}
+
+
+def test_tracing_twice_gives_the_same_file(tiny_graphs, tmp_path):
+    for name in ("one.onnx", "two.onnx"):
+        component, locations = meta_component(tiny_graphs, "embed_tokens")
+        ir.save(trace_component(component, locations=locations), tmp_path / name)
+    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
+
+
+def test_logger_level_is_put_back(tiny_graphs):
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    before = logger.level
+    component, locations = meta_component(tiny_graphs, "embed_tokens")
+    trace_component(component, locations=locations)
+    assert logger.level == before
+
+
+class Fixing(nn.Module):
+    """Turns a length into a number of the graph."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values + torch.zeros(int(values.shape[0]), device=values.device)
+
+
+class Branching(nn.Module):
+    """Looks at a value, which nothing on the meta device has."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values if bool(values.sum() > 0) else -values
+
+
+def toy(module: nn.Module, *, outputs: tuple[TensorSpec, ...]) -> Component:
+    return Component(
+        name="toy",
+        module=module,
+        inputs=(spec("values", "rows"),),
+        outputs=outputs,
+        example_sizes={"rows": 3},
+        weight_refs={},
+        constants={},
+    )
+
+
+def test_module_that_cannot_be_traced_is_an_export_error():
+    with pytest.raises(ExportError, match="torch cannot export toy"):
+        trace_component(toy(Branching(), outputs=(spec("out", "rows"),)), locations={})
+
+
+@pytest.mark.parametrize(
+    ("outputs", "says"),
+    [
+        ((spec("out", 3),), "out traced to another shape"),
+        ((spec("out", "rows", 1),), "out traced to another shape"),
+        ((spec("out", "rows"), spec("more", "rows")), "another number of inputs or outputs"),
+    ],
+)
+def test_interface_that_is_not_the_declared_one_is_an_export_error(outputs, says):
+    with pytest.raises(ExportError, match=says):
+        trace_component(toy(nn.ReLU(), outputs=outputs), locations={})
+
+
+def test_dimension_that_tracing_fixes_is_an_export_error():
+    with pytest.raises(ExportError, match=r"values traced to another shape: \[3\]"):
+        trace_component(toy(Fixing(), outputs=(spec("out", "rows"),)), locations={})
+
+
+def test_buffer_without_a_declared_value_is_an_export_error(tiny_graphs):
+    component, locations = meta_component(tiny_graphs, "vision_encoder", "random")
+    lacking = dataclasses.replace(component, constants={})
+    with pytest.raises(ExportError, match="initializer without a value: fixed_places"):
+        trace_component(lacking, locations=locations)

@@ -1,0 +1,160 @@
+"""Measure every figure of the README and write it there.
+
+Runs the commands a reader could run, and puts what they print between the README's markers
+``<!-- figures:NAME -->`` and ``<!-- /figures:NAME -->``. Nothing is typed in by hand.
+
+    tools/readme_figures.py                 everything, about ten minutes on two cores
+    tools/readme_figures.py --samples 200   quicker and coarser
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import typer
+from PIL import Image
+
+from gap_export.evaluation.refshapes import generate_scene
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = ROOT / "models" / "refshapes-llava" / "pictures"
+MODEL = "refshapes-llava"
+PRUNERS = ("spatial", "random", "cls", "fastervlm", "text")
+
+
+def main(samples: int = 2000, parity_samples: int = 500, seed: int = 0) -> None:
+    """Measure and rewrite the README."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = Path(scratch) / "bundle"
+        gap_export("export", MODEL, "--keep", "0.3", "--out", str(bundle), "-q")
+        text = replace_section(text, "accuracy", measure_accuracy(samples, seed))
+        text = replace_section(text, "parity", measure_parity(bundle, parity_samples, seed))
+        draw_pictures(bundle, Path(scratch))
+    readme.write_text(text, encoding="utf-8")
+
+
+def measure_accuracy(samples: int, seed: int) -> str:
+    """Table of Acc@0.5 for every pruner at keep 0.5 and 0.3."""
+    command = ["eval", MODEL, "--pruner", ",".join(PRUNERS), "--keep", "0.5", "--keep", "0.3"]
+    command += ["--data", "refshapes", "--samples", str(samples), "--seed", str(seed)]
+    report = json.loads(gap_export(*command, "--json"))
+    rows = report["rows"]
+    whole = rows[0]
+    lines = [
+        f"`{shlex.join(['gap-export', *command])}`",
+        "",
+        f"{whole['n']} held-out expressions on {whole['num_images']} pictures, greedy. Unpruned: "
+        f"**{percent(whole['acc_at_50'])}** (95 % interval {interval(whole['ci95'])}).",
+        "",
+        "| pruner | keep | compact ids | GAP | GAP, 95 % interval | of the unpruned |",
+        "|---|---|---|---|---|---|",
+    ]
+    for compact, gap in zip(rows[1::2], rows[2::2], strict=True):
+        lines.append(
+            f"| {gap['pruner']} | {gap['keep_ratio']:g} | {percent(compact['acc_at_50'])} "
+            f"| **{percent(gap['acc_at_50'])}** | {interval(gap['ci95'])} "
+            f"| {percent(gap['recovered'])} |"
+        )
+    lines.append("")
+    for keep in (0.5, 0.3):
+        chosen = [row for row in rows if row["keep_ratio"] == keep]
+        gaps = [row["recovered"] for row in chosen if row["positions"] == "gap"]
+        naive = [row["recovered"] for row in chosen if row["positions"] == "compact"]
+        lines.append(
+            f"- keep {keep:g}: GAP brings back {percent(sum(gaps) / len(gaps))} of the unpruned "
+            f"accuracy on average over the pruners ({percent(min(gaps))} to "
+            f"{percent(max(gaps))}); compact ids leave {percent(sum(naive) / len(naive))}."
+        )
+    return "\n".join(lines)
+
+
+def measure_parity(bundle: Path, samples: int, seed: int) -> str:
+    """Table of the parity report."""
+    command = ["check", "BUNDLE", "--samples", str(samples), "--seed", str(seed)]
+    run = [str(bundle) if word == "BUNDLE" else word for word in command]
+    report = json.loads(gap_export(*run, "--json"))
+    lines = [
+        f"`{shlex.join(['gap-export', *command])}`",
+        "",
+        "| graph | output | compared | largest difference | largest value | tolerance |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['component']} | {row['output']} | {row['calls']} "
+        f"| {row['max_abs_diff']:.1e} | {row['max_abs_reference']:.3g} "
+        f"| {row['atol']:g} + {row['rtol']:g} of the value |"
+        for row in report["outputs"]
+    ]
+    lines += [
+        "",
+        f"Same greedy tokens in {report['equal_tokens']} and same boxes in "
+        f"{report['equal_boxes']} of {report['num_questions']} questions.",
+    ]
+    return "\n".join(lines)
+
+
+def draw_pictures(bundle: Path, scratch: Path) -> None:
+    """Draw a few held-out scenes with box and kept tokens, GAP above compact."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    compact = scratch / "compact"
+    gap_export(
+        "export", MODEL, "--keep", "0.3", "--positions", "compact", "--out", str(compact), "-q"
+    )
+    tiles: list[list[Image.Image]] = [[], []]
+    for index in range(4):
+        scene = generate_scene(split="heldout", seed=1, index=index)
+        picture = scratch / f"scene{index}.png"
+        Image.fromarray(scene.image).save(picture)
+        for row, folder in zip(tiles, (bundle, compact), strict=True):
+            drawing = scratch / "drawing.png"
+            text = scene.expressions[0].text
+            gap_export("ground", str(folder), str(picture), text, "--save", str(drawing))
+            with Image.open(drawing) as opened:
+                row.append(opened.convert("RGB"))
+    width = max(tile.width for row in tiles for tile in row)
+    height = max(tile.height for row in tiles for tile in row)
+    sheet = Image.new("RGB", (4 * width + 24, 2 * height + 8), "white")
+    for y, row in enumerate(tiles):
+        for x, tile in enumerate(row):
+            sheet.paste(tile, (x * (width + 8), y * (height + 8)))
+    sheet.quantize(128).save(PICTURES / "gap-and-compact.png", optimize=True)
+
+
+def replace_section(text: str, name: str, content: str) -> str:
+    """The README with one marked section rewritten."""
+    start, end = f"<!-- figures:{name} -->", f"<!-- /figures:{name} -->"
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise SystemExit(f"README.md has no single section {start} ... {end}")
+    head, rest = text.split(start)
+    tail = rest.split(end)[1]
+    return f"{head}{start}\n{content}\n{end}{tail}"
+
+
+def gap_export(*words: str) -> str:
+    """Run the command line as a user would; its standard output."""
+    command = [sys.executable, "-m", "gap_export", *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{shlex.join(command)} ended with exit code {done.returncode}")
+    return done.stdout
+
+
+def percent(share: float) -> str:
+    """0.934 -> "93.4 %"."""
+    return f"{100 * share:.1f} %"
+
+
+def interval(ends: list[float]) -> str:
+    """[0.9, 0.95] -> "90.0-95.0 %"."""
+    return f"{100 * ends[0]:.1f}-{100 * ends[1]:.1f} %"
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""Training of `refshapes-llava`, the demo model; for tools/train_refshapes.py alone."""

@@ -1,0 +1,315 @@
+"""Stage 2: projector and decoder, from scratch on the frozen vision tower.
+
+The questions of one image are packed after one copy of its visual tokens. Three auxiliary losses
+make a decoder this small learn on a CPU; their heads are thrown away afterwards: place probes on
+visual states, pointers from `ASSISTANT:` at the target's patches, and alignment of projected
+patches with the decoder's own word embeddings.
+
+Nothing here prunes: without `token_dropout` the decoder sees all visual tokens of every image, so
+what it does with fewer of them is a property it was not trained for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gap_export.evaluation.refshapes import COLORS, SHAPES, SIZES
+from refshapes_training import vocabulary as vocab
+from refshapes_training.batching import (
+    QUESTIONS_PER_IMAGE,
+    LanguageBatch,
+    collate_language,
+    iter_batches,
+    packed_mask,
+)
+from refshapes_training.loop import (
+    Averages,
+    Checkpointer,
+    Clock,
+    OptimizerName,
+    build_optimizers,
+    take_step,
+)
+from refshapes_training.model import (
+    GRID_SIZE,
+    NUM_PATCHES,
+    POINTER_LAYERS,
+    PREFIX_LENGTH,
+    SELECT_LAYER,
+    LanguageHeads,
+    RefShapesModel,
+)
+
+BATCH_SIZE = 32
+HOLD, FLOOR, CLIP = 0.2, 0.02, 1.0
+REPORT_EVERY = 25
+MONITOR_EVERY_SECONDS = 600.0
+DATA_SEED_OFFSET = 1_000
+ANSWER_SIGMA = 1.0
+_PROBE_LAYER = 1
+_DROPOUT_SHARE = 0.6
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageStage:
+    """Settings of stage 2.
+
+    Attributes:
+        minutes: Budget of training time.
+        seed: Seed of the data.
+        optimizer: Which optimiser trains the hidden matrices.
+        learning_rate: Peak.
+        token_dropout: Largest share of visual tokens hidden from the decoder; 0 for none.
+        checkpoint: File to resume from and to save to.
+    """
+
+    minutes: float
+    seed: int
+    optimizer: OptimizerName
+    learning_rate: float
+    token_dropout: float
+    checkpoint: Path
+
+
+def train_language(
+    model: RefShapesModel,
+    heads: LanguageHeads,
+    stage: LanguageStage,
+    device: torch.device,
+    monitor: Callable[[RefShapesModel], None],
+) -> None:
+    """Train until the budget is used; resumes by itself.
+
+    Args:
+        model: Model on `device` whose vision and text towers are trained already.
+        heads: Training-only heads on `device`.
+        stage: Settings.
+        device: Where to compute.
+        monitor: Called with the model now and then; its time is not counted.
+    """
+    for tower in (model.vision_tower, model.text, model.visual_projection):
+        tower.requires_grad_(False)
+    trained = [model.projector, model.decoder, model.llava.lm_head, heads]
+    optimizers = build_optimizers(
+        trained, stage.optimizer, hidden=[model.decoder.layers, model.projector]
+    )
+    clock = Clock(minutes=stage.minutes)
+    saver = Checkpointer(
+        path=stage.checkpoint,
+        modules={"model": model, "language_heads": heads},
+        optimizers=optimizers,
+        clock=clock,
+        facts={
+            "seed": stage.seed,
+            "optimizer": stage.optimizer,
+            "peak_learning_rate": stage.learning_rate,
+            "images_per_step": BATCH_SIZE,
+            "token_dropout": stage.token_dropout,
+            "questions_per_image": QUESTIONS_PER_IMAGE,
+            "threads": torch.get_num_threads(),
+        },
+    )
+    saver.resume()
+    averages = Averages()
+    batches = iter_batches(
+        collate_language, seed=stage.seed + DATA_SEED_OFFSET, size=BATCH_SIZE, first=clock.step
+    )
+    next_look = clock.elapsed + MONITOR_EVERY_SECONDS
+    clock.skip()
+    while clock.progress < 1:
+        batch = next(batches).to(device)
+        rate = clock.learning_rate(stage.learning_rate, hold=HOLD, floor=FLOOR)
+        probe_weight = 0.5 if clock.progress < 0.5 else 0.2
+        loss, figures = language_loss(model, heads, batch, probe_weight, stage.token_dropout)
+        figures["grad"] = take_step(loss, optimizers, rate, CLIP)
+        averages.add(**figures)
+        clock.step += 1
+        clock.tick()
+        if clock.step % REPORT_EVERY == 0:
+            averages.report("language", clock, rate)
+        saver.save_if_due()
+        if clock.elapsed > next_look:
+            next_look += MONITOR_EVERY_SECONDS
+            monitor(model)
+            clock.skip()
+    saver.save(finished=True)
+
+
+def language_loss(
+    model: RefShapesModel,
+    heads: LanguageHeads,
+    batch: LanguageBatch,
+    probe_weight: float,
+    token_dropout: float,
+) -> tuple[Tensor, dict[str, float | Tensor]]:
+    """Loss of one batch and the figures to log.
+
+    Args:
+        model: The model.
+        heads: Training-only heads.
+        batch: B images with Q questions.
+        probe_weight: Weight of the place probes.
+        token_dropout: See `LanguageStage`.
+
+    Returns:
+        A scalar, and figures by name.
+    """
+    device = batch.images.device
+    mask = packed_mask(batch.segments, PREFIX_LENGTH)
+    hidden_tokens = None
+    with torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad():
+            selected = model.encode_image(batch.images, roll=True)[SELECT_LAYER][:, 1:]
+        if token_dropout > 0:
+            hidden_tokens = _draw_hidden_tokens(selected, token_dropout)
+            mask = _hide(mask, hidden_tokens)
+        visual = model.projector(selected).float()
+        states, layers = model.decode(*_embed(model, batch, visual), mask)
+        places = torch.arange(vocab.ANSWER_LENGTH, device=device)
+        columns = PREFIX_LENGTH + batch.asking[:, None] + places
+        logits = model.llava.lm_head(states[batch.rows[:, None], columns])
+        probes = heads.places(layers[_PROBE_LAYER][:, len(vocab.PREFIX) : PREFIX_LENGTH])
+        pointers = [
+            heads.pointer_logits(
+                which,
+                layers[layer][batch.rows, PREFIX_LENGTH + batch.asking],
+                layers[layer][:, len(vocab.PREFIX) : PREFIX_LENGTH],
+                batch.rows,
+            )
+            for which, layer in enumerate(POINTER_LAYERS)
+        ]
+    usable = batch.target_patches.any(1)
+    if hidden_tokens is not None:
+        seen = batch.target_patches & ~hidden_tokens[batch.rows]
+        usable = seen.sum(1) >= 0.2 * batch.target_patches.sum(1).clamp(min=1)
+        pointers = [p.masked_fill(hidden_tokens[batch.rows], -30.0) for p in pointers]
+
+    answer = answer_loss(logits[usable], batch.answers[usable])
+    pointer = torch.stack([_pointer_loss(p, batch.target_patches, usable) for p in pointers]).sum()
+    alignment = _alignment_loss(model, heads, batch, visual)
+    probe = _probe_loss(probes, batch)
+    loss = answer + 0.5 * pointer + 0.5 * alignment + probe_weight * probe
+    with torch.no_grad():
+        overlap = box_overlap(_boxes(logits.argmax(-1)), _boxes(batch.answers))
+        pointed = batch.target_patches.gather(1, pointers[-1].argmax(1, keepdim=True))
+        figures: dict[str, float | Tensor] = {
+            "loss": loss.detach(),
+            "answer": answer.detach(),
+            "forced_acc": (overlap >= 0.5).float().mean(),
+            "forced_iou": overlap.mean(),
+            "pointer": pointer.detach(),
+            "pointed": pointed.float().mean(),
+            "align": alignment.detach(),
+            "probe": probe.detach(),
+        }
+    return loss, figures
+
+
+def answer_loss(logits: Tensor, answers: Tensor) -> Tensor:
+    """Cross-entropy against a Gaussian over neighbouring values, plain for `</s>`.
+
+    Args:
+        logits: [Q, 5, V].
+        answers: int64 [Q, 5].
+
+    Returns:
+        Mean over all tokens.
+    """
+    log_probs = logits.float().log_softmax(-1)
+    bins = torch.arange(vocab.NUM_BINS, device=logits.device)
+    kernel = torch.exp(-0.5 * ((bins[:, None] - bins) / ANSWER_SIGMA) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    losses = [-log_probs[:, -1, vocab.EOS]]
+    for place, offset in enumerate(vocab.PLACE_OFFSETS):
+        wanted = kernel[answers[:, place] - offset]
+        losses.append(-(wanted * log_probs[:, place, offset : offset + vocab.NUM_BINS]).sum(-1))
+    return torch.stack(losses).mean()
+
+
+def box_overlap(candidate: Tensor, reference: Tensor) -> Tensor:
+    """Intersection over union of boxes (x1, y1, x2, y2); [..., 4] twice -> [...]."""
+    low = torch.maximum(candidate[..., :2], reference[..., :2])
+    high = torch.minimum(candidate[..., 2:], reference[..., 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    areas = [(b[..., 2:] - b[..., :2]).clamp(min=0).prod(-1) for b in (candidate, reference)]
+    return shared / (areas[0] + areas[1] - shared).clamp(min=1e-6)
+
+
+def _embed(model: RefShapesModel, batch: LanguageBatch, visual: Tensor) -> tuple[Tensor, Tensor]:
+    """Input embeddings [B, S, H] and ids [B, S]; every question starts at id 146."""
+    size, device = batch.images.shape[0], batch.images.device
+    table = model.decoder.embed_tokens
+    prefix = table(torch.tensor(vocab.PREFIX, device=device)).expand(size, -1, -1)
+    embeds = torch.cat([prefix, visual, table(batch.ids)], 1)
+    shared = torch.arange(PREFIX_LENGTH, device=device).expand(size, -1)
+    return embeds, torch.cat([shared, PREFIX_LENGTH + batch.offsets], 1)
+
+
+def _pointer_loss(logits: Tensor, targets: Tensor, usable: Tensor) -> Tensor:
+    """Cross-entropy between a pointer [Q, N] and the target's patches, all equally good."""
+    wanted = targets.float() / targets.sum(1, keepdim=True).clamp(min=1)
+    return -(wanted * logits.log_softmax(-1)).sum(1)[usable].mean()
+
+
+def _probe_loss(probes: tuple[Tensor, Tensor, Tensor], batch: LanguageBatch) -> Tensor:
+    """Can row, column and the object's box be read from the visual states?"""
+    rows, columns, boxes = probes
+    index = torch.arange(NUM_PATCHES, device=rows.device).repeat(rows.shape[0])
+    return (
+        functional.cross_entropy(rows.flatten(0, 1), index // GRID_SIZE)
+        + functional.cross_entropy(columns.flatten(0, 1), index % GRID_SIZE)
+        + 5 * (boxes - batch.boxes)[batch.covered].abs().mean()
+    )
+
+
+def _alignment_loss(
+    model: RefShapesModel, heads: LanguageHeads, batch: LanguageBatch, visual: Tensor
+) -> Tensor:
+    """Projected patches should resemble the embeddings of the words for what they show."""
+    shown = functional.normalize(visual[batch.covered], dim=-1) * heads.alignment_scale.exp()
+    table = model.decoder.embed_tokens.weight
+    total = shown.new_zeros(())
+    for words, labels in (
+        (COLORS, batch.color),
+        (SHAPES, batch.shape),
+        (SIZES, batch.small),
+    ):
+        ids = torch.tensor([vocab.TOKEN_IDS[w] for w in words], device=shown.device)
+        logits = shown @ functional.normalize(table[ids], dim=-1).T
+        total = total + functional.cross_entropy(logits, labels[batch.covered])
+    return total
+
+
+def _draw_hidden_tokens(selected: Tensor, largest_share: float) -> Tensor:
+    """Tokens to hide, at random or along a random feature direction; bool [B, N].
+
+    The second way is correlated with content, as a pruner's choice is.
+    """
+    size, device = selected.shape[0], selected.device
+    direction = torch.randn(size, selected.shape[-1], 1, device=device)
+    by_content = (selected.float() @ direction)[..., 0]
+    by_chance = torch.rand(size, NUM_PATCHES, device=device)
+    score = torch.where(torch.rand(size, 1, device=device) < 0.4, by_content, by_chance)
+    rank = score.argsort(1).argsort(1) / NUM_PATCHES
+    share = torch.rand(size, 1, device=device) * largest_share
+    return (rank < share) & (torch.rand(size, 1, device=device) < _DROPOUT_SHARE)
+
+
+def _hide(mask: Tensor, hidden_tokens: Tensor) -> Tensor:
+    """Block the hidden tokens as keys, except for themselves; ids stay what they were."""
+    keys = torch.zeros(mask.shape[0], mask.shape[-1], dtype=torch.bool, device=mask.device)
+    keys[:, len(vocab.PREFIX) : PREFIX_LENGTH] = hidden_tokens
+    itself = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
+    return mask & (~keys[:, None, None, :] | itself)
+
+
+def _boxes(tokens: Tensor) -> Tensor:
+    """Answer ids [Q, 5] to boxes [Q, 4] as fractions; a token of the wrong kind lies outside."""
+    offsets = torch.tensor(vocab.PLACE_OFFSETS, device=tokens.device)
+    return (tokens[:, : vocab.NUM_PLACES] - offsets) / 100

@@ -1,0 +1,179 @@
+"""Train `refshapes-llava`, the demo model, from nothing, and write its checkpoint.
+
+    python tools/train_refshapes.py --vision-minutes 22 --language-minutes 62
+
+A killed run goes on where it was when started again. `--export-only` writes the checkpoint from
+whatever has been trained so far.
+"""
+
+from __future__ import annotations
+
+import os
+
+# A spinning OpenMP pool slows to a crawl when it shares its cores; must precede torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from refshapes_training.card import write_card
+from refshapes_training.export import export_checkpoint
+from refshapes_training.language_stage import LanguageStage, train_language
+from refshapes_training.loop import load_state, logger
+from refshapes_training.model import LanguageHeads, RefShapesModel, VisionHeads
+from refshapes_training.monitor import PRUNERS, Positions, evaluate, prepare_questions
+from refshapes_training.vision_stage import VisionStage, train_vision
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MONITOR_SAMPLES = 128
+MONITOR_SEED = 1
+MONITOR_CASES: tuple[tuple[str, Positions], ...] = (
+    ("spatial", "compact"),
+    ("spatial", "gap"),
+    ("text", "gap"),
+    ("fastervlm", "gap"),
+    ("cls", "gap"),
+)
+EVALUATION_SAMPLES = 2000
+EVALUATION_SEED = 0
+EVALUATION_KEEP_RATIOS = (0.5, 0.3, 0.1)
+
+
+def main() -> None:
+    """Run the stages that are asked for."""
+    options = _parse_options()
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    log = options.work_dir / "training_log.txt"
+    _log_to(log)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    logger.info(
+        "%s (torch %s, %s, %d threads)",
+        " ".join(sys.argv), torch.__version__, device, options.threads,
+    )  # fmt: skip
+    model = RefShapesModel().to(device)
+    if not options.export_only:
+        _train(model, options, device)
+    _load_latest(model, options.work_dir)
+    model.eval()
+    figures_file = options.work_dir / "figures.json"
+    if options.evaluate:
+        figures = _evaluate(model, device)
+        figures_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    export_checkpoint(model, options.output)
+    write_card(
+        options.output, model=model, work_dir=options.work_dir, log=log, figures=figures_file
+    )
+    logger.info("wrote %s", options.output)
+
+
+def _train(model: RefShapesModel, options: argparse.Namespace, device: torch.device) -> None:
+    """Both stages; one that has used its budget is left at once."""
+    train_vision(
+        model,
+        VisionHeads().to(device),
+        VisionStage(
+            minutes=options.vision_minutes,
+            seed=options.seed,
+            optimizer=options.vision_optimizer,
+            learning_rate=options.vision_learning_rate,
+            checkpoint=options.work_dir / "vision.pt",
+        ),
+        device,
+    )
+    train_language(
+        model,
+        LanguageHeads().to(device),
+        LanguageStage(
+            minutes=options.language_minutes,
+            seed=options.seed,
+            optimizer=options.language_optimizer,
+            learning_rate=options.language_learning_rate,
+            token_dropout=options.token_dropout,
+            checkpoint=options.work_dir / "language.pt",
+        ),
+        device,
+        monitor=lambda current: _look(current, device),
+    )
+
+
+def _look(model: RefShapesModel, device: torch.device) -> None:
+    """A small greedy evaluation for the log: teacher-forced figures flatter."""
+    questions = prepare_questions(
+        model, num_samples=MONITOR_SAMPLES, seed=MONITOR_SEED, device=device
+    )
+    evaluate(model, questions, keep_ratios=(0.3,), cases=MONITOR_CASES)
+
+
+def _evaluate(model: RefShapesModel, device: torch.device) -> dict[str, float]:
+    """The full held-out evaluation, every pruner with compact and with original ids."""
+    questions = prepare_questions(
+        model, num_samples=EVALUATION_SAMPLES, seed=EVALUATION_SEED, device=device
+    )
+    positions: tuple[Positions, ...] = ("compact", "gap")
+    cases = [(pruner, way) for pruner in PRUNERS for way in positions]
+    figures = evaluate(model, questions, keep_ratios=EVALUATION_KEEP_RATIOS, cases=cases)
+    return {
+        "samples": float(questions.rows.shape[0]),
+        "images": float(questions.visual.shape[0]),
+        **figures,
+    }
+
+
+def _load_latest(model: RefShapesModel, work_dir: Path) -> None:
+    """Load the furthest stage's weights."""
+    for name in ("language.pt", "vision.pt"):
+        if (work_dir / name).exists():
+            model.load_state_dict(load_state(work_dir / name)["modules"]["model"])
+            logger.info("using %s", work_dir / name)
+            return
+    raise SystemExit(f"nothing trained in {work_dir}; run without --export-only first")
+
+
+def _parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work-dir", type=Path, default=REPOSITORY / ".training")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "models/refshapes-llava")
+    parser.add_argument("--vision-minutes", type=float, default=22.0)
+    parser.add_argument("--language-minutes", type=float, default=62.0)
+    parser.add_argument("--vision-optimizer", choices=("adamw", "muon"), default="muon")
+    parser.add_argument("--language-optimizer", choices=("adamw", "muon"), default="muon")
+    parser.add_argument("--vision-learning-rate", type=float, default=3e-3)
+    parser.add_argument("--language-learning-rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--token-dropout",
+        type=float,
+        default=0.0,
+        help="largest share of visual tokens hidden in training; such a model's recovery is "
+        "partly by construction, so give it a name and an --output of its own",
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--export-only", action="store_true", help="train nothing, write files")
+    parser.add_argument(
+        "--evaluate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure the figures for the model card on the held-out set before writing",
+    )
+    return parser.parse_args()
+
+
+def _log_to(path: Path) -> None:
+    """Log to standard error and, appending, to a file."""
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[logging.StreamHandler(), logging.FileHandler(path)],
+    )
+
+
+if __name__ == "__main__":
+    main()
