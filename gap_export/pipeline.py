@@ -15,7 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gap_export import __version__
 from gap_export.bundle import write_bundle
 from gap_export.extras import require_extra
 from gap_export.manifest import (
@@ -30,6 +29,7 @@ from gap_export.positions import PositionMode
 from gap_export.progress import Progress, SilentProgress
 from gap_export.recipe import Recipe
 from gap_export.source import hash_file, resolve_model
+from gap_export.version import __version__
 
 if TYPE_CHECKING:
     from gap_export.families import Component, Reference

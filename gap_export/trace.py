@@ -182,7 +182,7 @@ def _refer_weights(graph: ir.Graph, component: Component, locations: Mapping[Pat
         elif _has_no_value(value):
             raise ExportError(
                 f"{component.name} has an initializer without a value",
-                seen=name,
+                seen=key,
                 allowed="weights, declared constants and numbers of the trace",
             )
         if key != name:

@@ -2,19 +2,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 from gap_export.errors import ExportError
-from gap_export.families import Component, build_reference
+from gap_export.families import Component, build_reference, resolve_pruning
 from gap_export.manifest import TensorSpec
-from gap_export.trace import IR_VERSION, OPSET, describe_interface, trace_component
+from gap_export.passes import PIPELINES, run_pipeline
+from gap_export.recipe import load_recipe
+from gap_export.trace import IR_VERSION, OPSET, describe_interface, save_graph, trace_component
 
 PRUNERS = ("cls", "text", "random", "spatial", "fastervlm")
 ATOL = 5e-5
@@ -92,8 +96,8 @@ def test_text_and_embedding_graphs_equal_pytorch(tiny_graphs):
 
 
 def test_interface_is_the_declared_one(tiny_graphs):
-    component, locations = meta_component(tiny_graphs, "decoder_model_merged")
-    model = trace_component(component, locations=locations)
+    component, _ = meta_component(tiny_graphs, "decoder_model_merged")
+    model = ir.load(tiny_graphs.path("decoder_model_merged", bare=True))
     assert describe_interface(model) == (component.inputs, component.outputs)
     assert [value.name for value in component.inputs] == [
         "inputs_embeds", "attention_mask", "position_ids",
@@ -108,22 +112,23 @@ def test_interface_is_the_declared_one(tiny_graphs):
 
 
 def test_weights_are_references_and_only_constants_are_inline(tiny_graphs):
-    component, locations = meta_component(tiny_graphs, "vision_encoder", "random")
-    model = trace_component(component, locations=locations)
-    inline = {}
+    component, _ = meta_component(tiny_graphs, "vision_encoder", "random")
+    inline, places = {}, {}
+    model = ir.load(tiny_graphs.path("vision_encoder", "random", bare=True))
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
-            ref = component.weight_refs[name]
-            assert (tensor.location, tensor.offset, tensor.length) == (
-                "model.safetensors", ref.offset, ref.length,
-            )  # fmt: skip
+            places[name] = (tensor.location, tensor.offset, tensor.length)
         else:
             inline[name] = tensor.numpy()
+    assert places == {
+        name: ("model.safetensors", ref.offset, ref.length)
+        for name, ref in component.weight_refs.items()
+    }
     assert list(inline) == ["fixed_places"]
-    places = component.constants["fixed_places"]
-    assert np.array_equal(inline["fixed_places"], places)
-    assert places.tolist() == sorted(places.tolist())
+    kept = component.constants["fixed_places"]
+    assert np.array_equal(inline["fixed_places"], kept)
+    assert kept.tolist() == sorted(kept.tolist())
 
 
 def test_saved_graph_is_valid_and_has_no_operator_tensorrt_refuses(tiny_graphs):
@@ -194,7 +199,7 @@ def test_interface_that_is_not_the_declared_one_is_an_export_error(outputs, says
 
 
 def test_dimension_that_tracing_fixes_is_an_export_error():
-    with pytest.raises(ExportError, match=r"values traced to another shape: \[3\]"):
+    with pytest.raises(ExportError, match=r"out traced to another shape: \[3\]"):
         trace_component(toy(Fixing(), outputs=(spec("out", "rows"),)), locations={})
 
 
@@ -203,3 +208,31 @@ def test_buffer_without_a_declared_value_is_an_export_error(tiny_graphs):
     lacking = dataclasses.replace(component, constants={})
     with pytest.raises(ExportError, match="initializer without a value: fixed_places"):
         trace_component(lacking, locations=locations)
+
+
+@pytest.mark.parametrize(("grid", "pruner"), [(12, "text"), (24, "cls")])
+def test_real_grid_sizes_equal_pytorch(make_checkpoint, tmp_path, grid, pruner):
+    """144 and 576 visual tokens."""
+    checkpoint = make_checkpoint(grid=grid)
+    recipe = load_recipe(checkpoint / "recipe.yaml")
+    pruning = resolve_pruning(
+        recipe, pruner=pruner, keep_ratio=0.3, order="raster", positions="gap", seed=0
+    )
+    meta = build_reference(recipe, checkpoint, pruning, device="meta")
+    for source, name in meta.weight_files.items():
+        shutil.copyfile(source, tmp_path / name)
+    model = trace_component(meta.component("vision_encoder"), locations=meta.weight_files)
+    run_pipeline(model, PIPELINES["vision_encoder"])
+    save_graph(model, tmp_path / "vision.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "vision.onnx")
+    generator = torch.Generator().manual_seed(1)
+    feeds = {"pixel_values": torch.randn(1, 3, 8 * grid, 8 * grid, generator=generator)}
+    if pruner == "text":
+        feeds["text_embeds"] = torch.randn(2, 16, generator=generator)
+    encoder = build_reference(recipe, checkpoint, pruning, device="cpu").vision_encoder
+    with torch.inference_mode():
+        features, keep = encoder(*feeds.values())
+    found, indices = session.run(None, {k: v.numpy() for k, v in feeds.items()})
+    assert indices.shape[1] == {12: 43, 24: 173}[grid]
+    assert np.array_equal(indices, keep.numpy())
+    assert np.abs(found - features.numpy()).max() <= ATOL

@@ -10,7 +10,6 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from gap_export import __version__
 from gap_export.cli._options import QuietOption, VerboseOption
 from gap_export.cli.check import check
 from gap_export.cli.doctor import doctor
@@ -19,6 +18,7 @@ from gap_export.cli.export import export
 from gap_export.cli.ground import ground
 from gap_export.cli.inspect_bundle import inspect_bundle
 from gap_export.cli.models import models
+from gap_export.version import __version__
 
 DEFAULT_COMMAND = "export"
 _CONTEXT = {"help_option_names": ["-h", "--help"]}

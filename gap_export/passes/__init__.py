@@ -7,12 +7,14 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
+from gap_export.passes.fold_constants import FoldConstants
 from gap_export.passes.graph_pass import GraphPass, PassReport, fingerprint
 from gap_export.passes.insert_gap_remap import InsertGapRemap
 from gap_export.passes.strip_trace_metadata import StripTraceMetadata
 
 __all__ = [
     "PIPELINES",
+    "FoldConstants",
     "GraphPass",
     "InsertGapRemap",
     "PassReport",
@@ -23,10 +25,10 @@ __all__ = [
 
 PIPELINES: Mapping[str, tuple[GraphPass, ...]] = MappingProxyType(
     {
-        "vision_encoder": (StripTraceMetadata(),),
-        "text_encoder": (StripTraceMetadata(),),
-        "embed_tokens": (StripTraceMetadata(),),
-        "decoder_model_merged": (InsertGapRemap(), StripTraceMetadata()),
+        "vision_encoder": (FoldConstants(), StripTraceMetadata()),
+        "text_encoder": (FoldConstants(), StripTraceMetadata()),
+        "embed_tokens": (FoldConstants(), StripTraceMetadata()),
+        "decoder_model_merged": (FoldConstants(), InsertGapRemap(), StripTraceMetadata()),
     }
 )
 

@@ -25,8 +25,8 @@ from gap_export.evaluation.refshapes import (
     generate_scene,
     iter_samples,
 )
-from gap_export.evaluation.refshapes_objects import COLOR_VALUES, EXTENTS
-from gap_export.evaluation.refshapes_render import shape_mask
+from gap_export.evaluation.refshapes.objects import COLOR_VALUES, EXTENTS
+from gap_export.evaluation.refshapes.render import shape_mask
 
 NUM_SCENES = 300
 PINNED_IMAGE = "efda82ea3b70b661bef9823a06f6996d19968bf4e66da2bbbc9b353ded117614"

@@ -23,12 +23,12 @@ from gap_export.evaluation.refshapes import (
     Scene,
     generate_scene,
 )
-from gap_export.evaluation.refshapes_expressions import (
+from gap_export.evaluation.refshapes.expressions import (
     describe,
     matching,
     random_attribute_use,
 )
-from gap_export.evaluation.refshapes_objects import SceneObject
+from gap_export.evaluation.refshapes.objects import SceneObject
 from refshapes_training import vocabulary as vocab
 
 NUM_PATCHES = GRID_SIZE * GRID_SIZE

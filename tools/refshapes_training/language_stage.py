@@ -3,7 +3,7 @@
 The questions of one image are packed after one copy of its visual tokens. Three auxiliary losses
 make a decoder this small learn on a CPU; their heads are thrown away afterwards: place probes on
 visual states, pointers from `ASSISTANT:` at the target's patches, and alignment of projected
-patches with the decoder's own word embeddings.
+patches with the decoder's own word embeddings. A fourth keeps attention off empty background.
 
 Nothing here prunes: without `token_dropout` the decoder sees all visual tokens of every image, so
 what it does with fewer of them is a property it was not trained for.
@@ -47,6 +47,8 @@ from refshapes_training.model import (
 )
 
 BATCH_SIZE = 32
+# Images of a batch whose attention is looked at: a share of them costs less and says as much.
+_SINK_IMAGES = 8
 HOLD, FLOOR, CLIP = 0.2, 0.02, 1.0
 REPORT_EVERY = 25
 MONITOR_EVERY_SECONDS = 600.0
@@ -66,6 +68,7 @@ class LanguageStage:
         optimizer: Which optimiser trains the hidden matrices.
         learning_rate: Peak.
         token_dropout: Largest share of visual tokens hidden from the decoder; 0 for none.
+        background_weight: Weight of the loss against attention parked on empty background.
         checkpoint: File to resume from and to save to.
     """
 
@@ -74,6 +77,7 @@ class LanguageStage:
     optimizer: OptimizerName
     learning_rate: float
     token_dropout: float
+    background_weight: float
     checkpoint: Path
 
 
@@ -82,7 +86,7 @@ def train_language(
     heads: LanguageHeads,
     stage: LanguageStage,
     device: torch.device,
-    monitor: Callable[[RefShapesModel], None],
+    monitor: Callable[[RefShapesModel], object],
 ) -> None:
     """Train until the budget is used; resumes by itself.
 
@@ -111,6 +115,7 @@ def train_language(
             "peak_learning_rate": stage.learning_rate,
             "images_per_step": BATCH_SIZE,
             "token_dropout": stage.token_dropout,
+            "background_weight": stage.background_weight,
             "questions_per_image": QUESTIONS_PER_IMAGE,
             "threads": torch.get_num_threads(),
         },
@@ -126,7 +131,9 @@ def train_language(
         batch = next(batches).to(device)
         rate = clock.learning_rate(stage.learning_rate, hold=HOLD, floor=FLOOR)
         probe_weight = 0.5 if clock.progress < 0.5 else 0.2
-        loss, figures = language_loss(model, heads, batch, probe_weight, stage.token_dropout)
+        loss, figures = language_loss(
+            model, heads, batch, probe_weight, stage.token_dropout, stage.background_weight
+        )
         figures["grad"] = take_step(loss, optimizers, rate, CLIP)
         averages.add(**figures)
         clock.step += 1
@@ -147,6 +154,7 @@ def language_loss(
     batch: LanguageBatch,
     probe_weight: float,
     token_dropout: float,
+    background_weight: float,
 ) -> tuple[Tensor, dict[str, float | Tensor]]:
     """Loss of one batch and the figures to log.
 
@@ -156,6 +164,7 @@ def language_loss(
         batch: B images with Q questions.
         probe_weight: Weight of the place probes.
         token_dropout: See `LanguageStage`.
+        background_weight: See `LanguageStage`.
 
     Returns:
         A scalar, and figures by name.
@@ -170,7 +179,9 @@ def language_loss(
             hidden_tokens = _draw_hidden_tokens(selected, token_dropout)
             mask = _hide(mask, hidden_tokens)
         visual = model.projector(selected).float()
-        states, layers = model.decode(*_embed(model, batch, visual), mask)
+        embeds, position_ids = _embed(model, batch, visual)
+        states, layers = model.decode(embeds, position_ids, mask)
+        sink = _background_loss(model, batch, [embeds, *layers[:-1]], position_ids, mask)
         places = torch.arange(vocab.ANSWER_LENGTH, device=device)
         columns = PREFIX_LENGTH + batch.asking[:, None] + places
         logits = model.llava.lm_head(states[batch.rows[:, None], columns])
@@ -195,6 +206,7 @@ def language_loss(
     alignment = _alignment_loss(model, heads, batch, visual)
     probe = _probe_loss(probes, batch)
     loss = answer + 0.5 * pointer + 0.5 * alignment + probe_weight * probe
+    loss = loss + background_weight * sink
     with torch.no_grad():
         overlap = box_overlap(_boxes(logits.argmax(-1)), _boxes(batch.answers))
         pointed = batch.target_patches.gather(1, pointers[-1].argmax(1, keepdim=True))
@@ -207,6 +219,7 @@ def language_loss(
             "pointed": pointed.float().mean(),
             "align": alignment.detach(),
             "probe": probe.detach(),
+            "background": sink.detach(),
         }
     return loss, figures
 
@@ -249,6 +262,32 @@ def _embed(model: RefShapesModel, batch: LanguageBatch, visual: Tensor) -> tuple
     embeds = torch.cat([prefix, visual, table(batch.ids)], 1)
     shared = torch.arange(PREFIX_LENGTH, device=device).expand(size, -1)
     return embeds, torch.cat([shared, PREFIX_LENGTH + batch.offsets], 1)
+
+
+def _background_loss(
+    model: RefShapesModel,
+    batch: LanguageBatch,
+    inputs: list[Tensor],
+    position_ids: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    """Attention of words and object patches that falls on empty background, -log(1 - share).
+
+    A head with nothing to say must look somewhere. An LLM that was pre-trained on text looks at
+    its first token then (arXiv 2309.17453); this decoder has seen no text without a picture, and
+    would park on background, which is always there in training and not always after pruning.
+    """
+    some, start = slice(0, _SINK_IMAGES), len(vocab.PREFIX)
+    background = torch.zeros(position_ids.shape, dtype=torch.bool, device=position_ids.device)
+    background[:, start:PREFIX_LENGTH] = ~batch.covered
+    asking = ~background
+    asking[:, :start] = False
+    asking[:, PREFIX_LENGTH:] = batch.segments >= 0
+    share = model.attention_share(
+        [state[some] for state in inputs], position_ids[some], mask[some], background[some]
+    )
+    loss = -torch.log1p(-share.clamp(max=0.999))
+    return loss.mean((0, 2))[asking[some]].mean()
 
 
 def _pointer_loss(logits: Tensor, targets: Tensor, usable: Tensor) -> Tensor:

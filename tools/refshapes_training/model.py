@@ -18,6 +18,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gap_export.evaluation.refshapes import COLORS, GRID_SIZE, IMAGE_SIZE, PATCH_SIZE, SHAPES
 from refshapes_training import vocabulary as vocab
@@ -126,6 +127,37 @@ class RefShapesModel(nn.Module):
             )
             states.append(hidden)
         return self.decoder.norm(hidden), states
+
+    def attention_share(
+        self,
+        inputs: list[Tensor],
+        position_ids: Tensor,
+        mask: Tensor,
+        keys: Tensor,
+    ) -> Tensor:
+        """How much of every query's attention falls on some keys.
+
+        Args:
+            inputs: The state that enters each layer, [B, S, H].
+            position_ids: int64 [B, S].
+            mask: bool [B, 1, S, S], True where a query may look.
+            keys: bool [B, S], the keys asked about.
+
+        Returns:
+            float32 [layers, B, heads, S] in 0..1.
+        """
+        cos, sin = self.decoder.rotary_emb(inputs[0], position_ids)
+        shares = []
+        for layer, hidden in zip(self.decoder.layers, inputs, strict=True):
+            normed, attention = layer.input_layernorm(hidden), layer.self_attn
+            shape = (*normed.shape[:2], -1, attention.head_dim)
+            query = attention.q_proj(normed).view(shape).transpose(1, 2)
+            key = attention.k_proj(normed).view(shape).transpose(1, 2)
+            query, key = apply_rotary_pos_emb(query, key, cos, sin)
+            scores = (query @ key.transpose(2, 3)).float() * attention.scaling
+            weights = scores.masked_fill(~mask, torch.finfo(torch.float32).min).softmax(-1)
+            shares.append((weights * keys[:, None, None]).sum(-1))
+        return torch.stack(shares)
 
 
 class VisionHeads(nn.Module):

@@ -20,13 +20,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.evaluation.refshapes_expressions import (
+from gap_export.evaluation.refshapes.expressions import (
     WORDS,
     Expression,
     Kind,
     sample_expressions,
 )
-from gap_export.evaluation.refshapes_objects import (
+from gap_export.evaluation.refshapes.objects import (
     COLORS,
     GRID_SIZE,
     IMAGE_SIZE,
@@ -36,7 +36,7 @@ from gap_export.evaluation.refshapes_objects import (
     SceneObject,
     sample_objects,
 )
-from gap_export.evaluation.refshapes_render import render
+from gap_export.evaluation.refshapes.render import render
 
 __all__ = [
     "COLORS",

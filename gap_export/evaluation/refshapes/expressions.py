@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from gap_export.evaluation.refshapes_objects import COLORS, SHAPES, SIZES, SceneObject
+from gap_export.evaluation.refshapes.objects import COLORS, SHAPES, SIZES, SceneObject
 
 Kind = Literal["attribute", "superlative", "relation"]
 

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.evaluation.refshapes_objects import (
+from gap_export.evaluation.refshapes.objects import (
     COLOR_VALUES,
     GRID_SIZE,
     IMAGE_SIZE,
