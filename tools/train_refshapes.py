@@ -94,6 +94,7 @@ def _train(model: RefShapesModel, options: argparse.Namespace, device: torch.dev
             learning_rate=options.language_learning_rate,
             token_dropout=options.token_dropout,
             background_weight=options.background_weight,
+            spread_weight=options.spread_weight,
             checkpoint=options.work_dir / "language.pt",
         ),
         device,
@@ -144,6 +145,12 @@ def _parse_options() -> argparse.Namespace:
         type=float,
         default=0.3,
         help="weight of the loss against attention parked on empty background",
+    )
+    parser.add_argument(
+        "--spread-weight",
+        type=float,
+        default=0.2,
+        help="weight, in the second half, of the loss that spreads attention over the target",
     )
     parser.add_argument(
         "--token-dropout",

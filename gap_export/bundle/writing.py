@@ -243,7 +243,15 @@ def _make_draft_folder(final: Path) -> tuple[Path, int]:
     """A fresh hidden sibling folder and the descriptor that holds its lock."""
     while True:
         folder = final.parent / f".{final.name}{_DRAFT_MARK}{secrets.token_hex(4)}"
-        folder.mkdir()
+        try:
+            folder.mkdir()
+        except FileNotFoundError as err:
+            # Not a missing parent, those are made before: a place such as /proc takes no folders.
+            raise OutputError(
+                "no folder can be made there",
+                seen=final,
+                fix="choose another place with --out",
+            ) from err
         lock = _try_lock(folder)
         # Another process may sweep between mkdir and lock; then take a new name.
         if lock is not None and folder.is_dir():

@@ -325,3 +325,9 @@ def test_file_changed_after_copying_is_hashed_again(
         manifest = draft.commit(sample_manifest)
     assert manifest.files[0].held == "written"
     assert open_bundle(place / "out").manifest == manifest
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a Linux /proc")
+def test_a_place_that_takes_no_folders_is_refused():
+    with pytest.raises(OutputError, match="no folder can be made"), write_bundle("/proc/bundle"):
+        pass

@@ -275,3 +275,12 @@ def read(text: str, objects: tuple[SceneObject, ...]) -> tuple[str, list[int]]:
     # Even with no margin only one qualifies, and that one is clearly on its side.
     found = [i for i in fits if i != anchor and ahead[i] >= 0]
     return "relation", [i for i in found if ahead[i] > 8 or len(found) > 1]
+
+
+def test_mosaics_without_background_are_for_training_only() -> None:
+    def background_shares(split: str) -> list[float]:
+        scenes = (generate_scene(split=split, seed=0, index=i) for i in range(200))
+        return [float((scene.object_map < 0).mean()) for scene in scenes]
+
+    assert sum(share < 0.05 for share in background_shares("train")) >= 10
+    assert min(background_shares("heldout")) > 0.05

@@ -3,7 +3,8 @@
 The questions of one image are packed after one copy of its visual tokens. Three auxiliary losses
 make a decoder this small learn on a CPU; their heads are thrown away afterwards: place probes on
 visual states, pointers from `ASSISTANT:` at the target's patches, and alignment of projected
-patches with the decoder's own word embeddings. A fourth keeps attention off empty background.
+patches with the decoder's own word embeddings. Two more shape
+attention: off empty background, and over the whole of the target.
 
 Nothing here prunes: without `token_dropout` the decoder sees all visual tokens of every image, so
 what it does with fewer of them is a property it was not trained for.
@@ -48,7 +49,10 @@ from refshapes_training.model import (
 
 BATCH_SIZE = 32
 # Images of a batch whose attention is looked at: a share of them costs less and says as much.
-_SINK_IMAGES = 8
+_WATCHED_IMAGES = 8
+# Layers that read the answer off the target, and when they are asked to read all of it.
+_READING_LAYERS = (2, 3)
+_SPREAD_FROM = 0.5
 HOLD, FLOOR, CLIP = 0.2, 0.02, 1.0
 REPORT_EVERY = 25
 MONITOR_EVERY_SECONDS = 600.0
@@ -69,6 +73,8 @@ class LanguageStage:
         learning_rate: Peak.
         token_dropout: Largest share of visual tokens hidden from the decoder; 0 for none.
         background_weight: Weight of the loss against attention parked on empty background.
+        spread_weight: Weight, in the second half, of the loss that spreads attention over the
+            whole target.
         checkpoint: File to resume from and to save to.
     """
 
@@ -78,7 +84,17 @@ class LanguageStage:
     learning_rate: float
     token_dropout: float
     background_weight: float
+    spread_weight: float
     checkpoint: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of place probes, attention on background, and attention spread over the target."""
+
+    probe: float
+    background: float
+    spread: float
 
 
 def train_language(
@@ -116,6 +132,7 @@ def train_language(
             "images_per_step": BATCH_SIZE,
             "token_dropout": stage.token_dropout,
             "background_weight": stage.background_weight,
+            "spread_weight": stage.spread_weight,
             "questions_per_image": QUESTIONS_PER_IMAGE,
             "threads": torch.get_num_threads(),
         },
@@ -130,10 +147,12 @@ def train_language(
     while clock.progress < 1:
         batch = next(batches).to(device)
         rate = clock.learning_rate(stage.learning_rate, hold=HOLD, floor=FLOOR)
-        probe_weight = 0.5 if clock.progress < 0.5 else 0.2
-        loss, figures = language_loss(
-            model, heads, batch, probe_weight, stage.token_dropout, stage.background_weight
+        weights = LossWeights(
+            probe=0.5 if clock.progress < 0.5 else 0.2,
+            background=stage.background_weight,
+            spread=stage.spread_weight if clock.progress >= _SPREAD_FROM else 0.0,
         )
+        loss, figures = language_loss(model, heads, batch, weights, stage.token_dropout)
         figures["grad"] = take_step(loss, optimizers, rate, CLIP)
         averages.add(**figures)
         clock.step += 1
@@ -152,9 +171,8 @@ def language_loss(
     model: RefShapesModel,
     heads: LanguageHeads,
     batch: LanguageBatch,
-    probe_weight: float,
+    weights: LossWeights,
     token_dropout: float,
-    background_weight: float,
 ) -> tuple[Tensor, dict[str, float | Tensor]]:
     """Loss of one batch and the figures to log.
 
@@ -162,9 +180,8 @@ def language_loss(
         model: The model.
         heads: Training-only heads.
         batch: B images with Q questions.
-        probe_weight: Weight of the place probes.
         token_dropout: See `LanguageStage`.
-        background_weight: See `LanguageStage`.
+        weights: Of the losses that change while training goes on.
 
     Returns:
         A scalar, and figures by name.
@@ -181,7 +198,9 @@ def language_loss(
         visual = model.projector(selected).float()
         embeds, position_ids = _embed(model, batch, visual)
         states, layers = model.decode(embeds, position_ids, mask)
-        sink = _background_loss(model, batch, [embeds, *layers[:-1]], position_ids, mask)
+        watched = slice(0, _WATCHED_IMAGES)
+        inputs = [state[watched] for state in (embeds, *layers[:-1])]
+        attention = model.attention(inputs, position_ids[watched], mask[watched])
         places = torch.arange(vocab.ANSWER_LENGTH, device=device)
         columns = PREFIX_LENGTH + batch.asking[:, None] + places
         logits = model.llava.lm_head(states[batch.rows[:, None], columns])
@@ -205,8 +224,10 @@ def language_loss(
     pointer = torch.stack([_pointer_loss(p, batch.target_patches, usable) for p in pointers]).sum()
     alignment = _alignment_loss(model, heads, batch, visual)
     probe = _probe_loss(probes, batch)
-    loss = answer + 0.5 * pointer + 0.5 * alignment + probe_weight * probe
-    loss = loss + background_weight * sink
+    loss = answer + 0.5 * pointer + 0.5 * alignment + weights.probe * probe
+    background = _background_loss(attention, batch)
+    spread = _spread_loss(attention, batch)
+    loss = loss + weights.background * background + weights.spread * spread
     with torch.no_grad():
         overlap = box_overlap(_boxes(logits.argmax(-1)), _boxes(batch.answers))
         pointed = batch.target_patches.gather(1, pointers[-1].argmax(1, keepdim=True))
@@ -219,7 +240,8 @@ def language_loss(
             "pointed": pointed.float().mean(),
             "align": alignment.detach(),
             "probe": probe.detach(),
-            "background": sink.detach(),
+            "background": background.detach(),
+            "spread": spread.detach(),
         }
     return loss, figures
 
@@ -264,30 +286,42 @@ def _embed(model: RefShapesModel, batch: LanguageBatch, visual: Tensor) -> tuple
     return embeds, torch.cat([shared, PREFIX_LENGTH + batch.offsets], 1)
 
 
-def _background_loss(
-    model: RefShapesModel,
-    batch: LanguageBatch,
-    inputs: list[Tensor],
-    position_ids: Tensor,
-    mask: Tensor,
-) -> Tensor:
+def _background_loss(attention: list[Tensor], batch: LanguageBatch) -> Tensor:
     """Attention of words and object patches that falls on empty background, -log(1 - share).
 
     A head with nothing to say must look somewhere. An LLM that was pre-trained on text looks at
     its first token then (arXiv 2309.17453); this decoder has seen no text without a picture, and
     would park on background, which is always there in training and not always after pruning.
     """
-    some, start = slice(0, _SINK_IMAGES), len(vocab.PREFIX)
-    background = torch.zeros(position_ids.shape, dtype=torch.bool, device=position_ids.device)
-    background[:, start:PREFIX_LENGTH] = ~batch.covered
+    images, _, length, _ = attention[0].shape
+    start = len(vocab.PREFIX)
+    background = torch.zeros(images, length, dtype=torch.bool, device=attention[0].device)
+    background[:, start:PREFIX_LENGTH] = ~batch.covered[:images]
     asking = ~background
     asking[:, :start] = False
-    asking[:, PREFIX_LENGTH:] = batch.segments >= 0
-    share = model.attention_share(
-        [state[some] for state in inputs], position_ids[some], mask[some], background[some]
-    )
-    loss = -torch.log1p(-share.clamp(max=0.999))
-    return loss.mean((0, 2))[asking[some]].mean()
+    asking[:, PREFIX_LENGTH:] = batch.segments[:images] >= 0
+    shares = torch.stack([(w * background[:, None, None]).sum(-1) for w in attention])
+    loss = -torch.log1p(-shares.clamp(max=0.999))
+    return loss.mean((0, 2))[asking].mean()
+
+
+def _spread_loss(attention: list[Tensor], batch: LanguageBatch) -> Tensor:
+    """Cross-entropy between what a coordinate's query reads and all patches of the target alike.
+
+    Every patch of an object knows the whole box. Left alone, a query reads x1 off the left-most
+    patches only, and guesses too small a box where those are gone.
+    """
+    watched = (batch.rows < attention[0].shape[0]) & batch.target_patches.any(1)
+    rows, asking = batch.rows[watched], batch.asking[watched]
+    columns = PREFIX_LENGTH + asking[:, None] + torch.arange(vocab.NUM_PLACES, device=rows.device)
+    wanted = batch.target_patches[watched].float()
+    wanted = wanted / wanted.sum(1, keepdim=True)
+    total = wanted.new_zeros(())
+    for layer in _READING_LAYERS:
+        read = attention[layer].mean(1)[rows[:, None], columns]
+        seen = read[..., len(vocab.PREFIX) : PREFIX_LENGTH].clamp(min=1e-6)
+        total = total - (wanted[:, None] * seen.log()).sum(-1).mean()
+    return total / len(_READING_LAYERS)
 
 
 def _pointer_loss(logits: Tensor, targets: Tensor, usable: Tensor) -> Tensor:

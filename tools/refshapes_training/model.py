@@ -128,26 +128,19 @@ class RefShapesModel(nn.Module):
             states.append(hidden)
         return self.decoder.norm(hidden), states
 
-    def attention_share(
-        self,
-        inputs: list[Tensor],
-        position_ids: Tensor,
-        mask: Tensor,
-        keys: Tensor,
-    ) -> Tensor:
-        """How much of every query's attention falls on some keys.
+    def attention(self, inputs: list[Tensor], position_ids: Tensor, mask: Tensor) -> list[Tensor]:
+        """Attention weights of every layer, which the fused kernels do not give.
 
         Args:
             inputs: The state that enters each layer, [B, S, H].
             position_ids: int64 [B, S].
             mask: bool [B, 1, S, S], True where a query may look.
-            keys: bool [B, S], the keys asked about.
 
         Returns:
-            float32 [layers, B, heads, S] in 0..1.
+            For each layer float32 [B, heads, S, S]; rows sum to 1.
         """
         cos, sin = self.decoder.rotary_emb(inputs[0], position_ids)
-        shares = []
+        weights = []
         for layer, hidden in zip(self.decoder.layers, inputs, strict=True):
             normed, attention = layer.input_layernorm(hidden), layer.self_attn
             shape = (*normed.shape[:2], -1, attention.head_dim)
@@ -155,9 +148,9 @@ class RefShapesModel(nn.Module):
             key = attention.k_proj(normed).view(shape).transpose(1, 2)
             query, key = apply_rotary_pos_emb(query, key, cos, sin)
             scores = (query @ key.transpose(2, 3)).float() * attention.scaling
-            weights = scores.masked_fill(~mask, torch.finfo(torch.float32).min).softmax(-1)
-            shares.append((weights * keys[:, None, None]).sum(-1))
-        return torch.stack(shares)
+            hidden_away = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
+            weights.append(hidden_away.softmax(-1))
+        return weights
 
 
 class VisionHeads(nn.Module):

@@ -133,7 +133,7 @@ def generate_scene(*, split: Split, seed: int, index: int, num_expressions: int 
         )
     rng = np.random.default_rng([_SPLIT_KEYS[split], seed, index])
     while True:
-        objects = sample_objects(rng)
+        objects = sample_objects(rng, split)
         expressions = sample_expressions(rng, objects, num_expressions)
         if len(expressions) >= min(_MIN_EXPRESSIONS, num_expressions):
             break

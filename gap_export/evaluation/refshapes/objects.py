@@ -36,7 +36,12 @@ _TRIES_PER_OBJECT = 24
 _HALF = IMAGE_SIZE // 2
 
 LAYOUTS: tuple[str, ...] = ("scattered", "crowded", "mosaic", "sparse")
-LAYOUT_PROBABILITIES: tuple[float, ...] = (0.50, 0.20, 0.18, 0.12)
+LAYOUT_PROBABILITIES: dict[str, tuple[float, ...]] = {
+    # Mosaics are an augmentation of the training data and no part of the question.
+    "train": (0.50, 0.20, 0.18, 0.12),
+    "heldout": (0.60, 0.25, 0.0, 0.15),
+}
+"""By split, in the order of `LAYOUTS`."""
 
 # A slot is the square an object may be put in: (x, y, width, height, size word).
 _Slot = tuple[int, int, int, int, str]
@@ -73,18 +78,19 @@ class SceneObject:
         return self.x + self.extent / 2, self.y + self.extent / 2
 
 
-def sample_objects(rng: np.random.Generator) -> tuple[SceneObject, ...]:
+def sample_objects(rng: np.random.Generator, split: str) -> tuple[SceneObject, ...]:
     """Draw the objects of one scene: a layout, then attributes from small pools.
 
     Small pools repeat colours and shapes, so that an expression has something to tell apart.
 
     Args:
         rng: Source of randomness; advanced.
+        split: Key of `LAYOUT_PROBABILITIES`.
 
     Returns:
         One or more objects that keep at least `MIN_GAP` pixels between their boxes.
     """
-    layout = LAYOUTS[int(rng.choice(len(LAYOUTS), p=LAYOUT_PROBABILITIES))]
+    layout = LAYOUTS[int(rng.choice(len(LAYOUTS), p=LAYOUT_PROBABILITIES[split]))]
     if layout == "crowded":
         squares = _crowded_squares(rng)
     elif layout == "mosaic":
