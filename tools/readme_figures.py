@@ -95,7 +95,8 @@ def measure_parity(bundle: Path, samples: int, seed: int) -> str:
     lines += [
         "",
         f"Same greedy tokens in {report['equal_tokens']} and same boxes in "
-        f"{report['equal_boxes']} of {report['num_questions']} questions.",
+        f"{report['equal_boxes']} of {report['num_questions']} questions; {report['ties']} ties, "
+        "where PyTorch's two best tokens are closer than rounding.",
     ]
     return "\n".join(lines)
 

@@ -95,6 +95,7 @@ def _train(model: RefShapesModel, options: argparse.Namespace, device: torch.dev
             token_dropout=options.token_dropout,
             background_weight=options.background_weight,
             spread_weight=options.spread_weight,
+            attention_dropout=options.attention_dropout,
             checkpoint=options.work_dir / "language.pt",
         ),
         device,
@@ -135,7 +136,7 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, default=REPOSITORY / ".training")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "models/refshapes-llava")
     parser.add_argument("--vision-minutes", type=float, default=15.0)
-    parser.add_argument("--language-minutes", type=float, default=46.0)
+    parser.add_argument("--language-minutes", type=float, default=48.0)
     parser.add_argument("--vision-optimizer", choices=("adamw", "muon"), default="muon")
     parser.add_argument("--language-optimizer", choices=("adamw", "muon"), default="muon")
     parser.add_argument("--vision-learning-rate", type=float, default=3e-3)
@@ -151,6 +152,12 @@ def _parse_options() -> argparse.Namespace:
         type=float,
         default=0.2,
         help="weight, in the second half, of the loss that spreads attention over the target",
+    )
+    parser.add_argument(
+        "--attention-dropout",
+        type=float,
+        default=0.25,
+        help="dropout of single attention weights in the second half, as in any transformer",
     )
     parser.add_argument(
         "--token-dropout",

@@ -27,6 +27,11 @@ class Call:
     inputs: dict[str, NDArray[Any] | None]
     outputs: dict[str, NDArray[Any]]
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether it ran the decoder, be it prefill or a step."""
+        return self.method == "decode"
+
 
 @dataclass
 class RecordingBackend:

@@ -10,6 +10,7 @@ import pytest
 
 from gap_export.errors import UsageError
 from gap_export.parity.check import Question, check_bundle
+from gap_export.parity.torch_backend import TorchBackend
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
 
@@ -87,6 +88,40 @@ def test_tokens_that_differ_fail_even_where_tensors_agree(
     assert report.passed
     assert not replace(report, equal_tokens=2).passed
     assert not replace(report, equal_boxes=0).passed
+    # A tie explains one answer, and no more than that.
+    assert replace(report, equal_tokens=2, equal_boxes=2, ties=1).passed
+    assert not replace(report, equal_tokens=1, equal_boxes=2, ties=1).passed
+
+
+@pytest.mark.parametrize(("gap", "passes"), [(1e-4, True), (1e-3, False)])
+def test_a_flipped_token_is_a_tie_only_where_the_reference_is_undecided(
+    tiny_bundle, tiny_recipe, tiny_checkpoint, questions, monkeypatch, gap, passes
+):
+    """Both sides get logits whose best two are ``gap`` apart, the other way round in ONNX."""
+
+    def nearly_tied(logits, sign):
+        order = np.argsort(logits, axis=1)
+        best, second = order[:, -1:], order[:, -2:-1]
+        low, high = np.minimum(best, second), np.maximum(best, second)
+        top = np.take_along_axis(logits, best, axis=1)
+        edited = logits.copy()
+        np.put_along_axis(edited, low, top + sign * np.float32(gap / 4), axis=1)
+        np.put_along_axis(edited, high, top - sign * np.float32(gap / 4), axis=1)
+        return edited
+
+    for backend, sign in ((OnnxRuntimeBackend, -1), (TorchBackend, 1)):
+        honest = backend.decode
+        monkeypatch.setattr(
+            backend,
+            "decode",
+            lambda self, honest=honest, sign=sign, **given: nearly_tied(
+                honest(self, **given), sign
+            ),
+        )
+    report = run(tiny_bundle, tiny_recipe, tiny_checkpoint, questions[:1])
+    assert report.equal_tokens == 0
+    assert report.ties == int(passes)
+    assert report.passed is passes
 
 
 def test_no_questions_is_refused(tiny_bundle, tiny_recipe, tiny_checkpoint):

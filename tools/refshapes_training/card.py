@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from gap_export.evaluation.refshapes import (
     generate_scene,
     iter_samples,
 )
+from gap_export.evaluation.refshapes.objects import LAYOUT_PROBABILITIES, LAYOUTS
 from refshapes_training.loop import load_state
 from refshapes_training.model import NUM_PATCHES, RefShapesModel
 
@@ -83,7 +85,7 @@ parameters, float32.
 `clip/` holds a `CLIPTextModelWithProjection` ({text_size:,} parameters) and
 `visual_projection.safetensors`, which belong to the same vision tower.
 
-{claim}
+{textwrap.fill(claim, 100)}
 
 Prompt: `<s> USER: <image> {{expression}} ASSISTANT:` with `<image>` repeated {NUM_PATCHES} times,
 one for each {patch} patch of a {picture} picture: visual ids 2..145, text
@@ -107,12 +109,15 @@ def _data_section() -> str:
     small = np.mean([s.scene.objects[s.expression.target].size == "small" for s in samples])
     shares = ", ".join(f"{kind} {n / len(samples):.0%}" for kind, n in kinds.most_common())
     low, high = np.percentile(by_box, [5, 95])
+    mosaics = LAYOUT_PROBABILITIES["train"][LAYOUTS.index("mosaic")]
     probe = generate_scene(split="heldout", seed=0, index=0)
     asked = "; ".join(f"*{e.text}*" for e in probe.expressions[:4])
     return f"""## Data: RefShapes
 
 `gap_export.evaluation.refshapes`, rendered on the fly; train and held-out scenes differ in the key
-of their random generator. Measured on the held-out questions of seed 0 ({len(samples)} questions,
+of their random generator, and {mosaics:.0%} of the training scenes are an augmentation that the
+held-out set has not: mosaics, objects edge to edge without background. Measured
+on the held-out questions of seed 0 ({len(samples)} questions,
 {len(scenes)} pictures):
 
 - kinds: {shares}
@@ -137,7 +142,9 @@ def _training_section(settings: dict[str, dict[str, object]]) -> str:
         f"{'a GPU' if torch.cuda.is_available() else 'the CPU'}. The whole log is in "
         "`training_log.txt`. The vision stage trains both towers (contrastive, dense patch and "
         "patch-text losses, the position table shifted at random so that absolute places can only "
-        "come from RoPE); the language stage trains projector and decoder on the frozen tower.",
+        "come from RoPE); the language stage trains projector and decoder on the frozen tower, "
+        "with losses on attention: off empty background, and, in its second half, spread over "
+        "all patches of the target.",
         "",
     ]
     return "\n".join(lines)

@@ -50,9 +50,10 @@ from refshapes_training.model import (
 BATCH_SIZE = 32
 # Images of a batch whose attention is looked at: a share of them costs less and says as much.
 _WATCHED_IMAGES = 8
-# Layers that read the answer off the target, and when they are asked to read all of it.
+# Layers that read the answer off the target.
 _READING_LAYERS = (2, 3)
-_SPREAD_FROM = 0.5
+# From when on the decoder, which finds the target by then, is made to read all of it.
+_SECOND_HALF = 0.5
 HOLD, FLOOR, CLIP = 0.2, 0.02, 1.0
 REPORT_EVERY = 25
 MONITOR_EVERY_SECONDS = 600.0
@@ -75,6 +76,8 @@ class LanguageStage:
         background_weight: Weight of the loss against attention parked on empty background.
         spread_weight: Weight, in the second half, of the loss that spreads attention over the
             whole target.
+        attention_dropout: In the second half, the usual dropout of single attention weights, drawn
+            for each head and query. No token is ever taken away.
         checkpoint: File to resume from and to save to.
     """
 
@@ -85,6 +88,7 @@ class LanguageStage:
     token_dropout: float
     background_weight: float
     spread_weight: float
+    attention_dropout: float
     checkpoint: Path
 
 
@@ -133,6 +137,7 @@ def train_language(
             "token_dropout": stage.token_dropout,
             "background_weight": stage.background_weight,
             "spread_weight": stage.spread_weight,
+            "attention_dropout": stage.attention_dropout,
             "questions_per_image": QUESTIONS_PER_IMAGE,
             "threads": torch.get_num_threads(),
         },
@@ -150,8 +155,11 @@ def train_language(
         weights = LossWeights(
             probe=0.5 if clock.progress < 0.5 else 0.2,
             background=stage.background_weight,
-            spread=stage.spread_weight if clock.progress >= _SPREAD_FROM else 0.0,
+            spread=stage.spread_weight if clock.progress >= _SECOND_HALF else 0.0,
         )
+        for layer in model.decoder.layers:
+            second_half = clock.progress >= _SECOND_HALF
+            layer.self_attn.attention_dropout = stage.attention_dropout if second_half else 0.0
         loss, figures = language_loss(model, heads, batch, weights, stage.token_dropout)
         figures["grad"] = take_step(loss, optimizers, rate, CLIP)
         averages.add(**figures)

@@ -158,7 +158,7 @@ def _crowded_squares(rng: np.random.Generator) -> list[tuple[int, int, int, str]
 
     A model that has met pictures with hardly any background copes better when a pruner keeps
     nothing but object patches; these layouts are part of the data for that reason, in training
-    and in the held-out set alike.
+    and in the held-out set alike. Mosaics, which have none at all, are for training alone.
     """
     slots = _grid_slots(rng) if rng.random() < 0.4 else _quadrant_slots(rng)
     squares: list[tuple[int, int, int, str]] = []
