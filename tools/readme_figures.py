@@ -1,6 +1,6 @@
-"""Measure every figure of the README and write it there.
+"""Measure every figure of the README and of the demo model's card, and write it there.
 
-Runs the commands a reader could run, and puts what they print between the README's markers
+Runs the commands a reader could run, and puts what they print between the markers
 ``<!-- figures:NAME -->`` and ``<!-- /figures:NAME -->``. Nothing is typed in by hand.
 
     tools/readme_figures.py                 everything, about ten minutes on two cores
@@ -22,22 +22,23 @@ from PIL import Image
 from gap_export.evaluation.refshapes import generate_scene
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURES = ROOT / "models" / "refshapes-llava" / "pictures"
 MODEL = "refshapes-llava"
+README = ROOT / "README.md"
+CARD = ROOT / "models" / MODEL / "README.md"
+PICTURES = ROOT / "models" / MODEL / "pictures"
 PRUNERS = ("spatial", "random", "cls", "fastervlm", "text")
 
 
 def main(samples: int = 2000, parity_samples: int = 500, seed: int = 0) -> None:
-    """Measure and rewrite the README."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    """Measure, and rewrite the README and the card."""
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Path(scratch) / "bundle"
         gap_export("export", MODEL, "--keep", "0.3", "--out", str(bundle), "-q")
-        text = replace_section(text, "accuracy", measure_accuracy(samples, seed))
-        text = replace_section(text, "parity", measure_parity(bundle, parity_samples, seed))
         draw_pictures(bundle, Path(scratch))
-    readme.write_text(text, encoding="utf-8")
+        accuracy = measure_accuracy(samples, seed)
+        write_section(README, "accuracy", accuracy)
+        write_section(CARD, "accuracy", accuracy)
+        write_section(README, "parity", measure_parity(bundle, parity_samples, seed))
 
 
 def measure_accuracy(samples: int, seed: int) -> str:
@@ -128,14 +129,15 @@ def draw_pictures(bundle: Path, scratch: Path) -> None:
     sheet.quantize(128).save(PICTURES / "gap-and-compact.png", optimize=True)
 
 
-def replace_section(text: str, name: str, content: str) -> str:
-    """The README with one marked section rewritten."""
+def write_section(path: Path, name: str, content: str) -> None:
+    """Rewrite one marked section of a file."""
     start, end = f"<!-- figures:{name} -->", f"<!-- /figures:{name} -->"
+    text = path.read_text(encoding="utf-8")
     if text.count(start) != 1 or text.count(end) != 1:
-        raise SystemExit(f"README.md has no single section {start} ... {end}")
+        raise SystemExit(f"{path.name} has no single section {start} ... {end}")
     head, rest = text.split(start)
     tail = rest.split(end)[1]
-    return f"{head}{start}\n{content}\n{end}{tail}"
+    path.write_text(f"{head}{start}\n{content}\n{end}{tail}", encoding="utf-8")
 
 
 def gap_export(*words: str) -> str:

@@ -16,13 +16,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import argparse
 import copy
-import json
 import logging
 import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from refshapes_training.card import write_card
@@ -32,14 +30,12 @@ from refshapes_training.loop import load_state, logger
 from refshapes_training.model import LanguageHeads, RefShapesModel, VisionHeads
 from refshapes_training.vision_stage import VisionStage, train_vision
 
-from gap_export.evaluation.accuracy import EvaluationReport, evaluate_model
+from gap_export.evaluation.accuracy import evaluate_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPE = REPOSITORY / "models" / "refshapes-llava" / "recipe.yaml"
 PRUNERS = ("spatial", "random", "cls", "fastervlm", "text")
-# A short look now and then during training, and the whole of it for the card.
-LOOK = {"num_samples": 128, "seed": 1, "keep_ratios": (0.3,)}
-EVALUATION = {"num_samples": 2000, "seed": 0, "keep_ratios": (0.5, 0.3, 0.1)}
+LOOK_SAMPLES, LOOK_SEED, LOOK_KEEP_RATIO = 128, 1, 0.3
 
 
 def main() -> None:
@@ -60,13 +56,7 @@ def main() -> None:
         _train(model, options, device)
     _load_latest(model, options.work_dir)
     export_checkpoint(model, options.output)
-    figures_file = options.work_dir / "figures.json"
-    if options.evaluate:
-        report = _measure(model, **EVALUATION)
-        figures_file.write_text(json.dumps(report.to_plain(), indent=2) + "\n", encoding="utf-8")
-    write_card(
-        options.output, model=model, work_dir=options.work_dir, log=log, figures=figures_file
-    )
+    write_card(options.output, model=model, work_dir=options.work_dir, log=log)
     logger.info("wrote %s", options.output)
 
 
@@ -99,12 +89,12 @@ def _train(model: RefShapesModel, options: argparse.Namespace, device: torch.dev
             checkpoint=options.work_dir / "language.pt",
         ),
         device,
-        monitor=lambda current: _measure(current, **LOOK),
+        monitor=_look,
     )
 
 
-def _measure(model: RefShapesModel, **what: Any) -> EvaluationReport:
-    """Greedy accuracy of the model as exported, by the package itself; also into the log.
+def _look(model: RefShapesModel) -> None:
+    """Log greedy accuracy of the model as it is, measured by the package itself.
 
     Teacher-forced figures flatter, and an evaluator of the training's own could differ from what
     users run.
@@ -113,12 +103,17 @@ def _measure(model: RefShapesModel, **what: Any) -> EvaluationReport:
         folder = Path(scratch)
         export_checkpoint(copy.deepcopy(model), folder)
         shutil.copy(RECIPE, folder)
-        report = evaluate_model(str(folder), pruners=PRUNERS, **what)
+        report = evaluate_model(
+            str(folder),
+            pruners=PRUNERS,
+            keep_ratios=(LOOK_KEEP_RATIO,),
+            num_samples=LOOK_SAMPLES,
+            seed=LOOK_SEED,
+        )
     for row in report.rows:
         logger.info(
             "keep %g %s %s acc %.3f", row.keep_ratio, row.pruner, row.positions, row.acc_at_50
         )
-    return report
 
 
 def _load_latest(model: RefShapesModel, work_dir: Path) -> None:
@@ -169,12 +164,6 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export-only", action="store_true", help="train nothing, write files")
-    parser.add_argument(
-        "--evaluate",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="measure the figures for the model card on the held-out set before writing",
-    )
     return parser.parse_args()
 
 

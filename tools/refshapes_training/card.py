@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import textwrap
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +25,7 @@ from refshapes_training.model import NUM_PATCHES, RefShapesModel
 _DATA_SAMPLES = 2000
 
 
-def write_card(
-    folder: Path, *, model: RefShapesModel, work_dir: Path, log: Path, figures: Path
-) -> None:
+def write_card(folder: Path, *, model: RefShapesModel, work_dir: Path, log: Path) -> None:
     """Write README.md and training_log.txt beside the weights.
 
     Args:
@@ -37,7 +33,6 @@ def write_card(
         model: The exported model, for its size.
         work_dir: Folder with the training checkpoints.
         log: Log of the run.
-        figures: JSON file of the evaluation; the card says so if there is none.
     """
     shutil.copyfile(log, folder / "training_log.txt")
     settings = {
@@ -45,12 +40,11 @@ def write_card(
         for stage in ("vision", "language")
         if (path := work_dir / f"{stage}.pt").exists()
     }
-    rows = json.loads(figures.read_text(encoding="utf-8"))["rows"] if figures.exists() else None
     parts = [
         _introduction(folder.name, model, settings),
         _data_section(),
         _training_section(settings),
-        _figures_section(rows),
+        _FIGURES,
         _LIMITS,
     ]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
@@ -150,39 +144,16 @@ def _training_section(settings: dict[str, dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def _figures_section(rows: list[dict[str, Any]] | None) -> str:
-    """Table of the rows that ``gap-export eval --json`` gives."""
-    if rows is None:
-        return "## Figures\n\nNot measured for this checkpoint.\n"
-    whole = rows[0]
-    low, high = (f"{100 * end:.1f}" for end in whole["ci95"])
-    lines = [
-        "## Figures",
-        "",
-        f"Acc@0.5 in percent, greedy, {whole['n']} held-out questions on {whole['num_images']} "
-        f"pictures (seed {whole['seed']}), in ONNX Runtime. Unpruned: "
-        f"**{100 * whole['acc_at_50']:.1f}** (95 % interval {low}-{high}).",
-        "",
-        "| keep | pruner | compact ids | GAP ids | GAP / unpruned |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {gap['keep_ratio']:g} | {gap['pruner']} | {100 * compact['acc_at_50']:.1f} "
-        f"| {100 * gap['acc_at_50']:.1f} | {gap['recovered']:.0%} |"
-        for compact, gap in zip(rows[1::2], rows[2::2], strict=True)
-    ]
-    lines += [
-        "",
-        "Kept tokens in raster order. GAP: their own ids; compact: the same graph fed consecutive "
-        "ids. `random` is one draw for all pictures.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
 def _format(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
+
+_FIGURES = """## Figures
+
+<!-- figures:accuracy -->
+Not measured yet: `tools/readme_figures.py` measures this checkpoint and writes them here.
+<!-- /figures:accuracy -->
+"""
 
 _LIMITS = """## Limits
 
