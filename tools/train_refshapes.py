@@ -56,8 +56,8 @@ def main() -> None:
         _train(model, options, device)
     _load_latest(model, options.work_dir)
     export_checkpoint(model, options.output)
-    write_card(options.output, model=model, work_dir=options.work_dir, log=log)
-    logger.info("wrote %s", options.output)
+    write_card(options.output, model=model, work_dir=options.work_dir, log=log, note=options.note)
+    logger.info("wrote %s", options.output.name)
 
 
 def _train(model: RefShapesModel, options: argparse.Namespace, device: torch.device) -> None:
@@ -121,7 +121,7 @@ def _load_latest(model: RefShapesModel, work_dir: Path) -> None:
     for name in ("language.pt", "vision.pt"):
         if (work_dir / name).exists():
             model.load_state_dict(load_state(work_dir / name)["modules"]["model"])
-            logger.info("using %s", work_dir / name)
+            logger.info("using %s", name)
             return
     raise SystemExit(f"nothing trained in {work_dir}; run without --export-only first")
 
@@ -161,6 +161,7 @@ def _parse_options() -> argparse.Namespace:
         help="largest share of visual tokens hidden in training; such a model's recovery is "
         "partly by construction, so give it a name and an --output of its own",
     )
+    parser.add_argument("--note", help="a remark on the run, for the model card")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export-only", action="store_true", help="train nothing, write files")

@@ -25,7 +25,9 @@ from refshapes_training.model import NUM_PATCHES, RefShapesModel
 _DATA_SAMPLES = 2000
 
 
-def write_card(folder: Path, *, model: RefShapesModel, work_dir: Path, log: Path) -> None:
+def write_card(
+    folder: Path, *, model: RefShapesModel, work_dir: Path, log: Path, note: str | None
+) -> None:
     """Write README.md and training_log.txt beside the weights.
 
     Args:
@@ -33,6 +35,7 @@ def write_card(folder: Path, *, model: RefShapesModel, work_dir: Path, log: Path
         model: The exported model, for its size.
         work_dir: Folder with the training checkpoints.
         log: Log of the run.
+        note: What whoever ran it has to say about the run.
     """
     shutil.copyfile(log, folder / "training_log.txt")
     settings = {
@@ -44,6 +47,7 @@ def write_card(folder: Path, *, model: RefShapesModel, work_dir: Path, log: Path
         _introduction(folder.name, model, settings),
         _data_section(),
         _training_section(settings),
+        *([f"{textwrap.fill(note, 100)}\n"] if note else []),
         _FIGURES,
         _LIMITS,
     ]
