@@ -169,13 +169,12 @@ def _parse_options() -> argparse.Namespace:
 
 
 def _log_to(path: Path) -> None:
-    """Log to standard error and, appending, to a file."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        handlers=[logging.StreamHandler(), logging.FileHandler(path)],
-    )
+    """Log the training, and nothing of the libraries it uses, to standard error and to a file."""
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in (logging.StreamHandler(), logging.FileHandler(path)):
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
 # Its errors reach the user as ours; it need not write them to stderr as well.
 _FATAL_ONLY = 4
+# ONNX Runtime starts as many as it is told, and a slip of the key must not take the machine down.
+_MAX_THREADS = 256
 # All that ONNX Runtime raises: classes with no common base, and RuntimeError from bound runs.
 _ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
@@ -228,8 +230,10 @@ def _session_options(num_threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
     if num_threads is not None:
-        if num_threads < 1:
-            raise UsageError("number of threads out of range", seen=num_threads, allowed=">= 1")
+        if not 1 <= num_threads <= _MAX_THREADS:
+            raise UsageError(
+                "number of threads out of range", seen=num_threads, allowed=f"1..{_MAX_THREADS}"
+            )
         options.intra_op_num_threads = num_threads
     return options
 

@@ -145,8 +145,8 @@ def test_missing_cuda_says_what_to_install(tiny_bundle: Path) -> None:
         GroundingSession.open(tiny_bundle, execution_providers=["CUDAExecutionProvider"])
 
 
-@pytest.mark.parametrize("num_threads", [0, -1])
-def test_number_of_threads_below_one_is_refused(tiny_bundle: Path, num_threads: int) -> None:
+@pytest.mark.parametrize("num_threads", [0, -1, 100_000])
+def test_number_of_threads_out_of_range_is_refused(tiny_bundle: Path, num_threads: int) -> None:
     with pytest.raises(UsageError, match=f"number of threads out of range: {num_threads}"):
         GroundingSession.open(tiny_bundle, num_threads=num_threads)
 
