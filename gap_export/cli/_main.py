@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
 import sys
@@ -39,12 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see :class:`gap_export.errors.ExitCode`; 128 + n after signal n.
     """
+    _prepare_streams()
     terminal = Terminal()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with _stop_signals():
             code = _run(arguments, terminal)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except GapExportError as err:
         terminal.error(str(err))
         code = int(err.exit_code)
@@ -55,13 +59,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader left (`| head`): no message, and none from the interpreter's last flush either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = int(ExitCode.FAILED)
+    except OSError as err:
+        if err.errno != errno.ENOSPC or err.filename is not None:
+            code = _report_bug(err, terminal)
+        else:
+            # Without a file name it is a stream: the result went to a full device.
+            terminal.error("the result cannot be written: no space left")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = int(ExitCode.FAILED)
     except Exception as err:  # noqa: BLE001 - users see a line, not a traceback; -v shows it all
-        if terminal.verbose:
-            traceback.print_exc()
-        hint = "" if terminal.verbose else "; run with -v for the traceback"
-        terminal.error(f"{type(err).__name__}: {err}\nthis is a bug{hint}")
-        code = int(ExitCode.FAILED)
+        code = _report_bug(err, terminal)
     return code
+
+
+def _prepare_streams() -> None:
+    """A character that the terminal's encoding lacks is escaped instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _report_bug(err: Exception, terminal: Terminal) -> int:
+    if terminal.verbose:
+        traceback.print_exc()
+    hint = "" if terminal.verbose else "; run with -v for the traceback"
+    terminal.error(f"{type(err).__name__}: {err}\nthis is a bug{hint}")
+    return int(ExitCode.FAILED)
 
 
 def _run(arguments: list[str], terminal: Terminal) -> int:

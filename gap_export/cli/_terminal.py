@@ -43,7 +43,7 @@ class Terminal:
     def message(self, text: str) -> None:
         """Tell the user something that is not the result."""
         if not self.quiet:
-            print(text, file=sys.stderr)
+            _print_error(text)
 
     def warning(self, text: str) -> None:
         """Tell the user that something may not be what they think."""
@@ -51,7 +51,7 @@ class Terminal:
 
     def error(self, text: str) -> None:
         """Say what went wrong, in quiet mode too."""
-        print(f"error: {text}", file=sys.stderr)
+        _print_error(f"error: {text}")
 
     def progress(self) -> Progress:
         """A listener for long work: silent when quiet, else bars on stderr."""
@@ -60,6 +60,12 @@ class Terminal:
         from gap_export.cli._progress import TerminalProgress
 
         return TerminalProgress()
+
+
+def _print_error(text: str) -> None:
+    # Closed, it is None, which print would take for stdout, among the results.
+    if sys.stderr is not None:
+        print(text, file=sys.stderr)
 
 
 def format_json(plain: Any, indent: str = "") -> str:

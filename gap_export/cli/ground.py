@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from gap_export.cli._options import BundleArgument, QuietOption, VerboseOption, terminal_of
+from gap_export.errors import ImageError
 
 
 def ground(
@@ -56,6 +57,8 @@ def ground(
     from gap_export.runtime.session import GroundingSession
 
     terminal = terminal_of(ctx)
+    if save is not None:
+        _check_drawing_path(save, image)
     with GroundingSession.open(
         bundle, execution_providers=provider, num_threads=threads, verify=verify
     ) as session:
@@ -71,3 +74,20 @@ def ground(
 
         save_drawing(draw_grounding(image, grounding, pad_color=pad_color), save)
         terminal.message(f"wrote {save}")
+
+
+def _check_drawing_path(save: Path, image: Path) -> None:
+    """Refuse a drawing that could not be written, before the work, or that would cost the picture.
+
+    Raises:
+        ImageError: unknown suffix, no such folder, or the input picture itself.
+    """
+    from gap_export.runtime.drawing import check_drawing_path
+
+    check_drawing_path(save)
+    if save.exists() and image.exists() and save.samefile(image):
+        raise ImageError(
+            "the drawing would replace the picture it is made from",
+            seen=save,
+            fix="choose another --save",
+        )

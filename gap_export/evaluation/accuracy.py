@@ -13,13 +13,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from gap_export.bundle import open_bundle
 from gap_export.errors import UsageError
 from gap_export.evaluation.metrics import accuracy_at, intersection_over_union, wilson_interval
 from gap_export.evaluation.refshapes import Sample, iter_samples
+from gap_export.extras import require_extra
+from gap_export.manifest import Manifest
 from gap_export.pipeline import ExportOptions, GraphCache, export_model
 from gap_export.positions import PositionMode
 from gap_export.progress import Progress, SilentProgress
-from gap_export.recipe import RECIPE_NAME
+from gap_export.recipe import RECIPE_NAME, Recipe
 from gap_export.runtime.session import GroundingSession
 from gap_export.source import resolve_model, resolve_source
 
@@ -113,10 +116,12 @@ def evaluate_model(
         for keep_ratio in keep_ratios or (found.defaults.keep_ratio,)
         for pruner in pruners or (found.defaults.pruner,)
     ]
+    _check_runs(found, runs)
     samples = list(iter_samples(seed=seed, num_samples=num_samples))
     with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
         cache = GraphCache()
-        unpruned = replace(base, keep_ratio=1.0, out=Path(scratch) / "unpruned")
+        # Whatever order the others have: with all tokens in raster order nothing is pruned.
+        unpruned = replace(base, keep_ratio=1.0, order="raster", out=Path(scratch) / "unpruned")
         whole = export_model(unpruned, progress=progress, cache=cache)
         rows = [_measure(whole.bundle, None, samples, seed, progress, None)]
         for number, options in enumerate(runs):
@@ -152,31 +157,70 @@ def evaluate_bundle(
     _check_samples(num_samples)
     progress = progress or SilentProgress()
     samples = list(iter_samples(seed=seed, num_samples=num_samples))
-    with GroundingSession.open(bundle) as session:
-        manifest = session.manifest
+    manifest = open_bundle(bundle).manifest
     with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
         if baseline is None:
             recipe, source = resolve_source(manifest, checkpoint)
             options = ExportOptions(
-                model=str(source),
+                # Resolved: a relative path may read like the name of a recipe.
+                model=str(source.resolve()),
                 recipe=None if (source / RECIPE_NAME).is_file() else recipe.name,
                 keep_ratio=1.0,
                 out=Path(scratch) / "unpruned",
             )
             baseline = export_model(options, progress=progress).bundle
-        with GroundingSession.open(baseline) as session:
-            other = session.manifest
-        if other.model.name != manifest.model.name or other.pruning.keep_ratio != 1.0:
-            raise UsageError(
-                "the baseline is not the unpruned form of this bundle's model",
-                seen=f"{other.model.name} at keep {other.pruning.keep_ratio:g}",
-                allowed=f"{manifest.model.name} at keep 1",
-                fix=f"make one with: gap-export {manifest.model.name} --keep 1",
-            )
+        _check_baseline(manifest, open_bundle(baseline).manifest)
         whole = _measure(baseline, None, samples, seed, progress, None)
     return EvaluationReport(
         rows=(whole, *_pruned_rows(bundle, samples, seed, progress, whole.acc_at_50))
     )
+
+
+def _check_runs(recipe: Recipe, runs: Sequence[ExportOptions]) -> None:
+    """Refuse now what the last of the exports would refuse after all others were measured."""
+    require_extra("export", "measuring a model")
+    from gap_export.families import resolve_pruning
+
+    for run in runs:
+        resolve_pruning(
+            recipe,
+            pruner=run.pruner,
+            keep_ratio=run.keep_ratio,
+            order=run.order,
+            positions=run.positions,
+            seed=run.seed,
+        )
+
+
+def _check_baseline(manifest: Manifest, baseline: Manifest) -> None:
+    """Refuse a baseline that is not the same model with all its tokens.
+
+    Raises:
+        UsageError: another model, other weights, other preparation, or pruned.
+    """
+    mine = {file.path: file.sha256 for file in manifest.source.files}
+    theirs = {file.path: file.sha256 for file in baseline.source.files}
+    # A pruner that reads the text brings files of its own; what both have must be the same.
+    other_files = [path for path in mine.keys() & theirs.keys() if mine[path] != theirs[path]]
+    facts = ("model", "grid", "image", "prompt", "box", "decoder", "dtype")
+    other_facts = [name for name in facts if getattr(manifest, name) != getattr(baseline, name)]
+    seen = [
+        *(f"another {name}" for name in other_facts),
+        *(f"another {path}" for path in sorted(other_files)),
+    ]
+    if not mine.keys() & theirs.keys():
+        seen.append("no common weights")
+    if baseline.pruning.keep_ratio != 1.0:
+        seen.append(f"keep {baseline.pruning.keep_ratio:g}")
+    if baseline.pruning.order != "raster" or baseline.pruning.positions != "gap":
+        seen.append(f"{baseline.pruning.order} order, {baseline.pruning.positions} positions")
+    if seen:
+        raise UsageError(
+            "the baseline is not the unpruned form of this bundle's model",
+            seen="; ".join(seen),
+            allowed=f"{manifest.model.name} at keep 1, made from the same checkpoint",
+            fix=f"make one with: gap-export {manifest.model.name} --keep 1",
+        )
 
 
 def _check_samples(num_samples: int) -> None:

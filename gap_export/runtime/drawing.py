@@ -70,11 +70,7 @@ def save_drawing(drawing: Image.Image, path: str | Path) -> Path:
         OutputError: another suffix, or the place cannot be written.
     """
     target = Path(path)
-    kind = _SUFFIXES.get(target.suffix.lower())
-    if kind is None:
-        raise OutputError(
-            "pictures are not saved in that format", seen=target, allowed=", ".join(_SUFFIXES)
-        )
+    kind = check_drawing_path(target)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         drawing.save(part, format=kind)
@@ -89,6 +85,26 @@ def save_drawing(drawing: Image.Image, path: str | Path) -> Path:
         with suppress(OSError):
             part.unlink()
     return target
+
+
+def check_drawing_path(path: Path) -> str:
+    """Pillow's name of the format a drawing would be saved in.
+
+    Raises:
+        OutputError: another suffix than those of :func:`save_drawing`, or no such folder.
+    """
+    kind = _SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        raise OutputError(
+            "pictures are not saved in that format", seen=path, allowed=", ".join(_SUFFIXES)
+        )
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise OutputError(
+            "the picture cannot be saved",
+            seen=f"{path}: a folder, or in no folder",
+            fix="choose another place",
+        )
+    return kind
 
 
 def token_box(index: int, grid: tuple[int, int], frame: Frame) -> Box:

@@ -29,9 +29,10 @@ def report(*, passed: bool) -> ParityReport:
         num_questions=3,
         equal_tokens=3 if passed else 2,
         equal_boxes=3,
+        ties=0,
         differing=()
         if passed
-        else ({"expression": "the dog", "reference": "a", "candidate": "b"},),
+        else ({"expression": "the dog", "reference": "a", "candidate": "b", "margin": 0.5},),
     )
 
 

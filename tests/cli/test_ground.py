@@ -73,3 +73,19 @@ def test_bad_input_is_one_message_and_exit_2(
     assert outcome.err.startswith("error: ")
     assert outcome.err.count("\n") == 1
     assert words in outcome.err
+
+
+def test_save_never_replaces_the_picture_it_is_made_from(run_cli, tiny_bundle, picture):
+    before = picture.read_bytes()
+    outcome = run_cli("ground", tiny_bundle, picture, EXPRESSION, "--save", picture)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "replace the picture" in outcome.err
+    assert picture.read_bytes() == before
+
+
+def test_a_drawing_that_cannot_be_saved_is_refused_before_the_work(
+    run_cli, tiny_bundle, picture, tmp_path
+):
+    for place in (tmp_path, tmp_path / "nowhere" / "found.png", tmp_path / "found.xyz"):
+        outcome = run_cli("ground", tiny_bundle, picture, EXPRESSION, "--save", place)
+        assert (outcome.code, outcome.out) == (2, ""), place

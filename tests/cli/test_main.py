@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -161,3 +162,37 @@ def test_python_m_runs_the_same_program():
     command = [sys.executable, "-m", "gap_export", "--version"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     assert answer.stdout == f"gap-export {__version__}\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize(
+    ("redirection", "code", "words"),
+    [
+        (">/dev/full", 1, "no space left"),
+        (">&-", 0, ""),
+    ],
+)
+def test_a_stdout_that_takes_nothing_is_no_bug(redirection, code, words):
+    command = f"{sys.executable} -m gap_export models {redirection}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "bug" not in done.stderr
+    assert words in done.stderr
+
+
+def test_with_stderr_closed_messages_do_not_land_among_the_results():
+    command = f"{sys.executable} -m gap_export no-such-model 2>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_characters_the_terminal_lacks_are_escaped():
+    done = subprocess.run(
+        [sys.executable, "-m", "gap_export", "módel"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 2
+    assert "m\\xf3del" in done.stderr

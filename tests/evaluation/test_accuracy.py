@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from gap_export.errors import UsageError
+from gap_export.evaluation import accuracy
 from gap_export.evaluation.accuracy import evaluate_bundle, evaluate_model
 from gap_export.pipeline import ExportOptions, export_model
 
@@ -41,6 +45,38 @@ def test_fewer_samples_than_one_are_refused(tiny_checkpoint):
 def test_a_pruned_baseline_is_refused(tiny_bundle):
     with pytest.raises(UsageError, match="baseline"):
         evaluate_bundle(tiny_bundle, baseline=tiny_bundle, num_samples=4)
+
+
+def test_a_baseline_of_other_weights_is_refused(tiny_bundle, make_checkpoint, tmp_path):
+    other = make_checkpoint(seed=1)
+    options = ExportOptions(model=str(other), keep_ratio=1.0, out=tmp_path / "other")
+    baseline = export_model(options).bundle
+    with pytest.raises(UsageError, match=r"another model\.safetensors"):
+        evaluate_bundle(tiny_bundle, baseline=baseline, num_samples=4)
+
+
+def test_a_checkpoint_folder_named_like_a_recipe_is_the_folder(
+    tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch
+):
+    shutil.copytree(tiny_checkpoint, tmp_path / "refshapes-llava")
+    monkeypatch.chdir(tmp_path)
+    report = evaluate_bundle(tiny_bundle, checkpoint=Path("refshapes-llava"), num_samples=4)
+    assert {row.model for row in report.rows} == {"tiny-llava"}
+
+
+def test_a_slip_in_the_last_configuration_is_refused_before_anything_is_exported(
+    tiny_checkpoint, monkeypatch
+):
+    monkeypatch.setattr(accuracy, "export_model", None)
+    with pytest.raises(UsageError, match="keep ratio"):
+        evaluate_model(str(tiny_checkpoint), keep_ratios=[0.3, 1.5])
+    with pytest.raises(UsageError, match="spatail"):
+        evaluate_model(str(tiny_checkpoint), pruners=["cls", "spatail"])
+
+
+def test_score_order_needs_no_pruner_but_those_asked_for(tiny_checkpoint):
+    report = evaluate_model(str(tiny_checkpoint), pruners=["cls"], order="score", num_samples=4)
+    assert [row.pruner for row in report.rows] == ["none", "cls", "cls"]
 
 
 def test_a_bundle_gives_the_same_rows_with_a_baseline_as_with_its_checkpoint(
