@@ -10,12 +10,13 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gap_export.bundle import write_bundle
+from gap_export.errors import BundleError, CheckpointError, ExpressionError
 from gap_export.extras import require_extra
 from gap_export.manifest import (
     GraphSpec,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 OPSET = 20
 DTYPE = "float32"
+# Stands for every expression: what the model cannot be asked with it, it cannot be asked at all.
+_PROBE = "object"
 _TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -132,8 +135,32 @@ def export_model(
         UsageError: an option, the recipe, the checkpoint or the output folder is not usable.
         ExportError: tracing or a pass failed.
     """
-    progress = progress or SilentProgress()
     recipe, checkpoint = resolve_model(options.model, options.recipe)
+    return export_checkpoint(recipe, checkpoint, options, progress=progress, cache=cache)
+
+
+def export_checkpoint(
+    recipe: Recipe,
+    checkpoint: Path,
+    options: ExportOptions,
+    *,
+    progress: Progress | None = None,
+    cache: GraphCache | None = None,
+) -> ExportReport:
+    """Export a checkpoint by a recipe that the caller holds; see :func:`export_model`.
+
+    Args:
+        recipe: What the model is.
+        checkpoint: Its folder.
+        options: How; ``model`` and ``recipe`` in it are not read.
+        progress: Told what is done.
+        cache: Shared between exports.
+
+    Raises:
+        UsageError: an option, the recipe, the checkpoint or the output folder is not usable.
+        ExportError: tracing or a pass failed.
+    """
+    progress = progress or SilentProgress()
     require_extra("export", "exporting a model")
     from gap_export.families import build_reference, resolve_pruning
 
@@ -154,17 +181,61 @@ def export_model(
         with _timed(seconds, "weights"):
             for source, name in (*reference.weight_files.items(), *reference.tokenizer_files):
                 draft.copy(source, name)
+        with _timed(seconds, "hashing"):
+            manifest = _describe(recipe, checkpoint, pruning, reference)
+        # Before the graphs: nobody should wait for those of a model that cannot be asked.
+        with _timed(seconds, "prompt"):
+            _check_prompt(manifest, draft.folder, checkpoint, reference.image_token_id)
         graphs: list[GraphSpec] = []
-        with progress.stage("exporting", total=len(reference.components)) as advance:
+        title = f"exporting {pruning.pruner} {pruning.keep_ratio:g}"
+        with progress.stage(title, total=len(reference.components)) as advance:
             for component in reference.components:
                 graphs.append(
                     _add_graph(draft.folder, component, reference.weight_files, seconds, cache)
                 )
                 advance(1)
-        with _timed(seconds, "hashing"):
-            manifest = _describe(recipe, checkpoint, pruning, reference, graphs)
-            manifest = draft.commit(manifest)
+        with _timed(seconds, "commit"):
+            manifest = draft.commit(replace(manifest, graphs=tuple(graphs)))
     return ExportReport(bundle=out, manifest=manifest, seconds=seconds)
+
+
+def _check_prompt(manifest: Manifest, assets: Path, checkpoint: Path, image_token_id: int) -> None:
+    """Ask for something, as a user of the bundle will, and see that the model can read it.
+
+    Raises:
+        CheckpointError: a tokenizer is broken, or it, the config and the recipe do not fit.
+    """
+    from tokenizers import Tokenizer
+
+    from gap_export.runtime.prompt import TOKENIZER_FILE, PromptEncoder
+
+    try:
+        encoded = PromptEncoder(manifest, assets).encode(_PROBE)
+    except (BundleError, ExpressionError) as err:
+        raise CheckpointError(
+            f"no prompt can be made with the tokenizer of {checkpoint} and recipe "
+            f"{manifest.model.name}",
+            seen=err.what if err.seen is None else f"{err.what}: {err.seen}",
+            allowed=err.allowed,
+            fix="restore the checkpoint's tokenizer.json, or correct the recipe's prompt",
+        ) from err
+    token = manifest.prompt.image_token
+    known = Tokenizer.from_file(str(assets / TOKENIZER_FILE)).token_to_id(token)
+    if known != image_token_id:
+        raise CheckpointError(
+            f"{checkpoint}: config.json and tokenizer.json disagree on the image token {token}",
+            seen=f"image_token_index {image_token_id}",
+            allowed=f"{known}, the tokenizer's id",
+            fix="use the files that belong together",
+        )
+    largest = int(max([*encoded.prefix_ids, *encoded.suffix_ids]))
+    if largest >= manifest.decoder.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint}: the tokenizer gives ids that the model has not got",
+            seen=largest,
+            allowed=f"0..{manifest.decoder.vocab_size - 1}",
+            fix="use the tokenizer.json that belongs to these weights",
+        )
 
 
 def _add_graph(
@@ -219,8 +290,8 @@ def _describe(
     checkpoint: Path,
     pruning: PruningSpec,
     reference: Reference,
-    graphs: list[GraphSpec],
 ) -> Manifest:
+    """All that is known before the graphs are made."""
     files = [
         SourceFile(
             path=path.relative_to(checkpoint).as_posix(),
@@ -243,7 +314,7 @@ def _describe(
         decoder=reference.decoder_spec,
         dtype=DTYPE,
         opset=OPSET,
-        graphs=tuple(graphs),
+        graphs=(),
         files=(),
         tools=_tool_versions(),
     )

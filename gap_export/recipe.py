@@ -7,12 +7,21 @@ code.
 from __future__ import annotations
 
 import difflib
+import math
+import reprlib
 from functools import lru_cache
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from gap_export.errors import RecipeError, UnknownModelError
 from gap_export.manifest import (
@@ -23,6 +32,16 @@ from gap_export.manifest import (
 )
 
 RECIPE_NAME = "recipe.yaml"
+
+# A recipe is a page of text; what is larger is something else.
+_MAX_BYTES = 64 * 1024
+_MAX_SHOWN = 300
+_MAX_TOKENS = 100_000
+_MAX_GRID_SIDE = 4096
+_MAX_IMAGE_SIDE = 1 << 14
+_SLOT = "{expression}"
+# A name becomes part of a folder's name, and must not lead out of the current folder.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 
 class _Strict(BaseModel):
@@ -49,8 +68,23 @@ class TextTower(_Strict):
     """
 
     folder: str
-    template: str = "{expression}"
+    template: str = _SLOT
     similarity_sign: Literal[-1, 1]
+
+    @field_validator("folder")
+    @classmethod
+    def _folder_stays_within(cls, folder: str) -> str:
+        path = PurePosixPath(folder)
+        if path.is_absolute() or ".." in path.parts or "\0" in folder:
+            raise ValueError("a relative path within the checkpoint's folder")
+        return folder
+
+    @field_validator("template")
+    @classmethod
+    def _template_holds_its_slot(cls, template: str) -> str:
+        if template.count(_SLOT) != 1:
+            raise ValueError(f"must hold {_SLOT!r} exactly once")
+        return template
 
 
 class PruningDefaults(_Strict):
@@ -90,8 +124,8 @@ class Recipe(_Strict):
         published: Figures of others, with their source.
     """
 
-    name: str
-    aliases: tuple[str, ...] = ()
+    name: Name
+    aliases: tuple[Name, ...] = ()
     family: str
     summary: str
     license: str
@@ -105,14 +139,67 @@ class Recipe(_Strict):
     defaults: PruningDefaults
     published: tuple[PublishedFigure, ...] = ()
 
+    # The specs are plain dataclasses that a device reads without pydantic, so their ranges are
+    # checked here.
+    @field_validator("grid")
+    @classmethod
+    def _grid_in_range(cls, grid: GridSpec) -> GridSpec:
+        _in_range("rows", grid.rows, 1, _MAX_GRID_SIDE)
+        _in_range("cols", grid.cols, 1, _MAX_GRID_SIDE)
+        return grid
+
+    @field_validator("image")
+    @classmethod
+    def _image_in_range(cls, image: ImageSpec) -> ImageSpec:
+        _in_range("height", image.height, 1, _MAX_IMAGE_SIDE)
+        _in_range("width", image.width, 1, _MAX_IMAGE_SIDE)
+        for value in image.pad_color:
+            _in_range("pad_color", value, 0, 255)
+        if not all(math.isfinite(value) for value in image.mean):
+            raise ValueError("mean must be finite")
+        if not all(math.isfinite(value) and value > 0 for value in image.std):
+            raise ValueError("std must be finite and above 0")
+        return image
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_in_range(cls, prompt: PromptSpec) -> PromptSpec:
+        _in_range("max_expression_tokens", prompt.max_expression_tokens, 1, _MAX_TOKENS)
+        _in_range("max_new_tokens", prompt.max_new_tokens, 1, _MAX_TOKENS)
+        return prompt
+
+    @field_validator("box")
+    @classmethod
+    def _box_in_range(cls, box: BoxSpec) -> BoxSpec:
+        if not (math.isfinite(box.scale) and box.scale > 0):
+            raise ValueError("scale must be finite and above 0")
+        return box
+
     @model_validator(mode="after")
     def _prompt_holds_its_slots(self) -> Recipe:
-        for slot in ("{expression}", self.prompt.image_token):
+        for slot in (_SLOT, self.prompt.image_token):
             if self.prompt.template.count(slot) != 1:
                 raise ValueError(f"prompt.template must hold {slot!r} exactly once")
         if self.prompt.template.rstrip().endswith(self.prompt.image_token):
             raise ValueError("prompt.template must go on after the image")
         return self
+
+
+def _in_range(key: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{key} must lie in {low}..{high}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases: a few of them can stand for more data than memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Read one node, refusing a reference to another."""
+        if self.check_event(yaml.AliasEvent):
+            events: Any = self  # the stubs leave this method without types
+            mark = events.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", mark)
+        return super().compose_node(parent, index)
 
 
 @lru_cache(maxsize=1)
@@ -126,22 +213,39 @@ def load_recipe(path: Path) -> Recipe:
     """Read one recipe file.
 
     Raises:
-        RecipeError: unreadable, not YAML, or a key or value that is not allowed.
+        RecipeError: unreadable, too large, not YAML, or a key or value that is not allowed.
     """
-    try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
-        raise RecipeError("recipe cannot be read", seen=f"{path}: {err}") from err
+    plain = _read_yaml(path)
     try:
         return Recipe.model_validate(plain)
     except ValidationError as err:
         first = err.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "recipe"
         raise RecipeError(
-            f"recipe {path} is not valid at {where}",
-            seen=repr(first.get("input"))[:120],
-            allowed=str(first["msg"]),
+            f"recipe {path} is not valid at {where[:_MAX_SHOWN]}",
+            seen=reprlib.repr(first.get("input")),
+            allowed=str(first["msg"])[:_MAX_SHOWN],
         ) from err
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(_MAX_BYTES + 1)
+        if len(raw) > _MAX_BYTES:
+            raise RecipeError(
+                "recipe is too large",
+                seen=f"{path}: more than {_MAX_BYTES} bytes",
+                allowed=f"{_MAX_BYTES} bytes",
+            )
+        return yaml.load(raw.decode("utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (
+        *(OSError, yaml.YAMLError, RecursionError),
+        # PyYAML lets these out where a value is not what its tag says, e.g. the date 2024-13-45.
+        *(ValueError, LookupError, TypeError, AttributeError, OverflowError),
+    ) as err:
+        reason = f"{path}: {err}"[:_MAX_SHOWN]
+        raise RecipeError("recipe cannot be read", seen=reason) from err
 
 
 def list_recipes() -> list[tuple[Recipe, Path]]:
@@ -162,10 +266,10 @@ def find_recipe(name: str) -> tuple[Recipe, Path]:
             known[key] = (recipe, folder)
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name[:_MAX_SHOWN], known, n=3, cutoff=0.4)
     raise UnknownModelError(
         "no model of that name",
-        seen=name,
+        seen=name[:_MAX_SHOWN],
         allowed=", ".join(sorted(known)) + ", or a checkpoint folder",
         fix=f"did you mean {' or '.join(near)}?" if near else "see: gap-export models",
     )

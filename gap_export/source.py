@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from hashlib import sha256
 from pathlib import Path
 
@@ -9,23 +10,34 @@ from gap_export.errors import CheckpointError, UnknownModelError
 from gap_export.manifest import Manifest
 from gap_export.recipe import RECIPE_NAME, Recipe, find_recipe, load_recipe
 
+_MAX_SHOWN = 300
+
 
 def resolve_model(model: str, recipe: str | None = None) -> tuple[Recipe, Path]:
     """The recipe and the checkpoint folder that a MODEL argument means.
 
     A recipe name or alias wins over a folder of the same name; ``./name`` always means the folder.
 
+    An absolute path always means the folder, so a caller that holds one passes
+    ``str(folder.resolve())``: a :class:`Path` forgets its ``./``.
+
     Raises:
         UnknownModelError: neither a recipe nor a folder.
         CheckpointError: a folder without recipe.yaml, and no recipe was named.
     """
+    if not model.strip() or "\0" in model:
+        raise UnknownModelError(
+            "no model is named so",
+            seen=reprlib.repr(model),
+            allowed="a name of: gap-export models, or a checkpoint folder",
+        )
     folder = Path(model)
     is_path = folder.is_absolute() or model.startswith((".", "~")) or recipe is not None
     if not is_path:
         try:
             found, home = find_recipe(model)
         except UnknownModelError:
-            if not folder.is_dir():
+            if not _is_folder(folder):
                 raise
         else:
             if found.checkpoint.kind == "bundled":
@@ -34,11 +46,18 @@ def resolve_model(model: str, recipe: str | None = None) -> tuple[Recipe, Path]:
                 f"the weights of {found.name} do not come with gap-export",
                 fix=f"name their folder: gap-export PATH --recipe {found.name}",
             )
-    folder = folder.expanduser()
-    if not folder.is_dir():
+    try:
+        folder = folder.expanduser()
+    except RuntimeError as err:
+        raise CheckpointError(
+            "the home folder of that user is not known",
+            seen=reprlib.repr(model),
+            fix="write the path out in full",
+        ) from err
+    if not _is_folder(folder):
         raise CheckpointError(
             "checkpoint folder not found",
-            seen=folder,
+            seen=str(folder)[:_MAX_SHOWN],
             allowed="a folder with config.json and safetensors, or a name of: gap-export models",
         )
     if recipe is not None:
@@ -73,11 +92,11 @@ def resolve_source(manifest: Manifest, checkpoint: Path | None) -> tuple[Recipe,
         else:
             if recipe.checkpoint.kind == "bundled":
                 places.append(home)
-    place = next((p for p in places if p.is_dir()), None)
+    place = next((p for p in places if _is_folder(p)), None)
     if place is None:
         raise CheckpointError(
             "the checkpoint this bundle was made from is not here",
-            seen=", ".join(map(str, places)),
+            seen=", ".join(map(repr, map(str, places)))[:_MAX_SHOWN],
             fix="say where it is: --checkpoint FOLDER",
         )
     for file in manifest.source.files:
@@ -91,6 +110,14 @@ def resolve_source(manifest: Manifest, checkpoint: Path | None) -> tuple[Recipe,
             )
     own = place / RECIPE_NAME
     return (load_recipe(own) if own.is_file() else find_recipe(manifest.model.name)[0]), place
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether there is such a folder; a name no file system can hold is none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def hash_file(path: Path) -> str:

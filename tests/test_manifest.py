@@ -18,6 +18,7 @@ from gap_export.manifest import (
     FORMAT_VERSION,
     FileSpec,
     Manifest,
+    TensorSpec,
     check_member_path,
     from_plain,
     parse_manifest,
@@ -92,10 +93,111 @@ def replaced(plain: Any, place: Place, value: Any) -> Any:
 
 @given(values_of(Manifest))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_manifest_survives_json_and_back(manifest: Manifest) -> None:
-    raw = manifest.to_json()
-    assert parse_manifest(raw) == manifest
+def test_any_typed_values_survive_json_and_back(manifest: Manifest) -> None:
+    plain = plain_of(manifest)
+    fields = {key: plain[key] for key in plain if key not in ("format", "format_version")}
+    found = from_plain(Manifest, fields, where="gap.json")
+    assert found == manifest
+    assert found.to_json() == manifest.to_json()
+
+
+def test_manifest_survives_its_file_and_back(sample_manifest: Manifest) -> None:
+    raw = sample_manifest.to_json()
+    assert parse_manifest(raw) == sample_manifest
     assert parse_manifest(raw).to_json() == raw
+
+
+HUGE = 10**400
+NONSENSE: list[tuple[str, Any]] = [
+    ("dtype", "float64"),
+    ("opset", 0),
+    ("opset", 27),
+    ("pruning.keep_ratio", 0),
+    ("pruning.keep_ratio", 1.01),
+    ("pruning.keep_ratio", HUGE),
+    ("pruning.seed", -1),
+    ("pruning.seed", 2**63),
+    ("pruning.text_similarity_sign", 2),
+    ("pruning.num_kept_tokens", 0),
+    ("pruning.num_kept_tokens", 17),
+    ("pruning.num_emitted_tokens", 4),
+    ("pruning.num_emitted_tokens", 2**40),
+    ("pruning.num_visual_tokens", 15),
+    ("grid.rows", 0),
+    ("grid.cols", -4),
+    ("grid.cols", 65_537),
+    ("grid", {"rows": 2000, "cols": 2000}),
+    ("image.height", 0),
+    ("image.width", 65_537),
+    ("image.std.1", 0.0),
+    ("image.std.2", -1.0),
+    ("image.mean.0", HUGE),
+    ("image.pad_color.0", -1),
+    ("image.pad_color.2", 256),
+    ("box.scale", 0),
+    ("prompt.max_new_tokens", 0),
+    ("prompt.max_new_tokens", 100_001),
+    ("prompt.max_expression_tokens", 0),
+    ("prompt.template", "USER: <image> ASSISTANT:"),
+    ("prompt.template", "<image> {expression} {expression}"),
+    ("text_encoder", {"template": "{expression}", "tokenizer_file": "t.json", "max_tokens": 0}),
+    ("text_encoder", {"template": "", "tokenizer_file": "t.json", "max_tokens": 7}),
+    ("decoder.num_layers", 0),
+    ("decoder.num_layers", 10_001),
+    ("decoder.num_key_value_heads", 0),
+    ("decoder.head_dim", 0),
+    ("decoder.hidden_size", -8),
+    ("decoder.vocab_size", 0),
+    ("decoder.max_position_embeddings", 0),
+    ("decoder.eos_token_ids", []),
+    ("decoder.eos_token_ids.0", -1),
+    ("graphs.0.dtype", "int4"),
+    ("graphs.0.outputs.0.shape.2", -1),
+    ("source.files.0.size", -1),
+    ("source.files.0.path", "../model.safetensors"),
+    ("files", [{"path": "a", "size": -1, "sha256": "0" * 64, "held": "copied"}]),
+    ("files", [{"path": "a", "size": 1, "sha256": "0" * 63, "held": "copied"}]),
+    ("files", [{"path": "a", "size": 1, "sha256": "G" * 64, "held": "copied"}]),
+]
+
+
+@pytest.mark.parametrize(("where", "value"), NONSENSE)
+def test_value_that_makes_no_sense_is_refused(
+    sample_manifest: Manifest, where: str, value: Any
+) -> None:
+    place = tuple(int(key) if key.isdigit() else key for key in where.split("."))
+    raw = raw_of(replaced(plain_of(sample_manifest), place, value))
+    with pytest.raises(BundleError, match=r"not a sensible value|leaves its folder|not a finite"):
+        parse_manifest(raw)
+
+
+def test_refusal_names_the_value_and_what_is_allowed(sample_manifest: Manifest) -> None:
+    raw = raw_of(replaced(plain_of(sample_manifest), ("decoder", "num_layers"), 10**6))
+    with pytest.raises(BundleError, match=r"decoder\.num_layers .*: 1000000; allowed: 1\.\.10000"):
+        parse_manifest(raw)
+
+
+@pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])
+def test_number_that_is_not_finite_is_refused(sample_manifest: Manifest, number: bytes) -> None:
+    raw = sample_manifest.to_json()
+    assert raw.count(b'"scale": 1.0') == 1
+    with pytest.raises(BundleError, match=r"finite numbers"):
+        parse_manifest(raw.replace(b'"scale": 1.0', b'"scale": ' + number))
+
+
+@pytest.mark.parametrize("seen", [0, 1, 3, 4])
+def test_decoder_graph_has_a_key_and_a_value_per_layer(
+    sample_manifest: Manifest, seen: int
+) -> None:
+    past = tuple(
+        TensorSpec(name=f"past_key_values.{i}.key", dtype="float32", shape=()) for i in range(seen)
+    )
+    graph = dataclasses.replace(
+        sample_manifest.graphs[0], component="decoder_model_merged", inputs=past
+    )
+    manifest = dataclasses.replace(sample_manifest, graphs=(graph,))
+    with pytest.raises(BundleError, match=f"past_key_values inputs .*: {seen}; allowed: 2, a key"):
+        parse_manifest(manifest.to_json())
 
 
 @sharing

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,9 @@ import pytest
 
 from gap_export.bundle import open_bundle
 from gap_export.errors import CheckpointError, OutputError, UnsupportedPrunerError, UsageError
-from gap_export.pipeline import ExportOptions, GraphCache, export_model
+from gap_export.pipeline import ExportOptions, GraphCache, export_checkpoint, export_model
+from gap_export.progress import Advance
+from gap_export.recipe import load_recipe
 
 
 def options(tiny_checkpoint: Path, out: Path, **changes: object) -> ExportOptions:
@@ -174,3 +178,63 @@ def test_a_folder_that_is_no_such_checkpoint_is_refused(tiny_checkpoint, tmp_pat
     with pytest.raises(CheckpointError):
         export_model(options(folder, tmp_path / "b"))
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "says"),
+    [
+        ("tokenizer.json", {"{": "["}, "tokenizer is not one"),
+        ("tokenizer.json", {'"object": ': '"it": ', ': "<unk>"': ': "gone"'}, "cannot encode"),
+        ("tokenizer.json", {"<image>": "<picture>"}, "does not know the image token"),
+        ("tokenizer.json", {'"object": ': '"object": 99'}, "ids that the model has not got"),
+        ("config.json", {'"image_token_index": 3': '"image_token_index": 4'}, "disagree"),
+        # 5 tokens, one of them the image's, and 16 visual tokens: 20 of the 256 places are taken.
+        ("recipe.yaml", {"max_new_tokens: 8": "max_new_tokens: 237"}, "context"),
+        ("recipe.yaml", {"max_new_tokens: 8": "max_new_tokens: 236"}, None),
+    ],
+)
+def test_a_model_that_cannot_be_asked_is_not_exported(
+    tiny_checkpoint, tmp_path, monkeypatch, file, changes, says
+):
+    import gap_export.trace
+
+    def traced(*_: object, **__: object) -> None:
+        raise InterruptedError("the prompt passed")
+
+    monkeypatch.setattr(gap_export.trace, "trace_component", traced)
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "broken"))
+    text = (folder / file).read_text()
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (folder / file).write_text(text)
+    with pytest.raises(CheckpointError if says else InterruptedError, match=says) as caught:
+        export_model(options(folder, tmp_path / "b"))
+    if says:
+        assert str(folder) in str(caught.value)
+    assert not (tmp_path / "b").exists()
+
+
+class Titles:
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    @contextmanager
+    def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
+        self.seen.append(title)
+        yield lambda steps: None
+
+
+def test_a_recipe_and_a_folder_are_exported_as_given_and_progress_names_them(
+    tiny_checkpoint, tiny_bundle, tmp_path
+):
+    recipe = load_recipe(tiny_checkpoint / "recipe.yaml")
+    titles = Titles()
+    report = export_checkpoint(
+        recipe,
+        tiny_checkpoint,
+        options(tiny_checkpoint, tmp_path / "b", model="not read"),
+        progress=titles,
+    )
+    assert titles.seen == ["exporting spatial 0.3"]
+    assert report.manifest.files == open_bundle(tiny_bundle).manifest.files

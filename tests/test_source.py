@@ -39,6 +39,33 @@ def test_an_unknown_name_is_refused():
         resolve_model("no-such-model")
 
 
+@pytest.mark.parametrize("name", ["", " ", "a\0b", "a" * 300, "a/" * 4000])
+def test_a_name_that_no_file_can_have_is_unknown(name):
+    with pytest.raises(UnknownModelError) as caught:
+        resolve_model(name)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_path_that_no_folder_can_have_is_refused():
+    with pytest.raises(CheckpointError, match="not found"):
+        resolve_model("./" + "a" * 300)
+
+
+def test_the_home_of_nobody_is_refused():
+    with pytest.raises(CheckpointError, match=r"home folder.*~nosuchuser/x"):
+        resolve_model("~nosuchuser/x")
+
+
+def test_a_folder_named_as_a_recipe_is_meant_by_its_path(tiny_checkpoint, tmp_path, monkeypatch):
+    folder = tmp_path / "refshapes-llava"
+    folder.mkdir()
+    shutil.copy(tiny_checkpoint / "recipe.yaml", folder)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("refshapes-llava")[0].name == "refshapes-llava"
+    for path in ("./refshapes-llava", str(folder)):
+        assert resolve_model(path)[0].name == "tiny-llava"
+
+
 def test_source_is_found_where_the_manifest_says(tiny_bundle, tiny_checkpoint):
     manifest = open_bundle(tiny_bundle).manifest
     recipe, folder = resolve_source(manifest, None)

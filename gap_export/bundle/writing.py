@@ -299,17 +299,15 @@ def _sweep(final: Path) -> None:
 
 def _put_in_place(folder: Path, final: Path) -> None:
     """Give the draft its final name; a bundle in the way is removed after that, or put back."""
-    replaced: Path | None = None
-    lock: int | None = None
-    if final.is_dir() and any(final.iterdir()):
-        lock = _try_lock(final)
-        replaced = final.parent / f".{final.name}{_REPLACED_MARK}{secrets.token_hex(4)}"
-        final.rename(replaced)
+    taken = final.is_dir() and any(final.iterdir())
+    replaced = final.parent / f".{final.name}{_REPLACED_MARK}{secrets.token_hex(4)}"
+    lock = _try_lock(final) if taken else None
     try:
+        if taken:
+            final.rename(replaced)
         folder.rename(final)
     except OSError as err:
-        if replaced is not None:
-            replaced.rename(final)
+        _put_back(folder, final, replaced)
         if err.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise OutputError(
                 "the output folder was taken by somebody else meanwhile",
@@ -317,12 +315,26 @@ def _put_in_place(folder: Path, final: Path) -> None:
                 fix="choose another --out",
             ) from err
         raise
+    except BaseException:
+        # Ctrl+C or a signal, which may come right after either rename.
+        _put_back(folder, final, replaced)
+        raise
     finally:
         if lock is not None:
             os.close(lock)
     _sync(final.parent)
-    if replaced is not None:
+    if taken:
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _put_back(folder: Path, final: Path, replaced: Path) -> None:
+    """Undo what was done of the two renames: folders alone tell, a variable may lag behind."""
+    if not folder.exists() and final.is_dir():
+        final.rename(folder)
+    if replaced.exists():
+        # Somebody else may have taken the name; the old bundle then stays, hidden but whole.
+        with suppress(OSError):
+            replaced.rename(final)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -40,7 +40,8 @@ def ground(
         typer.Option(
             "--provider",
             metavar="NAME",
-            help="ONNX Runtime execution provider, best first; repeatable. [default: the best]",
+            help="CPUExecutionProvider or CUDAExecutionProvider, best first; repeatable. "
+            "[default: CUDA where it loads, else the CPU]",
             show_default=False,
         ),
     ] = None,
@@ -66,8 +67,6 @@ def ground(
         grounding = session.ground(image, expression)
     for text in grounding.warnings:
         terminal.warning(text)
-    if grounding.box is None:
-        terminal.warning(f"the answer holds no box: {grounding.text!r}")
     terminal.json({"image": str(image), **grounding.to_plain()})
     if save is not None:
         from gap_export.runtime.drawing import draw_grounding, save_drawing

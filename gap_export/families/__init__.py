@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from gap_export.recipe import Recipe
 
 __all__ = [
     "FAMILIES",
+    "MAX_SEED",
     "Component",
     "Device",
     "Family",
@@ -25,6 +27,9 @@ __all__ = [
     "resolve_pruning",
     "supported_pruners",
 ]
+
+# What a signed 64-bit integer holds, in JSON readers of other languages too.
+MAX_SEED = 2**63 - 1
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({f.name: f for f in (LlavaFamily(),)})
 
@@ -70,11 +75,13 @@ def resolve_pruning(
         seed: Of the pruners that draw.
 
     Raises:
-        UsageError: no such pruner, a keep ratio outside (0, 1], a negative seed, or an order the
-            pruner has not got.
+        UsageError: no such pruner, a keep ratio outside (0, 1], a seed outside 0..2**63 - 1, or an
+            order the pruner has not got.
         UnsupportedPrunerError: the model lacks what the pruner reads.
+        RecipeError: the recipe's default pruner does not exist, or does not fit its model.
     """
-    pruner = recipe.defaults.pruner if pruner is None else pruner
+    if pruner is None:
+        pruner = _default_pruner(recipe)
     keep_ratio = recipe.defaults.keep_ratio if keep_ratio is None else keep_ratio
     chosen = find_pruner(pruner)
     lacking = chosen.reads - find_family(recipe).readings(recipe)
@@ -90,8 +97,8 @@ def resolve_pruning(
             seen=order,
             allowed=", ".join(chosen.orders),
         )
-    if seed < 0:
-        raise UsageError("seed out of range", seen=seed, allowed=">= 0")
+    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
+        raise UsageError("seed out of range", seen=reprlib.repr(seed), allowed=f"0..{MAX_SEED}")
     num_visual = recipe.grid.num_visual_tokens
     num_kept = num_kept_tokens(keep_ratio, num_visual)
     sign = recipe.text_tower.similarity_sign if recipe.text_tower is not None else None
@@ -107,6 +114,19 @@ def resolve_pruning(
         num_emitted_tokens=num_kept,
         text_similarity_sign=sign if "text" in chosen.reads else None,
     )
+
+
+def _default_pruner(recipe: Recipe) -> str:
+    """The pruner a recipe names, which its writer and not the user got wrong if it will not do."""
+    name, usable = recipe.defaults.pruner, supported_pruners(recipe)
+    if name not in usable:
+        raise RecipeError(
+            f"recipe {recipe.name}: defaults.pruner is not one its model can serve",
+            seen=reprlib.repr(name),
+            allowed=", ".join(usable),
+            fix="correct the recipe, or name a pruner: --pruner",
+        )
+    return name
 
 
 def build_reference(

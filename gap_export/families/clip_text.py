@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CLIPTextConfig
 
 from gap_export.families.clip_layers import ClipEncoder, ClipShape
+from gap_export.families.limits import require
 from gap_export.families.loading import KeyLayout, match_tensors, parse_config, shapes
 from gap_export.recipe import TextTower
 from gap_export.weights import TensorRef, index_checkpoint, index_files
@@ -22,6 +23,8 @@ from gap_export.weights import TensorRef, index_checkpoint, index_files
 # Configs written before transformers fixed CLIP's end-of-text id say 2; for those the
 # end of text is the largest id of a row (huggingface/transformers#24773).
 _LEGACY_EOS_ID = 2
+# float32 holds every integer up to here; the pooling compares candidates times slots.
+_MAX_KEY = 1 << 24
 _VISUAL_PROJECTION = "visual_projection.safetensors"
 _KEYS = KeyLayout(
     prefixes=(("text_model.", ""),), ignored_suffixes=(".embeddings.position_ids",), tied={}
@@ -67,7 +70,10 @@ def read_text_tower(tower: TextTower, checkpoint: Path, *, vision_width: int) ->
     """
     folder = checkpoint / tower.folder
     found = index_checkpoint(folder)
-    shape = _text_shape(parse_config(CLIPTextConfig, folder / "config.json"))
+    config_file = folder / "config.json"
+    shape = _text_shape(
+        parse_config(CLIPTextConfig, config_file, num_tensors=len(found)), config_file
+    )
     with torch.device("meta"):
         expected = shapes(ClipTextEncoder(shape))
     refs = match_tensors(found, expected, _KEYS, where=folder)
@@ -85,7 +91,7 @@ def read_text_tower(tower: TextTower, checkpoint: Path, *, vision_width: int) ->
         refs=refs,
         visual_projection=projection,
         tokenizer=folder / "tokenizer.json",
-        files=(folder / "config.json", *sorted(weight_files)),
+        files=(config_file, *sorted(weight_files)),
     )
 
 
@@ -126,7 +132,7 @@ class ClipTextEncoder(nn.Module):
         legacy = self.eos_token_id == _LEGACY_EOS_ID
         candidates = input_ids if legacy else torch.eq(input_ids, self.eos_token_id).long()
         length = input_ids.shape[1]
-        # float32 holds these integers exactly: 49,408 ids times 77 slots lie below 2**24.
+        # float32 holds these integers exactly, see _MAX_KEY.
         keys = (candidates * length + (length - 1 - slots)).to(torch.float32)
         return keys.argmax(dim=-1)
 
@@ -142,8 +148,26 @@ class _TextEmbeddings(nn.Module):
         return embedded
 
 
-def _text_shape(config: Any) -> ClipTextShape:
+def _text_shape(config: Any, file: Path) -> ClipTextShape:
     """Typed form of a ``CLIPTextConfig``, whose own annotations leave every field open."""
+    eos, num_ids = config.eos_token_id, config.vocab_size
+    require(
+        type(eos) is int and 0 <= eos < num_ids,
+        "eos_token_id",
+        eos,
+        f"one id, 0..{num_ids - 1}",
+        where=file,
+    )
+    slots = config.max_position_embeddings
+    # See ClipTextEncoder._end_of_text: ids are compared only by the old convention.
+    candidates = num_ids if eos == _LEGACY_EOS_ID else 2
+    require(
+        slots * candidates <= _MAX_KEY,
+        "max_position_embeddings",
+        slots,
+        f"at most {_MAX_KEY // candidates}",
+        where=file,
+    )
     return ClipTextShape(
         width=config.hidden_size,
         intermediate_size=config.intermediate_size,

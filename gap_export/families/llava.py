@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from gap_export.families.components import (
     text_component,
     vision_component,
 )
+from gap_export.families.limits import require
 from gap_export.families.llama_decoder import LlamaDecoder, LlamaShape, TokenEmbedding
 from gap_export.families.loading import KeyLayout, match_tensors, parse_config, shapes
 from gap_export.families.reference import Device, Reference
@@ -100,6 +102,7 @@ class LlavaFamily:
             components,
             device=device,
             decoder_spec=decoder_spec(source.decoder, source.eos_token_ids),
+            image_token_id=source.image_token_id,
             text=text,
             tokenizer=checkpoint / "tokenizer.json",
             files=source.files,
@@ -114,13 +117,14 @@ class _Source:
     refs: Mapping[str, TensorRef]
     select_index: int
     eos_token_ids: tuple[int, ...]
+    image_token_id: int
     files: tuple[Path, ...]
 
 
 def _read_source(recipe: Recipe, folder: Path) -> _Source:
     found = index_checkpoint(folder)
     # Its annotations leave the nested configs open.
-    config: Any = parse_config(LlavaConfig, folder / "config.json")
+    config: Any = parse_config(LlavaConfig, folder / "config.json", num_tensors=len(found))
     _check_config(recipe, config, folder)
     vision, decoder = _vision_shape(config.vision_config), _decoder_shape(config.text_config)
     projector = ProjectorShape(
@@ -142,6 +146,7 @@ def _read_source(recipe: Recipe, folder: Path) -> _Source:
         refs=refs,
         select_index=_select_index(recipe, vision, folder),
         eos_token_ids=_eos_token_ids(config.text_config, generation),
+        image_token_id=config.image_token_index,
         files=(*files, *sorted({ref.file for ref in found.values()})),
     )
 
@@ -149,22 +154,50 @@ def _read_source(recipe: Recipe, folder: Path) -> _Source:
 def _check_config(recipe: Recipe, config: Any, folder: Path) -> None:
     """Refuse what the modules here do not implement."""
     vision, text = config.vision_config, config.text_config
+    kinds: list[tuple[str, Any, Any]] = [
+        ("decoder type", text.model_type, "llama"),
+        ("vision tower type", vision.model_type, "clip_vision_model"),
+    ]
+    # Configs of other kinds need not have what is read from here on.
+    _compare(recipe, folder, kinds)
     patches = vision.image_size // vision.patch_size
     rope = text.rope_parameters or {}
     facts: list[tuple[str, Any, Any]] = [
-        ("decoder type", text.model_type, "llama"),
-        ("vision tower type", vision.model_type, "clip_vision_model"),
         ("rope_type", rope.get("rope_type", "default"), "default"),
         ("vision_feature_select_strategy", config.vision_feature_select_strategy, "default"),
         ("vision_feature_layer", config.vision_feature_layer, recipe.select_layer),
         ("visual token grid", [patches, patches], [recipe.grid.rows, recipe.grid.cols]),
         ("image size", [vision.image_size] * 2, [recipe.image.height, recipe.image.width]),
     ]
+    _compare(recipe, folder, facts)
+    _check_decoder(text, folder / "config.json")
+
+
+def _check_decoder(text: Any, file: Path) -> None:
+    """Refuse sizes that do not fit each other."""
+    groups = text.num_key_value_heads
+    require(
+        text.num_attention_heads % groups == 0,
+        "text_config.num_key_value_heads",
+        groups,
+        f"a divisor of num_attention_heads, {text.num_attention_heads}",
+        where=file,
+    )
+    require(
+        "rope_theta" in (text.rope_parameters or {}),
+        "text_config.rope_parameters",
+        text.rope_parameters,
+        "an object with rope_theta",
+        where=file,
+    )
+
+
+def _compare(recipe: Recipe, folder: Path, facts: list[tuple[str, Any, Any]]) -> None:
     for what, seen, wanted in facts:
         if seen != wanted:
             raise CheckpointError(
                 f"{folder}: {what} does not fit recipe {recipe.name}",
-                seen=seen,
+                seen=reprlib.repr(seen),
                 allowed=str(wanted),
                 fix="use a recipe written for this checkpoint",
             )
@@ -191,7 +224,7 @@ def _eos_token_ids(text: Any, generation: Path) -> tuple[int, ...]:
     if not ids or not all(type(i) is int and 0 <= i < text.vocab_size for i in ids):
         raise CheckpointError(
             "no usable eos_token_id in generation_config.json or config.json",
-            seen=eos,
+            seen=reprlib.repr(eos),
             allowed=f"ids in 0..{text.vocab_size - 1}",
         )
     return ids

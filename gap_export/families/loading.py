@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from gap_export.errors import CheckpointError
+from gap_export.families.limits import check_values
 from gap_export.families.reference import Component
 from gap_export.weights import TensorRef, read_json_object, read_tensor
 
@@ -21,6 +23,7 @@ ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
 # More than this many names in one message hide the point.
 _NAMES_SHOWN = 6
 _DTYPES = ("F32",)
+_MAX_REASON = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,24 +48,35 @@ class KeyLayout:
         return key
 
 
-def parse_config(cls: type[ConfigT], file: Path) -> ConfigT:
+def parse_config(cls: type[ConfigT], file: Path, *, num_tensors: int) -> ConfigT:
     """Read a config.json as the one kind it may be.
 
+    Args:
+        cls: The kind.
+        file: The config.json.
+        num_tensors: Of the checkpoint; it bounds how many layers the config may claim.
+
     Raises:
-        CheckpointError: missing, not JSON, of another ``model_type``, or not valid.
+        CheckpointError: missing, not JSON, of another ``model_type``, with a value that no model
+            can have, or not valid.
     """
     plain = read_json_object(file)
     if plain.get("model_type") != cls.model_type:
         raise CheckpointError(
             f"{file} is of another architecture",
-            seen=f"model_type {plain.get('model_type')!r}",
+            seen=f"model_type {reprlib.repr(plain.get('model_type'))}",
             allowed=repr(cls.model_type),
             fix="use the recipe of that model, or the checkpoint of this one",
         )
+    check_values(plain, file, max_layers=num_tensors)
     try:
         config: ConfigT = cls.from_dict(plain)
-    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as err:
-        raise CheckpointError("config.json does not parse", seen=f"{file}: {err}") from err
+    except (
+        *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+        StrictDataclassError,
+    ) as err:
+        reason = f"{file}: {err}"[:_MAX_REASON]
+        raise CheckpointError("config.json does not parse", seen=reason) from err
     return config
 
 

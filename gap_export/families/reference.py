@@ -55,6 +55,7 @@ class Reference:
             decoder_model_merged.
         decoder_spec: Facts of the decoder for the manifest.
         text_encoder_spec: None where the pruner reads no text.
+        image_token_id: What stands for the image in a prompt, by the checkpoint's config.
         weight_files: For each safetensors file the components point into, its name in a bundle.
         tokenizer_files: (source, name in a bundle).
         checkpoint_files: Every file of the checkpoint that was read.
@@ -63,6 +64,7 @@ class Reference:
     components: tuple[Component, ...]
     decoder_spec: DecoderSpec
     text_encoder_spec: TextEncoderSpec | None
+    image_token_id: int
     weight_files: Mapping[Path, str]
     tokenizer_files: tuple[tuple[Path, str], ...]
     checkpoint_files: tuple[Path, ...]

@@ -26,6 +26,7 @@ class Grounding:
         image_size: Width and height as displayed, in pixels.
         timings_ms: Milliseconds by stage, only those that ran, and ``total``; answers of one batch
             share them.
+        backend: What ran the model, with its version and device.
         warnings: What the user should know, e.g. words the tokenizer does not.
     """
 
@@ -39,14 +40,15 @@ class Grounding:
     grid_frame: Frame
     image_size: tuple[int, int]
     timings_ms: Mapping[str, float]
+    backend: str
     warnings: tuple[str, ...]
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON knows it."""
+        """As JSON knows it; the box to a hundredth of a pixel."""
         frame = self.grid_frame
         return {
             "expression": self.expression,
-            "box": None if self.box is None else list(self.box),
+            "box": None if self.box is None else [round(value, 2) for value in self.box],
             "text": self.text,
             "token_ids": list(self.token_ids),
             "keep_indices": list(self.keep_indices),
@@ -58,5 +60,6 @@ class Grounding:
             },
             "image_size": list(self.image_size),
             "timings_ms": dict(self.timings_ms),
+            "backend": self.backend,
             "warnings": list(self.warnings),
         }

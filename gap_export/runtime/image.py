@@ -26,6 +26,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _ALLOWED = f"a picture of at most {MAX_PIXELS // 1_000_000} megapixels ({', '.join(_FORMATS)})"
 # What Pillow's readers raise on damaged files.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)
+_MAX_16_BIT = 65_535
 # A thin picture padded to a square could be huge; above this side it is shrunk before padding.
 _MAX_SIDE = 4096
 _RESAMPLE = {
@@ -37,15 +38,17 @@ _RESAMPLE = {
 def load_image(image: ImageInput, *, pad_color: tuple[int, int, int]) -> Image.Image:
     """A picture as displayed: upright, RGB, opaque.
 
-    EXIF rotation is applied; grey, palette, CMYK and 16-bit pictures are converted; transparent
-    parts show ``pad_color``; of an animation the first (or current) frame is taken.
+    EXIF rotation is applied; grey, palette, CMYK and 16-bit pictures are converted, also where 32
+    bits hold 16-bit values; transparent parts show ``pad_color``; of an animation the first (or
+    current) frame is taken.
 
     Args:
         image: A file, a Pillow picture, or uint8 [H, W], [H, W, 3] (RGB) or [H, W, 4] (RGBA).
         pad_color: RGB 0..255.
 
     Raises:
-        ImageError: missing, not a picture, damaged, empty or too large.
+        ImageError: missing, not a picture, damaged, empty, too large, or with pixels whose range
+            nobody can know (floating point, 32-bit integers beyond 16 bits).
     """
     if isinstance(image, np.ndarray):
         return _to_rgb(_from_array(image), pad_color=pad_color, name="the array")
@@ -138,7 +141,7 @@ def _to_rgb(image: Image.Image, *, pad_color: tuple[int, int, int], name: str) -
     try:
         with _quiet():
             image.load()
-            return _flatten(ImageOps.exif_transpose(image), pad_color)
+            return _flatten(ImageOps.exif_transpose(image), pad_color, name)
     except (*_DAMAGED, Image.DecompressionBombError, MemoryError) as err:
         raise ImageError(
             "the picture is damaged or not complete",
@@ -148,19 +151,31 @@ def _to_rgb(image: Image.Image, *, pad_color: tuple[int, int, int], name: str) -
         ) from err
 
 
-def _flatten(image: Image.Image, pad_color: tuple[int, int, int]) -> Image.Image:
+def _flatten(image: Image.Image, pad_color: tuple[int, int, int], name: str) -> Image.Image:
     if image.mode.startswith("I"):
-        # 16 bits a pixel, whatever the byte order; Pillow's own conversion would clip them.
+        # 16 bits a pixel, whatever the byte order; Pillow's own conversion would clip them. Pillow
+        # holds some 16-bit files in 32 bits ("I"); real 32-bit values have no agreed white.
         wide = np.asarray(image).astype(np.int64)
-        return Image.fromarray((wide.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+        if wide.min() < 0 or wide.max() > _MAX_16_BIT:
+            raise _unknown_range(f"{name}: 32-bit integers, {wide.min()} to {wide.max()}")
+        return Image.fromarray((wide // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range; save it with 8 bits")
+        raise _unknown_range(f"{name}: floating-point pixels")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         canvas = Image.new("RGBA", layer.size, (*pad_color, 255))
         canvas.alpha_composite(layer)
         return canvas.convert("RGB")
     return image.convert("RGB")
+
+
+def _unknown_range(seen: str) -> ImageError:
+    return ImageError(
+        "the picture's pixel format has no agreed range of brightness",
+        seen=seen,
+        allowed="8 or 16 bits a channel",
+        fix="save it with 8 bits a channel",
+    )
 
 
 def _pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
+_SUPPORTED = (_CUDA, _CPU)
+_DTYPES = ("float32", "float16")
+# Both packages hold the same module, so the one for the CPU must go first.
+_CUDA_FIX = (
+    'onnxruntime-gpu takes the place of onnxruntime: "pip uninstall onnxruntime", then install '
+    '"gap-export[gpu]"'
+)
 # Its errors reach the user as ours; it need not write them to stderr as well.
 _FATAL_ONLY = 4
 # ONNX Runtime starts as many as it is told, and a slip of the key must not take the machine down.
@@ -75,14 +83,17 @@ class OnnxRuntimeBackend:
             num_threads: Threads of one operator; by default ONNX Runtime decides.
 
         Raises:
-            UsageError: an execution provider this ONNX Runtime has not got, or a number of
-                threads below 1.
-            BundleError: a graph that ONNX Runtime refuses, or whose inputs are not the manifest's.
+            UsageError: an execution provider that is not supported, that this ONNX Runtime has
+                not got, or, where it was asked for, that cannot be loaded; a number of threads
+                out of range.
+            BundleError: a graph that ONNX Runtime refuses, or whose inputs are not the manifest's,
+                or a dtype other than float32 and float16.
         """
         manifest = bundle.manifest
         self._providers = _choose_providers(execution_providers)
+        self._may_fall_back = execution_providers is None
         self._options = _session_options(num_threads)
-        self._dtype = np.dtype(manifest.dtype)
+        self._dtype = _numpy_dtype(manifest.dtype)
         self._decoder_spec = manifest.decoder
         self._vision = self._load(bundle, "vision_encoder")
         self._text = None if manifest.text_encoder is None else self._load(bundle, "text_encoder")
@@ -188,17 +199,35 @@ class OnnxRuntimeBackend:
 
     def _load(self, bundle: Bundle, component: str) -> ort.InferenceSession:
         spec = bundle.manifest.graph(component)
+        path = bundle.file(spec.file)
         try:
-            session = ort.InferenceSession(
-                str(bundle.file(spec.file)), self._options, providers=self._providers
-            )
+            session = self._start(path, self._providers)
         except _ORT_ERRORS as err:
-            raise BundleError(
-                f"ONNX Runtime {ort.__version__} refuses {spec.file}",
-                seen=_first_line(err),
-                fix="export the bundle again with this version of gap-export",
-            ) from err
+            if self._providers == [_CPU]:
+                raise _refused(spec, err) from err
+            session = self._start_on_cpu(path, spec, why=err)
+        wanted = self._providers[0]
+        if not self._may_fall_back and wanted not in session.get_providers():
+            raise _not_loaded(wanted, None)
         _check_interface(session, spec)
+        return session
+
+    def _start(self, path: Path, providers: list[str]) -> ort.InferenceSession:
+        # Its own fallback prints to standard output, where our JSON goes.
+        return ort.InferenceSession(
+            str(path), self._options, providers=providers, enable_fallback=False
+        )
+
+    def _start_on_cpu(self, path: Path, spec: GraphSpec, *, why: Exception) -> ort.InferenceSession:
+        """A session without the GPU, which tells whether the graph or the GPU is at fault."""
+        try:
+            session = self._start(path, [_CPU])
+        except _ORT_ERRORS as err:
+            raise _refused(spec, err) from err
+        if not self._may_fall_back:
+            raise _not_loaded(self._providers[0], why) from why
+        # The other graphs must not end up elsewhere than this one.
+        self._providers = [_CPU]
         return session
 
     def _run(
@@ -215,18 +244,40 @@ def _choose_providers(wanted: Sequence[str] | None) -> list[str]:
     available = ort.get_available_providers()
     if wanted is None:
         return [name for name in (_CUDA, _CPU) if name in available]
-    unknown = [name for name in wanted if name not in available]
-    if unknown or not wanted:
+    usable = [name for name in _SUPPORTED if name in available]
+    unsupported = [name for name in wanted if name not in _SUPPORTED]
+    if unsupported or not wanted:
+        raise UsageError(
+            "execution provider not supported",
+            seen=", ".join(unsupported) or "none given",
+            allowed=", ".join(usable),
+        )
+    missing = [name for name in wanted if name not in available]
+    if missing:
         raise UsageError(
             "execution provider not available",
-            seen=", ".join(unknown) or "none given",
-            allowed=", ".join(available),
-            fix='for CUDA install "gap-export[gpu]"' if _CUDA in unknown else None,
+            seen=", ".join(missing),
+            allowed=", ".join(usable),
+            fix=f"for CUDA: {_CUDA_FIX}" if _CUDA in missing else None,
         )
-    return list(wanted)
+    return list(dict.fromkeys(wanted))
+
+
+def _numpy_dtype(name: str) -> np.dtype[Any]:
+    # numpy knows bfloat16 only where some other package happens to have taught it.
+    if name not in _DTYPES:
+        raise BundleError(
+            "this runtime cannot run the bundle's dtype",
+            seen=name,
+            allowed=", ".join(_DTYPES),
+            fix="export with another dtype",
+        )
+    return np.dtype(name)
 
 
 def _session_options(num_threads: int | None) -> ort.SessionOptions:
+    # Some builds report use to their maker, and complain where they cannot write their notes.
+    ort.disable_telemetry_events()
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
     if num_threads is not None:
@@ -250,6 +301,23 @@ def _check_interface(session: ort.InferenceSession, spec: GraphSpec) -> None:
                 allowed=", ".join(sorted(value.name for value in declared)),
                 fix="export the bundle again",
             )
+
+
+def _refused(spec: GraphSpec, err: Exception) -> BundleError:
+    return BundleError(
+        f"ONNX Runtime {ort.__version__} refuses {spec.file}",
+        seen=_first_line(err),
+        fix="export the bundle again with this version of gap-export",
+    )
+
+
+def _not_loaded(provider: str, why: Exception | None) -> UsageError:
+    return UsageError(
+        "the execution provider could not be loaded",
+        seen=provider if why is None else f"{provider} ({_first_line(why)})",
+        allowed=f"{_CPU}, which always works",
+        fix=f"check that the CUDA and cuDNN libraries are installed and found; {_CUDA_FIX}",
+    )
 
 
 def _past_name(present_name: str) -> str:

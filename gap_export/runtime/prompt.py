@@ -17,6 +17,10 @@ from gap_export.positions import Int64Array
 
 TOKENIZER_FILE = "tokenizer.json"
 _SLOT = "{expression}"
+# Unicode's controls, formats, line ends, surrogates and private characters: nothing one can see.
+_UNSEEN = frozenset({"Cc", "Cf", "Zl", "Zp", "Cs", "Co"})
+# The two joiners shape letters of several scripts, and emoji.
+_JOINERS = frozenset("\u200c\u200d")
 # Far above any real token's length: keeps a novel from being tokenized only to be refused.
 _MAX_CHARACTERS_PER_TOKEN = 64
 
@@ -74,12 +78,12 @@ class PromptEncoder:
                 not count.
 
         Raises:
-            ExpressionError: not text, empty, too long, with control characters, or holding one of
-                the tokenizer's special tokens.
+            ExpressionError: not text, empty, too long, with characters that cannot be seen, with
+                words the tokenizer has no token for, or holding one of its special tokens.
         """
         text = self._check_text(expression)
         spec = self._manifest.prompt
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = _tokenize(self._tokenizer, text, add_special_tokens=False)
         if len(encoding.ids) > spec.max_expression_tokens:
             raise ExpressionError(
                 "the expression is too long",
@@ -87,7 +91,7 @@ class PromptEncoder:
                 allowed=f"at most {spec.max_expression_tokens} tokens",
                 fix="describe the object in fewer words",
             )
-        ids = self._tokenizer.encode(spec.template.replace(_SLOT, text)).ids
+        ids = _tokenize(self._tokenizer, spec.template.replace(_SLOT, text)).ids
         places = [place for place, token in enumerate(ids) if token == self._image_token_id]
         if len(places) != 1 or places[0] + 1 == len(ids):
             raise BundleError(
@@ -113,7 +117,7 @@ class PromptEncoder:
                 "the expression is not text", seen=type(expression).__name__, allowed="a string"
             )
         text = expression.strip()
-        if not text:
+        if all(c.isspace() or c in _JOINERS or unicodedata.category(c) in _UNSEEN for c in text):
             raise ExpressionError(
                 "the expression is empty",
                 seen=repr(expression[:40]),
@@ -128,10 +132,10 @@ class PromptEncoder:
                 fix="describe the object in fewer words",
             )
         for character in text:
-            if unicodedata.category(character) in ("Cc", "Cs"):
+            if character not in _JOINERS and unicodedata.category(character) in _UNSEEN:
                 raise ExpressionError(
-                    "the expression holds a control character",
-                    seen=repr(character),
+                    "the expression holds a control character or one that cannot be seen",
+                    seen=f"U+{ord(character):04X}",
                     allowed="one line of plain text",
                 )
         for token in sorted(self._special):
@@ -161,7 +165,7 @@ class PromptEncoder:
         spec = self._manifest.text_encoder
         if spec is None or self._text_tokenizer is None:
             return None
-        ids = self._text_tokenizer.encode(spec.template.replace(_SLOT, text)).ids
+        ids = _tokenize(self._text_tokenizer, spec.template.replace(_SLOT, text)).ids
         if len(ids) > spec.max_tokens:
             # The last token is the end of text, which the tower reads its answer from.
             ids = [*ids[: spec.max_tokens - 1], ids[-1]]
@@ -191,6 +195,26 @@ def _load_tokenizer(path: Path) -> Tokenizer:
             raise
         raise BundleError(
             "the bundle's tokenizer is not one", seen=f"{path}: {err}", fix="export it again"
+        ) from err
+
+
+def _tokenize(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> Any:
+    """A text's ``tokenizers.Encoding``.
+
+    Raises:
+        ExpressionError: a word that the tokenizer can neither split nor call unknown.
+    """
+    try:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    except Exception as err:
+        # The tokenizers package raises bare Exception; anything narrower would miss it.
+        if type(err) is not Exception:
+            raise
+        raise ExpressionError(
+            "the model's tokenizer cannot encode this text",
+            seen=f"{text!r} ({err})",
+            allowed="words of its vocabulary; it has no token for unknown ones",
+            fix="describe the object in other words",
         ) from err
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gap_export.bundle import Verify, open_bundle
-from gap_export.errors import BundleError, ExpressionError
-from gap_export.manifest import Manifest
+from gap_export.errors import BundleError, ExpressionError, GapExportError
+from gap_export.manifest import BoxSpec, Manifest
 from gap_export.positions import Int64Array, PositionMode
 from gap_export.runtime.backend import Backend, FloatArray
 from gap_export.runtime.boxes import parse_box, to_pixels
@@ -28,7 +28,7 @@ from gap_export.runtime.generation import (
     assemble_prompt,
     generate,
 )
-from gap_export.runtime.geometry import ImageGeometry
+from gap_export.runtime.geometry import Box, ImageGeometry
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.image import ImageInput, load_image, prepare_image
 from gap_export.runtime.prompt import EncodedExpression, PromptEncoder
@@ -77,6 +77,8 @@ class GroundingSession:
                 fix="the bundle does not hold together; export it again",
             )
         self._prompts = PromptEncoder(manifest, Path(assets_folder))
+        self._backend_name = backend.name
+        self._closed = False
 
     @classmethod
     def open(
@@ -99,7 +101,7 @@ class GroundingSession:
 
         Raises:
             BundleError: damaged, incomplete, unsafe, or too new.
-            UsageError: an execution provider that is not available.
+            UsageError: an execution provider that is not available or cannot be loaded.
         """
         # Not at the top: a session with another backend needs no ONNX Runtime.
         from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
@@ -109,7 +111,12 @@ class GroundingSession:
         return cls(opened.manifest, opened.path, backend, positions=positions)
 
     def __enter__(self) -> Self:
-        """Return itself."""
+        """Return itself.
+
+        Raises:
+            GapExportError: the session is closed.
+        """
+        self._check_open()
         self.backend.__enter__()
         return self
 
@@ -120,7 +127,9 @@ class GroundingSession:
         trace: TracebackType | None,
     ) -> None:
         """Close the backend."""
-        self.backend.__exit__(kind, error, trace)
+        if not self._closed:
+            self._closed = True
+            self.backend.__exit__(kind, error, trace)
 
     def ground(self, image: ImageInput, expression: str) -> Grounding:
         """Find one object.
@@ -132,6 +141,7 @@ class GroundingSession:
         Raises:
             ImageError: the picture cannot be used.
             ExpressionError: the expression cannot be used.
+            GapExportError: the session is closed.
         """
         return self.ground_batch(image, [expression])[0]
 
@@ -145,7 +155,9 @@ class GroundingSession:
         Raises:
             ImageError: the picture cannot be used.
             ExpressionError: there are no expressions, or one cannot be used.
+            GapExportError: the session is closed.
         """
+        self._check_open()
         if isinstance(expressions, str) or not expressions:
             raise ExpressionError(
                 "no list of expressions", seen=repr(expressions), allowed="at least one, in a list"
@@ -173,6 +185,10 @@ class GroundingSession:
         clock.add("prefill", answer.prefill_ms)
         clock.add("decode", answer.decode_ms)
         return self._answers(expressions, encoded, answer, keep, geometry, clock)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise GapExportError("the session is closed", fix="open the bundle again")
 
     def _encode_texts(self, encoded: Sequence[EncodedExpression]) -> FloatArray:
         """Text embeddings [B, D]; texts of one length go together, so none is ever padded."""
@@ -228,8 +244,7 @@ class GroundingSession:
         timings = clock.read()
         found = []
         for row, text in enumerate(texts):
-            fractions = parse_box(text, manifest.box)
-            box = None if fractions is None else to_pixels(fractions, manifest.box, geometry)
+            box, problems = _read_box(text, manifest.box, geometry)
             found.append(
                 Grounding(
                     expression=expressions[row],
@@ -242,7 +257,8 @@ class GroundingSession:
                     grid_frame=geometry.input_frame(manifest.image),
                     image_size=(geometry.width, geometry.height),
                     timings_ms=timings,
-                    warnings=encoded[row].warnings,
+                    backend=self._backend_name,
+                    warnings=(*encoded[row].warnings, *problems),
                 )
             )
         return found
@@ -264,6 +280,21 @@ class _Clock:
 
     def read(self) -> dict[str, float]:
         return {**self._stages, "total": 1e3 * (time.perf_counter() - self._started)}
+
+
+def _read_box(
+    text: str, spec: BoxSpec, geometry: ImageGeometry
+) -> tuple[Box | None, tuple[str, ...]]:
+    """An answer's box in pixels; where there is none, why."""
+    fractions = parse_box(text, spec)
+    if fractions is None:
+        return None, (f"the answer holds no box: {text!r}",)
+    box = to_pixels(fractions, spec, geometry)
+    if box is not None:
+        return box, ()
+    x1, y1, x2, y2 = fractions
+    what = "has no area" if x1 == x2 or y1 == y2 else "lies outside the picture"
+    return None, (f"the answer {what}: {text!r}",)
 
 
 def _check_vision(features: FloatArray, keep: Int64Array, manifest: Manifest, *, rows: int) -> None:

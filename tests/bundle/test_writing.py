@@ -91,6 +91,49 @@ def test_interrupt_while_replacing_keeps_the_old_bundle(
     assert names(place) == {"out"}
 
 
+@pytest.mark.parametrize("renames", [1, 2])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "broken")])
+def test_interrupt_right_after_a_rename_puts_the_old_bundle_back(
+    place: Path, write_sample: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+    renames: int, error: BaseException,
+) -> None:  # fmt: skip
+    out = write_sample(place / "out")
+    before = contents(out)
+    done: list[Path] = []
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        moved = rename(self, target)
+        done.append(target)
+        if len(done) == renames:
+            raise error
+        return moved
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(type(error)):
+        write_sample(out, force=True, graph=b"another graph")
+    assert contents(out) == before
+    assert names(place) == {"out"}
+
+
+def test_interrupt_right_after_the_rename_of_a_first_write_leaves_nothing(
+    place: Path, write_sample: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+    done: list[Path] = []
+
+    def interrupted(self: Path, target: Path) -> None:
+        rename(self, target)
+        done.append(target)
+        if len(done) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_sample(place / "out")
+    assert names(place) == set()
+
+
 KILLED_WRITER = """
 import sys
 from pathlib import Path

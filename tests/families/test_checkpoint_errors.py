@@ -162,7 +162,7 @@ def test_truncated_weights_are_refused(broken, tiny_recipe, size):
         (lambda c: c.update(vision_feature_select_strategy="full"), "select_strategy"),
         (lambda c: c["vision_config"].update(image_size=64), "visual token grid"),
         (lambda c: c["vision_config"].update(patch_size=4), "visual token grid"),
-        (lambda c: c["text_config"].update(hidden_size="wide"), "does not parse"),
+        (lambda c: c["text_config"].update(attention_bias="yes"), "does not parse"),
         (lambda c: c["text_config"].update(num_hidden_layers=3), "missing decoder.layers.2"),
     ],
 )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gap_export.errors import ExitCode, UnsupportedPrunerError, UsageError
+from gap_export.errors import ExitCode, RecipeError, UnsupportedPrunerError, UsageError
 from gap_export.families import resolve_pruning, supported_pruners
 
 
@@ -49,6 +49,7 @@ def test_model_without_text_tower_refuses_text_and_names_the_others(tiny_recipe)
         ({"keep_ratio": 1.01}, "keep ratio out of range"),
         ({"keep_ratio": float("nan")}, "keep ratio out of range"),
         ({"seed": -1, "pruner": "random"}, "seed out of range"),
+        ({"seed": 2**63, "pruner": "random"}, "allowed: 0..9223372036854775807"),
         ({"pruner": "spatial", "order": "score"}, "allowed: raster"),
     ],
 )
@@ -56,3 +57,13 @@ def test_unusable_request_is_refused(tiny_recipe, changes, says):
     with pytest.raises(UsageError) as caught:
         resolve(tiny_recipe, **changes)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "text_tower"), [("spatail", True), ("text", False)])
+def test_a_bad_default_is_the_recipes_mistake(tiny_recipe, name, text_tower):
+    defaults = tiny_recipe.defaults.model_copy(update={"pruner": name})
+    tower = tiny_recipe.text_tower if text_tower else None
+    recipe = tiny_recipe.model_copy(update={"defaults": defaults, "text_tower": tower})
+    with pytest.raises(RecipeError, match=r"recipe tiny-llava: defaults\.pruner.*allowed: cls"):
+        resolve(recipe, pruner=None)
+    assert resolve(recipe, pruner="cls").pruner == "cls"

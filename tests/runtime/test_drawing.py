@@ -32,6 +32,7 @@ def answer() -> Grounding:
         grid_frame=Frame(left=0, top=0, width=64, height=64),
         image_size=(64, 64),
         timings_ms={"total": 1.0},
+        backend="numpy",
         warnings=(),
     )
 

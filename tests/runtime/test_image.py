@@ -224,8 +224,26 @@ def test_thing_that_is_no_picture_is_refused(thing: Any) -> None:
 
 
 def test_floating_point_picture_is_refused_with_the_reason() -> None:
-    with pytest.raises(ImageError, match="floating-point pixels"):
+    with pytest.raises(ImageError, match=r"pixel format has no agreed range.*floating-point"):
         load(Image.new("F", (2, 2)))
+
+
+@pytest.mark.parametrize("value", [-1, 65_536, 2_000_000_000])
+def test_32_bit_integers_beyond_16_bits_are_refused_with_the_reason(
+    tmp_path: Path, value: int
+) -> None:
+    wide = Image.fromarray(np.asarray([[0, value]], dtype=np.int32))
+    assert wide.mode == "I"
+    wide.save(tmp_path / "wide.tiff")
+    with pytest.raises(ImageError, match=r"no agreed range.*32-bit integers.*8 bits") as caught:
+        load(tmp_path / "wide.tiff")
+    assert "damaged" not in str(caught.value)
+
+
+def test_32_bit_integers_within_16_bits_are_read_as_16_bits(tmp_path: Path) -> None:
+    wide = np.asarray([[0, 32_896, 65_535]], dtype=np.int32)
+    Image.fromarray(wide).save(tmp_path / "wide.tiff")
+    assert load(tmp_path / "wide.tiff")[0, :, 0].tolist() == [0, 128, 255]
 
 
 def normalised(image: Image.Image, spec: ImageSpec) -> np.ndarray[Any, Any]:

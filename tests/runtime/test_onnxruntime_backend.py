@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -132,8 +133,85 @@ def test_name_says_what_runs(tiny_bundle: Path) -> None:
 def test_execution_provider_that_is_not_there_is_refused(
     tiny_bundle: Path, providers: list[str]
 ) -> None:
-    with pytest.raises(UsageError, match=r"not available.*allowed: .*CPUExecutionProvider"):
+    with pytest.raises(UsageError, match=r"not supported.*allowed: .*CPUExecutionProvider"):
         GroundingSession.open(tiny_bundle, execution_providers=providers)
+
+
+CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+@pytest.fixture
+def cuda_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime names CUDA, and then runs on the CPU, as where its libraries are missing."""
+    if CUDA[0] in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    monkeypatch.setattr(ort, "get_available_providers", lambda: CUDA)
+
+
+@pytest.mark.usefixtures("cuda_that_does_not_load")
+@pytest.mark.filterwarnings("ignore:Specified provider")
+@pytest.mark.parametrize("providers", [CUDA, CUDA[:1]])
+def test_asked_for_provider_that_does_not_load_is_refused(
+    tiny_bundle: Path, providers: list[str]
+) -> None:
+    with pytest.raises(UsageError, match=r"could not be loaded: CUDA.*cuDNN.*uninstall onnxrunt"):
+        GroundingSession.open(tiny_bundle, execution_providers=providers)
+
+
+@pytest.mark.usefixtures("cuda_that_does_not_load")
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_default_falls_back_to_the_cpu(tiny_bundle: Path, picture: Any) -> None:
+    with GroundingSession.open(tiny_bundle) as session:
+        answer = session.ground(picture, "the star")
+    assert answer.backend == f"ONNX Runtime {ort.__version__} (CPUExecutionProvider)"
+
+
+def fail_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ort.InferenceSession
+
+    def start(path: str, options: Any, *, providers: list[str], **given: Any) -> Any:
+        if CUDA[0] in providers:
+            raise RuntimeError("no CUDA-capable device is detected\nmore")
+        return real(path, options, providers=providers, **given)
+
+    monkeypatch.setattr(ort, "InferenceSession", start)
+
+
+@pytest.mark.usefixtures("cuda_that_does_not_load")
+def test_failing_gpu_is_not_blamed_on_the_bundle(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_on_cuda(monkeypatch)
+    with pytest.raises(UsageError, match=r"could not be loaded: .*no CUDA-capable device is det"):
+        GroundingSession.open(tiny_bundle, execution_providers=CUDA)
+    with GroundingSession.open(tiny_bundle) as session:
+        assert "CPUExecutionProvider" in session.backend.name
+
+
+def test_telemetry_is_off_and_nothing_is_written_to_stderr_without_a_home(
+    tiny_bundle: Path,
+) -> None:
+    code = (
+        "import sys, onnxruntime as ort; calls = []; real = ort.disable_telemetry_events\n"
+        "ort.disable_telemetry_events = lambda: (calls.append(1), real())\n"
+        "from gap_export import GroundingSession\n"
+        "assert not calls\n"
+        "with GroundingSession.open(sys.argv[1]): assert calls\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_bundle)],
+        env={**os.environ, "HOME": "/nonexistent", "XDG_CACHE_HOME": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_dtype_that_numpy_lacks_is_refused(rebuild: Rebuild) -> None:
+    with pytest.raises(BundleError, match=r"cannot run the bundle's dtype: bfloat16"):
+        GroundingSession.open(rebuild(dtype="bfloat16"))
 
 
 @pytest.mark.skipif(

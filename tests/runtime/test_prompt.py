@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,10 @@ def test_space_around_an_expression_does_not_count(encoder: PromptEncoder) -> No
     assert spaced.suffix_ids.tolist() == plain.suffix_ids.tolist()
 
 
-@pytest.mark.parametrize("expression", ["", " ", "\n\t ", "\u3000\u00a0"])
+@pytest.mark.parametrize(
+    "expression",
+    ["", " ", "\n\t ", "\u3000\u00a0", "\u200b\u2060", "\u200d", " \u202e \u2028", "\ue000"],
+)
 def test_empty_expression_is_refused(encoder: PromptEncoder, expression: str) -> None:
     with pytest.raises(ExpressionError, match=r"expression is empty.*the red cup"):
         encoder.encode(expression)
@@ -85,10 +89,34 @@ def test_special_token_is_refused(encoder: PromptEncoder, expression: str) -> No
         encoder.encode(expression)
 
 
-@pytest.mark.parametrize("expression", ["a\nb", "a\tb", "a\0b", "a\x1b[2Jb", "a\x7fb", "a\ud800b"])
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "a\nb", "a\tb", "a\0b", "a\x1b[2Jb", "a\x7fb", "a\ud800b",
+        "a\u202eb", "a\u200bb", "a\u2028b", "a\u2029b", "a\ue000b", "a\ufeffb",
+    ],
+)  # fmt: skip
 def test_control_character_is_refused(encoder: PromptEncoder, expression: str) -> None:
     with pytest.raises(ExpressionError, match="control character"):
         encoder.encode(expression)
+
+
+def test_joiners_of_scripts_and_emoji_are_accepted(encoder: PromptEncoder) -> None:
+    assert (
+        len(encoder.encode("\u0645\u06cc\u200c\u062e \U0001f468\u200d\U0001f466").suffix_ids) == 3
+    )
+
+
+def test_word_without_a_token_is_refused_where_there_is_none_for_unknown_words(
+    sample_manifest: Manifest, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    plain = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    plain["model"]["unk_token"] = "[nothing]"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
+    encoder = PromptEncoder(sample_manifest, tmp_path)
+    assert len(encoder.encode("the star").suffix_ids) == 3
+    with pytest.raises(ExpressionError, match=r"cannot encode this text: 'the zebra'.*other words"):
+        encoder.encode("the zebra")
 
 
 def test_braces_are_words_like_others(encoder: PromptEncoder, tokenizer: Tokenizer) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gap_export.errors import BundleError, ExpressionError, ImageError
+from gap_export.errors import BundleError, ExpressionError, GapExportError, ImageError
 from gap_export.manifest import BoxSpec, Manifest
 from gap_export.runtime.geometry import Frame
 from gap_export.runtime.session import GroundingSession
@@ -63,6 +63,7 @@ def test_answer_is_plain_json(session: GroundingSession, picture: Any) -> None:
     assert plain["keep_indices"] == [0, 3, 6, 9, 12]
     assert plain["grid"] == {"rows": 4, "cols": 4, "frame": [0, -8, 40, 40]}
     assert plain["image_size"] == [40, 24]
+    assert plain["backend"] == "numpy"
     assert set(plain) == {field.name for field in dataclasses.fields(answer)} - {"grid_frame"}
 
 
@@ -181,8 +182,8 @@ def test_box_of_a_turned_picture_is_in_its_frame_as_displayed(
 
 def test_unknown_words_come_back_as_a_warning(session: GroundingSession, picture: Any) -> None:
     first, second = session.ground_batch(picture, ["the purple star", "the star"])
-    assert first.warnings == ("words the model does not know: purple",)
-    assert second.warnings == ()
+    assert first.warnings[0] == "words the model does not know: purple"
+    assert not any("does not know" in text for text in second.warnings)
 
 
 @pytest.mark.parametrize("expressions", [[], (), "the star"])
@@ -208,6 +209,43 @@ def test_backend_is_closed_with_the_session(session: GroundingSession, picture: 
         assert entered is session
         entered.ground(picture, "the star")
     assert vars(session.backend)["closed"]
+
+
+def test_closed_session_says_so(session: GroundingSession, picture: Any) -> None:
+    with session:
+        pass
+    with pytest.raises(GapExportError, match="the session is closed"):
+        session.ground(picture, "the star")
+    with pytest.raises(GapExportError, match="the session is closed"), session:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("answer", "warning"),
+    [
+        ("[ 0.25 , 0.50 , 0.75 , 0.60 ]", None),
+        ("[ 0.25 , 0.01 , 0.75 , 0.10 ]", "the answer lies outside the picture: "),
+        ("[ 0.25 , 0.50 , 0.75 , 0.50 ]", "the answer has no area: "),
+        ("the red star", "the answer holds no box: 'the red star'"),
+    ],
+)
+def test_missing_box_comes_with_its_reason(
+    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any,
+    answer: str, warning: str | None,
+) -> None:  # fmt: skip
+    backend = make_backend(sample_manifest)
+    session = answering(sample_manifest, backend, tokenizer_folder, answer)
+    found = session.ground(picture, "the star")
+    assert (found.box is None) == (warning is not None)
+    assert len(found.warnings) == (warning is not None)
+    assert all(text.startswith(str(warning)) for text in found.warnings)
+
+
+def test_box_is_printed_to_a_hundredth_of_a_pixel(session: GroundingSession, picture: Any) -> None:
+    box = (1.0, 29.759999999999998, 40 / 3, 58.56)
+    answer = dataclasses.replace(session.ground(picture, "the star"), box=box)
+    assert answer.to_plain()["box"] == [1.0, 29.76, 13.33, 58.56]
+    assert answer.box == box
 
 
 def test_vision_encoder_that_breaks_the_manifest_s_word_is_refused(

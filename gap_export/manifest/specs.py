@@ -1,27 +1,17 @@
-"""What a bundle is: the typed form of ``gap.json``.
-
-Plain frozen dataclasses on the standard library alone, so that a bundle can be read on a device
-that has nothing else. Unknown keys, missing keys and wrong types are errors.
-"""
+"""The parts of ``gap.json`` as plain frozen dataclasses."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal
 
 from gap_export.errors import BundleError
+from gap_export.manifest.plain import to_plain
 
 FORMAT = "gap-export-bundle"
 FORMAT_VERSION = 1
-MANIFEST_NAME = "gap.json"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,132 +256,3 @@ class Manifest(_Strict):
         """Canonical UTF-8 JSON."""
         plain = {"format": FORMAT, "format_version": FORMAT_VERSION, **to_plain(self)}
         return (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def parse_manifest(raw: bytes) -> Manifest:
-    """Read a manifest.
-
-    Raises:
-        BundleError: not JSON, another format, a newer version, an unknown or missing key, a value
-            of the wrong type, or a path that leaves the bundle's folder.
-    """
-    try:
-        plain = json.loads(raw)
-    except (ValueError, RecursionError) as err:
-        raise BundleError(f"{MANIFEST_NAME} is not JSON", seen=err) from err
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-        raise BundleError(
-            f"{MANIFEST_NAME} is not a gap-export manifest",
-            allowed=f'a JSON object with "format": "{FORMAT}"',
-        )
-    version = plain.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise BundleError(
-            "manifest version not supported",
-            seen=version,
-            allowed=str(FORMAT_VERSION),
-            fix="upgrade gap-export, or export the bundle again with this version",
-        )
-    fields = {k: v for k, v in plain.items() if k not in ("format", "format_version")}
-    manifest = from_plain(Manifest, fields, where=MANIFEST_NAME)
-    for path in (f.path for f in manifest.files):
-        check_member_path(path)
-    for path in (g.file for g in manifest.graphs):
-        check_member_path(path)
-    if manifest.text_encoder is not None:
-        check_member_path(manifest.text_encoder.tokenizer_file)
-    return manifest
-
-
-def check_member_path(path: str) -> PurePosixPath:
-    """A relative POSIX path that stays within the bundle.
-
-    Raises:
-        BundleError: absolute, with ``..``, a backslash, a drive, or empty parts.
-    """
-    pure = PurePosixPath(path)
-    unsafe = "\\" in path or ":" in path or "\0" in path or pure.is_absolute()
-    if unsafe or not pure.parts or ".." in pure.parts or str(pure) != path:
-        raise BundleError(
-            "a path in the bundle leaves its folder or is not plain",
-            seen=repr(path),
-            allowed="relative paths with forward slashes and no '..'",
-            fix="do not use this bundle; get it again from a source you trust",
-        )
-    return pure
-
-
-def to_plain(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as what JSON knows."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): to_plain(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [to_plain(v) for v in value]
-    return value
-
-
-def from_plain(cls: type[T], plain: Any, *, where: str) -> T:
-    """Build a frozen dataclass from JSON data, checking every key and type.
-
-    Args:
-        cls: The dataclass.
-        plain: What ``json.loads`` gave.
-        where: Named in error messages.
-
-    Raises:
-        BundleError: an unknown or missing key, or a value of the wrong type.
-    """
-    if not isinstance(plain, dict):
-        raise BundleError(f"{where} must be an object", seen=type(plain).__name__)
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    unknown = sorted(set(plain) - set(names))
-    missing = [n for n in names if n not in plain]
-    if unknown or missing:
-        raise BundleError(
-            f"{where}: wrong keys",
-            seen=f"unknown {unknown or 'none'}, missing {missing or 'none'}",
-            allowed=", ".join(names),
-        )
-    return cls(**{n: _convert(hints[n], plain[n], f"{where}: {n}") for n in names})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return from_plain(typing.cast("type[Any]", hint), value, where=where)
-    if origin is Literal:
-        if value in args and type(value) in {type(a) for a in args}:
-            return value
-        raise BundleError(where, seen=repr(value), allowed=", ".join(map(repr, args)))
-    if origin in (typing.Union, types.UnionType):
-        return _convert_union(args, value, where)
-    if origin is tuple and isinstance(value, list):
-        if args[-1] is Ellipsis:
-            return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-        if len(value) == len(args):
-            pairs = enumerate(zip(args, value, strict=True))
-            return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in pairs)
-    elif origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):
-        return {k: _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    elif hint is float and type(value) in (int, float):
-        return float(value)
-    elif isinstance(hint, type) and type(value) is hint:
-        return value
-    raise BundleError(f"{where} has the wrong type", seen=repr(value), allowed=str(hint))
-
-
-def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in args:
-        return None
-    failure: BundleError | None = None
-    for arg in args:
-        if arg is type(None):
-            continue
-        try:
-            return _convert(arg, value, where)
-        except BundleError as err:
-            failure = err
-    raise failure or BundleError(f"{where} has the wrong type", seen=repr(value))

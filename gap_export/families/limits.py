@@ -1,0 +1,109 @@
+"""Values of a config.json that no model can have, refused before anything is built from them."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.activations import ACT2FN
+
+from gap_export.errors import CheckpointError
+
+# Far above any model, and low enough that no product of two makes a shape torch cannot describe.
+_MAX_SIZE = 1 << 20
+_MAX_PIXELS = 1 << 14
+# Ids are turned into float32 for RoPE, which holds integers exactly up to here.
+_MAX_POSITIONS = 1 << 24
+
+_SIZES: Mapping[str, int] = {
+    "hidden_size": _MAX_SIZE,
+    "intermediate_size": _MAX_SIZE,
+    "num_attention_heads": _MAX_SIZE,
+    "num_key_value_heads": _MAX_SIZE,
+    "head_dim": _MAX_SIZE,
+    "vocab_size": _MAX_SIZE,
+    "projection_dim": _MAX_SIZE,
+    "image_size": _MAX_PIXELS,
+    "patch_size": _MAX_PIXELS,
+    "max_position_embeddings": _MAX_POSITIONS,
+}
+# Where these are null, they follow from the other sizes.
+_NULLABLE = frozenset({"num_key_value_heads", "head_dim", "rope_theta"})
+_POSITIVE = ("layer_norm_eps", "rms_norm_eps", "rope_theta")
+_ACTIVATIONS = ("hidden_act", "projector_hidden_act")
+_SECTIONS = ("text_config", "vision_config", "rope_parameters", "rope_scaling")
+# These hold weights of their own, which no CLIP or Llama checkpoint has.
+_WITH_WEIGHTS = frozenset({"prelu", "xielu"})
+
+
+def check_values(plain: Mapping[str, Any], file: Path, *, max_layers: int) -> None:
+    """Check a config.json and its nested configs; keys that are left out are not looked at.
+
+    Args:
+        plain: The parsed file.
+        file: Named in messages.
+        max_layers: No more than the checkpoint has tensors.
+
+    Raises:
+        CheckpointError: a value is of the wrong type or out of range.
+    """
+    _check_section(plain, str(file), "", max_layers)
+
+
+def require(ok: bool, key: str, seen: object, allowed: str, *, where: object) -> None:
+    """Refuse one value of a config.
+
+    Raises:
+        CheckpointError: not ``ok``.
+    """
+    if not ok:
+        raise CheckpointError(
+            f"{where}: {key} cannot be used",
+            seen=reprlib.repr(seen),
+            allowed=allowed,
+            fix="use the config.json that these weights were saved with",
+        )
+
+
+def _check_section(plain: Mapping[str, Any], where: str, prefix: str, max_layers: int) -> None:
+    sizes = {**_SIZES, "num_hidden_layers": min(max_layers, _MAX_SIZE)}
+    for key, value in plain.items():
+        name = prefix + key
+        if value is None and key in _NULLABLE:
+            continue
+        if key in sizes:
+            limit = sizes[key]
+            allowed = f"a whole number, 1..{limit}"
+            if key == "num_hidden_layers":
+                allowed += " (the checkpoint has no more tensors)"
+            require(type(value) is int and 1 <= value <= limit, name, value, allowed, where=where)
+        elif key in _POSITIVE:
+            positive = type(value) in (int, float) and value > 0 and math.isfinite(value)
+            require(positive, name, value, "a number above 0", where=where)
+        elif key in _ACTIVATIONS:
+            known = sorted(set(ACT2FN) - _WITH_WEIGHTS)
+            require(
+                isinstance(value, str) and value in known,
+                name,
+                value,
+                ", ".join(known),
+                where=where,
+            )
+        elif key in _SECTIONS and isinstance(value, dict):
+            _check_section(value, where, f"{name}.", max_layers)
+    _check_fit(plain, where, prefix)
+
+
+def _check_fit(plain: Mapping[str, Any], where: str, prefix: str) -> None:
+    """Sizes that are fine one by one and do not fit each other."""
+    width, heads = plain.get("hidden_size"), plain.get("num_attention_heads")
+    if width is not None and heads is not None:
+        allowed = f"a divisor of hidden_size, {width}"
+        require(width % heads == 0, f"{prefix}num_attention_heads", heads, allowed, where=where)
+    head_dim = plain.get("head_dim")
+    if head_dim is not None:
+        allowed = "an even number: RoPE turns pairs"
+        require(head_dim % 2 == 0, f"{prefix}head_dim", head_dim, allowed, where=where)

@@ -1,0 +1,100 @@
+"""Dataclasses to and from what JSON knows, checking every key and type."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from gap_export.errors import BundleError
+
+T = TypeVar("T")
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, tuples and mappings as what JSON knows."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [to_plain(v) for v in value]
+    return value
+
+
+def from_plain(cls: type[T], plain: Any, *, where: str) -> T:
+    """Build a frozen dataclass from JSON data, checking every key and type.
+
+    Args:
+        cls: The dataclass.
+        plain: What ``json.loads`` gave.
+        where: Named in error messages.
+
+    Raises:
+        BundleError: an unknown or missing key, or a value of the wrong type.
+    """
+    if not isinstance(plain, dict):
+        raise BundleError(f"{where} must be an object", seen=type(plain).__name__)
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    unknown = sorted(set(plain) - set(names))
+    missing = [n for n in names if n not in plain]
+    if unknown or missing:
+        raise BundleError(
+            f"{where}: wrong keys",
+            seen=f"unknown {unknown or 'none'}, missing {missing or 'none'}",
+            allowed=", ".join(names),
+        )
+    return cls(**{n: _convert(hints[n], plain[n], f"{where}: {n}") for n in names})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_plain(typing.cast("type[Any]", hint), value, where=where)
+    if origin is Literal:
+        if value in args and type(value) in {type(a) for a in args}:
+            return value
+        raise BundleError(where, seen=repr(value), allowed=", ".join(map(repr, args)))
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(args, value, where)
+    if origin is tuple and isinstance(value, list):
+        if args[-1] is Ellipsis:
+            return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if len(value) == len(args):
+            pairs = enumerate(zip(args, value, strict=True))
+            return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in pairs)
+    elif origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):
+        return {k: _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    elif hint is float and type(value) in (int, float):
+        return _finite(value, where)
+    elif isinstance(hint, type) and type(value) is hint:
+        return value
+    raise BundleError(f"{where} has the wrong type", seen=repr(value), allowed=str(hint))
+
+
+def _finite(value: float, where: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise BundleError(f"{where} is not a finite number", allowed="finite numbers")
+    return number
+
+
+def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    failure: BundleError | None = None
+    for arg in args:
+        if arg is type(None):
+            continue
+        try:
+            return _convert(arg, value, where)
+        except BundleError as err:
+            failure = err
+    raise failure or BundleError(f"{where} has the wrong type", seen=repr(value))

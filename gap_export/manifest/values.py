@@ -1,0 +1,184 @@
+"""Which values a manifest may hold, beyond their types.
+
+A bundle may come from anywhere: a number out of range is refused here, by name, before anything
+computes or allocates with it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+
+from gap_export.errors import BundleError
+from gap_export.manifest.specs import GraphSpec, Manifest
+
+DTYPES = ("float32", "float16", "bfloat16")
+_DECODER = "decoder_model_merged"
+_SLOT = "{expression}"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_SIDE = 65_536
+_MAX_VISUAL_TOKENS = 1_000_000
+_MAX_TOKENS = 100_000
+_MAX_OPSET = 26
+# Far above any model there is; they keep arithmetic and allocations sane, no more.
+_MAX_LAYERS = 10_000
+_MAX_WIDTH = 1 << 20
+_MAX_VOCABULARY = 1 << 31
+_MAX_INT64 = (1 << 63) - 1
+
+
+def check_values(manifest: Manifest) -> None:
+    """Refuse a manifest whose values are of the right type but make no sense.
+
+    Raises:
+        BundleError: a value out of its range, or two that contradict each other.
+    """
+    _check_tokens(manifest)
+    _check_image(manifest)
+    _check_texts(manifest)
+    _check_decoder(manifest)
+    _check_graphs(manifest)
+    _check_files(manifest)
+
+
+def check_member_path(path: str) -> PurePosixPath:
+    """A relative POSIX path that stays within the bundle.
+
+    Raises:
+        BundleError: absolute, with ``..``, a backslash, a drive, or empty parts.
+    """
+    pure = PurePosixPath(path)
+    unsafe = "\\" in path or ":" in path or "\0" in path or pure.is_absolute()
+    if unsafe or not pure.parts or ".." in pure.parts or str(pure) != path:
+        raise BundleError(
+            "a path in the bundle leaves its folder or is not plain",
+            seen=repr(path),
+            allowed="relative paths with forward slashes and no '..'",
+            fix="do not use this bundle; get it again from a source you trust",
+        )
+    return pure
+
+
+def _refuse(name: str, seen: object, allowed: str) -> BundleError:
+    return BundleError(
+        f"gap.json: {name} is not a sensible value",
+        seen=repr(seen),
+        allowed=allowed,
+        fix="export the bundle again",
+    )
+
+
+def _between(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise _refuse(name, value, f"{low}..{high}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise _refuse(name, value, ", ".join(allowed))
+
+
+def _above_zero(name: str, value: float) -> None:
+    if value <= 0:
+        raise _refuse(name, value, "above 0")
+
+
+def _check_tokens(manifest: Manifest) -> None:
+    grid, pruning = manifest.grid, manifest.pruning
+    _between("grid.rows", grid.rows, 1, _MAX_SIDE)
+    _between("grid.cols", grid.cols, 1, _MAX_SIDE)
+    total = grid.num_visual_tokens
+    _between("grid.rows x grid.cols", total, 1, _MAX_VISUAL_TOKENS)
+    if pruning.num_visual_tokens != total:
+        raise _refuse(
+            "pruning.num_visual_tokens", pruning.num_visual_tokens, f"{total}, as the grid has"
+        )
+    _between("pruning.num_kept_tokens", pruning.num_kept_tokens, 1, total)
+    _between(
+        "pruning.num_emitted_tokens",
+        pruning.num_emitted_tokens,
+        pruning.num_kept_tokens,
+        _MAX_VISUAL_TOKENS,
+    )
+    if not 0 < pruning.keep_ratio <= 1:
+        raise _refuse("pruning.keep_ratio", pruning.keep_ratio, "above 0, at most 1")
+    if pruning.seed is not None:
+        _between("pruning.seed", pruning.seed, 0, _MAX_INT64)
+    if pruning.text_similarity_sign not in (None, 1, -1):
+        raise _refuse("pruning.text_similarity_sign", pruning.text_similarity_sign, "1, -1 or null")
+
+
+def _check_image(manifest: Manifest) -> None:
+    image = manifest.image
+    _between("image.height", image.height, 1, _MAX_SIDE)
+    _between("image.width", image.width, 1, _MAX_SIDE)
+    for index, value in enumerate(image.pad_color):
+        _between(f"image.pad_color[{index}]", value, 0, 255)
+    for index, std in enumerate(image.std):
+        _above_zero(f"image.std[{index}]", std)
+    _above_zero("box.scale", manifest.box.scale)
+
+
+def _check_texts(manifest: Manifest) -> None:
+    prompt = manifest.prompt
+    _between("prompt.max_expression_tokens", prompt.max_expression_tokens, 1, _MAX_TOKENS)
+    _between("prompt.max_new_tokens", prompt.max_new_tokens, 1, _MAX_TOKENS)
+    templates = {"prompt.template": prompt.template}
+    if manifest.text_encoder is not None:
+        _between("text_encoder.max_tokens", manifest.text_encoder.max_tokens, 1, _MAX_TOKENS)
+        templates["text_encoder.template"] = manifest.text_encoder.template
+    for name, template in templates.items():
+        if template.count(_SLOT) != 1:
+            raise _refuse(name, template, f"a text that holds {_SLOT} once")
+
+
+def _check_decoder(manifest: Manifest) -> None:
+    spec = manifest.decoder
+    for name, value, most in (
+        ("num_layers", spec.num_layers, _MAX_LAYERS),
+        ("num_key_value_heads", spec.num_key_value_heads, _MAX_WIDTH),
+        ("head_dim", spec.head_dim, _MAX_WIDTH),
+        ("hidden_size", spec.hidden_size, _MAX_WIDTH),
+        ("vocab_size", spec.vocab_size, _MAX_VOCABULARY),
+        ("max_position_embeddings", spec.max_position_embeddings, _MAX_VOCABULARY),
+    ):
+        _between(f"decoder.{name}", value, 1, most)
+    if not spec.eos_token_ids:
+        raise _refuse("decoder.eos_token_ids", [], "at least one id")
+    for index, token in enumerate(spec.eos_token_ids):
+        _between(f"decoder.eos_token_ids[{index}]", token, 0, _MAX_VOCABULARY)
+
+
+def _check_graphs(manifest: Manifest) -> None:
+    _one_of("dtype", manifest.dtype, DTYPES)
+    _between("opset", manifest.opset, 1, _MAX_OPSET)
+    for graph in manifest.graphs:
+        _one_of(f"dtype of {graph.file}", graph.dtype, DTYPES)
+        for tensor in (*graph.inputs, *graph.outputs):
+            for size in tensor.shape:
+                if isinstance(size, int):
+                    _between(f"shape of {tensor.name} in {graph.file}", size, 0, _MAX_INT64)
+        if graph.component == _DECODER:
+            _check_cache(graph, num_layers=manifest.decoder.num_layers)
+
+
+def _check_cache(graph: GraphSpec, *, num_layers: int) -> None:
+    """A key and a value per layer, or the cache that is fed back would not fit the graph."""
+    seen = sum(tensor.name.startswith("past_key_values.") for tensor in graph.inputs)
+    if seen != 2 * num_layers:
+        raise _refuse(
+            f"number of past_key_values inputs of {graph.file}",
+            seen,
+            f"{2 * num_layers}, a key and a value for each of decoder.num_layers",
+        )
+
+
+def _check_files(manifest: Manifest) -> None:
+    for name, path, size in (
+        *(("source.files", file.path, file.size) for file in manifest.source.files),
+        *(("files", file.path, file.size) for file in manifest.files),
+    ):
+        _between(f"{name}: size of {path}", size, 0, _MAX_INT64)
+    for file in manifest.files:
+        if _SHA256.fullmatch(file.sha256) is None:
+            raise _refuse(f"files: sha256 of {file.path}", file.sha256, "64 hex digits, lower case")
