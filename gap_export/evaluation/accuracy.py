@@ -19,10 +19,10 @@ from gap_export.evaluation.metrics import accuracy_at, intersection_over_union, 
 from gap_export.evaluation.refshapes import Sample, iter_samples
 from gap_export.extras import require_extra
 from gap_export.manifest import Manifest
-from gap_export.pipeline import ExportOptions, GraphCache, export_model
+from gap_export.pipeline import ExportOptions, GraphCache, export_checkpoint, export_model
 from gap_export.positions import PositionMode
 from gap_export.progress import Progress, SilentProgress
-from gap_export.recipe import RECIPE_NAME, Recipe
+from gap_export.recipe import Recipe
 from gap_export.runtime.session import GroundingSession
 from gap_export.source import resolve_model, resolve_source
 
@@ -162,13 +162,9 @@ def evaluate_bundle(
         if baseline is None:
             recipe, source = resolve_source(manifest, checkpoint)
             options = ExportOptions(
-                # Resolved: a relative path may read like the name of a recipe.
-                model=str(source.resolve()),
-                recipe=None if (source / RECIPE_NAME).is_file() else recipe.name,
-                keep_ratio=1.0,
-                out=Path(scratch) / "unpruned",
+                model=recipe.name, keep_ratio=1.0, out=Path(scratch) / "unpruned"
             )
-            baseline = export_model(options, progress=progress).bundle
+            baseline = export_checkpoint(recipe, source, options, progress=progress).bundle
         _check_baseline(manifest, open_bundle(baseline).manifest)
         whole = _measure(baseline, None, samples, seed, progress, None)
     return EvaluationReport(
