@@ -161,17 +161,9 @@ def export_checkpoint(
         ExportError: tracing or a pass failed.
     """
     progress = progress or SilentProgress()
-    require_extra("export", "exporting a model")
-    from gap_export.families import build_reference, resolve_pruning
+    pruning = resolve_options(recipe, options)
+    from gap_export.families import build_reference
 
-    pruning = resolve_pruning(
-        recipe,
-        pruner=options.pruner,
-        keep_ratio=options.keep_ratio,
-        order=options.order,
-        positions=options.positions,
-        seed=options.seed,
-    )
     out = options.out or Path(f"{recipe.name}-{pruning.pruner}-{pruning.keep_ratio:g}")
     seconds: dict[str, float] = {}
     cache = cache or GraphCache()
@@ -197,6 +189,26 @@ def export_checkpoint(
         with _timed(seconds, "commit"):
             manifest = draft.commit(replace(manifest, graphs=tuple(graphs)))
     return ExportReport(bundle=out, manifest=manifest, seconds=seconds)
+
+
+def resolve_options(recipe: Recipe, options: ExportOptions) -> PruningSpec:
+    """What the options mean for a model; nothing is exported yet.
+
+    Raises:
+        UsageError: an option is out of range, or the model cannot serve the pruner.
+        MissingDependencyError: the ``export`` extra is not installed.
+    """
+    require_extra("export", "exporting a model")
+    from gap_export.families import resolve_pruning
+
+    return resolve_pruning(
+        recipe,
+        pruner=options.pruner,
+        keep_ratio=options.keep_ratio,
+        order=options.order,
+        positions=options.positions,
+        seed=options.seed,
+    )
 
 
 def _check_prompt(manifest: Manifest, assets: Path, checkpoint: Path, image_token_id: int) -> None:

@@ -17,12 +17,16 @@ from gap_export.bundle import open_bundle
 from gap_export.errors import UsageError
 from gap_export.evaluation.metrics import accuracy_at, intersection_over_union, wilson_interval
 from gap_export.evaluation.refshapes import Sample, iter_samples
-from gap_export.extras import require_extra
 from gap_export.manifest import Manifest
-from gap_export.pipeline import ExportOptions, GraphCache, export_checkpoint, export_model
+from gap_export.pipeline import (
+    ExportOptions,
+    GraphCache,
+    export_checkpoint,
+    export_model,
+    resolve_options,
+)
 from gap_export.positions import PositionMode
 from gap_export.progress import Progress, SilentProgress
-from gap_export.recipe import Recipe
 from gap_export.runtime.session import GroundingSession
 from gap_export.source import resolve_model, resolve_source
 
@@ -116,7 +120,9 @@ def evaluate_model(
         for keep_ratio in keep_ratios or (found.defaults.keep_ratio,)
         for pruner in pruners or (found.defaults.pruner,)
     ]
-    _check_runs(found, runs)
+    for run in runs:
+        # All of them now: a slip in the last must not cost the measuring of those before it.
+        resolve_options(found, run)
     samples = list(iter_samples(seed=seed, num_samples=num_samples))
     with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
         cache = GraphCache()
@@ -170,22 +176,6 @@ def evaluate_bundle(
     return EvaluationReport(
         rows=(whole, *_pruned_rows(bundle, samples, seed, progress, whole.acc_at_50))
     )
-
-
-def _check_runs(recipe: Recipe, runs: Sequence[ExportOptions]) -> None:
-    """Refuse now what the last of the exports would refuse after all others were measured."""
-    require_extra("export", "measuring a model")
-    from gap_export.families import resolve_pruning
-
-    for run in runs:
-        resolve_pruning(
-            recipe,
-            pruner=run.pruner,
-            keep_ratio=run.keep_ratio,
-            order=run.order,
-            positions=run.positions,
-            seed=run.seed,
-        )
 
 
 def _check_baseline(manifest: Manifest, baseline: Manifest) -> None:
