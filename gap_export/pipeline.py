@@ -217,12 +217,11 @@ def _check_prompt(manifest: Manifest, assets: Path, checkpoint: Path, image_toke
     Raises:
         CheckpointError: a tokenizer is broken, or it, the config and the recipe do not fit.
     """
-    from tokenizers import Tokenizer
-
-    from gap_export.runtime.prompt import TOKENIZER_FILE, PromptEncoder
+    from gap_export.runtime.prompt import PromptEncoder
 
     try:
-        encoded = PromptEncoder(manifest, assets).encode(_PROBE)
+        prompts = PromptEncoder(manifest, assets)
+        encoded = prompts.encode(_PROBE)
     except (BundleError, ExpressionError) as err:
         raise CheckpointError(
             f"no prompt can be made with the tokenizer of {checkpoint} and recipe "
@@ -231,13 +230,12 @@ def _check_prompt(manifest: Manifest, assets: Path, checkpoint: Path, image_toke
             allowed=err.allowed,
             fix="restore the checkpoint's tokenizer.json, or correct the recipe's prompt",
         ) from err
-    token = manifest.prompt.image_token
-    known = Tokenizer.from_file(str(assets / TOKENIZER_FILE)).token_to_id(token)
-    if known != image_token_id:
+    if prompts.image_token_id != image_token_id:
         raise CheckpointError(
-            f"{checkpoint}: config.json and tokenizer.json disagree on the image token {token}",
+            f"{checkpoint}: config.json and tokenizer.json disagree on the image token "
+            f"{manifest.prompt.image_token}",
             seen=f"image_token_index {image_token_id}",
-            allowed=f"{known}, the tokenizer's id",
+            allowed=f"{prompts.image_token_id}, the tokenizer's id",
             fix="use the files that belong together",
         )
     largest = int(max([*encoded.prefix_ids, *encoded.suffix_ids]))

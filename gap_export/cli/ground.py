@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from gap_export.cli._options import BundleArgument, QuietOption, VerboseOption, terminal_of
-from gap_export.errors import ImageError
+from gap_export.errors import OutputError
 
 
 def ground(
@@ -79,13 +79,13 @@ def _check_drawing_path(save: Path, image: Path) -> None:
     """Refuse a drawing that could not be written, before the work, or that would cost the picture.
 
     Raises:
-        ImageError: unknown suffix, no such folder, or the input picture itself.
+        OutputError: unknown suffix, no such folder, or the input picture itself.
     """
     from gap_export.runtime.drawing import check_drawing_path
 
     check_drawing_path(save)
     if save.exists() and image.exists() and save.samefile(image):
-        raise ImageError(
+        raise OutputError(
             "the drawing would replace the picture it is made from",
             seen=save,
             fix="choose another --save",

@@ -43,7 +43,11 @@ class EncodedExpression:
 
 
 class PromptEncoder:
-    """Turns expressions into ids, and ids back into text, for one bundle."""
+    """Turns expressions into ids, and ids back into text, for one bundle.
+
+    Attributes:
+        image_token_id: What the tokenizer makes of the image token.
+    """
 
     def __init__(self, manifest: Manifest, assets_folder: Path) -> None:
         """Load the tokenizers.
@@ -68,7 +72,7 @@ class PromptEncoder:
                 seen=manifest.prompt.image_token,
                 fix="the bundle does not hold together; export it again",
             )
-        self._image_token_id: int = image_token_id
+        self.image_token_id: int = image_token_id
 
     def encode(self, expression: str) -> EncodedExpression:
         """Ids of the prompt around the image.
@@ -92,7 +96,7 @@ class PromptEncoder:
                 fix="describe the object in fewer words",
             )
         ids = _tokenize(self._tokenizer, spec.template.replace(_SLOT, text)).ids
-        places = [place for place, token in enumerate(ids) if token == self._image_token_id]
+        places = [place for place, token in enumerate(ids) if token == self.image_token_id]
         if len(places) != 1 or places[0] + 1 == len(ids):
             raise BundleError(
                 "the prompt template does not hold the image token once, before some text",
