@@ -8,8 +8,12 @@ Runtimes feed *slots* 0, 1, 2, ... over the pruned sequence; :func:`gap_remap` t
 original ids, during prefill and, past the table's end, during decode. The ``GapRemap`` graph node
 computes the same.
 
+A picture cut into tiles is one image like any other once :func:`arrange_tiles` has put the tokens
+of its tiles in order.
+
 Shape letters: B rows, S fed tokens, P prompt tokens after pruning, N visual tokens before pruning,
-K kept visual tokens, L prompt tokens before pruning.
+K kept visual tokens, L prompt tokens before pruning, I tiles of one picture, M tokens of a tiled
+picture after pruning.
 """
 
 from __future__ import annotations
@@ -190,3 +194,189 @@ def gap_remap(position_ids: Int64Array, kept_positions: Int64Array) -> Int64Arra
     in_table = np.take_along_axis(kept_positions, within, axis=1)
     original: Int64Array = in_table + (position_ids - within)
     return original
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileLayout:
+    """Where the tiles of one picture lie in its visual sequence ("anyres", LLaVA-1.6).
+
+    Unpruned, the sequence is: the base tile's tokens, which show the whole picture; then, row by
+    row, those of all other tiles joined to one grid, each row followed by one newline token. Rows
+    and columns of the joined grid that show nothing but padding are no part of it.
+
+    Attributes:
+        rows: Of one tile's tokens.
+        cols: Of one tile's tokens.
+        tile_rows: Tiles below each other, the base tile not counted.
+        tile_cols: Tiles beside each other.
+        first_row: Of the joined grid, the first that shows the picture.
+        first_col: Of the joined grid, the first that shows the picture.
+        num_rows: How many rows show the picture; none where it is extremely wide.
+        num_cols: How many columns show the picture; none where it is extremely tall.
+    """
+
+    rows: int
+    cols: int
+    tile_rows: int
+    tile_cols: int
+    first_row: int
+    first_col: int
+    num_rows: int
+    num_cols: int
+
+    @classmethod
+    def of_picture(
+        cls, width: int, height: int, *, rows: int, cols: int, tile_rows: int, tile_cols: int
+    ) -> TileLayout:
+        """Layout of a picture that is fitted, aspect kept and centred, to a canvas of tiles.
+
+        The rounding is that of transformers' ``unpad_image``, which users compare with. LLaVA's own
+        code has no ``round(..., 7)`` and so drops one more line on either side for some sizes.
+
+        Args:
+            width: Of the picture, in pixels.
+            height: Of the picture, in pixels.
+            rows: Of one tile's tokens.
+            cols: Of one tile's tokens.
+            tile_rows: Of the canvas.
+            tile_cols: Of the canvas.
+
+        Raises:
+            UsageError: a size below 1.
+        """
+        if min(width, height, rows, cols, tile_rows, tile_cols) < 1:
+            raise UsageError(
+                "a tiled picture needs pixels, tokens and tiles",
+                seen=f"{width}x{height} pixels, {rows}x{cols} tokens, "
+                f"{tile_rows}x{tile_cols} tiles",
+                allowed="1 or more of each",
+            )
+        all_rows, all_cols = tile_rows * rows, tile_cols * cols
+        first_row = first_col = 0
+        if width / height > all_cols / all_rows:
+            first_row = (all_rows - int(round(height * (all_cols / width), 7))) // 2
+        else:
+            first_col = (all_cols - int(round(width * (all_rows / height), 7))) // 2
+        return cls(
+            rows=rows,
+            cols=cols,
+            tile_rows=tile_rows,
+            tile_cols=tile_cols,
+            first_row=first_row,
+            first_col=first_col,
+            num_rows=all_rows - 2 * first_row,
+            num_cols=all_cols - 2 * first_col,
+        )
+
+    @property
+    def num_tiles(self) -> int:
+        """I, the base tile included."""
+        return 1 + self.tile_rows * self.tile_cols
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Length of the unpruned visual sequence, newlines included."""
+        return self.rows * self.cols + self.num_rows * (self.num_cols + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileTokens:
+    """Token account of one picture or tile.
+
+    Attributes:
+        num_visual_tokens: N, what the vision encoder makes of it.
+        num_kept_tokens: K, what the pruner left.
+        num_padding_tokens: How many of those show nothing but padding, and so are dropped as well.
+        num_newline_tokens: How many rows of the joined grid end in this tile, each with a newline.
+    """
+
+    num_visual_tokens: int
+    num_kept_tokens: int
+    num_padding_tokens: int = 0
+    num_newline_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledTokens:
+    """The visual tokens of a tiled picture as they are fed.
+
+    Attributes:
+        source: int64 [M], what each token is: tile * K + k, or -1 for a newline.
+        keep_indices: int64 [M], ascending: its index in the unpruned visual sequence.
+        num_visual_tokens: Length of that sequence.
+        tiles: The account, base tile first, then row by row.
+    """
+
+    source: Int64Array
+    keep_indices: Int64Array
+    num_visual_tokens: int
+    tiles: tuple[TileTokens, ...]
+
+
+def arrange_tiles(keep_indices: Int64Array, layout: TileLayout) -> TiledTokens:
+    """Put what pruning left of each tile in the order of the picture's visual sequence.
+
+    Kept tokens that show nothing but padding are dropped; newlines are all kept, with their own
+    ids, since the model reads the rows by them.
+
+    Args:
+        keep_indices: int64 [I, K], for each tile, base first and then row by row, the ascending
+            indices 0..N-1 of its kept tokens.
+        layout: Of the picture.
+
+    Raises:
+        UsageError: not one row a tile, or a row that is not ascending within 0..N-1.
+    """
+    keep = np.asarray(keep_indices, dtype=np.int64)
+    _check_tile_indices(keep, layout)
+    per_tile = layout.rows * layout.cols
+    # The base tile comes out as -1 and is mended below.
+    tile = np.arange(layout.num_tiles, dtype=np.int64)[:, None] - 1
+    row = tile // layout.tile_cols * layout.rows + keep // layout.cols - layout.first_row
+    col = tile % layout.tile_cols * layout.cols + keep % layout.cols - layout.first_col
+    visible = (row >= 0) & (row < layout.num_rows) & (col >= 0) & (col < layout.num_cols)
+    index = per_tile + row * (layout.num_cols + 1) + col
+    visible[0], index[0] = True, keep[0]
+
+    joined_rows = np.arange(layout.num_rows, dtype=np.int64)
+    newlines = per_tile + joined_rows * (layout.num_cols + 1) + layout.num_cols
+    found = np.concatenate([index[visible], newlines])
+    source = np.concatenate([np.flatnonzero(visible), np.full_like(newlines, -1)])
+    order = np.argsort(found)
+    # A row ends in the last tile of its row of tiles.
+    ends = 1 + (layout.first_row + joined_rows) // layout.rows * layout.tile_cols
+    ends += layout.tile_cols - 1
+    num_newlines = np.bincount(ends, minlength=layout.num_tiles)
+    return TiledTokens(
+        source=source[order],
+        keep_indices=found[order],
+        num_visual_tokens=layout.num_visual_tokens,
+        tiles=tuple(
+            TileTokens(
+                num_visual_tokens=per_tile,
+                num_kept_tokens=keep.shape[1],
+                num_padding_tokens=int((~visible[number]).sum()),
+                num_newline_tokens=int(num_newlines[number]),
+            )
+            for number in range(layout.num_tiles)
+        ),
+    )
+
+
+def _check_tile_indices(keep: Int64Array, layout: TileLayout) -> None:
+    if keep.ndim != 2 or keep.shape[0] != layout.num_tiles or keep.shape[1] < 1:
+        raise UsageError(
+            "keep_indices of a tiled picture must be one row a tile",
+            seen=f"shape {list(keep.shape)}",
+            allowed=f"[{layout.num_tiles}, K], base tile first",
+        )
+    last = layout.rows * layout.cols - 1
+    if keep.min() < 0 or keep.max() > last:
+        raise UsageError(
+            "keep_indices out of range", seen=f"{keep.min()}..{keep.max()}", allowed=f"0..{last}"
+        )
+    if (np.diff(keep, axis=1) <= 0).any():
+        raise UsageError(
+            "the kept tokens of a tile are not in raster order",
+            allowed="ascending indices; only raster order joins tiles",
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -23,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from gap_export.architecture import Architecture, TextShape
 from gap_export.errors import RecipeError, UnknownModelError
 from gap_export.manifest import (
     BoxSpec,
@@ -39,7 +41,10 @@ _MAX_SHOWN = 300
 _MAX_TOKENS = 100_000
 _MAX_GRID_SIDE = 4096
 _MAX_IMAGE_SIDE = 1 << 14
+_MAX_TOKEN_ID = 1 << 24
+_MAX_WIDTH = 1 << 20
 _SLOT = "{expression}"
+HUB_ID = r"^[\w-][\w.-]*/[\w-][\w.-]*$"
 # A name becomes part of a folder's name, and must not lead out of the current folder.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
@@ -48,28 +53,74 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class HubRepository(_Strict):
+    """A repository of the Hugging Face hub."""
+
+    id: str = Field(pattern=HUB_ID)
+    kind: Literal["model", "space"] = "model"
+    revision: str = "main"
+
+
+class CheckpointPart(_Strict):
+    """One thing that must be on disk.
+
+    Attributes:
+        what: A few words, e.g. ``the original LLaMA-7B``.
+        hub: Where it is published; None where it is not on the hub.
+        also: Other repositories that do, e.g. with the same weights in another layout.
+        url: Where else to get it.
+        file: The one file of the part where it is a file and no folder.
+        required: False where only some layouts, or some pruners, need it; ``published`` where the
+            main part as published does, while one of the user's own may be whole.
+    """
+
+    what: str
+    hub: HubRepository | None = None
+    also: tuple[HubRepository, ...] = ()
+    url: str | None = None
+    file: Name | None = None
+    required: bool | Literal["published"] = True
+
+    @property
+    def repositories(self) -> tuple[HubRepository, ...]:
+        """All that will do, best first."""
+        return (*((self.hub,) if self.hub is not None else ()), *self.also)
+
+
 class CheckpointSource(_Strict):
     """Where a recipe's weights come from.
 
     Attributes:
-        kind: ``bundled``: beside the recipe; ``folder``: the user names it.
+        kind: ``bundled``: beside the recipe; ``local``: on the user's disk.
+        parts: By role; ``main`` is the one that a MODEL folder names. Empty where bundled.
     """
 
-    kind: Literal["bundled", "folder"]
+    kind: Literal["bundled", "local"]
+    parts: Mapping[Name, CheckpointPart] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _parts_fit_the_kind(self) -> CheckpointSource:
+        if (self.kind == "local") != ("main" in self.parts):
+            raise ValueError("parts, with one called main, where kind is local, and only there")
+        return self
 
 
 class TextTower(_Strict):
     """The CLIP text tower of a model, for pruners that read the text.
 
     Attributes:
-        folder: Within the checkpoint folder.
+        role: Part of the checkpoint that holds it.
+        folder: Within that part.
         template: Holds ``{expression}`` once.
         similarity_sign: -1 where patch-text similarity is inverted (OpenAI CLIP), else +1.
+        shape: Its sizes; None where its config.json alone says them.
     """
 
-    folder: str
+    role: Name = "main"
+    folder: str = "."
     template: str = _SLOT
     similarity_sign: Literal[-1, 1]
+    shape: TextShape | None = None
 
     @field_validator("folder")
     @classmethod
@@ -114,6 +165,11 @@ class Recipe(_Strict):
         summary: One line for ``gap-export models``.
         license: SPDX id of the weights' licence.
         checkpoint: Where the weights come from.
+        architecture: Its sizes; None where the checkpoint's config.json alone says them.
+        special_tokens: Ids of the tokens with a meaning, by their text; what a checkpoint says
+            must agree.
+        end_of_answer: Texts of the special tokens that end an answer; empty where the checkpoint's
+            config says them.
         select_layer: Index into the vision tower's hidden states; -2 is the last but one.
         grid: Visual tokens before pruning.
         image: Picture preparation.
@@ -130,6 +186,9 @@ class Recipe(_Strict):
     summary: str
     license: str
     checkpoint: CheckpointSource
+    architecture: Architecture | None = None
+    special_tokens: Mapping[str, int] = Field(default_factory=dict)
+    end_of_answer: tuple[str, ...] = ()
     select_layer: int
     grid: GridSpec
     image: ImageSpec
@@ -155,6 +214,11 @@ class Recipe(_Strict):
         _in_range("width", image.width, 1, _MAX_IMAGE_SIDE)
         for value in image.pad_color:
             _in_range("pad_color", value, 0, 255)
+        if (image.tiles is not None) != (image.preparation == "anyres"):
+            raise ValueError("tiles go with preparation anyres, and only with it")
+        for height, width in image.tiles.resolutions if image.tiles is not None else ():
+            if height < 1 or width < 1 or height % image.height or width % image.width:
+                raise ValueError("tiles.resolutions must be multiples of the tile's height, width")
         if not all(math.isfinite(value) for value in image.mean):
             raise ValueError("mean must be finite")
         if not all(math.isfinite(value) and value > 0 for value in image.std):
@@ -183,6 +247,51 @@ class Recipe(_Strict):
         if self.prompt.template.rstrip().endswith(self.prompt.image_token):
             raise ValueError("prompt.template must go on after the image")
         return self
+
+    @model_validator(mode="after")
+    def _tokens_are_named(self) -> Recipe:
+        unknown = [text for text in self.end_of_answer if text not in self.special_tokens]
+        if unknown:
+            raise ValueError(f"end_of_answer must name special_tokens; {unknown} are none")
+        for text, token in self.special_tokens.items():
+            _in_range(f"special_tokens of {text!r}", token, 0, _MAX_TOKEN_ID)
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Recipe:
+        if self.architecture is not None:
+            _check_sizes(self.architecture, self.image, self.grid)
+        return self
+
+    @model_validator(mode="after")
+    def _text_tower_has_a_part(self) -> Recipe:
+        roles = tuple(self.checkpoint.parts) or ("main",)
+        if self.text_tower is not None and self.text_tower.role not in roles:
+            raise ValueError(f"text_tower.role must be one of {', '.join(roles)}")
+        return self
+
+
+def _check_sizes(architecture: Architecture, image: ImageSpec, grid: GridSpec) -> None:
+    """Refuse a grid that no model of these sizes has, and modules that do not fit each other."""
+    vision, projector, decoder = architecture.vision, architecture.projector, architecture.decoder
+    for key, size in (
+        *(("vision.width", vision.width), ("vision.patch_size", vision.patch_size)),
+        *(("vision.num_heads", vision.num_heads), ("projector.width", projector.width)),
+        *(("decoder.num_heads", decoder.num_heads), ("decoder.head_dim", decoder.head_dim)),
+        ("decoder.num_key_value_heads", decoder.num_key_value_heads),
+    ):
+        _in_range(f"architecture.{key}", size, 1, _MAX_WIDTH)
+    if (image.height, image.width) != (vision.image_size,) * 2:
+        raise ValueError(f"image must be {vision.image_size} px, architecture.vision.image_size")
+    if projector.width % vision.width or projector.hidden_size != decoder.hidden_size:
+        raise ValueError("architecture.projector must go from vision.width to decoder.hidden_size")
+    if vision.width % vision.num_heads or decoder.num_heads % decoder.num_key_value_heads:
+        raise ValueError("architecture: heads must divide the width, and groups the heads")
+    # A projector may join neighbours of one row to a token.
+    joined = projector.width // vision.width
+    side = vision.grid_size
+    if side % joined or (grid.rows, grid.cols) != (side, side // joined):
+        raise ValueError(f"grid must be {side} rows, {side // joined} cols, as architecture says")
 
 
 def _in_range(key: str, value: int, low: int, high: int) -> None:
@@ -220,11 +329,13 @@ def load_recipe(path: Path) -> Recipe:
         return Recipe.model_validate(plain)
     except ValidationError as err:
         first = err.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        where = ".".join(str(part) for part in first["loc"])
+        value = first.get("input")
         raise RecipeError(
-            f"recipe {path} is not valid at {where[:_MAX_SHOWN]}",
-            seen=reprlib.repr(first.get("input")),
-            allowed=str(first["msg"])[:_MAX_SHOWN],
+            f"recipe {path} is not valid" + (f" at {where[:_MAX_SHOWN]}" if where else ""),
+            # Facts that contradict each other are named in the message; all of them are too many.
+            seen=None if isinstance(value, dict) else reprlib.repr(value),
+            allowed=str(first["msg"]).removeprefix("Value error, ")[:_MAX_SHOWN],
         ) from err
 
 
@@ -270,6 +381,6 @@ def find_recipe(name: str) -> tuple[Recipe, Path]:
     raise UnknownModelError(
         "no model of that name",
         seen=name[:_MAX_SHOWN],
-        allowed=", ".join(sorted(known)) + ", or a checkpoint folder",
+        allowed=", ".join(sorted(known)) + ", the hub id of one, or a checkpoint folder",
         fix=f"did you mean {' or '.join(near)}?" if near else "see: gap-export models",
     )

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx_ir as ir
 import torch
@@ -15,24 +16,42 @@ from torch import nn
 from gap_export.errors import ExportError
 from gap_export.families.reference import Component
 from gap_export.manifest import TensorSpec
-from gap_export.weights import TensorRef
+from gap_export.stamping import is_stampable, shorten, stamp_layers
+from gap_export.weights import PlacedTensor
 
 OPSET = 20
 IR_VERSION = 10
 
-_TORCH_DTYPES = {"float32": torch.float32, "int64": torch.int64}
-_WEIGHT_DTYPES = {"F32": ir.DataType.FLOAT}
+_INTERFACE_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "float32": torch.float32,
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "int64": torch.int64,
+    }
+)
+# By safetensors' names.
+_WEIGHT_DTYPES: Mapping[str, ir.DataType] = MappingProxyType(
+    {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+)
+# Where _Flat has the component's module.
+_ROOT = "module"
 _EXPORTER_LOGGER = "torch.onnx._internal.exporter._registration"
+
+logger = logging.getLogger(__name__)
 
 
 def trace_component(
-    component: Component, *, locations: Mapping[Path, str], opset: int = OPSET
+    component: Component, *, placed: Mapping[str, PlacedTensor], opset: int = OPSET
 ) -> ir.Model:
     """Trace a component into a model that holds no weight.
 
+    Of a stack the component declares as repeated, three layers are traced and the others stamped
+    out, where that can be shown to come to the same.
+
     Args:
         component: From a reference built on ``meta``.
-        locations: For each safetensors file, its name beside the ONNX file.
+        placed: For each key of the component's ``weight_refs``, where the graph finds the bytes.
         opset: ONNX opset of the standard operators.
 
     Returns:
@@ -45,25 +64,12 @@ def trace_component(
             number of the trace.
     """
     assert all(p.is_meta for p in component.module.parameters()), "trace a meta reference"
-    examples = tuple(_example(spec, component.example_sizes) for spec in component.inputs)
-    dynamic = tuple(_dynamic_dims(spec) for spec in component.inputs)
-    with _quiet_exporter():
-        try:
-            program = torch.export.export(
-                _Flat(component.module), examples, dynamic_shapes=(dynamic,), strict=False
-            )
-            traced = torch.onnx.export(
-                program, dynamo=True, optimize=False, opset_version=opset, verbose=False
-            )
-        except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as err:
-            raise ExportError(f"torch cannot export {component.name}", seen=err) from err
-    assert traced is not None
-    model: ir.Model = traced.model
+    model = _trace_three_layers(component, opset) or _trace(component, opset)
     model.ir_version = IR_VERSION
     model.graph.name = component.name
     _name_interface(model.graph, component)
     _name_dimensions(model.graph, component)
-    _refer_weights(model.graph, component, locations)
+    _refer_weights(model.graph, component, placed)
     return model
 
 
@@ -84,6 +90,40 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
     assert value.name and value.dtype is not None and value.shape is not None
     shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in _dims(value.shape))
     return TensorSpec(name=value.name, dtype=value.dtype.numpy().name, shape=shape)
+
+
+def _trace_three_layers(component: Component, opset: int) -> ir.Model | None:
+    """The whole model by way of a short one; None where that cannot be shown to be the same."""
+    if not is_stampable(component):
+        return None
+    try:
+        short = shorten(component)
+        model = _trace(short, opset)
+        _name_interface(model.graph, short)
+        stamp_layers(model.graph, component, root=_ROOT)
+    except ExportError as err:
+        # What is really wrong with a component shows when all of it is traced.
+        logger.debug("%s is traced layer by layer: %s", component.name, err)
+        return None
+    return model
+
+
+def _trace(component: Component, opset: int) -> ir.Model:
+    examples = tuple(_example(spec, component.example_sizes) for spec in component.inputs)
+    dynamic = tuple(_dynamic_dims(spec) for spec in component.inputs)
+    with _quiet_exporter():
+        try:
+            program = torch.export.export(
+                _Flat(component.module), examples, dynamic_shapes=(dynamic,), strict=False
+            )
+            traced = torch.onnx.export(
+                program, dynamo=True, optimize=False, opset_version=opset, verbose=False
+            )
+        except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as err:
+            raise ExportError(f"torch cannot export {component.name}", seen=err) from err
+    assert traced is not None
+    model: ir.Model = traced.model
+    return model
 
 
 class _Flat(nn.Module):
@@ -113,7 +153,7 @@ def _quiet_exporter() -> Iterator[None]:
 
 def _example(spec: TensorSpec, sizes: Mapping[str, int]) -> torch.Tensor:
     shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
-    return torch.zeros(shape, dtype=_TORCH_DTYPES[spec.dtype], device="meta")
+    return torch.zeros(shape, dtype=_INTERFACE_DTYPES[spec.dtype], device="meta")
 
 
 def _dynamic_dims(spec: TensorSpec) -> dict[int, object]:
@@ -172,11 +212,13 @@ def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _refer_weights(graph: ir.Graph, component: Component, locations: Mapping[Path, str]) -> None:
+def _refer_weights(
+    graph: ir.Graph, component: Component, placed: Mapping[str, PlacedTensor]
+) -> None:
     for name, value in list(graph.initializers.items()):
-        key = name.removeprefix("module.")
+        key = name.removeprefix(f"{_ROOT}.")
         if key in component.weight_refs:
-            value.const_value = _external(name, component.weight_refs[key], locations)
+            value.const_value = _external(value, placed[key])
         elif key in component.constants:
             value.const_value = ir.tensor(component.constants[key], name=name)
         elif _has_no_value(value):
@@ -194,13 +236,16 @@ def _has_no_value(value: ir.Value) -> bool:
     return value.const_value is None or (isinstance(raw, torch.Tensor) and raw.is_meta)
 
 
-def _external(name: str, ref: TensorRef, locations: Mapping[Path, str]) -> ir.ExternalTensor:
+def _external(value: ir.Value, tensor: PlacedTensor) -> ir.ExternalTensor:
+    dtype, shape = _WEIGHT_DTYPES[tensor.dtype], ir.Shape(tensor.shape)
+    # A reader of the file would take the bytes for what the graph says.
+    assert (value.dtype, value.shape) == (dtype, shape), f"{value.name} was cast or cut"
+    assert value.name is not None
     return ir.ExternalTensor(
-        location=locations[ref.file],
-        offset=ref.offset,
-        length=ref.length,
-        dtype=_WEIGHT_DTYPES[ref.dtype],
-        shape=ir.Shape(ref.shape),
-        name=name,
-        base_dir=str(ref.file.parent),
+        location=tensor.location,
+        offset=tensor.offset,
+        length=tensor.length,
+        dtype=dtype,
+        shape=shape,
+        name=value.name,
     )

@@ -22,10 +22,12 @@ from gap_export.manifest import (
     PromptSpec,
     PruningSpec,
     SourceFile,
+    SourcePart,
     SourceSpec,
     TensorSpec,
 )
 from gap_export.recipe import Recipe, load_recipe
+from gap_export.source import Checkpoint
 
 WORDS = "the a small big red green blue circle square star object left-most above left of".split()
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<image>", "<unk>"]
@@ -89,7 +91,13 @@ def sample_manifest() -> Manifest:
     return Manifest(
         model=ModelSpec(name="sample", family="llava", summary="for tests", license="Apache-2.0"),
         source=SourceSpec(
-            location="/nowhere", files=(SourceFile(path="model.safetensors", size=1, sha256="0"),)
+            parts=(
+                SourcePart(
+                    role="main",
+                    location="/nowhere",
+                    files=(SourceFile(path="model.safetensors", size=1, sha256="0"),),
+                ),
+            ),
         ),
         pruning=PruningSpec(
             pruner="spatial",
@@ -130,6 +138,7 @@ def sample_manifest() -> Manifest:
             max_position_embeddings=64,
             eos_token_ids=(2,),
         ),
+        newline=None,
         dtype="float32",
         opset=20,
         graphs=(
@@ -198,7 +207,7 @@ class TinyGraphs:
         pruning = self.pruning(*args, **kwargs)
         if pruning not in self._references:
             self._references[pruning] = build_reference(
-                self.recipe, self.checkpoint, pruning, device="cpu"
+                self.recipe, Checkpoint.of(self.checkpoint), pruning, device="cpu"
             )
         return self._references[pruning]
 
@@ -207,6 +216,7 @@ class TinyGraphs:
         from gap_export.families import build_reference
         from gap_export.passes import PIPELINES, run_pipeline
         from gap_export.trace import save_graph, trace_component
+        from gap_export.weights import place_reference
 
         pruning = self.pruning(*args, **kwargs)
         mark = f"-{pruning.pruner}-{pruning.keep_ratio}-{pruning.order}-{pruning.seed}"
@@ -214,10 +224,15 @@ class TinyGraphs:
         name = component + (mark if component == "vision_encoder" else "")
         path = self.folder / f"{name}{'-bare' if bare else ''}.onnx"
         if not path.exists():
-            meta = build_reference(self.recipe, self.checkpoint, pruning, device="meta")
-            for source, target in meta.weight_files.items():
-                shutil.copyfile(source, self.folder / target)
-            model = trace_component(meta.component(component), locations=meta.weight_files)
+            checkpoint = Checkpoint.of(self.checkpoint)
+            meta = build_reference(self.recipe, checkpoint, pruning, device="meta")
+            placed = {}
+            for key, ref in meta.component(component).weight_refs.items():
+                location = f"{ref.file.parent.name}-{ref.file.name}"
+                if not (self.folder / location).exists():
+                    shutil.copyfile(ref.file, self.folder / location)
+                placed[key] = place_reference(ref, location)
+            model = trace_component(meta.component(component), placed=placed)
             if not bare:
                 run_pipeline(model, PIPELINES[component])
             save_graph(model, path)

@@ -12,6 +12,7 @@ from gap_export.positions import gap_remap
 from gap_export.recipe import find_recipe
 from gap_export.runtime.image import load_image, prepare_image
 from gap_export.runtime.session import GroundingSession
+from gap_export.source import Checkpoint
 
 NUM_AGAINST_TRANSFORMERS = 200
 NUM_AGAINST_PYTORCH = 500
@@ -59,7 +60,9 @@ def test_onnx_runtime_gives_pytorchs_tokens_and_boxes_on_500_expressions(demo_bu
         Question(image=sample.image, expression=sample.expression.text)
         for sample in iter_samples(seed=12, num_samples=NUM_AGAINST_PYTORCH)
     ]
-    report = check_bundle(demo_bundle, recipe=recipe, checkpoint=folder, questions=questions)
+    report = check_bundle(
+        demo_bundle, recipe=recipe, checkpoint=Checkpoint.of(folder), questions=questions
+    )
     assert report.passed, report.to_plain()
     assert report.equal_tokens + report.ties == NUM_AGAINST_PYTORCH
     assert report.ties <= 0.01 * NUM_AGAINST_PYTORCH, report.to_plain()

@@ -18,7 +18,9 @@ from gap_export.manifest import (
     FORMAT_VERSION,
     FileSpec,
     Manifest,
+    TensorPlace,
     TensorSpec,
+    TilesSpec,
     check_member_path,
     from_plain,
     parse_manifest,
@@ -153,8 +155,13 @@ NONSENSE: list[tuple[str, Any]] = [
     ("decoder.eos_token_ids.0", -1),
     ("graphs.0.dtype", "int4"),
     ("graphs.0.outputs.0.shape.2", -1),
-    ("source.files.0.size", -1),
-    ("source.files.0.path", "../model.safetensors"),
+    ("source.parts.0.files.0.size", -1),
+    ("source.parts.0.files.0.path", "../model.safetensors"),
+    ("source.parts", []),
+    ("source.random_seed", 3),
+    ("image.preparation", "anyres"),
+    ("image.tiles", {"resolutions": [[32, 64]]}),
+    ("newline", {"file": "w", "offset": 0, "dtype": "float32", "shape": [8]}),
     ("files", [{"path": "a", "size": -1, "sha256": "0" * 64, "held": "copied"}]),
     ("files", [{"path": "a", "size": 1, "sha256": "0" * 63, "held": "copied"}]),
     ("files", [{"path": "a", "size": 1, "sha256": "G" * 64, "held": "copied"}]),
@@ -169,6 +176,39 @@ def test_value_that_makes_no_sense_is_refused(
     raw = raw_of(replaced(plain_of(sample_manifest), place, value))
     with pytest.raises(BundleError, match=r"not a sensible value|leaves its folder|not a finite"):
         parse_manifest(raw)
+
+
+TILED_NONSENSE: list[tuple[str, Any]] = [
+    ("newline", None),
+    ("newline.shape", [9]),
+    ("newline.dtype", "int8"),
+    ("newline.offset", -1),
+    ("newline.file", "../w"),
+    ("image.tiles", None),
+    ("image.tiles.resolutions", []),
+    ("image.tiles.resolutions.0", [32, 65]),
+    ("image.tiles.resolutions.0", [0, 32]),
+    ("image.tiles.resolutions.0", [32 * 300, 32]),
+]
+
+
+@pytest.mark.parametrize(("where", "value"), [(None, None), *TILED_NONSENSE])
+def test_tiles_and_newline_go_together_and_make_sense(
+    sample_manifest: Manifest, where: str | None, value: Any
+) -> None:
+    image = dataclasses.replace(
+        sample_manifest.image,
+        preparation="anyres",
+        tiles=TilesSpec(resolutions=((32, 64), (64, 32))),
+    )
+    newline = TensorPlace(file="w", offset=0, dtype="float32", shape=(8,))
+    tiled = dataclasses.replace(sample_manifest, image=image, newline=newline)
+    if where is None:
+        assert parse_manifest(tiled.to_json()) == tiled
+        return
+    place = tuple(int(key) if key.isdigit() else key for key in where.split("."))
+    with pytest.raises(BundleError, match=r"not a sensible value|leaves its folder"):
+        parse_manifest(raw_of(replaced(plain_of(tiled), place, value)))
 
 
 def test_refusal_names_the_value_and_what_is_allowed(sample_manifest: Manifest) -> None:

@@ -1,11 +1,7 @@
-"""The exact oracle: GAP-pruned logits are those of an unpruned run whose dropped tokens are hidden.
-
-It needs no trained weights, and compact positions break it.
-"""
+"""The exact oracle on the tiny LLaVA, in PyTorch and in the exported graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,75 +12,31 @@ from gap_export.positions import (
     VisualSpan,
     build_kept_positions,
     compact_positions,
-    gap_remap,
-    slots_from_mask,
     stack_kept_positions,
+)
+from tests.families.masked_oracle import (
+    ATOL,
+    Decoder,
+    check_masked_oracle,
+    embed,
+    onnx_decoder,
+    random_ids,
+    run,
+    run_masked,
+    spliced,
+    torch_decoder,
 )
 
 PRUNERS = ("cls", "text", "random", "spatial", "fastervlm")
-DECODE_STEPS = 50
-ATOL = 1e-4
-# How far compact positions must be off, in logits of size O(1).
-VIOLATION = 1e-2
 NUM_VISUAL = 16
 
-# (embeds [B,S,H], mask [B,T], slots [B,S], table [B,P], past) -> (logits [B,V], present)
-Decoder = Callable[..., tuple[np.ndarray, list[np.ndarray]]]
+
+def in_torch(graphs: Any) -> Decoder:
+    return torch_decoder(graphs.reference())
 
 
-def torch_decoder(graphs: Any) -> Decoder:
-    module = graphs.reference().decoder
-
-    def decode(embeds, mask, slots, table, past):
-        ids = gap_remap(slots, table)
-        with torch.inference_mode():
-            logits, *present = module(*map(torch.from_numpy, (embeds, mask, ids, *past)))
-        return logits.numpy()[:, 0], [p.numpy() for p in present]
-
-    return decode
-
-
-def onnx_decoder(graphs: Any, *, bare: bool = False) -> Decoder:
-    session = graphs.session("decoder_model_merged", bare=bare)
-    caches = [i.name for i in session.get_inputs() if i.name.startswith("past")]
-
-    def decode(embeds, mask, slots, table, past):
-        feed = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": slots}
-        if not bare:
-            feed["kept_positions"] = table
-        logits, *present = session.run(None, feed | dict(zip(caches, past, strict=True)))
-        return logits[:, 0], present
-
-    return decode
-
-
-def run(
-    graphs: Any,
-    decode: Decoder,
-    embeds: np.ndarray,
-    mask: np.ndarray,
-    table: np.ndarray,
-    tokens: Sequence[int],
-) -> np.ndarray:
-    """Prefill, then one step for each forced token; logits [steps + 1, B, V]."""
-    spec = graphs.reference().decoder_spec
-    batch = embeds.shape[0]
-    empty = np.zeros((batch, spec.num_key_value_heads, 0, spec.head_dim), dtype=np.float32)
-    slots = slots_from_mask(mask)
-    logits, past = decode(embeds, mask, slots, table, [empty] * (2 * spec.num_layers))
-    every = [logits]
-    for token in tokens:
-        mask = np.concatenate([mask, np.ones((batch, 1), dtype=np.int64)], axis=1)
-        slots = slots[:, -1:] + 1
-        step = embed(graphs, np.full((batch, 1), token))
-        logits, past = decode(step, mask, slots, table, past)
-        every.append(logits)
-    return np.stack(every)
-
-
-def embed(graphs: Any, ids: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        return graphs.reference().embed_tokens(torch.from_numpy(ids)).numpy()
+def in_onnx(graphs: Any, *, bare: bool = False) -> Decoder:
+    return onnx_decoder(graphs.session("decoder_model_merged", bare=bare))
 
 
 def visual_features(graphs: Any) -> np.ndarray:
@@ -112,100 +64,59 @@ def kept_by(graphs: Any, pruner: str, keep_ratio: float, *, onnx: bool) -> np.nd
         return reference.vision_encoder(*feeds.values())[1].numpy()[0]
 
 
-def random_ids(length: int, *, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(5, 120, size=length)
-
-
 def unpruned_prompt(graphs: Any, before: int, after: int) -> np.ndarray:
     """Text, picture, text: [1, L, H]."""
-    text = embed(graphs, random_ids(before + after)[None])[0]
-    return np.concatenate([text[:before], visual_features(graphs), text[before:]])[None]
+    return spliced(graphs.reference(), visual_features(graphs), before=before, after=after)
 
 
-def check_oracle(graphs, decode, keep, *, before: int, after: int) -> None:
-    tokens = random_ids(DECODE_STEPS, seed=1).tolist()
+def check_oracle(graphs: Any, decode: Decoder, keep: np.ndarray, *, before: int, after: int):
     full = unpruned_prompt(graphs, before, after)
-    length = full.shape[1]
     table = build_kept_positions(
-        unpruned_length=length,
+        unpruned_length=full.shape[1],
         spans=[VisualSpan(start=before, num_visual_tokens=NUM_VISUAL, keep_indices=keep)],
     )
-    hidden = np.zeros((1, length), dtype=np.int64)
-    hidden[:, table] = 1
-    # A hidden token still takes a slot, so slots cannot come from the mask here.
-    truth = run_unpruned(graphs, decode, full, hidden, tokens)
-
-    # Two rows of one batch: the same tokens, with their own ids and re-numbered.
-    pruned = np.repeat(full[:, table], 2, axis=0)
-    tables = np.stack([table, compact_positions(len(table))])
-    both = run(graphs, decode, pruned, np.ones(tables.shape, dtype=np.int64), tables, tokens)
-    gap, compact = both[:, :1], both[:, 1:]
-    assert np.abs(truth).max() > 0.5
-    assert np.abs(gap - truth).max() <= ATOL
-    if len(keep) < NUM_VISUAL:
-        off = np.abs(compact - truth).max(axis=(1, 2))
-        assert off.min() > VIOLATION
-    else:
-        assert np.abs(compact - gap).max() <= ATOL
-
-
-def run_unpruned(graphs, decode, embeds, mask, tokens) -> np.ndarray:
-    """All tokens fed at slots 0..L-1 with ids 0..L-1; ``mask`` hides some from every query."""
-    spec = graphs.reference().decoder_spec
-    length = embeds.shape[1]
-    empty = np.zeros((1, spec.num_key_value_heads, 0, spec.head_dim), dtype=np.float32)
-    identity = compact_positions(length)[None]
-    logits, past = decode(embeds, mask, identity, identity, [empty] * (2 * spec.num_layers))
-    every = [logits]
-    for step, token in enumerate(tokens):
-        mask = np.concatenate([mask, np.ones((1, 1), dtype=np.int64)], axis=1)
-        slots = np.array([[length + step]])
-        logits, past = decode(embed(graphs, np.array([[token]])), mask, slots, identity, past)
-        every.append(logits)
-    return np.stack(every)
+    check_masked_oracle(graphs.reference(), decode, full, table)
 
 
 @pytest.mark.parametrize("keep_ratio", [0.1, 0.3, 1.0])
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_oracle_holds_in_pytorch(tiny_graphs, pruner, keep_ratio):
     keep = kept_by(tiny_graphs, pruner, keep_ratio, onnx=False)
-    check_oracle(tiny_graphs, torch_decoder(tiny_graphs), keep, before=5, after=4)
+    check_oracle(tiny_graphs, in_torch(tiny_graphs), keep, before=5, after=4)
 
 
 @pytest.mark.parametrize("keep_ratio", [0.3, 1.0])
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_oracle_holds_in_onnx_graphs(tiny_graphs, pruner, keep_ratio):
     keep = kept_by(tiny_graphs, pruner, keep_ratio, onnx=True)
-    check_oracle(tiny_graphs, onnx_decoder(tiny_graphs), keep, before=5, after=4)
+    check_oracle(tiny_graphs, in_onnx(tiny_graphs), keep, before=5, after=4)
 
 
-@pytest.mark.parametrize("build", [torch_decoder, onnx_decoder])
+@pytest.mark.parametrize("build", [in_torch, in_onnx])
 @pytest.mark.parametrize(("before", "after"), [(0, 6), (1, 1), (20, 1), (3, 30)])
 def test_oracle_holds_wherever_the_image_stands(tiny_graphs, build, before, after):
     keep = kept_by(tiny_graphs, "cls", 0.3, onnx=False)
     check_oracle(tiny_graphs, build(tiny_graphs), keep, before=before, after=after)
 
 
-@pytest.mark.parametrize("build", [torch_decoder, onnx_decoder])
+@pytest.mark.parametrize("build", [in_torch, in_onnx])
 def test_oracle_holds_for_two_images(tiny_graphs, build):
-    decode, tokens = build(tiny_graphs), random_ids(DECODE_STEPS, seed=1).tolist()
+    decode, tokens = build(tiny_graphs), random_ids(50, seed=1).tolist()
     picture_rows = visual_features(tiny_graphs)
-    text = embed(tiny_graphs, random_ids(9)[None])[0]
+    text = embed(tiny_graphs.reference(), random_ids(9)[None])[0]
     full = np.concatenate([text[:3], picture_rows, text[3:5], picture_rows[::-1], text[5:]])[None]
     spans = [
         VisualSpan(start=start, num_visual_tokens=NUM_VISUAL, keep_indices=np.array(keep))
         for start, keep in ((3, [0, 7, 8]), (21, [2, 15]))
     ]
     table = build_kept_positions(unpruned_length=full.shape[1], spans=spans)
-    hidden = np.zeros((1, full.shape[1]), dtype=np.int64)
-    hidden[:, table] = 1
-    truth = run_unpruned(tiny_graphs, decode, full, hidden, tokens)
+    truth = run_masked(tiny_graphs.reference(), decode, full, table, tokens)
     ones = np.ones((1, len(table)), dtype=np.int64)
-    gap = run(tiny_graphs, decode, full[:, table], ones, table[None], tokens)
+    gap = run(tiny_graphs.reference(), decode, full[:, table], ones, table[None], tokens)
     assert np.abs(gap - truth).max() <= ATOL
 
 
-@pytest.mark.parametrize("build", [torch_decoder, onnx_decoder])
+@pytest.mark.parametrize("build", [in_torch, in_onnx])
 def test_left_padded_rows_equal_the_rows_alone(tiny_graphs, build):
     decode, tokens = build(tiny_graphs), random_ids(8, seed=1).tolist()
     rows, tables = [], []
@@ -220,10 +131,10 @@ def test_left_padded_rows_equal_the_rows_alone(tiny_graphs, build):
     for index, row in enumerate(rows):
         embeds[index, longest - len(row) :] = row
         mask[index, longest - len(row) :] = 1
-    batch = run(tiny_graphs, decode, embeds, mask, stack_kept_positions(tables), tokens)
+    batch = run(tiny_graphs.reference(), decode, embeds, mask, stack_kept_positions(tables), tokens)
     for index, (row, table) in enumerate(zip(rows, tables, strict=True)):
         ones = np.ones((1, len(row)), dtype=np.int64)
-        alone = run(tiny_graphs, decode, row[None], ones, table[None], tokens)
+        alone = run(tiny_graphs.reference(), decode, row[None], ones, table[None], tokens)
         assert np.abs(batch[:, index] - alone[:, 0]).max() <= ATOL
 
 
@@ -231,8 +142,10 @@ def test_keep_all_with_gap_equals_the_graph_without_the_node_bit_for_bit(tiny_gr
     full = unpruned_prompt(tiny_graphs, 5, 4)
     ones, tokens = np.ones((1, full.shape[1]), dtype=np.int64), random_ids(20, seed=1).tolist()
     table = compact_positions(full.shape[1])[None]
-    with_node = run(tiny_graphs, onnx_decoder(tiny_graphs), full, ones, table, tokens)
-    without = run(tiny_graphs, onnx_decoder(tiny_graphs, bare=True), full, ones, table, tokens)
+    with_node = run(tiny_graphs.reference(), in_onnx(tiny_graphs), full, ones, table, tokens)
+    without = run(
+        tiny_graphs.reference(), in_onnx(tiny_graphs, bare=True), full, ones, table, tokens
+    )
     assert np.array_equal(with_node, without)
 
 
@@ -243,7 +156,7 @@ def test_onnx_decoder_equals_pytorch_through_decode(tiny_graphs):
     table = build_kept_positions(unpruned_length=full.shape[1], spans=[span])
     ones, tokens = np.ones((1, len(table)), dtype=np.int64), random_ids(20, seed=1).tolist()
     both = [
-        run(tiny_graphs, build(tiny_graphs), full[:, table], ones, table[None], tokens)
-        for build in (torch_decoder, onnx_decoder)
+        run(tiny_graphs.reference(), build(tiny_graphs), full[:, table], ones, table[None], tokens)
+        for build in (in_torch, in_onnx)
     ]
     assert np.abs(both[0] - both[1]).max() <= ATOL

@@ -16,6 +16,7 @@ from gap_export.errors import CheckpointError, OutputError, UnsupportedPrunerErr
 from gap_export.pipeline import ExportOptions, GraphCache, export_checkpoint, export_model
 from gap_export.progress import Advance
 from gap_export.recipe import load_recipe
+from gap_export.source import Checkpoint
 
 
 def options(tiny_checkpoint: Path, out: Path, **changes: object) -> ExportOptions:
@@ -156,12 +157,12 @@ def test_a_foreign_folder_is_never_replaced(tiny_checkpoint, tmp_path):
 
 
 def test_a_failing_export_leaves_nothing_behind(tiny_checkpoint, tmp_path, monkeypatch):
-    import gap_export.trace
+    import gap_export.pipeline.graphs
 
     def fail(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gap_export.trace, "save_graph", fail)
+    monkeypatch.setattr(gap_export.pipeline.graphs, "save_graph", fail)
     with pytest.raises(KeyboardInterrupt):
         export_model(options(tiny_checkpoint, tmp_path / "b"))
     assert list(tmp_path.iterdir()) == []
@@ -183,8 +184,12 @@ def test_a_folder_that_is_no_such_checkpoint_is_refused(tiny_checkpoint, tmp_pat
 @pytest.mark.parametrize(
     ("file", "changes", "says"),
     [
-        ("tokenizer.json", {"{": "["}, "tokenizer is not one"),
-        ("tokenizer.json", {'"object": ': '"it": ', ': "<unk>"': ': "gone"'}, "cannot encode"),
+        ("tokenizer.json", {"{": "["}, "damaged or not what it should be"),
+        (
+            "tokenizer.json",
+            {'"object": ': '"it": ', '"unk_token": "<unk>"': '"unk_token": "gone"'},
+            "cannot encode",
+        ),
         ("tokenizer.json", {"<image>": "<picture>"}, "does not know the image token"),
         ("tokenizer.json", {'"object": ': '"object": 99'}, "ids that the model has not got"),
         ("config.json", {'"image_token_index": 3': '"image_token_index": 4'}, "disagree"),
@@ -196,12 +201,12 @@ def test_a_folder_that_is_no_such_checkpoint_is_refused(tiny_checkpoint, tmp_pat
 def test_a_model_that_cannot_be_asked_is_not_exported(
     tiny_checkpoint, tmp_path, monkeypatch, file, changes, says
 ):
-    import gap_export.trace
+    import gap_export.pipeline.graphs
 
     def traced(*_: object, **__: object) -> None:
         raise InterruptedError("the prompt passed")
 
-    monkeypatch.setattr(gap_export.trace, "trace_component", traced)
+    monkeypatch.setattr(gap_export.pipeline.graphs, "trace_component", traced)
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "broken"))
     text = (folder / file).read_text()
     for old, new in changes.items():
@@ -232,7 +237,7 @@ def test_a_recipe_and_a_folder_are_exported_as_given_and_progress_names_them(
     titles = Titles()
     report = export_checkpoint(
         recipe,
-        tiny_checkpoint,
+        Checkpoint.of(tiny_checkpoint),
         options(tiny_checkpoint, tmp_path / "b", model="not read"),
         progress=titles,
     )

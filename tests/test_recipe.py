@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -11,11 +12,28 @@ import yaml
 from gap_export.errors import RecipeError, UnknownModelError
 from gap_export.recipe import find_recipe, list_recipes, load_recipe, models_dir
 
-DEMO = models_dir() / "refshapes-llava" / "recipe.yaml"
+DEMO, LLAVA, MINIGPT, NEXT, SHIKRA = (
+    models_dir() / name / "recipe.yaml"
+    for name in (
+        "refshapes-llava",
+        "llava-1.5-7b",
+        "minigpt-v2",
+        "llava-1.6-mistral-7b",
+        "shikra-7b",
+    )
+)
+PAPER_MODELS = (
+    "llava-1.5-13b",
+    "llava-1.5-7b",
+    "llava-1.6-mistral-7b",
+    "llava-1.6-vicuna-7b",
+    "minigpt-v2",
+    "shikra-7b",
+)
 
 
-def write_recipe(tmp_path: Path, **changes: object) -> Path:
-    plain = yaml.safe_load(DEMO.read_text())
+def write_recipe(tmp_path: Path, source: Path = DEMO, /, **changes: object) -> Path:
+    plain = yaml.safe_load(source.read_text())
     for key, value in changes.items():
         *parents, last = key.split("__")
         target = plain
@@ -34,6 +52,83 @@ def test_every_shipped_recipe_is_named_as_its_folder_and_found_by_each_alias():
         assert recipe.name == folder.name
         for name in (recipe.name, *recipe.aliases):
             assert find_recipe(name)[0] == recipe
+
+
+def test_every_model_of_the_paper_has_a_recipe():
+    shipped = {recipe.name: recipe for recipe, _ in list_recipes()}
+    assert {*PAPER_MODELS, "refshapes-llava"} == set(shipped)
+    assert find_recipe("llava")[0].name == "llava-1.5-7b"
+    for name in PAPER_MODELS:
+        recipe = shipped[name]
+        assert recipe.checkpoint.kind == "local"
+        assert recipe.architecture is not None
+        assert recipe.prompt.tokenization == "segments"
+        # A default that asks for a part which may be missing would fail at the first try.
+        assert recipe.defaults.pruner == "fastervlm"
+
+
+@pytest.mark.parametrize(
+    ("name", "decoder", "tower", "projector"),
+    [
+        # Published counts: Llama 6,738,415,616 and 13,015,864,320; Mistral 7,241,732,096; of
+        # CLIP's vision halves 303,507,456 and 303,179,776. llava-hf adds 64 rows to vocabulary
+        # and head, Shikra 3.
+        ("llava-1.5-7b", 6_738_415_616 + 2 * 64 * 4096, 303_507_456, 20_979_712),
+        ("llava-1.5-13b", 13_015_864_320 + 2 * 64 * 5120, 303_507_456, 31_467_520),
+        ("llava-1.6-vicuna-7b", 6_738_415_616 + 2 * 64 * 4096, 303_507_456, 20_979_712),
+        ("llava-1.6-mistral-7b", 7_241_732_096 + 2 * 64 * 4096, 303_507_456, 20_979_712),
+        ("shikra-7b", 6_738_415_616 + 2 * 3 * 4096, 303_179_776, 4_198_400),
+        # The published file's size says 23.07 M for the projector.
+        ("minigpt-v2", 6_738_415_616, None, 23_072_768),
+    ],
+)
+def test_sizes_are_those_of_the_published_models(name, decoder, tower, projector):
+    from gap_export.families import find_family
+
+    recipe = find_recipe(name)[0]
+    assert recipe.architecture is not None
+    counts = dict.fromkeys(("decoder", "tower", "projector"), 0)
+    for key, shape in find_family(recipe).expected_tensors(recipe.architecture).items():
+        part = key.partition(".")[0].replace("lm_head", "decoder")
+        counts[part] = counts.get(part, 0) + math.prod(shape)
+    assert (counts["decoder"], counts["projector"]) == (decoder, projector)
+    assert tower is None or counts["tower"] == tower
+
+
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_every_pruner_a_model_claims_can_be_asked_for(name):
+    from gap_export.families import resolve_pruning, supported_pruners
+
+    recipe = find_recipe(name)[0]
+    for pruner in (None, *supported_pruners(recipe)):
+        pruning = resolve_pruning(
+            recipe, pruner=pruner, keep_ratio=None, order="raster", positions="gap", seed=0
+        )
+        assert pruning.num_visual_tokens == recipe.grid.num_visual_tokens
+    assert ("text" in supported_pruners(recipe)) == (recipe.text_tower is not None)
+
+
+def test_prompts_are_exactly_those_the_models_were_trained_with():
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. USER: "
+    )
+    ask = (
+        "<image>\nPlease provide the bounding box coordinate of the region this sentence "
+        "describes: {expression}"
+    )
+    wanted = {
+        "llava-1.5-7b": f"{system}{ask} ASSISTANT:",
+        "llava-1.5-13b": f"{system}{ask} ASSISTANT:",
+        "llava-1.6-vicuna-7b": f"{system}{ask} ASSISTANT:",
+        "llava-1.6-mistral-7b": f"[INST] {ask} [/INST]",
+        "shikra-7b": f"{system}Can you point out {{expression}} in the image<im_start><image>"
+        "<im_end>and provide the coordinates of its location? ASSISTANT:",
+        "minigpt-v2": "<s>[INST] <Img><ImageHere></Img> [refer] give me the location of "
+        "{expression} [/INST]",
+    }
+    found = {name: find_recipe(name)[0].prompt.template for name in PAPER_MODELS}
+    assert found == wanted
 
 
 def test_names_and_aliases_are_unique():
@@ -78,6 +173,44 @@ def test_unknown_model_suggests_the_nearest_names():
 def test_bad_recipe_names_the_key(tmp_path, changes, words):
     with pytest.raises(RecipeError, match=re.escape(words)):
         load_recipe(write_recipe(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "words"),
+    [
+        (LLAVA, {"grid__cols": 23}, "grid must be 24 rows, 24 cols"),
+        (MINIGPT, {"grid": {"rows": 16, "cols": 16}}, "grid must be 32 rows, 8 cols"),
+        (MINIGPT, {"architecture__projector__width": 1408 * 5}, "grid must be"),
+        (LLAVA, {"image__height": 224}, "image must be 336 px"),
+        (LLAVA, {"architecture__projector__width": 1000}, "must go from vision.width"),
+        (LLAVA, {"architecture__projector__hidden_size": 5120}, "must go from vision.width"),
+        (LLAVA, {"architecture__decoder__num_key_value_heads": 5}, "heads must divide"),
+        (LLAVA, {"architecture__vision__num_heads": 0}, "vision.num_heads must lie in"),
+        (LLAVA, {"architecture__vision__patch_size": 0}, "vision.patch_size must lie in"),
+        (LLAVA, {"architecture__decoder__surprise": 1}, "surprise"),
+        (LLAVA, {"architecture__vision__width": "wide"}, "architecture.vision.width"),
+        (LLAVA, {"checkpoint__parts__tower__surprise": 1}, "surprise"),
+        (LLAVA, {"checkpoint__parts": {}}, "main"),
+        (LLAVA, {"checkpoint__kind": "bundled"}, "kind is local"),
+        (LLAVA, {"checkpoint__parts__main__hub__id": "no-owner"}, "main.hub.id"),
+        (LLAVA, {"checkpoint__parts__main__hub__id": "../../etc"}, "main.hub.id"),
+        (MINIGPT, {"checkpoint__parts__main__file": "../x.pth"}, "main.file"),
+        (MINIGPT, {"checkpoint__parts__main__hub__kind": "dataset"}, "main.hub.kind"),
+        (LLAVA, {"text_tower__role": "clip"}, "text_tower.role must be one of base, main, tower"),
+        (LLAVA, {"end_of_answer": ["<end>"]}, "end_of_answer must name special_tokens"),
+        (SHIKRA, {"special_tokens": {"</s>": -1}}, "special_tokens of '</s>'"),
+        (NEXT, {"image__tiles": None}, "tiles go with preparation anyres"),
+        (NEXT, {"image__preparation": "pad"}, "tiles go with preparation anyres"),
+        (NEXT, {"image__tiles__resolutions": [[336, 500]]}, "multiples of the tile"),
+        (NEXT, {"image__tiles__resolutions": [[0, 336]]}, "multiples of the tile"),
+        (NEXT, {"image__tiles__resolutions": [[336]]}, "image.tiles.resolutions"),
+        (LLAVA, {"published": [{"dataset": "RefCOCO", "acc_at_50": 56.1}]}, "published"),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused(tmp_path, source, changes, words):
+    with pytest.raises(RecipeError, match=re.escape(words)) as caught:
+        load_recipe(write_recipe(tmp_path, source, **changes))
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ from gap_export.families import Component, build_reference, resolve_pruning
 from gap_export.manifest import TensorSpec
 from gap_export.passes import PIPELINES, run_pipeline
 from gap_export.recipe import load_recipe
+from gap_export.source import Checkpoint
 from gap_export.trace import IR_VERSION, OPSET, describe_interface, save_graph, trace_component
+from gap_export.weights import PlacedTensor, place_reference
 
 PRUNERS = ("cls", "text", "random", "spatial", "fastervlm")
 ATOL = 5e-5
@@ -28,9 +30,22 @@ def spec(name: str, *shape: int | str, dtype: str = "float32") -> TensorSpec:
     return TensorSpec(name=name, dtype=dtype, shape=shape)
 
 
-def meta_component(graphs: Any, name: str, *args: Any) -> tuple[Component, dict[Any, str]]:
-    meta = build_reference(graphs.recipe, graphs.checkpoint, graphs.pruning(*args), device="meta")
-    return meta.component(name), dict(meta.weight_files)
+def meta_component(graphs: Any, name: str, *args: Any) -> tuple[Component, dict[str, Any]]:
+    """A component on meta, and its weights in the checkpoint's files."""
+    checkpoint = Checkpoint.of(graphs.checkpoint)
+    meta = build_reference(graphs.recipe, checkpoint, graphs.pruning(*args), device="meta")
+    component = meta.component(name)
+    return component, placed_by_file_name(component)
+
+
+def placed_by_file_name(component: Component) -> dict[str, PlacedTensor]:
+    return {
+        key: place_reference(ref, location_of(ref)) for key, ref in component.weight_refs.items()
+    }
+
+
+def location_of(ref: Any) -> str:
+    return f"{ref.file.parent.name}-{ref.file.name}"
 
 
 @pytest.mark.parametrize("keep_ratio", [0.3, 1.0])
@@ -112,7 +127,7 @@ def test_interface_is_the_declared_one(tiny_graphs):
 
 
 def test_weights_are_references_and_only_constants_are_inline(tiny_graphs):
-    component, _ = meta_component(tiny_graphs, "vision_encoder", "random")
+    component, placed = meta_component(tiny_graphs, "vision_encoder", "random")
     inline, places = {}, {}
     model = ir.load(tiny_graphs.path("vision_encoder", "random", bare=True))
     for name, value in model.graph.initializers.items():
@@ -122,8 +137,7 @@ def test_weights_are_references_and_only_constants_are_inline(tiny_graphs):
         else:
             inline[name] = tensor.numpy()
     assert places == {
-        name: ("model.safetensors", ref.offset, ref.length)
-        for name, ref in component.weight_refs.items()
+        name: (place.location, place.offset, place.length) for name, place in placed.items()
     }
     assert list(inline) == ["fixed_places"]
     kept = component.constants["fixed_places"]
@@ -141,16 +155,16 @@ def test_saved_graph_is_valid_and_has_no_operator_tensorrt_refuses(tiny_graphs):
 
 def test_tracing_twice_gives_the_same_file(tiny_graphs, tmp_path):
     for name in ("one.onnx", "two.onnx"):
-        component, locations = meta_component(tiny_graphs, "embed_tokens")
-        ir.save(trace_component(component, locations=locations), tmp_path / name)
+        component, placed = meta_component(tiny_graphs, "embed_tokens")
+        ir.save(trace_component(component, placed=placed), tmp_path / name)
     assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
 
 
 def test_logger_level_is_put_back(tiny_graphs):
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     before = logger.level
-    component, locations = meta_component(tiny_graphs, "embed_tokens")
-    trace_component(component, locations=locations)
+    component, placed = meta_component(tiny_graphs, "embed_tokens")
+    trace_component(component, placed=placed)
     assert logger.level == before
 
 
@@ -182,7 +196,7 @@ def toy(module: nn.Module, *, outputs: tuple[TensorSpec, ...]) -> Component:
 
 def test_module_that_cannot_be_traced_is_an_export_error():
     with pytest.raises(ExportError, match="torch cannot export toy"):
-        trace_component(toy(Branching(), outputs=(spec("out", "rows"),)), locations={})
+        trace_component(toy(Branching(), outputs=(spec("out", "rows"),)), placed={})
 
 
 @pytest.mark.parametrize(
@@ -195,19 +209,19 @@ def test_module_that_cannot_be_traced_is_an_export_error():
 )
 def test_interface_that_is_not_the_declared_one_is_an_export_error(outputs, says):
     with pytest.raises(ExportError, match=says):
-        trace_component(toy(nn.ReLU(), outputs=outputs), locations={})
+        trace_component(toy(nn.ReLU(), outputs=outputs), placed={})
 
 
 def test_dimension_that_tracing_fixes_is_an_export_error():
     with pytest.raises(ExportError, match=r"out traced to another shape: \[3\]"):
-        trace_component(toy(Fixing(), outputs=(spec("out", "rows"),)), locations={})
+        trace_component(toy(Fixing(), outputs=(spec("out", "rows"),)), placed={})
 
 
 def test_buffer_without_a_declared_value_is_an_export_error(tiny_graphs):
-    component, locations = meta_component(tiny_graphs, "vision_encoder", "random")
+    component, placed = meta_component(tiny_graphs, "vision_encoder", "random")
     lacking = dataclasses.replace(component, constants={})
     with pytest.raises(ExportError, match="initializer without a value: fixed_places"):
-        trace_component(lacking, locations=locations)
+        trace_component(lacking, placed=placed)
 
 
 @pytest.mark.parametrize(("grid", "pruner"), [(12, "text"), (24, "cls")])
@@ -218,10 +232,11 @@ def test_real_grid_sizes_equal_pytorch(make_checkpoint, tmp_path, grid, pruner):
     pruning = resolve_pruning(
         recipe, pruner=pruner, keep_ratio=0.3, order="raster", positions="gap", seed=0
     )
-    meta = build_reference(recipe, checkpoint, pruning, device="meta")
-    for source, name in meta.weight_files.items():
-        shutil.copyfile(source, tmp_path / name)
-    model = trace_component(meta.component("vision_encoder"), locations=meta.weight_files)
+    parts = Checkpoint.of(checkpoint)
+    component = build_reference(recipe, parts, pruning, device="meta").component("vision_encoder")
+    for ref in component.weight_refs.values():
+        shutil.copyfile(ref.file, tmp_path / location_of(ref))
+    model = trace_component(component, placed=placed_by_file_name(component))
     run_pipeline(model, PIPELINES["vision_encoder"])
     save_graph(model, tmp_path / "vision.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "vision.onnx")
@@ -229,10 +244,45 @@ def test_real_grid_sizes_equal_pytorch(make_checkpoint, tmp_path, grid, pruner):
     feeds = {"pixel_values": torch.randn(1, 3, 8 * grid, 8 * grid, generator=generator)}
     if pruner == "text":
         feeds["text_embeds"] = torch.randn(2, 16, generator=generator)
-    encoder = build_reference(recipe, checkpoint, pruning, device="cpu").vision_encoder
+    encoder = build_reference(recipe, parts, pruning, device="cpu").vision_encoder
     with torch.inference_mode():
         features, keep = encoder(*feeds.values())
     found, indices = session.run(None, {k: v.numpy() for k, v in feeds.items()})
     assert indices.shape[1] == {12: 43, 24: 173}[grid]
     assert np.array_equal(indices, keep.numpy())
     assert np.abs(found - features.numpy()).max() <= ATOL
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_interface_and_weights(dtype):
+    module = nn.Linear(4, 3, device="meta", dtype=getattr(torch, dtype)).requires_grad_(False)
+    component = dataclasses.replace(
+        toy(module, outputs=(spec("out", "rows", 3, dtype=dtype),)),
+        inputs=(spec("values", "rows", 4, dtype=dtype),),
+        weight_refs=dict.fromkeys(module.state_dict()),
+    )
+    model = trace_component(component, placed=half_precision_places(dtype))
+    assert describe_interface(model) == (component.inputs, component.outputs)
+    for name, place in half_precision_places(dtype).items():
+        tensor = model.graph.initializers[name].const_value
+        assert (tensor.location, tensor.offset, tensor.length) == ("w", place.offset, place.length)
+        assert tensor.dtype.numpy().name == dtype and tuple(tensor.shape) == place.shape
+
+
+def half_precision_places(dtype: str) -> dict[str, PlacedTensor]:
+    name = {"float16": "F16", "bfloat16": "BF16"}[dtype]
+    return {
+        "weight": PlacedTensor(location="w", dtype=name, shape=(3, 4), offset=8, length=24),
+        "bias": PlacedTensor(location="w", dtype=name, shape=(3,), offset=32, length=6),
+    }
+
+
+def test_place_of_another_dtype_than_the_module_is_a_bug():
+    module = nn.Linear(4, 3, device="meta").requires_grad_(False)
+    component = dataclasses.replace(
+        toy(module, outputs=(spec("out", "rows", 3),)),
+        inputs=(spec("values", "rows", 4),),
+        weight_refs=dict.fromkeys(module.state_dict()),
+    )
+    with pytest.raises(AssertionError, match="was cast or cut"):
+        trace_component(component, placed=half_precision_places("float16"))

@@ -31,6 +31,7 @@ from refshapes_training.model import LanguageHeads, RefShapesModel, VisionHeads
 from refshapes_training.vision_stage import VisionStage, train_vision
 
 from gap_export.evaluation.accuracy import evaluate_model
+from gap_export.pipeline import ExportOptions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPE = REPOSITORY / "models" / "refshapes-llava" / "recipe.yaml"
@@ -104,11 +105,10 @@ def _look(model: RefShapesModel) -> None:
         export_checkpoint(copy.deepcopy(model), folder)
         shutil.copy(RECIPE, folder)
         report = evaluate_model(
-            str(folder),
+            ExportOptions(model=str(folder), seed=LOOK_SEED),
             pruners=PRUNERS,
             keep_ratios=(LOOK_KEEP_RATIO,),
             num_samples=LOOK_SAMPLES,
-            seed=LOOK_SEED,
         )
     for row in report.rows:
         logger.info(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from gap_export.errors import BundleError
 from gap_export.manifest import MANIFEST_NAME
@@ -33,6 +35,25 @@ def sha256_of(path: Path) -> str:
         while chunk := source.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def reserve_space(stream: BinaryIO, size: int) -> None:
+    """Have a new file's room set aside, so that a disk too small says so before hours of work.
+
+    Args:
+        stream: The file, open for writing.
+        size: Bytes it will have.
+
+    Raises:
+        OSError: no space left on the disk.
+    """
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(stream.fileno(), 0, size)
+        except OSError as err:
+            # Some file systems cannot; then writing itself will tell.
+            if err.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENODEV):
+                raise
 
 
 def walk_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:

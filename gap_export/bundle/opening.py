@@ -111,6 +111,8 @@ def _check_listing(manifest: Manifest) -> None:
     used = [graph.file for graph in manifest.graphs]
     if manifest.text_encoder is not None:
         used.append(manifest.text_encoder.tokenizer_file)
+    if manifest.newline is not None:
+        used.append(manifest.newline.file)
     for path in used:
         if path not in listed:
             raise BundleError(

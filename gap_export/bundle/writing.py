@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
-from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME, hash_line, sha256_of, walk_files
+from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME, hash_line, walk_files
+from gap_export.bundle.hashing import FileHasher, FileState, changed
+from gap_export.bundle.holding import Held, HeldFile, Hold, hold_file
 from gap_export.errors import BundleError, OutputError
 from gap_export.manifest import (
     MANIFEST_NAME,
@@ -30,7 +32,6 @@ from gap_export.manifest import (
 
 _DRAFT_MARK = ".gap-draft-"
 _REPLACED_MARK = ".gap-replaced-"
-_CHUNK_BYTES = 1 << 20
 _WRITE_FAILURES = {
     errno.ENOSPC: "no space left on the disk",
     errno.EDQUOT: "the disk quota is used up",
@@ -44,13 +45,15 @@ class BundleDraft:
 
     Attributes:
         folder: Where its files go until :meth:`commit`.
+        hasher: Hashes files in the background; tell it early of every large one.
     """
 
-    def __init__(self, folder: Path, final: Path, *, force: bool) -> None:
+    def __init__(self, folder: Path, final: Path, *, force: bool, hasher: FileHasher) -> None:
         self.folder = folder
+        self.hasher = hasher
         self._final = final
         self._force = force
-        self._copied: dict[str, FileSpec] = {}
+        self._held: dict[str, tuple[HeldFile, FileState]] = {}
         self._committed = False
 
     @property
@@ -58,33 +61,31 @@ class BundleDraft:
         """Whether the bundle stands under its final name."""
         return self._committed
 
-    def copy(self, source: Path, name: str) -> FileSpec:
-        """Copy a file into the bundle, hashing it on the way.
+    def place(self, source: Path, name: str, *, hold: Hold) -> HeldFile:
+        """Bring a file into the bundle; it is hashed while the export goes on.
+
+        A linked file *is* the source: nobody may write to either.
 
         Args:
-            source: Any file.
+            source: Any file; links to it are followed.
             name: Path within the bundle.
+            hold: ``link``: without taking room, where source and bundle are on one file system that
+                allows it, else as a copy; ``copy``: as a file of its own, which may share blocks
+                that the file system splits when written to.
 
         Returns:
-            The file's entry in the manifest; :meth:`commit` adds it.
+            How it is held; :meth:`commit` adds its entry to the manifest.
 
         Raises:
             BundleError: the name leaves the bundle's folder.
-            OutputError: the disk is full or cannot be written.
-            OSError: the source cannot be read.
+            CheckpointError: the source cannot be read.
+            OutputError: the source is being written to; the disk is full or cannot be written.
         """
         target = self.folder / check_member_path(name)
-        digest, size = hashlib.sha256(), 0
-        with source.open("rb") as reader:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("xb") as writer:
-                while chunk := reader.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    size += len(chunk)
-                    writer.write(chunk)
-        spec = FileSpec(path=name, size=size, sha256=digest.hexdigest(), held="copied")
-        self._copied[name] = spec
-        return spec
+        target.parent.mkdir(parents=True, exist_ok=True)
+        held = hold_file(source, target, hold=hold, hasher=self.hasher)
+        self._held[name] = held, FileState.of(os.lstat(target))
+        return held
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Complete the bundle: list and hash all its files, then give it its final name.
@@ -96,27 +97,44 @@ class BundleDraft:
             The manifest as written.
 
         Raises:
-            OutputError: the final name was taken meanwhile, or the disk is full.
+            CheckpointError: a file that was placed cannot be read any more.
+            OutputError: a file that was placed has changed since, the final name was taken
+                meanwhile, or the disk is full.
         """
         complete = dataclasses.replace(manifest, files=self._list_files())
         raw = complete.to_json()
         (self.folder / MANIFEST_NAME).write_bytes(raw)
         (self.folder / HASH_NAME).write_bytes(hash_line(raw))
-        _sync_tree(self.folder)
+        linked = {spec.path for spec in complete.files if spec.held == "linked"}
+        _sync_tree(self.folder, leave_out={self.folder / path for path in linked})
         _check_final(self._final, force=self._force)
         _put_in_place(self.folder, self._final)
         self._committed = True
         return complete
 
     def _list_files(self) -> tuple[FileSpec, ...]:
-        specs: list[FileSpec] = []
-        for path, status in walk_files(self.folder):
-            spec = self._copied.get(path)
-            if spec is None or spec.size != status.st_size:
-                sha256 = sha256_of(self.folder / path)
-                spec = FileSpec(path=path, size=status.st_size, sha256=sha256, held="written")
-            specs.append(spec)
-        return tuple(specs)
+        found = [(path, FileState.of(status)) for path, status in walk_files(self.folder)]
+        sources: dict[str, tuple[Path, Literal["written"] | Held]] = {}
+        for path, state in found:
+            held, as_placed = self._held.get(path, (None, None))
+            if held is not None and state == as_placed:
+                sources[path] = held.source, held.held
+                if self.hasher.hashed(held.source).state != held.state:
+                    raise changed(held.source)
+            else:
+                sources[path] = self.folder / path, "written"
+                self.hasher.start(self.folder / path)
+        # Waits for what is still being hashed.
+        self.hasher.check_unchanged()
+        return tuple(
+            FileSpec(
+                path=path,
+                size=state.size,
+                sha256=self.hasher.sha256(sources[path][0]),
+                held=sources[path][1],
+            )
+            for path, state in found
+        )
 
 
 @contextmanager
@@ -140,8 +158,9 @@ def write_bundle(out: str | Path, *, force: bool = False) -> Iterator[BundleDraf
             created = _make_parents(final.parent)
             _sweep(final)
             folder, lock = _make_draft_folder(final)
-            draft = BundleDraft(folder, final, force=force)
-            yield draft
+            with FileHasher() as hasher:
+                draft = BundleDraft(folder, final, force=force, hasher=hasher)
+                yield draft
     finally:
         if draft is None or not draft.committed:
             if draft is not None:
@@ -337,10 +356,12 @@ def _put_back(folder: Path, final: Path, replaced: Path) -> None:
             replaced.rename(final)
 
 
-def _sync_tree(folder: Path) -> None:
+def _sync_tree(folder: Path, *, leave_out: Container[Path]) -> None:
+    """Have everything on the disk; linked files, which we did not write, are not ours to flush."""
     for parent, _, files in os.walk(folder):
-        for name in files:
-            _sync(Path(parent, name))
+        for path in (Path(parent, name) for name in files):
+            if path not in leave_out:
+                _sync(path)
         _sync(Path(parent))
 
 

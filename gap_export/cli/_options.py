@@ -11,6 +11,7 @@ from gap_export.cli._terminal import Terminal
 
 Order: TypeAlias = Literal["raster", "score"]
 Positions: TypeAlias = Literal["gap", "compact"]
+Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 
 def _set_quiet(ctx: typer.Context, value: bool) -> None:
@@ -46,7 +47,8 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Name or alias of a recipe (see `gap-export models`), or a checkpoint folder.",
+        help="Name or alias of a recipe (see `gap-export models`), its hub id, or a checkpoint "
+        "folder.",
         show_default=False,
     ),
 ]
@@ -69,7 +71,12 @@ PositionsOption = Annotated[
 ]
 SeedOption = Annotated[
     int,
-    typer.Option("--seed", metavar="N", min=0, help="Of the samples, and of pruners that draw."),
+    typer.Option(
+        "--seed",
+        metavar="N",
+        min=0,
+        help="Of the samples, of pruners that draw, and of random weights.",
+    ),
 ]
 RecipeOption = Annotated[
     str | None,
@@ -81,11 +88,21 @@ RecipeOption = Annotated[
     ),
 ]
 CheckpointOption = Annotated[
-    Path | None,
+    list[str] | None,
     typer.Option(
         "--checkpoint",
-        metavar="DIR",
-        help="Weights the bundle was made from. [default: where they were]",
+        metavar="[ROLE=]PATH",
+        help="Where weights are: a folder, or a file where the part is one. ROLE is main if left "
+        "out, else base, tower, ...: see `gap-export models`. Repeatable. [default: where a "
+        "bundle's were, and the Hugging Face cache]",
+        show_default=False,
+    ),
+]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--dtype",
+        help="Of weights, graph inputs and outputs. [default: the checkpoint's]",
         show_default=False,
     ),
 ]

@@ -49,11 +49,12 @@ def check(
     """
     from gap_export.bundle import open_bundle
     from gap_export.parity.check import check_bundle
-    from gap_export.source import resolve_source
+    from gap_export.source import parse_parts, resolve_source
 
     terminal = terminal_of(ctx)
+    parts = parse_parts(checkpoint or [])
     manifest = open_bundle(bundle, verify="full").manifest
-    recipe, source = resolve_source(manifest, checkpoint)
+    recipe, source = resolve_source(manifest, parts)
     report = check_bundle(
         bundle,
         recipe=recipe,

@@ -11,6 +11,7 @@ from gap_export.cli._options import (
     KEEP_HELP,
     PRUNER_HELP,
     CheckpointOption,
+    DtypeOption,
     JsonOption,
     OrderOption,
     QuietOption,
@@ -69,6 +70,7 @@ def evaluate(
         ),
     ] = None,
     checkpoint: CheckpointOption = None,
+    dtype: DtypeOption = None,
     min_recovered: Annotated[
         float | None,
         typer.Option(
@@ -85,29 +87,37 @@ def evaluate(
 ) -> None:
     """Measure Acc@0.5 unpruned, compact and with GAP."""
     from gap_export.evaluation.accuracy import evaluate_bundle, evaluate_model
+    from gap_export.pipeline import ExportOptions
+    from gap_export.source import parse_parts
 
     del data  # one value so far, which typer has checked
     terminal = terminal_of(ctx)
+    parts = parse_parts(checkpoint or [])
     if _is_bundle(target):
-        _refuse("a bundle is pruned already", keep=keep, pruner=pruner, order=order, recipe=recipe)
+        _refuse("a bundle is pruned already", keep=keep, pruner=pruner, order=order)
+        _refuse("a bundle says that itself", recipe=recipe, dtype=dtype)
         report = evaluate_bundle(
             Path(target),
             baseline=baseline,
-            checkpoint=checkpoint,
+            checkpoint=parts,
             seed=seed,
             num_samples=samples,
             progress=terminal.progress(),
         )
     else:
-        _refuse("these are for a BUNDLE", baseline=baseline, checkpoint=checkpoint)
+        _refuse("it is for a BUNDLE", baseline=baseline)
         report = evaluate_model(
-            target,
+            ExportOptions(
+                model=target,
+                recipe=recipe,
+                checkpoint=parts,
+                dtype=dtype,
+                order=order or "raster",
+                seed=seed,
+            ),
             pruners=_split(pruner or []),
             keep_ratios=keep or (),
-            order=order or "raster",
-            seed=seed,
             num_samples=samples,
-            recipe=recipe,
             progress=terminal.progress(),
         )
     if as_json:

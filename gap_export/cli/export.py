@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gap_export.cli._describe import describe_holding, describe_tokens
 from gap_export.cli._options import (
     KEEP_HELP,
     PRUNER_HELP,
+    CheckpointOption,
+    DtypeOption,
     JsonOption,
     ModelArgument,
     OrderOption,
@@ -21,6 +24,9 @@ from gap_export.cli._options import (
     terminal_of,
 )
 from gap_export.cli._terminal import format_size
+
+if TYPE_CHECKING:
+    from gap_export.pipeline import ExportReport
 
 
 def export(
@@ -36,6 +42,22 @@ def export(
     positions: PositionsOption = "gap",
     seed: SeedOption = 0,
     recipe: RecipeOption = None,
+    checkpoint: CheckpointOption = None,
+    dtype: DtypeOption = None,
+    copy_weights: Annotated[
+        bool,
+        typer.Option(
+            "--copy-weights",
+            help="Copy weights that could be linked, for tools that refuse links.",
+        ),
+    ] = False,
+    random_weights: Annotated[
+        bool,
+        typer.Option(
+            "--random-weights",
+            help="No checkpoint: noise of the model's true shape, for work on speed.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -51,6 +73,7 @@ def export(
 ) -> None:
     """Export a pruned model; the default command."""
     from gap_export.pipeline import ExportOptions, export_model
+    from gap_export.source import parse_parts
 
     terminal = terminal_of(ctx)
     options = ExportOptions(
@@ -63,17 +86,27 @@ def export(
         out=out,
         force=force,
         recipe=recipe,
+        checkpoint=parse_parts(checkpoint or []),
+        dtype=dtype,
+        copy_weights=copy_weights,
+        random_weights=random_weights,
     )
     report = export_model(options, progress=terminal.progress())
     if as_json:
         terminal.json(report.to_plain())
         return
-    pruning = report.manifest.pruning
-    size = format_size(sum(file.size for file in report.manifest.files))
     terminal.result(str(report.bundle))
-    terminal.message(
-        f"{report.manifest.model.name}: {pruning.num_kept_tokens} of "
-        f"{pruning.num_visual_tokens} visual tokens ({pruning.pruner}, {pruning.positions} "
-        f"positions), {len(report.manifest.graphs)} graphs, {size}, "
-        f"{sum(report.seconds.values()):.1f} s"
+    terminal.message(_summarise(report))
+    if random_weights:
+        terminal.warning("the weights are random: good for measuring speed, its answers are noise")
+
+
+def _summarise(report: ExportReport) -> str:
+    manifest, pruning = report.manifest, report.manifest.pruning
+    size = format_size(sum(file.size for file in manifest.files))
+    held = describe_holding(manifest)
+    return (
+        f"{manifest.model.name}: {describe_tokens(manifest)} ({pruning.pruner}, "
+        f"{pruning.positions} positions), {len(manifest.graphs)} graphs, {manifest.dtype}, {size}"
+        f"{f' ({held})' if held else ''}, {sum(report.seconds.values()):.1f} s"
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from gap_export.cli._describe import describe_holding, describe_tokens
 from gap_export.cli._options import (
     BundleArgument,
     JsonOption,
@@ -109,25 +110,37 @@ def _describe_model(bundle: Bundle) -> str:
     lines = [
         f"{model.name} (family {model.family}, {model.license}): {model.summary}",
         f"bundle     {bundle.path}",
-        f"size       {size}, {manifest.dtype}, opset {manifest.opset}",
+        f"size       {size}, of which {describe_holding(manifest) or 'nothing shared'}",
+        f"graphs     {manifest.dtype}, opset {manifest.opset}",
         f"pruning    {pruning.pruner}, keep {pruning.keep_ratio:g}, order {pruning.order}, "
         f"extra token {pruning.extra_token}"
         + ("" if pruning.seed is None else f", seed {pruning.seed}"),
         f"positions  {pruning.positions}",
-        f"source     {manifest.source.location}",
+        *_describe_source(manifest),
         "made with  " + ", ".join(f"{name} {text}" for name, text in manifest.tools.items()),
     ]
     return "\n".join(lines)
 
 
+def _describe_source(manifest: Manifest) -> list[str]:
+    source = manifest.source
+    if source.random_seed is not None:
+        return [f"source     none: RANDOM weights, seed {source.random_seed}; answers are noise"]
+    return [
+        f"source     {part.role}: {part.location} ({len(part.files)} files, "
+        f"{format_size(sum(file.size for file in part.files))})"
+        for part in source.parts
+    ]
+
+
 def _describe_tokens(tokens: dict[str, int], manifest: Manifest) -> str:
     grid = manifest.grid
-    kept, total = tokens["num_emitted_tokens"], tokens["num_visual_tokens"]
+    unit = "picture" if manifest.image.tiles is None else "tile"
     return (
-        f"tokens     {kept} of {total} visual tokens fed ({grid.rows}x{grid.cols} grid), "
-        f"{total - kept} dropped; ids up to {tokens['max_position_embeddings'] - 1}\n"
+        f"tokens     {describe_tokens(manifest)}, {grid.rows}x{grid.cols} grid; "
+        f"ids up to {tokens['max_position_embeddings'] - 1}\n"
         f"KV cache   {format_size(tokens['kv_cache_bytes_per_token'])} a token, "
-        f"{format_size(tokens['kv_cache_bytes_saved'])} a picture saved"
+        f"{format_size(tokens['kv_cache_bytes_saved'])} a {unit} saved"
     )
 
 

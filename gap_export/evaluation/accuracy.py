@@ -7,7 +7,7 @@ graph* as the GAP row, fed ``kept_positions = arange(P)``: nothing else differs.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -17,8 +17,10 @@ from gap_export.bundle import open_bundle
 from gap_export.errors import UsageError
 from gap_export.evaluation.metrics import accuracy_at, intersection_over_union, wilson_interval
 from gap_export.evaluation.refshapes import Sample, iter_samples
-from gap_export.manifest import Manifest
+from gap_export.manifest import Manifest, SourceFile
 from gap_export.pipeline import (
+    DTYPES,
+    Dtype,
     ExportOptions,
     GraphCache,
     export_checkpoint,
@@ -28,7 +30,7 @@ from gap_export.pipeline import (
 from gap_export.positions import PositionMode
 from gap_export.progress import Progress, SilentProgress
 from gap_export.runtime.session import GroundingSession
-from gap_export.source import resolve_model, resolve_source
+from gap_export.source import MAIN, resolve_model, resolve_source
 
 MIN_SAMPLES = 1
 
@@ -83,26 +85,21 @@ class EvaluationReport:
 
 
 def evaluate_model(
-    model: str,
+    options: ExportOptions,
     *,
     pruners: Sequence[str] = (),
     keep_ratios: Sequence[float] = (),
-    order: Literal["raster", "score"] = "raster",
-    seed: int = 0,
     num_samples: int = 500,
-    recipe: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationReport:
     """Export a model at every (pruner, keep ratio), and measure each beside the unpruned model.
 
     Args:
-        model: Recipe name, alias or checkpoint folder.
+        options: Which model, and how it is exported. Its seed is also that of the RefShapes
+            samples; its pruner, keep ratio, positions and folder are not read.
         pruners: Names; empty for the recipe's default.
         keep_ratios: In (0, 1]; empty for the recipe's default.
-        order: Order of the kept tokens.
-        seed: Of the RefShapes samples, and of pruners that draw.
         num_samples: Expressions to ask.
-        recipe: Recipe to use for a checkpoint folder that has none.
         progress: Told what is done.
 
     Returns:
@@ -113,8 +110,9 @@ def evaluate_model(
     """
     _check_samples(num_samples)
     progress = progress or SilentProgress()
-    found, _ = resolve_model(model, recipe)
-    base = ExportOptions(model=model, recipe=recipe, order=order, seed=seed)
+    found, _ = resolve_model(options.model, recipe=options.recipe, parts=options.checkpoint)
+    seed = options.seed
+    base = replace(options, pruner=None, keep_ratio=None, positions="gap", out=None)
     runs = [
         replace(base, pruner=pruner, keep_ratio=keep_ratio)
         for keep_ratio in keep_ratios or (found.defaults.keep_ratio,)
@@ -130,9 +128,9 @@ def evaluate_model(
         unpruned = replace(base, keep_ratio=1.0, order="raster", out=Path(scratch) / "unpruned")
         whole = export_model(unpruned, progress=progress, cache=cache)
         rows = [_measure(whole.bundle, None, samples, seed, progress, None)]
-        for number, options in enumerate(runs):
+        for number, run in enumerate(runs):
             out = Path(scratch) / str(number)
-            pruned = export_model(replace(options, out=out), progress=progress, cache=cache)
+            pruned = export_model(replace(run, out=out), progress=progress, cache=cache)
             rows += _pruned_rows(pruned.bundle, samples, seed, progress, rows[0].acc_at_50)
     return EvaluationReport(rows=tuple(rows))
 
@@ -141,7 +139,7 @@ def evaluate_bundle(
     bundle: Path,
     *,
     baseline: Path | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: Mapping[str, Path] | None = None,
     seed: int = 0,
     num_samples: int = 500,
     progress: Progress | None = None,
@@ -151,8 +149,8 @@ def evaluate_bundle(
     Args:
         bundle: The bundle.
         baseline: A bundle of the same model with keep ratio 1.0; else the unpruned model is
-            exported from ``checkpoint`` or from where the bundle says it came from.
-        checkpoint: Folder of the source checkpoint.
+            exported from the bundle's checkpoint, in the bundle's dtype.
+        checkpoint: Parts of the source checkpoint by role, where they have been moved.
         seed: Of the RefShapes samples.
         num_samples: Expressions to ask.
         progress: Told what is done.
@@ -166,9 +164,12 @@ def evaluate_bundle(
     manifest = open_bundle(bundle).manifest
     with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
         if baseline is None:
-            recipe, source = resolve_source(manifest, checkpoint)
+            recipe, source = resolve_source(manifest, checkpoint or {})
             options = ExportOptions(
-                model=recipe.name, keep_ratio=1.0, out=Path(scratch) / "unpruned"
+                model=recipe.name,
+                keep_ratio=1.0,
+                dtype=_dtype_of(manifest),
+                out=Path(scratch) / "unpruned",
             )
             baseline = export_checkpoint(recipe, source, options, progress=progress).bundle
         _check_baseline(manifest, open_bundle(baseline).manifest)
@@ -184,17 +185,19 @@ def _check_baseline(manifest: Manifest, baseline: Manifest) -> None:
     Raises:
         UsageError: another model, other weights, other preparation, or pruned.
     """
-    mine = {file.path: file.sha256 for file in manifest.source.files}
-    theirs = {file.path: file.sha256 for file in baseline.source.files}
+    mine, theirs = _source_files(manifest), _source_files(baseline)
     # A pruner that reads the text brings files of its own; what both have must be the same.
-    other_files = [path for path in mine.keys() & theirs.keys() if mine[path] != theirs[path]]
+    common = mine.keys() & theirs.keys()
+    other_files = sorted(path for path in common if mine[path].sha256 != theirs[path].sha256)
     facts = ("model", "grid", "image", "prompt", "box", "decoder", "dtype")
     other_facts = [name for name in facts if getattr(manifest, name) != getattr(baseline, name)]
     seen = [
         *(f"another {name}" for name in other_facts),
-        *(f"another {path}" for path in sorted(other_files)),
+        *(f"another {path}" for path in other_files),
     ]
-    if not mine.keys() & theirs.keys():
+    if manifest.source.random_seed != baseline.source.random_seed:
+        seen.append("other random weights")
+    elif manifest.source.random_seed is None and not common:
         seen.append("no common weights")
     if baseline.pruning.keep_ratio != 1.0:
         seen.append(f"keep {baseline.pruning.keep_ratio:g}")
@@ -207,6 +210,20 @@ def _check_baseline(manifest: Manifest, baseline: Manifest) -> None:
             allowed=f"{manifest.model.name} at keep 1, made from the same checkpoint",
             fix=f"make one with: gap-export {manifest.model.name} --keep 1",
         )
+
+
+def _source_files(manifest: Manifest) -> dict[str, SourceFile]:
+    """Files of the checkpoint by ``role/path``; by the path alone in the main part."""
+    return {
+        file.path if part.role == MAIN else f"{part.role}/{file.path}": file
+        for part in manifest.source.parts
+        for file in part.files
+    }
+
+
+def _dtype_of(manifest: Manifest) -> Dtype:
+    (found,) = [dtype for dtype in DTYPES if dtype == manifest.dtype]
+    return found
 
 
 def _check_samples(num_samples: int) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 
-from gap_export.errors import RecipeError, UnsupportedPrunerError, UsageError
+from gap_export.errors import CheckpointError, RecipeError, UnsupportedPrunerError, UsageError
+from gap_export.families.checkpoints.matching import look_at
+from gap_export.families.checkpoints.random_weights import random_source
 from gap_export.families.llava import LlavaFamily
-from gap_export.families.reference import Component, Device, Family, Reference
+from gap_export.families.llava_next import LlavaNextFamily
+from gap_export.families.minigpt_v2 import MiniGptV2Family
+from gap_export.families.reference import Component, Device, Family, ModelSource, Reference
+from gap_export.families.shikra import ShikraFamily
 from gap_export.manifest import PruningSpec
 from gap_export.positions import PositionMode, num_kept_tokens
 from gap_export.pruning import PRUNERS, Order, find_pruner
 from gap_export.recipe import Recipe
+from gap_export.source import Checkpoint, check_parts
 
 __all__ = [
     "FAMILIES",
@@ -24,6 +29,7 @@ __all__ = [
     "Reference",
     "build_reference",
     "find_family",
+    "read_source",
     "resolve_pruning",
     "supported_pruners",
 ]
@@ -31,7 +37,17 @@ __all__ = [
 # What a signed 64-bit integer holds, in JSON readers of other languages too.
 MAX_SEED = 2**63 - 1
 
-FAMILIES: Mapping[str, Family] = MappingProxyType({f.name: f for f in (LlavaFamily(),)})
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        f.name: f
+        for f in (
+            LlavaFamily(),
+            LlavaNextFamily(),
+            ShikraFamily(),
+            MiniGptV2Family(),
+        )
+    }
+)
 
 
 def find_family(recipe: Recipe) -> Family:
@@ -97,6 +113,13 @@ def resolve_pruning(
             seen=order,
             allowed=", ".join(chosen.orders),
         )
+    if recipe.image.tiles is not None and order != "raster":
+        # Tiles are joined row by row: what a score ranks within a tile has no place there.
+        raise UsageError(
+            f"model {recipe.name} cuts its pictures into tiles, whose tokens stay in order",
+            seen=f"order {order}",
+            allowed="raster",
+        )
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise UsageError("seed out of range", seen=reprlib.repr(seed), allowed=f"0..{MAX_SEED}")
     num_visual = recipe.grid.num_visual_tokens
@@ -130,19 +153,63 @@ def _default_pruner(recipe: Recipe) -> str:
 
 
 def build_reference(
-    recipe: Recipe, checkpoint: Path, pruning: PruningSpec, *, device: Device
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    pruning: PruningSpec,
+    *,
+    device: Device,
+    dtype: str | None = None,
 ) -> Reference:
     """Build the pruned PyTorch modules of a model.
 
     Args:
         recipe: What the model is.
-        checkpoint: Its folder of config.json and safetensors.
+        checkpoint: Its parts on this machine.
         pruning: From :func:`resolve_pruning`.
         device: ``meta``: for tracing, no weight is read; ``cpu``: for running.
+        dtype: float32, float16 or bfloat16; None for the checkpoint's own.
 
     Raises:
-        CheckpointError: the folder is missing or empty, of another architecture, damaged, or its
+        CheckpointError: a part is missing or empty, of another architecture, damaged, or its
             tensors do not match the model exactly.
         RecipeError: the recipe names an unknown family.
+        UsageError: random weights of a recipe that does not say its sizes.
     """
-    return find_family(recipe).build(recipe, checkpoint, pruning, device=device)
+    family = find_family(recipe)
+    source = read_source(recipe, checkpoint)
+    return family.build(
+        recipe, source, checkpoint, pruning, dtype=dtype or source.dtype, device=device
+    )
+
+
+def read_source(recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
+    """Read a checkpoint's headers and configs by whichever layout it is stored in.
+
+    Raises:
+        CheckpointError: none of the family's layouts, or not what the layout promises.
+        RecipeError: the recipe names an unknown family.
+        UsageError: random weights of a recipe that does not say its sizes.
+    """
+    family = find_family(recipe)
+    if checkpoint.random_seed is not None:
+        expected = (
+            family.expected_tensors(recipe.architecture) if recipe.architecture is not None else {}
+        )
+        return random_source(recipe, expected, seed=checkpoint.random_seed)
+    check_parts(recipe, checkpoint)
+    for layout in family.layouts:
+        if layout.recognises(checkpoint):
+            return layout.read(recipe, checkpoint)
+    others = [
+        f"{other.name} ({layout.name})"
+        for other in FAMILIES.values()
+        if other is not family
+        for layout in other.layouts
+        if layout.recognises(checkpoint)
+    ]
+    raise CheckpointError(
+        f"{checkpoint.main} is not a checkpoint of family {family.name}",
+        seen=f"it looks like {' or '.join(others)}" if others else look_at(checkpoint.main),
+        allowed=", ".join(layout.name for layout in family.layouts),
+        fix="use the recipe of that model, or name the right folder (see: gap-export models)",
+    )

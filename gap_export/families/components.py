@@ -2,50 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
 
+from gap_export.architecture import Architecture, DecoderShape
 from gap_export.errors import CheckpointError
-from gap_export.families.clip_text import ClipTextEncoder, TextTowerSource
-from gap_export.families.clip_vision import PrunedVisionEncoder
-from gap_export.families.llama_decoder import (
+from gap_export.families.checkpoints.clip_text_tower import TextTowerSource
+from gap_export.families.modules.clip_text import ClipTextEncoder
+from gap_export.families.modules.expected import NEWLINE_KEY, decoder_key
+from gap_export.families.modules.llama_decoder import (
     LlamaDecoder,
-    LlamaShape,
     TokenEmbedding,
     rope_frequencies,
 )
-from gap_export.families.loading import fill_module
-from gap_export.families.reference import Component, Device, Reference
+from gap_export.families.modules.pruned_vision import JointSpace, PrunedVisionEncoder
+from gap_export.families.reference import Component, Device, ModelSource, Reference
 from gap_export.manifest import DecoderSpec, TensorSpec, TextEncoderSpec
 from gap_export.pruning import FixedPruner
 from gap_export.recipe import Recipe
-from gap_export.weights import TensorRef
+from gap_export.weights import SAFETENSORS_NAMES, TORCH_DTYPES, cast
 
 _TOKENIZER = "tokenizer.json"
 _TEXT_TOKENIZER = "text_tokenizer.json"
+_JOINT_SPACE = "joint_space."
+_F32, _I64 = "float32", "int64"
 
 
 def vision_component(
     module: PrunedVisionEncoder,
-    refs: Mapping[str, TensorRef],
+    source: ModelSource,
     *,
     recipe: Recipe,
     text: TextTowerSource | None,
+    dtype: str,
+    repeated: str,
 ) -> Component:
-    """Picture to kept features. ``refs`` go by the module's own names."""
-    hidden_size = module.projector.linear_2.out_features
-    num_emitted = module.pruning.num_emitted_tokens
+    """Picture to kept features.
+
+    Args:
+        module: Its names are those of the source, but for the joint space.
+        source: Holds its weights.
+        recipe: Says the picture's size and the grid.
+        text: Where the pruner reads the text.
+        dtype: Of the float outputs.
+        repeated: The tower's list of layers.
+    """
+    num_emitted, hidden_size = (
+        module.pruning.num_emitted_tokens,
+        source.architecture.decoder.hidden_size,
+    )
     rows = "num_images" if text is None else "batch_size"
-    inputs = [_spec("pixel_values", "num_images", 3, recipe.image.height, recipe.image.width)]
+    inputs = [
+        _spec("pixel_values", "num_images", 3, recipe.image.height, recipe.image.width, dtype=_F32)
+    ]
     sizes = {"num_images": 2}
+    weights = dict(source.weights)
     if text is not None:
-        refs = {**refs, "visual_projection.weight": text.visual_projection}
-        inputs.append(_spec("text_embeds", "batch_size", text.shape.embed_dim))
+        weights |= {
+            f"{_JOINT_SPACE}visual_projection.weight": text.visual_projection,
+            f"{_JOINT_SPACE}post_layernorm.weight": weights["tower.post_layernorm.weight"],
+            f"{_JOINT_SPACE}post_layernorm.bias": weights["tower.post_layernorm.bias"],
+        }
+        inputs.append(_spec("text_embeds", "batch_size", text.shape.embed_dim, dtype=dtype))
         sizes["batch_size"] = 3
     return Component(
         name="vision_encoder",
@@ -53,85 +76,100 @@ def vision_component(
         module=module,
         inputs=tuple(inputs),
         outputs=(
-            _spec("image_features", rows, num_emitted, hidden_size),
-            _spec("keep_indices", rows, num_emitted, dtype="int64"),
+            _spec("image_features", rows, num_emitted, hidden_size, dtype=dtype),
+            _spec("keep_indices", rows, num_emitted, dtype=_I64),
         ),
         example_sizes=sizes,
-        weight_refs={key: refs[key] for key in module.state_dict()},
+        weight_refs={key: weights[key] for key in module.state_dict()},
         constants=_fixed_places(module, recipe),
+        repeated=repeated,
     )
 
 
-def joint_space_projection(text: TextTowerSource | None) -> nn.Linear | None:
+def joint_space(architecture: Architecture, text: TextTowerSource | None) -> JointSpace | None:
     """Vision features into CLIP's joint space; None where no text is read."""
     if text is None:
         return None
-    embed_dim, width = text.visual_projection.shape
-    return nn.Linear(width, embed_dim, bias=False)
+    vision = architecture.vision
+    return JointSpace(width=vision.width, embed_dim=text.shape.embed_dim, eps=vision.layer_norm_eps)
 
 
-def text_component(text: TextTowerSource) -> Component:
+def text_component(text: TextTowerSource, *, dtype: str) -> Component:
     """Expression to its CLIP embedding."""
     return Component(
         name="text_encoder",
         module=ClipTextEncoder(text.shape),
-        inputs=(_spec("input_ids", "batch_size", "text_length", dtype="int64"),),
-        outputs=(_spec("text_embeds", "batch_size", text.shape.embed_dim),),
+        inputs=(_spec("input_ids", "batch_size", "text_length", dtype=_I64),),
+        outputs=(_spec("text_embeds", "batch_size", text.shape.embed_dim, dtype=dtype),),
         example_sizes={"batch_size": 2, "text_length": 5},
-        weight_refs=text.refs,
+        weight_refs=text.weights,
         constants={},
+        repeated="encoder.layers",
     )
 
 
-def embedding_component(shape: LlamaShape, refs: Mapping[str, TensorRef]) -> Component:
+def embedding_component(source: ModelSource, *, dtype: str) -> Component:
     """Prompt ids to vectors."""
+    shape = source.architecture.decoder
+    inputs = (_spec("input_ids", "batch_size", "sequence_length", dtype=_I64),)
+    hidden = _spec("inputs_embeds", "batch_size", "sequence_length", shape.hidden_size, dtype=dtype)
     return Component(
         name="embed_tokens",
         module=TokenEmbedding(shape),
-        inputs=(_spec("input_ids", "batch_size", "sequence_length", dtype="int64"),),
-        outputs=(_spec("inputs_embeds", "batch_size", "sequence_length", shape.hidden_size),),
+        inputs=inputs,
+        outputs=(hidden,),
         example_sizes={"batch_size": 2, "sequence_length": 5},
-        weight_refs={"weight": refs["decoder.embed_tokens.weight"]},
+        weight_refs={"weight": source.weights["decoder.embed_tokens.weight"]},
         constants={},
     )
 
 
-def decoder_component(shape: LlamaShape, refs: Mapping[str, TensorRef]) -> Component:
+def decoder_component(source: ModelSource, *, dtype: str) -> Component:
     """Prefill and decode in one graph; position ids explicit, not yet remapped."""
+    shape = source.architecture.decoder
     module = LlamaDecoder(shape)
     width, heads = shape.head_dim, shape.num_key_value_heads
     cache = [f"{i}.{part}" for i in range(shape.num_layers) for part in ("key", "value")]
     past = [
-        _spec(f"past_key_values.{name}", "batch_size", heads, "past_sequence_length", width)
+        _spec(
+            f"past_key_values.{name}",
+            *("batch_size", heads, "past_sequence_length", width),
+            dtype=dtype,
+        )
         for name in cache
     ]
     present = [
-        _spec(f"present.{name}", "batch_size", heads, "total_sequence_length", width)
+        _spec(
+            f"present.{name}",
+            *("batch_size", heads, "total_sequence_length", width),
+            dtype=dtype,
+        )
         for name in cache
     ]
     return Component(
         name="decoder_model_merged",
         module=module,
         inputs=(
-            _spec("inputs_embeds", "batch_size", "sequence_length", shape.hidden_size),
-            _spec("attention_mask", "batch_size", "total_sequence_length", dtype="int64"),
-            _spec("position_ids", "batch_size", "sequence_length", dtype="int64"),
+            _spec("inputs_embeds", "batch_size", "sequence_length", shape.hidden_size, dtype=dtype),
+            _spec("attention_mask", "batch_size", "total_sequence_length", dtype=_I64),
+            _spec("position_ids", "batch_size", "sequence_length", dtype=_I64),
             *past,
         ),
-        outputs=(_spec("logits", "batch_size", 1, shape.vocab_size), *present),
+        outputs=(_spec("logits", "batch_size", 1, shape.vocab_size, dtype=dtype), *present),
         example_sizes={
             "batch_size": 2,
             "sequence_length": 5,
             "past_sequence_length": 7,
             "total_sequence_length": 12,
         },
-        weight_refs={key: refs[decoder_key(key)] for key in module.state_dict()},
+        weight_refs={key: source.weights[decoder_key(key)] for key in module.state_dict()},
         constants={"inv_freq": rope_frequencies(shape.rope_theta, width).numpy()},
         kv_contract="concat",
+        repeated="layers",
     )
 
 
-def decoder_spec(shape: LlamaShape, eos_token_ids: tuple[int, ...]) -> DecoderSpec:
+def decoder_spec(shape: DecoderShape, eos_token_ids: tuple[int, ...]) -> DecoderSpec:
     """Facts of the decoder for the manifest."""
     return DecoderSpec(
         num_layers=shape.num_layers,
@@ -144,51 +182,64 @@ def decoder_spec(shape: LlamaShape, eos_token_ids: tuple[int, ...]) -> DecoderSp
     )
 
 
-def decoder_key(key: str) -> str:
-    """Name in the key map of a tensor of :class:`LlamaDecoder`."""
-    return key if key.startswith("lm_head.") else f"decoder.{key}"
-
-
 def assemble(
     components: Sequence[Component],
+    source: ModelSource,
     *,
-    device: Device,
-    decoder_spec: DecoderSpec,
-    image_token_id: int,
     text: TextTowerSource | None,
-    tokenizer: Path,
-    files: Sequence[Path],
+    dtype: str,
+    device: Device,
 ) -> Reference:
     """Put a reference together and, on the CPU, load its weights.
 
     Raises:
         CheckpointError: a tokenizer is missing, or a weight cannot be read.
     """
-    tokenizers = [(_existing(tokenizer), _TOKENIZER)]
+    files = source.files
+    assets = {_TOKENIZER: _existing(source.tokenizer)}
     text_spec = None
     if text is not None:
-        tokenizers.append((_existing(text.tokenizer), _TEXT_TOKENIZER))
+        assets[_TEXT_TOKENIZER] = _existing(text.tokenizer)
         files = (*files, *text.files)
         text_spec = TextEncoderSpec(
             template=text.tower.template,
             tokenizer_file=_TEXT_TOKENIZER,
             max_tokens=text.shape.max_tokens,
         )
+    torch_dtype = TORCH_DTYPES[SAFETENSORS_NAMES[dtype]]
     for component in components:
+        # Parameters alone: RoPE's frequencies stay float32 in any model.
+        for parameter in component.module.parameters():
+            parameter.data = parameter.data.to(torch_dtype)
         component.module.eval()
         component.module.requires_grad_(False)
         if device == "cpu":
-            fill_module(component)
-    used = sorted({ref.file for c in components for ref in c.weight_refs.values()})
+            _fill_module(component, dtype)
     return Reference(
         components=tuple(components),
-        decoder_spec=decoder_spec,
+        dtype=dtype,
+        decoder_spec=decoder_spec(source.architecture.decoder, source.eos_token_ids),
         text_encoder_spec=text_spec,
-        image_token_id=image_token_id,
-        weight_files=_bundle_names(used),
-        tokenizer_files=tuple(tokenizers),
-        checkpoint_files=(*files, *(source for source, _ in tokenizers)),
+        image_token_id=source.image_token_id,
+        newline_weight=source.weights.get(NEWLINE_KEY),
+        assets=assets,
+        checkpoint_files=tuple(dict.fromkeys(files)),
     )
+
+
+def _fill_module(component: Component, dtype: str) -> None:
+    """Give a meta module its weights and constants, on the CPU, in place."""
+    module = component.module
+    weights = {
+        key: cast(weight, SAFETENSORS_NAMES[dtype]).load()
+        for key, weight in component.weight_refs.items()
+    }
+    module.load_state_dict(weights, strict=True, assign=True)
+    module.requires_grad_(False)
+    for name, value in component.constants.items():
+        owner, _, leaf = name.rpartition(".")
+        buffer = torch.from_numpy(value.copy())
+        module.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
 
 
 def _fixed_places(module: PrunedVisionEncoder, recipe: Recipe) -> dict[str, NDArray[Any]]:
@@ -201,25 +252,15 @@ def _fixed_places(module: PrunedVisionEncoder, recipe: Recipe) -> dict[str, NDAr
     return {"fixed_places": np.sort(places) if pruning.order == "raster" else places}
 
 
-def _bundle_names(files: Sequence[Path]) -> dict[Path, str]:
-    """A name for each weight file; the folder is joined on where two are called the same."""
-    names: dict[Path, str] = {}
-    for file in sorted(files, key=lambda f: len(f.parts)):
-        name = file.name if file.name not in names.values() else f"{file.parent.name}-{file.name}"
-        assert name not in names.values()
-        names[file] = name
-    return names
-
-
-def _existing(file: Path) -> Path:
-    if not file.is_file():
+def _existing(tokenizer: Path | bytes) -> Path | bytes:
+    if isinstance(tokenizer, Path) and not tokenizer.is_file():
         raise CheckpointError(
             "checkpoint file not found",
-            seen=file,
+            seen=tokenizer,
             fix="save the tokenizer with transformers' save_pretrained into that folder",
         )
-    return file
+    return tokenizer
 
 
-def _spec(name: str, *shape: int | str, dtype: str = "float32") -> TensorSpec:
+def _spec(name: str, *shape: int | str, dtype: str) -> TensorSpec:
     return TensorSpec(name=name, dtype=dtype, shape=shape)

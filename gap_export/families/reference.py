@@ -1,21 +1,72 @@
-"""What a family hands to the rest: PyTorch modules, and all that tracing them needs to know."""
+"""What a family takes and gives: a checkpoint's tensors in, PyTorch modules and their facts out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from gap_export.architecture import Architecture
 from gap_export.manifest import DecoderSpec, PruningSpec, TensorSpec, TextEncoderSpec
 from gap_export.pruning import Reading
 from gap_export.recipe import Recipe
-from gap_export.weights import TensorRef
+from gap_export.source import Checkpoint
+from gap_export.weights import SAFETENSORS_NAMES, Weight, cast
 
 Device = Literal["meta", "cpu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A checkpoint as a family's modules see it, whatever its files call things.
+
+    Attributes:
+        layout: Name of the layout it was read by.
+        architecture: Its sizes.
+        weights: By our names: ``tower.*``, ``projector.*``, ``decoder.*``, ``lm_head.weight``, and
+            ``image_newline`` where the family has one. Exactly those of ``expected_tensors``.
+        dtype: float32, float16 or bfloat16: the decoder's, which is the model's.
+        eos_token_ids: Each ends an answer.
+        image_token_id: What stands for the image in a prompt; None where nothing does.
+        tokenizer: A tokenizer.json, or the content of one.
+        files: Every file that was read, with the part it belongs to.
+    """
+
+    layout: str
+    architecture: Architecture
+    weights: Mapping[str, Weight]
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    image_token_id: int | None
+    tokenizer: Path | bytes
+    files: tuple[tuple[str, Path], ...]
+
+
+class Layout(Protocol):
+    """One way in which a family's checkpoints are stored."""
+
+    @property
+    def name(self) -> str:
+        """For messages, e.g. ``llava-hf``."""
+        ...
+
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        """Whether the main part looks like this; cheap, and never raises for a strange folder."""
+        ...
+
+    def read(self, recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
+        """Read headers and configs; no tensor is loaded.
+
+        Raises:
+            CheckpointError: a part is missing or damaged, does not fit the recipe, or its tensors
+                are not exactly the model's.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +80,12 @@ class Component:
         inputs: Names, dtypes and shapes; a named dimension is dynamic.
         outputs: Likewise; a named dimension also occurs in an input, or is a sum of some.
         example_sizes: For each named input dimension a size to trace with, each another and >= 2.
-        weight_refs: For each key of the module's state dict, where its bytes are.
+        weight_refs: For each key of the module's state dict, what it is made of.
         constants: For each non-persistent buffer, its value.
         kv_contract: ``concat`` where a KV cache goes in and comes out.
         prunes: Whether the graph depends on the pruning; only the vision encoder's does.
+        repeated: Dotted name of the module's list of equal layers, which need not be traced one by
+            one; None where there is none.
     """
 
     name: str
@@ -40,10 +93,11 @@ class Component:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     example_sizes: Mapping[str, int]
-    weight_refs: Mapping[str, TensorRef]
+    weight_refs: Mapping[str, Weight]
     constants: Mapping[str, NDArray[Any]]
     kv_contract: Literal["none", "concat"] = "none"
     prunes: bool = False
+    repeated: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +107,23 @@ class Reference:
     Attributes:
         components: In the order vision_encoder, text_encoder if there is one, embed_tokens,
             decoder_model_merged.
+        dtype: float32, float16 or bfloat16, of all weights and of the graphs' interfaces.
         decoder_spec: Facts of the decoder for the manifest.
         text_encoder_spec: None where the pruner reads no text.
-        image_token_id: What stands for the image in a prompt, by the checkpoint's config.
-        weight_files: For each safetensors file the components point into, its name in a bundle.
-        tokenizer_files: (source, name in a bundle).
-        checkpoint_files: Every file of the checkpoint that was read.
+        image_token_id: What stands for the image in a prompt; None where nothing does.
+        newline_weight: [H], ends each row of a tiled picture; None without tiles.
+        assets: For each name in a bundle a file to copy, or what to write: the tokenizers.
+        checkpoint_files: Every file of the checkpoint that was read, with its part.
     """
 
     components: tuple[Component, ...]
+    dtype: str
     decoder_spec: DecoderSpec
     text_encoder_spec: TextEncoderSpec | None
-    image_token_id: int
-    weight_files: Mapping[Path, str]
-    tokenizer_files: tuple[tuple[Path, str], ...]
-    checkpoint_files: tuple[Path, ...]
+    image_token_id: int | None
+    newline_weight: Weight | None
+    assets: Mapping[str, Path | bytes]
+    checkpoint_files: tuple[tuple[str, Path], ...]
 
     @property
     def vision_encoder(self) -> nn.Module:
@@ -93,22 +149,49 @@ class Reference:
         """
         return self.component("decoder_model_merged").module
 
+    @property
+    def newline(self) -> torch.Tensor | None:
+        """[H], in :attr:`dtype`; None without tiles.
+
+        Raises:
+            CheckpointError: it cannot be read, or does not fit the dtype.
+        """
+        if self.newline_weight is None:
+            return None
+        return cast(self.newline_weight, SAFETENSORS_NAMES[self.dtype]).load()
+
     def component(self, name: str) -> Component:
         """The component of that name; one that is always there, or KeyError."""
         return {c.name: c for c in self.components}[name]
 
 
 class Family(Protocol):
-    """An architecture: knows its checkpoints' keys and builds its modules."""
+    """An architecture: knows its layouts and builds its modules."""
 
     name: str
+
+    @property
+    def layouts(self) -> Sequence[Layout]:
+        """How its checkpoints are stored; the first that recognises one reads it."""
+        ...
 
     def readings(self, recipe: Recipe) -> frozenset[Reading]:
         """What a pruner may read from this model."""
         ...
 
+    def expected_tensors(self, architecture: Architecture) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor of a model, by our names; those never run included."""
+        ...
+
     def build(
-        self, recipe: Recipe, checkpoint: Path, pruning: PruningSpec, *, device: Device
+        self,
+        recipe: Recipe,
+        source: ModelSource,
+        checkpoint: Checkpoint,
+        pruning: PruningSpec,
+        *,
+        dtype: str,
+        device: Device,
     ) -> Reference:
         """See :func:`gap_export.families.build_reference`."""
         ...

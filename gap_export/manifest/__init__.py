@@ -24,9 +24,12 @@ from gap_export.manifest.specs import (
     PromptSpec,
     PruningSpec,
     SourceFile,
+    SourcePart,
     SourceSpec,
+    TensorPlace,
     TensorSpec,
     TextEncoderSpec,
+    TilesSpec,
 )
 from gap_export.manifest.values import check_member_path, check_values
 
@@ -45,9 +48,12 @@ __all__ = [
     "PromptSpec",
     "PruningSpec",
     "SourceFile",
+    "SourcePart",
     "SourceSpec",
+    "TensorPlace",
     "TensorSpec",
     "TextEncoderSpec",
+    "TilesSpec",
     "check_member_path",
     "from_plain",
     "parse_manifest",
@@ -84,10 +90,12 @@ def parse_manifest(raw: bytes) -> Manifest:
     fields = {k: v for k, v in plain.items() if k not in ("format", "format_version")}
     manifest = from_plain(Manifest, fields, where=MANIFEST_NAME)
     paths = [file.path for file in manifest.files]
-    paths += [file.path for file in manifest.source.files]
+    paths += [file.path for part in manifest.source.parts for file in part.files]
     paths += [graph.file for graph in manifest.graphs]
     if manifest.text_encoder is not None:
         paths.append(manifest.text_encoder.tokenizer_file)
+    if manifest.newline is not None:
+        paths.append(manifest.newline.file)
     for path in paths:
         check_member_path(path)
     check_values(manifest)

@@ -22,7 +22,7 @@ class _Strict:
 
 @dataclass(frozen=True, kw_only=True)
 class GridSpec(_Strict):
-    """Visual tokens before pruning, in raster order: N = rows * cols."""
+    """Visual tokens of one picture, or tile, before pruning, in raster order: N = rows * cols."""
 
     rows: int
     cols: int
@@ -34,27 +34,41 @@ class GridSpec(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TilesSpec(_Strict):
+    """Canvases a picture may be fitted to and cut into tiles ("anyres", LLaVA-1.6).
+
+    Attributes:
+        resolutions: (height, width) in pixels, each a multiple of the tile's.
+    """
+
+    resolutions: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageSpec(_Strict):
     """How a picture becomes ``pixel_values`` [I,3,height,width] float32.
 
     Attributes:
-        height: Pixels the vision encoder reads, vertical.
+        height: Pixels the vision encoder reads, vertical; of one tile where there are tiles.
         width: Pixels the vision encoder reads, horizontal.
         preparation: ``pad``: padded to a square, centred, with pad_color, then resized;
-            ``squash``: resized without regard to the aspect ratio.
+            ``squash``: resized without regard to the aspect ratio; ``anyres``: squashed as the
+            base tile, and fitted with pad_color to one of ``tiles.resolutions``, cut into tiles.
         pad_color: RGB 0..255 of the padding.
         resample: Filter of the resize.
         mean: Per channel, of values in 0..1.
         std: Per channel, of values in 0..1.
+        tiles: With ``anyres`` alone.
     """
 
     height: int
     width: int
-    preparation: Literal["pad", "squash"]
+    preparation: Literal["pad", "squash", "anyres"]
     pad_color: tuple[int, int, int]
     resample: Literal["bicubic", "bilinear"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    tiles: TilesSpec | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +77,17 @@ class PromptSpec(_Strict):
 
     Attributes:
         template: Holds ``image_token`` once and ``{expression}`` once.
-        image_token: The text that stands for the image; one id of the tokenizer.
+        image_token: The text that stands for the image.
+        tokenization: ``whole``: the tokenizer knows the image token as one id; ``segments``: the
+            texts before and after the image are tokenized one by one, the first as the start of a
+            sequence, and the tokenizer never sees the image token.
         max_expression_tokens: A longer expression is refused.
         max_new_tokens: Upper bound of the answer's length, in tokens.
     """
 
     template: str
     image_token: str
+    tokenization: Literal["whole", "segments"] = "whole"
     max_expression_tokens: int
     max_new_tokens: int
 
@@ -79,12 +97,12 @@ class BoxSpec(_Strict):
     """How the answer's text becomes a box.
 
     Attributes:
-        syntax: ``bracketed``: ``[x1, y1, x2, y2]``.
+        syntax: ``bracketed``: ``[x1, y1, x2, y2]``; ``angled``: ``{<x1><y1><x2><y2>}``.
         scale: Coordinates run from 0 to this.
         frame: What they are relative to: the ``padded_square`` or the ``image`` as given.
     """
 
-    syntax: Literal["bracketed"]
+    syntax: Literal["bracketed", "angled"]
     scale: float
     frame: Literal["padded_square", "image"]
 
@@ -132,8 +150,8 @@ class PruningSpec(_Strict):
         positions: ``gap``: original ids; ``compact``: re-numbered, the naive baseline.
         keep_ratio: In (0, 1].
         seed: Of the pruners that draw; None for the others.
-        num_visual_tokens: N.
-        num_kept_tokens: K.
+        num_visual_tokens: N, of one picture or tile.
+        num_kept_tokens: K, of one picture or tile.
         num_emitted_tokens: K' = K plus extra tokens.
         text_similarity_sign: +1 keeps the patches most similar to the text, -1 the least; None
             where the pruner reads no text.
@@ -171,11 +189,49 @@ class SourceFile(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceSpec(_Strict):
-    """The checkpoint the bundle was made from. ``location`` is where it was, for information."""
+class SourcePart(_Strict):
+    """One part of the source checkpoint.
 
+    Attributes:
+        role: ``main``, or what the recipe calls it, e.g. ``base`` or ``tower``.
+        location: The folder where it was, for information.
+        files: What was read, by path within the folder.
+    """
+
+    role: str
     location: str
     files: tuple[SourceFile, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSpec(_Strict):
+    """Where the weights are from.
+
+    Attributes:
+        parts: Of the checkpoint; empty where the weights are random.
+        random_seed: Where there was no checkpoint and the weights are noise of the true shape, for
+            work on latency and engines; else None.
+    """
+
+    parts: tuple[SourcePart, ...]
+    random_seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlace(_Strict):
+    """A tensor that the runtime itself reads.
+
+    Attributes:
+        file: In the bundle.
+        offset: Of its first byte.
+        dtype: float32, float16 or bfloat16, little-endian.
+        shape: Dimensions, row-major.
+    """
+
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,17 +266,28 @@ class GraphSpec(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class FileSpec(_Strict):
-    """One file of the bundle. ``held`` says how its bytes got there."""
+    """One file of the bundle.
+
+    Attributes:
+        path: Within the bundle.
+        size: In bytes.
+        sha256: Of its bytes, in hex.
+        held: How they got there: ``written`` by the export; ``copied``; ``cloned``: a copy that
+            shares the source's blocks until one of them changes; ``linked``: the source's own file.
+    """
 
     path: str
     size: int
     sha256: str
-    held: Literal["written", "copied", "linked"]
+    held: Literal["written", "copied", "cloned", "linked"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(_Strict):
-    """The whole of ``gap.json``, whose JSON form has ``format`` and ``format_version`` as well."""
+    """The whole of ``gap.json``, whose JSON form has ``format`` and ``format_version`` as well.
+
+    ``newline`` [H] stands at the end of each row of a tiled picture; None without tiles.
+    """
 
     model: ModelSpec
     source: SourceSpec
@@ -231,6 +298,7 @@ class Manifest(_Strict):
     box: BoxSpec
     text_encoder: TextEncoderSpec | None
     decoder: DecoderSpec
+    newline: TensorPlace | None
     dtype: str
     opset: int
     graphs: tuple[GraphSpec, ...]

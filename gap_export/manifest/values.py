@@ -10,7 +10,7 @@ import re
 from pathlib import PurePosixPath
 
 from gap_export.errors import BundleError
-from gap_export.manifest.specs import GraphSpec, Manifest
+from gap_export.manifest.specs import GraphSpec, ImageSpec, Manifest
 
 DTYPES = ("float32", "float16", "bfloat16")
 _DECODER = "decoder_model_merged"
@@ -18,6 +18,8 @@ _SLOT = "{expression}"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_SIDE = 65_536
 _MAX_VISUAL_TOKENS = 1_000_000
+_MAX_CANVASES = 1_000
+_MAX_TILES = 256
 _MAX_TOKENS = 100_000
 _MAX_OPSET = 26
 # Far above any model there is; they keep arithmetic and allocations sane, no more.
@@ -37,6 +39,7 @@ def check_values(manifest: Manifest) -> None:
     _check_image(manifest)
     _check_texts(manifest)
     _check_decoder(manifest)
+    _check_newline(manifest)
     _check_graphs(manifest)
     _check_files(manifest)
 
@@ -102,8 +105,14 @@ def _check_tokens(manifest: Manifest) -> None:
     )
     if not 0 < pruning.keep_ratio <= 1:
         raise _refuse("pruning.keep_ratio", pruning.keep_ratio, "above 0, at most 1")
-    if pruning.seed is not None:
-        _between("pruning.seed", pruning.seed, 0, _MAX_INT64)
+    for name, seed in (
+        ("pruning.seed", pruning.seed),
+        ("source.random_seed", manifest.source.random_seed),
+    ):
+        if seed is not None:
+            _between(name, seed, 0, _MAX_INT64)
+    if (manifest.source.random_seed is None) != bool(manifest.source.parts):
+        raise _refuse("source", manifest.source.random_seed, "parts of a checkpoint, or a seed")
     if pruning.text_similarity_sign not in (None, 1, -1):
         raise _refuse("pruning.text_similarity_sign", pruning.text_similarity_sign, "1, -1 or null")
 
@@ -112,11 +121,41 @@ def _check_image(manifest: Manifest) -> None:
     image = manifest.image
     _between("image.height", image.height, 1, _MAX_SIDE)
     _between("image.width", image.width, 1, _MAX_SIDE)
+    _check_tiles(image)
     for index, value in enumerate(image.pad_color):
         _between(f"image.pad_color[{index}]", value, 0, 255)
     for index, std in enumerate(image.std):
         _above_zero(f"image.std[{index}]", std)
     _above_zero("box.scale", manifest.box.scale)
+
+
+def _check_tiles(image: ImageSpec) -> None:
+    if (image.tiles is not None) != (image.preparation == "anyres"):
+        raise _refuse("image.tiles", image.tiles, "there with preparation anyres, and only there")
+    if image.tiles is None:
+        return
+    _between("number of image.tiles.resolutions", len(image.tiles.resolutions), 1, _MAX_CANVASES)
+    for height, width in image.tiles.resolutions:
+        whole = height % image.height == 0 and width % image.width == 0
+        tiles = (height // image.height) * (width // image.width)
+        if not whole or height < 1 or width < 1 or tiles > _MAX_TILES:
+            raise _refuse(
+                "image.tiles.resolutions",
+                [height, width],
+                f"multiples of {image.height} x {image.width}, at most {_MAX_TILES} tiles",
+            )
+
+
+def _check_newline(manifest: Manifest) -> None:
+    newline = manifest.newline
+    if (newline is not None) != (manifest.image.tiles is not None):
+        raise _refuse("newline", newline, "a tensor where the model has tiles, and only there")
+    if newline is None:
+        return
+    if newline.shape != (manifest.decoder.hidden_size,):
+        raise _refuse("newline.shape", newline.shape, f"[{manifest.decoder.hidden_size}]")
+    _one_of("newline.dtype", newline.dtype, DTYPES)
+    _between("newline.offset", newline.offset, 0, _MAX_INT64)
 
 
 def _check_texts(manifest: Manifest) -> None:
@@ -175,7 +214,11 @@ def _check_cache(graph: GraphSpec, *, num_layers: int) -> None:
 
 def _check_files(manifest: Manifest) -> None:
     for name, path, size in (
-        *(("source.files", file.path, file.size) for file in manifest.source.files),
+        *(
+            (f"source.{part.role}", file.path, file.size)
+            for part in manifest.source.parts
+            for file in part.files
+        ),
         *(("files", file.path, file.size) for file in manifest.files),
     ):
         _between(f"{name}: size of {path}", size, 0, _MAX_INT64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from gap_export.errors import GapExportError, UsageError
 from gap_export.extras import require_extra
-from gap_export.manifest import Manifest
-from gap_export.parity.compare import Comparison, compare_arrays
-from gap_export.parity.replay import Call, RecordingBackend, replay
+from gap_export.parity.replay import RecordingBackend, replay
+from gap_export.parity.tally import OutputParity, Tally
 from gap_export.parity.tolerances import TOLERANCES, Tolerance
 from gap_export.progress import Progress, SilentProgress
 from gap_export.recipe import Recipe
 from gap_export.runtime.session import Grounding, GroundingSession
+from gap_export.source import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,33 +27,6 @@ class Question:
 
     image: Path | NDArray[np.uint8]
     expression: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputParity:
-    """One graph output over all calls.
-
-    Attributes:
-        component: The graph it comes from.
-        output: Its name; logits are split into those of ``prefill`` and of ``decode``.
-        calls: How often it was compared.
-        max_abs_diff: The largest difference seen.
-        max_abs_reference: The largest value seen in the reference.
-        atol: Tolerance used.
-        rtol: Tolerance used.
-        passed: Every call was within tolerance.
-        reason: The first failure, in words.
-    """
-
-    component: str
-    output: str
-    calls: int
-    max_abs_diff: float
-    max_abs_reference: float
-    atol: float
-    rtol: float
-    passed: bool
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +41,9 @@ class ParityReport:
         equal_tokens: Questions whose greedy tokens are the same.
         equal_boxes: Questions whose boxes are the same.
         ties: Questions whose tokens part where the reference itself is undecided: its logits of the
-            two tokens are no further apart than two logits may be off, 2 * atol. Rounding decides
-            there, on either side.
+            two tokens are no further apart than two logits may be off; or the two saw other visual
+            tokens, as few as the tolerance of keep_indices allows. Rounding decides there, on
+            either side.
         differing: The first few questions that differ: expression, both texts, and by how much the
             reference preferred its token where they part.
     """
@@ -117,7 +91,7 @@ def check_bundle(
     bundle: Path,
     *,
     recipe: Recipe,
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     questions: Sequence[Question],
     progress: Progress | None = None,
 ) -> ParityReport:
@@ -126,7 +100,7 @@ def check_bundle(
     Args:
         bundle: The bundle's folder; every byte of it is hashed first.
         recipe: The model's.
-        checkpoint: Folder of the weights it was made from.
+        checkpoint: The weights it was made from.
         questions: At least one.
         progress: Told what is done.
 
@@ -140,11 +114,13 @@ def check_bundle(
     from gap_export.parity.torch_backend import TorchBackend
 
     progress = progress or SilentProgress()
-    tally = _Tally()
+    tally = Tally()
     answers: list[_Answer] = []
     with GroundingSession.open(bundle, verify="full") as candidate:
         manifest = candidate.manifest
-        reference = build_reference(recipe, checkpoint, manifest.pruning, device="cpu")
+        reference = build_reference(
+            recipe, checkpoint, manifest.pruning, device="cpu", dtype=manifest.dtype
+        )
         recorder = RecordingBackend(TorchBackend(reference))
         with (
             GroundingSession(manifest, bundle, recorder) as truth,
@@ -164,15 +140,20 @@ def check_bundle(
                 )
                 advance(1)
         name = candidate.backend.name
-    undecided = 2 * TOLERANCES[manifest.dtype]["logits"].atol
+    tolerances = TOLERANCES[manifest.dtype]
+    outputs = tally.rows(tolerances)
+    selected = all(row.passed for row in outputs if row.output == "keep_indices")
     return ParityReport(
         bundle=str(bundle),
         candidate=name,
-        outputs=tally.rows(manifest),
+        outputs=outputs,
         num_questions=len(questions),
         equal_tokens=sum(answer.same_tokens for answer in answers),
         equal_boxes=sum(answer.same_box for answer in answers),
-        ties=sum(answer.margin is not None and answer.margin <= undecided for answer in answers),
+        ties=sum(
+            answer.is_tie(tolerances["logits"]) or (selected and answer.saw_others)
+            for answer in answers
+        ),
         differing=tuple(a.describe() for a in answers if not (a.same_tokens and a.same_box))[:5],
     )
 
@@ -208,6 +189,22 @@ class _Answer:
         same = self.expected.token_ids == self.given.token_ids
         return None if same else float("inf")
 
+    @property
+    def saw_others(self) -> bool:
+        """Whether the two part after they saw different visual tokens."""
+        given = self.given
+        return (
+            isinstance(given, Grounding)
+            and not self.same_tokens
+            and set(given.keep_indices) != set(self.expected.keep_indices)
+        )
+
+    def is_tie(self, tolerance: Tolerance) -> bool:
+        """Whether the reference was undecided where the two part."""
+        largest = max((float(np.abs(logits).max()) for logits in self.logits), default=0.0)
+        undecided = 2 * (tolerance.atol + tolerance.share * largest)
+        return self.margin is not None and self.margin <= undecided
+
     def describe(self) -> dict[str, Any]:
         given = self.given
         margin = self.margin
@@ -225,62 +222,3 @@ def _ask(candidate: GroundingSession, question: Question) -> Grounding | GapExpo
         return candidate.ground(question.image, question.expression)
     except GapExportError as err:
         return err
-
-
-_COMPONENTS = {
-    "encode_text": "text_encoder",
-    "encode_image": "vision_encoder",
-    "embed_tokens": "embed_tokens",
-    "decode": "decoder_model_merged",
-}
-
-
-class _Tally:
-    """Comparisons by (component, output), in order of first appearance."""
-
-    def __init__(self) -> None:
-        self._pairs: dict[tuple[str, str], list[tuple[NDArray[Any], NDArray[Any]]]] = {}
-
-    def add(self, calls: list[Call], outputs: Iterable[dict[str, NDArray[Any]]]) -> None:
-        prefilled = False
-        for call, candidate in zip(calls, outputs, strict=True):
-            if call.method == "new_cache":
-                prefilled = False
-            for name, value in call.outputs.items():
-                label = name
-                if call.is_decode:
-                    label = f"{name} (decode)" if prefilled else f"{name} (prefill)"
-                    prefilled = True
-                key = (_COMPONENTS[call.method], label)
-                self._pairs.setdefault(key, []).append((value, candidate[name]))
-
-    def rows(self, manifest: Manifest) -> tuple[OutputParity, ...]:
-        tolerances = TOLERANCES[manifest.dtype]
-        rows = []
-        for (component, label), pairs in self._pairs.items():
-            tolerance = tolerances[label.split(" ")[0]]
-            rows.append(_row(component, label, tolerance, pairs))
-        return tuple(rows)
-
-
-def _row(
-    component: str,
-    label: str,
-    tolerance: Tolerance,
-    pairs: list[tuple[NDArray[Any], NDArray[Any]]],
-) -> OutputParity:
-    results: list[Comparison] = [
-        compare_arrays(truth, judged, atol=tolerance.atol, rtol=tolerance.rtol)
-        for truth, judged in pairs
-    ]
-    return OutputParity(
-        component=component,
-        output=label,
-        calls=len(results),
-        max_abs_diff=max(r.max_abs_diff for r in results),
-        max_abs_reference=max(r.max_abs_reference for r in results),
-        atol=tolerance.atol,
-        rtol=tolerance.rtol,
-        passed=all(r.passed for r in results),
-        reason=next((r.reason for r in results if not r.passed), ""),
-    )

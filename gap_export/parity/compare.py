@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,69 @@ def compare_arrays(
         passed=not reason,
         reason=reason,
     )
+
+
+def compare_selections(
+    reference: NDArray[Any], candidate: NDArray[Any], *, others: float
+) -> Comparison:
+    """Which tokens were kept, where scores too close to tell apart may have decided.
+
+    Args:
+        reference: int64 [I, K], the truth.
+        candidate: int64 [I, K], what is judged.
+        others: Share of each row's tokens that may be others; at least one may.
+
+    Returns:
+        ``max_abs_diff`` is the largest number of other tokens in a row. A row that repeats a token,
+        or that does not ascend where the truth does, fails.
+    """
+    if reference.shape != candidate.shape or reference.dtype != candidate.dtype:
+        return _refuse(
+            f"{candidate.dtype} {list(candidate.shape)} instead of "
+            f"{reference.dtype} {list(reference.shape)}"
+        )
+    if reference.ndim != 2 or reference.size == 0:
+        return _refuse("nothing to compare: no tokens")
+    allowed = max(1, int(others * reference.shape[1]))
+    worst = 0
+    for truth, judged in zip(reference, candidate, strict=True):
+        if len(np.unique(judged)) != len(judged):
+            return _refuse("a token is kept twice")
+        if (np.diff(truth) > 0).all() and not (np.diff(judged) > 0).all():
+            return _refuse("the kept tokens are not in raster order")
+        worst = max(worst, len(np.setdiff1d(truth, judged)))
+    return Comparison(
+        max_abs_diff=float(worst),
+        max_abs_reference=float(np.abs(reference).max()),
+        passed=worst <= allowed,
+        reason=""
+        if worst <= allowed
+        else f"{worst} of {reference.shape[1]} kept tokens are others",
+    )
+
+
+def pair_features(
+    reference: Mapping[str, NDArray[Any]], candidate: Mapping[str, NDArray[Any]]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Features of the tokens that both sides kept, pairwise.
+
+    Args:
+        reference: ``image_features`` [I, K, H] and ``keep_indices`` [I, K].
+        candidate: Likewise.
+
+    Returns:
+        Twice [n, H]; where the shapes do not fit, both sides' features as they are.
+    """
+    features, others = reference["image_features"], candidate["image_features"]
+    keep, other_keep = reference["keep_indices"], candidate["keep_indices"]
+    if features.shape != others.shape or keep.shape != other_keep.shape:
+        return features, others
+    mine, theirs = [], []
+    for row in range(len(keep)):
+        _, here, there = np.intersect1d(keep[row], other_keep[row], return_indices=True)
+        mine.append(features[row, here])
+        theirs.append(others[row, there])
+    return np.concatenate(mine), np.concatenate(theirs)
 
 
 def _refuse(reason: str) -> Comparison:

@@ -77,6 +77,12 @@ class RecordingBackend:
         )
         return features, keep
 
+    def image_newline(self) -> FloatArray:
+        """See Backend."""
+        newline = self.inner.image_newline()
+        self._keep("image_newline", {}, {"image_newline": newline})
+        return newline
+
     def embed_tokens(self, input_ids: Int64Array) -> FloatArray:
         """See Backend."""
         embeds = self.inner.embed_tokens(input_ids)

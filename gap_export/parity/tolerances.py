@@ -1,7 +1,19 @@
 """How far each output may be from its reference, by dtype: the one place that says so.
 
-fp32 graphs differ from PyTorch only in the order of sums. The tolerance is relative to each
+float32 graphs differ from PyTorch only in the order of sums. The tolerance is relative to each
 output's own size, with an absolute floor for values near zero.
+
+float16 graphs differ in where they round. PyTorch rounds the result of every operation to float16;
+ONNX Runtime on the CPU keeps float32 from one to the next. One rounding is off by up to u = 2**-11
+of the *largest* values of a residual stream, whatever the size of the element that comes out of it,
+and a stream is rounded some ten times a layer: u * sqrt(10 * 32 layers) = 18 u for the largest
+models here, if the roundings are independent. Measured on the demo model, of 4 layers and trained:
+2.7 u (features) and 3.4 u (logits) of the largest value.
+
+What is selected rests on scores computed from such features, so that of two tokens whose scores are
+closer than that either may be kept: of 375 pictures of the demo model (43 of 144 tokens kept by
+``cls``) 11 had one token that was another than PyTorch's, none had two. Hence a few kept tokens may
+be others in float16; none in float32.
 """
 
 from __future__ import annotations
@@ -12,21 +24,41 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """|reference - candidate| <= atol + rtol * |reference|."""
+    """|reference - candidate| <= atol + share * max|reference| + rtol * |reference|.
+
+    Attributes:
+        atol: Absolute, in the output's units.
+        rtol: Relative to each element.
+        share: Of the largest element of all that is compared.
+        others: Of the kept tokens of one picture or tile, the share that may be others; one token
+            may in any case, where this is above 0.
+    """
 
     atol: float
     rtol: float
+    share: float = 0.0
+    others: float = 0.0
 
 
 EXACT = Tolerance(atol=0.0, rtol=0.0)
 _FLOAT32 = Tolerance(atol=1e-4, rtol=1e-4)
+_FLOAT16 = Tolerance(atol=0.0, rtol=0.0, share=18 * 2.0**-11)
 
 TOLERANCES: Mapping[str, Mapping[str, Tolerance]] = {
     "float32": {
         "text_embeds": _FLOAT32,
         "image_features": _FLOAT32,
         "keep_indices": EXACT,
+        "image_newline": EXACT,
         "inputs_embeds": EXACT,
         "logits": _FLOAT32,
+    },
+    "float16": {
+        "text_embeds": _FLOAT16,
+        "image_features": _FLOAT16,
+        "keep_indices": Tolerance(atol=0.0, rtol=0.0, others=0.02),
+        "image_newline": EXACT,
+        "inputs_embeds": EXACT,
+        "logits": _FLOAT16,
     },
 }

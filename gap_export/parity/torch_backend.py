@@ -2,6 +2,8 @@
 
 Sessions and the greedy loop are then the same code on both sides; only the maths differs. The
 position remap is ``positions.gap_remap`` in numpy, so it is independent of the graph's node.
+
+It computes in the reference's own dtype; numpy has no bfloat16, so that leaves as float32.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from gap_export.runtime.backend import KVCache
 
 FloatArray = NDArray[np.floating[Any]]
 Int64Array = NDArray[np.int64]
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -44,6 +48,7 @@ class TorchBackend:
 
     def __init__(self, reference: Reference) -> None:
         self._reference = reference
+        self._dtype = _DTYPES[reference.dtype]
 
     @property
     def name(self) -> str:
@@ -66,24 +71,34 @@ class TorchBackend:
         """See Backend."""
         encoder = self._reference.text_encoder
         assert encoder is not None, "only a text-reading pruner's session asks for it"
-        return _run(encoder, input_ids)[0]
+        return _run(encoder, _tensor(input_ids))[0]
 
     def encode_image(
         self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
     ) -> tuple[FloatArray, Int64Array]:
         """See Backend."""
-        given = [pixel_values] if text_embeds is None else [pixel_values, text_embeds]
+        # Pixels are float32 in any case: casting them is the module's first step.
+        given = [_tensor(pixel_values)]
+        if text_embeds is not None:
+            given.append(_tensor(text_embeds).to(self._dtype))
         features, keep = _run(self._reference.vision_encoder, *given)
         return features, keep
 
+    def image_newline(self) -> FloatArray:
+        """See Backend."""
+        newline = self._reference.newline
+        assert newline is not None, "only the session of a tiled model asks for it"
+        return _array(newline)
+
     def embed_tokens(self, input_ids: Int64Array) -> FloatArray:
         """See Backend."""
-        return _run(self._reference.embed_tokens, input_ids)[0]
+        return _run(self._reference.embed_tokens, _tensor(input_ids))[0]
 
     def new_cache(self, batch_size: int) -> TorchCache:
         """See Backend."""
         spec = self._reference.decoder_spec
-        empty = torch.zeros(batch_size, spec.num_key_value_heads, 0, spec.head_dim)
+        shape = (batch_size, spec.num_key_value_heads, 0, spec.head_dim)
+        empty = torch.zeros(shape, dtype=self._dtype)
         return TorchCache(batch_size=batch_size, values=[empty] * (2 * spec.num_layers))
 
     def decode(
@@ -98,20 +113,29 @@ class TorchBackend:
         """See Backend."""
         assert isinstance(cache, TorchCache), "a cache belongs to the backend that made it"
         original = gap_remap(position_ids, kept_positions)
-        given = [_tensor(a) for a in (inputs_embeds, attention_mask, original)]
+        given = [
+            _tensor(inputs_embeds).to(self._dtype),
+            _tensor(attention_mask),
+            _tensor(original),
+        ]
         with torch.inference_mode():
             logits, *present = self._reference.decoder(*given, *cache.values)
         cache.values = present
-        last: FloatArray = logits[:, -1].numpy()
-        return last
+        return _array(logits[:, -1])
 
 
-def _run(module: torch.nn.Module, *arrays: NDArray[Any]) -> list[NDArray[Any]]:
+def _run(module: torch.nn.Module, *given: torch.Tensor) -> list[NDArray[Any]]:
     with torch.inference_mode():
-        outputs = module(*map(_tensor, arrays))
+        outputs = module(*given)
     single = isinstance(outputs, torch.Tensor)
-    return [tensor.numpy() for tensor in ([outputs] if single else outputs)]
+    return [_array(tensor) for tensor in ([outputs] if single else outputs)]
 
 
 def _tensor(array: NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _array(tensor: torch.Tensor) -> NDArray[Any]:
+    tensor = tensor.detach()
+    found: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return found

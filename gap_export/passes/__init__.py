@@ -8,6 +8,7 @@ from types import MappingProxyType
 import onnx_ir as ir
 
 from gap_export.passes.fold_constants import FoldConstants
+from gap_export.passes.fuse_linear import FuseLinear
 from gap_export.passes.graph_pass import GraphPass, PassReport, fingerprint
 from gap_export.passes.insert_gap_remap import InsertGapRemap
 from gap_export.passes.strip_trace_metadata import StripTraceMetadata
@@ -15,6 +16,7 @@ from gap_export.passes.strip_trace_metadata import StripTraceMetadata
 __all__ = [
     "PIPELINES",
     "FoldConstants",
+    "FuseLinear",
     "GraphPass",
     "InsertGapRemap",
     "PassReport",
@@ -25,10 +27,15 @@ __all__ = [
 
 PIPELINES: Mapping[str, tuple[GraphPass, ...]] = MappingProxyType(
     {
-        "vision_encoder": (FoldConstants(), StripTraceMetadata()),
-        "text_encoder": (FoldConstants(), StripTraceMetadata()),
+        "vision_encoder": (FoldConstants(), FuseLinear(), StripTraceMetadata()),
+        "text_encoder": (FoldConstants(), FuseLinear(), StripTraceMetadata()),
         "embed_tokens": (FoldConstants(), StripTraceMetadata()),
-        "decoder_model_merged": (FoldConstants(), InsertGapRemap(), StripTraceMetadata()),
+        "decoder_model_merged": (
+            FoldConstants(),
+            FuseLinear(),
+            InsertGapRemap(),
+            StripTraceMetadata(),
+        ),
     }
 )
 

@@ -1,7 +1,11 @@
 """What runs the four graphs of a bundle. Arrays are numpy at this boundary.
 
-Shape letters: B rows (expressions), I images (1 or B), T tokens, S fed tokens, P prompt tokens
-after pruning, K' emitted visual tokens, H hidden size, D text embedding size, V vocabulary.
+Floats go in and come out in whatever precision the model has, bfloat16 as float32; a backend casts
+what it is fed to what its graphs declare.
+
+Shape letters: B rows (expressions), I images (1, B or the tiles of one picture), T tokens, S fed
+tokens, P prompt tokens after pruning, K' emitted visual tokens, H hidden size, D text embedding
+size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -73,12 +77,17 @@ class Backend(Protocol):
 
         Args:
             pixel_values: float32 [I, 3, height, width].
-            text_embeds: [B, D] where the pruner reads the text, else None.
+            text_embeds: [B, D] where the pruner reads the text, else None. For tiles B is I: one
+                expression's embedding, repeated.
 
         Returns:
             image_features [I|B, K', H] and keep_indices int64 [I|B, K'], the index among the
-            unpruned visual tokens of each emitted one.
+            unpruned visual tokens of the picture, or tile, of each emitted one.
         """
+        ...
+
+    def image_newline(self) -> FloatArray:
+        """What stands at the end of each row of a picture cut into tiles: [H]."""
         ...
 
     def embed_tokens(self, input_ids: Int64Array) -> FloatArray:

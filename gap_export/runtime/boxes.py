@@ -9,7 +9,11 @@ from gap_export.runtime.geometry import Box, ImageGeometry
 
 # Bounded digits: no number overflows a float, and matching stays linear.
 _NUMBER = r"([+-]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9}))"
-_BRACKETED = re.compile(r"\[\s*" + r"\s*,\s*".join([_NUMBER] * 4) + r"\s*\]", re.ASCII)
+_INTEGER = r"<\s*(\d{1,9})\s*>"
+_SYNTAXES = {
+    "bracketed": re.compile(r"\[\s*" + r"\s*,\s*".join([_NUMBER] * 4) + r"\s*\]", re.ASCII),
+    "angled": re.compile(r"\{\s*" + r"\s*".join([_INTEGER] * 4) + r"\s*\}", re.ASCII),
+}
 
 
 def parse_box(text: str, spec: BoxSpec) -> Box | None:
@@ -17,12 +21,12 @@ def parse_box(text: str, spec: BoxSpec) -> Box | None:
 
     Args:
         text: The model's answer.
-        spec: Syntax and scale.
+        spec: Syntax and scale; in either syntax space between its parts does not count.
 
     Returns:
         Two corners in the order given, 0..1 where the model keeps to its frame; None without a box.
     """
-    found = _BRACKETED.search(text)
+    found = _SYNTAXES[spec.syntax].search(text)
     if found is None:
         return None
     x1, y1, x2, y2 = (float(number) / spec.scale for number in found.groups())

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from gap_export.errors import OutputError
 from gap_export.runtime.geometry import Box, Frame
-from gap_export.runtime.grounding import Grounding
+from gap_export.runtime.grounding import Grounding, TokenGrid
 from gap_export.runtime.image import ImageInput, load_image
 
 _SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -23,12 +23,17 @@ _CAPTION_COLOR, _CAPTION_BACKGROUND = (235, 235, 235), (24, 24, 24)
 # How much of a dropped token's brightness is taken away.
 _DIMMING = 0.65
 _WHITE = (255, 255, 255)
+# Of a picture cut into tiles the base tile is a picture beside it, of this share of its size.
+_ASIDE = 0.4
 
 
 def draw_grounding(
     image: ImageInput, grounding: Grounding, *, pad_color: tuple[int, int, int] = _WHITE
 ) -> Image.Image:
     """The picture with what was dropped dimmed, kept tokens outlined, and the box.
+
+    A picture that was cut into tiles shows the tokens of the tiles; where some were dropped, those
+    of the base tile are shown on a smaller copy beside or below it.
 
     Args:
         image: The picture that was asked about.
@@ -44,15 +49,12 @@ def draw_grounding(
     picture = load_image(image, pad_color=pad_color)
     longest = max(picture.size)
     scale = min(max(longest, _MIN_SIDE), _MAX_SIDE) / longest
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    drawing = picture.resize(size, Image.Resampling.LANCZOS)
-    stroke = max(2, max(size) // 170)
-    drawing = _show_tokens(drawing, grounding, scale)
-    if grounding.box is not None:
-        pen = ImageDraw.Draw(drawing)
-        corners = _scaled(grounding.box, scale)
-        pen.rectangle(_grown(corners, 1), outline=_HALO_COLOR, width=stroke + 2)
-        pen.rectangle(corners, outline=_BOX_COLOR, width=stroke)
+    # An extremely thin picture has tiles that show nothing of it.
+    *others, main = [grid for grid in grounding.tokens if grid.rows * grid.cols > 0]
+    drawing = _draw_view(picture, main, grounding, scale)
+    if not all(grid.is_whole for grid in (*others, main)):
+        for grid in others:
+            drawing = _put_aside(drawing, _draw_view(picture, grid, grounding, scale * _ASIDE))
     return _with_caption(drawing, _caption(grounding))
 
 
@@ -121,13 +123,26 @@ def token_box(index: int, grid: tuple[int, int], frame: Frame) -> Box:
     return left, top, left + width, top + height
 
 
-def _show_tokens(drawing: Image.Image, grounding: Grounding, scale: float) -> Image.Image:
-    kept = sorted(set(grounding.keep_indices))
-    if len(kept) == grounding.num_visual_tokens:
+def _draw_view(
+    picture: Image.Image, grid: TokenGrid, grounding: Grounding, scale: float
+) -> Image.Image:
+    """The picture, scaled, with one grid's tokens and the box."""
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    drawing = _show_tokens(picture.resize(size, Image.Resampling.LANCZOS), grid, scale)
+    if grounding.box is not None:
+        stroke = max(2, max(size) // 170)
+        pen = ImageDraw.Draw(drawing)
+        corners = _scaled(grounding.box, scale)
+        pen.rectangle(_grown(corners, 1), outline=_HALO_COLOR, width=stroke + 2)
+        pen.rectangle(corners, outline=_BOX_COLOR, width=stroke)
+    return drawing
+
+
+def _show_tokens(drawing: Image.Image, grid: TokenGrid, scale: float) -> Image.Image:
+    if grid.is_whole:
         return drawing
-    cells = [
-        _scaled(token_box(index, grounding.grid, grounding.grid_frame), scale) for index in kept
-    ]
+    size = (grid.rows, grid.cols)
+    cells = [_scaled(token_box(index, size, grid.frame), scale) for index in sorted(grid.kept)]
     mask = Image.new("L", drawing.size, 0)
     mask_pen = ImageDraw.Draw(mask)
     for cell in cells:
@@ -141,25 +156,49 @@ def _show_tokens(drawing: Image.Image, grounding: Grounding, scale: float) -> Im
     return shown
 
 
-def _caption(grounding: Grounding) -> str:
+def _put_aside(drawing: Image.Image, other: Image.Image) -> Image.Image:
+    """``other`` below a wide drawing, beside a tall one."""
+    gap = max(4, max(drawing.size) // 128)
+    if drawing.width >= drawing.height:
+        size = (drawing.width, drawing.height + gap + other.height)
+        place = (0, drawing.height + gap)
+    else:
+        size = (drawing.width + gap + other.width, drawing.height)
+        place = (drawing.width + gap, 0)
+    canvas = Image.new("RGB", size, _CAPTION_BACKGROUND)
+    canvas.paste(drawing)
+    canvas.paste(other, place)
+    return canvas
+
+
+def _caption(grounding: Grounding) -> list[str]:
     tokens = f"{len(grounding.keep_indices)} of {grounding.num_visual_tokens} visual tokens"
     nothing = "" if grounding.box is not None else " (no box)"
-    return f"{grounding.expression.strip()}{nothing} | {tokens}"
+    lines = [f"{grounding.expression.strip()}{nothing} | {tokens}"]
+    grids = grounding.tokens
+    if len(grids) > 1:
+        parts = [f"{grid.view} {len(grid.kept)} of {grid.rows * grid.cols}" for grid in grids]
+        newlines = sum(tile.num_newline_tokens for grid in grids for tile in grid.tiles)
+        lines.append(f"{', '.join(parts)}, newlines {newlines}")
+    return lines
 
 
-def _with_caption(drawing: Image.Image, text: str) -> Image.Image:
+def _with_caption(drawing: Image.Image, lines: list[str]) -> Image.Image:
     font = ImageFont.load_default(size=max(14, drawing.width // 34))
     pad = max(4, drawing.width // 64)
-    # No letter is narrower than two pixels: what is beyond cannot fit anyway.
-    text = text[: drawing.width // 2]
-    while len(text) > 1 and font.getlength(text) > drawing.width - 2 * pad:
-        text = f"{text[:-2]}\N{HORIZONTAL ELLIPSIS}"
     upper, lower = font.getbbox("Ag")[1::2]
-    strip = round(lower - upper) + 2 * pad
+    line_height = round(lower - upper) + pad
+    strip = len(lines) * line_height + pad
     canvas = Image.new("RGB", (drawing.width, drawing.height + strip), _CAPTION_BACKGROUND)
     canvas.paste(drawing)
     pen = ImageDraw.Draw(canvas)
-    pen.text((pad, drawing.height + pad - upper), text, font=font, fill=_CAPTION_COLOR)
+    for number, line in enumerate(lines):
+        # No letter is narrower than two pixels: what is beyond cannot fit anyway.
+        text = line[: drawing.width // 2]
+        while len(text) > 1 and font.getlength(text) > drawing.width - 2 * pad:
+            text = f"{text[:-2]}\N{HORIZONTAL ELLIPSIS}"
+        top = drawing.height + pad + number * line_height - upper
+        pen.text((pad, top), text, font=font, fill=_CAPTION_COLOR)
     return canvas
 
 

@@ -28,14 +28,16 @@ class PromptRow:
     Attributes:
         prefix_embeds: [s, H], tokens before the image.
         suffix_embeds: [t, H], tokens after the image, at least one.
-        image_features: [K', H], what is left of the image.
-        keep_indices: int64 [K'], unpruned index of each of them.
+        image_features: [M, H], what is left of the image.
+        keep_indices: int64 [M], index of each of them in the unpruned visual sequence.
+        num_visual_tokens: Length of that sequence.
     """
 
     prefix_embeds: FloatArray
     suffix_embeds: FloatArray
     image_features: FloatArray
     keep_indices: Int64Array
+    num_visual_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +75,11 @@ class Generation:
     decode_ms: float
 
 
-def assemble_prompt(
-    rows: Sequence[PromptRow], *, num_visual_tokens: int, positions: PositionMode
-) -> DecoderPrompt:
+def assemble_prompt(rows: Sequence[PromptRow], *, positions: PositionMode) -> DecoderPrompt:
     """Put text and image together, with the position table, rows padded on the left.
 
     Args:
         rows: One per expression.
-        num_visual_tokens: N, before pruning.
         positions: ``gap`` keeps original ids; ``compact`` re-numbers, the naive baseline.
 
     Raises:
@@ -91,10 +90,7 @@ def assemble_prompt(
     embeds = [
         np.concatenate([row.prefix_embeds, row.image_features, row.suffix_embeds]) for row in rows
     ]
-    tables = [
-        _position_table(row, num_visual_tokens=num_visual_tokens, positions=positions)
-        for row in rows
-    ]
+    tables = [_position_table(row, positions) for row in rows]
     length = max(len(row) for row in embeds)
     inputs_embeds = np.zeros((len(rows), length, embeds[0].shape[1]), dtype=embeds[0].dtype)
     attention_mask = np.zeros((len(rows), length), dtype=np.int64)
@@ -183,14 +179,12 @@ def generate(
     )
 
 
-def _position_table(
-    row: PromptRow, *, num_visual_tokens: int, positions: PositionMode
-) -> Int64Array:
+def _position_table(row: PromptRow, positions: PositionMode) -> Int64Array:
     start = len(row.prefix_embeds)
     span = VisualSpan(
-        start=start, num_visual_tokens=num_visual_tokens, keep_indices=row.keep_indices
+        start=start, num_visual_tokens=row.num_visual_tokens, keep_indices=row.keep_indices
     )
-    unpruned_length = start + num_visual_tokens + len(row.suffix_embeds)
+    unpruned_length = start + row.num_visual_tokens + len(row.suffix_embeds)
     table = build_kept_positions(unpruned_length=unpruned_length, spans=[span])
     return table if positions == "gap" else compact_positions(len(table))
 

@@ -3,10 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
+from gap_export.positions import TileTokens
 from gap_export.runtime.geometry import Box, Frame
+
+View = Literal["image", "base", "tiles"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenGrid:
+    """Visual tokens that look at the picture together.
+
+    Attributes:
+        view: ``image``: all there are; of a picture cut into tiles ``base``: the whole of it at low
+            resolution, and ``tiles``: all its tiles joined, without their rows and columns of
+            padding.
+        rows: Of the unpruned tokens.
+        cols: Of the unpruned tokens.
+        frame: The part of the picture that they cover.
+        kept: Cells the model saw, 0..rows*cols-1 in raster order, in the order they were fed.
+        tiles: The account of each tile, row by row; one entry for ``image`` and ``base``.
+    """
+
+    view: View
+    rows: int
+    cols: int
+    frame: Frame
+    kept: tuple[int, ...]
+    tiles: tuple[TileTokens, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing was dropped."""
+        return len(self.kept) == self.rows * self.cols
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON knows it; the frame to a hundredth of a pixel."""
+        frame = (self.frame.left, self.frame.top, self.frame.width, self.frame.height)
+        return {
+            "view": self.view,
+            "rows": self.rows,
+            "cols": self.cols,
+            "frame": [round(value, 2) for value in frame],
+            "kept": list(self.kept),
+            "tiles": [asdict(tile) for tile in self.tiles],
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +62,10 @@ class Grounding:
             no box, or one without area in the picture.
         text: The model's answer.
         token_ids: Its tokens, the one that ended it included.
-        keep_indices: Index among the unpruned visual tokens of each one that the model saw.
-        num_visual_tokens: N, visual tokens before pruning.
-        grid: Rows and columns of the unpruned visual tokens, raster order.
-        grid_frame: The part of the picture that the grid covers.
+        keep_indices: Index in the unpruned visual sequence of each visual token that the model saw;
+            of a picture cut into tiles newlines are part of both.
+        num_visual_tokens: Length of the unpruned visual sequence.
+        tokens: The same by what the tokens look at: one grid, or two of a picture cut into tiles.
         image_size: Width and height as displayed, in pixels.
         timings_ms: Milliseconds by stage, only those that ran, and ``total``; answers of one batch
             share them.
@@ -36,8 +79,7 @@ class Grounding:
     token_ids: tuple[int, ...]
     keep_indices: tuple[int, ...]
     num_visual_tokens: int
-    grid: tuple[int, int]
-    grid_frame: Frame
+    tokens: tuple[TokenGrid, ...]
     image_size: tuple[int, int]
     timings_ms: Mapping[str, float]
     backend: str
@@ -45,7 +87,6 @@ class Grounding:
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON knows it; the box to a hundredth of a pixel."""
-        frame = self.grid_frame
         return {
             "expression": self.expression,
             "box": None if self.box is None else [round(value, 2) for value in self.box],
@@ -53,11 +94,7 @@ class Grounding:
             "token_ids": list(self.token_ids),
             "keep_indices": list(self.keep_indices),
             "num_visual_tokens": self.num_visual_tokens,
-            "grid": {
-                "rows": self.grid[0],
-                "cols": self.grid[1],
-                "frame": [frame.left, frame.top, frame.width, frame.height],
-            },
+            "tokens": [grid.to_plain() for grid in self.tokens],
             "image_size": list(self.image_size),
             "timings_ms": dict(self.timings_ms),
             "backend": self.backend,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import warnings
@@ -16,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gap_export.errors import ImageError
 from gap_export.manifest import ImageSpec
-from gap_export.runtime.geometry import ImageGeometry
+from gap_export.runtime.geometry import ImageGeometry, Size, choose_canvas, fitted_size
 
 ImageInput = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
@@ -27,8 +28,10 @@ _ALLOWED = f"a picture of at most {MAX_PIXELS // 1_000_000} megapixels ({', '.jo
 # What Pillow's readers raise on damaged files.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)
 _MAX_16_BIT = 65_535
-# A thin picture padded to a square could be huge; above this side it is shrunk before padding.
-_MAX_SIDE = 4096
+# A thin picture padded to a square could be huge, and so could what Pillow keeps between the two
+# passes of a resize. Above this side a picture is shrunk first: a square then is no larger than the
+# largest picture.
+_MAX_SIDE = math.isqrt(MAX_PIXELS)
 _RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -76,22 +79,32 @@ def load_image(image: ImageInput, *, pad_color: tuple[int, int, int]) -> Image.I
 
 
 def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[NDArray[np.float32], ImageGeometry]:
-    """Pad or squash, resize, normalise.
+    """Pad, squash or cut into tiles; resize and normalise.
 
     Args:
         image: RGB, from :func:`load_image`.
         spec: What the vision encoder reads.
 
     Returns:
-        pixel_values float32 [1, 3, height, width], and the picture's size.
+        pixel_values float32 [I, 3, height, width] and the picture's geometry. I is 1, but for
+        ``anyres``: the squashed picture, then its tiles row by row.
     """
-    geometry = ImageGeometry(width=image.width, height=image.height)
+    picture = (image.height, image.width)
+    image = _shrink_thin(image)
+    canvas: Size | None = None
     if spec.preparation == "pad":
-        image = _pad_to_square(image, spec.pad_color)
-    resized = image.resize((spec.width, spec.height), _RESAMPLE[spec.resample])
-    unit = np.asarray(resized, dtype=np.float32) / np.float32(255.0)
+        inputs = [_resize(_pad_to_square(image, spec.pad_color), spec)]
+    else:
+        inputs = [_resize(image, spec)]
+    if spec.preparation == "anyres":
+        assert spec.tiles is not None, "the manifest's values were checked"
+        canvas = choose_canvas(picture, spec.tiles.resolutions)
+        inputs += _cut_tiles(image, canvas, fitted_size(picture, canvas), spec)
+    pixels: NDArray[np.float32] = np.stack([np.asarray(each, dtype=np.float32) for each in inputs])
+    unit = pixels / np.float32(255.0)
     normal = (unit - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
-    return np.ascontiguousarray(normal.transpose(2, 0, 1)[None]), geometry
+    pixel_values: NDArray[np.float32] = np.ascontiguousarray(normal.transpose(0, 3, 1, 2))
+    return pixel_values, ImageGeometry(width=picture[1], height=picture[0], canvas=canvas)
 
 
 @contextmanager
@@ -178,14 +191,38 @@ def _unknown_range(seen: str) -> ImageError:
     )
 
 
+def _shrink_thin(image: Image.Image) -> Image.Image:
+    side = max(image.size)
+    if side <= _MAX_SIDE:
+        return image
+    scale = _MAX_SIDE / side
+    small = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(small, Image.Resampling.BOX)
+
+
 def _pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
     side = max(image.size)
-    if side > _MAX_SIDE:
-        scale = _MAX_SIDE / side
-        small = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image, side = image.resize(small, Image.Resampling.BOX), _MAX_SIDE
-    if image.size == (side, side):
-        return image
-    canvas = Image.new("RGB", (side, side), color)
-    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return image if image.size == (side, side) else _center(image, (side, side), color)
+
+
+def _cut_tiles(
+    image: Image.Image, canvas: Size, fitted: Size, spec: ImageSpec
+) -> list[Image.Image]:
+    """Tiles row by row of the picture, resized to ``fitted``, in the middle of its canvas."""
+    resized = image.resize((fitted[1], fitted[0]), _RESAMPLE[spec.resample])
+    whole = _center(resized, canvas, spec.pad_color)
+    return [
+        whole.crop((left, top, left + spec.width, top + spec.height))
+        for top in range(0, canvas[0], spec.height)
+        for left in range(0, canvas[1], spec.width)
+    ]
+
+
+def _center(image: Image.Image, size: Size, color: tuple[int, int, int]) -> Image.Image:
+    canvas = Image.new("RGB", (size[1], size[0]), color)
+    canvas.paste(image, ((size[1] - image.width) // 2, (size[0] - image.height) // 2))
     return canvas
+
+
+def _resize(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    return image.resize((spec.width, spec.height), _RESAMPLE[spec.resample])

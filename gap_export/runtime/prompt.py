@@ -46,33 +46,35 @@ class PromptEncoder:
     """Turns expressions into ids, and ids back into text, for one bundle.
 
     Attributes:
-        image_token_id: What the tokenizer makes of the image token.
+        image_token_id: What the tokenizer makes of the image token; None where the texts before and
+            after the image are tokenized one by one, so that it never sees it.
     """
 
     def __init__(self, manifest: Manifest, assets_folder: Path) -> None:
         """Load the tokenizers.
 
         Raises:
-            BundleError: a tokenizer cannot be read, or the image token is not one id of it.
+            BundleError: a tokenizer cannot be read, or does not know the image token where it must.
         """
         self._manifest = manifest
         self._tokenizer = _load_tokenizer(assets_folder / TOKENIZER_FILE)
-        self._special = _special_tokens(self._tokenizer)
         self._unknown_id = _unknown_id(self._tokenizer)
+        self._special = _special_tokens(self._tokenizer) | {manifest.prompt.image_token}
         self._text_tokenizer: Tokenizer | None = None
         if manifest.text_encoder is not None:
             self._text_tokenizer = _load_tokenizer(
                 assets_folder / manifest.text_encoder.tokenizer_file
             )
             self._special |= _special_tokens(self._text_tokenizer)
-        image_token_id = self._tokenizer.token_to_id(manifest.prompt.image_token)
-        if image_token_id is None:
-            raise BundleError(
-                "the tokenizer does not know the image token",
-                seen=manifest.prompt.image_token,
-                fix="the bundle does not hold together; export it again",
-            )
-        self.image_token_id: int = image_token_id
+        self.image_token_id: int | None = None
+        if manifest.prompt.tokenization == "whole":
+            self.image_token_id = self._tokenizer.token_to_id(manifest.prompt.image_token)
+            if self.image_token_id is None:
+                raise BundleError(
+                    "the tokenizer does not know the image token",
+                    seen=manifest.prompt.image_token,
+                    fix="the bundle does not hold together; export it again",
+                )
 
     def encode(self, expression: str) -> EncodedExpression:
         """Ids of the prompt around the image.
@@ -95,21 +97,44 @@ class PromptEncoder:
                 allowed=f"at most {spec.max_expression_tokens} tokens",
                 fix="describe the object in fewer words",
             )
-        ids = _tokenize(self._tokenizer, spec.template.replace(_SLOT, text)).ids
-        places = [place for place, token in enumerate(ids) if token == self.image_token_id]
-        if len(places) != 1 or places[0] + 1 == len(ids):
-            raise BundleError(
-                "the prompt template does not hold the image token once, before some text",
-                seen=f"{len(places)} times in {spec.template!r}",
-                fix="the bundle does not hold together; export it again",
-            )
-        self._check_context(len(ids))
-        return EncodedExpression(
-            prefix_ids=np.asarray(ids[: places[0]], dtype=np.int64),
-            suffix_ids=np.asarray(ids[places[0] + 1 :], dtype=np.int64),
+        prefix, suffix = (
+            self._split_ids(text)
+            if self.image_token_id is not None
+            else self._tokenize_segments(text)
+        )
+        encoded = EncodedExpression(
+            prefix_ids=np.asarray(prefix, dtype=np.int64),
+            suffix_ids=np.asarray(suffix, dtype=np.int64),
             text_ids=self._encode_for_text_tower(text),
             warnings=self._warn_of_unknown_words(text, encoding),
         )
+        self.check_context(encoded, self._manifest.pruning.num_visual_tokens)
+        return encoded
+
+    def check_context(self, encoded: EncodedExpression, num_visual_tokens: int) -> None:
+        """See that prompt and answer fit the model's context.
+
+        Pruned tokens keep their ids, so the unpruned length counts. :meth:`encode` has done this
+        for a picture that is not cut into tiles.
+
+        Args:
+            encoded: From :meth:`encode`.
+            num_visual_tokens: Of the picture, before pruning.
+
+        Raises:
+            ExpressionError: they do not fit.
+        """
+        spec, limit = self._manifest.prompt, self._manifest.decoder.max_position_embeddings
+        num_ids = len(encoded.prefix_ids) + len(encoded.suffix_ids)
+        unpruned_length = num_ids + num_visual_tokens
+        if unpruned_length + spec.max_new_tokens > limit:
+            raise ExpressionError(
+                "the expression does not fit the model's context",
+                seen=f"{unpruned_length} prompt tokens (pruned ones keep their places) "
+                f"and {spec.max_new_tokens} for the answer",
+                allowed=f"{limit} in all",
+                fix="describe the object in fewer words",
+            )
 
     def decode(self, token_ids: tuple[int, ...]) -> str:
         """Text of an answer, without special tokens."""
@@ -152,18 +177,33 @@ class PromptEncoder:
                 )
         return text
 
-    def _check_context(self, num_ids: int) -> None:
-        # Pruned tokens keep their ids, so the unpruned length counts.
-        spec, limit = self._manifest.prompt, self._manifest.decoder.max_position_embeddings
-        unpruned_length = num_ids - 1 + self._manifest.pruning.num_visual_tokens
-        if unpruned_length + spec.max_new_tokens > limit:
-            raise ExpressionError(
-                "the expression does not fit the model's context",
-                seen=f"{unpruned_length} prompt tokens (pruned ones keep their places) "
-                f"and {spec.max_new_tokens} for the answer",
-                allowed=f"{limit} in all",
-                fix="describe the object in fewer words",
+    def _split_ids(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids before and after the image, of the template tokenized in one go."""
+        spec = self._manifest.prompt
+        ids = _tokenize(self._tokenizer, spec.template.replace(_SLOT, text)).ids
+        places = [place for place, token in enumerate(ids) if token == self.image_token_id]
+        if len(places) != 1 or places[0] + 1 == len(ids):
+            raise _no_place_for_image(spec.template, len(places))
+        return ids[: places[0]], ids[places[0] + 1 :]
+
+    def _tokenize_segments(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids before and after the image, each text tokenized on its own."""
+        spec = self._manifest.prompt
+        # Split first: whatever the expression holds, it cannot move the image.
+        before, *after = spec.template.split(spec.image_token)
+        if len(after) != 1 or not after[0]:
+            raise _no_place_for_image(spec.template, len(after))
+        before, behind = (part.replace(_SLOT, text) for part in (before, after[0]))
+        prefix: list[int] = _tokenize(self._tokenizer, before).ids
+        bare = _tokenize(self._tokenizer, before, add_special_tokens=False).ids
+        if bare != prefix[len(prefix) - len(bare) :]:
+            raise BundleError(
+                "the tokenizer ends every text with a special token, so none can go on",
+                seen=prefix[-1],
+                allowed="special tokens at the start alone",
+                fix="the bundle does not hold together; export it again",
             )
+        return prefix, _tokenize(self._tokenizer, behind, add_special_tokens=False).ids
 
     def _encode_for_text_tower(self, text: str) -> Int64Array | None:
         spec = self._manifest.text_encoder
@@ -186,6 +226,14 @@ class PromptEncoder:
         if not words:
             return ()
         return (f"words the model does not know: {', '.join(dict.fromkeys(words))}",)
+
+
+def _no_place_for_image(template: str, times: int) -> BundleError:
+    return BundleError(
+        "the prompt template does not hold the image token once, before some text",
+        seen=f"{times} times in {template!r}",
+        fix="the bundle does not hold together; export it again",
+    )
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

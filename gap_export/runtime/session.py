@@ -18,7 +18,7 @@ import numpy as np
 from gap_export.bundle import Verify, open_bundle
 from gap_export.errors import BundleError, ExpressionError, GapExportError
 from gap_export.manifest import BoxSpec, Manifest
-from gap_export.positions import Int64Array, PositionMode
+from gap_export.positions import PositionMode
 from gap_export.runtime.backend import Backend, FloatArray
 from gap_export.runtime.boxes import parse_box, to_pixels
 from gap_export.runtime.generation import (
@@ -32,6 +32,7 @@ from gap_export.runtime.geometry import Box, ImageGeometry
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.image import ImageInput, load_image, prepare_image
 from gap_export.runtime.prompt import EncodedExpression, PromptEncoder
+from gap_export.runtime.visual_tokens import VisualTokens, encode_picture
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -148,6 +149,9 @@ class GroundingSession:
     def ground_batch(self, image: ImageInput, expressions: Sequence[str]) -> list[Grounding]:
         """Find several objects in one picture; the vision encoder sees the picture once.
 
+        Only where the picture is cut into tiles and the pruner reads the text does it see it once
+        for each expression.
+
         Args:
             image: A file, a Pillow picture, or a uint8 array [H, W, 3].
             expressions: What to look for; each answer is the same as if asked alone.
@@ -167,15 +171,26 @@ class GroundingSession:
             encoded = [self._prompts.encode(expression) for expression in expressions]
             picture = load_image(image, pad_color=self.manifest.image.pad_color)
             pixel_values, geometry = prepare_image(picture, self.manifest.image)
+            layout = geometry.tile_layout(self.manifest.image, self.manifest.grid)
+            if layout is not None:
+                # Its size decides how long the prompt is.
+                for row in encoded:
+                    self._prompts.check_context(row, layout.num_visual_tokens)
         text_embeds: FloatArray | None = None
         if self.manifest.text_encoder is not None:
             with clock.stage("text_encoder"):
                 text_embeds = self._encode_texts(encoded)
         with clock.stage("vision_encoder"):
-            features, keep = self.backend.encode_image(pixel_values, text_embeds)
-            _check_vision(features, keep, self.manifest, rows=len(encoded))
+            visual = encode_picture(
+                self.backend,
+                pixel_values,
+                text_embeds,
+                manifest=self.manifest,
+                geometry=geometry,
+                num_rows=len(encoded),
+            )
         with clock.stage("embed_tokens"):
-            prompt, keep = self._assemble(encoded, features, keep)
+            prompt = self._assemble(encoded, visual)
         answer = generate(
             self.backend,
             prompt,
@@ -184,7 +199,7 @@ class GroundingSession:
         )
         clock.add("prefill", answer.prefill_ms)
         clock.add("decode", answer.decode_ms)
-        return self._answers(expressions, encoded, answer, keep, geometry, clock)
+        return self._answers(expressions, encoded, answer, visual, geometry, clock)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -204,14 +219,10 @@ class GroundingSession:
         return np.stack([embeds[row] for row in range(len(texts))])
 
     def _assemble(
-        self, encoded: Sequence[EncodedExpression], features: FloatArray, keep: Int64Array
-    ) -> tuple[DecoderPrompt, Int64Array]:
-        """The decoder's prompt, and keep_indices [B, K'] of each row."""
-        size = len(encoded)
-        features = np.broadcast_to(features, (size, *features.shape[1:]))
-        keep = np.broadcast_to(keep, (size, keep.shape[1]))
+        self, encoded: Sequence[EncodedExpression], visual: Sequence[VisualTokens]
+    ) -> DecoderPrompt:
         rows = []
-        for index, row in enumerate(encoded):
+        for row, tokens in zip(encoded, visual, strict=True):
             start = len(row.prefix_ids)
             ids = np.concatenate([row.prefix_ids, row.suffix_ids])
             embeds = self.backend.embed_tokens(ids[None])[0]
@@ -219,23 +230,19 @@ class GroundingSession:
                 PromptRow(
                     prefix_embeds=embeds[:start],
                     suffix_embeds=embeds[start:],
-                    image_features=features[index],
-                    keep_indices=keep[index],
+                    image_features=tokens.features,
+                    keep_indices=tokens.keep_indices,
+                    num_visual_tokens=tokens.num_visual_tokens,
                 )
             )
-        prompt = assemble_prompt(
-            rows,
-            num_visual_tokens=self.manifest.pruning.num_visual_tokens,
-            positions=self.positions,
-        )
-        return prompt, keep
+        return assemble_prompt(rows, positions=self.positions)
 
     def _answers(
         self,
         expressions: Sequence[str],
         encoded: Sequence[EncodedExpression],
         answer: Generation,
-        keep: Int64Array,
+        visual: Sequence[VisualTokens],
         geometry: ImageGeometry,
         clock: _Clock,
     ) -> list[Grounding]:
@@ -251,10 +258,9 @@ class GroundingSession:
                     box=box,
                     text=text,
                     token_ids=answer.token_ids[row],
-                    keep_indices=tuple(keep[row].tolist()),
-                    num_visual_tokens=manifest.pruning.num_visual_tokens,
-                    grid=(manifest.grid.rows, manifest.grid.cols),
-                    grid_frame=geometry.input_frame(manifest.image),
+                    keep_indices=tuple(visual[row].keep_indices.tolist()),
+                    num_visual_tokens=visual[row].num_visual_tokens,
+                    tokens=visual[row].grids,
                     image_size=(geometry.width, geometry.height),
                     timings_ms=timings,
                     backend=self._backend_name,
@@ -295,16 +301,3 @@ def _read_box(
     x1, y1, x2, y2 = fractions
     what = "has no area" if x1 == x2 or y1 == y2 else "lies outside the picture"
     return None, (f"the answer {what}: {text!r}",)
-
-
-def _check_vision(features: FloatArray, keep: Int64Array, manifest: Manifest, *, rows: int) -> None:
-    """The graph gave what the manifest promises; a wrong table would only show in wrong boxes."""
-    emitted, hidden = manifest.pruning.num_emitted_tokens, manifest.decoder.hidden_size
-    images = rows if manifest.text_encoder is not None else 1
-    if features.shape != (images, emitted, hidden) or keep.shape != (images, emitted):
-        raise BundleError(
-            "the vision encoder's outputs are not of the manifest's shape",
-            seen=f"image_features {list(features.shape)}, keep_indices {list(keep.shape)}",
-            allowed=f"{[images, emitted, hidden]} and {[images, emitted]}",
-            fix="export the bundle again",
-        )

@@ -32,7 +32,7 @@ def write_sample(sample_manifest: Manifest, tmp_path: Path) -> WriteSample:
 
     def write(out: Path, *, force: bool = False, graph: bytes = b"a graph") -> Path:
         with write_bundle(out, force=force) as draft:
-            draft.copy(source, "model.safetensors")
+            draft.place(source, "model.safetensors", hold="copy")
             (draft.folder / "embed_tokens.onnx").write_bytes(graph)
             (draft.folder / "sub").mkdir()
             (draft.folder / "sub" / "tokenizer.json").write_bytes(b"{}")

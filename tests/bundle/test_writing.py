@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gap_export.bundle import BundleDraft, open_bundle, write_bundle, writing
-from gap_export.errors import BundleError, OutputError
+from gap_export.errors import BundleError, CheckpointError, OutputError
 from gap_export.manifest import Manifest
 
 
@@ -282,7 +282,7 @@ def test_full_disk_is_one_clear_error_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
     code: int,
 ) -> None:
-    def full(_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(writing, "_sync_tree", full)
@@ -307,7 +307,7 @@ def test_full_disk_while_copying_is_one_clear_error(
 
     def write() -> None:
         with write_bundle(place / "out") as draft:
-            draft.copy(source, "model.safetensors")
+            draft.place(source, "model.safetensors", hold="copy")
 
     with pytest.raises(OutputError, match="no space left on the disk"):
         write()
@@ -340,9 +340,9 @@ def test_denied_mkdir_is_one_clear_error(
 def test_missing_source_is_not_blamed_on_the_output(place: Path) -> None:
     def write() -> None:
         with write_bundle(place / "out") as draft:
-            draft.copy(place.parent / "no-such-weights", "model.safetensors")
+            draft.place(place.parent / "no-such-weights", "model.safetensors", hold="copy")
 
-    with pytest.raises(FileNotFoundError, match="no-such-weights"):
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*no-such-weights"):
         write()
     assert names(place) == set()
 
@@ -350,7 +350,7 @@ def test_missing_source_is_not_blamed_on_the_output(place: Path) -> None:
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../x", ""])
 def test_copy_to_outside_of_the_draft_is_refused(place: Path, name: str) -> None:
     def write(draft: BundleDraft) -> None:
-        draft.copy(Path(__file__), name)
+        draft.place(Path(__file__), name, hold="copy")
 
     with write_bundle(place / "out") as draft, pytest.raises(BundleError, match="leaves its"):
         write(draft)
@@ -363,7 +363,7 @@ def test_file_changed_after_copying_is_hashed_again(
     source = tmp_path / "weights"
     source.write_bytes(b"weights")
     with write_bundle(place / "out") as draft:
-        draft.copy(source, "embed_tokens.onnx")
+        draft.place(source, "embed_tokens.onnx", hold="copy")
         (draft.folder / "embed_tokens.onnx").write_bytes(b"longer weights")
         manifest = draft.commit(sample_manifest)
     assert manifest.files[0].held == "written"

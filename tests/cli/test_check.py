@@ -48,6 +48,12 @@ def test_an_honest_bundle_passes(run_cli, tiny_bundle, tiny_checkpoint):
     assert "same tokens: 1 of 1" in outcome.out
 
 
+def test_a_part_of_another_role_is_refused(run_cli, tiny_bundle, tmp_path):
+    outcome = run_cli("check", tiny_bundle, "--checkpoint", f"base={tmp_path}")
+    assert outcome.code == 2
+    assert "the bundle's checkpoint has no such part: base; allowed: main" in outcome.err
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """Questions of the checks asked for."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from gap_export.evaluation import accuracy
 from gap_export.evaluation.accuracy import AccuracyRow, EvaluationReport
+from gap_export.pipeline import ExportOptions
 
 
 def row(pruner, positions, value, recovered):
@@ -58,29 +61,30 @@ def bundle(tmp_path):
 
 
 def test_every_flag_of_a_model_reaches_the_evaluation(run_cli, calls):
-    flags = "--pruner cls,spatial --pruner cls --keep 0.3 --keep 0.5 --order score --seed 3"
+    flags = "--pruner cls,spatial --pruner cls --keep 0.3 --keep 0.5 --order score --seed 3 "
+    flags += "--checkpoint weights --checkpoint base=llm --dtype float16 --recipe llava"
     run_cli("eval", "demo", *flags.split(), "--samples", "20", "--data", "refshapes")
-    arguments = {
-        "pruners": ["cls", "spatial"],
-        "keep_ratios": [0.3, 0.5],
-        "order": "score",
-        "seed": 3,
-        "num_samples": 20,
-        "recipe": None,
-    }
-    assert calls == [("demo", arguments)]
+    options = ExportOptions(
+        model="demo",
+        recipe="llava",
+        checkpoint={"main": Path("weights"), "base": Path("llm")},
+        dtype="float16",
+        order="score",
+        seed=3,
+    )
+    arguments = {"pruners": ["cls", "spatial"], "keep_ratios": [0.3, 0.5], "num_samples": 20}
+    assert calls == [(options, arguments)]
 
 
 def test_every_flag_of_a_bundle_reaches_the_evaluation(run_cli, calls, bundle, tmp_path):
     run_cli("eval", bundle, "--baseline", "whole", "--checkpoint", "weights", "--samples", "20")
-    ((target, arguments),) = calls
-    assert target == bundle
-    assert {name: str(value) for name, value in arguments.items()} == {
-        "baseline": "whole",
-        "checkpoint": "weights",
-        "seed": "0",
-        "num_samples": "20",
+    arguments = {
+        "baseline": Path("whole"),
+        "checkpoint": {"main": Path("weights")},
+        "seed": 0,
+        "num_samples": 20,
     }
+    assert calls == [(bundle, arguments)]
 
 
 @pytest.mark.parametrize("flag", [["--keep", "0.3"], ["--pruner", "cls"], ["--order", "raster"]])
@@ -88,6 +92,13 @@ def test_flags_of_a_model_are_refused_for_a_bundle(run_cli, calls, bundle, flag)
     outcome = run_cli("eval", bundle, *flag)
     assert (outcome.code, calls) == (2, [])
     assert outcome.err == f"error: {flag[0]} cannot be used here: a bundle is pruned already\n"
+
+
+@pytest.mark.parametrize("flag", [["--recipe", "llava"], ["--dtype", "float16"]])
+def test_what_a_bundle_says_itself_is_refused_for_it(run_cli, calls, bundle, flag):
+    outcome = run_cli("eval", bundle, *flag)
+    assert (outcome.code, calls) == (2, [])
+    assert f"{flag[0]} cannot be used here" in outcome.err
 
 
 def test_flags_of_a_bundle_are_refused_for_a_model(run_cli, calls):

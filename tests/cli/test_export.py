@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from gap_export import pipeline
 from gap_export.bundle import open_bundle
+from gap_export.manifest import TilesSpec
 from gap_export.pipeline import ExportOptions, ExportReport
 
 
 def test_every_flag_reaches_the_export(run_cli, seen_options, tmp_path):
-    flags = "--keep 0.5 --pruner cls --order score --positions compact --seed 7 --recipe demo"
+    flags = "--keep 0.5 --pruner cls --order score --positions compact --seed 7 --recipe demo "
+    flags += "--checkpoint weights --checkpoint base=llm --dtype float16 --copy-weights"
     run_cli("export", "some/folder", *flags.split(), "--out", tmp_path, "--force")
     assert seen_options == [
         ExportOptions(
@@ -23,10 +27,50 @@ def test_every_flag_reaches_the_export(run_cli, seen_options, tmp_path):
             positions="compact",
             seed=7,
             recipe="demo",
+            checkpoint={"main": Path("weights"), "base": Path("llm")},
+            dtype="float16",
+            copy_weights=True,
             out=tmp_path,
             force=True,
         )
     ]
+
+
+def test_random_weights_are_asked_for_by_their_flag(run_cli, seen_options):
+    run_cli("llava", "--random-weights", "--seed", "3")
+    assert seen_options == [ExportOptions(model="llava", random_weights=True, seed=3)]
+
+
+def test_weights_that_are_not_here_exit_2_with_the_way_to_get_them(run_cli, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nowhere/hub")
+    outcome = run_cli("llava", "--keep", "0.3")
+    assert (outcome.code, outcome.out) == (2, "")
+    for words in (
+        "weights of llava-1.5-7b are not on this machine: main",
+        "llava-hf/llava-1.5-7b-hf or",
+        "in /nowhere/hub",
+        "hf download llava-hf/llava-1.5-7b-hf",
+        "--checkpoint main=PATH",
+    ):
+        assert words in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--checkpoint", "a", "--checkpoint", "b"], "names the part main twice"),
+        (["--checkpoint", "llm=a"], "no such part: llm; allowed: main, base, tower"),
+        (["--checkpoint", "base="], "names no path"),
+        (["--checkpoint", "a", "--random-weights"], "random weights need no checkpoint"),
+        (["--dtype", "int8"], "--dtype"),
+    ],
+)
+def test_parts_and_dtypes_that_make_no_sense_exit_2(run_cli, flags, words):
+    outcome = run_cli("llava", *flags)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert words in outcome.err
 
 
 def test_a_bundle_is_replaced_by_force_alone(run_cli, tiny_bundle, tiny_checkpoint, tmp_path):
@@ -52,6 +96,46 @@ def test_json_says_where_the_bundle_is_and_quiet_says_nothing_else(
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.plain["bundle"] == str(tiny_bundle)
     assert (outcome.plain["num_kept_tokens"], outcome.plain["num_visual_tokens"]) == (5, 16)
+
+
+@pytest.fixture
+def reported(monkeypatch, tiny_bundle):
+    """Makes the next export report a manifest of the caller's making."""
+
+    def report(**changes):
+        manifest = replace(open_bundle(tiny_bundle).manifest, **changes)
+        made = ExportReport(bundle=tiny_bundle, manifest=manifest, seconds={"trace": 1.5})
+        monkeypatch.setattr(pipeline, "export_model", lambda options, *, progress: made)
+        return manifest
+
+    return report
+
+
+def test_tokens_of_tiles_are_accounted_for_by_tile(run_cli, reported, sample_manifest):
+    reported(
+        image=replace(
+            sample_manifest.image,
+            preparation="anyres",
+            tiles=TilesSpec(resolutions=((32, 64), (64, 64))),
+        )
+    )
+    err = run_cli("demo").err
+    assert "5 of 16 visual tokens of each tile (up to 5 tiles: at most 25 of 80, " in err
+    assert "and a newline after each row)" in err
+
+
+def test_what_is_shared_with_the_checkpoint_is_said(run_cli, reported):
+    manifest = reported()
+    assert "linked" not in run_cli("demo").err
+    linked = [replace(manifest.files[0], held="linked", size=13_500_000_000)]
+    reported(files=(*linked, *manifest.files[1:]))
+    assert "13.5 GB linked to the checkpoint" in run_cli("demo").err
+
+
+def test_random_weights_are_warned_of(run_cli, reported):
+    reported()
+    assert "warning: the weights are random" in run_cli("demo", "--random-weights").err
+    assert "random" not in run_cli("demo").err
 
 
 @pytest.mark.parametrize("keep", ["0", "-0.1", "1.01", "nan", "inf"])

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import onnx
+
+from gap_export.bundle import Bundle, open_bundle
+from gap_export.cli import inspect_bundle
+from gap_export.manifest import SourceSpec, TilesSpec
 
 
 def test_gap_remap_is_found_where_onnx_sees_it(run_cli, tiny_bundle):
@@ -39,10 +44,37 @@ def test_the_text_names_model_pruning_graphs_and_files(run_cli, tiny_bundle):
         "tiny-llava (family llava, Apache-2.0): random weights, for tests",
         "pruning    spatial, keep 0.3, order raster, extra token none",
         "positions  gap",
-        "5 of 16 visual tokens fed (4x4 grid), 11 dropped",
+        "5 of 16 visual tokens, 4x4 grid; ids up to 255",
+        "nothing shared",
+        "graphs     float32, opset ",
+        "source     main: ",
         "<- past_key_values.{i}.key [batch_size, 2, past_sequence_length, 8] float32 (x2)",
         "-> logits [batch_size, 1, ",
         "tokenizer.json",
+    ):
+        assert words in text
+
+
+def test_random_weights_tiles_and_links_are_marked(tiny_bundle, sample_manifest):
+    opened = open_bundle(tiny_bundle)
+    manifest = replace(
+        opened.manifest,
+        source=SourceSpec(parts=(), random_seed=7),
+        image=replace(
+            sample_manifest.image, preparation="anyres", tiles=TilesSpec(resolutions=((32, 64),))
+        ),
+        files=(replace(opened.manifest.files[0], held="cloned"), *opened.manifest.files[1:]),
+        dtype="float16",
+    )
+    tokens = inspect_bundle._token_accounting(manifest)
+    text = inspect_bundle._describe_model(Bundle(path=opened.path, manifest=manifest))
+    text += inspect_bundle._describe_tokens(tokens, manifest)
+    for words in (
+        "none: RANDOM weights, seed 7",
+        "cloned from the checkpoint",
+        "float16",
+        "5 of 16 visual tokens of each tile (up to 3 tiles: at most 15 of 48,",
+        "a tile saved",
     ):
         assert words in text
 

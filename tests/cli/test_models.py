@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 
-from gap_export import recipe
+from gap_export import hub_cache, recipe
 
 
 @pytest.fixture
@@ -19,16 +21,30 @@ def recipes(monkeypatch, tmp_path, tiny_checkpoint):
     monkeypatch.setattr(recipe, "models_dir", lambda: tmp_path)
 
 
-def test_weights_are_said_to_be_here_or_missing(run_cli, recipes):
+@pytest.fixture
+def found(monkeypatch, tmp_path):
+    """What the caches hold: put hub ids, or names of files, into it."""
+    there = set()
+
+    def find(part):
+        names = {repository.id for repository in part.repositories} | {part.file}
+        return tmp_path / "there" if names & there else None
+
+    monkeypatch.setattr(hub_cache, "find_part", find)
+    return there
+
+
+def test_bundled_weights_are_said_to_be_there_or_missing(run_cli, recipes):
     plain = run_cli("models", "--json").plain["models"]
-    assert [model["weights"] for model in plain] == ["here", "missing"]
+    assert [model["weights"] for model in plain] == ["bundled", "missing"]
     assert plain[0]["grid"] == [4, 4]
+    assert plain[0]["parts"] == []
 
 
 def test_the_table_has_a_row_a_model(run_cli, recipes):
     lines = run_cli("models").out.splitlines()
     assert lines[0].split()[:3] == ["name", "aliases", "family"]
-    assert lines[2].split()[:6] == ["tiny-llava", "-", "llava", "4x4", "=", "16"]
+    assert lines[2].split()[:7] == ["tiny-llava", "-", "llava", "4x4", "=", "16", "bundled"]
     assert len(lines) == 4
 
 
@@ -37,3 +53,47 @@ def test_the_demo_model_answers_to_its_aliases(run_cli):
     (demo,) = [model for model in models if model["name"] == "refshapes-llava"]
     assert demo["aliases"] == ["refshapes", "demo"]
     assert demo["num_visual_tokens"] == 144
+
+
+def weights(run_cli):
+    return {item["name"]: item["weights"] for item in run_cli("models", "--json").plain["models"]}
+
+
+def test_required_parts_that_are_not_here_are_named(run_cli, found):
+    assert weights(run_cli)["shikra-7b"] == "missing: main, base, tower"
+    found |= {"shikras/shikra-7b-delta-v1-0708", "openai/clip-vit-large-patch14"}
+    assert weights(run_cli)["shikra-7b"] == "missing: base"
+    found |= {"huggyllama/llama-7b", "llava-hf/llava-1.5-7b-hf"}
+    said = weights(run_cli)
+    # LLaVA's other parts are optional.
+    assert (said["shikra-7b"], said["llava-1.5-7b"]) == ("here", "here")
+    assert said["llava-1.5-13b"] == "missing: main"
+
+
+def test_json_tells_each_part_and_where_it_is(run_cli, found, tmp_path):
+    found.add("eva_vit_g.pth")
+    models = run_cli("models", "--json").plain["models"]
+    (minigpt,) = [model for model in models if model["name"] == "minigpt-v2"]
+    parts = {part["role"]: part for part in minigpt["parts"]}
+    assert parts["base"]["hub"] == "meta-llama/Llama-2-7b-chat-hf"
+    assert (parts["base"]["required"], parts["base"]["path"]) == (True, None)
+    assert parts["tower"]["path"] == str(tmp_path / "there")
+    assert parts["tower"]["hub"] is None
+    assert parts["tower"]["url"].endswith("eva_vit_g.pth")
+
+
+def test_tiles_and_licences_are_told(run_cli, found):
+    lines = {line.split()[0]: line for line in run_cli("models").out.splitlines()}
+    assert "24x24 = 576 a tile" in lines["llava-1.6-mistral-7b"]
+    assert "Apache-2.0" in lines["llava-1.6-mistral-7b"]
+    assert "32x8 = 256 " in lines["minigpt-v2"]
+
+
+def test_listing_models_imports_no_export_package():
+    code = (
+        "import sys; from gap_export.cli import main; code = main(['models', '-q']);"
+        "bad = {'torch', 'transformers', 'onnx', 'numpy', 'safetensors'} & set(sys.modules);"
+        "sys.exit(str(bad) if bad else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -13,6 +13,7 @@ import gap_export
 # Anything slow, large, or from an extra. (pydantic is not here: typer itself imports it.)
 HEAVY = {
     "PIL",
+    "huggingface_hub",
     "numpy",
     "onnx",
     "onnx_ir",
@@ -43,8 +44,10 @@ BASE_MODULES = (
     "gap_export.errors",
     "gap_export.evaluation",
     "gap_export.extras",
+    "gap_export.hub_cache",
     "gap_export.manifest",
-    "gap_export.pipeline",
+    "gap_export.pipeline.export",
+    "gap_export.pipeline.options",
     "gap_export.positions",
     "gap_export.progress",
     "gap_export.recipe",

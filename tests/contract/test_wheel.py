@@ -111,6 +111,11 @@ def test_the_wheel_holds_the_package_the_models_and_nothing_else(wheel):
     for wanted in ("cli/ground.py", "py.typed", "_models/refshapes-llava/recipe.yaml"):
         assert f"gap_export/{wanted}" in names
     assert [n for n in names if n.endswith((".pyc", ".part"))] == []
+    # Of other models there are recipes and no weights.
+    models = [n for n in names if n.startswith("gap_export/_models/")]
+    others = [n for n in models if "/refshapes-llava/" not in n]
+    assert len(others) == 6
+    assert all(n.endswith("/recipe.yaml") for n in others)
     (license_file,) = [n for n in names if n.endswith("licenses/LICENSE")]
     assert license_file.startswith("gap_export-")
 
@@ -130,8 +135,9 @@ def test_the_wheel_grounds_from_a_bare_environment(
     assert Path(where.strip()).is_relative_to(site_packages(python))
 
     program: Callable[..., str] = partial(run_python, python, "-m", "gap_export")
-    (model,) = json.loads(program("models", "--json"))["models"]
-    assert (model["name"], model["weights"]) == ("refshapes-llava", "here")
+    models = {model["name"]: model for model in json.loads(program("models", "--json"))["models"]}
+    assert {"refshapes-llava", "llava-1.5-7b", "minigpt-v2"} <= set(models)
+    assert models["refshapes-llava"]["weights"] == "bundled"
 
     scene = generate_scene(split="heldout", seed=0, index=0)
     picture = tmp_path / "picture.png"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,16 @@ import pytest
 from gap_export.errors import UsageError
 from gap_export.evaluation import accuracy
 from gap_export.evaluation.accuracy import evaluate_bundle, evaluate_model
+from gap_export.manifest import SourceFile, SourcePart, SourceSpec
 from gap_export.pipeline import ExportOptions, export_model
 
 
 def test_rows_are_unpruned_then_compact_and_gap_for_each_configuration(tiny_checkpoint):
     report = evaluate_model(
-        str(tiny_checkpoint),
+        ExportOptions(model=str(tiny_checkpoint), seed=4),
         pruners=["spatial", "random"],
         keep_ratios=[0.5, 0.3],
         num_samples=8,
-        seed=4,
     )
     keys = [(row.pruner, row.keep_ratio, row.positions) for row in report.rows]
     assert keys == [
@@ -39,7 +40,7 @@ def test_rows_are_unpruned_then_compact_and_gap_for_each_configuration(tiny_chec
 
 def test_fewer_samples_than_one_are_refused(tiny_checkpoint):
     with pytest.raises(UsageError, match="samples"):
-        evaluate_model(str(tiny_checkpoint), num_samples=0)
+        evaluate_model(ExportOptions(model=str(tiny_checkpoint)), num_samples=0)
 
 
 def test_a_pruned_baseline_is_refused(tiny_bundle):
@@ -55,12 +56,59 @@ def test_a_baseline_of_other_weights_is_refused(tiny_bundle, make_checkpoint, tm
         evaluate_bundle(tiny_bundle, baseline=baseline, num_samples=4)
 
 
+def unpruned(manifest, **source):
+    """The manifest's model at keep 1."""
+    pruning = replace(manifest.pruning, keep_ratio=1.0)
+    return replace(manifest, pruning=pruning, source=SourceSpec(**source))
+
+
+def part(role, sha256):
+    file = SourceFile(path="model.safetensors", size=1, sha256=sha256)
+    return SourcePart(role=role, location="/nowhere", files=(file,))
+
+
+def test_files_of_a_baseline_are_compared_within_their_part(sample_manifest):
+    manifest = replace(
+        sample_manifest, source=SourceSpec(parts=(part("main", "a"), part("base", "b")))
+    )
+    same = unpruned(manifest, parts=(part("base", "b"), part("main", "a"), part("tower", "c")))
+    accuracy._check_baseline(manifest, same)
+    other = unpruned(manifest, parts=(part("main", "a"), part("base", "a")))
+    with pytest.raises(UsageError, match=r"another base/model\.safetensors"):
+        accuracy._check_baseline(manifest, other)
+    with pytest.raises(UsageError, match="no common weights"):
+        accuracy._check_baseline(manifest, unpruned(manifest, parts=(part("tower", "a"),)))
+
+
+def test_random_weights_are_compared_by_their_seed(sample_manifest):
+    manifest = replace(sample_manifest, source=SourceSpec(parts=(), random_seed=3))
+    accuracy._check_baseline(manifest, unpruned(manifest, parts=(), random_seed=3))
+    for source in ({"parts": (), "random_seed": 4}, {"parts": (part("main", "a"),)}):
+        with pytest.raises(UsageError, match="other random weights"):
+            accuracy._check_baseline(manifest, unpruned(manifest, **source))
+
+
+def test_the_baseline_of_a_bundle_is_made_in_its_dtype(tiny_bundle, monkeypatch):
+    asked = []
+
+    def refuse(recipe, checkpoint, options, *, progress):
+        asked.append(options.dtype)
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(accuracy, "export_checkpoint", refuse)
+    with pytest.raises(UsageError, match="far enough"):
+        evaluate_bundle(tiny_bundle, num_samples=4)
+    assert asked == ["float32"]
+
+
 def test_a_checkpoint_folder_named_like_a_recipe_is_the_folder(
     tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch
 ):
     shutil.copytree(tiny_checkpoint, tmp_path / "refshapes-llava")
     monkeypatch.chdir(tmp_path)
-    report = evaluate_bundle(tiny_bundle, checkpoint=Path("refshapes-llava"), num_samples=4)
+    report = evaluate_bundle(
+        tiny_bundle, checkpoint={"main": Path("refshapes-llava")}, num_samples=4
+    )
     assert {row.model for row in report.rows} == {"tiny-llava"}
 
 
@@ -68,14 +116,16 @@ def test_a_slip_in_the_last_configuration_is_refused_before_anything_is_exported
     tiny_checkpoint, monkeypatch
 ):
     monkeypatch.setattr(accuracy, "export_model", None)
+    options = ExportOptions(model=str(tiny_checkpoint))
     with pytest.raises(UsageError, match="keep ratio"):
-        evaluate_model(str(tiny_checkpoint), keep_ratios=[0.3, 1.5])
+        evaluate_model(options, keep_ratios=[0.3, 1.5])
     with pytest.raises(UsageError, match="spatail"):
-        evaluate_model(str(tiny_checkpoint), pruners=["cls", "spatail"])
+        evaluate_model(options, pruners=["cls", "spatail"])
 
 
 def test_score_order_needs_no_pruner_but_those_asked_for(tiny_checkpoint):
-    report = evaluate_model(str(tiny_checkpoint), pruners=["cls"], order="score", num_samples=4)
+    options = ExportOptions(model=str(tiny_checkpoint), order="score")
+    report = evaluate_model(options, pruners=["cls"], num_samples=4)
     assert [row.pruner for row in report.rows] == ["none", "cls", "cls"]
 
 
@@ -85,7 +135,9 @@ def test_a_bundle_gives_the_same_rows_with_a_baseline_as_with_its_checkpoint(
     options = ExportOptions(model=str(tiny_checkpoint), keep_ratio=1.0, out=tmp_path / "whole")
     whole = export_model(options).bundle
     by_baseline = evaluate_bundle(tiny_bundle, baseline=whole, num_samples=4)
-    by_checkpoint = evaluate_bundle(tiny_bundle, checkpoint=tiny_checkpoint, num_samples=4)
+    by_checkpoint = evaluate_bundle(
+        tiny_bundle, checkpoint={"main": tiny_checkpoint}, num_samples=4
+    )
     assert by_baseline == by_checkpoint
 
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from gap_export.errors import CheckpointError, ExitCode, RecipeError
 from gap_export.families import build_reference, resolve_pruning
+from gap_export.source import Checkpoint
 
 LAYER = "language_model.model.layers.1.mlp.up_proj.weight"
 
@@ -28,7 +29,7 @@ def build(folder: Path, recipe: Any, pruner: str = "spatial") -> None:
     pruning = resolve_pruning(
         recipe, pruner=pruner, keep_ratio=0.3, order="raster", positions="gap", seed=0
     )
-    build_reference(recipe, folder, pruning, device="meta")
+    build_reference(recipe, Checkpoint.of(folder), pruning, device="meta")
 
 
 def refusal(folder: Path, recipe: Any, pruner: str = "spatial") -> str:
@@ -69,6 +70,17 @@ def test_unexpected_tensor_is_named(broken, tiny_recipe):
     assert "unexpected adapter.weight" in refusal(broken, tiny_recipe)
 
 
+def test_newline_of_llava_next_is_unexpected(broken, tiny_recipe):
+    edit_tensors(broken, lambda t: t.update({"image_newline": np.ones(32, np.float32)}))
+    assert "unexpected image_newline" in refusal(broken, tiny_recipe)
+
+
+def test_missing_and_unexpected_tensors_are_told_together(broken, tiny_recipe):
+    edit_tensors(broken, lambda t: t.update({f"x.{LAYER}": t.pop(LAYER)}))
+    message = refusal(broken, tiny_recipe)
+    assert f"missing decoder.layers.1.mlp.up_proj.weight, unexpected x.{LAYER}" in message
+
+
 def test_many_missing_tensors_are_counted(broken, tiny_recipe):
     edit_tensors(broken, lambda t: [t.pop(k) for k in list(t) if "layers.1" in k])
     assert "and 19 more" in refusal(broken, tiny_recipe)
@@ -80,9 +92,19 @@ def test_misshaped_tensor_is_named_with_both_shapes(broken, tiny_recipe):
     assert "decoder.layers.1.mlp.up_proj.weight [64, 33] instead of [64, 32]" in message
 
 
-def test_weights_of_another_dtype_are_refused(broken, tiny_recipe):
-    edit_tensors(broken, lambda t: t.update({LAYER: t[LAYER].astype(np.float16)}))
-    assert "F16" in refusal(broken, tiny_recipe)
+@pytest.mark.parametrize(("dtype", "name"), [(np.int8, "I8"), (np.float64, "F64")])
+def test_weights_of_another_dtype_are_refused(broken, tiny_recipe, dtype, name):
+    edit_tensors(broken, lambda t: t.update({LAYER: t[LAYER].astype(dtype)}))
+    message = refusal(broken, tiny_recipe)
+    assert f"not supported: {name}; allowed: F32, F16, BF16" in message
+
+
+def test_every_misshaped_tensor_is_named(broken, tiny_recipe):
+    wrong = {LAYER: np.ones((64, 33), np.float32), LAYER.replace("1", "0"): np.ones(2, np.float32)}
+    edit_tensors(broken, lambda t: t.update(wrong))
+    message = refusal(broken, tiny_recipe)
+    assert "layers.0.mlp.up_proj.weight [2] instead of [64, 32]" in message
+    assert "layers.1.mlp.up_proj.weight [64, 33] instead of [64, 32]" in message
 
 
 def test_one_tensor_under_two_names_is_refused(broken, tiny_recipe):
@@ -125,14 +147,34 @@ def test_untied_head_may_not_be_left_out(broken, tiny_recipe):
 
 
 def test_missing_and_empty_folder_are_refused(tmp_path, tiny_recipe):
-    assert "folder not found" in refusal(tmp_path / "none", tiny_recipe)
-    assert "no weights" in refusal(tmp_path, tiny_recipe)
+    message = refusal(tmp_path / "none", tiny_recipe)
+    assert "not there" in message and str(tmp_path / "none") in message
+    assert "an empty folder" in refusal(tmp_path, tiny_recipe)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_missing_file_is_named(broken, tiny_recipe, name):
-    (broken / name).unlink()
-    assert f"{broken / name}" in refusal(broken, tiny_recipe)
+def test_folder_without_weights_is_refused(broken, tiny_recipe):
+    (broken / "model.safetensors").unlink()
+    message = refusal(broken, tiny_recipe)
+    assert "no weights" in message and "model.safetensors.index.json" in message
+
+
+def test_folder_without_config_is_refused_with_what_it_holds(broken, tiny_recipe):
+    (broken / "config.json").unlink()
+    message = refusal(broken, tiny_recipe)
+    assert "a folder without config.json" in message and "model.safetensors" in message
+    assert "allowed: llava-hf" in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"model_type": 7}', '{"model_type": []}'])
+def test_config_that_is_none_is_refused(broken, tiny_recipe, text):
+    (broken / "config.json").write_text(text)
+    assert "is not a checkpoint of family llava" in refusal(broken, tiny_recipe)
+
+
+def test_missing_tokenizer_is_named(broken, tiny_recipe):
+    (broken / "tokenizer.json").unlink()
+    message = refusal(broken, tiny_recipe)
+    assert str(broken) in message and "tokenizer.json" in message
 
 
 @pytest.mark.parametrize(
@@ -154,14 +196,18 @@ def test_truncated_weights_are_refused(broken, tiny_recipe, size):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda c: c.update(model_type="llava_next"), "model_type 'llava_next'"),
+        (lambda c: c.update(model_type="llava_next"), "looks like llava_next (llava-next-hf)"),
+        (lambda c: c.update(model_type="llama"), "model_type 'llama'"),
         (lambda c: c.pop("model_type"), "model_type None"),
-        (lambda c: c["text_config"].update(model_type="qwen2"), "decoder type"),
-        (lambda c: c["vision_config"].update(model_type="siglip_vision_model"), "vision tower"),
+        (lambda c: c["text_config"].update(model_type="qwen2"), "decoder model_type"),
+        (
+            lambda c: c["vision_config"].update(model_type="siglip_vision_model"),
+            "vision model_type",
+        ),
         (lambda c: c.update(vision_feature_layer=-1), "vision_feature_layer"),
         (lambda c: c.update(vision_feature_select_strategy="full"), "select_strategy"),
-        (lambda c: c["vision_config"].update(image_size=64), "visual token grid"),
-        (lambda c: c["vision_config"].update(patch_size=4), "visual token grid"),
+        (lambda c: c["vision_config"].update(image_size=64), "image size, number of visual tokens"),
+        (lambda c: c["vision_config"].update(patch_size=4), "number of visual tokens"),
         (lambda c: c["text_config"].update(attention_bias="yes"), "does not parse"),
         (lambda c: c["text_config"].update(num_hidden_layers=3), "missing decoder.layers.2"),
     ],

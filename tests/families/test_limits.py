@@ -12,6 +12,7 @@ import pytest
 
 from gap_export.errors import CheckpointError
 from gap_export.families import build_reference, resolve_pruning
+from gap_export.source import Checkpoint
 
 
 def refusal(
@@ -29,7 +30,7 @@ def refusal(
         recipe, pruner="text", keep_ratio=0.3, order="raster", positions="gap", seed=0
     )
     with pytest.raises(CheckpointError) as caught:
-        build_reference(recipe, folder, pruning, device="meta")
+        build_reference(recipe, Checkpoint.of(folder), pruning, device="meta")
     message = str(caught.value)
     assert len(message) < 1000
     return message
@@ -54,7 +55,7 @@ TOWER = "clip/config.json"
         ("config.json", "projector_hidden_act", "geru", "gelu, "),
         *((s, "vocab_size", v, "1..") for s in (DECODER, TOWER) for v in (0, -1, 10**12)),
         *((s, "num_hidden_layers", v, "tensors") for s in (VISION, DECODER) for v in (0, -1)),
-        *((ROPE, "rope_theta", v, "above 0") for v in (0, -1.0, "x", float("nan"), True)),
+        *((ROPE, "rope_theta", v, "above 0") for v in (0, -1.0, "x", float("nan"), True, None)),
         (DECODER, "rms_norm_eps", 0.0, "above 0"),
         (DECODER, "num_key_value_heads", 0, "1.."),
         (DECODER, "num_key_value_heads", 3, "num_attention_heads, 4"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from gap_export.families import Reference, build_reference, resolve_pruning
 from gap_export.recipe import load_recipe
+from gap_export.source import Checkpoint
+from tests.families.masked_oracle import logits_of_every_token
 
 PRUNERS = ("cls", "text", "random", "spatial", "fastervlm")
 ATOL = 2e-5
@@ -20,7 +24,7 @@ def reference(folder: Path, pruner: str = "spatial", keep_ratio: float = 1.0) ->
     pruning = resolve_pruning(
         recipe, pruner=pruner, keep_ratio=keep_ratio, order="raster", positions="gap", seed=0
     )
-    return build_reference(recipe, folder, pruning, device="cpu")
+    return build_reference(recipe, Checkpoint.of(folder), pruning, device="cpu")
 
 
 def transformers_model(folder: Path) -> Any:
@@ -72,19 +76,34 @@ def test_unpruned_logits_equal_transformers_through_decode(checkpoint):
                 mask = torch.ones(1, fed.shape[1], dtype=torch.int64)
 
 
+def test_unpruned_logits_of_every_token_equal_transformers(checkpoint):
+    ref, theirs = reference(checkpoint), transformers_model(checkpoint)
+    ids = torch.randint(5, 120, (1, 24), generator=torch.Generator().manual_seed(2))
+    ids[0, 5:21] = 3
+    with torch.inference_mode():
+        embeds = ref.embed_tokens(ids)
+        embeds[:, 5:21] = ref.vision_encoder(pictures(1))[0]
+        wanted = theirs(input_ids=ids, pixel_values=pictures(1)).logits[0].numpy()
+    assert np.abs(wanted).max() > 0.5
+    assert np.abs(logits_of_every_token(ref, embeds.numpy()) - wanted).max() < ATOL
+
+
 def test_features_and_cls_attention_equal_transformers(tiny_checkpoint):
     theirs = transformers_model(tiny_checkpoint)
     tower = reference(tiny_checkpoint).vision_encoder.tower
     with torch.inference_mode():
-        hidden, attention = tower(pictures(2))
+        features = tower(pictures(2))
         seen = theirs.model.vision_tower(
             pictures(2), output_hidden_states=True, output_attentions=True
         )
         wanted = theirs.model.get_image_features(pictures(2)).pooler_output
         ours = reference(tiny_checkpoint).vision_encoder(pictures(2))[0]
-    assert (hidden - seen.hidden_states[-2]).abs().max() < ATOL
+    # Our tower drops CLS from the patches and gives it apart.
+    assert (features.patches - seen.hidden_states[-2][:, 1:]).abs().max() < ATOL
+    assert (features.cls - seen.hidden_states[-2][:, 0]).abs().max() < ATOL
     # hidden_states[-2] is what the last layer reads, so the layer before it produced it.
-    assert (attention - seen.attentions[-2][:, :, 0, 1:].mean(dim=1)).abs().max() < ATOL
+    attention = seen.attentions[-2][:, :, 0, 1:].mean(dim=1)
+    assert (features.cls_attention - attention).abs().max() < ATOL
     assert (ours - torch.stack(list(wanted))).abs().max() < ATOL
 
 
@@ -112,23 +131,14 @@ def test_text_encoder_pools_where_transformers_does(tiny_checkpoint, tmp_path, e
     """Id 2 is the old convention: the largest id of the row; any other: the first such id."""
     from transformers import CLIPTextModelWithProjection
 
-    from gap_export.families.clip_text import read_text_tower
-    from gap_export.families.components import text_component
-    from gap_export.families.loading import fill_module
-    from gap_export.recipe import TextTower
-
-    theirs = CLIPTextModelWithProjection.from_pretrained(tiny_checkpoint / "clip").eval()
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "c"))
+    theirs = CLIPTextModelWithProjection.from_pretrained(folder / "clip").eval()
     theirs.config.eos_token_id = theirs.text_model.eos_token_id = eos_token_id
-    theirs.save_pretrained(tmp_path / "clip")
-    projection = (tiny_checkpoint / "clip/visual_projection.safetensors").read_bytes()
-    (tmp_path / "clip/visual_projection.safetensors").write_bytes(projection)
-    tower = TextTower(folder="clip", similarity_sign=1)
-    with torch.device("meta"):
-        component = text_component(read_text_tower(tower, tmp_path, vision_width=32))
-    fill_module(component)
+    theirs.save_pretrained(folder / "clip")
+    encoder = reference(folder, "text").text_encoder
     rows = torch.tensor([[1, 50, 9, 50, 9, 2], [1, 9, 9, 50, 2, 0]])
     with torch.inference_mode():
-        difference = component.module(rows) - theirs(input_ids=rows).text_embeds
+        difference = encoder(rows) - theirs(input_ids=rows).text_embeds
     assert difference.abs().max() < ATOL
 
 
@@ -178,7 +188,8 @@ def test_similarity_sign_turns_the_choice_round(tiny_checkpoint):
         pruning = resolve_pruning(
             each, pruner="text", keep_ratio=0.5, order="raster", positions="gap", seed=0
         )
-        encoder = build_reference(each, tiny_checkpoint, pruning, device="cpu").vision_encoder
+        checkpoint = Checkpoint.of(tiny_checkpoint)
+        encoder = build_reference(each, checkpoint, pruning, device="cpu").vision_encoder
         with torch.inference_mode():
             kept.append(set(encoder(pictures(1), text)[1][0].tolist()))
     assert kept[0] | kept[1] == set(range(16)) and not kept[0] & kept[1]
@@ -188,10 +199,11 @@ def test_meta_reference_reads_no_weight(tiny_checkpoint, tiny_graphs, monkeypatc
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("gap_export.families.loading.read_tensor", forbidden)
-    meta = build_reference(
-        tiny_graphs.recipe, tiny_checkpoint, tiny_graphs.pruning("text"), device="meta"
-    )
+    monkeypatch.setattr("gap_export.weights.safetensors.read_tensor", forbidden)
+    checkpoint, pruning = Checkpoint.of(tiny_checkpoint), tiny_graphs.pruning("text")
+    with pytest.raises(AssertionError, match="a weight was read"):
+        build_reference(tiny_graphs.recipe, checkpoint, pruning, device="cpu")
+    meta = build_reference(tiny_graphs.recipe, checkpoint, pruning, device="meta")
     for component in meta.components:
         assert all(p.is_meta for p in component.module.parameters())
         assert set(component.weight_refs) == set(component.module.state_dict())
@@ -203,24 +215,27 @@ def test_reference_names_its_files(tiny_checkpoint, tiny_graphs):
         "vision_encoder", "embed_tokens", "decoder_model_merged",
     ]  # fmt: skip
     assert plain.text_encoder is None and plain.text_encoder_spec is None
-    assert plain.weight_files == {tiny_checkpoint / "model.safetensors": "model.safetensors"}
-    assert not any("clip" in file.parts for file in plain.checkpoint_files)
+    assert plain.dtype == "float32" and plain.newline is None
+    assert plain.assets == {"tokenizer.json": tiny_checkpoint / "tokenizer.json"}
+    assert {role for role, _ in plain.checkpoint_files} == {"main"}
+    main = {"config.json", "generation_config.json", "model.safetensors"}
+    assert read_files(plain, tiny_checkpoint) == main
 
     text = tiny_graphs.reference("text", 0.3)
     assert [c.name for c in text.components][1] == "text_encoder"
-    assert text.weight_files == {
-        tiny_checkpoint / "model.safetensors": "model.safetensors",
-        tiny_checkpoint / "clip/model.safetensors": "clip-model.safetensors",
-        tiny_checkpoint / "clip/visual_projection.safetensors": "visual_projection.safetensors",
+    assert text.assets == {
+        "tokenizer.json": tiny_checkpoint / "tokenizer.json",
+        "text_tokenizer.json": tiny_checkpoint / "clip/tokenizer.json",
     }
-    assert [name for _, name in text.tokenizer_files] == ["tokenizer.json", "text_tokenizer.json"]
     assert text.text_encoder_spec.max_tokens == 24
-    read = {file.relative_to(tiny_checkpoint).as_posix() for file in text.checkpoint_files}
-    assert read == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "clip/config.json", "clip/model.safetensors", "clip/tokenizer.json",
-        "clip/visual_projection.safetensors",
+    assert text.text_encoder_spec.tokenizer_file == "text_tokenizer.json"
+    assert read_files(text, tiny_checkpoint) == main | {
+        "clip/config.json", "clip/model.safetensors", "clip/visual_projection.safetensors",
     }  # fmt: skip
     spec = plain.decoder_spec
     assert (spec.num_layers, spec.num_key_value_heads, spec.head_dim) == (2, 2, 8)
     assert spec.eos_token_ids == (2,) and spec.max_position_embeddings == 256
+
+
+def read_files(ref: Reference, folder: Path) -> set[str]:
+    return {file.relative_to(folder).as_posix() for _, file in ref.checkpoint_files}

@@ -4,6 +4,8 @@ import pytest
 
 from gap_export.errors import ExitCode, RecipeError, UnsupportedPrunerError, UsageError
 from gap_export.families import resolve_pruning, supported_pruners
+from gap_export.recipe import Recipe
+from tests.families.tiny_llava_next import plain_recipe
 
 
 def resolve(recipe, **changes):
@@ -57,6 +59,17 @@ def test_unusable_request_is_refused(tiny_recipe, changes, says):
     with pytest.raises(UsageError) as caught:
         resolve(tiny_recipe, **changes)
     assert says in str(caught.value)
+
+
+def test_tiles_are_pruned_each_by_its_own_number():
+    pruning = resolve(Recipe.model_validate(plain_recipe()))
+    assert (pruning.num_visual_tokens, pruning.num_kept_tokens) == (16, 5)
+
+
+@pytest.mark.parametrize("pruner", ["cls", "random", "fastervlm"])
+def test_tiles_are_joined_in_raster_order_alone(pruner):
+    with pytest.raises(UsageError, match=r"tiny-next.*tiles.*order score; allowed: raster"):
+        resolve(Recipe.model_validate(plain_recipe()), pruner=pruner, order="score")
 
 
 @pytest.mark.parametrize(("name", "text_tower"), [("spatail", True), ("text", False)])

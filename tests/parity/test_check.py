@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from gap_export.errors import UsageError
-from gap_export.parity.check import Question, check_bundle
+from gap_export.parity.check import Question, _Answer, check_bundle
+from gap_export.parity.tolerances import TOLERANCES
 from gap_export.parity.torch_backend import TorchBackend
+from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.source import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,9 @@ def questions():
 
 
 def run(bundle, recipe, checkpoint, questions):
-    return check_bundle(bundle, recipe=recipe, checkpoint=checkpoint, questions=questions)
+    return check_bundle(
+        bundle, recipe=recipe, checkpoint=Checkpoint.of(checkpoint), questions=questions
+    )
 
 
 @pytest.mark.parametrize("fixture", ["tiny_bundle", "tiny_text_bundle"])
@@ -127,3 +132,44 @@ def test_a_flipped_token_is_a_tie_only_where_the_reference_is_undecided(
 def test_no_questions_is_refused(tiny_bundle, tiny_recipe, tiny_checkpoint):
     with pytest.raises(UsageError, match="at least 1"):
         run(tiny_bundle, tiny_recipe, tiny_checkpoint, [])
+
+
+def answer(token_ids, keep_indices=(0, 3)):
+    return Grounding(
+        expression="x",
+        box=None,
+        text="",
+        token_ids=token_ids,
+        keep_indices=keep_indices,
+        num_visual_tokens=16,
+        tokens=(),
+        image_size=(4, 4),
+        timings_ms={},
+        backend="numpy",
+        warnings=(),
+    )
+
+
+def answers(expected, given, logits=()):
+    return _Answer(expression="x", expected=expected, given=given, logits=list(logits))
+
+
+def test_a_half_precision_margin_grows_with_the_logits():
+    logits = [np.asarray([40.0, 39.5, 0.0], np.float16)]
+    pair = answers(answer((0, 2)), answer((1, 2)), logits)
+    assert pair.margin == 0.5
+    assert pair.is_tie(TOLERANCES["float16"]["logits"])
+    assert not pair.is_tie(TOLERANCES["float32"]["logits"])
+    clear = answers(answer((0, 2)), answer((2, 2)), logits)
+    assert not clear.is_tie(TOLERANCES["float16"]["logits"])
+    assert not answers(answer((0, 2)), answer((0, 2)), logits).is_tie(
+        TOLERANCES["float16"]["logits"]
+    )
+
+
+def test_answers_part_by_their_selection_only_where_it_differs():
+    assert answers(answer((0, 2)), answer((1, 2), (0, 4))).saw_others
+    assert not answers(answer((0, 2)), answer((1, 2))).saw_others
+    # Another order of the same tokens is no other selection, and equal answers need no excuse.
+    assert not answers(answer((0, 2)), answer((1, 2), (3, 0))).saw_others
+    assert not answers(answer((0, 2)), answer((0, 2), (0, 4))).saw_others

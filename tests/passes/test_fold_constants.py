@@ -99,7 +99,9 @@ def test_exported_reductions_have_constant_axes(tiny_graphs):
 def test_export_reads_no_weight(tiny_graphs, tmp_path, monkeypatch):
     from gap_export.families import build_reference
     from gap_export.passes import PIPELINES, run_pipeline
+    from gap_export.source import Checkpoint
     from gap_export.trace import save_graph, trace_component
+    from gap_export.weights import place_reference
 
     def forbidden(self: ir.ExternalTensor) -> None:
         raise AssertionError(f"{self.name} was read")
@@ -107,8 +109,12 @@ def test_export_reads_no_weight(tiny_graphs, tmp_path, monkeypatch):
     monkeypatch.setattr(ir.ExternalTensor, "numpy", forbidden)
     monkeypatch.setattr(ir.ExternalTensor, "tobytes", forbidden)
     pruning = tiny_graphs.pruning("cls", 0.5)
-    meta = build_reference(tiny_graphs.recipe, tiny_graphs.checkpoint, pruning, device="meta")
-    model = trace_component(meta.component("vision_encoder"), locations=meta.weight_files)
+    checkpoint = Checkpoint.of(tiny_graphs.checkpoint)
+    component = build_reference(tiny_graphs.recipe, checkpoint, pruning, device="meta").component(
+        "vision_encoder"
+    )
+    placed = {k: place_reference(ref, ref.file.name) for k, ref in component.weight_refs.items()}
+    model = trace_component(component, placed=placed)
     run_pipeline(model, PIPELINES["vision_encoder"])
     save_graph(model, tmp_path / "vision_encoder.onnx")
     assert (tmp_path / "vision_encoder.onnx").stat().st_size < 200_000

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gap_export.manifest import Manifest, TextEncoderSpec
+from gap_export.manifest import Manifest, TensorPlace, TextEncoderSpec, TilesSpec
 from gap_export.positions import gap_remap
 
 
@@ -64,14 +64,19 @@ class FakeBackend:
         self.calls.append("encode_image")
         pruning = self.manifest.pruning
         emitted, hidden = pruning.num_emitted_tokens, self.manifest.decoder.hidden_size
-        keep = np.arange(emitted, dtype=np.int64)[None] * 3
-        features = np.tanh(pixel_values.mean() + np.arange(emitted * hidden, dtype=np.float32))
-        features = features.reshape(1, emitted, hidden).astype(np.float32)
+        keep = np.arange(emitted, dtype=np.int64)[None].repeat(len(pixel_values), axis=0) * 3
+        means = pixel_values.mean(axis=(1, 2, 3))[:, None]
+        features = np.tanh(means + np.arange(emitted * hidden, dtype=np.float32))
+        features = features.reshape(-1, emitted, hidden).astype(np.float32)
         if text_embeds is not None:
             shift = (np.abs(text_embeds).sum(axis=1) * 10).astype(np.int64) % 2
             keep = keep + shift[:, None]
             features = features + text_embeds[:, None, :]
         return features, keep
+
+    def image_newline(self) -> Any:
+        assert self.manifest.newline is not None
+        return np.full(self.manifest.decoder.hidden_size, 0.5, np.float32)
 
     def embed_tokens(self, input_ids: Any) -> Any:
         return self._table[input_ids]
@@ -118,6 +123,34 @@ def text_manifest(sample_manifest: Manifest) -> Manifest:
             template="{expression}", tokenizer_file="clip/tokenizer.json", max_tokens=7
         ),
     )
+
+
+def _tiled(manifest: Manifest) -> Manifest:
+    image = dataclasses.replace(
+        manifest.image,
+        preparation="anyres",
+        pad_color=(0, 0, 0),
+        tiles=TilesSpec(resolutions=((32, 64), (64, 32), (64, 64))),
+    )
+    return dataclasses.replace(
+        manifest,
+        image=image,
+        decoder=dataclasses.replace(manifest.decoder, max_position_embeddings=256),
+        box=dataclasses.replace(manifest.box, frame="image"),
+        newline=TensorPlace(file="model.safetensors", offset=0, dtype="float32", shape=(8,)),
+    )
+
+
+@pytest.fixture
+def tiled_manifest(sample_manifest: Manifest) -> Manifest:
+    """As sample_manifest, with pictures cut into two or four tiles of 32 px."""
+    return _tiled(sample_manifest)
+
+
+@pytest.fixture
+def tiled_text_manifest(text_manifest: Manifest) -> Manifest:
+    """As tiled_manifest, with a pruner that reads the text."""
+    return _tiled(text_manifest)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import pytest
 from hypothesis import assume, given
@@ -13,6 +14,7 @@ from gap_export.runtime.boxes import parse_box, to_pixels
 from gap_export.runtime.geometry import Frame, ImageGeometry
 
 PADDED = BoxSpec(syntax="bracketed", scale=1.0, frame="padded_square")
+ANGLED = BoxSpec(syntax="angled", scale=100.0, frame="image")
 SQUASHED = BoxSpec(syntax="bracketed", scale=100.0, frame="image")
 SPECS = pytest.mark.parametrize("spec", [PADDED, SQUASHED])
 
@@ -120,12 +122,66 @@ def test_text_without_a_box_gives_none(text: str) -> None:
     assert parse_box(text, PADDED) is None
 
 
-@given(st.text(alphabet="[]0123456789.,- \n", max_size=300))
-def test_garbage_is_parsed_without_error(text: str) -> None:
-    box = parse_box(text, PADDED)
+@pytest.mark.parametrize("spec", [PADDED, ANGLED], ids=["bracketed", "angled"])
+@given(st.one_of(st.text(alphabet="[]{}<>0123456789.,- \n", max_size=300), st.text(max_size=60)))
+def test_garbage_is_parsed_without_error(spec: BoxSpec, text: str) -> None:
+    box = parse_box(text, spec)
     if box is not None:
-        assert "[" in text
+        assert ("[" if spec is PADDED else "{") in text
         assert all(abs(value) < 1e10 for value in box)
+
+
+@given(
+    st.tuples(*[st.integers(0, 100)] * 4),
+    st.sampled_from(["", " ", "\n", "  "]),
+    st.sampled_from(["", "<unk>", "the cup {1} <2> ", "{<1><2><3>", "{"]),
+    st.sampled_from(["", "</s>", "}", "<delim>{<1><2><3><4>}"]),
+)
+def test_angled_box_is_read_back(
+    corners: tuple[int, ...], space: str, before: str, after: str
+) -> None:
+    numbers = space.join(f"<{space}{corner}{space}>" for corner in corners)
+    box = parse_box(f"{before}{{{space}{numbers}{space}}}{after}", ANGLED)
+    assert box == pytest.approx([corner / 100 for corner in corners], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "{<1><2><3>}",
+        "{<1><2><3><4><5>}",
+        "{<1>,<2>,<3>,<4>}",
+        "<1><2><3><4>",
+        "{<1.5><2><3><4>}",
+        "{<-1><2><3><4>}",
+        "{<a><b><c><d>}",
+        "{<1><2><3><4>",
+        "[0.1, 0.2, 0.3, 0.4]",
+        "{<" + "9" * 400 + "><2><3><4>}",
+        "{<\u0661><2><3><4>}",
+    ],
+)
+def test_text_without_an_angled_box_gives_none(text: str) -> None:
+    assert parse_box(text, ANGLED) is None
+
+
+def test_shikra_s_answer_is_bracketed() -> None:
+    assert parse_box("Answer: [0.123,0.456,0.7,0.9] .", PADDED) == (0.123, 0.456, 0.7, 0.9)
+
+
+@pytest.mark.parametrize("spec", [PADDED, ANGLED], ids=["bracketed", "angled"])
+@pytest.mark.parametrize(
+    "piece", ["{", "[", "{ ", "[ ", "{<1><2><3>", "[1,2,3,", "{<1> ", " ", "1"]
+)
+def test_parsing_takes_linear_time(spec: BoxSpec, piece: str) -> None:
+    text = piece * (1_000_000 // len(piece))
+    for start in ("", "{<1>", "[1,"):
+        began = time.process_time()
+        assert parse_box(start + text, spec) is None
+        # About 10 ms; a quadratic search would take hours.
+        assert time.process_time() - began < 2
 
 
 def test_first_of_several_boxes_counts() -> None:

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from gap_export.errors import ImageError, OutputError
+from gap_export.positions import TileTokens
 from gap_export.runtime.drawing import draw_grounding, save_drawing, token_box
 from gap_export.runtime.geometry import Frame
-from gap_export.runtime.grounding import Grounding
+from gap_export.runtime.grounding import Grounding, TokenGrid
 
 YELLOW = (255, 225, 0)
 
@@ -28,12 +29,24 @@ def answer() -> Grounding:
         token_ids=(1, 2),
         keep_indices=(0, 1, 4, 5, 8, 9, 12, 13),
         num_visual_tokens=16,
-        grid=(4, 4),
-        grid_frame=Frame(left=0, top=0, width=64, height=64),
+        tokens=(grid_of(4, 4, (0, 1, 4, 5, 8, 9, 12, 13), width=64, height=64),),
         image_size=(64, 64),
         timings_ms={"total": 1.0},
         backend="numpy",
         warnings=(),
+    )
+
+
+def grid_of(
+    rows: int, cols: int, kept: tuple[int, ...], *, width: float, height: float, view: Any = "image"
+) -> TokenGrid:
+    return TokenGrid(
+        view=view,
+        rows=rows,
+        cols=cols,
+        frame=Frame(left=0, top=0, width=width, height=height),
+        kept=kept,
+        tiles=(TileTokens(num_visual_tokens=rows * cols, num_kept_tokens=len(kept)),),
     )
 
 
@@ -50,9 +63,8 @@ def test_small_picture_is_enlarged_and_gets_a_caption(answer: Grounding) -> None
 
 
 def test_large_picture_is_shrunk(answer: Grounding) -> None:
-    big = dataclasses.replace(
-        answer, box=None, grid_frame=Frame(left=0, top=0, width=5000, height=9)
-    )
+    tokens = (grid_of(4, 4, (0, 1), width=5000, height=9),)
+    big = dataclasses.replace(answer, box=None, tokens=tokens)
     assert draw_grounding(Image.new("RGB", (5000, 9)), big).width == 2048
 
 
@@ -73,7 +85,8 @@ def test_kept_tokens_are_outlined(answer: Grounding) -> None:
 
 
 def test_nothing_is_dimmed_or_outlined_where_all_was_kept(answer: Grounding) -> None:
-    whole = dataclasses.replace(answer, box=None, keep_indices=tuple(range(16)))
+    tokens = (grid_of(4, 4, tuple(range(16)), width=64, height=64),)
+    whole = dataclasses.replace(answer, box=None, tokens=tokens)
     assert (draw(whole)[:512] == [200, 40, 40]).all()
 
 
@@ -92,8 +105,8 @@ def test_token_box_follows_the_padded_square() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (700, 1), (3000, 40)])
 def test_picture_of_any_shape_is_drawn(answer: Grounding, size: tuple[int, int]) -> None:
-    frame = Frame(left=0, top=0, width=size[0], height=size[1])
-    odd = dataclasses.replace(answer, grid_frame=frame, box=(0.0, 0.0, 0.4, 0.4))
+    tokens = (grid_of(4, 4, (0, 5), width=size[0], height=size[1]),)
+    odd = dataclasses.replace(answer, tokens=tokens, box=(0.0, 0.0, 0.4, 0.4))
     drawing = draw_grounding(Image.new("RGB", size), odd)
     assert max(drawing.size) >= 512
 
@@ -129,3 +142,54 @@ def test_place_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None
 def test_picture_that_cannot_be_used_is_refused(answer: Grounding, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="no such picture"):
         draw_grounding(tmp_path / "missing.png", answer)
+
+
+def test_uneven_grid_gives_uneven_cells(answer: Grounding) -> None:
+    # 32 rows of 8 columns: on 512 pixels a token is 16 high and 64 wide.
+    tokens = (grid_of(32, 8, (8 * 3 + 2,), width=64, height=64),)
+    drawing = draw(dataclasses.replace(answer, box=None, tokens=tokens))
+    bright = (drawing[:512].max(axis=-1) > 100).nonzero()
+    assert (bright[0].min(), bright[0].max() + 1) == (48, 64)
+    assert (bright[1].min(), bright[1].max() + 1) == (128, 192)
+
+
+def tiled(answer: Grounding, base: tuple[int, ...], tiles: tuple[int, ...]) -> Grounding:
+    tokens = (
+        grid_of(2, 2, base, width=64, height=64, view="base"),
+        grid_of(4, 4, tiles, width=64, height=64, view="tiles"),
+    )
+    return dataclasses.replace(answer, box=None, tokens=tokens)
+
+
+def test_tiles_are_shown_large_and_the_base_tile_below(answer: Grounding) -> None:
+    drawing = draw(tiled(answer, base=(3,), tiles=(0,)))
+    red = (drawing == [200, 40, 40]).all(axis=-1)
+    # Of the tiles the upper left 128 pixels, of the base tile the lower right quarter of 205.
+    assert red[10:118, 10:118].all()
+    assert not red[:512, 130:].any()
+    rows, cols = red[512:].nonzero()
+    assert (cols.min(), cols.max()) == (103, 203)
+    assert rows.max() - rows.min() == 100
+
+
+def test_base_tile_is_beside_a_tall_picture(answer: Grounding) -> None:
+    picture = Image.new("RGB", (100, 512), (200, 40, 40))
+    drawing = draw_grounding(picture, tiled(answer, base=(0,), tiles=(0,)))
+    assert drawing.width > 140
+    assert drawing.height < 600
+
+
+def test_base_tile_is_left_out_where_nothing_was_dropped(answer: Grounding) -> None:
+    whole = tiled(answer, base=tuple(range(4)), tiles=tuple(range(16)))
+    drawing = draw(whole)
+    assert (drawing[:512] == [200, 40, 40]).all()
+    assert len(drawing) < 600
+
+
+def test_tiles_that_show_nothing_of_a_thin_picture_are_left_out(answer: Grounding) -> None:
+    tokens = (
+        grid_of(2, 2, (0,), width=640, height=1, view="base"),
+        grid_of(0, 4, (), width=640, height=0, view="tiles"),
+    )
+    thin = dataclasses.replace(answer, box=None, tokens=tokens)
+    assert draw_grounding(Image.new("RGB", (640, 1)), thin).width == 640

@@ -23,13 +23,16 @@ MakeBackend = Callable[[Manifest], Any]
 HIDDEN, NUM_VISUAL = 8, 16
 
 
-def make_row(prefix: int, suffix: int, keep: list[int], *, seed: int = 0) -> PromptRow:
+def make_row(
+    prefix: int, suffix: int, keep: list[int], *, seed: int = 0, num_visual: int = NUM_VISUAL
+) -> PromptRow:
     rng = np.random.default_rng(seed)
     return PromptRow(
         prefix_embeds=rng.normal(size=(prefix, HIDDEN)).astype(np.float32),
         suffix_embeds=rng.normal(size=(suffix, HIDDEN)).astype(np.float32),
         image_features=rng.normal(size=(len(keep), HIDDEN)).astype(np.float32),
         keep_indices=np.asarray(keep, dtype=np.int64),
+        num_visual_tokens=num_visual,
     )
 
 
@@ -41,7 +44,7 @@ ROWS = [
 
 
 def assembled(rows: list[PromptRow], positions: Any = "gap") -> DecoderPrompt:
-    return assemble_prompt(rows, num_visual_tokens=NUM_VISUAL, positions=positions)
+    return assemble_prompt(rows, positions=positions)
 
 
 def test_one_row_is_prefix_image_suffix_with_original_ids() -> None:
@@ -66,6 +69,13 @@ def test_shorter_rows_are_padded_on_the_left() -> None:
     assert not prompt.inputs_embeds[1, :4].any()
     assert prompt.position_ids[1].tolist() == [0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6]
     assert prompt.kept_positions[1].tolist() == [0, 1, 3, 4, 5, 6, 18, 19, 20, 21, 22]
+
+
+def test_rows_may_differ_in_how_many_visual_tokens_there_were() -> None:
+    rows = [make_row(2, 2, [0, 3], num_visual=4), make_row(2, 2, [0, 3, 8], num_visual=9)]
+    prompt = assembled(rows)
+    # The shorter table goes on by itself.
+    assert prompt.kept_positions.tolist() == [[0, 1, 2, 5, 6, 7, 8], [0, 1, 2, 5, 10, 11, 12]]
 
 
 def test_no_rows_are_refused() -> None:

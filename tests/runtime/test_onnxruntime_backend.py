@@ -44,9 +44,10 @@ def rebuild(tiny_bundle: Path, tmp_path: Path) -> Rebuild:
         opened = open_bundle(tiny_bundle)
         with write_bundle(tmp_path / "rebuilt") as draft:
             for file in opened.manifest.files:
-                draft.copy(opened.file(file.path), file.path)
-            for name, content in (contents or {}).items():
-                (draft.folder / name).write_bytes(content)
+                if contents is not None and file.path in contents:
+                    (draft.folder / file.path).write_bytes(contents[file.path])
+                else:
+                    draft.place(opened.file(file.path), file.path, hold="copy")
             draft.commit(dataclasses.replace(opened.manifest, **changes))
         return tmp_path / "rebuilt"
 

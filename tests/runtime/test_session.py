@@ -14,6 +14,7 @@ from PIL import Image
 
 from gap_export.errors import BundleError, ExpressionError, GapExportError, ImageError
 from gap_export.manifest import BoxSpec, Manifest
+from gap_export.positions import TileTokens
 from gap_export.runtime.geometry import Frame
 from gap_export.runtime.session import GroundingSession
 
@@ -46,8 +47,11 @@ def test_answer_tells_what_was_seen(session: GroundingSession, picture: Any) -> 
     assert answer.expression == " the star "
     assert answer.keep_indices == (0, 3, 6, 9, 12)
     assert answer.num_visual_tokens == 16
-    assert answer.grid == (4, 4)
-    assert answer.grid_frame == Frame(left=0, top=-8, width=40, height=40)
+    (grid,) = answer.tokens
+    assert (grid.view, grid.rows, grid.cols) == ("image", 4, 4)
+    assert grid.frame == Frame(left=0, top=-8, width=40, height=40)
+    assert grid.kept == answer.keep_indices
+    assert grid.tiles == (TileTokens(num_visual_tokens=16, num_kept_tokens=5),)
     assert answer.image_size == (40, 24)
     assert 1 <= len(answer.token_ids) <= 8
     assert list(answer.timings_ms) == [
@@ -61,10 +65,26 @@ def test_answer_is_plain_json(session: GroundingSession, picture: Any) -> None:
     answer = session.ground(picture, "the star")
     plain = json.loads(json.dumps(answer.to_plain()))
     assert plain["keep_indices"] == [0, 3, 6, 9, 12]
-    assert plain["grid"] == {"rows": 4, "cols": 4, "frame": [0, -8, 40, 40]}
+    assert plain["tokens"] == [
+        {
+            "view": "image",
+            "rows": 4,
+            "cols": 4,
+            "frame": [0, -8, 40, 40],
+            "kept": [0, 3, 6, 9, 12],
+            "tiles": [
+                {
+                    "num_visual_tokens": 16,
+                    "num_kept_tokens": 5,
+                    "num_padding_tokens": 0,
+                    "num_newline_tokens": 0,
+                }
+            ],
+        }
+    ]
     assert plain["image_size"] == [40, 24]
     assert plain["backend"] == "numpy"
-    assert set(plain) == {field.name for field in dataclasses.fields(answer)} - {"grid_frame"}
+    assert set(plain) == {field.name for field in dataclasses.fields(answer)}
 
 
 def test_batch_equals_its_rows_alone_and_sees_the_picture_once(

@@ -3,38 +3,20 @@
 The forward is written out so that an export sees one plain graph: RoPE reads ``position_ids`` and
 nothing else, the mask is a key mask over cache slots, the cache goes in and comes out.
 
+Between attention's own steps the hidden state is a matrix, [B * S, H]: a linear layer on a matrix
+is one ONNX Gemm that reads its weight as the checkpoint stores it. On three dimensions it would be
+a MatMul by a transposed weight, and runtimes keep the transposed copy of every weight in memory.
+
 Shape letters: B rows, S fed tokens, T = past + S slots, H hidden, V vocabulary, d head width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-
-@dataclass(frozen=True, kw_only=True)
-class LlamaShape:
-    """What of a Llama's config the modules here read.
-
-    ``num_heads`` is a multiple of ``num_key_value_heads``; RoPE is the plain kind, without scaling.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    activation: str
-    attention_bias: bool
-    mlp_bias: bool
+from gap_export.architecture import DecoderShape
 
 
 class LlamaDecoder(nn.Module):
@@ -42,7 +24,7 @@ class LlamaDecoder(nn.Module):
 
     inv_freq: torch.Tensor
 
-    def __init__(self, shape: LlamaShape) -> None:
+    def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
         self.shape = shape
         self.layers = nn.ModuleList([_Layer(shape) for _ in range(shape.num_layers)])
@@ -74,28 +56,32 @@ class LlamaDecoder(nn.Module):
         """
         past_length = past_key_values[0].shape[2]
         allowed = _allowed(attention_mask, num_queries=inputs_embeds.shape[1], past=past_length)
-        rotation = self._rotation(position_ids)
-        hidden = inputs_embeds
+        rotation = self._rotation(position_ids, inputs_embeds.dtype)
+        batch, length, width = inputs_embeds.shape
+        hidden = inputs_embeds.reshape(-1, width)
         present: list[torch.Tensor] = []
         for index, layer in enumerate(self.layers):
             past = past_key_values[2 * index], past_key_values[2 * index + 1]
-            hidden, key, value = layer(hidden, allowed, rotation, past)
+            hidden, key, value = layer(hidden, (batch, length), allowed, rotation, past)
             present += [key, value]
-        logits = self.lm_head(self.norm(hidden[:, -1:]))
+        last = hidden.reshape(batch, length, width)[:, -1]
+        logits = self.lm_head(self.norm(last)).unsqueeze(1)
         return (logits, *present)
 
-    def _rotation(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cos and sin, float32 [B, 1, S, d]."""
+    def _rotation(
+        self, position_ids: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cos and sin, [B, 1, S, d], worked out in float32 whatever ``dtype`` they end in."""
         ids = position_ids.to(torch.float32).unsqueeze(1).unsqueeze(3)
         half = ids * self.inv_freq
         angles = torch.cat((half, half), dim=-1)
-        return angles.cos(), angles.sin()
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class TokenEmbedding(nn.Module):
     """Token ids to vectors; the weight is named ``weight``."""
 
-    def __init__(self, shape: LlamaShape) -> None:
+    def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.vocab_size, shape.hidden_size))
 
@@ -127,7 +113,7 @@ def rope_frequencies(theta: float, width: int) -> torch.Tensor:
 
 
 class _Layer(nn.Module):
-    def __init__(self, shape: LlamaShape) -> None:
+    def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
         self.self_attn = _Attention(shape)
         self.mlp = _Mlp(shape)
@@ -137,17 +123,19 @@ class _Layer(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,
+        size: tuple[int, int],
         allowed: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
         past: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        attended, key, value = self.self_attn(self.input_layernorm(hidden), allowed, rotation, past)
+        normal = self.input_layernorm(hidden)
+        attended, key, value = self.self_attn(normal, size, allowed, rotation, past)
         hidden = hidden + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden)), key, value
 
 
 class _Attention(nn.Module):
-    def __init__(self, shape: LlamaShape) -> None:
+    def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
         self.shape = shape
         width, bias = shape.num_heads * shape.head_dim, shape.attention_bias
@@ -160,31 +148,36 @@ class _Attention(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,
+        size: tuple[int, int],
         allowed: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
         past: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         shape = self.shape
-        query = _rotate(self._heads(self.q_proj(hidden), shape.num_heads), rotation)
-        key = _rotate(self._heads(self.k_proj(hidden), shape.num_key_value_heads), rotation)
-        value = self._heads(self.v_proj(hidden), shape.num_key_value_heads)
+        groups = shape.num_key_value_heads
+        query = _rotate(self._heads(self.q_proj(hidden), size, shape.num_heads), rotation)
+        key = _rotate(self._heads(self.k_proj(hidden), size, groups), rotation)
+        value = self._heads(self.v_proj(hidden), size, groups)
         key, value = torch.cat((past[0], key), dim=2), torch.cat((past[1], value), dim=2)
-        groups = shape.num_heads // shape.num_key_value_heads
-        scores = torch.matmul(query, _repeat(key, groups).transpose(2, 3)) * shape.head_dim**-0.5
+        shared = shape.num_heads // groups
+        scores = torch.matmul(query, _repeat(key, shared).transpose(2, 3)) * shape.head_dim**-0.5
         # The finite minimum, never -inf: a row that may see nothing (padding) stays a number.
         scores = torch.where(allowed, scores, torch.finfo(scores.dtype).min)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        mixed = torch.matmul(weights, _repeat(value, groups)).transpose(1, 2)
-        merged = mixed.reshape(hidden.shape[0], hidden.shape[1], shape.num_heads * shape.head_dim)
+        # Cast first: softmax's own dtype argument is exported as a cast of its result.
+        weights = torch.softmax(scores.to(torch.float32), dim=-1).to(query.dtype)
+        mixed = torch.matmul(weights, _repeat(value, shared)).transpose(1, 2)
+        merged = mixed.reshape(-1, shape.num_heads * shape.head_dim)
         return self.o_proj(merged), key, value
 
-    def _heads(self, projected: torch.Tensor, num_heads: int) -> torch.Tensor:
-        batch, length, _ = projected.shape
-        return projected.reshape(batch, length, num_heads, self.shape.head_dim).transpose(1, 2)
+    def _heads(
+        self, projected: torch.Tensor, size: tuple[int, int], num_heads: int
+    ) -> torch.Tensor:
+        """[B * S, heads * d] to [B, heads, S, d]."""
+        return projected.reshape(*size, num_heads, self.shape.head_dim).transpose(1, 2)
 
 
 class _Mlp(nn.Module):
-    def __init__(self, shape: LlamaShape) -> None:
+    def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
         inner, bias = shape.intermediate_size, shape.mlp_bias
         self.gate_proj = nn.Linear(shape.hidden_size, inner, bias=bias)
@@ -212,7 +205,7 @@ def _rotate(heads: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) ->
     half = heads.shape[-1] // 2
     first, second = heads[..., :half], heads[..., half:]
     turned = torch.cat((-second, first), dim=-1)
-    return heads * cos.to(heads.dtype) + turned * sin.to(heads.dtype)
+    return heads * cos + turned * sin
 
 
 def _repeat(heads: torch.Tensor, groups: int) -> torch.Tensor:

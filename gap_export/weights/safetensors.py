@@ -1,25 +1,27 @@
 """Safetensors by reference: where each tensor's bytes lie, without reading one of them.
 
-An export never loads weights; the ONNX files point into the checkpoint by offset. So this module
-reads headers only, with bounds on everything a damaged or hostile file could claim.
+An export need not load weights; the ONNX files point into the checkpoint by offset. So this module
+reads headers, with bounds on everything a damaged or hostile file could claim, and maps the bytes
+of one tensor where somebody asks for them.
 Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header,
 tensor bytes without holes).
 """
 
 from __future__ import annotations
 
-import json
 import math
+import mmap
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from gap_export.errors import CheckpointError
+from gap_export.weights.files import check_no_pointer, damaged, parse_json_object, shard_files
+from gap_export.weights.weight import READABLE_DTYPES
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -30,18 +32,14 @@ _ITEM_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
     "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
-_NUMPY_DTYPES: Mapping[str, str] = {
-    "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "I32": "<i4",
-    "U32": "<u4", "F32": "<f4", "I64": "<i8", "U64": "<u8", "F64": "<f8",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRef:
-    """Where one tensor lies.
+    """Where one tensor's bytes lie, plain and contiguous.
 
     Attributes:
-        file: The safetensors file.
+        file: A safetensors file, or a PyTorch pickle that stores its tensors uncompressed.
         key: Its name in the file.
         dtype: Safetensors name, e.g. ``F32``.
         shape: Dimensions, row-major.
@@ -55,6 +53,15 @@ class TensorRef:
     shape: tuple[int, ...]
     offset: int
     length: int
+
+    @property
+    def origin(self) -> str:
+        """See :class:`gap_export.weights.Weight`."""
+        return f"{self.key} in {self.file}"
+
+    def load(self) -> torch.Tensor:
+        """See :class:`gap_export.weights.Weight`."""
+        return read_tensor(self)
 
 
 def index_checkpoint(folder: Path) -> dict[str, TensorRef]:
@@ -72,7 +79,7 @@ def index_checkpoint(folder: Path) -> dict[str, TensorRef]:
     if (folder / WEIGHTS_NAME).is_file():
         return index_files([folder / WEIGHTS_NAME])
     if (folder / INDEX_NAME).is_file():
-        return index_files(_shards(folder))
+        return index_files(shard_files(folder / INDEX_NAME, suffix=".safetensors"))
     raise CheckpointError(
         "no weights in the checkpoint folder",
         seen=folder,
@@ -113,7 +120,8 @@ def read_header(file: Path) -> dict[str, TensorRef]:
             prefix = stream.read(8)
             header_length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 2 <= header_length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise _damaged(
+                check_no_pointer(file, prefix + stream.read(64))
+                raise damaged(
                     file,
                     f"header of {header_length} bytes in a file of {size}"
                     if header_length >= 0
@@ -122,7 +130,7 @@ def read_header(file: Path) -> dict[str, TensorRef]:
             raw = stream.read(header_length)
     except OSError as err:
         raise CheckpointError("weight file cannot be read", seen=f"{file}: {err}") from err
-    header = _parse_json(file, raw)
+    header = parse_json_object(file, raw)
     header.pop("__metadata__", None)
     data_start = 8 + header_length
     refs = {key: _entry(file, key, value, data_start) for key, value in header.items()}
@@ -130,82 +138,81 @@ def read_header(file: Path) -> dict[str, TensorRef]:
     return refs
 
 
-def read_tensor(ref: TensorRef) -> NDArray[Any]:
-    """Read one tensor's bytes, for the PyTorch reference only.
+def read_tensor(ref: TensorRef) -> torch.Tensor:
+    """Map one tensor's bytes into memory; the disk is read where they are touched.
+
+    The mapping is private: writing to the tensor changes no file. It goes with the tensor, so that
+    walking through a checkpoint keeps no more of it resident than is in use.
+
+    Returns:
+        On the CPU, contiguous, of the dtype in the file.
 
     Raises:
-        CheckpointError: numpy has no such dtype, or the file shrank.
+        CheckpointError: torch has no such dtype, or the file shrank or cannot be read.
     """
-    if ref.dtype not in _NUMPY_DTYPES:
+    if ref.dtype not in READABLE_DTYPES:
         raise CheckpointError(
             f"tensor {ref.key} has a dtype that cannot be read",
-            seen=ref.dtype,
-            allowed=", ".join(sorted(_NUMPY_DTYPES)),
+            seen=f"{ref.dtype} in {ref.file}",
+            allowed=", ".join(sorted(READABLE_DTYPES)),
         )
-    count = math.prod(ref.shape)
-    try:
-        flat = np.fromfile(ref.file, dtype=_NUMPY_DTYPES[ref.dtype], count=count, offset=ref.offset)
-    except OSError as err:
-        raise CheckpointError("weight file cannot be read", seen=f"{ref.file}: {err}") from err
-    if flat.size != count:
-        raise _damaged(ref.file, f"{ref.key} ends after {flat.size} of {count} values")
-    return flat.reshape(ref.shape)
+    dtype = READABLE_DTYPES[ref.dtype]
+    assert ref.length == math.prod(ref.shape) * dtype.itemsize, ref
+    if not ref.length:
+        return torch.empty(ref.shape, dtype=dtype)
+    return map_bytes(ref.file, ref.offset, ref.length, dtype, key=ref.key).reshape(ref.shape)
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
-    """Read a JSON object of a checkpoint, such as its config.json.
+def map_bytes(
+    file: Path, offset: int, length: int, dtype: torch.dtype, *, key: str
+) -> torch.Tensor:
+    """Map bytes of a file, copy-on-write.
+
+    Args:
+        file: Any file.
+        offset: Of the first byte.
+        length: In bytes, not 0, a multiple of the dtype's.
+        dtype: What they are read as.
+        key: What they are, for messages.
+
+    Returns:
+        The values, one after the other.
 
     Raises:
-        CheckpointError: missing, unreadable, or not a JSON object.
+        CheckpointError: the file is shorter, or cannot be read.
     """
+    # A mapping starts at a page.
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
     try:
-        raw = file.read_bytes()
-    except FileNotFoundError as err:
-        raise CheckpointError("checkpoint file not found", seen=file) from err
-    except OSError as err:
-        raise CheckpointError("checkpoint file cannot be read", seen=f"{file}: {err}") from err
-    return _parse_json(file, raw)
-
-
-def _shards(folder: Path) -> list[Path]:
-    weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise _damaged(folder / INDEX_NAME, "no weight_map of file names")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        # An index must not make us read files outside its folder.
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise _damaged(folder / INDEX_NAME, f"weight file named {name!r}")
-    return [folder / name for name in names]
-
-
-def _parse_json(file: Path, raw: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        plain = dict(pairs)
-        if len(plain) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return plain
-
-    try:
-        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as err:
-        raise _damaged(file, f"JSON does not parse: {err}") from err
-    if not isinstance(parsed, dict):
-        raise _damaged(file, f"a JSON {type(parsed).__name__} where an object belongs")
-    return parsed
+        with file.open("rb") as stream:
+            size = stream.seek(0, 2)
+            if offset + length > size:
+                raise damaged(file, f"{key} ends at byte {offset + length} of {size}")
+            # One tensor at a time: a private mapping of a whole checkpoint may be refused where
+            # it is larger than the memory, though next to nothing of it is ever resident.
+            mapped = mmap.mmap(
+                stream.fileno(), offset + length - start, access=mmap.ACCESS_COPY, offset=start
+            )
+    except (OSError, ValueError) as err:
+        # ValueError: the file shrank in between.
+        raise CheckpointError("weight file cannot be read", seen=f"{file}: {err}") from err
+    flat = torch.frombuffer(mapped, dtype=torch.uint8)[offset - start :]
+    # Headers of odd length are legal; loads from odd addresses are not, everywhere.
+    aligned = flat if flat.data_ptr() % dtype.itemsize == 0 else flat.clone()
+    return aligned.view(dtype)
 
 
 def _entry(file: Path, key: str, value: Any, data_start: int) -> TensorRef:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(file, f"entry {key!r} is {value!r}"[:200])
+        raise damaged(file, f"entry {key!r} is {value!r}"[:200])
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise _damaged(file, f"{key} has dtype {dtype!r}"[:200])
+        raise damaged(file, f"{key} has dtype {dtype!r}"[:200])
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise _damaged(file, f"{key} has shape {shape!r} at {offsets!r}"[:200])
+        raise damaged(file, f"{key} has shape {shape!r} at {offsets!r}"[:200])
     length = offsets[1] - offsets[0]
     if length != math.prod(shape) * _ITEM_BYTES[dtype]:
-        raise _damaged(file, f"{key}: {length} bytes for {dtype} {shape}")
+        raise damaged(file, f"{key}: {length} bytes for {dtype} {shape}")
     return TensorRef(
         file=file,
         key=key,
@@ -225,15 +232,7 @@ def _check_layout(file: Path, refs: Iterable[TensorRef], *, start: int, end: int
     for ref in sorted(refs, key=lambda r: (r.offset, r.length)):
         if ref.offset != cursor:
             word = "overlaps the tensor before it" if ref.offset < cursor else "follows a hole"
-            raise _damaged(file, f"{ref.key} {word}")
+            raise damaged(file, f"{ref.key} {word}")
         cursor += ref.length
     if cursor != end:
-        raise _damaged(file, f"tensors end at byte {cursor} of {end}")
-
-
-def _damaged(file: Path, seen: str) -> CheckpointError:
-    return CheckpointError(
-        "weight file is damaged or not what it should be",
-        seen=f"{file}: {seen}",
-        fix="download or save the checkpoint again",
-    )
+        raise damaged(file, f"tensors end at byte {cursor} of {end}")

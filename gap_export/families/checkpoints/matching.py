@@ -1,28 +1,26 @@
-"""Matching a checkpoint's tensors with a model's, and filling modules for the PyTorch reference."""
+"""Matching a checkpoint's tensors with those a model must have."""
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 from transformers import PreTrainedConfig
 
 from gap_export.errors import CheckpointError
-from gap_export.families.limits import check_values
-from gap_export.families.reference import Component
-from gap_export.weights import TensorRef, read_json_object, read_tensor
+from gap_export.families.checkpoints.limits import check_values
+from gap_export.weights import FLOAT_DTYPES, Weight, read_json_object
 
 ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
+WeightT = TypeVar("WeightT", bound=Weight)
 
 # More than this many names in one message hide the point.
 _NAMES_SHOWN = 6
-_DTYPES = ("F32",)
 _MAX_REASON = 300
 
 
@@ -68,9 +66,26 @@ def parse_config(cls: type[ConfigT], file: Path, *, num_tensors: int) -> ConfigT
             allowed=repr(cls.model_type),
             fix="use the recipe of that model, or the checkpoint of this one",
         )
+    return build_config(cls, plain, file, num_tensors=num_tensors)
+
+
+def build_config(
+    cls: type[ConfigT], plain: Mapping[str, Any], file: Path, *, num_tensors: int
+) -> ConfigT:
+    """Check and parse what a config.json says, whatever kind it says it is.
+
+    Args:
+        cls: The kind to read it as.
+        plain: The content of ``file``, or the part of it that is meant.
+        file: Named in messages.
+        num_tensors: Of the checkpoint; it bounds how many layers the config may claim.
+
+    Raises:
+        CheckpointError: a value that no model can have, or not valid.
+    """
     check_values(plain, file, max_layers=num_tensors)
     try:
-        config: ConfigT = cls.from_dict(plain)
+        config: ConfigT = cls.from_dict(dict(plain))
     except (
         *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
         StrictDataclassError,
@@ -80,13 +95,51 @@ def parse_config(cls: type[ConfigT], file: Path, *, num_tensors: int) -> ConfigT
     return config
 
 
+def model_type_of(folder: Path) -> str | None:
+    """The ``model_type`` of a folder's config.json; None where there is no such thing."""
+    kind = peek_config(folder).get("model_type")
+    return kind if isinstance(kind, str) else None
+
+
+def peek_config(folder: Path) -> Mapping[str, Any]:
+    """A folder's config.json, to recognise it by; empty where there is none that can be read."""
+    try:
+        return read_json_object(folder / "config.json")
+    except CheckpointError:
+        return {}
+
+
+def look_at(folder: Path) -> str:
+    """What a folder seems to be, in words, for a message."""
+    if folder.is_file():
+        return f"a file, {folder.name}"
+    file = folder / "config.json"
+    try:
+        if file.is_file():
+            return f"model_type {reprlib.repr(read_json_object(file).get('model_type'))}"
+        names = sorted(path.name for path in folder.iterdir())
+    except (CheckpointError, OSError) as err:
+        return str(err)
+    return f"a folder without config.json: {_some(names)}" if names else "an empty folder"
+
+
+def main_dtype(weights: Mapping[str, Weight]) -> str:
+    """The dtype that most of the decoder is held in: float32, float16 or bfloat16."""
+    sizes: dict[str, int] = {}
+    for key, weight in weights.items():
+        if key.startswith("decoder."):
+            sizes[weight.dtype] = sizes.get(weight.dtype, 0) + math.prod(weight.shape)
+    return FLOAT_DTYPES[max(sizes, key=lambda dtype: sizes[dtype])]
+
+
 def match_tensors(
-    found: Mapping[str, TensorRef],
+    found: Mapping[str, WeightT],
     expected: Mapping[str, tuple[int, ...]],
     layout: KeyLayout,
     *,
     where: Path,
-) -> dict[str, TensorRef]:
+    sizes_of: str = "config.json",
+) -> dict[str, WeightT]:
     """Pair every expected tensor with its bytes.
 
     Args:
@@ -94,55 +147,34 @@ def match_tensors(
         expected: Shape by our name.
         layout: Turns one kind of name into the other.
         where: Named in messages.
+        sizes_of: What says the sizes, for messages.
 
     Returns:
-        References by our name, one for each expected tensor.
+        What was found, by our name, one for each expected tensor.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, there twice, mis-shaped, or of a dtype
             that is not supported.
     """
-    refs: dict[str, TensorRef] = {}
+    refs: dict[str, WeightT] = {}
     for key, ref in found.items():
         if key.endswith(layout.ignored_suffixes or ("\0",)):
             continue
         ours = layout.canonical(key)
         if ours in refs:
             raise CheckpointError(
-                f"{where}: two names for one tensor", seen=f"{refs[ours].key} and {key}"
+                f"{where}: two names for one tensor", seen=f"{refs[ours].origin} and {key}"
             )
         refs[ours] = ref
     for key, source in layout.tied.items():
         if source in refs:
             refs.setdefault(key, refs[source])
-    _check_keys(refs, expected, where)
-    _check_tensors(refs, expected, where)
+    _check_keys(refs, expected, where, sizes_of)
+    _check_tensors(refs, expected, where, sizes_of)
     return refs
 
 
-def fill_module(component: Component) -> None:
-    """Give a meta module its weights and constants, on the CPU, in place.
-
-    Raises:
-        CheckpointError: a weight cannot be read.
-    """
-    module = component.module
-    weights = {k: torch.from_numpy(read_tensor(r)) for k, r in component.weight_refs.items()}
-    module.load_state_dict(weights, strict=True, assign=True)
-    module.requires_grad_(False)
-    module.eval()
-    for name, value in component.constants.items():
-        owner, _, leaf = name.rpartition(".")
-        buffer = torch.from_numpy(value.copy())
-        module.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
-
-
-def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor of a module's state dict."""
-    return {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-
-
-def _check_keys(refs: Iterable[str], expected: Iterable[str], where: Path) -> None:
+def _check_keys(refs: Iterable[str], expected: Iterable[str], where: Path, sizes_of: str) -> None:
     missing = sorted(set(expected) - set(refs))
     unexpected = sorted(set(refs) - set(expected))
     if not missing and not unexpected:
@@ -155,13 +187,16 @@ def _check_keys(refs: Iterable[str], expected: Iterable[str], where: Path) -> No
     raise CheckpointError(
         f"{where}: tensors do not match the model's config",
         seen=", ".join(parts),
-        allowed="exactly the tensors of the architecture in config.json",
-        fix="check that config.json belongs to these weights",
+        allowed=f"exactly the tensors of the architecture in {sizes_of}",
+        fix=f"check that {sizes_of} belongs to these weights",
     )
 
 
 def _check_tensors(
-    refs: Mapping[str, TensorRef], expected: Mapping[str, tuple[int, ...]], where: Path
+    refs: Mapping[str, Weight],
+    expected: Mapping[str, tuple[int, ...]],
+    where: Path,
+    sizes_of: str,
 ) -> None:
     wrong = [
         f"{key} {list(refs[key].shape)} instead of {list(shape)}"
@@ -172,14 +207,14 @@ def _check_tensors(
         raise CheckpointError(
             f"{where}: tensors of the wrong shape",
             seen=_some(wrong),
-            fix="check that config.json belongs to these weights",
+            fix=f"check that {sizes_of} belongs to these weights",
         )
-    dtypes = sorted({refs[key].dtype for key in expected} - set(_DTYPES))
+    dtypes = sorted({refs[key].dtype for key in expected} - set(FLOAT_DTYPES))
     if dtypes:
         raise CheckpointError(
             f"{where}: weights of a dtype that is not supported",
             seen=", ".join(dtypes),
-            allowed=", ".join(_DTYPES),
+            allowed=", ".join(FLOAT_DTYPES),
             fix="load the model with transformers as float32 and save it again",
         )
 

@@ -5,23 +5,11 @@ Shape letters: B rows, T tokens, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-
-@dataclass(frozen=True, kw_only=True)
-class ClipShape:
-    """What of a CLIP tower's config its layers read."""
-
-    width: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    layer_norm_eps: float
-    activation: str
+from gap_export.architecture import TransformerShape
 
 
 class ClipEncoder(nn.Module):
@@ -32,7 +20,7 @@ class ClipEncoder(nn.Module):
         num_layers: How many of its layers to have.
     """
 
-    def __init__(self, shape: ClipShape, *, num_layers: int) -> None:
+    def __init__(self, shape: TransformerShape, *, num_layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList([_Layer(shape) for _ in range(num_layers)])
 
@@ -49,14 +37,17 @@ class ClipEncoder(nn.Module):
             hidden states [B, T, D], and the last layer's attention weights [B, heads, T, T] (None
             where there are no layers). Weights that nobody reads leave no trace in an export.
         """
+        batch, length, width = hidden.shape
         weights = None
+        # A matrix between the steps of attention, for the same reason as in llama_decoder.
+        flat = hidden.reshape(-1, width)
         for layer in self.layers:
-            hidden, weights = layer(hidden, allowed)
-        return hidden, weights
+            flat, weights = layer(flat, (batch, length), allowed)
+        return flat.reshape(batch, length, width), weights
 
 
 class _Layer(nn.Module):
-    def __init__(self, shape: ClipShape) -> None:
+    def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
         self.self_attn = _Attention(shape)
         self.layer_norm1 = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
@@ -64,15 +55,15 @@ class _Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
 
     def forward(
-        self, hidden: torch.Tensor, allowed: torch.Tensor | None
+        self, hidden: torch.Tensor, size: tuple[int, int], allowed: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        attended, weights = self.self_attn(self.layer_norm1(hidden), allowed)
+        attended, weights = self.self_attn(self.layer_norm1(hidden), size, allowed)
         hidden = hidden + attended
         return hidden + self.mlp(self.layer_norm2(hidden)), weights
 
 
 class _Attention(nn.Module):
-    def __init__(self, shape: ClipShape) -> None:
+    def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
         self.num_heads = shape.num_heads
         self.q_proj = nn.Linear(shape.width, shape.width)
@@ -81,26 +72,27 @@ class _Attention(nn.Module):
         self.out_proj = nn.Linear(shape.width, shape.width)
 
     def forward(
-        self, hidden: torch.Tensor, allowed: torch.Tensor | None
+        self, hidden: torch.Tensor, size: tuple[int, int], allowed: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        query = self._heads(self.q_proj(hidden))
-        key = self._heads(self.k_proj(hidden))
-        value = self._heads(self.v_proj(hidden))
+        query = self._heads(self.q_proj(hidden), size)
+        key = self._heads(self.k_proj(hidden), size)
+        value = self._heads(self.v_proj(hidden), size)
         scores = torch.matmul(query, key.transpose(2, 3)) * query.shape[3] ** -0.5
         if allowed is not None:
             scores = torch.where(allowed, scores, torch.finfo(scores.dtype).min)
-        weights = torch.softmax(scores, dim=-1)
-        merged = torch.matmul(weights, value).transpose(1, 2).reshape(hidden.shape)
+        # Cast first: softmax's own dtype argument is exported as a cast of its result.
+        weights = torch.softmax(scores.to(torch.float32), dim=-1).to(scores.dtype)
+        merged = torch.matmul(weights, value).transpose(1, 2).reshape(-1, hidden.shape[1])
         return self.out_proj(merged), weights
 
-    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
-        batch, length, width = projected.shape
-        head = width // self.num_heads
-        return projected.reshape(batch, length, self.num_heads, head).transpose(1, 2)
+    def _heads(self, projected: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """[B * T, D] to [B, heads, T, d]."""
+        head = projected.shape[1] // self.num_heads
+        return projected.reshape(*size, self.num_heads, head).transpose(1, 2)
 
 
 class _Mlp(nn.Module):
-    def __init__(self, shape: ClipShape) -> None:
+    def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
         self.fc1 = nn.Linear(shape.width, shape.intermediate_size)
         self.fc2 = nn.Linear(shape.intermediate_size, shape.width)

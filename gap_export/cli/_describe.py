@@ -1,0 +1,35 @@
+"""What several commands say about a bundle, in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gap_export.cli._terminal import format_size
+
+if TYPE_CHECKING:
+    from gap_export.manifest import Manifest
+
+# How files that take no room of their own got into a bundle.
+_SHARED = {"linked": "linked to the checkpoint", "cloned": "cloned from the checkpoint"}
+
+
+def describe_tokens(manifest: Manifest) -> str:
+    """How many visual tokens stay: of a picture or, where it is cut into tiles, of each tile."""
+    pruning, tiles = manifest.pruning, manifest.image.tiles
+    text = f"{pruning.num_kept_tokens} of {pruning.num_visual_tokens} visual tokens"
+    if tiles is None:
+        return text
+    area = manifest.image.height * manifest.image.width
+    most = 1 + max(height * width // area for height, width in tiles.resolutions)
+    return (
+        f"{text} of each tile (up to {most} tiles: at most {most * pruning.num_kept_tokens} of "
+        f"{most * pruning.num_visual_tokens}, and a newline after each row)"
+    )
+
+
+def describe_holding(manifest: Manifest) -> str:
+    """What a bundle shares with its checkpoint; empty where it shares nothing."""
+    sizes = {
+        held: sum(file.size for file in manifest.files if file.held == held) for held in _SHARED
+    }
+    return ", ".join(f"{format_size(size)} {_SHARED[held]}" for held, size in sizes.items() if size)

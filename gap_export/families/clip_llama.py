@@ -1,0 +1,98 @@
+"""The build that LLaVA, LLaVA-1.6 and Shikra share: CLIP tower, projector, Llama decoder.
+
+What tells them apart is data: sizes, projector, prompt, picture preparation, and how their
+checkpoints are stored.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gap_export.errors import RecipeError
+from gap_export.families.checkpoints.clip_text_tower import TextTowerSource, read_text_tower
+from gap_export.families.checkpoints.configs import select_index
+from gap_export.families.checkpoints.random_weights import random_text_tower
+from gap_export.families.components import (
+    assemble,
+    decoder_component,
+    embedding_component,
+    joint_space,
+    text_component,
+    vision_component,
+)
+from gap_export.families.modules.clip_vision import ClipVisionTower
+from gap_export.families.modules.expected import NEWLINE_KEY
+from gap_export.families.modules.projector import build_projector
+from gap_export.families.modules.pruned_vision import PrunedVisionEncoder
+from gap_export.families.reference import Device, ModelSource, Reference
+from gap_export.manifest import PruningSpec
+from gap_export.pruning import Reading, find_pruner
+from gap_export.recipe import Recipe
+from gap_export.source import Checkpoint
+
+
+def clip_readings(recipe: Recipe) -> frozenset[Reading]:
+    """CLS is always there, the text tower where the recipe names one."""
+    cls: frozenset[Reading] = frozenset({"cls_features", "cls_attention"})
+    return cls | {"text"} if recipe.text_tower is not None else cls
+
+
+def build_clip_llama(
+    recipe: Recipe,
+    source: ModelSource,
+    checkpoint: Checkpoint,
+    pruning: PruningSpec,
+    *,
+    dtype: str,
+    device: Device,
+) -> Reference:
+    """Build the pruned reference; see :func:`gap_export.families.build_reference`."""
+    _check_tiles(recipe, source)
+    architecture = source.architecture
+    pruner = find_pruner(pruning.pruner)
+    text = _text_tower(recipe, source, checkpoint) if "text" in pruner.reads else None
+    with torch.device("meta"):
+        vision = PrunedVisionEncoder(
+            tower=ClipVisionTower(
+                architecture.vision, num_layers=select_index(recipe, architecture.vision)
+            ),
+            projector=build_projector(architecture.projector),
+            joint_space=joint_space(architecture, text),
+            pruner=pruner,
+            pruning=pruning,
+        )
+        components = [
+            vision_component(
+                vision,
+                source,
+                recipe=recipe,
+                text=text,
+                dtype=dtype,
+                repeated="tower.encoder.layers",
+            ),
+            *([text_component(text, dtype=dtype)] if text is not None else []),
+            embedding_component(source, dtype=dtype),
+            decoder_component(source, dtype=dtype),
+        ]
+    return assemble(components, source, text=text, dtype=dtype, device=device)
+
+
+def _check_tiles(recipe: Recipe, source: ModelSource) -> None:
+    """Tiles and the vector that ends their rows go together.
+
+    Raises:
+        RecipeError: the recipe has one, its family the other.
+    """
+    if (recipe.image.tiles is not None) != (NEWLINE_KEY in source.weights):
+        raise RecipeError(
+            f"recipe {recipe.name}: image.preparation does not fit family {recipe.family}",
+            seen=recipe.image.preparation,
+            allowed="anyres" if recipe.image.tiles is None else "pad or squash",
+        )
+
+
+def _text_tower(recipe: Recipe, source: ModelSource, checkpoint: Checkpoint) -> TextTowerSource:
+    width = source.architecture.vision.width
+    if checkpoint.random_seed is not None:
+        return random_text_tower(recipe, vision_width=width, seed=checkpoint.random_seed)
+    return read_text_tower(recipe, checkpoint, vision_width=width)

@@ -1,0 +1,113 @@
+"""MiniGPT-v2: EVA tower whose patches are joined by four, one linear layer, Llama-2 decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from gap_export.architecture import Architecture
+from gap_export.errors import RecipeError
+from gap_export.families.checkpoints.configs import select_index
+from gap_export.families.checkpoints.minigpt_v2 import MiniGptV2Layout
+from gap_export.families.components import (
+    assemble,
+    decoder_component,
+    embedding_component,
+    vision_component,
+)
+from gap_export.families.modules.eva_vision import EvaVisionTower
+from gap_export.families.modules.expected import expected_language, prefixed
+from gap_export.families.modules.projector import build_projector
+from gap_export.families.modules.pruned_vision import PrunedVisionEncoder
+from gap_export.families.reference import Device, Layout, ModelSource, Reference
+from gap_export.manifest import GridSpec, PruningSpec
+from gap_export.pruning import Reading, find_pruner
+from gap_export.recipe import Recipe
+from gap_export.source import Checkpoint
+
+
+class MiniGptV2Family:
+    """See :class:`gap_export.families.reference.Family`."""
+
+    name = "minigpt_v2"
+    layouts: Sequence[Layout] = (MiniGptV2Layout(),)
+
+    def readings(self, recipe: Recipe) -> frozenset[Reading]:  # noqa: ARG002
+        """CLS alone: EVA's tower was not trained together with a text tower."""
+        return frozenset({"cls_features", "cls_attention"})
+
+    def expected_tensors(self, architecture: Architecture) -> Mapping[str, tuple[int, ...]]:
+        """Tower (``ln_vision`` is ``tower.post_layernorm``), projector, decoder."""
+        with torch.device("meta"):
+            tower = _tower(architecture, num_layers=architecture.vision.num_layers)
+        return prefixed("tower.", tower) | expected_language(architecture)
+
+    def build(
+        self,
+        recipe: Recipe,
+        source: ModelSource,
+        checkpoint: Checkpoint,  # noqa: ARG002 - no text tower to look for
+        pruning: PruningSpec,
+        *,
+        dtype: str,
+        device: Device,
+    ) -> Reference:
+        """See :func:`gap_export.families.build_reference`."""
+        architecture = source.architecture
+        _check_grid(recipe, architecture)
+        with torch.device("meta"):
+            vision = PrunedVisionEncoder(
+                tower=_tower(architecture, num_layers=select_index(recipe, architecture.vision)),
+                projector=build_projector(architecture.projector),
+                joint_space=None,
+                pruner=find_pruner(pruning.pruner),
+                pruning=pruning,
+            )
+            components = [
+                vision_component(
+                    vision,
+                    source,
+                    recipe=recipe,
+                    text=None,
+                    dtype=dtype,
+                    repeated="tower.encoder.layers",
+                ),
+                embedding_component(source, dtype=dtype),
+                decoder_component(source, dtype=dtype),
+            ]
+        return assemble(components, source, text=None, dtype=dtype, device=device)
+
+
+def _tower(architecture: Architecture, *, num_layers: int) -> EvaVisionTower:
+    return EvaVisionTower(
+        architecture.vision, num_layers=num_layers, join=_patches_per_token(architecture)
+    )
+
+
+def _patches_per_token(architecture: Architecture) -> int:
+    """How many patches the projector takes for one token.
+
+    Raises:
+        RecipeError: no whole number of them, or one that does not divide a row.
+    """
+    width, side = architecture.vision.width, architecture.vision.grid_size
+    join, rest = divmod(architecture.projector.width, width)
+    if rest or not join or side % join:
+        raise RecipeError(
+            "the projector does not take whole patches of one row",
+            seen=f"width {architecture.projector.width}",
+            allowed=f"{width}, the tower's width, times a divisor of {side}, its patches in a row",
+        )
+    return join
+
+
+def _check_grid(recipe: Recipe, architecture: Architecture) -> None:
+    side = architecture.vision.grid_size
+    wanted = GridSpec(rows=side, cols=side // _patches_per_token(architecture))
+    if recipe.grid != wanted:
+        raise RecipeError(
+            f"recipe {recipe.name}: grid is not that of the model's tokens",
+            seen=f"{recipe.grid.rows} rows, {recipe.grid.cols} columns",
+            allowed=f"{wanted.rows} rows, {wanted.cols} columns",
+        )

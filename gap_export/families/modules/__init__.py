@@ -1,0 +1,1 @@
+"""PyTorch modules that families are put together from."""

@@ -1,0 +1,296 @@
+"""PyTorch pickles (``.bin``, ``.pth``), read with ``weights_only=True`` alone.
+
+Since PyTorch 1.6 such a file is a zip archive that holds each storage as it is in memory, so its
+tensors can be pointed at like those of a safetensors file: the pickle itself is read without the
+tensors' bytes, which is enough to know where they lie. Older files are read as a whole.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gap_export.errors import CheckpointError
+from gap_export.weights.files import check_no_pointer, damaged, shard_files
+from gap_export.weights.safetensors import TensorRef, map_bytes
+from gap_export.weights.weight import READABLE_DTYPES
+
+PICKLE_NAME = "pytorch_model.bin"
+PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
+
+_DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType(
+    {dtype: name for name, dtype in READABLE_DTYPES.items()}
+)
+# How torch's unpickler names what it does not import.
+_UNSAFE = re.compile(r"GLOBAL (\S+)")
+# A stream of bytes that is no pickle can fail in any of these ways.
+_FAILURES = (
+    *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile, EOFError, RuntimeError),
+    *(ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError),
+)
+_MAX_REASON = 200
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PickledTensor:
+    """A tensor of a pickle whose bytes are not plain: strided, or in a file of the old format.
+
+    Attributes:
+        file: The pickle.
+        key: Its name in there.
+        dtype: Safetensors name, e.g. ``F32``.
+        shape: Dimensions.
+        read: Gives the tensor, of any strides.
+    """
+
+    file: Path
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor] = field(repr=False)
+
+    @property
+    def origin(self) -> str:
+        """See :class:`gap_export.weights.Weight`."""
+        return f"{self.key} in {self.file}"
+
+    def load(self) -> torch.Tensor:
+        """See :class:`gap_export.weights.Weight`."""
+        return self.read().contiguous()
+
+
+def index_pickles(folder: Path) -> dict[str, TensorRef | PickledTensor]:
+    """Every tensor of a checkpoint folder: one ``pytorch_model.bin``, or the files of its index.
+
+    Raises:
+        CheckpointError: as :func:`index_pickle`; no such file, shards missing, or a tensor in two.
+    """
+    if (folder / PICKLE_NAME).is_file():
+        return index_pickle(folder / PICKLE_NAME)
+    if not (folder / PICKLE_INDEX_NAME).is_file():
+        raise CheckpointError(
+            "no PyTorch weights in the checkpoint folder",
+            seen=folder,
+            allowed=f"{PICKLE_NAME}, or {PICKLE_INDEX_NAME} and its files",
+        )
+    found: dict[str, TensorRef | PickledTensor] = {}
+    for file in shard_files(folder / PICKLE_INDEX_NAME, suffix=".bin"):
+        for key, tensor in index_pickle(file).items():
+            if key in found:
+                raise CheckpointError(
+                    "a tensor is in two weight files",
+                    seen=f"{key} in {found[key].file.name} and {file.name}",
+                )
+            found[key] = tensor
+    return found
+
+
+def index_pickle(file: Path, *, entry: str | None = None) -> dict[str, TensorRef | PickledTensor]:
+    """Every tensor of a pickled state dict. Numbers and None beside them hold no weight.
+
+    Args:
+        file: The pickle.
+        entry: Key of the state dict where the file holds more, e.g. ``model``; where it is not
+            there, the file's own top level is taken.
+
+    Returns:
+        By name. A tensor that lies plain in the file is a reference; none of its bytes is read.
+
+    Raises:
+        CheckpointError: missing, truncated, not a pickle of plain tensors (one that wants to run
+            code is refused without running it), or no state dict.
+    """
+    archive = _open_archive(file)
+    # Fake tensors have shapes and strides but no bytes, and know where those would be.
+    with nullcontext() if archive is None else FakeTensorMode():
+        state = _state_dict(_load(file), file, entry)
+        tensors = {key: _plain_tensor(value, key, file) for key, value in state.items()}
+        return {
+            key: _in_memory(tensor, key, file)
+            if archive is None
+            else _in_archive(tensor, key, archive)
+            for key, tensor in tensors.items()
+            if tensor is not None
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Archive:
+    """A zip archive with uncompressed entries, which are in ascending order here.
+
+    Attributes:
+        file: The archive.
+        headers: Where each entry's header starts.
+        sizes: Bytes of each entry.
+    """
+
+    file: Path
+    headers: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def size_at(self, offset: int) -> int:
+        """Bytes of the entry whose data starts at an offset."""
+        return self.sizes[bisect_left(self.headers, offset) - 1]
+
+
+def _open_archive(file: Path) -> _Archive | None:
+    """The archive, or None where torch must read the file as a whole: an old or unusual format."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(64)
+            check_no_pointer(file, start)
+            if not start.startswith(b"PK\3\4"):
+                return None
+            with zipfile.ZipFile(stream) as archive:
+                entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+                names = {entry.filename.partition("/")[2]: entry for entry in entries}
+                swapped = "byteorder" in names and archive.read(names["byteorder"]) != b"little"
+    except FileNotFoundError as err:
+        raise CheckpointError("checkpoint file not found", seen=file) from err
+    except OSError as err:
+        raise CheckpointError("weight file cannot be read", seen=f"{file}: {err}") from err
+    except _FAILURES as err:
+        raise damaged(file, f"not a whole zip archive: {err}") from err
+    if "constants.pkl" in names:
+        raise CheckpointError(
+            "the file is a TorchScript program, which is not run",
+            seen=file,
+            allowed="a state dict: tensors by name",
+        )
+    if swapped or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        return None
+    return _Archive(
+        file=file,
+        headers=tuple(entry.header_offset for entry in entries),
+        sizes=tuple(entry.file_size for entry in entries),
+    )
+
+
+def _load(file: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # About protocols and deprecated storages: nothing the user could act on.
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as err:
+        raise CheckpointError("weight file cannot be read", seen=f"{file}: {err}") from err
+    except _FAILURES as err:
+        unsafe = _UNSAFE.search(str(err))
+        if unsafe is not None:
+            raise CheckpointError(
+                "the pickle wants to run code, so it was not read",
+                seen=f"{file}: calls {unsafe[1]}",
+                allowed="tensors, numbers and plain containers",
+                fix="get the checkpoint as safetensors, or save its state dict alone",
+            ) from err
+        reason = (str(err).strip().splitlines() or [""])[-1][:_MAX_REASON]
+        raise damaged(
+            file, f"not a PyTorch pickle of plain tensors: {type(err).__name__} {reason}".strip()
+        ) from err
+
+
+def _state_dict(loaded: Any, file: Path, entry: str | None) -> dict[str, Any]:
+    state, where = loaded, str(file)
+    if entry is not None and isinstance(loaded, dict) and entry in loaded:
+        state, where = loaded[entry], f"{entry!r} of {file}"
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            "the pickle holds no state dict",
+            seen=f"{where}: {type(state).__name__}",
+            allowed="a dict of tensors by name",
+        )
+    odd = next((key for key in state if not isinstance(key, str)), None)
+    if odd is not None:
+        raise CheckpointError(
+            "the pickle holds no state dict",
+            seen=f"{where}: a key {odd!r}"[:_MAX_REASON],
+            allowed="a dict of tensors by name",
+        )
+    return state
+
+
+def _plain_tensor(value: Any, key: str, file: Path) -> torch.Tensor | None:
+    """The tensor, or None for what holds no weight; all else is refused."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return None
+    if not isinstance(value, torch.Tensor):
+        raise CheckpointError(
+            "the pickle holds something else than tensors",
+            seen=f"{key} in {file}: {type(value).__name__}",
+            allowed="a dict of tensors by name",
+        )
+    if value.layout != torch.strided or value.dtype not in _DTYPE_NAMES or value.is_neg():
+        raise CheckpointError(
+            f"tensor {key} is of a kind that cannot be read",
+            seen=f"{value.dtype}, {value.layout} in {file}",
+            allowed=f"plain tensors of {', '.join(sorted(READABLE_DTYPES))}",
+        )
+    return value.detach()
+
+
+def _in_memory(tensor: torch.Tensor, key: str, file: Path) -> PickledTensor:
+    return PickledTensor(
+        file=file,
+        key=key,
+        dtype=_DTYPE_NAMES[tensor.dtype],
+        shape=tuple(tensor.shape),
+        read=lambda: tensor,
+    )
+
+
+def _in_archive(fake: torch.Tensor, key: str, archive: _Archive) -> TensorRef | PickledTensor:
+    """Where a fake tensor's bytes are, which must be within its own entry of the archive."""
+    dtype, shape, strides = _DTYPE_NAMES[fake.dtype], tuple(fake.shape), tuple(fake.stride())
+    # No public name, but the documented way: docs.pytorch.org/tutorials/unstable/gpu_direct_storage
+    base = fake.untyped_storage()._checkpoint_offset  # noqa: SLF001
+    assert base is not None, "torch.load under FakeTensorMode says where storages lie"
+    first = int(fake.storage_offset()) * fake.itemsize
+    # Elements from the first to the last one, whatever lies between.
+    span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if fake.numel() else 0
+    length = span * fake.itemsize
+    if first + length > archive.size_at(base):
+        raise damaged(archive.file, f"{key} is longer than its bytes")
+    if fake.is_contiguous():
+        return TensorRef(
+            file=archive.file,
+            key=key,
+            dtype=dtype,
+            shape=shape,
+            offset=base + first,
+            length=length,
+        )
+    read = partial(_read_strided, archive.file, key, base + first, length, fake.dtype)
+    return PickledTensor(
+        file=archive.file,
+        key=key,
+        dtype=dtype,
+        shape=shape,
+        read=partial(read, shape=shape, strides=strides),
+    )
+
+
+def _read_strided(
+    file: Path,
+    key: str,
+    offset: int,
+    length: int,
+    dtype: torch.dtype,
+    *,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+) -> torch.Tensor:
+    return map_bytes(file, offset, length, dtype, key=key).as_strided(shape, strides)

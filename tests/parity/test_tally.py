@@ -1,0 +1,147 @@
+"""Comparisons by output: selections that rounding may decide, and those it may not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gap_export.parity.compare import compare_selections, pair_features
+from gap_export.parity.replay import Call
+from gap_export.parity.tally import Tally
+from gap_export.parity.tolerances import TOLERANCES
+
+KEEP = np.arange(0, 200, 2, dtype=np.int64)[None]
+RNG = np.random.default_rng(0)
+FEATURES = RNG.normal(size=(1, 100, 8)).astype(np.float16) * 4
+
+
+def with_others(number: int) -> np.ndarray:
+    """KEEP with its last tokens replaced by their neighbours."""
+    keep = KEEP.copy()
+    keep[0, len(KEEP[0]) - number :] += 1
+    return keep
+
+
+@pytest.mark.parametrize(("number", "passed"), [(0, True), (1, True), (2, True), (3, False)])
+def test_a_few_other_tokens_pass_and_more_fail(number: int, passed: bool) -> None:
+    found = compare_selections(KEEP, with_others(number), others=0.02)
+    assert found.passed is passed
+    assert found.max_abs_diff == number
+    assert bool(found.reason) is not passed
+
+
+def test_one_other_token_passes_however_few_there_are() -> None:
+    assert compare_selections(KEEP[:, :5], KEEP[:, :5] + [[0, 0, 0, 0, 1]], others=0.02).passed
+    assert not compare_selections(KEEP[:, :5], KEEP[:, :5] + [[0, 0, 0, 1, 1]], others=0.02).passed
+
+
+@pytest.mark.parametrize(
+    ("candidate", "words"),
+    [
+        (KEEP[:, ::-1], "raster order"),
+        (KEEP[:, :-1], "instead of"),
+        (KEEP.astype(np.int32), "instead of"),
+        (KEEP + 1, "100 kept tokens"),
+        (np.zeros_like(KEEP), "twice"),
+    ],
+    ids=["order", "fewer", "dtype", "shifted", "repeated"],
+)
+def test_wrong_selection_fails_with_a_reason(candidate: np.ndarray, words: str) -> None:
+    found = compare_selections(KEEP, candidate, others=0.02)
+    assert not found.passed
+    assert words in found.reason
+
+
+def test_score_order_may_differ_where_the_reference_has_it() -> None:
+    best_first = KEEP[:, ::-1]
+    swapped = best_first.copy()
+    swapped[0, [3, 4]] = swapped[0, [4, 3]]
+    assert compare_selections(best_first, swapped, others=0.02).passed
+
+
+def test_features_are_paired_by_token() -> None:
+    other = with_others(2)
+    order = RNG.permutation(100)
+    mine, theirs = pair_features(
+        {"image_features": FEATURES, "keep_indices": KEEP},
+        {"image_features": FEATURES[:, order], "keep_indices": other[:, order]},
+    )
+    assert mine.shape == (98, 8)
+    assert (mine == theirs).all()
+
+
+def judge(
+    dtype: str,
+    *,
+    keep: np.ndarray = KEEP,
+    features: np.ndarray = FEATURES,
+    newline: float = 1.0,
+    calls: int = 1,
+) -> dict[str, Any]:
+    tally = Tally()
+    expected = {"image_features": FEATURES, "keep_indices": KEEP}
+    given = {"image_features": features, "keep_indices": keep}
+    truth = {"image_newline": np.ones(8, np.float16)}
+    for _ in range(calls):
+        tally.add(
+            [
+                Call(method="encode_image", inputs={}, outputs=expected),
+                Call(method="image_newline", inputs={}, outputs=truth),
+            ],
+            [given, {"image_newline": np.full(8, newline, np.float16)}],
+        )
+    return {row.output: row for row in tally.rows(TOLERANCES[dtype])}
+
+
+def test_half_precision_is_judged_by_the_size_of_the_output() -> None:
+    largest = float(np.abs(FEATURES).max())
+    noisy = FEATURES + np.float16(0.004 * largest)
+    rows = judge("float16", features=noisy)
+    assert rows["image_features"].passed
+    assert rows["image_features"].atol == pytest.approx(18 / 2048 * largest)
+    assert not judge("float16", features=FEATURES + np.float16(0.02 * largest))[
+        "image_features"
+    ].passed
+    assert not judge("float32", features=noisy)["image_features"].passed
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda f: f * 2,
+        lambda f: f[:, ::-1],
+        lambda f: np.where(f > 4, np.float16("nan"), f),
+        np.zeros_like,
+        lambda f: f[:, :, :-1],
+    ],
+    ids=["doubled", "permuted", "nan", "zeros", "narrower"],
+)
+def test_wrong_features_fail_in_half_precision(spoil: Any) -> None:
+    rows = judge("float16", features=spoil(FEATURES))
+    assert not rows["image_features"].passed
+    assert rows["keep_indices"].passed
+
+
+def test_another_token_passes_in_half_precision_and_never_in_single() -> None:
+    for dtype, passed in (("float16", True), ("float32", False)):
+        row = judge(dtype, keep=with_others(1), calls=3)["keep_indices"]
+        assert row.passed is passed
+        assert row.calls == 3
+
+
+def test_newline_must_be_the_same() -> None:
+    for dtype in ("float16", "float32"):
+        assert judge(dtype)["image_newline"].passed
+        row = judge(dtype, newline=1.001)["image_newline"]
+        assert not row.passed
+        assert row.component == "newline"
+
+
+def test_every_dtype_has_a_tolerance_for_every_output() -> None:
+    names = {frozenset(outputs) for outputs in TOLERANCES.values()}
+    assert len(names) == 1
+    for outputs in TOLERANCES.values():
+        for name in ("inputs_embeds", "image_newline"):
+            assert (outputs[name].atol, outputs[name].rtol, outputs[name].share) == (0, 0, 0)
