@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,25 @@ def new_bytes(bundle: Path, checkpoint: Path) -> int:
     theirs = {(s.st_dev, s.st_ino) for s in (p.stat() for p in checkpoint.rglob("*"))}
     own = [p.stat() for p in bundle.rglob("*") if p.is_file()]
     return sum(512 * s.st_blocks for s in own if (s.st_dev, s.st_ino) not in theirs)
+
+
+def answer(bundle: str) -> dict[str, float]:
+    """Ask the bundle one thing, for two tokens, in a session with its default settings.
+
+    Returns:
+        Memory that is the process's own, in bytes (weights that are mapped from their files are
+        not: the system can drop and read them again), and milliseconds by stage.
+    """
+    from gap_export import GroundingSession
+
+    picture = np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)
+    with GroundingSession.open(bundle) as session:
+        manifest = session.manifest
+        session.manifest = replace(manifest, prompt=replace(manifest.prompt, max_new_tokens=2))
+        timings = session.ground(picture, "the red cup on the left").timings_ms
+        status = Path("/proc/self/status").read_text()
+    own = next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))
+    return {"own_bytes": 1024.0 * int(own), **timings}
 
 
 def prove(checkpoint: str, bundle: str, num_layers: int, num_tokens: int) -> dict[str, Any]:
