@@ -9,11 +9,11 @@ from types import MappingProxyType
 from gap_export.errors import CheckpointError, RecipeError, UnsupportedPrunerError, UsageError
 from gap_export.families.checkpoints.matching import look_at
 from gap_export.families.checkpoints.random_weights import random_source
-from gap_export.families.llava import LlavaFamily
-from gap_export.families.llava_next import LlavaNextFamily
+from gap_export.families.llava import LLAVA
+from gap_export.families.llava_next import LLAVA_NEXT
 from gap_export.families.minigpt_v2 import MiniGptV2Family
 from gap_export.families.reference import Component, Device, Family, ModelSource, Reference
-from gap_export.families.shikra import ShikraFamily
+from gap_export.families.shikra import SHIKRA
 from gap_export.manifest import PruningSpec
 from gap_export.positions import PositionMode, num_kept_tokens
 from gap_export.pruning import PRUNERS, Order, find_pruner
@@ -41,9 +41,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         f.name: f
         for f in (
-            LlavaFamily(),
-            LlavaNextFamily(),
-            ShikraFamily(),
+            LLAVA,
+            LLAVA_NEXT,
+            SHIKRA,
             MiniGptV2Family(),
         )
     }

@@ -1,4 +1,4 @@
-"""The build that LLaVA, LLaVA-1.6 and Shikra share: CLIP tower, projector, Llama decoder.
+"""What LLaVA, LLaVA-1.6 and Shikra share: CLIP tower, projector, Llama decoder.
 
 What tells them apart is data: sizes, projector, prompt, picture preparation, and how their
 checkpoints are stored.
@@ -6,8 +6,12 @@ checkpoints are stored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import torch
 
+from gap_export.architecture import Architecture
 from gap_export.errors import RecipeError
 from gap_export.families.checkpoints.clip_text_tower import TextTowerSource, read_text_tower
 from gap_export.families.checkpoints.configs import select_index
@@ -21,60 +25,76 @@ from gap_export.families.components import (
     vision_component,
 )
 from gap_export.families.modules.clip_vision import ClipVisionTower
-from gap_export.families.modules.expected import NEWLINE_KEY
+from gap_export.families.modules.expected import NEWLINE_KEY, expected_clip_llama
 from gap_export.families.modules.projector import build_projector
 from gap_export.families.modules.pruned_vision import PrunedVisionEncoder
-from gap_export.families.reference import Device, ModelSource, Reference
+from gap_export.families.reference import Device, Layout, ModelSource, Reference
 from gap_export.manifest import PruningSpec
 from gap_export.pruning import Reading, find_pruner
 from gap_export.recipe import Recipe
 from gap_export.source import Checkpoint
 
 
-def clip_readings(recipe: Recipe) -> frozenset[Reading]:
-    """CLS is always there, the text tower where the recipe names one."""
-    cls: frozenset[Reading] = frozenset({"cls_features", "cls_attention"})
-    return cls | {"text"} if recipe.text_tower is not None else cls
+@dataclass(frozen=True, kw_only=True)
+class ClipLlamaFamily:
+    """See :class:`gap_export.families.reference.Family`.
 
+    Attributes:
+        newline: Whether there is the vector that ends each row of a tiled picture.
+    """
 
-def build_clip_llama(
-    recipe: Recipe,
-    source: ModelSource,
-    checkpoint: Checkpoint,
-    pruning: PruningSpec,
-    *,
-    dtype: str,
-    device: Device,
-) -> Reference:
-    """Build the pruned reference; see :func:`gap_export.families.build_reference`."""
-    _check_tiles(recipe, source)
-    architecture = source.architecture
-    pruner = find_pruner(pruning.pruner)
-    text = _text_tower(recipe, source, checkpoint) if "text" in pruner.reads else None
-    with torch.device("meta"):
-        vision = PrunedVisionEncoder(
-            tower=ClipVisionTower(
-                architecture.vision, num_layers=select_index(recipe, architecture.vision)
-            ),
-            projector=build_projector(architecture.projector),
-            joint_space=joint_space(architecture, text),
-            pruner=pruner,
-            pruning=pruning,
-        )
-        components = [
-            vision_component(
-                vision,
-                source,
-                recipe=recipe,
-                text=text,
-                dtype=dtype,
-                repeated="tower.encoder.layers",
-            ),
-            *([text_component(text, dtype=dtype)] if text is not None else []),
-            embedding_component(source, dtype=dtype),
-            decoder_component(source, dtype=dtype),
-        ]
-    return assemble(components, source, text=text, dtype=dtype, device=device)
+    name: str
+    layouts: Sequence[Layout]
+    newline: bool = False
+
+    def readings(self, recipe: Recipe) -> frozenset[Reading]:
+        """CLS is always there, the text tower where the recipe names one."""
+        cls: frozenset[Reading] = frozenset({"cls_features", "cls_attention"})
+        return cls | {"text"} if recipe.text_tower is not None else cls
+
+    def expected_tensors(self, architecture: Architecture) -> Mapping[str, tuple[int, ...]]:
+        """Tower, projector, decoder, and the newline where there is one."""
+        return expected_clip_llama(architecture, newline=self.newline)
+
+    def build(
+        self,
+        recipe: Recipe,
+        source: ModelSource,
+        checkpoint: Checkpoint,
+        pruning: PruningSpec,
+        *,
+        dtype: str,
+        device: Device,
+    ) -> Reference:
+        """See :func:`gap_export.families.build_reference`."""
+        _check_tiles(recipe, source)
+        architecture = source.architecture
+        pruner = find_pruner(pruning.pruner)
+        text = _text_tower(recipe, source, checkpoint) if "text" in pruner.reads else None
+        with torch.device("meta"):
+            vision = PrunedVisionEncoder(
+                tower=ClipVisionTower(
+                    architecture.vision, num_layers=select_index(recipe, architecture.vision)
+                ),
+                projector=build_projector(architecture.projector),
+                joint_space=joint_space(architecture, text),
+                pruner=pruner,
+                pruning=pruning,
+            )
+            components = [
+                vision_component(
+                    vision,
+                    source,
+                    recipe=recipe,
+                    text=text,
+                    dtype=dtype,
+                    repeated="tower.encoder.layers",
+                ),
+                *([text_component(text, dtype=dtype)] if text is not None else []),
+                embedding_component(source, dtype=dtype),
+                decoder_component(source, dtype=dtype),
+            ]
+        return assemble(components, source, text=text, dtype=dtype, device=device)
 
 
 def _check_tiles(recipe: Recipe, source: ModelSource) -> None:

@@ -168,7 +168,10 @@ class Reference:
 class Family(Protocol):
     """An architecture: knows its layouts and builds its modules."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Key of the registry, which a recipe names."""
+        ...
 
     @property
     def layouts(self) -> Sequence[Layout]:
