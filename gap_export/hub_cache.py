@@ -7,31 +7,52 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from gap_export.recipe import CheckpointPart, HubRepository
 
+_MAIN = "main"
 # Any folder of weights has one; files that stand alone are asked for by their own name.
 _CONFIG = "config.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_WHOLE_NAMES = frozenset({"model.safetensors", "pytorch_model.bin"})
 _INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SHARD = re.compile(r"(\w+)-(\d{1,5})-of-(\d{1,5})(\.safetensors|\.bin)", re.ASCII)
+_TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
+# Beside it lies what was trained of a model whose tokenizer is another part's.
+_ADAPTER_CONFIG = "adapter_config.json"
 _MAX_INDEX_BYTES = 16 << 20
 
+Parts = Mapping[str, CheckpointPart]
 
-def find_part(part: CheckpointPart) -> Path | None:
+
+def find_part(role: str, parts: Parts) -> Path | None:
     """Where a part lies, complete, without anybody saying so; None where it does not.
 
-    A folder, or a file where the part is one.
+    Args:
+        role: Of the part that is wanted.
+        parts: All parts of the recipe: where no other is required, main has the tokenizer, too.
+
+    Returns:
+        A folder, or a file where the part is one.
     """
+    part = parts[role]
     for repository in part.repositories:
         found = find_repository(repository, file=part.file)
-        if found is not None and not _missing_files(found):
+        if found is not None and not _missing_files(found, role, parts):
             return found
     if part.url is not None and part.file is not None:
         # There the models' own code puts what it fetches by url.
         path = _torch_cache() / part.file
         return path if path.is_file() else None
     return None
+
+
+def is_incomplete(role: str, parts: Parts) -> bool:
+    """Whether a part's download was begun and not finished, and no other will do for it."""
+    return find_part(role, parts) is None and _unfinished(role, parts) is not None
 
 
 def find_repository(repository: HubRepository, *, file: str | None = None) -> Path | None:
@@ -54,8 +75,9 @@ def find_repository(repository: HubRepository, *, file: str | None = None) -> Pa
     return Path(found) if file is not None else Path(found).parent
 
 
-def where_looked(part: CheckpointPart) -> str:
+def where_looked(role: str, parts: Parts) -> str:
     """Where a part is looked for by itself, in words."""
+    part = parts[role]
     places = []
     if part.repositories:
         names = " or ".join(repository.id for repository in part.repositories)
@@ -63,15 +85,24 @@ def where_looked(part: CheckpointPart) -> str:
     if part.url is not None and part.file is not None:
         places.append(f"{part.file} in {_torch_cache()}")
     text = " and ".join(places) or "nowhere: nobody publishes it"
-    missing = _missing_of(part)
-    return f"{text} (there, but without {', '.join(missing)})" if missing else text
+    unfinished = _unfinished(role, parts)
+    if unfinished is None:
+        return text
+    repository, missing = unfinished
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return f"{text} ({repository.id} is there, but without {missing[0]}{more})"
 
 
-def how_to_get(role: str, part: CheckpointPart | None) -> str:
+def how_to_get(role: str, parts: Parts) -> str:
     """How to get a part and how to name it, in words."""
     flag = f"--checkpoint {role}=PATH"
+    part = parts.get(role)
     if part is None:
         return f"say where it is: {flag}"
+    unfinished = _unfinished(role, parts)
+    if unfinished is not None:
+        command = _download_command(unfinished[0], part.file)
+        return f"its download was not finished: run `{command}` again, or say where it is: {flag}"
     if part.hub is not None:
         return f"get it with `{_download_command(part.hub, part.file)}`, or say where it is: {flag}"
     if part.url is not None:
@@ -90,30 +121,46 @@ def _download_command(repository: HubRepository, file: str | None) -> str:
     return " ".join(words)
 
 
-def _missing_of(part: CheckpointPart) -> list[str]:
-    """What the first of a part's repositories that is there lacks."""
+def _unfinished(role: str, parts: Parts) -> tuple[HubRepository, list[str]] | None:
+    """The first of a part's repositories that is there, and what it lacks; None for nothing."""
+    part = parts[role]
     for repository in part.repositories:
         found = find_repository(repository, file=part.file)
         if found is not None:
-            return _missing_files(found)
-    return []
+            missing = _missing_files(found, role, parts)
+            return (repository, missing) if missing else None
+    return None
 
 
-def _missing_files(place: Path) -> list[str]:
-    """Weight files that a folder should have; a file has all it should.
+def _missing_files(place: Path, role: str, parts: Parts) -> list[str]:
+    """Files that a folder should have, of weights or a tokenizer; a file has all it should.
 
-    A download that was cut short leaves a snapshot with some of its shards.
+    A download that was cut short leaves a snapshot with some of its files.
     """
     if place.is_file():
         return []
+    # A link to a blob that is gone is no file.
     names = {path.name for path in place.iterdir() if path.is_file()}
+    missing = _missing_weights(place, names)
+    alone = not any(other.required for name, other in parts.items() if name != role)
+    has_tokenizer = role == _MAIN and alone and _ADAPTER_CONFIG not in names
+    if has_tokenizer and not names.intersection(_TOKENIZER_NAMES):
+        missing.append(" or ".join(_TOKENIZER_NAMES))
+    return missing
+
+
+def _missing_weights(folder: Path, names: set[str]) -> list[str]:
     for index in _INDEX_NAMES:
         if index in names:
-            missing = sorted(_indexed_files(place / index) - names)
-            return [f"{missing[0]} and {len(missing) - 1} more"] if len(missing) > 1 else missing
-    if not any(name.endswith(_WEIGHT_SUFFIXES) for name in names):
-        return ["weights"]
-    return []
+            return sorted(_indexed_files(folder / index) - names)
+    if names & _WHOLE_NAMES:
+        return []
+    shards = [shard for shard in map(_SHARD.fullmatch, sorted(names)) if shard is not None]
+    if shards:
+        stem, number, total, suffix = shards[0].groups()
+        wanted = [f"{stem}-{n:0{len(number)}}-of-{total}{suffix}" for n in range(1, int(total) + 1)]
+        return [name for name in (*wanted, f"{stem}{suffix}.index.json") if name not in names]
+    return [] if any(name.endswith(_WEIGHT_SUFFIXES) for name in names) else ["weights"]
 
 
 def _indexed_files(index: Path) -> set[str]:

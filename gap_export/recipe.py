@@ -246,6 +246,10 @@ class Recipe(_Strict):
                 raise ValueError(f"prompt.template must hold {slot!r} exactly once")
         if self.prompt.template.rstrip().endswith(self.prompt.image_token):
             raise ValueError("prompt.template must go on after the image")
+        if self.prompt.template.replace(self.prompt.image_token, "").count(_SLOT) != 1:
+            raise ValueError(f"prompt.image_token must not be part of {_SLOT!r}")
+        if not _is_text(self.prompt.template):
+            raise ValueError("prompt.template must be text: it holds half a character (surrogate)")
         return self
 
     @model_validator(mode="after")
@@ -299,8 +303,34 @@ def _in_range(key: str, value: int, low: int, high: int) -> None:
         raise ValueError(f"{key} must lie in {low}..{high}")
 
 
+def _is_text(value: str) -> bool:
+    """Whether a string can be written down: half a surrogate pair cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases: a few of them can stand for more data than memory holds."""
+    """YAML without aliases and without keys given twice.
+
+    A few aliases can stand for more data than memory holds; of two equal keys one would be dropped
+    in silence.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Read a mapping, refusing a key that is there twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice"[:_MAX_SHOWN], key.start_mark
+                )
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return found
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Read one node, refusing a reference to another."""

@@ -255,3 +255,23 @@ def test_aliases_are_refused_before_they_multiply(tmp_path):
 def test_missing_recipe_file_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(DEMO.read_text() + "\nselect_layer: -1\n")
+    with pytest.raises(RecipeError, match="'select_layer' is there twice"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt__image_token": "expression"}, "must not be part of"),
+        ({"prompt__image_token": "{expression}"}, "must not be part of"),
+        ({"prompt__template": "<image> {expression} \ud800"}, "half a character|surrogate"),
+    ],
+)
+def test_a_prompt_that_would_lose_its_expression_is_refused(tmp_path, changes, words):
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(write_recipe(tmp_path, **changes))

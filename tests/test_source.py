@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gap_export.bundle import open_bundle
-from gap_export.errors import CheckpointError, UnknownModelError, UsageError
+from gap_export.errors import CheckpointError, RecipeError, UnknownModelError, UsageError
 from gap_export.manifest import Manifest, SourceFile, SourcePart, SourceSpec
-from gap_export.recipe import CheckpointPart, HubRepository, find_recipe
+from gap_export.recipe import CheckpointPart, HubRepository, Recipe, find_recipe
 from gap_export.source import (
     Checkpoint,
-    check_parts,
+    check_named_parts,
+    check_required_parts,
     hash_file,
     parse_parts,
     resolve_model,
@@ -26,6 +27,7 @@ from gap_export.source import (
 )
 
 LLAVA, VICUNA = "llava-hf/llava-1.5-7b-hf", "lmsys/vicuna-7b-v1.5"
+WHOLE = {"config.json": b"{}", "model.safetensors": b"", "tokenizer.json": b""}
 CacheRepository = Callable[..., Path]
 
 
@@ -50,7 +52,7 @@ def cache_repository(hub_cache: Path) -> CacheRepository:
         for place in (snapshot, folder / "blobs", folder / "refs"):
             place.mkdir(parents=True)
         (folder / "refs" / "main").write_text("0123abcd")
-        for name, content in (files or {"config.json": b"{}", "model.safetensors": b""}).items():
+        for name, content in (files or WHOLE).items():
             (folder / "blobs" / f"blob-{name}").write_bytes(content)
             (snapshot / name).symlink_to(
                 os.path.relpath(folder / "blobs" / f"blob-{name}", snapshot)
@@ -91,6 +93,12 @@ def test_a_folder_without_recipe_needs_one_by_name(tmp_path):
         resolve_model(str(tmp_path))
     recipe, checkpoint = resolve_model(str(tmp_path), recipe="refshapes-llava")
     assert (recipe.name, checkpoint.main) == ("refshapes-llava", tmp_path)
+
+
+@pytest.mark.parametrize("recipe", [None, "llava"])
+def test_a_bundle_is_no_model(tiny_bundle, recipe):
+    with pytest.raises(UsageError, match=r"this is a bundle.*gap-export check, ground, eval"):
+        resolve_model(str(tiny_bundle), recipe=recipe)
 
 
 def test_a_missing_folder_is_refused(tmp_path):
@@ -188,10 +196,57 @@ def test_a_snapshot_without_weights_is_not_here(cache_repository):
         resolve_model("llava")
 
 
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (("model-00001-of-00003.safetensors",), "model-00002-of-00003.safetensors and 2 more"),
+        (("pytorch_model-00001-of-00001.bin",), "pytorch_model.bin.index.json"),
+        # What LLaVA's authors publish beside the shards is no whole model.
+        (
+            ("mm_projector.bin", "pytorch_model-00001-of-00002.bin"),
+            "pytorch_model-00002-of-00002.bin and 1 more",
+        ),
+    ],
+)
+def test_shards_without_their_index_are_a_download_cut_short(cache_repository, names, missing):
+    files = dict.fromkeys(("config.json", "tokenizer.json", *names), b"{}")
+    cache_repository(LLAVA, files)
+    with pytest.raises(CheckpointError) as caught:
+        resolve_model("llava")
+    text = str(caught.value)
+    assert f"({LLAVA} is there, but without {missing})" in text
+    assert f"not finished: run `hf download {LLAVA}` again" in text
+
+
+def test_whole_weights_beside_shards_are_enough(cache_repository):
+    files = {**WHOLE, "pytorch_model-00001-of-00002.bin": b""}
+    cached = cache_repository(LLAVA, files)
+    assert resolve_model("llava")[1].main == cached
+
+
+def test_a_download_without_tokenizer_is_not_finished_unless_another_part_has_it(cache_repository):
+    bare = {"config.json": b"{}", "model.safetensors": b""}
+    cache_repository(LLAVA, bare)
+    with pytest.raises(CheckpointError, match=r"but without tokenizer\.json or tokenizer\.model"):
+        resolve_model("llava")
+    lora = cache_repository("liuhaotian/llava-v1.5-7b-lora", {**bare, "adapter_config.json": b""})
+    assert resolve_model("llava")[1].main == lora
+    for name in ("shikras/shikra-7b-delta-v1", "huggyllama/llama-7b"):
+        cache_repository(name, bare)
+    cache_repository("openai/clip-vit-large-patch14", bare)
+    assert set(resolve_model("shikra")[1].parts) == {"main", "base", "tower"}
+
+
 @pytest.mark.parametrize("index", [b"[" * 5000, b"[1]", b'{"weight_map": 3}', b"\xff"])
 def test_a_broken_index_is_left_to_the_reader_of_weights(cache_repository, index):
     cached = cache_repository(
-        LLAVA, {"config.json": b"{}", "model.safetensors.index.json": index, "a.safetensors": b""}
+        LLAVA,
+        {
+            "config.json": b"{}",
+            "tokenizer.model": b"",
+            "model.safetensors.index.json": index,
+            "a.safetensors": b"",
+        },
     )
     assert resolve_model("llava")[1].main == cached
 
@@ -261,13 +316,14 @@ def test_random_weights_take_no_checkpoint(tmp_path):
         resolve_model("shikra", parts={"main": tmp_path}, random_seed=5)
 
 
-def test_check_parts_refuses_what_is_not_there(tmp_path):
+def test_named_and_required_parts_must_be_there(tmp_path):
     recipe = find_recipe("llava")[0]
-    check_parts(recipe, Checkpoint.of(tmp_path))
+    for check in (check_named_parts, check_required_parts):
+        check(recipe, Checkpoint.of(tmp_path))
     with pytest.raises(CheckpointError, match="are not on this machine: main"):
-        check_parts(recipe, Checkpoint(parts={"base": tmp_path}))
+        check_required_parts(recipe, Checkpoint(parts={"base": tmp_path}))
     with pytest.raises(UsageError, match="no such part: llm"):
-        check_parts(recipe, Checkpoint(parts={"main": tmp_path, "llm": tmp_path}))
+        check_named_parts(recipe, Checkpoint(parts={"main": tmp_path, "llm": tmp_path}))
 
 
 def test_what_the_published_main_part_needs_one_of_the_users_may_hold(cache_repository, tmp_path):
@@ -275,7 +331,13 @@ def test_what_the_published_main_part_needs_one_of_the_users_may_hold(cache_repo
     with pytest.raises(CheckpointError, match="this machine: main, base;"):
         resolve_model("shikra")
     merged = folder_with(tmp_path / "merged")
-    assert set(resolve_model("shikra", parts={"main": merged})[1].parts) == {"main", "tower"}
+    recipe, checkpoint = resolve_model("shikra", parts={"main": merged})
+    assert set(checkpoint.parts) == {"main", "tower"}
+    check_required_parts(recipe, checkpoint)
+    with pytest.raises(CheckpointError, match="this machine: base, tower;") as caught:
+        check_required_parts(recipe, Checkpoint.of(merged))
+    (line,) = [line for line in str(caught.value).splitlines() if "not needed" in line]
+    assert line.startswith("  base: ")
     cache_repository("shikras/shikra-7b-delta-v1")
     with pytest.raises(CheckpointError, match="this machine: base;"):
         resolve_model("shikra")
@@ -374,22 +436,28 @@ def part_of(role: str, folder: Path, *names: str) -> SourcePart:
     return SourcePart(role=role, location=str(folder), files=tuple(files))
 
 
+def manifest_of(sample: Manifest, recipe: Recipe, *parts: SourcePart) -> Manifest:
+    """Of a bundle that was exported by a recipe, as far as a source goes."""
+    return replace(
+        sample,
+        model=replace(sample.model, name=recipe.name, family=recipe.family),
+        source=SourceSpec(parts=parts),
+        **{name: getattr(recipe, name) for name in ("grid", "image", "prompt", "box")},
+    )
+
+
 @pytest.fixture
 def three_parts(sample_manifest: Manifest, tmp_path: Path) -> Manifest:
     """Of a bundle that was made from a file, a folder and another file."""
     main = folder_with(tmp_path / "main", "stage3.pth")
     base = folder_with(tmp_path / "base", "config.json", "model.safetensors")
     tower = folder_with(tmp_path / "tower", "eva_vit_g.pth")
-    return replace(
+    return manifest_of(
         sample_manifest,
-        model=replace(sample_manifest.model, name="minigpt-v2"),
-        source=SourceSpec(
-            parts=(
-                part_of("main", main, "stage3.pth"),
-                part_of("base", base, "config.json", "model.safetensors"),
-                part_of("tower", tower, "eva_vit_g.pth"),
-            )
-        ),
+        find_recipe("minigpt-v2")[0],
+        part_of("main", main, "stage3.pth"),
+        part_of("base", base, "config.json", "model.safetensors"),
+        part_of("tower", tower, "eva_vit_g.pth"),
     )
 
 
@@ -429,11 +497,8 @@ def test_a_part_that_a_source_has_not_got_is_refused(three_parts, tmp_path):
 
 
 def test_the_source_of_random_weights_is_their_seed(sample_manifest, tmp_path):
-    manifest = replace(
-        sample_manifest,
-        model=replace(sample_manifest.model, name="llava-1.5-7b"),
-        source=SourceSpec(parts=(), random_seed=7),
-    )
+    made = manifest_of(sample_manifest, find_recipe("llava")[0])
+    manifest = replace(made, source=SourceSpec(parts=(), random_seed=7))
     recipe, checkpoint = resolve_source(manifest)
     assert (recipe.name, checkpoint) == ("llava-1.5-7b", Checkpoint(parts={}, random_seed=7))
     with pytest.raises(UsageError, match="weights are random"):
@@ -445,5 +510,82 @@ def test_a_source_whose_recipe_nobody_has_is_refused(sample_manifest, tmp_path):
     manifest = replace(
         sample_manifest, source=SourceSpec(parts=(part_of("main", folder, "model.safetensors"),))
     )
-    with pytest.raises(UnknownModelError, match=re.escape("no model of that name: sample")):
+    with pytest.raises(UnknownModelError, match=r"by is not here: sample; .*put it there"):
+        resolve_source(manifest)
+    random = replace(manifest, source=SourceSpec(parts=(), random_seed=7))
+    with pytest.raises(UnknownModelError, match="not here: sample; allowed: a name of"):
+        resolve_source(random)
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    plain = json.loads(recipe.model_dump_json())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+
+
+@pytest.mark.parametrize("other", [None, "[not a recipe"])
+def test_a_recipe_of_another_name_in_the_folder_was_not_the_one(
+    sample_manifest, tiny_checkpoint, tmp_path, other
+):
+    folder = folder_with(tmp_path / "main", "model.safetensors")
+    text = (tiny_checkpoint / "recipe.yaml").read_text() if other is None else other
+    (folder / "recipe.yaml").write_text(text)
+    llava = find_recipe("llava")[0]
+    manifest = manifest_of(sample_manifest, llava, part_of("main", folder, "model.safetensors"))
+    assert resolve_source(manifest)[0] == llava
+
+
+def test_a_broken_recipe_of_the_users_own_is_reported(sample_manifest, tmp_path):
+    folder = folder_with(tmp_path / "main", "model.safetensors")
+    (folder / "recipe.yaml").write_text("[not a recipe")
+    own = find_recipe("llava")[0].model_copy(update={"name": "my-llava"})
+    manifest = manifest_of(sample_manifest, own, part_of("main", folder, "model.safetensors"))
+    with pytest.raises(RecipeError, match="cannot be read"):
+        resolve_source(manifest)
+
+
+def test_a_recipe_that_changed_since_the_export_is_refused(sample_manifest, tmp_path):
+    folder = folder_with(tmp_path / "main", "model.safetensors")
+    own = find_recipe("llava")[0].model_copy(update={"name": "my-llava"})
+    manifest = manifest_of(sample_manifest, own, part_of("main", folder, "model.safetensors"))
+    write_recipe(folder, own)
+    assert resolve_source(manifest)[0] == own
+    changed = {
+        "family": "llava_next",
+        "prompt": replace(own.prompt, max_new_tokens=3),
+        "box": replace(own.box, scale=7.0),
+    }
+    write_recipe(folder, own.model_copy(update=changed))
+    with pytest.raises(CheckpointError, match=r"recipe changed .*my-llava: another family, prompt"):
+        resolve_source(manifest)
+
+
+def test_parts_that_are_files_follow_the_users_own_recipe(sample_manifest, tmp_path):
+    from tests.families.tiny_minigpt_v2 import make_minigpt, minigpt_recipe, write_parts
+
+    home, recipe = folder_with(tmp_path / "mini"), minigpt_recipe()
+    parts = write_parts(home, make_minigpt())
+    write_recipe(home, recipe)
+    base = sorted(path.name for path in parts["base"].iterdir())
+    manifest = manifest_of(
+        sample_manifest,
+        recipe,
+        part_of("main", home, parts["main"].name),
+        part_of("base", parts["base"], *base),
+        part_of("tower", home, parts["tower"].name),
+    )
+    assert resolve_model(str(parts["main"]), parts={r: parts[r] for r in ("base", "tower")}) == (
+        recipe,
+        Checkpoint(parts=parts),
+    )
+    assert resolve_source(manifest) == (recipe, Checkpoint(parts=parts))
+
+    moved = shutil.copytree(home, tmp_path / "moved")
+    for named in (moved, moved / parts["main"].name):
+        found, checkpoint = resolve_source(manifest, {"main": named})
+        assert (found, checkpoint.main) == (recipe, moved / parts["main"].name)
+    # The recipe stays where it was; or goes, and takes the bundle's with it.
+    (moved / "recipe.yaml").unlink()
+    assert resolve_source(manifest, {"main": moved})[0] == recipe
+    (home / "recipe.yaml").unlink()
+    with pytest.raises(UnknownModelError, match="--checkpoint main=PATH"):
         resolve_source(manifest)

@@ -147,7 +147,7 @@ def _check_presence(manifest: Manifest, present: Mapping[str, os.stat_result]) -
                 f"{file.path} has the wrong size",
                 seen=f"{present[file.path].st_size} bytes",
                 allowed=f"{file.size} bytes",
-                fix=_GET_IT_AGAIN,
+                fix=_how_to_mend(file, present[file.path]),
             )
 
 
@@ -181,5 +181,15 @@ def _check_hash(folder: Path, file: FileSpec) -> None:
             f"{file.path} is not what it was when the bundle was made",
             seen=f"SHA-256 {seen}",
             allowed=file.sha256,
-            fix=_GET_IT_AGAIN,
+            fix=_how_to_mend(file, os.lstat(folder / file.path)),
         )
+
+
+def _how_to_mend(file: FileSpec, status: os.stat_result) -> str:
+    # One link alone means a copy of the bundle, whose bytes are its own.
+    if file.held == "linked" and status.st_nlink > 1:
+        return (
+            "this file is the checkpoint's own, by a hard link, and was changed there: export "
+            "again; --copy-weights makes a bundle of its own"
+        )
+    return _GET_IT_AGAIN

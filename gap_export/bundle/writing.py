@@ -179,7 +179,7 @@ def _as_output_error(final: Path) -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        ours = err.filename is not None and _is_within(str(err.filename), final.parent)
+        ours = err.filename is not None and _is_ours(Path(str(err.filename)), final)
         denied = err.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
         reason = _WRITE_FAILURES.get(err.errno or 0)
         if reason is None and not (ours and denied):
@@ -196,10 +196,17 @@ def _absolute(path: Path) -> Path:
     return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
 
 
-def _is_within(path: str, parent: Path) -> bool:
-    absolute = _absolute(Path(path))
+def _is_ours(path: Path, final: Path) -> bool:
+    """Whether a path is the bundle's, a draft's or a folder around them; not a file beside them."""
+    absolute = _absolute(path)
     # Creating missing parents may fail at any of them.
-    return absolute.is_relative_to(parent) or parent.is_relative_to(absolute)
+    if final.is_relative_to(absolute):
+        return True
+    if not absolute.is_relative_to(final.parent):
+        return False
+    name = absolute.relative_to(final.parent).parts[0]
+    marks = (_DRAFT_MARK, _REPLACED_MARK)
+    return name == final.name or name.startswith(tuple(f".{final.name}{mark}" for mark in marks))
 
 
 def _check_final(final: Path, *, force: bool) -> None:
@@ -211,6 +218,13 @@ def _check_final(final: Path, *, force: bool) -> None:
             "the output is in the way: not a folder",
             seen=final,
             fix="choose another --out, or move it away",
+        )
+    if final.is_mount():
+        raise OutputError(
+            "the output folder is a mount point, which no finished folder can take the place of",
+            seen=final,
+            allowed="a new or an empty folder",
+            fix=f"name a folder within it, e.g. --out {final / 'bundle'}",
         )
     if not any(final.iterdir()):
         return

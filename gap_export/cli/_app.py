@@ -37,6 +37,15 @@ class DefaultCommandGroup(TyperGroup):
             args = [*args[:place], DEFAULT_COMMAND, *args[place:]]
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command, whose own arguments are read here."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as err:
+            # Some versions of typer let their parser's prefix through.
+            err.message = err.message.removeprefix("Value error, ")
+            raise
+
     def _refuse_near_miss(self, word: str) -> None:
         """A mistyped command must not become a puzzling message about a model."""
         near = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from gap_export.cli._terminal import format_size
 
 if TYPE_CHECKING:
-    from gap_export.manifest import Manifest
+    from gap_export.manifest import FileSpec, Manifest
 
 # How files that take no room of their own got into a bundle.
 _SHARED = {"linked": "linked to the checkpoint", "cloned": "cloned from the checkpoint"}
@@ -28,8 +29,12 @@ def describe_tokens(manifest: Manifest) -> str:
 
 
 def describe_holding(manifest: Manifest) -> str:
-    """What a bundle shares with its checkpoint; empty where it shares nothing."""
-    sizes = {
-        held: sum(file.size for file in manifest.files if file.held == held) for held in _SHARED
-    }
+    """What a bundle that was just exported shares with its checkpoint; empty for nothing."""
+    return describe_shared(manifest.files)
+
+
+def describe_shared(files: Iterable[FileSpec]) -> str:
+    """What some files share with a checkpoint; empty for nothing."""
+    files = tuple(files)
+    sizes = {held: sum(file.size for file in files if file.held == held) for held in _SHARED}
     return ", ".join(f"{format_size(size)} {_SHARED[held]}" for held, size in sizes.items() if size)

@@ -65,7 +65,14 @@ class Terminal:
 def _print_error(text: str) -> None:
     # Closed, it is None, which print would take for stdout, among the results.
     if sys.stderr is not None:
-        print(text, file=sys.stderr)
+        print(_visible(text), file=sys.stderr)
+
+
+def _visible(text: str) -> str:
+    """Text whose control characters are spelt out: names from files may hold a terminal's."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def format_json(plain: Any, indent: str = "") -> str:

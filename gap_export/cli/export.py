@@ -97,6 +97,11 @@ def export(
         return
     terminal.result(str(report.bundle))
     terminal.message(_summarise(report))
+    if report.manifest.dtype == "bfloat16":
+        terminal.warning(
+            "ONNX Runtime runs no bfloat16 graphs on a CPU: check and ground need a bundle made "
+            "with --dtype float16 or float32"
+        )
     if random_weights:
         terminal.warning("the weights are random: good for measuring speed, its answers are noise")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gap_export.cli._describe import describe_holding, describe_tokens
+from gap_export.cli._describe import describe_shared, describe_tokens
 from gap_export.cli._options import (
     BundleArgument,
     JsonOption,
@@ -18,7 +18,7 @@ from gap_export.cli._terminal import format_size, format_table
 
 if TYPE_CHECKING:
     from gap_export.bundle import Bundle
-    from gap_export.manifest import Manifest, TensorSpec
+    from gap_export.manifest import FileSpec, Manifest, TensorSpec
 
 GAP_REMAP = "GapRemap"
 
@@ -54,7 +54,7 @@ def inspect_bundle(
         _describe_tokens(tokens, opened.manifest),
         _describe_graphs(opened.manifest),
         _describe_remaps(remaps),
-        _describe_files(opened.manifest),
+        _describe_files(opened),
     ]
     terminal.result("\n\n".join(sections))
 
@@ -107,10 +107,11 @@ def _describe_model(bundle: Bundle) -> str:
     manifest = bundle.manifest
     model, pruning = manifest.model, manifest.pruning
     size = format_size(_total_size(manifest))
+    shared = describe_shared(file for file in manifest.files if not _is_copy(bundle, file))
     lines = [
         f"{model.name} (family {model.family}, {model.license}): {model.summary}",
         f"bundle     {bundle.path}",
-        f"size       {size}, of which {describe_holding(manifest) or 'nothing shared'}",
+        f"size       {size}, of which {shared or 'nothing shared'}",
         f"graphs     {manifest.dtype}, opset {manifest.opset}",
         f"pruning    {pruning.pruner}, keep {pruning.keep_ratio:g}, order {pruning.order}, "
         f"extra token {pruning.extra_token}"
@@ -178,6 +179,19 @@ def _describe_remaps(remaps: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _describe_files(manifest: Manifest) -> str:
-    rows = [[f.path, format_size(f.size), f.held, f.sha256[:12]] for f in manifest.files]
+def _is_copy(bundle: Bundle, file: FileSpec) -> bool:
+    """Whether a file that was linked when exported is the bundle's alone, by a copy of it."""
+    return file.held == "linked" and bundle.file(file.path).stat().st_nlink == 1
+
+
+def _describe_files(bundle: Bundle) -> str:
+    rows = [
+        [
+            file.path,
+            format_size(file.size),
+            "was linked" if _is_copy(bundle, file) else file.held,
+            file.sha256[:12],
+        ]
+        for file in bundle.manifest.files
+    ]
     return format_table(["file", "size", "held", "sha256"], rows)

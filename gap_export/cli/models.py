@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from gap_export.cli._terminal import format_table
 if TYPE_CHECKING:
     from gap_export.recipe import CheckpointPart, Recipe
 
-_BUNDLED, _HERE, _MISSING = "bundled", "here", "missing"
+_BUNDLED, _HERE, _INCOMPLETE, _MISSING = "bundled", "here", "incomplete", "missing"
 
 
 def models(
@@ -30,8 +31,12 @@ def models(
     if as_json:
         terminal.json({"models": plain})
         return
-    header = ["name", "aliases", "family", "visual tokens", "weights", "license", "summary"]
-    terminal.result(format_table(header, [_table_row(item) for item in plain]))
+    header = ["name", "aliases", "family", "visual tokens", "weights"]
+    lines = format_table(header, [_table_row(item) for item in plain]).splitlines()
+    # The first row is below the header and its rule; from the end, so that no place moves.
+    for place, item in reversed(list(enumerate(plain, start=3))):
+        lines[place:place] = [f"  {line}" for line in _more_lines(item)]
+    terminal.result("\n".join(lines))
     missing = [item for item in plain if item["weights"] not in {_BUNDLED, _HERE}]
     if missing:
         terminal.message(
@@ -48,13 +53,22 @@ def _table_row(item: dict[str, Any]) -> list[str]:
         item["family"],
         f"{rows}x{cols} = {item['num_visual_tokens']}" + (" a tile" if item["tiled"] else ""),
         item["weights"],
-        item["license"],
-        item["summary"],
+    ]
+
+
+def _more_lines(item: dict[str, Any]) -> list[str]:
+    """What is too long for a column."""
+    optional = [
+        f"{part['role']} ({_state(part)})" for part in item["parts"] if not part["required"]
+    ]
+    return [
+        f"{item['summary']} ({item['license']})",
+        *([f"optional: {', '.join(optional)}"] if optional else []),
     ]
 
 
 def _describe(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    parts = [_describe_part(role, part) for role, part in recipe.checkpoint.parts.items()]
+    parts = [_describe_part(role, recipe.checkpoint.parts) for role in recipe.checkpoint.parts]
     return {
         "name": recipe.name,
         "aliases": list(recipe.aliases),
@@ -69,22 +83,35 @@ def _describe(recipe: Recipe, folder: Path) -> dict[str, Any]:
     }
 
 
-def _describe_part(role: str, part: CheckpointPart) -> dict[str, Any]:
-    from gap_export.hub_cache import find_part
+def _describe_part(role: str, parts: Mapping[str, CheckpointPart]) -> dict[str, Any]:
+    from gap_export.hub_cache import find_part, is_incomplete
 
-    found = find_part(part)
+    part, found = parts[role], find_part(role, parts)
     return {
         "role": role,
         "what": part.what,
         "hub": part.hub.id if part.hub is not None else None,
+        "also": [repository.id for repository in part.also],
         "url": part.url,
+        "file": part.file,
         "required": bool(part.required),
         "path": None if found is None else str(found),
+        "incomplete": is_incomplete(role, parts),
     }
 
 
 def _weights(recipe: Recipe, folder: Path, parts: list[dict[str, Any]]) -> str:
     if recipe.checkpoint.kind == "bundled":
         return _BUNDLED if any(folder.glob("*.safetensors")) else _MISSING
-    missing = [part["role"] for part in parts if part["required"] and part["path"] is None]
-    return f"{_MISSING}: {', '.join(missing)}" if missing else _HERE
+    by_state: dict[str, list[str]] = {_INCOMPLETE: [], _MISSING: []}
+    for part in parts:
+        if part["required"] and part["path"] is None:
+            by_state[_state(part)].append(part["role"])
+    lacking = [f"{state}: {', '.join(roles)}" for state, roles in by_state.items() if roles]
+    return "; ".join(lacking) or _HERE
+
+
+def _state(part: dict[str, Any]) -> str:
+    if part["path"] is not None:
+        return _HERE
+    return _INCOMPLETE if part["incomplete"] else _MISSING

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 from gap_export.errors import CheckpointError, RecipeError, UnsupportedPrunerError, UsageError
-from gap_export.families.checkpoints.matching import look_at
+from gap_export.families.checkpoints.matching import check_config_readable, look_at
 from gap_export.families.checkpoints.random_weights import random_source
 from gap_export.families.llava import LLAVA
 from gap_export.families.llava_next import LLAVA_NEXT
@@ -18,7 +19,7 @@ from gap_export.manifest import PruningSpec
 from gap_export.positions import PositionMode, num_kept_tokens
 from gap_export.pruning import PRUNERS, Order, find_pruner
 from gap_export.recipe import Recipe
-from gap_export.source import Checkpoint, check_parts
+from gap_export.source import MAIN, Checkpoint, check_named_parts, check_required_parts
 
 __all__ = [
     "FAMILIES",
@@ -36,6 +37,8 @@ __all__ = [
 
 # What a signed 64-bit integer holds, in JSON readers of other languages too.
 MAX_SEED = 2**63 - 1
+# Of a folder that nobody recognises; each may be opened.
+_MAX_FILES_TRIED = 16
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -196,20 +199,62 @@ def read_source(recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
             family.expected_tensors(recipe.architecture) if recipe.architecture is not None else {}
         )
         return random_source(recipe, expected, seed=checkpoint.random_seed)
-    check_parts(recipe, checkpoint)
+    check_named_parts(recipe, checkpoint)
+    if MAIN not in checkpoint.parts:
+        check_required_parts(recipe, checkpoint)
     for layout in family.layouts:
         if layout.recognises(checkpoint):
+            check_required_parts(recipe, checkpoint)
             return layout.read(recipe, checkpoint)
-    others = [
-        f"{other.name} ({layout.name})"
-        for other in FAMILIES.values()
-        if other is not family
-        for layout in other.layouts
-        if layout.recognises(checkpoint)
-    ]
-    raise CheckpointError(
-        f"{checkpoint.main} is not a checkpoint of family {family.name}",
-        seen=f"it looks like {' or '.join(others)}" if others else look_at(checkpoint.main),
-        allowed=", ".join(layout.name for layout in family.layouts),
-        fix="use the recipe of that model, or name the right folder (see: gap-export models)",
+    raise _not_recognised(recipe, family, checkpoint.main)
+
+
+def _not_recognised(recipe: Recipe, family: Family, main: Path) -> CheckpointError:
+    """What to say of a main part that is in none of a family's layouts.
+
+    Raises:
+        CheckpointError: already its config cannot be read.
+    """
+    check_config_readable(main)
+    declared = recipe.checkpoint.parts.get(MAIN)
+    file = declared.file if declared is not None else None
+    layouts = ", ".join(layout.name for layout in family.layouts)
+    seen, fix = look_at(main), "use the recipe of that model, or name the right folder"
+    for place in (main, *_near(main)):
+        found = _who_recognises(place)
+        if family in found.values():
+            fix = f"name what is one: {place}"
+        elif found:
+            looks = f"looks like {' or '.join(found)}"
+            seen = f"it {looks}" if place == main else f"{place} {looks}"
+        if found:
+            break
+    return CheckpointError(
+        f"{main} is not a checkpoint of family {family.name}",
+        seen=seen,
+        allowed=layouts if file is None else f"{layouts}: the file {file}, or its folder",
+        fix=f"{fix} (see: gap-export models)",
     )
+
+
+def _who_recognises(place: Path) -> dict[str, Family]:
+    """Families that know a place for theirs, by what to call it in a message."""
+    return {
+        f"{family.name} ({layout.name})": family
+        for family in FAMILIES.values()
+        for layout in family.layouts
+        if layout.recognises(Checkpoint.of(place))
+    }
+
+
+def _near(main: Path) -> list[Path]:
+    """What may have been meant: the folder of a file, or a file that stands alone in a folder."""
+    if main.is_file():
+        return [main.parent]
+    # With a config.json its files do not stand alone.
+    if (main / "config.json").exists():
+        return []
+    try:
+        return sorted(path for path in main.iterdir() if path.is_file())[:_MAX_FILES_TRIED]
+    except OSError:  # the message has said so
+        return []

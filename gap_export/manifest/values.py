@@ -169,6 +169,8 @@ def _check_texts(manifest: Manifest) -> None:
     for name, template in templates.items():
         if template.count(_SLOT) != 1:
             raise _refuse(name, template, f"a text that holds {_SLOT} once")
+        if any("\ud800" <= character <= "\udfff" for character in template):
+            raise _refuse(name, template, "text without half characters (surrogates)")
 
 
 def _check_decoder(manifest: Manifest) -> None:

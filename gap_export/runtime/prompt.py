@@ -238,16 +238,19 @@ def _no_place_for_image(template: str, times: int) -> BundleError:
 
 def _load_tokenizer(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        # A saved tokenizer may still have been told to cut or to fill up: a prompt is neither.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     except (OSError, UnicodeDecodeError) as err:
         raise BundleError("the bundle's tokenizer cannot be read", seen=f"{path}: {err}") from err
-    except Exception as err:
-        # The tokenizers package raises bare Exception; anything narrower would miss it.
-        if type(err) is not Exception:
+    except BaseException as err:
+        if not _is_of_tokenizers(err):
             raise
         raise BundleError(
             "the bundle's tokenizer is not one", seen=f"{path}: {err}", fix="export it again"
         ) from err
+    return tokenizer
 
 
 def _tokenize(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> Any:
@@ -258,9 +261,8 @@ def _tokenize(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = Tru
     """
     try:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    except Exception as err:
-        # The tokenizers package raises bare Exception; anything narrower would miss it.
-        if type(err) is not Exception:
+    except BaseException as err:
+        if not _is_of_tokenizers(err):
             raise
         raise ExpressionError(
             "the model's tokenizer cannot encode this text",
@@ -268,6 +270,15 @@ def _tokenize(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = Tru
             allowed="words of its vocabulary; it has no token for unknown ones",
             fix="describe the object in other words",
         ) from err
+
+
+def _is_of_tokenizers(err: BaseException) -> bool:
+    """Whether the tokenizers package raised it.
+
+    That raises bare Exception and, where its Rust code panics, a class that is no Exception and
+    cannot be imported.
+    """
+    return type(err) is Exception or type(err).__name__ == "PanicException"
 
 
 def _special_tokens(tokenizer: Tokenizer) -> set[str]:

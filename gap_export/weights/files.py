@@ -13,6 +13,12 @@ from gap_export.errors import CheckpointError
 _MAX_JSON_BYTES = 16_000_000
 _LFS_POINTER = b"version https://git-lfs"
 _NAMES_SHOWN = 5
+_MAX_SHOWN = 300
+# Of a tensor's name and shape: no model comes near, and a message that has them stays short.
+MAX_KEY = 1000
+MAX_RANK = 16
+# Of one file's name, on any file system we know.
+_MAX_NAME_BYTES = 255
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -71,7 +77,9 @@ def shard_files(index: Path, *, suffix: str) -> tuple[Path, ...]:
     for name in names:
         # An index must not make us read files outside its folder.
         if Path(name).name != name or "\0" in name or not name.endswith(suffix):
-            raise damaged(index, f"weight file named {name!r}"[:200])
+            raise damaged(index, f"weight file named {name!r}")
+        if len(name.encode(errors="surrogatepass")) > _MAX_NAME_BYTES:
+            raise damaged(index, f"weight file with a name of {len(name)} characters")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -84,10 +92,11 @@ def shard_files(index: Path, *, suffix: str) -> tuple[Path, ...]:
 
 
 def damaged(file: Path, seen: str) -> CheckpointError:
-    """The error for a file that is not what it should be."""
+    """The error for a file that is not what it should be; what was seen may be of any length."""
+    shown = seen if len(seen) <= _MAX_SHOWN else f"{seen[:_MAX_SHOWN]}..."
     return CheckpointError(
         "a file of the checkpoint is damaged or not what it should be",
-        seen=f"{file}: {seen}",
+        seen=f"{file}: {shown}",
         fix="download or save the checkpoint again",
     )
 

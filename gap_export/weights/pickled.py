@@ -7,14 +7,14 @@ tensors' bytes, which is enough to know where they lie. Older files are read as 
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
+import reprlib
 import struct
 import warnings
-import zipfile
-from bisect import bisect_left
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import fake_tensor
 
 from gap_export.errors import CheckpointError
-from gap_export.weights.files import check_no_pointer, damaged, shard_files
+from gap_export.weights.files import MAX_KEY, MAX_RANK, damaged, shard_files
 from gap_export.weights.safetensors import TensorRef, map_bytes
+from gap_export.weights.torch_files import Archive, open_archive, wants_to_run
 from gap_export.weights.weight import READABLE_DTYPES
 
 PICKLE_NAME = "pytorch_model.bin"
@@ -39,9 +40,10 @@ _DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType(
 _UNSAFE = re.compile(r"GLOBAL (\S+)")
 # A stream of bytes that is no pickle can fail in any of these ways.
 _FAILURES = (
-    *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile, EOFError, RuntimeError),
+    *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError),
     *(ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError),
 )
+_TOLD = re.compile(r"WeightsUnpickler error:\s*(\S[^\n]*)")
 _MAX_REASON = 200
 
 
@@ -114,9 +116,11 @@ def index_pickle(file: Path, *, entry: str | None = None) -> dict[str, TensorRef
         CheckpointError: missing, truncated, not a pickle of plain tensors (one that wants to run
             code is refused without running it), or no state dict.
     """
-    archive = _open_archive(file)
+    archive = open_archive(file)
+    if archive is not None and not archive.little_endian:
+        archive = None
     # Fake tensors have shapes and strides but no bytes, and know where those would be.
-    with nullcontext() if archive is None else FakeTensorMode():
+    with _quiet(), nullcontext() if archive is None else fake_tensor.FakeTensorMode():
         state = _state_dict(_load(file), file, entry)
         tensors = {key: _plain_tensor(value, key, file) for key, value in state.items()}
         return {
@@ -128,79 +132,40 @@ def index_pickle(file: Path, *, entry: str | None = None) -> dict[str, TensorRef
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Archive:
-    """A zip archive with uncompressed entries, which are in ascending order here.
-
-    Attributes:
-        file: The archive.
-        headers: Where each entry's header starts.
-        sizes: Bytes of each entry.
-    """
-
-    file: Path
-    headers: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    def size_at(self, offset: int) -> int:
-        """Bytes of the entry whose data starts at an offset."""
-        return self.sizes[bisect_left(self.headers, offset) - 1]
-
-
-def _open_archive(file: Path) -> _Archive | None:
-    """The archive, or None where torch must read the file as a whole: an old or unusual format."""
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(64)
-            check_no_pointer(file, start)
-            if not start.startswith(b"PK\3\4"):
-                return None
-            with zipfile.ZipFile(stream) as archive:
-                entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-                names = {entry.filename.partition("/")[2]: entry for entry in entries}
-                swapped = "byteorder" in names and archive.read(names["byteorder"]) != b"little"
-    except FileNotFoundError as err:
-        raise CheckpointError("checkpoint file not found", seen=file) from err
-    except OSError as err:
-        raise CheckpointError("weight file cannot be read", seen=f"{file}: {err}") from err
-    except _FAILURES as err:
-        raise damaged(file, f"not a whole zip archive: {err}") from err
-    if "constants.pkl" in names:
-        raise CheckpointError(
-            "the file is a TorchScript program, which is not run",
-            seen=file,
-            allowed="a state dict: tensors by name",
-        )
-    if swapped or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        return None
-    return _Archive(
-        file=file,
-        headers=tuple(entry.header_offset for entry in entries),
-        sizes=tuple(entry.file_size for entry in entries),
-    )
-
-
 def _load(file: Path) -> Any:
     try:
-        with warnings.catch_warnings():
-            # About protocols and deprecated storages: nothing the user could act on.
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as err:
         raise CheckpointError("weight file cannot be read", seen=f"{file}: {err}") from err
     except _FAILURES as err:
         unsafe = _UNSAFE.search(str(err))
         if unsafe is not None:
-            raise CheckpointError(
-                "the pickle wants to run code, so it was not read",
-                seen=f"{file}: calls {unsafe[1]}",
-                allowed="tensors, numbers and plain containers",
-                fix="get the checkpoint as safetensors, or save its state dict alone",
-            ) from err
-        reason = (str(err).strip().splitlines() or [""])[-1][:_MAX_REASON]
+            raise wants_to_run(file, unsafe[1]) from err
+        # What is around it is about the options of torch.load.
+        told = _TOLD.search(str(err))
+        reason = told[1] if told is not None else (str(err).strip().splitlines() or [""])[0]
         raise damaged(
-            file, f"not a PyTorch pickle of plain tensors: {type(err).__name__} {reason}".strip()
+            file,
+            f"not a PyTorch pickle of plain tensors: {type(err).__name__} {reason[:_MAX_REASON]}",
         ) from err
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from saying on the side what the user cannot act on, or is told by an error."""
+    log = logging.getLogger(fake_tensor.__name__)
+    with warnings.catch_warnings():
+        # About protocols and deprecated storages.
+        warnings.simplefilter("ignore")
+        log.addFilter(_drop)
+        try:
+            yield
+        finally:
+            log.removeFilter(_drop)
+
+
+def _drop(_: logging.LogRecord) -> bool:
+    return False
 
 
 def _state_dict(loaded: Any, file: Path, entry: str | None) -> dict[str, Any]:
@@ -213,11 +178,11 @@ def _state_dict(loaded: Any, file: Path, entry: str | None) -> dict[str, Any]:
             seen=f"{where}: {type(state).__name__}",
             allowed="a dict of tensors by name",
         )
-    odd = next((key for key in state if not isinstance(key, str)), None)
-    if odd is not None:
+    odd = [key for key in state if not isinstance(key, str) or len(key) > MAX_KEY]
+    if odd:
         raise CheckpointError(
             "the pickle holds no state dict",
-            seen=f"{where}: a key {odd!r}"[:_MAX_REASON],
+            seen=f"{where}: a key {reprlib.repr(odd[0])}",
             allowed="a dict of tensors by name",
         )
     return state
@@ -234,12 +199,20 @@ def _plain_tensor(value: Any, key: str, file: Path) -> torch.Tensor | None:
             allowed="a dict of tensors by name",
         )
     if value.layout != torch.strided or value.dtype not in _DTYPE_NAMES or value.is_neg():
-        raise CheckpointError(
-            f"tensor {key} is of a kind that cannot be read",
-            seen=f"{value.dtype}, {value.layout} in {file}",
-            allowed=f"plain tensors of {', '.join(sorted(READABLE_DTYPES))}",
-        )
+        raise _odd_kind(key, f"{value.dtype}, {value.layout} in {file}")
+    if value.is_meta:
+        raise _odd_kind(key, f"no values, on device meta, in {file}")
+    if value.ndim > MAX_RANK:
+        raise _odd_kind(key, f"{value.ndim} dimensions in {file}")
     return value.detach()
+
+
+def _odd_kind(key: str, seen: str) -> CheckpointError:
+    return CheckpointError(
+        f"tensor {key} is of a kind that cannot be read",
+        seen=seen,
+        allowed=f"plain tensors of {', '.join(sorted(READABLE_DTYPES))}",
+    )
 
 
 def _in_memory(tensor: torch.Tensor, key: str, file: Path) -> PickledTensor:
@@ -252,12 +225,13 @@ def _in_memory(tensor: torch.Tensor, key: str, file: Path) -> PickledTensor:
     )
 
 
-def _in_archive(fake: torch.Tensor, key: str, archive: _Archive) -> TensorRef | PickledTensor:
+def _in_archive(fake: torch.Tensor, key: str, archive: Archive) -> TensorRef | PickledTensor:
     """Where a fake tensor's bytes are, which must be within its own entry of the archive."""
     dtype, shape, strides = _DTYPE_NAMES[fake.dtype], tuple(fake.shape), tuple(fake.stride())
     # No public name, but the documented way: docs.pytorch.org/tutorials/unstable/gpu_direct_storage
     base = fake.untyped_storage()._checkpoint_offset  # noqa: SLF001
-    assert base is not None, "torch.load under FakeTensorMode says where storages lie"
+    if base is None:
+        raise _odd_kind(key, f"not as it lies in {archive.file}, but changed on loading")
     first = int(fake.storage_offset()) * fake.itemsize
     # Elements from the first to the last one, whatever lies between.
     span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if fake.numel() else 0

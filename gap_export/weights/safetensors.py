@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import reprlib
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,14 @@ from typing import Any
 import torch
 
 from gap_export.errors import CheckpointError
-from gap_export.weights.files import check_no_pointer, damaged, parse_json_object, shard_files
+from gap_export.weights.files import (
+    MAX_KEY,
+    MAX_RANK,
+    check_no_pointer,
+    damaged,
+    parse_json_object,
+    shard_files,
+)
 from gap_export.weights.weight import READABLE_DTYPES
 
 WEIGHTS_NAME = "model.safetensors"
@@ -28,6 +36,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 # The format's own reader refuses more as well.
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_NATURAL = 2**63 - 1
 _ITEM_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
     "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
@@ -203,13 +212,15 @@ def map_bytes(
 
 
 def _entry(file: Path, key: str, value: Any, data_start: int) -> TensorRef:
+    if len(key) > MAX_KEY:
+        raise damaged(file, f"a tensor with a name of {len(key)} characters, {key[:100]!r}...")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise damaged(file, f"entry {key!r} is {value!r}"[:200])
+        raise damaged(file, f"entry {key!r} is {reprlib.repr(value)}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise damaged(file, f"{key} has dtype {dtype!r}"[:200])
+        raise damaged(file, f"{key} has dtype {dtype!r}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise damaged(file, f"{key} has shape {shape!r} at {offsets!r}"[:200])
+        raise damaged(file, f"{key} has shape {reprlib.repr(shape)} at {reprlib.repr(offsets)}")
     length = offsets[1] - offsets[0]
     if length != math.prod(shape) * _ITEM_BYTES[dtype]:
         raise damaged(file, f"{key}: {length} bytes for {dtype} {shape}")
@@ -224,7 +235,9 @@ def _entry(file: Path, key: str, value: Any, data_start: int) -> TensorRef:
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+    if not isinstance(value, list) or len(value) > MAX_RANK:
+        return False
+    return all(type(v) is int and 0 <= v <= _MAX_NATURAL for v in value)
 
 
 def _check_layout(file: Path, refs: Iterable[TensorRef], *, start: int, end: int) -> None:

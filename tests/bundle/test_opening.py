@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gap_export.bundle import open_bundle
+from gap_export.bundle import open_bundle, write_bundle
 from gap_export.bundle import stamps as stamps_module
 from gap_export.errors import BundleError
 from gap_export.manifest import Manifest
@@ -285,3 +285,24 @@ def test_damaged_stamp_only_costs_time(
 def test_cache_that_cannot_be_written_is_no_error(bundle: Path, cache_folder: Path) -> None:
     cache_folder.write_bytes(b"a file where the folder should be")
     assert open_bundle(bundle).path == bundle
+
+
+@pytest.mark.parametrize("change", ["bytes", "size"])
+def test_a_linked_file_that_was_changed_at_its_source_says_so(
+    sample_manifest: Manifest, tmp_path: Path, change: str
+) -> None:
+    source = tmp_path / "checkpoint.safetensors"
+    source.write_bytes(b"weights" * 100)
+    with write_bundle(tmp_path / "b") as draft:
+        draft.place(source, "model.safetensors", hold="link")
+        manifest = draft.commit(dataclasses.replace(sample_manifest, graphs=()))
+    if {file.held for file in manifest.files} != {"linked"}:
+        pytest.skip("this file system clones files, so nothing is linked")
+    # In place: a new file of that name would leave the bundle's link alone.
+    with source.open("r+b" if change == "bytes" else "ab") as stream:
+        stream.write(b"WEIGHTS")
+    with pytest.raises(BundleError, match="hard link, and was changed there"):
+        open_bundle(tmp_path / "b")
+    shutil.copytree(tmp_path / "b", tmp_path / "copy")
+    with pytest.raises(BundleError, match="copy it again"):
+        open_bundle(tmp_path / "copy")

@@ -337,6 +337,24 @@ def test_denied_mkdir_is_one_clear_error(
         write_sample(place / "out")
 
 
+@pytest.mark.parametrize("name", ["shard.bin", "out.bin", ".out.gap-draftless", "sub/out"])
+def test_file_beside_the_output_is_not_blamed_on_it(place: Path, name: str) -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", str(place / name))
+    with pytest.raises(PermissionError), write_bundle(place / "out"):
+        raise error
+    assert not names(place)
+
+
+@pytest.mark.parametrize("name", ["out", "out/sub/file", ".out.gap-draft-1234/file", ""])
+def test_file_of_the_output_is_blamed_on_it(place: Path, name: str) -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", str(place / name))
+    with (
+        pytest.raises(OutputError, match=r"cannot be written: .*Permission denied"),
+        write_bundle(place / "out"),
+    ):
+        raise error
+
+
 def test_missing_source_is_not_blamed_on_the_output(place: Path) -> None:
     def write() -> None:
         with write_bundle(place / "out") as draft:
@@ -374,3 +392,15 @@ def test_file_changed_after_copying_is_hashed_again(
 def test_a_place_that_takes_no_folders_is_refused():
     with pytest.raises(OutputError, match="no folder can be made"), write_bundle("/proc/bundle"):
         pass
+
+
+def test_a_mount_point_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "volume"
+    out.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == out)
+    with pytest.raises(OutputError, match="a mount point") as caught, write_bundle(out):
+        raise AssertionError("nothing is to be written")
+    assert str(out / "bundle") in str(caught.value)
+    assert list(out.iterdir()) == []

@@ -79,6 +79,21 @@ def test_random_weights_tiles_and_links_are_marked(tiny_bundle, sample_manifest)
         assert words in text
 
 
+def test_links_that_a_copy_of_the_bundle_has_not_got_are_history(tiny_bundle, tmp_path):
+    opened = open_bundle(tiny_bundle)
+    (name,) = [f.path for f in opened.manifest.files if f.path.endswith(".safetensors")]
+    files = tuple(
+        replace(f, held="linked" if f.path == name else "written") for f in opened.manifest.files
+    )
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+    bundle = Bundle(path=copy, manifest=replace(opened.manifest, files=files))
+    assert "of which nothing shared" in inspect_bundle._describe_model(bundle)
+    assert "was linked" in inspect_bundle._describe_files(bundle)
+    (tmp_path / "checkpoint.safetensors").hardlink_to(copy / name)
+    assert "linked to the checkpoint" in inspect_bundle._describe_model(bundle)
+    assert "was linked" not in inspect_bundle._describe_files(bundle)
+
+
 def test_a_changed_byte_is_an_error(run_cli, tiny_bundle, tmp_path):
     copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
     graph = copy / "embed_tokens.onnx"

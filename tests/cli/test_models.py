@@ -26,7 +26,8 @@ def found(monkeypatch, tmp_path):
     """What the caches hold: put hub ids, or names of files, into it."""
     there = set()
 
-    def find(part):
+    def find(role, parts):
+        part = parts[role]
         names = {repository.id for repository in part.repositories} | {part.file}
         return tmp_path / "there" if names & there else None
 
@@ -44,8 +45,17 @@ def test_bundled_weights_are_said_to_be_there_or_missing(run_cli, recipes):
 def test_the_table_has_a_row_a_model(run_cli, recipes):
     lines = run_cli("models").out.splitlines()
     assert lines[0].split()[:3] == ["name", "aliases", "family"]
-    assert lines[2].split()[:7] == ["tiny-llava", "-", "llava", "4x4", "=", "16", "bundled"]
-    assert len(lines) == 4
+    assert lines[2].split() == ["tiny-llava", "-", "llava", "4x4", "=", "16", "bundled"]
+    assert lines[3] == "  random weights, for tests (Apache-2.0)"
+    assert len(lines) == 6
+
+
+def test_optional_parts_are_listed_and_lines_fit_a_wide_terminal(run_cli, found):
+    found.add("openai/clip-vit-large-patch14-336")
+    lines = run_cli("models").out.splitlines()
+    (start,) = [n for n, line in enumerate(lines) if line.startswith("llava-1.5-7b ")]
+    assert lines[start + 2] == "  optional: base (missing), tower (here)"
+    assert max(map(len, lines)) <= 120
 
 
 def test_the_demo_model_answers_to_its_aliases(run_cli):
@@ -80,13 +90,33 @@ def test_json_tells_each_part_and_where_it_is(run_cli, found, tmp_path):
     assert parts["tower"]["path"] == str(tmp_path / "there")
     assert parts["tower"]["hub"] is None
     assert parts["tower"]["url"].endswith("eva_vit_g.pth")
+    assert (parts["tower"]["file"], parts["base"]["file"]) == ("eva_vit_g.pth", None)
+    (llava,) = [model for model in models if model["name"] == "llava-1.5-7b"]
+    also = ["liuhaotian/llava-v1.5-7b", "liuhaotian/llava-v1.5-7b-lora"]
+    assert (llava["parts"][0]["also"], llava["parts"][1]["also"]) == (also, [])
+
+
+def test_a_download_that_was_cut_short_is_incomplete(run_cli, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--shikras--shikra-7b-delta-v1"
+    snapshot = repository / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abcd")
+    (snapshot / "config.json").write_text("{}")
+    assert weights(run_cli)["shikra-7b"] == "incomplete: main; missing: base, tower"
+    (snapshot / "pytorch_model.bin").touch()
+    assert weights(run_cli)["shikra-7b"] == "missing: base, tower"
 
 
 def test_tiles_and_licences_are_told(run_cli, found):
-    lines = {line.split()[0]: line for line in run_cli("models").out.splitlines()}
-    assert "24x24 = 576 a tile" in lines["llava-1.6-mistral-7b"]
-    assert "Apache-2.0" in lines["llava-1.6-mistral-7b"]
-    assert "32x8 = 256 " in lines["minigpt-v2"]
+    lines = run_cli("models").out.splitlines()
+    rows = {line.split()[0]: n for n, line in enumerate(lines) if not line.startswith(" ")}
+    assert "24x24 = 576 a tile" in lines[rows["llava-1.6-mistral-7b"]]
+    assert "(Apache-2.0)" in lines[rows["llava-1.6-mistral-7b"] + 1]
+    assert "32x8 = 256 " in lines[rows["minigpt-v2"]]
 
 
 def test_listing_models_imports_no_export_package():

@@ -123,3 +123,8 @@ def test_a_stage_ends_its_bar_when_the_work_fails():
     with pytest.raises(KeyError), progress.stage("working"):
         raise KeyError("x")
     assert progress._bars is None
+
+
+def test_control_characters_in_an_error_are_spelt_out(capsys):
+    Terminal().error("tensor \x1b[31mred\x1b[0m\nand é")
+    assert capsys.readouterr().err == "error: tensor \\x1b[31mred\\x1b[0m\nand é\n"

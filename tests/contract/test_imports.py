@@ -40,6 +40,7 @@ EXPORT_ONLY = {
 # What runs a bundle, by module or package; the rest may import the export extra.
 BASE_MODULES = (
     "gap_export.bundle",
+    "gap_export.checkpoint",
     "gap_export.cli",
     "gap_export.errors",
     "gap_export.evaluation",

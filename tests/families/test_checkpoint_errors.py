@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from gap_export.errors import CheckpointError, ExitCode, RecipeError
 from gap_export.families import build_reference, resolve_pruning
+from gap_export.families.checkpoints.matching import check_config_readable, look_at
 from gap_export.source import Checkpoint
 
 LAYER = "language_model.model.layers.1.mlp.up_proj.weight"
@@ -165,10 +166,31 @@ def test_folder_without_config_is_refused_with_what_it_holds(broken, tiny_recipe
     assert "allowed: llava-hf" in message
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"model_type": 7}', '{"model_type": []}'])
-def test_config_that_is_none_is_refused(broken, tiny_recipe, text):
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", "\xff", "[" * 10**5])
+def test_config_that_cannot_be_read_is_said_to_be_damaged(broken, tiny_recipe, text):
+    file = broken / "config.json"
+    file.write_text(text, encoding="latin-1")
+    message = refusal(broken, tiny_recipe)
+    assert "damaged" in message and str(file) in message
+    with pytest.raises(CheckpointError, match="damaged"):
+        check_config_readable(broken)
+    assert look_at(broken).startswith(f"config.json that cannot be read: {file}: ")
+
+
+@pytest.mark.parametrize("text", ['{"model_type": 7}', '{"model_type": []}'])
+def test_config_of_no_model_is_refused(broken, tiny_recipe, text):
     (broken / "config.json").write_text(text)
     assert "is not a checkpoint of family llava" in refusal(broken, tiny_recipe)
+
+
+def test_config_that_is_a_folder_cannot_be_read_and_none_is_fine(tmp_path):
+    check_config_readable(tmp_path)
+    check_config_readable(tmp_path / "missing")
+    (tmp_path / "model.pth").touch()
+    check_config_readable(tmp_path / "model.pth")
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        check_config_readable(tmp_path)
 
 
 def test_missing_tokenizer_is_named(broken, tiny_recipe):
@@ -206,8 +228,8 @@ def test_truncated_weights_are_refused(broken, tiny_recipe, size):
         ),
         (lambda c: c.update(vision_feature_layer=-1), "vision_feature_layer"),
         (lambda c: c.update(vision_feature_select_strategy="full"), "select_strategy"),
-        (lambda c: c["vision_config"].update(image_size=64), "image size, number of visual tokens"),
-        (lambda c: c["vision_config"].update(patch_size=4), "number of visual tokens"),
+        (lambda c: c["vision_config"].update(image_size=64), "image size, visual token grid"),
+        (lambda c: c["vision_config"].update(patch_size=4), "visual token grid"),
         (lambda c: c["text_config"].update(attention_bias="yes"), "does not parse"),
         (lambda c: c["text_config"].update(num_hidden_layers=3), "missing decoder.layers.2"),
     ],

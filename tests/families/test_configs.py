@@ -10,12 +10,15 @@ from transformers import LlavaConfig, LlavaNextConfig
 
 from gap_export.architecture import Architecture, DecoderShape, ProjectorShape, VisionShape
 from gap_export.errors import CheckpointError
+from gap_export.families import read_source
 from gap_export.families.checkpoints.configs import (
     check_architecture,
     clip_vision_shape,
     decoder_shape,
 )
-from gap_export.recipe import Recipe, find_recipe
+from gap_export.manifest import GridSpec
+from gap_export.recipe import Recipe, find_recipe, load_recipe
+from gap_export.source import Checkpoint
 from tests.families.tiny_llava_next import plain_recipe
 
 FILE = Path("config.json")
@@ -188,3 +191,11 @@ def test_every_size_that_differs_from_the_recipe_is_named():
     message = str(caught.value)
     for word in ("decoder hidden_size", "decoder num_layers", "64", "4", "tiny-next"):
         assert word in message
+
+
+@pytest.mark.parametrize("grid", [{"rows": 1, "cols": 16}, {"rows": 2, "cols": 8}])
+def test_a_grid_of_the_right_number_and_the_wrong_shape_is_refused(tiny_checkpoint, grid):
+    recipe = load_recipe(tiny_checkpoint / "recipe.yaml")
+    wrong = recipe.model_copy(update={"grid": GridSpec(**grid)})
+    with pytest.raises(CheckpointError, match="visual token grid"):
+        read_source(wrong, Checkpoint.of(tiny_checkpoint))

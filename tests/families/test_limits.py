@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, LlavaConfig
 
 from gap_export.errors import CheckpointError
 from gap_export.families import build_reference, resolve_pruning
+from gap_export.families.checkpoints.matching import build_config
 from gap_export.source import Checkpoint
 
 
@@ -56,7 +58,7 @@ TOWER = "clip/config.json"
         *((s, "vocab_size", v, "1..") for s in (DECODER, TOWER) for v in (0, -1, 10**12)),
         *((s, "num_hidden_layers", v, "tensors") for s in (VISION, DECODER) for v in (0, -1)),
         *((ROPE, "rope_theta", v, "above 0") for v in (0, -1.0, "x", float("nan"), True, None)),
-        (DECODER, "rms_norm_eps", 0.0, "above 0"),
+        *((DECODER, "rms_norm_eps", v, "above 0") for v in (0.0, 10**400)),
         (DECODER, "num_key_value_heads", 0, "1.."),
         (DECODER, "num_key_value_heads", 3, "num_attention_heads, 4"),
         (DECODER, "head_dim", 7, "even"),
@@ -84,3 +86,34 @@ def test_layers_beyond_the_checkpoints_tensors_are_refused_at_once(
     )
     assert time.perf_counter() - start < 2
     assert "num_hidden_layers" in message and "10000000" in message
+
+
+def nested(depth: int, inner: Any = 1) -> Any:
+    for _ in range(depth):
+        inner = {"a": inner}
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (nested(600), "nested deeper than 20"),
+        ([[nested(20)]], "nested deeper than 20"),
+        ({f"k{n}": n for n in range(10_000)}, "more than 10000 values"),
+        ([0] * 10_000, "more than 10000 values"),
+    ],
+)
+def test_config_that_would_keep_a_parser_busy_is_refused(value, says):
+    with pytest.raises(CheckpointError, match=f"c/config.json: .*{says}"):
+        build_config(LlamaConfig, {"odd": value}, Path("c/config.json"), num_tensors=10)
+
+
+def test_classes_of_a_classifier_are_passed_over():
+    start = time.perf_counter()
+    labels = {"num_labels": 10**12, "id2label": {"0": [1]}, "label2id": 7}
+    plain = {**labels, "hidden_size": 32, "text_config": {"hidden_size": 64, **labels}}
+    for cls in (LlamaConfig, LlavaConfig):
+        config = build_config(cls, plain, Path("config.json"), num_tensors=10)
+        assert config.num_labels == 2
+    assert config.text_config.hidden_size == 64
+    assert time.perf_counter() - start < 2

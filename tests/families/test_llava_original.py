@@ -363,7 +363,7 @@ def test_tower_that_does_not_fit_is_refused(tmp_path, recipe, pieces):
     pieces.vision_config["image_size"] = 40
     pieces.tower["embeddings.position_embedding.weight"] = torch.ones(26, 32)
     other = write_clip(tmp_path / "other", pieces)
-    assert "image size, number of visual tokens" in refusal(recipe, main=main, tower=other)
+    assert "image size, visual token grid" in refusal(recipe, main=main, tower=other)
     assert "model_type 'llava'" in refusal(recipe, main=main, tower=main)
 
 

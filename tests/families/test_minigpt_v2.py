@@ -246,7 +246,7 @@ def test_recipe_must_say_sizes_and_end(recipe, parts):
 def test_square_grid_is_refused(recipe, parts):
     """16 x 16 instead of 32 x 8, the slip that is easiest to make."""
     square = recipe.model_copy(update={"grid": GridSpec(rows=4, cols=4)})
-    with pytest.raises(RecipeError, match="8 rows, 2 columns"):
+    with pytest.raises(CheckpointError, match=r"visual token grid .*: \[8, 2\]; allowed: \[4, 4\]"):
         build(square, parts)
 
 

@@ -411,7 +411,7 @@ def test_config_that_is_no_json_is_refused(recipe, parts):
     (parts["main"] / "config.json").write_text(json.dumps(plain))
     assert "num_attention_heads" in refusal(recipe, parts)
     (parts["main"] / "config.json").write_text("{")
-    assert "is not a checkpoint of family shikra" in refusal(recipe, parts)
+    assert "is damaged or not what it should be" in refusal(recipe, parts)
 
 
 def test_adding_by_hand_is_what_shikra_does(tiny):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from gap_export.errors import CheckpointError, MissingDependencyError
+from gap_export.families.checkpoints import sentencepiece
 from gap_export.families.checkpoints.sentencepiece import convert_sentencepiece
 from gap_export.families.checkpoints.tokenizers import has_tokenizer, read_tokenizer
 from gap_export.recipe import Recipe
@@ -179,6 +180,7 @@ def test_ids_that_cannot_be_as_the_recipe_says_are_refused(model_folder, recipe,
         ('{"<x>": 7}', "<x> is 7"),
         ('{"<y>": "7"}', "'<y>': '7'"),
         ('{"": 7}', "'': 7"),
+        ('{"<y>": 1000000000000}', "allowed: an id for each text, 0..2147483647"),
         ("[]", "list where an object belongs"),
         ("{", "JSON does not parse"),
     ],
@@ -215,6 +217,37 @@ def test_newer_conversions_split_as_the_old_ones(model_folder, tmp_path, recipe)
     assert as_is.encode("<s>[INST]").ids != [1, 1, *by_definition("[INST]")]
     mended = parsed(read_tokenizer(tmp_path, recipe))
     assert mended.encode("<s>[INST] the").ids == [1, 1, *by_definition("[INST] the")]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (
+            "truncation",
+            {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+        ),
+        (
+            "padding",
+            {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None,
+             "pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"},
+        ),
+    ],
+)  # fmt: skip
+def test_texts_are_neither_cut_nor_padded(model_folder, tmp_path, recipe, key, value):
+    plain = convert_sentencepiece(model_folder / "tokenizer.model")
+    plain[key] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
+    text, ids = "the image and the image", [1, *by_definition("the image and the image")]
+    as_is = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert as_is.encode(text).ids != ids
+    assert parsed(read_tokenizer(tmp_path, recipe)).encode(text).ids == ids
+
+
+def test_tokenizer_that_makes_the_package_panic_is_refused(model_folder, tmp_path, recipe):
+    plain = convert_sentencepiece(model_folder / "tokenizer.model")
+    plain["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
+    assert "what the tokenizers package reads" in refusal(tmp_path, recipe)
 
 
 def test_missing_tokenizer_is_named(tmp_path, recipe):
@@ -272,12 +305,19 @@ def _piece(**fields: Any) -> Callable[[Any], None]:
         (_set("trainer_spec.unk_id", 10**6), "unknown token"),
         (_piece(piece="<mine>", type=4), "other types"),
         (_piece(piece="the", type=1), "occurs twice"),
+        (_piece(piece="t" * 129, type=1), "more than 128 characters"),
+        (lambda model: setattr(model.pieces[300], "score", float("nan")), "not a number"),
     ],
 )
 def test_other_kinds_of_sentencepiece_models_are_refused(tmp_path, recipe, change, said):
     write_model(tmp_path / "tokenizer.model", change)
     text = refusal(tmp_path, recipe)
     assert said in text and "tokenizer.json beside it" in text
+
+
+def test_model_with_too_many_ways_to_join_is_refused(model_folder, recipe, monkeypatch):
+    monkeypatch.setattr(sentencepiece, "_MAX_MERGES", 20)
+    assert "more than 20 ways to join pieces" in refusal(model_folder, recipe)
 
 
 @pytest.mark.parametrize(

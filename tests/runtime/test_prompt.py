@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -204,3 +205,32 @@ def test_answer_is_spelled_without_special_tokens(
     ids = tuple(tokenizer.encode("[ 0.12 , 0.34 ]", add_special_tokens=False).ids)
     assert encoder.decode((*ids, 2)) == "[ 0.12 , 0.34 ]"
     assert encoder.decode(()) == ""
+
+
+@pytest.mark.parametrize("setting", ["truncation", "padding"])
+def test_a_tokenizer_saved_with_cutting_or_filling_does_neither(
+    sample_manifest, tokenizer_folder, tmp_path, setting
+):
+    folder = Path(shutil.copytree(tokenizer_folder, tmp_path / "assets"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if setting == "truncation":
+        tokenizer.enable_truncation(3)
+    else:
+        tokenizer.enable_padding(length=40)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    text = "the small red circle"
+    plain = PromptEncoder(sample_manifest, tokenizer_folder).encode(text)
+    ours = PromptEncoder(sample_manifest, folder).encode(text)
+    assert ours.suffix_ids.tolist() == plain.suffix_ids.tolist()
+    assert ours.prefix_ids.tolist() == plain.prefix_ids.tolist()
+
+
+def test_a_tokenizer_that_makes_its_parser_panic_is_refused(
+    sample_manifest, tokenizer_folder, tmp_path
+):
+    folder = Path(shutil.copytree(tokenizer_folder, tmp_path / "assets"))
+    plain = json.loads((folder / "tokenizer.json").read_text())
+    plain["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (folder / "tokenizer.json").write_text(json.dumps(plain))
+    with pytest.raises(BundleError, match="tokenizer"):
+        PromptEncoder(sample_manifest, folder)

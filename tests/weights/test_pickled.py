@@ -8,7 +8,9 @@ import io
 import json
 import os
 import pickle
+import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -109,8 +111,12 @@ def test_entry_is_taken_where_it_is_there(tmp_path):
         (torch.ones(1), "no state dict: .*Tensor"),
         ({"a": torch.ones(1, dtype=torch.complex64)}, "of a kind that cannot be read: .*complex64"),
         ({"a": torch.eye(2).to_sparse()}, "of a kind that cannot be read: .*sparse"),
+        ({"a": torch.ones(2, device="meta")}, "of a kind that cannot be read: .*device meta"),
+        ({"a": torch.ones([1] * 17)}, "of a kind that cannot be read: 17 dimensions"),
+        ({"a" * 1001: torch.ones(1)}, "no state dict: .*a key 'aaa"),
     ],
-    ids=["nested", "text", "list", "number-key", "no-dict", "tensor", "complex", "sparse"],
+    ids=["nested", "text", "list", "number-key", "no-dict", "tensor", "complex", "sparse", "meta",
+         "rank", "long-key"],
 )  # fmt: skip
 def test_what_is_no_state_dict_is_refused(tmp_path, state, says, zipped):
     with pytest.raises(CheckpointError, match=says):
@@ -150,6 +156,52 @@ def test_pickle_that_wants_to_run_code_is_refused_and_does_not_run(tmp_path, kin
     if kind == "plain":
         pickle.loads(file.read_bytes())
         assert trace.exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickle_not_of_torch_that_wants_to_run_code_is_told_so(tmp_path, protocol):
+    trace = tmp_path / "trace"
+    file = tmp_path / "w.bin"
+    # The second is longer than what is looked at.
+    for rest in ({}, {"later": b"x" * 100_000}):
+        file.write_bytes(pickle.dumps({"a": Malicious(trace), **rest}, protocol=protocol))
+        if rest and protocol < 2:
+            continue
+        with pytest.raises(CheckpointError, match=r"wants to run code.*: calls posix\.mkdir"):
+            index_pickle(file)
+        assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"", "an empty file"),
+        (b"<!DOCTYPE html><html>404</html>", "starts with '<!DOCTYPE html>"),
+        (b"code\nand more\nof a text", "starts with 'code"),
+        (b"\x80\x04N.", r"starts with '\\x80\\x04N\.'"),
+    ],
+)
+def test_file_of_another_format_is_told_in_plain_words(tmp_path, raw, says):
+    (tmp_path / "w.bin").write_bytes(raw)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        index_pickle(tmp_path / "w.bin")
+    assert "torch.load" not in str(caught.value)
+
+
+def test_torch_says_nothing_beside_the_error(tmp_path, capfd):
+    class Odd:
+        def __reduce__(self):
+            storage = torch.ones(3).untyped_storage()
+            typed = torch.storage.TypedStorage(
+                wrap_storage=storage, dtype=torch.float32, _internal=True
+            )
+            return torch._utils._rebuild_tensor_v2, (typed, -5, (3,), (1,), False, {})
+
+    file = save({"a": Odd()}, tmp_path / "w.bin")
+    capfd.readouterr()
+    with pytest.raises(CheckpointError, match="invalid storage offset"):
+        index_pickle(file)
+    assert capfd.readouterr() == ("", "")
 
 
 @FORMATS
@@ -195,24 +247,68 @@ def test_archive_whose_tensor_is_longer_than_its_bytes_is_refused(tmp_path):
         index_pickle(file)
 
 
-def test_compressed_archive_is_read_as_a_whole(tmp_path):
-    file = save({"a": torch.arange(1000.0)}, tmp_path / "w.bin")
-    packed = io.BytesIO()
-    with (
-        zipfile.ZipFile(file) as source,
-        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target,
-    ):
+def rewrite(file: Path, change: Callable[[str, bytes], tuple[bytes, int]]) -> None:
+    """Write an archive again, each entry with other data or compressed."""
+    written = io.BytesIO()
+    with zipfile.ZipFile(file) as source, zipfile.ZipFile(written, "w") as target:
         for entry in source.infolist():
-            target.writestr(entry.filename, source.read(entry))
-    file.write_bytes(packed.getvalue())
+            data, kind = change(entry.filename, source.read(entry))
+            target.writestr(zipfile.ZipInfo(entry.filename), data, compress_type=kind)
+    file.write_bytes(written.getvalue())
+
+
+@pytest.mark.parametrize("name", ["data/0", "data.pkl", "byteorder"])
+@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, name, kind):
+    file = save({"a": torch.arange(1000.0)}, tmp_path / "w.bin")
+    rewrite(
+        file,
+        lambda entry, data: (
+            (b"\0" * 10_000_000, kind) if entry.endswith(name) else (data, zipfile.ZIP_STORED)
+        ),
+    )
+    # Even where it could not be.
+    file.write_bytes(file.read_bytes().replace(b"\0" * 20, b"\xff" * 20, 1))
+    with pytest.raises(CheckpointError, match=f"compressed.*{name}"):
+        index_pickle(file)
+
+
+def test_entry_that_claims_more_bytes_than_the_file_has_is_refused(tmp_path):
+    file = save({"a": torch.ones(100)}, tmp_path / "w.bin")
+    with zipfile.ZipFile(file) as archive:
+        size = archive.getinfo("w/data/0").file_size
+    raw = file.read_bytes()
+    start = raw.index(b"PK\x01\x02")
+    claim = struct.pack("<II", size, size)
+    assert raw.count(claim, start) == 1
+    directory = raw[start:].replace(claim, struct.pack("<II", 1 << 31, 1 << 31))
+    file.write_bytes(raw[:start] + directory)
+    with pytest.raises(CheckpointError, match=r"w/data/0' of 2147483648 bytes in a file of"):
+        index_pickle(file)
+
+
+def test_pickle_as_large_as_tensors_are_is_refused_unread(tmp_path):
+    file = save({"a": torch.ones(1)}, tmp_path / "w.bin")
+    rewrite(
+        file,
+        lambda entry, data: (b"]" * 17_000_000, 0) if entry.endswith("data.pkl") else (data, 0),
+    )
+    with pytest.raises(CheckpointError, match=r"data\.pkl' of 17000000 bytes"):
+        index_pickle(file)
+
+
+def test_big_endian_archive_is_read_as_a_whole(tmp_path):
+    file = save({"a": torch.ones(2, dtype=torch.int32)}, tmp_path / "w.bin")
+    rewrite(file, lambda entry, data: (b"big" if entry.endswith("byteorder") else data, 0))
     weight = index_pickle(file)["a"]
     assert isinstance(weight, PickledTensor)
-    assert torch.equal(weight.load(), torch.arange(1000.0))
+    assert weight.load().tolist() == [1 << 24] * 2
 
 
 def test_torchscript_program_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "w.bin", "w") as archive:
         archive.writestr("w/constants.pkl", b"")
+        archive.writestr("w/code/model.py", b"pass", zipfile.ZIP_DEFLATED)
     with pytest.raises(CheckpointError, match="TorchScript program"):
         index_pickle(tmp_path / "w.bin")
 

@@ -245,3 +245,34 @@ def test_json_object_is_read_or_refused(tmp_path):
     assert read_json_object(tmp_path / "a.json") == {"x": 1}
     with pytest.raises(CheckpointError, match="not found"):
         read_json_object(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ([1] * 17, r"shape \[1, 1, 1, 1, 1, 1, \.\.\.\]"),
+        ([1] * 10**6, r"shape \[1, 1, 1, 1, 1, 1, \.\.\.\]"),
+        ([int("9" * 4000)] * 3000, "has shape"),
+        ([2**63, 0], "has shape"),
+    ],
+)
+def test_shape_that_no_tensor_has_is_refused_at_once_and_shown_in_short(tmp_path, shape, says):
+    file = write(tmp_path / "w.safetensors", {"a": {**F32, "shape": shape}})
+    with pytest.raises(CheckpointError, match=says) as caught:
+        read_header(file)
+    assert len(str(caught.value)) < 600
+
+
+def test_long_name_of_a_tensor_is_refused_and_shown_in_short(tmp_path):
+    file = write(tmp_path / "w.safetensors", {"a" * 10**6: F32})
+    with pytest.raises(CheckpointError, match="a name of 1000000 characters") as caught:
+        read_header(file)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "\u00e9" * 200, "\ud800" * 100])
+def test_shard_with_a_name_that_no_file_has_is_refused(tmp_path, name):
+    index = {"weight_map": {"a": f"{name}.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"with a name of .* characters"):
+        index_checkpoint(tmp_path)

@@ -106,11 +106,8 @@ def check_architecture(recipe: Recipe, architecture: Architecture, where: Path) 
         where,
         [
             ("image size", [vision.image_size] * 2, [recipe.image.height, recipe.image.width]),
-            (
-                "number of visual tokens",
-                grid * grid // per_token,
-                recipe.grid.num_visual_tokens,
-            ),
+            # Patches that are joined to one token follow each other in a row.
+            ("visual token grid", [grid, grid // per_token], [recipe.grid.rows, recipe.grid.cols]),
         ],
     )
     if recipe.architecture is None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from gap_export.errors import CheckpointError
 # Far above any model, and low enough that no product of two makes a shape torch cannot describe.
 _MAX_SIZE = 1 << 20
 _MAX_PIXELS = 1 << 14
+# Hundreds of values, of lists in a dict in a dict, are much for a config.json.
+_MAX_VALUES = 10_000
+_MAX_DEPTH = 20
 # Ids are turned into float32 for RoPE, which holds integers exactly up to here.
 _MAX_POSITIONS = 1 << 24
 
@@ -53,6 +56,33 @@ def check_values(plain: Mapping[str, Any], file: Path, *, max_layers: int) -> No
     _check_section(plain, str(file), "", max_layers)
 
 
+def check_extent(plain: Mapping[str, Any], file: Path) -> None:
+    """Refuse what takes a parser of configs long, or nests too deep for it.
+
+    Args:
+        plain: The parsed file.
+        file: Named in messages.
+
+    Raises:
+        CheckpointError: too many values, or values nested too deep.
+    """
+    level: list[Any] = [plain]
+    depth = total = 0
+    while level:
+        inner = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [v for values in inner for v in values if isinstance(v, (dict, list))]
+        total += sum(len(values) for values in inner)
+        depth += 1
+        if total > _MAX_VALUES or depth > _MAX_DEPTH:
+            raise CheckpointError(
+                f"{file}: no config.json of a model",
+                seen=f"more than {_MAX_VALUES} values"
+                if total > _MAX_VALUES
+                else f"values nested deeper than {_MAX_DEPTH}",
+                fix="use the config.json that these weights were saved with",
+            )
+
+
 def require(ok: bool, key: str, seen: object, allowed: str, *, where: object) -> None:
     """Refuse one value of a config.
 
@@ -81,7 +111,7 @@ def _check_section(plain: Mapping[str, Any], where: str, prefix: str, max_layers
                 allowed += " (the checkpoint has no more tensors)"
             require(type(value) is int and 1 <= value <= limit, name, value, allowed, where=where)
         elif key in _POSITIVE:
-            positive = type(value) in (int, float) and value > 0 and math.isfinite(value)
+            positive = type(value) in (int, float) and 0 < value <= sys.float_info.max
             require(positive, name, value, "a number above 0", where=where)
         elif key in _ACTIVATIONS:
             known = sorted(set(ACT2FN) - _WITH_WEIGHTS)

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from gap_export.errors import CheckpointError
-from gap_export.families.checkpoints.limits import check_values
+from gap_export.families.checkpoints.limits import check_extent, check_values
 from gap_export.weights import FLOAT_DTYPES, Weight, read_json_object
 
 ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
@@ -22,6 +22,8 @@ WeightT = TypeVar("WeightT", bound=Weight)
 # More than this many names in one message hide the point.
 _NAMES_SHOWN = 6
 _MAX_REASON = 300
+# Of classifiers, which no model here is; transformers makes a name for each of num_labels.
+_LABEL_KEYS = frozenset({"num_labels", "id2label", "label2id"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +85,11 @@ def build_config(
     Raises:
         CheckpointError: a value that no model can have, or not valid.
     """
-    check_values(plain, file, max_layers=num_tensors)
+    unlabelled = _without_labels(plain)
+    check_extent(unlabelled, file)
+    check_values(unlabelled, file, max_layers=num_tensors)
     try:
-        config: ConfigT = cls.from_dict(dict(plain))
+        config: ConfigT = cls.from_dict(unlabelled)
     except (
         *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
         StrictDataclassError,
@@ -93,6 +97,20 @@ def build_config(
         reason = f"{file}: {err}"[:_MAX_REASON]
         raise CheckpointError("config.json does not parse", seen=reason) from err
     return config
+
+
+def check_config_readable(folder: Path) -> None:
+    """See that a config.json, where there is one, is a JSON object.
+
+    Raises:
+        CheckpointError: it cannot be read, or is none.
+    """
+    try:
+        read_json_object(folder / "config.json")
+    except CheckpointError as err:
+        # A folder without one may hold what needs none; so may a file, in place of a folder.
+        if not isinstance(err.__cause__, (FileNotFoundError, NotADirectoryError)):
+            raise
 
 
 def model_type_of(folder: Path) -> str | None:
@@ -115,10 +133,14 @@ def look_at(folder: Path) -> str:
         return f"a file, {folder.name}"
     file = folder / "config.json"
     try:
+        check_config_readable(folder)
+    except CheckpointError as err:
+        return f"config.json that cannot be read: {err.seen}"
+    try:
         if file.is_file():
-            return f"model_type {reprlib.repr(read_json_object(file).get('model_type'))}"
+            return f"model_type {reprlib.repr(peek_config(folder).get('model_type'))}"
         names = sorted(path.name for path in folder.iterdir())
-    except (CheckpointError, OSError) as err:
+    except OSError as err:
         return str(err)
     return f"a folder without config.json: {_some(names)}" if names else "an empty folder"
 
@@ -172,6 +194,17 @@ def match_tensors(
     _check_keys(refs, expected, where, sizes_of)
     _check_tensors(refs, expected, where, sizes_of)
     return refs
+
+
+def _without_labels(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A config, and the configs in it, without the names of classes."""
+    kept = {key: value for key, value in plain.items() if key not in _LABEL_KEYS}
+    nested = {
+        key: {name: inner for name, inner in value.items() if name not in _LABEL_KEYS}
+        for key, value in kept.items()
+        if isinstance(value, dict)
+    }
+    return {**kept, **nested}
 
 
 def _check_keys(refs: Iterable[str], expected: Iterable[str], where: Path, sizes_of: str) -> None:

@@ -7,13 +7,18 @@ Format: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_mo
 from __future__ import annotations
 
 import json
+import math
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from gap_export.errors import CheckpointError, MissingDependencyError
 
-# Llama's takes half a megabyte.
-_MAX_BYTES = 64_000_000
+# Llama's takes half a megabyte, one of 256,000 pieces four; the longest pieces are 16 characters.
+# Looking for joins takes the square of a piece's length; Llama has 60,000 of them.
+_MAX_BYTES = 8_000_000
+_MAX_PIECE = 128
+_MAX_MERGES = 1_000_000
 _SPACE = "\u2581"
 _BPE = 2
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
@@ -45,7 +50,7 @@ def convert_sentencepiece(file: Path) -> dict[str, Any]:
     tokenizer = Tokenizer(
         BPE(
             vocabulary,
-            _merges(model, vocabulary),
+            _merges(model, vocabulary, file),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,
@@ -115,6 +120,10 @@ def _check_kind(model: Any, file: Path) -> None:
         "treat_whitespace_as_suffix": trainer.treat_whitespace_as_suffix,
         "a table of character rules": bool(normalizer.precompiled_charsmap),
         f"pieces of other types than {', '.join(_KINDS.values())}": not kinds <= set(_KINDS),
+        f"a piece of more than {_MAX_PIECE} characters": any(
+            len(piece.piece) > _MAX_PIECE for piece in model.pieces
+        ),
+        "a score that is not a number": any(math.isnan(piece.score) for piece in model.pieces),
         "a piece that occurs twice": len({piece.piece for piece in model.pieces}) != num,
         "no beginning-of-sequence or unknown token": not (
             0 <= trainer.bos_id < num and 0 <= trainer.unk_id < num
@@ -130,7 +139,7 @@ def _check_kind(model: Any, file: Path) -> None:
         )
 
 
-def _merges(model: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+def _merges(model: Any, vocabulary: dict[str, int], file: Path) -> list[tuple[str, str]]:
     """Every way to join two pieces into a third, the best first.
 
     SentencePiece keeps a score per piece and joins whichever neighbours make the best one;
@@ -138,12 +147,16 @@ def _merges(model: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """
     normal = {piece.piece: piece.score for piece in model.pieces if piece.type == _NORMAL}
     ranked = sorted(normal, key=lambda piece: (-normal[piece], vocabulary[piece]))
-    return [
+    joins = (
         (piece[:cut], piece[cut:])
         for piece in ranked
         for cut in range(len(piece) - 1, 0, -1)
         if piece[:cut] in normal and piece[cut:] in normal
-    ]
+    )
+    merges = list(islice(joins, _MAX_MERGES + 1))
+    if len(merges) > _MAX_MERGES:
+        raise _damaged(file, f"more than {_MAX_MERGES} ways to join pieces")
+    return merges
 
 
 def _damaged(file: Path, seen: str) -> CheckpointError:

@@ -17,6 +17,8 @@ from gap_export.weights import read_json_object
 TOKENIZER_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 _ADDED_FILE = "added_tokens.json"
+# The package holds ids in 32 bits.
+_MAX_ID = 2**31 - 1
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -28,7 +30,8 @@ def read_tokenizer(folder: Path, recipe: Recipe) -> Path | bytes:
     """A tokenizer that has each special token of the recipe, under the id the recipe says.
 
     ``tokenizer.json`` is taken where there is one, else ``tokenizer.model`` is converted; the
-    tokens of ``added_tokens.json`` and of the recipe that it lacks are added at its end. Text is
+    tokens of ``added_tokens.json`` and of the recipe that it lacks are added at its end, and no
+    text is cut or padded, whatever ``tokenizer.json`` was last used for. Text is
     split at special tokens before anything else is done with it, and each piece is tokenized like
     a text of its own, with a space in front, as by the tokenizers these models were trained with.
 
@@ -56,6 +59,7 @@ def read_tokenizer(folder: Path, recipe: Recipe) -> Path | bytes:
             fix="copy the tokenizer of the language model there",
         )
     before = json.dumps(plain)
+    _encode_whole(plain)
     _check_ids(plain, _load(plain, source), source)
     _add_tokens(plain, _wanted(folder, recipe), source)
     _split_at_special_tokens(plain, recipe)
@@ -69,8 +73,8 @@ def _wanted(folder: Path, recipe: Recipe) -> dict[str, int]:
     file = folder / _ADDED_FILE
     added = read_json_object(file) if file.is_file() else {}
     for text, token in added.items():
-        if type(token) is not int or token < 0 or not text:
-            raise _refused(file, f"{text!r}: {token!r}"[:200], "an id for each text")
+        if type(token) is not int or not 0 <= token <= _MAX_ID or not text:
+            raise _refused(file, f"{text!r}: {token!r}"[:200], f"an id for each text, 0..{_MAX_ID}")
         if recipe.special_tokens.get(text, token) != token:
             raise _refused(
                 file,
@@ -97,6 +101,13 @@ def _add_tokens(plain: dict[str, Any], wanted: Mapping[str, int], source: Path) 
             raise _refused(source, what, f"{text} as token {token}")
         added.append(_entry(text, token))
         free += 1
+
+
+def _encode_whole(plain: dict[str, Any]) -> None:
+    """Drop the lengths that texts were cut or padded to in training, in place."""
+    for key in ("truncation", "padding"):
+        if plain.get(key) is not None:
+            plain[key] = None
 
 
 def _split_at_special_tokens(plain: dict[str, Any], recipe: Recipe) -> None:
@@ -138,9 +149,10 @@ def _check_ids(plain: dict[str, Any], tokenizer: Tokenizer, source: Path) -> Non
 def _load(plain: dict[str, Any], source: Path) -> Tokenizer:
     try:
         return Tokenizer.from_str(json.dumps(plain))
-    except Exception as err:
-        # The tokenizers package raises bare Exception; anything narrower would miss it.
-        if type(err) is not Exception:
+    except BaseException as err:
+        # The tokenizers package raises bare Exception, and where it panics something that is no
+        # Exception, of a module that cannot be imported: nothing narrower would catch either.
+        if type(err) is not Exception and type(err).__name__ != "PanicException":
             raise
         raise _refused(source, str(err)[:200], "what the tokenizers package reads") from err
 
