@@ -9,16 +9,24 @@ from gap_export.errors import MissingDependencyError
 
 # extra -> modules that must import for it to count as installed
 EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "export": ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors"),
-    "trt-rtx": ("tensorrt_rtx",),
-    "trt": ("tensorrt",),
+    "export": ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "trtcheck"),
+    "trt-rtx": ("tensorrt_rtx", "cuda.bindings"),
+    "trt": ("tensorrt", "cuda.bindings"),
     "optimum": ("optimum",),
 }
 
 
 def missing_modules(extra: str) -> list[str]:
     """Modules of an extra that are not installed; nothing is imported to find out."""
-    return [name for name in EXTRAS[extra] if find_spec(name) is None]
+    return [name for name in EXTRAS[extra] if not _is_installed(name)]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        # The package a submodule would be in is not there either.
+        return False
 
 
 def require_extra(extra: str, purpose: str) -> None:

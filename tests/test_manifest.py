@@ -35,6 +35,7 @@ sharing = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], 
 PATHS = st.from_regex(r"[a-z]{1,8}(/[a-z]{1,8})?(\.onnx)?", fullmatch=True)
 LEAVES: Mapping[type, st.SearchStrategy[Any]] = {
     str: st.text(max_size=10),
+    bool: st.booleans(),
     int: st.integers(),
     float: st.floats(allow_nan=False, allow_infinity=False),
     type(None): st.none(),
@@ -346,9 +347,9 @@ def test_plain_relative_path_is_accepted(path: str) -> None:
 
 def test_graph_is_found_by_component_and_lowering(sample_manifest: Manifest) -> None:
     assert sample_manifest.graph("embed_tokens") is sample_manifest.graphs[0]
-    with pytest.raises(BundleError, match=r"no such graph: decoder .*embed_tokens \(onnxruntime\)"):
+    with pytest.raises(BundleError, match=r"no such graph: decoder .*embed_tokens onnxruntime"):
         sample_manifest.graph("decoder")
-    with pytest.raises(BundleError, match=r"embed_tokens \(portable\)"):
+    with pytest.raises(BundleError, match=r"embed_tokens portable"):
         sample_manifest.graph("embed_tokens", lowering="portable")
 
 

@@ -244,24 +244,98 @@ class TensorSpec(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizationSpec(_Strict):
+    """Weights held in fewer bits; what is computed with stays in the graph's dtype.
+
+    Attributes:
+        dtype: ``int4``, symmetric.
+        block_size: Weights of one output channel that share a scale, along the input.
+        method: ``rtn``: rounded to nearest; ``awq``: input channels scaled by what calibration saw
+            (arXiv 2306.00978), then rounded.
+        lm_head: Whether the LM head is quantized, too.
+    """
+
+    dtype: Literal["int4"]
+    block_size: int
+    method: Literal["rtn", "awq"]
+    lm_head: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class GraphSpec(_Strict):
     """One ONNX file of the bundle.
 
     Attributes:
         component: vision_encoder, text_encoder, embed_tokens or decoder_model_merged.
-        lowering: ``onnxruntime`` for the base graphs.
+        lowering: ``onnxruntime`` for the base graphs; ``portable`` or ``fused`` for TensorRT's.
         dtype: Of the float inputs and outputs; ``pixel_values`` is float32 in any case.
-        kv_contract: ``concat``: present = past and new, joined; ``none``: no cache.
+        kv_contract: ``concat``: present = past and new, joined; ``in_place``: past and present are
+            one buffer [B, heads, capacity, dim] of which the first slots are filled, and a step
+            writes the new ones behind them; ``none``: no cache.
         file: Path within the bundle.
+        quantization: Of the weights; None where they have the graph's dtype.
     """
 
     component: str
     lowering: str
     dtype: str
-    kv_contract: Literal["none", "concat"]
+    kv_contract: Literal["none", "concat", "in_place"]
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    quantization: QuantizationSpec | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLimits(_Strict):
+    """The largest sizes that engines are built for; the smallest are 1, and 0 for the past.
+
+    Attributes:
+        max_prompt: P, prompt tokens after pruning.
+        max_new_tokens: Of an answer. The cache has room for max_prompt + max_new_tokens slots.
+        max_batch: B, expressions asked at a time.
+        max_images: I, pictures at a time, or the tiles of one.
+    """
+
+    max_prompt: int
+    max_new_tokens: int
+    max_batch: int
+    max_images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreflightVerdict(_Strict):
+    """What a static look at a graph says of building it on a device that is not at hand.
+
+    Attributes:
+        component: Which graph.
+        verdict: ``fine``; ``unverified``: holds operators nobody vouches for; ``blocked``.
+        operators: Those that are not fine.
+        reasons: One line each, for people.
+    """
+
+    component: str
+    verdict: Literal["fine", "unverified", "blocked"]
+    operators: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSpec(_Strict):
+    """What a bundle has for one TensorRT target.
+
+    Attributes:
+        name: Of the target, e.g. ``orin``.
+        lowering: Of the graphs its engines are built from; with their dtype it names them.
+        dtype: Of those graphs.
+        preflight: A verdict for each component, against the oldest TensorRT of the target; empty
+            where engines are built by the export itself.
+    """
+
+    name: str
+    lowering: str
+    dtype: str
+    preflight: tuple[PreflightVerdict, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +361,7 @@ class Manifest(_Strict):
     """The whole of ``gap.json``, whose JSON form has ``format`` and ``format_version`` as well.
 
     ``newline`` [H] stands at the end of each row of a tiled picture; None without tiles.
+    ``targets`` and ``engine_limits`` are there where engines are to be built.
     """
 
     model: ModelSpec
@@ -304,20 +379,47 @@ class Manifest(_Strict):
     graphs: tuple[GraphSpec, ...]
     files: tuple[FileSpec, ...]
     tools: Mapping[str, str]
+    engine_limits: EngineLimits | None = None
+    targets: tuple[TargetSpec, ...] = ()
 
-    def graph(self, component: str, *, lowering: str = "onnxruntime") -> GraphSpec:
+    def graph(
+        self, component: str, *, lowering: str = "onnxruntime", dtype: str | None = None
+    ) -> GraphSpec:
         """The graph of a component.
+
+        Args:
+            component: Its name.
+            lowering: Its form.
+            dtype: Of its floats; None where there is one dtype only.
 
         Raises:
             BundleError: the bundle has none.
         """
         for graph in self.graphs:
-            if graph.component == component and graph.lowering == lowering:
+            form = (graph.component, graph.lowering, dtype or graph.dtype)
+            if form == (component, lowering, graph.dtype):
                 return graph
         raise BundleError(
             "the bundle has no such graph",
-            seen=f"{component} ({lowering})",
-            allowed=", ".join(f"{g.component} ({g.lowering})" for g in self.graphs),
+            seen=" ".join(filter(None, (component, lowering, dtype))),
+            allowed=", ".join(f"{g.component} {g.lowering} {g.dtype}" for g in self.graphs),
+            fix="export it again with --trt, naming the target",
+        )
+
+    def target(self, name: str) -> TargetSpec:
+        """What the bundle has for a target.
+
+        Raises:
+            BundleError: nothing.
+        """
+        for target in self.targets:
+            if target.name == name:
+                return target
+        raise BundleError(
+            "the bundle was not made for this target",
+            seen=name,
+            allowed=", ".join(t.name for t in self.targets) or "none",
+            fix=f"export it again with --trt {name}",
         )
 
     def to_json(self) -> bytes:

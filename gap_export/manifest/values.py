@@ -41,6 +41,7 @@ def check_values(manifest: Manifest) -> None:
     _check_decoder(manifest)
     _check_newline(manifest)
     _check_graphs(manifest)
+    _check_engines(manifest)
     _check_files(manifest)
 
 
@@ -195,12 +196,33 @@ def _check_graphs(manifest: Manifest) -> None:
     _between("opset", manifest.opset, 1, _MAX_OPSET)
     for graph in manifest.graphs:
         _one_of(f"dtype of {graph.file}", graph.dtype, DTYPES)
+        if graph.quantization is not None:
+            block = graph.quantization.block_size
+            _between(f"quantization.block_size of {graph.file}", block, 2, _MAX_WIDTH)
         for tensor in (*graph.inputs, *graph.outputs):
             for size in tensor.shape:
                 if isinstance(size, int):
                     _between(f"shape of {tensor.name} in {graph.file}", size, 0, _MAX_INT64)
         if graph.component == _DECODER:
             _check_cache(graph, num_layers=manifest.decoder.num_layers)
+
+
+def _check_engines(manifest: Manifest) -> None:
+    limits = manifest.engine_limits
+    if (limits is not None) != bool(manifest.targets):
+        raise _refuse("engine_limits", limits, "there with targets, and only there")
+    if limits is None:
+        return
+    for name, value in vars(limits).items():
+        _between(f"engine_limits.{name}", value, 1, _MAX_TOKENS)
+    for target in manifest.targets:
+        made = {(graph.lowering, graph.dtype) for graph in manifest.graphs}
+        if manifest.graphs and (target.lowering, target.dtype) not in made:
+            raise _refuse(
+                f"targets: graphs of {target.name}",
+                f"{target.lowering} {target.dtype}",
+                ", ".join(f"{lowering} {dtype}" for lowering, dtype in sorted(made)),
+            )
 
 
 def _check_cache(graph: GraphSpec, *, num_layers: int) -> None:

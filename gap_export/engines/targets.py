@@ -1,0 +1,258 @@
+"""The targets of ``--trt``, as one table. Nothing else in the package tests a target's name.
+
+Sources: NVIDIA's support matrices for TensorRT, TensorRT-RTX and JetPack, as of November 2026.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from gap_export.errors import UsageError
+
+Version = tuple[int, int]
+Lowering = Literal["portable", "fused"]
+# What `--trt` alone stands for.
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """A software release that a target may have, and what its TensorRT takes.
+
+    Attributes:
+        name: As its maker calls it, e.g. ``JetPack 6.2``.
+        min_version: Lowest TensorRT it stands for, (major, minor).
+        max_version: Highest, of which every patch is meant.
+        max_opset: Highest ONNX opset its parser is known to read.
+        lowerings: Which forms of the graphs build there, best first.
+        python: The Python it brings, for the instructions; None where the user chooses.
+        cuda: The CUDA release it brings, for the instructions.
+    """
+
+    name: str
+    min_version: Version
+    max_version: Version
+    max_opset: int
+    lowerings: tuple[Lowering, ...]
+    python: str | None = None
+    cuda: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A kind of GPU that engines are built for.
+
+    Attributes:
+        name: What the user writes.
+        summary: One line for people.
+        library: The Python package that builds and runs its engines.
+        platforms: Releases it may have, oldest first. Graphs made on a host suit all of them.
+        compute_capabilities: SM numbers it may have, e.g. 89; empty: whatever the GPU has.
+        default_compute_capabilities: Those built for where the user names none.
+        dtypes: Of the graphs' floats; the first is used where the bundle's own is not among them.
+        quantizations: Of weights, beyond none.
+        built_on: ``any``: on any machine, with or without a GPU; ``device``: on the GPU it is for.
+    """
+
+    name: str
+    summary: str
+    library: Literal["tensorrt", "tensorrt_rtx"]
+    platforms: tuple[Platform, ...]
+    compute_capabilities: tuple[int, ...]
+    default_compute_capabilities: tuple[int, ...]
+    dtypes: tuple[str, ...] = ("float16", "bfloat16")
+    quantizations: tuple[str, ...] = ("int4",)
+    built_on: Literal["any", "device"]
+
+    @property
+    def lowering(self) -> Lowering:
+        """The form of the graphs that builds on every platform of the target, best first.
+
+        A target of several platforms takes what the oldest of them can build.
+        """
+        common = [
+            lowering
+            for lowering in self.platforms[0].lowerings
+            if all(lowering in platform.lowerings for platform in self.platforms)
+        ]
+        return common[0]
+
+    def platform(self, version: Version) -> Platform | None:
+        """The release a TensorRT version belongs to; None where it is out of range."""
+        for platform in reversed(self.platforms):
+            if platform.min_version <= version <= platform.max_version:
+                return platform
+        return None
+
+
+_BOTH: tuple[Lowering, ...] = ("portable", "fused")
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        target.name: target
+        for target in (
+            Target(
+                name="rtx",
+                summary="desktop RTX cards, Turing to Blackwell, and DGX Spark",
+                library="tensorrt_rtx",
+                platforms=(
+                    Platform(
+                        name="TensorRT-RTX 1.7",
+                        min_version=(1, 7),
+                        max_version=(1, 7),
+                        max_opset=25,
+                        lowerings=("fused", "portable"),
+                    ),
+                ),
+                compute_capabilities=(75, 80, 86, 89, 120, 121),
+                default_compute_capabilities=(86, 89, 120),
+                built_on="any",
+            ),
+            Target(
+                name="desktop",
+                summary="the GPU at hand, by the full TensorRT",
+                library="tensorrt",
+                platforms=(
+                    Platform(
+                        name="TensorRT 10.3 to 10.14",
+                        min_version=(10, 3),
+                        max_version=(10, 14),
+                        max_opset=20,
+                        lowerings=("portable",),
+                    ),
+                    Platform(
+                        name="TensorRT 10.15 to 11.5",
+                        min_version=(10, 15),
+                        max_version=(11, 5),
+                        max_opset=24,
+                        lowerings=_BOTH,
+                    ),
+                ),
+                compute_capabilities=(),
+                default_compute_capabilities=(),
+                built_on="device",
+            ),
+            Target(
+                name="orin",
+                summary="Jetson Orin",
+                library="tensorrt",
+                platforms=(
+                    Platform(
+                        name="JetPack 6.2",
+                        min_version=(10, 3),
+                        max_version=(10, 3),
+                        max_opset=20,
+                        lowerings=("portable",),
+                        python="3.10",
+                        cuda="12.6",
+                    ),
+                    Platform(
+                        name="JetPack 7.2",
+                        min_version=(10, 16),
+                        max_version=(11, 4),
+                        max_opset=24,
+                        lowerings=_BOTH,
+                        python="3.12",
+                        cuda="13",
+                    ),
+                ),
+                compute_capabilities=(87,),
+                default_compute_capabilities=(87,),
+                built_on="device",
+            ),
+            Target(
+                name="thor",
+                summary="Jetson Thor",
+                library="tensorrt",
+                platforms=(
+                    Platform(
+                        name="JetPack 7.0",
+                        min_version=(10, 13),
+                        max_version=(10, 13),
+                        max_opset=20,
+                        lowerings=("portable",),
+                        python="3.12",
+                        cuda="13",
+                    ),
+                    Platform(
+                        name="JetPack 7.2",
+                        min_version=(10, 16),
+                        max_version=(11, 4),
+                        max_opset=24,
+                        lowerings=_BOTH,
+                        python="3.12",
+                        cuda="13",
+                    ),
+                ),
+                compute_capabilities=(110,),
+                default_compute_capabilities=(110,),
+                built_on="device",
+            ),
+        )
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetChoice:
+    """A target for one GPU generation.
+
+    Attributes:
+        target: The row of the table.
+        compute_capability: SM number; None: that of the GPU at hand.
+    """
+
+    target: Target
+    compute_capability: int | None
+
+    @property
+    def folder(self) -> str:
+        """Folder below ``engines/``, e.g. ``rtx-sm89``."""
+        if self.compute_capability is None:
+            return self.target.name
+        return f"{self.target.name}-sm{self.compute_capability}"
+
+
+def parse_targets(specs: Sequence[str]) -> tuple[TargetChoice, ...]:
+    """Read what the user wrote, e.g. ``rtx``, ``rtx:sm89``, ``orin``; ``auto`` is every target.
+
+    Returns:
+        Each choice once, in the order given.
+
+    Raises:
+        UsageError: an unknown target, or a GPU generation it has not got.
+    """
+    choices: dict[str, TargetChoice] = {}
+    for spec in specs:
+        names = TARGETS if spec == AUTO else [spec]
+        for choice in (choice for name in names for choice in _parse_target(name)):
+            choices.setdefault(choice.folder, choice)
+    return tuple(choices.values())
+
+
+def _parse_target(spec: str) -> tuple[TargetChoice, ...]:
+    name, colon, suffix = spec.partition(":")
+    target = TARGETS.get(name)
+    if target is None:
+        raise UsageError(
+            "unknown TensorRT target",
+            seen=repr(spec),
+            allowed=", ".join(TARGETS),
+            fix="write it right after --trt, e.g. --trt rtx:sm89; MODEL goes before",
+        )
+    if not colon:
+        numbers = target.default_compute_capabilities
+        return tuple(
+            TargetChoice(target=target, compute_capability=number) for number in numbers
+        ) or (TargetChoice(target=target, compute_capability=None),)
+    allowed = {f"sm{number}": number for number in target.compute_capabilities}
+    if suffix not in allowed:
+        raise UsageError(
+            f"target {name} has no such GPU generation",
+            seen=repr(suffix),
+            allowed=", ".join(allowed) or f"none: write {name} alone, it takes the GPU at hand",
+        )
+    return (TargetChoice(target=target, compute_capability=allowed[suffix]),)
