@@ -187,7 +187,14 @@ class TinyGraphs:
         self._sessions: dict[Path, Any] = {}
 
     def pruning(
-        self, pruner: str = "spatial", keep_ratio: float = 0.3, order: Any = "raster", seed: int = 0
+        self,
+        pruner: str = "spatial",
+        keep_ratio: float | None = 0.3,
+        order: Any = "raster",
+        seed: int = 0,
+        extra_token: Any = None,
+        budget: Any = None,
+        extra_position: Any = "last",
     ) -> PruningSpec:
         from gap_export.families import resolve_pruning
 
@@ -198,6 +205,9 @@ class TinyGraphs:
             order=order,
             positions="gap",
             seed=seed,
+            extra_token=extra_token,
+            extra_position=extra_position,
+            budget=budget,
         )
 
     def reference(self, *args: Any, **kwargs: Any) -> Any:
@@ -220,8 +230,9 @@ class TinyGraphs:
 
         pruning = self.pruning(*args, **kwargs)
         mark = f"-{pruning.pruner}-{pruning.keep_ratio}-{pruning.order}-{pruning.seed}"
-        # Only the vision encoder depends on the pruning.
-        name = component + (mark if component == "vision_encoder" else "")
+        mark += f"-{pruning.extra_token}-{pruning.extra_position}-{pruning.budget}"
+        # Only what prunes depends on the pruning.
+        name = component + (mark if component in {"vision_encoder", "token_pruner"} else "")
         path = self.folder / f"{name}{'-bare' if bare else ''}.onnx"
         if not path.exists():
             checkpoint = Checkpoint.of(self.checkpoint)

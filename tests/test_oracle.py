@@ -42,7 +42,7 @@ def in_onnx(graphs: Any, *, bare: bool = False) -> Decoder:
 def visual_features(graphs: Any) -> np.ndarray:
     """All N projected features of one picture, [N, H]."""
     with torch.inference_mode():
-        features, _ = graphs.reference("spatial", 1.0).vision_encoder(picture())
+        features, _, *_ = graphs.reference("spatial", 1.0).vision_encoder(picture())
     return features.numpy()[0]
 
 

@@ -21,9 +21,9 @@ from gap_export.errors import ExportError
 from gap_export.families.modules.clip_vision import ClipVisionTower
 from gap_export.families.modules.llama_decoder import LlamaDecoder
 from gap_export.families.modules.projector import build_projector
-from gap_export.families.modules.pruned_vision import PrunedVisionEncoder
+from gap_export.families.modules.pruned_vision import PrunedVisionEncoder, VisionParts
 from gap_export.families.reference import Component
-from gap_export.manifest import PruningSpec, TensorSpec
+from gap_export.manifest import GridSpec, PruningSpec, TensorSpec
 from gap_export.passes import PIPELINES, run_pipeline
 from gap_export.pruning import find_pruner
 from gap_export.stamping import is_stampable, shorten, stamp_layers
@@ -104,13 +104,15 @@ def vision() -> Component:
         num_emitted_tokens=5,
         text_similarity_sign=None,
     )
-    module = PrunedVisionEncoder(
+    parts = VisionParts(
         tower=ClipVisionTower(shape, num_layers=LAYERS),
-        projector=build_projector(ProjectorShape(width=32, hidden_size=24, activation="gelu")),
         joint_space=None,
+        next_layer=None,
         pruner=find_pruner("cls"),
         pruning=pruning,
     )
+    projector = build_projector(ProjectorShape(width=32, hidden_size=24, activation="gelu"))
+    module = PrunedVisionEncoder(parts, projector=projector, grid=GridSpec(rows=4, cols=4))
     return Component(
         name="vision_encoder",
         module=module,
@@ -118,6 +120,7 @@ def vision() -> Component:
         outputs=(
             spec("image_features", "images", 5, 24),
             spec("keep_indices", "images", 5, dtype="int64"),
+            spec("token_scores", "images", 16),
         ),
         example_sizes={"images": 2},
         weight_refs=dict.fromkeys(module.state_dict()),

@@ -246,7 +246,7 @@ def test_real_grid_sizes_equal_pytorch(make_checkpoint, tmp_path, grid, pruner):
         feeds["text_embeds"] = torch.randn(2, 16, generator=generator)
     encoder = build_reference(recipe, parts, pruning, device="cpu").vision_encoder
     with torch.inference_mode():
-        features, keep = encoder(*feeds.values())
+        features, keep, *_ = encoder(*feeds.values())
     found, indices = session.run(None, {k: v.numpy() for k, v in feeds.items()})
     assert indices.shape[1] == {12: 43, 24: 173}[grid]
     assert np.array_equal(indices, keep.numpy())

@@ -18,6 +18,7 @@ from gap_export.cli.export import export
 from gap_export.cli.ground import ground
 from gap_export.cli.inspect_bundle import inspect_bundle
 from gap_export.cli.models import models
+from gap_export.cli.pruners import pruners
 from gap_export.version import __version__
 
 DEFAULT_COMMAND = "export"
@@ -94,5 +95,6 @@ def build_command() -> Any:
     app.command("eval")(evaluate)
     app.command("inspect")(inspect_bundle)
     app.command("models")(models)
+    app.command("pruners")(pruners)
     app.command("doctor")(doctor)
     return get_command(app)

@@ -18,6 +18,10 @@ def describe_tokens(manifest: Manifest) -> str:
     """How many visual tokens stay: of a picture or, where it is cut into tiles, of each tile."""
     pruning, tiles = manifest.pruning, manifest.image.tiles
     text = f"{pruning.num_kept_tokens} of {pruning.num_visual_tokens} visual tokens"
+    if pruning.budget == "adaptive":
+        text = f"what stands out, at most {text}"
+    if pruning.extra_token != "none":
+        text += f" and an extra one, {pruning.extra_token} of the others"
     if tiles is None:
         return text
     area = manifest.image.height * manifest.image.width

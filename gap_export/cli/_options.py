@@ -10,6 +10,9 @@ import typer
 from gap_export.cli._terminal import Terminal
 
 Order: TypeAlias = Literal["raster", "score"]
+ExtraToken: TypeAlias = Literal["none", "mean", "weighted"]
+ExtraPosition: TypeAlias = Literal["last", "centroid"]
+Budget: TypeAlias = Literal["fixed", "adaptive"]
 Positions: TypeAlias = Literal["gap", "compact"]
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
@@ -57,11 +60,39 @@ BundleArgument = Annotated[
 ]
 
 KEEP_HELP = "Share of the visual tokens to keep, in (0, 1]. [default: the recipe's]"
-PRUNER_HELP = "Which tokens survive: spatial, random, cls, fastervlm, text. [default: the recipe's]"
+PRUNER_HELP = "Which tokens survive: see `gap-export pruners`. [default: the recipe's]"
 
 OrderOption = Annotated[
     Order | None,
-    typer.Option("--order", help="Order of the kept tokens. [default: raster]", show_default=False),
+    typer.Option(
+        "--order", help="Order of the kept tokens. [default: the pruner's]", show_default=False
+    ),
+]
+ExtraTokenOption = Annotated[
+    ExtraToken | None,
+    typer.Option(
+        "--extra-token",
+        help="One token for all that is dropped: their mean, or their sum weighted by score. "
+        "[default: the pruner's]",
+        show_default=False,
+    ),
+]
+ExtraPositionOption = Annotated[
+    ExtraPosition,
+    typer.Option(
+        "--extra-position",
+        help="Position id of the extra token: the last visual token's, or the centre's of all that "
+        "is dropped.",
+    ),
+]
+BudgetOption = Annotated[
+    Budget | None,
+    typer.Option(
+        "--budget",
+        help="fixed: --keep of every picture; adaptive: what stands out in each, --keep at most. "
+        "[default: the pruner's where --keep is not given, else fixed]",
+        show_default=False,
+    ),
 ]
 PositionsOption = Annotated[
     Positions,

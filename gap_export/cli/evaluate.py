@@ -10,8 +10,11 @@ import typer
 from gap_export.cli._options import (
     KEEP_HELP,
     PRUNER_HELP,
+    BudgetOption,
     CheckpointOption,
     DtypeOption,
+    ExtraPositionOption,
+    ExtraTokenOption,
     JsonOption,
     OrderOption,
     QuietOption,
@@ -54,6 +57,9 @@ def evaluate(
         ),
     ] = None,
     order: OrderOption = None,
+    extra_token: ExtraTokenOption = None,
+    extra_position: ExtraPositionOption = "last",
+    budget: BudgetOption = None,
     seed: SeedOption = 0,
     recipe: RecipeOption = None,
     data: Annotated[
@@ -94,7 +100,11 @@ def evaluate(
     terminal = terminal_of(ctx)
     parts = parse_parts(checkpoint or [])
     if _is_bundle(target):
-        _refuse("a bundle is pruned already", keep=keep, pruner=pruner, order=order)
+        _refuse(
+            "a bundle is pruned already",
+            **{"keep": keep, "pruner": pruner, "order": order, "extra-token": extra_token},
+            **{"budget": budget, "extra-position": None if extra_position == "last" else 1},
+        )
         _refuse("a bundle says that itself", recipe=recipe, dtype=dtype)
         report = evaluate_bundle(
             Path(target),
@@ -112,7 +122,10 @@ def evaluate(
                 recipe=recipe,
                 checkpoint=parts,
                 dtype=dtype,
-                order=order or "raster",
+                order=order,
+                extra_token=extra_token,
+                extra_position=extra_position,
+                budget=budget,
                 seed=seed,
             ),
             pruners=_split(pruner or []),

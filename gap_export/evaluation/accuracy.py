@@ -125,7 +125,14 @@ def evaluate_model(
     with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
         cache = GraphCache()
         # Whatever order the others have: with all tokens in raster order nothing is pruned.
-        unpruned = replace(base, keep_ratio=1.0, order="raster", out=Path(scratch) / "unpruned")
+        unpruned = replace(
+            base,
+            keep_ratio=1.0,
+            order="raster",
+            extra_token=None,
+            budget=None,
+            out=Path(scratch) / "unpruned",
+        )
         whole = export_model(unpruned, progress=progress, cache=cache)
         rows = [_measure(whole.bundle, None, samples, seed, progress, None)]
         for number, run in enumerate(runs):

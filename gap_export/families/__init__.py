@@ -10,19 +10,21 @@ from types import MappingProxyType
 from gap_export.errors import CheckpointError, RecipeError, UnsupportedPrunerError, UsageError
 from gap_export.families.checkpoints.matching import check_config_readable, look_at
 from gap_export.families.checkpoints.random_weights import random_source
+from gap_export.families.choices import settle_choices
 from gap_export.families.llava import LLAVA
 from gap_export.families.llava_next import LLAVA_NEXT
 from gap_export.families.minigpt_v2 import MiniGptV2Family
 from gap_export.families.reference import Component, Device, Family, ModelSource, Reference
 from gap_export.families.shikra import SHIKRA
-from gap_export.manifest import PruningSpec
+from gap_export.manifest import Budget, ExtraPosition, ExtraToken, Order, PruningSpec
 from gap_export.positions import PositionMode, num_kept_tokens
-from gap_export.pruning import PRUNERS, Order, find_pruner
+from gap_export.pruning import FixedPruner, all_presets, find_preset
 from gap_export.recipe import Recipe
 from gap_export.source import MAIN, Checkpoint, check_named_parts, check_required_parts
 
 __all__ = [
     "FAMILIES",
+    "MAX_RANKED_TOKENS",
     "MAX_SEED",
     "Component",
     "Device",
@@ -37,6 +39,9 @@ __all__ = [
 
 # What a signed 64-bit integer holds, in JSON readers of other languages too.
 MAX_SEED = 2**63 - 1
+# TensorRT's TopK takes no more.
+MAX_RANKED_TOKENS = 3840
+_NUM_BUCKETS = 16
 # Of a folder that nobody recognises; each may be opened.
 _MAX_FILES_TRIED = 16
 
@@ -71,7 +76,7 @@ def find_family(recipe: Recipe) -> Family:
 def supported_pruners(recipe: Recipe) -> tuple[str, ...]:
     """Names of the pruners this model can serve."""
     readings = find_family(recipe).readings(recipe)
-    return tuple(name for name, pruner in PRUNERS.items() if pruner.reads <= readings)
+    return tuple(name for name, preset in all_presets().items() if preset.pruner.reads <= readings)
 
 
 def resolve_pruning(
@@ -79,30 +84,38 @@ def resolve_pruning(
     *,
     pruner: str | None,
     keep_ratio: float | None,
-    order: Order,
+    order: Order | None,
     positions: PositionMode,
     seed: int,
+    extra_token: ExtraToken | None = None,
+    extra_position: ExtraPosition = "last",
+    budget: Budget | None = None,
 ) -> PruningSpec:
     """Check a pruning request against a model and settle its numbers.
 
     Args:
         recipe: What the model is.
-        pruner: Its name; None for the recipe's default.
-        keep_ratio: In (0, 1]; None for the recipe's default.
-        order: In which order kept tokens are fed.
+        pruner: Name of its preset; None for the recipe's default.
+        keep_ratio: In (0, 1]; None for the recipe's default. With an adaptive budget the most that
+            is kept; None for no bound.
+        order: In which order kept tokens are fed; None for the preset's.
         positions: Which ids they get.
         seed: Of the pruners that draw.
+        extra_token: What stands for the dropped ones; None for the preset's.
+        extra_position: Which id it gets.
+        budget: Whether every picture keeps as many; None for the preset's where no keep ratio is
+            given, else fixed.
 
     Raises:
-        UsageError: no such pruner, a keep ratio outside (0, 1], a seed outside 0..2**63 - 1, or an
-            order the pruner has not got.
+        UsageError: no such pruner, a keep ratio outside (0, 1], a seed outside 0..2**63 - 1, more
+            tokens than can be ranked, or an order, extra token or budget the pruner has not got.
         UnsupportedPrunerError: the model lacks what the pruner reads.
         RecipeError: the recipe's default pruner does not exist, or does not fit its model.
     """
     if pruner is None:
         pruner = _default_pruner(recipe)
-    keep_ratio = recipe.defaults.keep_ratio if keep_ratio is None else keep_ratio
-    chosen = find_pruner(pruner)
+    preset = find_preset(pruner)
+    chosen = preset.pruner
     lacking = chosen.reads - find_family(recipe).readings(recipe)
     if lacking:
         raise UnsupportedPrunerError(
@@ -110,36 +123,53 @@ def resolve_pruning(
             seen=", ".join(sorted(lacking)),
             allowed=", ".join(supported_pruners(recipe)),
         )
-    if order not in chosen.orders:
-        raise UsageError(
-            f"pruner {pruner} cannot emit that order",
-            seen=order,
-            allowed=", ".join(chosen.orders),
-        )
-    if recipe.image.tiles is not None and order != "raster":
-        # Tiles are joined row by row: what a score ranks within a tile has no place there.
-        raise UsageError(
-            f"model {recipe.name} cuts its pictures into tiles, whose tokens stay in order",
-            seen=f"order {order}",
-            allowed="raster",
-        )
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise UsageError("seed out of range", seen=reprlib.repr(seed), allowed=f"0..{MAX_SEED}")
+    choices = settle_choices(
+        recipe,
+        preset,
+        order=order,
+        extra_token=extra_token,
+        budget=budget,
+        has_keep_ratio=keep_ratio is not None,
+    )
     num_visual = recipe.grid.num_visual_tokens
-    num_kept = num_kept_tokens(keep_ratio, num_visual)
+    if num_visual > MAX_RANKED_TOKENS and not isinstance(chosen, FixedPruner):
+        raise UsageError(
+            f"pruner {pruner} cannot rank so many visual tokens",
+            seen=num_visual,
+            allowed=f"{MAX_RANKED_TOKENS} at most, which is all that TensorRT's TopK takes",
+            fix="use a pruner that does not rank: spatial or random",
+        )
+    adaptive = choices.budget == "adaptive"
+    if keep_ratio is None:
+        keep_ratio = 1.0 if adaptive else recipe.defaults.keep_ratio
+    num_kept, extra = num_kept_tokens(keep_ratio, num_visual), choices.extra_token
+    if num_kept == num_visual and extra != "none":
+        # Nothing is dropped that an extra token could stand for.
+        num_kept, extra = (num_visual - 1, extra) if adaptive else (num_visual, "none")
     sign = recipe.text_tower.similarity_sign if recipe.text_tower is not None else None
     return PruningSpec(
         pruner=pruner,
-        order=order,
-        extra_token="none",
+        order=choices.order,
+        extra_token=extra,
         positions=positions,
         keep_ratio=keep_ratio,
         seed=seed if chosen.uses_seed else None,
         num_visual_tokens=num_visual,
         num_kept_tokens=num_kept,
-        num_emitted_tokens=num_kept,
+        num_emitted_tokens=num_kept + int(extra != "none"),
         text_similarity_sign=sign if "text" in chosen.reads else None,
+        extra_position=extra_position if extra != "none" else "last",
+        budget=choices.budget,
+        kept_buckets=_buckets(num_kept) if adaptive else (),
     )
+
+
+def _buckets(most: int) -> tuple[int, ...]:
+    """Some sixteen even steps up to the most, so that runtimes meet few different shapes."""
+    step = -(-most // _NUM_BUCKETS)
+    return (*range(step, most, step), most)
 
 
 def _default_pruner(recipe: Recipe) -> str:

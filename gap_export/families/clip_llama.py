@@ -14,21 +14,18 @@ import torch
 from gap_export.architecture import Architecture
 from gap_export.errors import RecipeError
 from gap_export.families.checkpoints.clip_text_tower import TextTowerSource, read_text_tower
-from gap_export.families.checkpoints.configs import select_index
+from gap_export.families.checkpoints.configs import has_next_layer, select_index
 from gap_export.families.checkpoints.random_weights import random_text_tower
 from gap_export.families.components import (
     assemble,
     decoder_component,
     embedding_component,
-    joint_space,
     text_component,
-    vision_component,
 )
 from gap_export.families.modules.clip_vision import ClipVisionTower
 from gap_export.families.modules.expected import NEWLINE_KEY, expected_clip_llama
-from gap_export.families.modules.projector import build_projector
-from gap_export.families.modules.pruned_vision import PrunedVisionEncoder
 from gap_export.families.reference import Device, Layout, ModelSource, Reference
+from gap_export.families.vision_components import vision_components
 from gap_export.manifest import PruningSpec
 from gap_export.pruning import Reading, find_pruner
 from gap_export.recipe import Recipe
@@ -49,8 +46,12 @@ class ClipLlamaFamily:
 
     def readings(self, recipe: Recipe) -> frozenset[Reading]:
         """CLS is always there, the text tower where the recipe names one."""
-        cls: frozenset[Reading] = frozenset({"cls_features", "cls_attention"})
-        return cls | {"text"} if recipe.text_tower is not None else cls
+        found: set[Reading] = {"cls_features", "cls_attention", "keys", "image_embeds"}
+        if has_next_layer(recipe):
+            found.add("next_layer")
+        if recipe.text_tower is not None:
+            found.add("text")
+        return frozenset(found)
 
     def expected_tensors(self, architecture: Architecture) -> Mapping[str, tuple[int, ...]]:
         """Tower, projector, decoder, and the newline where there is one."""
@@ -69,27 +70,14 @@ class ClipLlamaFamily:
         """See :func:`gap_export.families.build_reference`."""
         _check_tiles(recipe, source)
         architecture = source.architecture
-        pruner = find_pruner(pruning.pruner)
-        text = _text_tower(recipe, source, checkpoint) if "text" in pruner.reads else None
+        reads = find_pruner(pruning.pruner).reads
+        text = _text_tower(recipe, source, checkpoint) if "text" in reads else None
         with torch.device("meta"):
-            vision = PrunedVisionEncoder(
-                tower=ClipVisionTower(
-                    architecture.vision, num_layers=select_index(recipe, architecture.vision)
-                ),
-                projector=build_projector(architecture.projector),
-                joint_space=joint_space(architecture, text),
-                pruner=pruner,
-                pruning=pruning,
+            tower = ClipVisionTower(
+                architecture.vision, num_layers=select_index(recipe, architecture.vision)
             )
             components = [
-                vision_component(
-                    vision,
-                    source,
-                    recipe=recipe,
-                    text=text,
-                    dtype=dtype,
-                    repeated="tower.encoder.layers",
-                ),
+                *vision_components(tower, source, pruning, recipe=recipe, text=text, dtype=dtype),
                 *([text_component(text, dtype=dtype)] if text is not None else []),
                 embedding_component(source, dtype=dtype),
                 decoder_component(source, dtype=dtype),

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from gap_export.architecture import Architecture, DecoderShape
+from gap_export.architecture import DecoderShape
 from gap_export.errors import CheckpointError
 from gap_export.families.checkpoints.clip_text_tower import TextTowerSource
 from gap_export.families.modules.clip_text import ClipTextEncoder
@@ -20,78 +17,13 @@ from gap_export.families.modules.llama_decoder import (
     TokenEmbedding,
     rope_frequencies,
 )
-from gap_export.families.modules.pruned_vision import JointSpace, PrunedVisionEncoder
 from gap_export.families.reference import Component, Device, ModelSource, Reference
 from gap_export.manifest import DecoderSpec, TensorSpec, TextEncoderSpec
-from gap_export.pruning import FixedPruner
-from gap_export.recipe import Recipe
 from gap_export.weights import SAFETENSORS_NAMES, TORCH_DTYPES, cast
 
 _TOKENIZER = "tokenizer.json"
 _TEXT_TOKENIZER = "text_tokenizer.json"
-_JOINT_SPACE = "joint_space."
-_F32, _I64 = "float32", "int64"
-
-
-def vision_component(
-    module: PrunedVisionEncoder,
-    source: ModelSource,
-    *,
-    recipe: Recipe,
-    text: TextTowerSource | None,
-    dtype: str,
-    repeated: str,
-) -> Component:
-    """Picture to kept features.
-
-    Args:
-        module: Its names are those of the source, but for the joint space.
-        source: Holds its weights.
-        recipe: Says the picture's size and the grid.
-        text: Where the pruner reads the text.
-        dtype: Of the float outputs.
-        repeated: The tower's list of layers.
-    """
-    num_emitted, hidden_size = (
-        module.pruning.num_emitted_tokens,
-        source.architecture.decoder.hidden_size,
-    )
-    rows = "num_images" if text is None else "batch_size"
-    inputs = [
-        _spec("pixel_values", "num_images", 3, recipe.image.height, recipe.image.width, dtype=_F32)
-    ]
-    sizes = {"num_images": 2}
-    weights = dict(source.weights)
-    if text is not None:
-        weights |= {
-            f"{_JOINT_SPACE}visual_projection.weight": text.visual_projection,
-            f"{_JOINT_SPACE}post_layernorm.weight": weights["tower.post_layernorm.weight"],
-            f"{_JOINT_SPACE}post_layernorm.bias": weights["tower.post_layernorm.bias"],
-        }
-        inputs.append(_spec("text_embeds", "batch_size", text.shape.embed_dim, dtype=dtype))
-        sizes["batch_size"] = 3
-    return Component(
-        name="vision_encoder",
-        prunes=True,
-        module=module,
-        inputs=tuple(inputs),
-        outputs=(
-            _spec("image_features", rows, num_emitted, hidden_size, dtype=dtype),
-            _spec("keep_indices", rows, num_emitted, dtype=_I64),
-        ),
-        example_sizes=sizes,
-        weight_refs={key: weights[key] for key in module.state_dict()},
-        constants=_fixed_places(module, recipe),
-        repeated=repeated,
-    )
-
-
-def joint_space(architecture: Architecture, text: TextTowerSource | None) -> JointSpace | None:
-    """Vision features into CLIP's joint space; None where no text is read."""
-    if text is None:
-        return None
-    vision = architecture.vision
-    return JointSpace(width=vision.width, embed_dim=text.shape.embed_dim, eps=vision.layer_norm_eps)
+_I64 = "int64"
 
 
 def text_component(text: TextTowerSource, *, dtype: str) -> Component:
@@ -240,16 +172,6 @@ def _fill_module(component: Component, dtype: str) -> None:
         owner, _, leaf = name.rpartition(".")
         buffer = torch.from_numpy(value.copy())
         module.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
-
-
-def _fixed_places(module: PrunedVisionEncoder, recipe: Recipe) -> dict[str, NDArray[Any]]:
-    if not isinstance(module.pruner, FixedPruner):
-        return {}
-    pruning = module.pruning
-    places = module.pruner.places(
-        recipe.grid, num_kept_tokens=pruning.num_kept_tokens, seed=pruning.seed
-    )
-    return {"fixed_places": np.sort(places) if pruning.order == "raster" else places}
 
 
 def _existing(tokenizer: Path | bytes) -> Path | bytes:

@@ -14,15 +14,13 @@ from gap_export.families.components import (
     assemble,
     decoder_component,
     embedding_component,
-    vision_component,
 )
 from gap_export.families.modules.eva_vision import EvaVisionTower
 from gap_export.families.modules.expected import expected_language, prefixed
-from gap_export.families.modules.projector import build_projector
-from gap_export.families.modules.pruned_vision import PrunedVisionEncoder
 from gap_export.families.reference import Device, Layout, ModelSource, Reference
+from gap_export.families.vision_components import vision_components
 from gap_export.manifest import GridSpec, PruningSpec
-from gap_export.pruning import Reading, find_pruner
+from gap_export.pruning import Reading
 from gap_export.recipe import Recipe
 from gap_export.source import Checkpoint
 
@@ -34,8 +32,8 @@ class MiniGptV2Family:
     layouts: Sequence[Layout] = (MiniGptV2Layout(),)
 
     def readings(self, recipe: Recipe) -> frozenset[Reading]:  # noqa: ARG002
-        """CLS alone: EVA's tower was not trained together with a text tower."""
-        return frozenset({"cls_features", "cls_attention"})
+        """No text: EVA's tower was not trained together with a text tower; no layer left behind."""
+        return frozenset({"cls_features", "cls_attention", "keys", "image_embeds"})
 
     def expected_tensors(self, architecture: Architecture) -> Mapping[str, tuple[int, ...]]:
         """Tower (``ln_vision`` is ``tower.post_layernorm``), projector, decoder."""
@@ -57,22 +55,9 @@ class MiniGptV2Family:
         architecture = source.architecture
         _check_grid(recipe, architecture)
         with torch.device("meta"):
-            vision = PrunedVisionEncoder(
-                tower=_tower(architecture, num_layers=select_index(recipe, architecture.vision)),
-                projector=build_projector(architecture.projector),
-                joint_space=None,
-                pruner=find_pruner(pruning.pruner),
-                pruning=pruning,
-            )
+            tower = _tower(architecture, num_layers=select_index(recipe, architecture.vision))
             components = [
-                vision_component(
-                    vision,
-                    source,
-                    recipe=recipe,
-                    text=None,
-                    dtype=dtype,
-                    repeated="tower.encoder.layers",
-                ),
+                *vision_components(tower, source, pruning, recipe=recipe, text=None, dtype=dtype),
                 embedding_component(source, dtype=dtype),
                 decoder_component(source, dtype=dtype),
             ]

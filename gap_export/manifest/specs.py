@@ -13,6 +13,11 @@ from gap_export.manifest.plain import to_plain
 FORMAT = "gap-export-bundle"
 FORMAT_VERSION = 1
 
+Order = Literal["raster", "score"]
+ExtraToken = Literal["none", "mean", "weighted"]
+ExtraPosition = Literal["last", "centroid"]
+Budget = Literal["fixed", "adaptive"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Strict:
@@ -146,20 +151,25 @@ class PruningSpec(_Strict):
     Attributes:
         pruner: Name of the pruner.
         order: ``raster``: kept tokens ascend; ``score``: best first.
-        extra_token: Token added after the kept ones.
+        extra_token: Token added after the kept ones: the ``mean`` of the dropped ones, or their sum
+            ``weighted`` by score.
         positions: ``gap``: original ids; ``compact``: re-numbered, the naive baseline.
         keep_ratio: In (0, 1].
         seed: Of the pruners that draw; None for the others.
         num_visual_tokens: N, of one picture or tile.
-        num_kept_tokens: K, of one picture or tile.
+        num_kept_tokens: K, of one picture or tile; the most there can be with ``adaptive``.
         num_emitted_tokens: K' = K plus extra tokens.
         text_similarity_sign: +1 keeps the patches most similar to the text, -1 the least; None
             where the pruner reads no text.
+        extra_position: Index of the extra token: that of the ``last`` visual token, or of the cell
+            at the ``centroid`` of what was dropped.
+        budget: ``fixed``: K of every picture; ``adaptive``: as many as stand out by their scores.
+        kept_buckets: The numbers an adaptive one may be, ascending, K the last; else empty.
     """
 
     pruner: str
-    order: Literal["raster", "score"]
-    extra_token: Literal["none"]
+    order: Order
+    extra_token: ExtraToken
     positions: Literal["gap", "compact"]
     keep_ratio: float
     seed: int | None
@@ -167,6 +177,9 @@ class PruningSpec(_Strict):
     num_kept_tokens: int
     num_emitted_tokens: int
     text_similarity_sign: int | None
+    extra_position: ExtraPosition = "last"
+    budget: Budget = "fixed"
+    kept_buckets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

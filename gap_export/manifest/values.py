@@ -10,7 +10,7 @@ import re
 from pathlib import PurePosixPath
 
 from gap_export.errors import BundleError
-from gap_export.manifest.specs import GraphSpec, ImageSpec, Manifest
+from gap_export.manifest.specs import GraphSpec, ImageSpec, Manifest, PruningSpec
 
 DTYPES = ("float32", "float16", "bfloat16")
 _DECODER = "decoder_model_merged"
@@ -104,6 +104,7 @@ def _check_tokens(manifest: Manifest) -> None:
         pruning.num_kept_tokens,
         _MAX_VISUAL_TOKENS,
     )
+    _check_extra(pruning)
     if not 0 < pruning.keep_ratio <= 1:
         raise _refuse("pruning.keep_ratio", pruning.keep_ratio, "above 0, at most 1")
     for name, seed in (
@@ -116,6 +117,25 @@ def _check_tokens(manifest: Manifest) -> None:
         raise _refuse("source", manifest.source.random_seed, "parts of a checkpoint, or a seed")
     if pruning.text_similarity_sign not in (None, 1, -1):
         raise _refuse("pruning.text_similarity_sign", pruning.text_similarity_sign, "1, -1 or null")
+
+
+def _check_extra(pruning: PruningSpec) -> None:
+    extra = pruning.num_emitted_tokens - pruning.num_kept_tokens
+    if extra != int(pruning.extra_token != "none"):
+        raise _refuse(
+            "pruning.num_emitted_tokens",
+            pruning.num_emitted_tokens,
+            f"num_kept_tokens, and one more with an extra token ({pruning.extra_token})",
+        )
+    buckets = pruning.kept_buckets
+    if (pruning.budget == "adaptive") != bool(buckets):
+        raise _refuse("pruning.kept_buckets", buckets, "there with an adaptive budget, only there")
+    if buckets and (
+        list(buckets) != sorted(set(buckets))
+        or buckets[0] < 1
+        or buckets[-1] != pruning.num_kept_tokens
+    ):
+        raise _refuse("pruning.kept_buckets", buckets, "ascending, up to num_kept_tokens")
 
 
 def _check_image(manifest: Manifest) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.runtime.backend import Backend, KVCache
+from gap_export.runtime.backend import Backend, EncodedImage, KVCache, ScoredImage
 
 FloatArray = NDArray[np.floating[Any]]
 Int64Array = NDArray[np.int64]
@@ -67,15 +67,26 @@ class RecordingBackend:
 
     def encode_image(
         self, pixel_values: FloatArray, text_embeds: FloatArray | None
-    ) -> tuple[FloatArray, Int64Array]:
+    ) -> EncodedImage:
         """See Backend."""
-        features, keep = self.inner.encode_image(pixel_values, text_embeds)
-        self._keep(
-            "encode_image",
-            {"pixel_values": pixel_values, "text_embeds": text_embeds},
-            {"image_features": features, "keep_indices": keep},
-        )
-        return features, keep
+        encoded = EncodedImage(*self.inner.encode_image(pixel_values, text_embeds))
+        given = {"pixel_values": pixel_values, "text_embeds": text_embeds}
+        self._keep("encode_image", given, _present(encoded))
+        return encoded
+
+    def score_tokens(self, pixel_values: FloatArray, text_embeds: FloatArray | None) -> ScoredImage:
+        """See Backend."""
+        scored = self.inner.score_tokens(pixel_values, text_embeds)
+        given = {"pixel_values": pixel_values, "text_embeds": text_embeds}
+        self._keep("score_tokens", given, _present(scored))
+        return scored
+
+    def prune_tokens(self, scored: ScoredImage, *, num_kept_tokens: int) -> EncodedImage:
+        """See Backend."""
+        pruned = self.inner.prune_tokens(scored, num_kept_tokens=num_kept_tokens)
+        given = {**scored._asdict(), "num_kept_tokens": np.asarray(num_kept_tokens)}
+        self._keep("prune_tokens", given, _present(pruned))
+        return pruned
 
     def image_newline(self) -> FloatArray:
         """See Backend."""
@@ -131,6 +142,11 @@ class RecordingBackend:
         self.calls.append(Call(method=method, inputs=copied, outputs=kept))
 
 
+def _present(parts: EncodedImage | ScoredImage) -> dict[str, NDArray[Any]]:
+    """Those that are there, by the names of the graph's outputs."""
+    return {name: part for name, part in parts._asdict().items() if part is not None}
+
+
 def replay(calls: list[Call], candidate: Backend) -> list[dict[str, NDArray[Any]]]:
     """Outputs of the candidate for each recorded call, in order."""
     outputs: list[dict[str, NDArray[Any]]] = []
@@ -144,8 +160,14 @@ def replay(calls: list[Call], candidate: Backend) -> list[dict[str, NDArray[Any]
             assert cache is not None, "a session decodes only with a cache"
             outputs.append({"logits": candidate.decode(**given, cache=cache)})  # type: ignore[arg-type]
         elif call.method == "encode_image":
-            features, keep = candidate.encode_image(**given)  # type: ignore[arg-type]
-            outputs.append({"image_features": features, "keep_indices": keep})
+            encoded = EncodedImage(*candidate.encode_image(**given))  # type: ignore[arg-type]
+            outputs.append(_present(encoded))
+        elif call.method == "score_tokens":
+            outputs.append(_present(candidate.score_tokens(**given)))  # type: ignore[arg-type]
+        elif call.method == "prune_tokens":
+            number = int(given["num_kept_tokens"])  # type: ignore[arg-type]
+            scored = ScoredImage(*(given[name] for name in ScoredImage._fields))  # type: ignore[arg-type]
+            outputs.append(_present(candidate.prune_tokens(scored, num_kept_tokens=number)))
         else:
             (name,) = call.outputs
             outputs.append({name: getattr(candidate, call.method)(**given)})

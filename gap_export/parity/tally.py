@@ -18,6 +18,8 @@ Arrays = Mapping[str, NDArray[Any]]
 _COMPONENTS = {
     "encode_text": "text_encoder",
     "encode_image": "vision_encoder",
+    "score_tokens": "vision_encoder",
+    "prune_tokens": "token_pruner",
     "image_newline": "newline",
     "embed_tokens": "embed_tokens",
     "decode": "decoder_model_merged",

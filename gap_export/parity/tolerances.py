@@ -47,6 +47,9 @@ _FLOAT16 = Tolerance(atol=0.0, rtol=0.0, share=18 * 2.0**-11)
 TOLERANCES: Mapping[str, Mapping[str, Tolerance]] = {
     "float32": {
         "text_embeds": _FLOAT32,
+        "token_scores": _FLOAT32,
+        "patch_features": _FLOAT32,
+        "patch_keys": _FLOAT32,
         "image_features": _FLOAT32,
         "keep_indices": EXACT,
         "image_newline": EXACT,
@@ -55,6 +58,9 @@ TOLERANCES: Mapping[str, Mapping[str, Tolerance]] = {
     },
     "float16": {
         "text_embeds": _FLOAT16,
+        "token_scores": _FLOAT16,
+        "patch_features": _FLOAT16,
+        "patch_keys": _FLOAT16,
         "image_features": _FLOAT16,
         "keep_indices": Tolerance(atol=0.0, rtol=0.0, others=0.02),
         "image_newline": EXACT,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from gap_export.families import Reference
 from gap_export.positions import gap_remap
-from gap_export.runtime.backend import KVCache
+from gap_export.runtime.backend import EncodedImage, KVCache, ScoredImage
 
 FloatArray = NDArray[np.floating[Any]]
 Int64Array = NDArray[np.int64]
@@ -75,14 +75,31 @@ class TorchBackend:
 
     def encode_image(
         self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> tuple[FloatArray, Int64Array]:
+    ) -> EncodedImage:
         """See Backend."""
+        return EncodedImage(*self._see(pixel_values, text_embeds))
+
+    def score_tokens(
+        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
+    ) -> ScoredImage:
+        """See Backend."""
+        return ScoredImage(*self._see(pixel_values, text_embeds))
+
+    def prune_tokens(self, scored: ScoredImage, *, num_kept_tokens: int) -> EncodedImage:
+        """See Backend."""
+        pruner = self._reference.component("token_pruner").module
+        slots = torch.arange(num_kept_tokens)
+        scores, *parts = (_tensor(part) for part in scored if part is not None)
+        return EncodedImage(*_run(pruner, slots, scores, *(part.to(self._dtype) for part in parts)))
+
+    def _see(
+        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
+    ) -> list[NDArray[Any]]:
         # Pixels are float32 in any case: casting them is the module's first step.
         given = [_tensor(pixel_values)]
         if text_embeds is not None:
             given.append(_tensor(text_embeds).to(self._dtype))
-        features, keep = _run(self._reference.vision_encoder, *given)
-        return features, keep
+        return _run(self._reference.vision_encoder, *given)
 
     def image_newline(self) -> FloatArray:
         """See Backend."""

@@ -12,6 +12,7 @@ from gap_export.passes.fuse_linear import FuseLinear
 from gap_export.passes.graph_pass import GraphPass, PassReport, fingerprint
 from gap_export.passes.insert_gap_remap import InsertGapRemap
 from gap_export.passes.strip_trace_metadata import StripTraceMetadata
+from gap_export.passes.take_num_kept_tokens import TakeNumKeptTokens
 
 __all__ = [
     "PIPELINES",
@@ -21,6 +22,7 @@ __all__ = [
     "InsertGapRemap",
     "PassReport",
     "StripTraceMetadata",
+    "TakeNumKeptTokens",
     "fingerprint",
     "run_pipeline",
 ]
@@ -28,6 +30,12 @@ __all__ = [
 PIPELINES: Mapping[str, tuple[GraphPass, ...]] = MappingProxyType(
     {
         "vision_encoder": (FoldConstants(), FuseLinear(), StripTraceMetadata()),
+        "token_pruner": (
+            FoldConstants(),
+            FuseLinear(),
+            TakeNumKeptTokens(),
+            StripTraceMetadata(),
+        ),
         "text_encoder": (FoldConstants(), FuseLinear(), StripTraceMetadata()),
         "embed_tokens": (FoldConstants(), StripTraceMetadata()),
         "decoder_model_merged": (

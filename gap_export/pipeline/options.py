@@ -9,7 +9,14 @@ from typing import Any, Literal
 
 from gap_export.errors import UsageError
 from gap_export.extras import require_extra
-from gap_export.manifest import Manifest, PruningSpec
+from gap_export.manifest import (
+    Budget,
+    ExtraPosition,
+    ExtraToken,
+    Manifest,
+    Order,
+    PruningSpec,
+)
 from gap_export.positions import PositionMode
 from gap_export.recipe import Recipe
 
@@ -27,7 +34,12 @@ class ExportOptions:
         model: Recipe name, alias, hub id, or a checkpoint folder.
         keep_ratio: Share of the visual tokens to keep, in (0, 1]; None for the recipe's default.
         pruner: Name; None for the recipe's default.
-        order: ``raster``: kept tokens ascend; ``score``: best first.
+        order: ``raster``: kept tokens ascend; ``score``: best first; None for the pruner's.
+        extra_token: What stands for the dropped tokens: ``none``, their ``mean``, or their sum
+            ``weighted`` by score; None for the pruner's.
+        extra_position: Its id: that of the ``last`` visual token, or of the ``centroid``.
+        budget: ``fixed``: the share of every picture; ``adaptive``: what stands out of each, that
+            share at most; None for the pruner's where no share is given, else fixed.
         positions: ``gap``, or ``compact`` for the naive baseline.
         seed: For pruners that draw, and for random weights.
         out: Bundle folder; None for ``./<model>-<pruner>-<keep>``.
@@ -43,7 +55,10 @@ class ExportOptions:
     model: str
     keep_ratio: float | None = None
     pruner: str | None = None
-    order: Literal["raster", "score"] = "raster"
+    order: Order | None = None
+    extra_token: ExtraToken | None = None
+    extra_position: ExtraPosition = "last"
+    budget: Budget | None = None
     positions: PositionMode = "gap"
     seed: int = 0
     out: Path | None = None
@@ -76,6 +91,9 @@ class ExportReport:
             "bundle": str(self.bundle),
             "model": self.manifest.model.name,
             "pruner": pruning.pruner,
+            "order": pruning.order,
+            "extra_token": pruning.extra_token,
+            "budget": pruning.budget,
             "positions": pruning.positions,
             "keep_ratio": pruning.keep_ratio,
             "num_visual_tokens": pruning.num_visual_tokens,
@@ -113,4 +131,7 @@ def resolve_options(recipe: Recipe, options: ExportOptions) -> PruningSpec:
         order=options.order,
         positions=options.positions,
         seed=options.seed,
+        extra_token=options.extra_token,
+        extra_position=options.extra_position,
+        budget=options.budget,
     )

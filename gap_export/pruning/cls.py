@@ -1,4 +1,4 @@
-"""``cls``: tokens most like the picture as a whole."""
+"""``cls``: tokens most like the picture as a whole (GAP's baseline, arXiv 2506.21873)."""
 
 from __future__ import annotations
 
@@ -6,28 +6,17 @@ from typing import ClassVar
 
 import torch
 
-from gap_export.pruning.pruner import Reading, ScoringPruner, VisionState
-
-# A zero vector is like nothing: its cosine is 0, not NaN.
-_SMALLEST_NORM = 1e-8
+from gap_export.pruning.pruner import Reading, ScoringPruner, VisionState, unit
 
 
 class ClsPruner(ScoringPruner):
     """Cosine of the CLS feature and each patch feature, at the select layer."""
 
-    name: ClassVar[str] = "cls"
     summary: ClassVar[str] = "patches most similar to the CLS token"
     reads: ClassVar[frozenset[Reading]] = frozenset({"cls_features"})
 
     def scores(self, state: VisionState) -> torch.Tensor:
-        """Float32 [B, N] in -1..1."""
+        """Float [B, N] in -1..1."""
         assert state.cls_features is not None
-        return torch.matmul(_unit(state.patch_features), _unit(state.cls_features)[:, :, None])[
-            :, :, 0
-        ]
-
-
-def _unit(vectors: torch.Tensor) -> torch.Tensor:
-    vectors = vectors.float()
-    norm = vectors.pow(2).sum(dim=-1, keepdim=True).sqrt()
-    return vectors / norm.clamp(min=_SMALLEST_NORM)
+        cls = unit(state.cls_features)[:, :, None]
+        return torch.matmul(unit(state.patch_features), cls)[:, :, 0]

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from gap_export.pruning.pruner import Reading, ScoringPruner, VisionState
+from gap_export.pruning.pruner import Reading, ScoringPruner, VisionState, wide
 
 
 class FasterVlmPruner(ScoringPruner):
@@ -15,11 +15,14 @@ class FasterVlmPruner(ScoringPruner):
     The softmax runs over CLS and patches; the CLS column is left out afterwards.
     """
 
-    name: ClassVar[str] = "fastervlm"
     summary: ClassVar[str] = "patches the CLS token attends to"
     reads: ClassVar[frozenset[Reading]] = frozenset({"cls_attention"})
 
     def scores(self, state: VisionState) -> torch.Tensor:
-        """Float32 [B, N] in 0..1."""
+        """Float [B, N] in 0..1."""
         assert state.cls_attention is not None
-        return state.cls_attention.float()
+        return wide(state.cls_attention)
+
+    def weights(self, scores: torch.Tensor) -> torch.Tensor:
+        """The attention itself."""
+        return scores

@@ -1,17 +1,55 @@
-"""From scores to indices, in operators that mean the same in every runtime."""
+"""From scores to indices, in operators that mean the same in every runtime.
+
+TopK alone leaves ties to the runtime (torch promises nothing, TensorRT neither), so everything here
+settles them beforehand: of equals the lower index wins.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from gap_export.pruning.pruner import Order
+from gap_export.manifest import Order
+
+
+def rank_tokens(scores: torch.Tensor) -> torch.Tensor:
+    """Place of each token when the best comes first, by comparing them pairwise.
+
+    Args:
+        scores: float [B, N], without NaN.
+
+    Returns:
+        int64 [B, N], in each row 0..N-1, each once.
+    """
+    index = torch.arange(scores.shape[1], device=scores.device)
+    mine, other = scores[:, :, None], scores[:, None, :]
+    beaten = (other > mine) | ((other == mine) & (index[None, :] < index[:, None]))
+    return beaten.to(torch.int64).sum(dim=-1)
+
+
+def take_smallest(priorities: torch.Tensor, *, num_kept_tokens: int, order: Order) -> torch.Tensor:
+    """Indices of the K smallest priorities.
+
+    Args:
+        priorities: int64 [B, N], without repeats in a row.
+        num_kept_tokens: K, 1..N.
+        order: ``raster``: ascending indices; ``score``: the smallest priority first.
+
+    Returns:
+        int64 [B, K].
+    """
+    taken = torch.topk(priorities, num_kept_tokens, dim=1, largest=False, sorted=True).indices
+    return put_in_order(taken, order=order)
+
+
+def put_in_order(chosen: torch.Tensor, *, order: Order) -> torch.Tensor:
+    """Chosen indices int64 [B, K], ascending (``raster``) or as they are (``score``)."""
+    if order == "score":
+        return chosen
+    return torch.topk(chosen, chosen.shape[1], dim=1, largest=False, sorted=True).values
 
 
 def select_tokens(scores: torch.Tensor, *, num_kept_tokens: int, order: Order) -> torch.Tensor:
     """Indices of the best K tokens; of equal scores the lower index wins.
-
-    TopK alone leaves ties to the runtime (torch promises nothing, TensorRT neither), so tokens are
-    ranked by pairwise comparison first, and TopK sees ranks, which are never equal.
 
     Args:
         scores: float [B, N], without NaN.
@@ -21,14 +59,42 @@ def select_tokens(scores: torch.Tensor, *, num_kept_tokens: int, order: Order) -
     Returns:
         int64 [B, K], unpruned index of each kept token.
     """
-    index = torch.arange(scores.shape[1], device=scores.device)
-    mine, other = scores[:, :, None], scores[:, None, :]
-    beaten = (other > mine) | ((other == mine) & (index[None, :] < index[:, None]))
-    rank = beaten.to(torch.int64).sum(dim=-1)
-    best_first = torch.topk(rank, num_kept_tokens, dim=1, largest=False, sorted=True).indices
-    if order == "score":
-        return best_first
-    return torch.topk(best_first, num_kept_tokens, dim=1, largest=False, sorted=True).values
+    return take_smallest(rank_tokens(scores), num_kept_tokens=num_kept_tokens, order=order)
+
+
+def first_of_largest(values: torch.Tensor) -> torch.Tensor:
+    """Index of the largest value along the last dimension, the lowest of equals: [..., N] -> [...].
+
+    ArgMax would do but for ties, which TensorRT breaks as it likes.
+    """
+    size = values.shape[-1]
+    index = torch.arange(size, device=values.device)
+    is_largest = values == values.amax(dim=-1, keepdim=True)
+    return torch.where(is_largest, index, size).amin(dim=-1)
+
+
+def mark_largest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """The ``count`` largest along the last dimension, the lowest indices of equals.
+
+    Args:
+        values: float [..., N], finite.
+        count: 0..N.
+
+    Returns:
+        bool [..., N], ``count`` of them true in each row.
+    """
+    if count == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    least = torch.topk(values, count, dim=-1).values.amin(dim=-1, keepdim=True)
+    above, equal = values > least, values == least
+    room = count - above.to(torch.int64).sum(dim=-1, keepdim=True)
+    return above | (equal & (equal.to(torch.int64).cumsum(dim=-1) <= room))
+
+
+def is_among(indices: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Which of N tokens are among ``indices`` int64 [B, K]: bool [B, N]."""
+    index = torch.arange(num_tokens, device=indices.device)
+    return (indices[:, :, None] == index).to(torch.int64).sum(dim=1) > 0
 
 
 def gather_tokens(features: torch.Tensor, keep_indices: torch.Tensor) -> torch.Tensor:

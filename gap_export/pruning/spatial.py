@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.manifest import GridSpec
-from gap_export.pruning.pruner import FixedPruner, Order
+from gap_export.manifest import GridSpec, Order
+from gap_export.pruning.pruner import FixedPruner
 
 
 class SpatialPruner(FixedPruner):
@@ -19,7 +19,6 @@ class SpatialPruner(FixedPruner):
     r lies at the middle of the u-th of r equal bands of the grid, columns likewise.
     """
 
-    name: ClassVar[str] = "spatial"
     summary: ClassVar[str] = "an even lattice, the same for every picture"
     orders: ClassVar[tuple[Order, ...]] = ("raster",)
 

@@ -1,6 +1,6 @@
-"""``text``: tokens that fit the expression.
+"""``text``: tokens that fit the expression (GAP's baseline, arXiv 2506.21873).
 
-The score is TRIM's (arXiv 2409.10994), without its extra token.
+The score is TRIM's (arXiv 2409.10994), without its softmax and its extra token.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from gap_export.pruning.pruner import Reading, ScoringPruner, VisionState
+from gap_export.pruning.pruner import Reading, ScoringPruner, VisionState, wide
 
 
 class TextPruner(ScoringPruner):
@@ -19,13 +19,12 @@ class TextPruner(ScoringPruner):
     another pruner.
     """
 
-    name: ClassVar[str] = "text"
     summary: ClassVar[str] = "patches that fit the expression, by the CLIP text tower"
     reads: ClassVar[frozenset[Reading]] = frozenset({"text"})
 
     def scores(self, state: VisionState) -> torch.Tensor:
-        """Float32 [B, N]."""
+        """Float [B, N]."""
         assert state.patch_embeds is not None
         assert state.text_embeds is not None
-        patches, text = state.patch_embeds.float(), state.text_embeds.float()
+        patches, text = wide(state.patch_embeds), wide(state.text_embeds)
         return state.text_similarity_sign * torch.matmul(patches, text[:, :, None])[:, :, 0]

@@ -19,7 +19,6 @@ class RandomPruner(FixedPruner):
     means the same places everywhere, and a larger K only adds places.
     """
 
-    name: ClassVar[str] = "random"
     summary: ClassVar[str] = "drawn once at export, from the seed"
     uses_seed: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""What runs the four graphs of a bundle. Arrays are numpy at this boundary.
+"""What runs the graphs of a bundle. Arrays are numpy at this boundary.
 
 Floats go in and come out in whatever precision the model has, bfloat16 as float32; a backend casts
 what it is fed to what its graphs declare.
@@ -11,7 +11,7 @@ size, V vocabulary.
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,35 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 FloatArray = NDArray[np.floating[Any]]
+
+
+class EncodedImage(NamedTuple):
+    """What a vision encoder gives.
+
+    Attributes:
+        image_features: [I|B, K', H].
+        keep_indices: int64 [I|B, K'], the index among the unpruned visual tokens of the picture, or
+            tile, of each emitted one.
+        token_scores: float32 [I|B, N], of a pruner that has scores.
+    """
+
+    image_features: FloatArray
+    keep_indices: Int64Array
+    token_scores: FloatArray | None = None
+
+
+class ScoredImage(NamedTuple):
+    """What a vision encoder gives where each picture decides how many of its tokens are kept.
+
+    Attributes:
+        token_scores: float32 [I|B, N].
+        patch_features: [I|B, N, D].
+        patch_keys: [I|B, N, C] of a pruner that merges, else None.
+    """
+
+    token_scores: FloatArray
+    patch_features: FloatArray
+    patch_keys: FloatArray | None = None
 
 
 class KVCache(Protocol):
@@ -72,17 +101,28 @@ class Backend(Protocol):
 
     def encode_image(
         self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> tuple[FloatArray, Int64Array]:
+    ) -> EncodedImage:
         """Vision tower, pruner and projector.
 
         Args:
             pixel_values: float32 [I, 3, height, width].
             text_embeds: [B, D] where the pruner reads the text, else None. For tiles B is I: one
                 expression's embedding, repeated.
+        """
+        ...
 
-        Returns:
-            image_features [I|B, K', H] and keep_indices int64 [I|B, K'], the index among the
-            unpruned visual tokens of the picture, or tile, of each emitted one.
+    def score_tokens(
+        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
+    ) -> ScoredImage:
+        """Vision tower and scores, where the budget is adaptive; see :meth:`encode_image`."""
+        ...
+
+    def prune_tokens(self, scored: ScoredImage, *, num_kept_tokens: int) -> EncodedImage:
+        """Pruner and projector, where the budget is adaptive.
+
+        Args:
+            scored: From :meth:`score_tokens`, or some of its rows.
+            num_kept_tokens: K, of each row.
         """
         ...
 

@@ -25,6 +25,8 @@ class TokenGrid:
         frame: The part of the picture that they cover.
         kept: Cells the model saw, 0..rows*cols-1 in raster order, in the order they were fed.
         tiles: The account of each tile, row by row; one entry for ``image`` and ``base``.
+        scores: What the pruner ranked the cells by, in raster order; None where it has no scores,
+            and for tiles. No part of the JSON form.
     """
 
     view: View
@@ -33,6 +35,7 @@ class TokenGrid:
     frame: Frame
     kept: tuple[int, ...]
     tiles: tuple[TileTokens, ...]
+    scores: tuple[float, ...] | None = None
 
     @property
     def is_whole(self) -> bool:

@@ -25,7 +25,7 @@ from gap_export.bundle.tensors import read_place
 from gap_export.errors import BundleError, GapExportError, UsageError
 from gap_export.manifest import GraphSpec
 from gap_export.positions import Int64Array
-from gap_export.runtime.backend import FloatArray, KVCache
+from gap_export.runtime.backend import EncodedImage, FloatArray, KVCache, ScoredImage
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -108,6 +108,9 @@ class OnnxRuntimeBackend:
         if manifest.newline is not None:
             self._newline = read_place(bundle.path, manifest.newline).astype(self._dtype)
         self._vision = self._load(bundle, "vision_encoder")
+        self._token_pruner = (
+            self._load(bundle, "token_pruner") if manifest.pruning.budget == "adaptive" else None
+        )
         self._text = None if manifest.text_encoder is None else self._load(bundle, "text_encoder")
         self._embed = self._load(bundle, "embed_tokens")
         self._decoder = self._load(bundle, "decoder_model_merged")
@@ -134,7 +137,7 @@ class OnnxRuntimeBackend:
         trace: TracebackType | None,
     ) -> None:
         """Free the graphs."""
-        del self._vision, self._text, self._embed, self._decoder
+        del self._vision, self._token_pruner, self._text, self._embed, self._decoder
 
     def encode_text(self, input_ids: Int64Array) -> FloatArray:
         """See Backend."""
@@ -144,13 +147,34 @@ class OnnxRuntimeBackend:
 
     def encode_image(
         self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> tuple[FloatArray, Int64Array]:
+    ) -> EncodedImage:
         """See Backend."""
+        return EncodedImage(*self._see(pixel_values, text_embeds))
+
+    def score_tokens(
+        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
+    ) -> ScoredImage:
+        """See Backend."""
+        return ScoredImage(*self._see(pixel_values, text_embeds))
+
+    def prune_tokens(self, scored: ScoredImage, *, num_kept_tokens: int) -> EncodedImage:
+        """See Backend."""
+        if self._token_pruner is None:
+            raise UsageError("this bundle keeps as many tokens of every picture")
+        feed = {name: part for name, part in scored._asdict().items() if part is not None}
+        feed["num_kept_tokens"] = np.array([num_kept_tokens], dtype=np.int64)
+        return EncodedImage(
+            *self._run(self._token_pruner, ["image_features", "keep_indices"], feed)
+        )
+
+    def _see(
+        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
+    ) -> list[NDArray[Any]]:
+        """Outputs of the vision encoder, in the order its graph has them."""
         feed: dict[str, NDArray[Any]] = {"pixel_values": pixel_values}
         if text_embeds is not None:
             feed["text_embeds"] = text_embeds
-        features, keep = self._run(self._vision, ["image_features", "keep_indices"], feed)
-        return features, keep
+        return self._run(self._vision, [value.name for value in self._vision.get_outputs()], feed)
 
     def image_newline(self) -> FloatArray:
         """See Backend."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.errors import BundleError
+from gap_export.keep_indices import check_keep_indices
 from gap_export.manifest import Manifest
 from gap_export.positions import Int64Array, TiledTokens, TileLayout, TileTokens, arrange_tiles
-from gap_export.runtime.backend import Backend, FloatArray
+from gap_export.runtime.backend import Backend, EncodedImage, FloatArray, ScoredImage
+from gap_export.runtime.budget import count_outliers, snap_to_buckets
 from gap_export.runtime.geometry import ImageGeometry
 from gap_export.runtime.grounding import TokenGrid
 
@@ -65,9 +68,10 @@ def encode_picture(
     layout = geometry.tile_layout(manifest.image, manifest.grid)
     if layout is None:
         images = 1 if text_embeds is None else num_rows
-        features, keep = _encode(backend, pixel_values, text_embeds, manifest, images)
+        encode = _encode if manifest.pruning.budget == "fixed" else _encode_adaptively
         found = [
-            _of_whole(features[row], keep[row], manifest, geometry) for row in range(len(features))
+            _of_whole(row, manifest, geometry)
+            for row in encode(backend, pixel_values, text_embeds, manifest, images)
         ]
     else:
         newline = backend.image_newline()
@@ -78,7 +82,7 @@ def encode_picture(
         )
         found = [
             _of_tiles(
-                *_encode(backend, pixel_values, embeds, manifest, len(pixel_values)),
+                _encode(backend, pixel_values, embeds, manifest, len(pixel_values)),
                 newline=newline,
                 layout=layout,
                 manifest=manifest,
@@ -95,49 +99,106 @@ def _encode(
     text_embeds: FloatArray | None,
     manifest: Manifest,
     images: int,
-) -> tuple[FloatArray, Int64Array]:
-    """Features [I, K', H] and keep_indices [I, K'], of the shape the manifest says."""
-    features, keep = backend.encode_image(pixel_values, text_embeds)
-    emitted, hidden = manifest.pruning.num_emitted_tokens, manifest.decoder.hidden_size
-    if features.shape != (images, emitted, hidden) or keep.shape != (images, emitted):
+) -> list[EncodedImage]:
+    """What is kept of each of ``images`` rows, without their dimension."""
+    encoded = EncodedImage(*backend.encode_image(pixel_values, text_embeds))
+    return _rows(encoded, manifest, images, num_kept=manifest.pruning.num_kept_tokens)
+
+
+def _encode_adaptively(
+    backend: Backend,
+    pixel_values: NDArray[np.float32],
+    text_embeds: FloatArray | None,
+    manifest: Manifest,
+    images: int,
+) -> list[EncodedImage]:
+    """As :func:`_encode`; rows that keep as many tokens are pruned together."""
+    pruning = manifest.pruning
+    scored = backend.score_tokens(pixel_values, text_embeds)
+    _check_shape("token_scores", scored.token_scores, (images, pruning.num_visual_tokens))
+    numbers = snap_to_buckets(count_outliers(scored.token_scores), pruning.kept_buckets)
+    found: dict[int, EncodedImage] = {}
+    for number in sorted(set(numbers.tolist())):
+        rows = np.flatnonzero(numbers == number)
+        some = ScoredImage(*(None if part is None else part[rows] for part in scored))  # type: ignore[arg-type]
+        pruned = backend.prune_tokens(some, num_kept_tokens=number)
+        for row, kept in zip(
+            rows, _rows(pruned, manifest, len(rows), num_kept=number), strict=True
+        ):
+            found[int(row)] = kept._replace(token_scores=scored.token_scores[row])
+    return [found[row] for row in range(images)]
+
+
+def _rows(
+    encoded: EncodedImage, manifest: Manifest, images: int, *, num_kept: int
+) -> list[EncodedImage]:
+    """Each row by itself, of the shape the manifest says."""
+    pruning = manifest.pruning
+    emitted = num_kept + pruning.num_emitted_tokens - pruning.num_kept_tokens
+    features, keep, scores = encoded
+    _check_shape("image_features", features, (images, emitted, manifest.decoder.hidden_size))
+    _check_shape("keep_indices", keep, (images, emitted))
+    for row in keep:
+        check_keep_indices(
+            row,
+            num_visual_tokens=pruning.num_visual_tokens,
+            num_kept_tokens=num_kept,
+            ascending=pruning.order == "raster",
+            error=BundleError,
+            who=f"pruner {pruning.pruner} of this bundle",
+        )
+    return [
+        EncodedImage(features[row], keep[row], None if scores is None else scores[row])
+        for row in range(images)
+    ]
+
+
+def _check_shape(name: str, seen: NDArray[Any], wanted: tuple[int, ...]) -> None:
+    if seen.shape != wanted:
         raise BundleError(
             "the vision encoder's outputs are not of the manifest's shape",
-            seen=f"image_features {list(features.shape)}, keep_indices {list(keep.shape)}",
-            allowed=f"{[images, emitted, hidden]} and {[images, emitted]}",
+            seen=f"{name} {list(seen.shape)}",
+            allowed=str(list(wanted)),
             fix="export the bundle again",
         )
-    return features, keep
 
 
-def _of_whole(
-    features: FloatArray, keep: Int64Array, manifest: Manifest, geometry: ImageGeometry
-) -> VisualTokens:
-    grid, num_visual_tokens = manifest.grid, manifest.pruning.num_visual_tokens
+def _of_whole(encoded: EncodedImage, manifest: Manifest, geometry: ImageGeometry) -> VisualTokens:
+    grid, pruning = manifest.grid, manifest.pruning
+    keep, scores = encoded.keep_indices, encoded.token_scores
+    extra = pruning.num_emitted_tokens - pruning.num_kept_tokens
+    # An extra token looks at no place of its own.
+    survivors = keep[: len(keep) - extra]
     view = TokenGrid(
         view="image",
         rows=grid.rows,
         cols=grid.cols,
         frame=geometry.input_frame(manifest.image),
-        kept=tuple(keep.tolist()),
-        tiles=(TileTokens(num_visual_tokens=num_visual_tokens, num_kept_tokens=len(keep)),),
+        kept=tuple(survivors.tolist()),
+        tiles=(
+            TileTokens(num_visual_tokens=pruning.num_visual_tokens, num_kept_tokens=len(survivors)),
+        ),
+        scores=None if scores is None else tuple(scores.tolist()),
     )
     return VisualTokens(
-        features=features, keep_indices=keep, num_visual_tokens=num_visual_tokens, grids=(view,)
+        features=encoded.image_features,
+        keep_indices=keep,
+        num_visual_tokens=pruning.num_visual_tokens,
+        grids=(view,),
     )
 
 
 def _of_tiles(
-    features: FloatArray,
-    keep: Int64Array,
+    encoded: list[EncodedImage],
     *,
     newline: FloatArray,
     layout: TileLayout,
     manifest: Manifest,
     geometry: ImageGeometry,
 ) -> VisualTokens:
-    tokens = arrange_tiles(keep, layout)
+    tokens = arrange_tiles(np.stack([tile.keep_indices for tile in encoded]), layout)
     # The newline comes last, which is what its source, -1, says.
-    table = np.concatenate([features.reshape(-1, features.shape[-1]), newline[None]])
+    table = np.concatenate([*(tile.image_features for tile in encoded), newline[None]])
     return VisualTokens(
         features=table[tokens.source],
         keep_indices=tokens.keep_indices,

@@ -62,6 +62,7 @@ def bundle(tmp_path):
 
 def test_every_flag_of_a_model_reaches_the_evaluation(run_cli, calls):
     flags = "--pruner cls,spatial --pruner cls --keep 0.3 --keep 0.5 --order score --seed 3 "
+    flags += "--extra-token mean --extra-position centroid --budget fixed "
     flags += "--checkpoint weights --checkpoint base=llm --dtype float16 --recipe llava"
     run_cli("eval", "demo", *flags.split(), "--samples", "20", "--data", "refshapes")
     options = ExportOptions(
@@ -70,6 +71,9 @@ def test_every_flag_of_a_model_reaches_the_evaluation(run_cli, calls):
         checkpoint={"main": Path("weights"), "base": Path("llm")},
         dtype="float16",
         order="score",
+        extra_token="mean",
+        extra_position="centroid",
+        budget="fixed",
         seed=3,
     )
     arguments = {"pruners": ["cls", "spatial"], "keep_ratios": [0.3, 0.5], "num_samples": 20}
@@ -87,7 +91,9 @@ def test_every_flag_of_a_bundle_reaches_the_evaluation(run_cli, calls, bundle, t
     assert calls == [(bundle, arguments)]
 
 
-@pytest.mark.parametrize("flag", [["--keep", "0.3"], ["--pruner", "cls"], ["--order", "raster"]])
+@pytest.mark.parametrize(
+    "flag", [["--keep", "0.3"], ["--pruner", "cls"], ["--order", "raster"], ["--budget", "fixed"]]
+)
 def test_flags_of_a_model_are_refused_for_a_bundle(run_cli, calls, bundle, flag):
     outcome = run_cli("eval", bundle, *flag)
     assert (outcome.code, calls) == (2, [])

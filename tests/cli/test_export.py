@@ -16,6 +16,7 @@ from gap_export.pipeline import ExportOptions, ExportReport
 
 def test_every_flag_reaches_the_export(run_cli, seen_options, tmp_path):
     flags = "--keep 0.5 --pruner cls --order score --positions compact --seed 7 --recipe demo "
+    flags += "--extra-token weighted --extra-position centroid --budget adaptive "
     flags += "--checkpoint weights --checkpoint base=llm --dtype float16 --copy-weights"
     run_cli("export", "some/folder", *flags.split(), "--out", tmp_path, "--force")
     assert seen_options == [
@@ -24,6 +25,9 @@ def test_every_flag_reaches_the_export(run_cli, seen_options, tmp_path):
             keep_ratio=0.5,
             pruner="cls",
             order="score",
+            extra_token="weighted",
+            extra_position="centroid",
+            budget="adaptive",
             positions="compact",
             seed=7,
             recipe="demo",

@@ -14,7 +14,6 @@ import pytest
 
 import gap_export
 from gap_export.cli._app import build_command
-from gap_export.cli._options import PRUNER_HELP
 
 API_FILE = Path(__file__).parent / "public_api.txt"
 FLAGS_FILE = Path(__file__).parent / "cli_flags.txt"
@@ -89,13 +88,6 @@ def test_every_option_has_help_and_a_value_name():
         for parameter, hint in own_parameters(command):
             assert parameter.help, (command.name, parameter.name)
             assert parameter.metavar or hint is bool or choices(hint), parameter.name
-
-
-def test_the_help_names_exactly_the_pruners_there_are():
-    from gap_export.pruning import PRUNERS
-
-    named = PRUNER_HELP.partition(":")[2].partition(".")[0].split(",")
-    assert {name.strip() for name in named} == set(PRUNERS)
 
 
 def test_an_unknown_public_name_is_an_attribute_error():

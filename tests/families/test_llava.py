@@ -152,8 +152,8 @@ def test_pruned_features_are_the_unpruned_ones_at_keep_indices(tiny_graphs, prun
     text = [torch.randn(3, 16, generator=torch.Generator().manual_seed(5))]
     inputs = [pictures(3), *(text if pruner == "text" else [])]
     with torch.inference_mode():
-        every, _ = tiny_graphs.reference("spatial", 1.0).vision_encoder(pictures(3))
-        features, keep = encoder(*inputs)
+        every, _, *_ = tiny_graphs.reference("spatial", 1.0).vision_encoder(pictures(3))
+        features, keep, *_ = encoder(*inputs)
     assert keep.shape == (3, 5)
     index = keep[:, :, None].expand(-1, -1, every.shape[2])
     assert (features - every.gather(1, index)).abs().max() < ATOL

@@ -74,7 +74,7 @@ def tiled(model: Model, reference: Reference, image: Image.Image) -> tuple[np.nd
     layout = geometry.tile_layout(model.recipe.image, model.recipe.grid)
     assert layout is not None and pixel_values.shape[0] == layout.num_tiles
     with torch.inference_mode():
-        features, keep = reference.vision_encoder(torch.from_numpy(pixel_values))
+        features, keep, *_ = reference.vision_encoder(torch.from_numpy(pixel_values))
     tokens = arrange_tiles(keep.numpy(), layout)
     # The last row stands for the newline, so that its source -1 finds it.
     rows = np.concatenate([features.flatten(0, 1).numpy(), reference.newline.numpy()[None]])
@@ -134,7 +134,7 @@ def test_each_tile_is_pruned_by_its_own_cls(model, pruner):
     pixel_values = torch.from_numpy(prepare_image(picture((64, 64)), model.recipe.image)[0])
     encoder = model.reference(pruner, 0.3).vision_encoder
     with torch.inference_mode():
-        _, together = encoder(pixel_values)
+        _, together, *_ = encoder(pixel_values)
         alone = [encoder(tile[None])[1] for tile in pixel_values]
     assert torch.equal(together, torch.cat(alone))
     assert len({tuple(row) for row in together.tolist()}) > 1

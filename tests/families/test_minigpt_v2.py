@@ -184,7 +184,7 @@ def test_model_has_the_base_models_dtype(tiny, recipe, parts, tmp_path):
     assert (merged - (base + 0.25 * up @ down)).abs().max() < 2e-3
     reference = build(recipe, parts)
     with torch.inference_mode():
-        features, _ = reference.vision_encoder(pictures())
+        features, _, *_ = reference.vision_encoder(pictures())
     assert features.dtype == torch.float16 and torch.isfinite(features).all()
 
 
@@ -203,8 +203,8 @@ def test_meta_reference_loads_no_weight(recipe, shared_parts, monkeypatch):
 def test_masked_oracle_holds(recipe, shared_parts, pruner):
     every, pruned = build(recipe, shared_parts), build(recipe, shared_parts, pruner, 0.3)
     with torch.inference_mode():
-        visual, _ = every.vision_encoder(pictures())
-        features, keep = pruned.vision_encoder(pictures())
+        visual, _, *_ = every.vision_encoder(pictures())
+        features, keep, *_ = pruned.vision_encoder(pictures())
     assert (features[0] - visual[0, keep[0]]).abs().max() < 1e-5
     full = spliced(every, visual[0].numpy(), before=4, after=6)
     span = VisualSpan(start=4, num_visual_tokens=NUM_VISUAL, keep_indices=keep[0].numpy())
@@ -228,7 +228,7 @@ def test_random_weights_need_no_checkpoint(recipe):
         recipe, Checkpoint(parts={}, random_seed=4), pruning, device="cpu", dtype="float32"
     )
     with torch.inference_mode():
-        features, keep = reference.vision_encoder(pictures(2))
+        features, keep, *_ = reference.vision_encoder(pictures(2))
     assert features.shape == (2, 8, 32) and keep.shape == (2, 8)
     assert torch.isfinite(features).all() and features.std() > 0
 

@@ -4,6 +4,8 @@ import pytest
 
 from gap_export.errors import ExitCode, RecipeError, UnsupportedPrunerError, UsageError
 from gap_export.families import resolve_pruning, supported_pruners
+from gap_export.manifest import GridSpec
+from gap_export.pruning import PRESETS
 from gap_export.recipe import Recipe
 from tests.families.tiny_llava_next import plain_recipe
 
@@ -34,10 +36,12 @@ def test_recipe_gives_what_is_not_asked_for(tiny_recipe):
 
 def test_model_without_text_tower_refuses_text_and_names_the_others(tiny_recipe):
     recipe = tiny_recipe.model_copy(update={"text_tower": None})
-    assert supported_pruners(tiny_recipe) == ("cls", "text", "random", "spatial", "fastervlm")
-    assert supported_pruners(recipe) == ("cls", "random", "spatial", "fastervlm")
+    assert supported_pruners(tiny_recipe) == tuple(PRESETS)
+    reading = {name for name, preset in PRESETS.items() if "text" in preset.pruner.reads}
+    assert reading == {"text", "trim", "cdpruner"}
+    assert set(supported_pruners(recipe)) == set(PRESETS) - reading
     with pytest.raises(
-        UnsupportedPrunerError, match=r"text.*allowed: cls, random, spatial, fastervlm"
+        UnsupportedPrunerError, match=r"text.*allowed: cls, random, spatial, prumerge"
     ) as caught:
         resolve(recipe, pruner="text")
     assert caught.value.exit_code == ExitCode.USAGE
@@ -80,3 +84,70 @@ def test_a_bad_default_is_the_recipes_mistake(tiny_recipe, name, text_tower):
     with pytest.raises(RecipeError, match=r"recipe tiny-llava: defaults\.pruner.*allowed: cls"):
         resolve(recipe, pruner=None)
     assert resolve(recipe, pruner="cls").pruner == "cls"
+
+
+def test_a_preset_is_its_published_choices_unless_told_otherwise(tiny_recipe):
+    plain = resolve(tiny_recipe, pruner="prumerge", order=None)
+    assert (plain.order, plain.extra_token, plain.budget) == ("score", "weighted", "fixed")
+    assert (plain.num_kept_tokens, plain.num_emitted_tokens) == (5, 6)
+    other = resolve(
+        tiny_recipe, pruner="prumerge", order="raster", extra_token="none", keep_ratio=1.0
+    )
+    assert (other.order, other.extra_token, other.num_emitted_tokens) == ("raster", "none", 16)
+
+
+def test_without_a_share_an_adaptive_method_is_adaptive(tiny_recipe):
+    found = resolve(tiny_recipe, pruner="trim", order=None, keep_ratio=None)
+    assert (found.budget, found.keep_ratio, found.num_kept_tokens) == ("adaptive", 1.0, 15)
+    assert found.kept_buckets == tuple(range(1, 16)) and found.num_emitted_tokens == 16
+    capped = resolve(tiny_recipe, pruner="trim", keep_ratio=0.3, budget="adaptive")
+    assert (capped.num_kept_tokens, capped.kept_buckets) == (5, (1, 2, 3, 4, 5))
+    assert resolve(tiny_recipe, pruner="cls", keep_ratio=None).budget == "fixed"
+
+
+def test_all_tokens_leave_nothing_for_an_extra_one(tiny_recipe):
+    found = resolve(tiny_recipe, pruner="trim", keep_ratio=1.0)
+    assert (found.extra_token, found.num_emitted_tokens) == ("none", 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"pruner": "random", "extra_token": "weighted"}, "no such extra token: weighted"),
+        ({"pruner": "divprune", "extra_token": "weighted"}, "allowed: none, mean"),
+        ({"pruner": "cls", "budget": "adaptive"}, "no such budget: adaptive; allowed: fixed"),
+    ],
+)
+def test_choices_a_pruner_has_not_got_are_refused(tiny_recipe, changes, says):
+    with pytest.raises(UsageError) as caught:
+        resolve(tiny_recipe, **changes)
+    assert says in str(caught.value)
+
+
+def test_more_tokens_than_topk_takes_are_refused_where_they_are_ranked(tiny_recipe):
+    wide = GridSpec(rows=62, cols=62)
+    recipe = tiny_recipe.model_copy(update={"grid": wide})
+    with pytest.raises(UsageError, match=r"so many visual tokens: 3844; allowed: 3840 at most"):
+        resolve(recipe)
+    assert resolve(recipe, pruner="spatial").num_kept_tokens == 1153
+    resolve(tiny_recipe.model_copy(update={"grid": GridSpec(rows=60, cols=64)}))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"extra_token": "mean"}, {"budget": "adaptive", "pruner": "prumerge"}]
+)
+def test_tiles_take_no_extra_token_and_no_number_of_their_own(changes):
+    with pytest.raises(UsageError, match=r"cuts its pictures into tiles"):
+        resolve(Recipe.model_validate(plain_recipe()), order="raster", **changes)
+
+
+def test_tiles_take_of_a_preset_what_fits_them():
+    pruning = resolve(Recipe.model_validate(plain_recipe()), pruner="prumerge", order=None)
+    assert (pruning.order, pruning.extra_token, pruning.budget) == ("raster", "none", "fixed")
+
+
+def test_a_tower_without_a_layer_behind_the_select_layer_has_no_prumerge(tiny_recipe):
+    recipe = tiny_recipe.model_copy(update={"select_layer": -1})
+    with pytest.raises(UnsupportedPrunerError, match=r"prumerge.*lacks: next_layer"):
+        resolve(recipe, pruner="prumerge", order=None)
+    assert resolve(recipe, pruner="visionzip", order=None).pruner == "visionzip"

@@ -210,11 +210,11 @@ def test_masked_oracle_holds_in_mid_sentence(recipe, shared_parts, pruner):
     every = build(recipe, shared_parts)
     pruned = build(recipe, shared_parts, pruner, 0.3)
     with torch.inference_mode():
-        visual, _ = every.vision_encoder(pictures())
+        visual, _, *_ = every.vision_encoder(pictures())
         feeds = [pictures()]
         if pruned.text_encoder is not None:
             feeds.append(pruned.text_encoder(torch.tensor([[1, 12, 15, 2]])))
-        features, keep = pruned.vision_encoder(*feeds)
+        features, keep, *_ = pruned.vision_encoder(*feeds)
     assert (features[0] - visual[0, keep[0]]).abs().max() < 1e-5
     full = spliced(every, visual[0].numpy(), before=6, after=7)
     span = VisualSpan(start=6, num_visual_tokens=NUM_VISUAL, keep_indices=keep[0].numpy())
@@ -231,7 +231,7 @@ def test_random_weights_need_no_checkpoint(recipe, shared_parts):
     drawn = Checkpoint(parts={}, random_seed=4)
     reference = build_reference(sized, drawn, pruning, device="cpu", dtype="float32")
     with torch.inference_mode():
-        features, keep = reference.vision_encoder(pictures(2))
+        features, keep, *_ = reference.vision_encoder(pictures(2))
     assert features.shape == (2, 8, 32) and keep.shape == (2, 8)
     assert torch.isfinite(features).all() and features.std() > 0
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gap_export.errors import UsageError
 from gap_export.manifest import GridSpec
 from gap_export.positions import num_kept_tokens
-from gap_export.pruning import PRUNERS, FixedPruner, VisionState, find_pruner
+from gap_export.pruning import PRESETS, FixedPruner, VisionState, find_pruner
 
 SIZES = [(144, 12, 12), (576, 24, 24)]
 
@@ -62,7 +62,7 @@ def test_scores_equal_the_slow_definition(num_tokens, rows, cols, sign):
     seen = state(num_tokens, sign=sign)
     wanted = {"cls": slow_cls, "text": slow_text, "fastervlm": lambda s: s.cls_attention.numpy()}
     for name, definition in wanted.items():
-        scores = PRUNERS[name].scores(seen).numpy()
+        scores = find_pruner(name).scores(seen).numpy()
         assert scores.shape == (2, num_tokens)
         assert np.abs(scores - definition(seen)).max() < 1e-5, name
         assert np.array_equal(scores[:, 2::4], scores[:, 3::4]), f"{name} breaks ties"
@@ -75,14 +75,14 @@ def test_text_scores_are_not_normalised():
         patch_embeds=seen.patch_embeds * 4,
         text_embeds=seen.text_embeds,
     )
-    text = PRUNERS["text"]
+    text = find_pruner("text")
     # A power of two, so that the two sides are equal to the last bit.
     assert torch.equal(text.scores(longer), 4 * text.scores(seen))
 
 
 def test_cls_score_of_a_zero_patch_is_zero():
     seen = VisionState(patch_features=torch.zeros(1, 2, 3), cls_features=torch.ones(1, 3))
-    assert PRUNERS["cls"].scores(seen).tolist() == [[0.0, 0.0]]
+    assert find_pruner("cls").scores(seen).tolist() == [[0.0, 0.0]]
 
 
 def slow_spatial(grid: GridSpec, count: int) -> list[int]:
@@ -104,7 +104,7 @@ def slow_spatial(grid: GridSpec, count: int) -> list[int]:
 def test_spatial_keeps_exactly_k_different_places_on_any_grid(rows, cols, share):
     grid = GridSpec(rows=rows, cols=cols)
     count = num_kept_tokens(share, grid.num_visual_tokens)
-    places = PRUNERS["spatial"].places(grid, num_kept_tokens=count, seed=None).tolist()
+    places = find_pruner("spatial").places(grid, num_kept_tokens=count, seed=None).tolist()
     assert len(places) == len(set(places)) == count
     assert places == sorted(places)
     assert places[0] >= 0 and places[-1] < grid.num_visual_tokens
@@ -114,13 +114,13 @@ def test_spatial_keeps_exactly_k_different_places_on_any_grid(rows, cols, share)
 def test_spatial_equals_the_slow_definition_for_every_k(num_tokens, rows, cols):
     grid = GridSpec(rows=rows, cols=cols)
     for count in range(1, num_tokens + 1):
-        places = PRUNERS["spatial"].places(grid, num_kept_tokens=count, seed=None)
+        places = find_pruner("spatial").places(grid, num_kept_tokens=count, seed=None)
         assert places.tolist() == slow_spatial(grid, count), count
 
 
 def test_spatial_at_its_ends():
     grid = GridSpec(rows=12, cols=12)
-    spatial = PRUNERS["spatial"]
+    spatial = find_pruner("spatial")
     assert spatial.places(grid, num_kept_tokens=1, seed=None).tolist() == [78]
     assert spatial.places(grid, num_kept_tokens=144, seed=None).tolist() == list(range(144))
     # One of four, as evenly as can be: every second row, every second column.
@@ -131,7 +131,7 @@ def test_spatial_at_its_ends():
 @pytest.mark.parametrize(("num_tokens", "rows", "cols"), SIZES)
 @pytest.mark.parametrize("seed", [0, 7, 2**40])
 def test_random_takes_the_smallest_lots_in_the_order_drawn(num_tokens, rows, cols, seed):
-    grid, random = GridSpec(rows=rows, cols=cols), PRUNERS["random"]
+    grid, random = GridSpec(rows=rows, cols=cols), find_pruner("random")
     generator = np.random.PCG64(seed)
     lots = sorted((int(generator.random_raw()), index) for index in range(num_tokens))
     for count in (1, num_tokens // 3, num_tokens):
@@ -141,9 +141,9 @@ def test_random_takes_the_smallest_lots_in_the_order_drawn(num_tokens, rows, col
 
 
 def test_random_draws_stay_what_they_were():
-    places = PRUNERS["random"].places(GridSpec(rows=12, cols=12), num_kept_tokens=6, seed=0)
+    places = find_pruner("random").places(GridSpec(rows=12, cols=12), num_kept_tokens=6, seed=0)
     assert places.tolist() == PINNED_DRAW
-    other = PRUNERS["random"].places(GridSpec(rows=12, cols=12), num_kept_tokens=6, seed=1)
+    other = find_pruner("random").places(GridSpec(rows=12, cols=12), num_kept_tokens=6, seed=1)
     assert other.tolist() != PINNED_DRAW
 
 
@@ -151,13 +151,18 @@ def test_random_draws_stay_what_they_were():
 PINNED_DRAW = [11, 92, 113, 3, 20, 111]
 
 
-def test_every_pruner_says_what_it_is():
-    assert set(PRUNERS) == {"cls", "text", "random", "spatial", "fastervlm"}
-    for name, pruner in PRUNERS.items():
-        assert pruner.name == name
-        assert pruner.summary
+def test_every_preset_says_what_it_is():
+    assert set(PRESETS) == {
+        "cls", "text", "random", "spatial", "fastervlm", "trim", "visionzip", "dart",
+        "prumerge", "prumerge+", "prumerge-select", "divprune", "cdpruner",
+    }  # fmt: skip
+    for name, preset in PRESETS.items():
+        pruner = preset.pruner
+        assert preset.name == name
+        assert pruner.summary and preset.paper.startswith("arXiv")
         assert pruner.uses_seed == (name == "random")
         assert not (isinstance(pruner, FixedPruner) and pruner.reads)
+        assert preset.order in pruner.orders and preset.extra_token in pruner.extra_tokens
 
 
 def test_unknown_pruner_is_refused_with_near_names():

@@ -5,11 +5,25 @@ Shape letters: B rows, T tokens, D width.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
 from gap_export.architecture import TransformerShape
+
+
+class Attended(NamedTuple):
+    """What a layer's attention computed on the way.
+
+    Attributes:
+        weights: float [B, heads, T, T], query by key.
+        keys: float [B, heads, T, d], d = D / heads.
+    """
+
+    weights: torch.Tensor
+    keys: torch.Tensor
 
 
 class ClipEncoder(nn.Module):
@@ -26,7 +40,7 @@ class ClipEncoder(nn.Module):
 
     def forward(
         self, hidden: torch.Tensor, allowed: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, Attended | None]:
         """Run the layers.
 
         Args:
@@ -34,16 +48,16 @@ class ClipEncoder(nn.Module):
             allowed: bool [T, T], query by key; None lets everyone see everyone.
 
         Returns:
-            hidden states [B, T, D], and the last layer's attention weights [B, heads, T, T] (None
-            where there are no layers). Weights that nobody reads leave no trace in an export.
+            hidden states [B, T, D], and the last layer's attention (None where there are no
+            layers). Parts of it that nobody reads leave no trace in an export.
         """
         batch, length, width = hidden.shape
-        weights = None
+        attended = None
         # A matrix between the steps of attention, for the same reason as in llama_decoder.
         flat = hidden.reshape(-1, width)
         for layer in self.layers:
-            flat, weights = layer(flat, (batch, length), allowed)
-        return flat.reshape(batch, length, width), weights
+            flat, attended = layer(flat, (batch, length), allowed)
+        return flat.reshape(batch, length, width), attended
 
 
 class _Layer(nn.Module):
@@ -56,10 +70,10 @@ class _Layer(nn.Module):
 
     def forward(
         self, hidden: torch.Tensor, size: tuple[int, int], allowed: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        attended, weights = self.self_attn(self.layer_norm1(hidden), size, allowed)
-        hidden = hidden + attended
-        return hidden + self.mlp(self.layer_norm2(hidden)), weights
+    ) -> tuple[torch.Tensor, Attended]:
+        merged, attended = self.self_attn(self.layer_norm1(hidden), size, allowed)
+        hidden = hidden + merged
+        return hidden + self.mlp(self.layer_norm2(hidden)), attended
 
 
 class _Attention(nn.Module):
@@ -73,7 +87,7 @@ class _Attention(nn.Module):
 
     def forward(
         self, hidden: torch.Tensor, size: tuple[int, int], allowed: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, Attended]:
         query = self._heads(self.q_proj(hidden), size)
         key = self._heads(self.k_proj(hidden), size)
         value = self._heads(self.v_proj(hidden), size)
@@ -83,7 +97,7 @@ class _Attention(nn.Module):
         # Cast first: softmax's own dtype argument is exported as a cast of its result.
         weights = torch.softmax(scores.to(torch.float32), dim=-1).to(scores.dtype)
         merged = torch.matmul(weights, value).transpose(1, 2).reshape(-1, hidden.shape[1])
-        return self.out_proj(merged), weights
+        return self.out_proj(merged), Attended(weights, key)
 
     def _heads(self, projected: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """[B * T, D] to [B, heads, T, d]."""

@@ -46,15 +46,16 @@ class ClipVisionTower(nn.Module):
         self.encoder = ClipEncoder(shape, num_layers=num_layers)
 
     def forward(self, pixel_values: torch.Tensor) -> VisionFeatures:
-        """Features at the last layer run, and CLS's attention in it.
+        """Features at the last layer run, CLS's attention and the keys in it.
 
         Args:
             pixel_values: float [I, 3, h, w].
         """
-        hidden, weights = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
-        assert weights is not None, "the select layer is the first or a later one"
+        hidden, attended = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
+        assert attended is not None, "the select layer is the first or a later one"
         return VisionFeatures(
             patches=hidden[:, 1:],
             cls=hidden[:, 0],
-            cls_attention=weights[:, :, 0, 1:].mean(dim=1),
+            cls_attention=attended.weights[:, :, 0, 1:].mean(dim=1),
+            keys=attended.keys[:, :, 1:].mean(dim=1),
         )

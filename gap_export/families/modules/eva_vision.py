@@ -53,22 +53,23 @@ class EvaVisionTower(nn.Module):
         """Features of joined patches: a grid of G rows and G / J columns.
 
         CLS is as wide as one patch, so it is repeated J times: its cosine with a token then weighs
-        all of the token's patches alike. Its attention to a token is the mean over the patches.
-        Both are our choice; the model itself drops CLS.
+        all of the token's patches alike. Its attention to a token is the mean over the patches, and
+        a token's key is theirs, side by side. All are our choice; the model itself drops CLS.
 
         Args:
             pixel_values: float [I, 3, h, w].
 
         Returns:
-            patches [I, N, J * D], cls [I, J * D], cls_attention [I, N].
+            patches [I, N, J * D], cls [I, J * D], cls_attention [I, N], keys [I, N, J * d].
         """
-        hidden, weights = self.encoder(self.embeddings(pixel_values))
-        assert weights is not None, "a tower has layers"
+        hidden, attended = self.encoder(self.embeddings(pixel_values))
+        assert attended is not None, "a tower has layers"
         hidden = self.post_layernorm(hidden)
         return VisionFeatures(
             patches=self._joined(hidden[:, 1:]).flatten(2),
             cls=hidden[:, 0].repeat(1, self.join),
-            cls_attention=self._joined(weights[:, :, 0, 1:].mean(dim=1)).mean(dim=2),
+            cls_attention=self._joined(attended.weights[:, :, 0, 1:].mean(dim=1)).mean(dim=2),
+            keys=self._joined(attended.keys[:, :, 1:].mean(dim=1)).flatten(2),
         )
 
     def _joined(self, per_patch: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,102 @@
+"""``gap-export pruners``: which tokens can be made to survive, and what that takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gap_export.cli._options import JsonOption, QuietOption, VerboseOption, terminal_of
+from gap_export.cli._terminal import format_table
+
+if TYPE_CHECKING:
+    from gap_export.pruning import Preset
+
+# In words, what a model must have.
+_READINGS = {
+    "cls_features": "a CLS token",
+    "cls_attention": "a CLS token",
+    "keys": "the tower's keys",
+    "next_layer": "a layer behind the select layer",
+    "text": "a CLIP text tower",
+    "image_embeds": "the projected tokens",
+}
+_LEFT_OUT = {
+    "fastv": "ranks inside the LLM, by the attention of a layer of it",
+    "sparsevlm": "ranks inside the LLM, at several layers, by chosen words",
+    "pyramiddrop": "drops inside the LLM, at several layers",
+    "vispruner": "takes away a few tokens at a time, in rounds that are all of another shape",
+}
+_WHY = (
+    "In-LLM methods need a decoder cut into several graphs whose KV caches differ in length, and "
+    "attention weights that fused attention does not give. GAP is about what is dropped before it."
+)
+
+
+def pruners(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="Say which of them this model can serve.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """List the pruners, what each reads, and what it means by default."""
+    from gap_export.extras import require_extra
+
+    terminal = terminal_of(ctx)
+    require_extra("export", "listing the pruners")
+    from gap_export.pruning import all_presets
+
+    served = None if model is None else _served(model)
+    plain = [_describe(preset, served) for preset in all_presets().values()]
+    if as_json:
+        terminal.json({"pruners": plain, "left_out": _LEFT_OUT})
+        return
+    header = ["name", "order", "extra token", "budget", "needs"]
+    header += [] if served is None else [f"on {model}"]
+    lines = format_table(header, [_table_row(item) for item in plain]).splitlines()
+    # The first row is below the header and its rule; from the end, so that no place moves.
+    for place, item in reversed(list(enumerate(plain, start=3))):
+        paper = f" ({item['paper']})" if item["paper"] else ""
+        lines.insert(place, f"  {item['summary']}{paper}")
+    left_out = "\n".join(f"  {name}: {why}" for name, why in _LEFT_OUT.items())
+    terminal.result("\n".join([*lines, "", "not offered:", left_out, _WHY]))
+
+
+def _served(model: str) -> frozenset[str]:
+    from gap_export.families import supported_pruners
+    from gap_export.recipe import find_recipe
+
+    return frozenset(supported_pruners(find_recipe(model)[0]))
+
+
+def _describe(preset: Preset, served: frozenset[str] | None) -> dict[str, Any]:
+    pruner = preset.pruner
+    found = {
+        "name": preset.name,
+        "summary": pruner.summary,
+        "paper": preset.paper,
+        "order": preset.order,
+        "orders": list(pruner.orders),
+        "extra_token": preset.extra_token,
+        "extra_tokens": list(pruner.extra_tokens),
+        "budget": preset.budget,
+        "budgets": list(preset.budgets),
+        "reads": sorted(pruner.reads),
+    }
+    return found if served is None else {**found, "served": preset.name in served}
+
+
+def _table_row(item: dict[str, Any]) -> list[str]:
+    needs = list(dict.fromkeys(_READINGS[part] for part in item["reads"]))
+    row = [item["name"], item["order"], item["extra_token"], item["budget"]]
+    row.append(", ".join(needs) or "nothing")
+    return row if "served" not in item else [*row, "yes" if item["served"] else "no"]

@@ -1,0 +1,57 @@
+"""``cdpruner``: tokens that fit the expression and differ (CDPruner, arXiv 2506.10967)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from gap_export.pruning.greedy import choose_one_by_one, rows_at
+from gap_export.pruning.pruner import ChoosingPruner, Reading, VisionState, unit
+
+# Keeps the kernel positive where a token fits least.
+_LEAST_RELEVANCE = 1e-6
+# What is left of a token that those chosen explain completely, rounding aside.
+_NOTHING_LEFT = 1e-12
+
+
+class CdPruner(ChoosingPruner):
+    """Determinantal point process, its most probable set found greedily (arXiv 1709.05135).
+
+    The kernel is r_i cos(P x_i, P x_j) r_j, where r is the cosine of patch and text in CLIP's joint
+    space times the recipe's sign, brought to 0..1 within a picture. Each choice takes the largest
+    diagonal element and leaves the Schur complement.
+    """
+
+    summary: ClassVar[str] = "patches that fit the expression, as unlike each other as can be"
+    reads: ClassVar[frozenset[Reading]] = frozenset({"text", "image_embeds"})
+
+    def choose(self, state: VisionState, *, num_kept_tokens: int) -> torch.Tensor:
+        """int64 [B, K]."""
+        assert state.image_embeds is not None
+        embeds, relevance = unit(state.image_embeds), _relevance(state)
+        similarity = torch.matmul(embeds, embeds.transpose(1, 2))
+        kernel = relevance[:, :, None] * similarity * relevance[:, None, :]
+        index = torch.arange(embeds.shape[1], device=embeds.device)
+
+        def follow(
+            merits: torch.Tensor, left: torch.Tensor, chosen: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            row = rows_at(left, chosen)
+            own = merits.amax(dim=1, keepdim=True).clamp(min=_NOTHING_LEFT)
+            left = left - row[:, :, None] * (row / own)[:, None, :]
+            return merits - row * (row / own), left
+
+        diagonal = torch.where(index[:, None] == index, kernel, 0.0).sum(dim=2)
+        return choose_one_by_one(diagonal, kernel, follow, num_choices=num_kept_tokens)
+
+
+def _relevance(state: VisionState) -> torch.Tensor:
+    """Float [B, N] above 0, at most about 1."""
+    assert state.patch_embeds is not None
+    assert state.text_embeds is not None
+    text = unit(state.text_embeds)[:, :, None]
+    fits = state.text_similarity_sign * torch.matmul(unit(state.patch_embeds), text)[:, :, 0]
+    least, most = fits.amin(dim=1, keepdim=True), fits.amax(dim=1, keepdim=True)
+    # All alike: nothing to tell them apart by.
+    return (fits - least + _LEAST_RELEVANCE) / (most - least).clamp(min=_LEAST_RELEVANCE)

@@ -1,0 +1,43 @@
+"""``divprune``: tokens as unlike each other as can be (DivPrune, arXiv 2503.02175)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from gap_export.pruning.greedy import choose_one_by_one, rows_at
+from gap_export.pruning.pruner import ChoosingPruner, Reading, VisionState, unit
+
+# Above any distance of two directions, which is at most 2.
+_FAR = 4.0
+
+
+class DivPrunePruner(ChoosingPruner):
+    """Max-min distance, greedily, where distance is 1 - cosine of what the decoder reads.
+
+    First the token whose nearest neighbour is farthest; then, again and again, the one that is
+    farthest from the nearest of those chosen.
+    """
+
+    summary: ClassVar[str] = "patches as unlike each other as can be"
+    reads: ClassVar[frozenset[Reading]] = frozenset({"image_embeds"})
+
+    def choose(self, state: VisionState, *, num_kept_tokens: int) -> torch.Tensor:
+        """int64 [B, K]."""
+        assert state.image_embeds is not None
+        embeds = unit(state.image_embeds)
+        distance = 1 - torch.matmul(embeds, embeds.transpose(1, 2))
+        index = torch.arange(embeds.shape[1], device=embeds.device)
+        nearest = torch.where(index[:, None] == index, _FAR, distance).amin(dim=2)
+
+        def follow(
+            merits: torch.Tensor, closest: torch.Tensor, chosen: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            # The first choice went by the neighbours; from now on only distances to chosen count.
+            del merits
+            closest = torch.minimum(closest, rows_at(distance, chosen))
+            return closest, closest.clone()
+
+        far = torch.full_like(nearest, _FAR)
+        return choose_one_by_one(nearest, far, follow, num_choices=num_kept_tokens)

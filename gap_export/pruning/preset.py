@@ -1,0 +1,35 @@
+"""A published method as named choices: who survives, in which order, with which extra token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gap_export.manifest import Budget, ExtraToken, Order
+from gap_export.pruning.pruner import Pruner, ScoringPruner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """What ``--pruner NAME`` means; order, extra token and budget may be chosen otherwise.
+
+    Attributes:
+        name: What the command line and the manifest call it.
+        pruner: Who survives.
+        order: As published.
+        extra_token: As published.
+        budget: As published: ``adaptive`` where the picture decides how many survive.
+        paper: Where it is from.
+    """
+
+    name: str
+    pruner: Pruner
+    order: Order = "raster"
+    extra_token: ExtraToken = "none"
+    budget: Budget = "fixed"
+    paper: str = ""
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """Numbers it can keep: a picture can decide only by scores that have outliers."""
+        adaptive = self.budget == "adaptive" and isinstance(self.pruner, ScoringPruner)
+        return ("fixed", "adaptive") if adaptive else ("fixed",)

@@ -1,0 +1,142 @@
+"""The presets that come with the package, and how those of other packages are found.
+
+A package of somebody else's adds a preset by an entry point of the group ``gap_export.pruners``
+whose name is the preset's and whose object is a :class:`Preset`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
+
+from gap_export.errors import GapExportError, UsageError
+from gap_export.pruning.cdpruner import CdPruner
+from gap_export.pruning.cls import ClsPruner
+from gap_export.pruning.dart import DartPruner
+from gap_export.pruning.divprune import DivPrunePruner
+from gap_export.pruning.fastervlm import FasterVlmPruner
+from gap_export.pruning.preset import Preset
+from gap_export.pruning.prumerge import PruMergePlusPruner, PruMergePruner, PruMergeSelection
+from gap_export.pruning.pruner import Pruner
+from gap_export.pruning.spatial import SpatialPruner
+from gap_export.pruning.text import TextPruner
+from gap_export.pruning.trim import TrimPruner
+from gap_export.pruning.uniform_random import RandomPruner
+from gap_export.pruning.visionzip import VisionZipPruner
+
+ENTRY_POINT_GROUP = "gap_export.pruners"
+
+_GAP = "arXiv 2506.21873"
+_PRUMERGE = "arXiv 2403.15388"
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        preset.name: preset
+        for preset in (
+            Preset(name="cls", pruner=ClsPruner(), paper=_GAP),
+            Preset(name="text", pruner=TextPruner(), paper=_GAP),
+            Preset(name="random", pruner=RandomPruner(), paper=_GAP),
+            Preset(name="spatial", pruner=SpatialPruner(), paper=_GAP),
+            Preset(
+                name="prumerge",
+                pruner=PruMergePruner(),
+                order="score",
+                extra_token="weighted",
+                budget="adaptive",
+                paper=_PRUMERGE,
+            ),
+            Preset(
+                name="prumerge+",
+                pruner=PruMergePlusPruner(),
+                order="score",
+                extra_token="weighted",
+                paper=_PRUMERGE,
+            ),
+            Preset(
+                name="prumerge-select",
+                pruner=PruMergeSelection(),
+                budget="adaptive",
+                paper=_PRUMERGE,
+            ),
+            Preset(
+                name="trim",
+                pruner=TrimPruner(),
+                extra_token="mean",
+                budget="adaptive",
+                paper="arXiv 2409.10994",
+            ),
+            Preset(name="fastervlm", pruner=FasterVlmPruner(), paper="arXiv 2412.01818"),
+            Preset(
+                name="visionzip", pruner=VisionZipPruner(), order="score", paper="arXiv 2412.04467"
+            ),
+            Preset(name="divprune", pruner=DivPrunePruner(), paper="arXiv 2503.02175"),
+            Preset(name="cdpruner", pruner=CdPruner(), paper="arXiv 2506.10967"),
+            Preset(name="dart", pruner=DartPruner(), paper="arXiv 2502.11494"),
+        )
+    }
+)
+
+
+def all_presets() -> Mapping[str, Preset]:
+    """Our own, then those of other packages that can be loaded.
+
+    Raises:
+        GapExportError: one of another package cannot be used.
+    """
+    others = {name: _load(entry) for name, entry in sorted(_entry_points().items())}
+    return MappingProxyType({**PRESETS, **others})
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name; another package is imported only if it is asked for.
+
+    Raises:
+        UsageError: there is none; the nearest names are suggested.
+        GapExportError: it is another package's and cannot be used.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    others = _entry_points()
+    if name in others:
+        return _load(others[name])
+    names = [*PRESETS, *sorted(others)]
+    near = difflib.get_close_matches(name, names, n=2, cutoff=0.4)
+    raise UsageError(
+        "no pruner of that name",
+        seen=name,
+        allowed=", ".join(names),
+        fix=f"did you mean {' or '.join(near)}?" if near else None,
+    )
+
+
+def find_pruner(name: str) -> Pruner:
+    """The pruner of a preset; see :func:`find_preset`."""
+    return find_preset(name).pruner
+
+
+@cache
+def _entry_points() -> Mapping[str, EntryPoint]:
+    found = entry_points(group=ENTRY_POINT_GROUP)
+    return {entry.name: entry for entry in found if entry.name not in PRESETS}
+
+
+def _load(entry: EntryPoint) -> Preset:
+    where = f"pruner {entry.name}, which {entry.value} should define,"
+    try:
+        preset = entry.load()
+    except (ImportError, AttributeError) as err:
+        raise GapExportError(
+            f"{where} cannot be loaded",
+            seen=err,
+            fix=f"mend or uninstall the package that declares {ENTRY_POINT_GROUP}",
+        ) from err
+    if not isinstance(preset, Preset) or preset.name != entry.name:
+        raise GapExportError(
+            f"{where} is not a preset of that name",
+            seen=preset,
+            allowed=f"gap_export.pruning.Preset(name={entry.name!r}, ...)",
+        )
+    return preset

@@ -1,0 +1,51 @@
+"""How many of a picture's tokens are kept where that is left to the picture.
+
+LLaVA-PruMerge (arXiv 2403.15388) and TRIM (arXiv 2409.10994) keep the tokens whose scores are
+outliers by Tukey's rule. Both take the quartiles over a whole batch; here each picture, and each
+expression, has its own, so that an answer does not depend on what else is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gap_export.positions import Int64Array
+
+_WHISKER = 1.5
+
+
+def count_outliers(token_scores: NDArray[np.floating[Any]]) -> Int64Array:
+    """How many scores of each row lie above Q3 + 1.5 (Q3 - Q1).
+
+    The count itself, and not N times the share, whose rounding loses one now and then.
+
+    Args:
+        token_scores: [B, N].
+
+    Returns:
+        int64 [B], 0 or more.
+    """
+    scores = token_scores.astype(np.float64)
+    first, third = np.percentile(scores, [25, 75], axis=1)
+    bar = third + _WHISKER * (third - first)
+    found: Int64Array = (scores > bar[:, None]).sum(axis=1, dtype=np.int64)
+    return found
+
+
+def snap_to_buckets(wanted: Int64Array, buckets: Sequence[int]) -> Int64Array:
+    """The next larger bucket of each number, or the largest there is.
+
+    Args:
+        wanted: int64 [B].
+        buckets: Ascending, at least one.
+
+    Returns:
+        int64 [B].
+    """
+    ends = np.asarray(buckets, dtype=np.int64)
+    places = np.searchsorted(ends, wanted, side="left")
+    return ends[np.minimum(places, len(ends) - 1)]

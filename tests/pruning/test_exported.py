@@ -1,0 +1,312 @@
+"""Pruners as graphs, without a tower: ONNX Runtime against PyTorch, and built by TensorRT for RTX.
+
+Every pair of choices by default; every combination with ``-m full``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from gap_export.families.modules.pruned_vision import (
+    JointSpace,
+    PrunedVisionEncoder,
+    ScoredVisionEncoder,
+    TokenPruner,
+    VisionFeatures,
+    VisionParts,
+)
+from gap_export.families.reference import Component
+from gap_export.manifest import GridSpec, PruningSpec, TensorSpec
+from gap_export.passes import PIPELINES, run_pipeline
+from gap_export.positions import (
+    VisualSpan,
+    build_kept_positions,
+    compact_positions,
+)
+from gap_export.pruning import PRESETS, FixedPruner, ScoringPruner, find_preset
+from gap_export.trace import save_graph, trace_component
+
+GRID = GridSpec(rows=6, cols=7)
+N, WIDTH, HIDDEN, KEPT = 42, 16, 16, 13
+
+
+class FakeTower(nn.Module):
+    """Takes pixel_values [I, 3, N, D] apart: features, and all that is read of a tower besides."""
+
+    def forward(self, pixel_values: torch.Tensor) -> VisionFeatures:
+        patches, keys, rest = pixel_values[:, 0], pixel_values[:, 1, :, :4], pixel_values[:, 2]
+        return VisionFeatures(
+            patches=patches,
+            cls=rest[:, 0],
+            cls_attention=torch.softmax(rest[:, :, 1], dim=-1),
+            keys=keys,
+        )
+
+
+class FakeNextLayer(nn.Module):
+    def forward(self, features: VisionFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = torch.matmul(features.patches, features.cls[:, :, None])[:, :, 0]
+        return torch.softmax(logits, dim=-1), features.patches.flip(2)
+
+
+class Double(nn.Module):
+    """A projector without weights."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return 2 * features[..., :HIDDEN]
+
+
+class FakeJointSpace(JointSpace):
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return patches[:, :, :5]
+
+
+def request(name, order, extra, position="last", budget="fixed") -> PruningSpec:
+    return PruningSpec(
+        pruner=name, order=order, extra_token=extra, positions="gap", keep_ratio=0.3, seed=3,
+        num_visual_tokens=N, num_kept_tokens=KEPT, num_emitted_tokens=KEPT + (extra != "none"),
+        text_similarity_sign=-1 if "text" in find_preset(name).pruner.reads else None,
+        extra_position=position, budget=budget,
+        kept_buckets=(4, 8, KEPT) if budget == "adaptive" else (),
+    )  # fmt: skip
+
+
+def make_component(pruning: PruningSpec) -> Component:
+    pruner = find_preset(pruning.pruner).pruner
+    parts = VisionParts(
+        tower=FakeTower(),
+        joint_space=FakeJointSpace() if "text" in pruner.reads else None,
+        next_layer=FakeNextLayer(),
+        pruner=pruner,
+        pruning=pruning,
+    )
+    # The module asks its weights for the dtype.
+    inputs, rows = [spec("pixel_values", "num_images", 3, N, WIDTH)], "num_images"
+    if "text" in pruner.reads:
+        inputs.append(spec("text_embeds", "batch_size", 5))
+        rows = "batch_size"
+    scores = spec("token_scores", rows, N)
+    constants = {}
+    if pruning.budget == "adaptive":
+        module = ScoredVisionEncoder(parts)
+        outputs = [scores, spec("patch_features", rows, N, WIDTH)]
+        if pruner.merges_by:
+            width = WIDTH if pruner.merges_by == "next_keys" else 4
+            outputs.append(spec("patch_keys", rows, N, width))
+    else:
+        with torch.device("meta"):
+            module = PrunedVisionEncoder(parts, projector=Double(), grid=GRID)
+        emitted = pruning.num_emitted_tokens
+        outputs = [
+            spec("image_features", rows, emitted, HIDDEN),
+            spec("keep_indices", rows, emitted, dtype="int64"),
+        ]
+        if isinstance(pruner, ScoringPruner):
+            outputs.append(scores)
+        if isinstance(pruner, FixedPruner):
+            places = pruner.places(GRID, num_kept_tokens=KEPT, seed=3)
+            constants["fixed_places"] = np.sort(places) if pruning.order == "raster" else places
+    module.register_parameter("dtype_of_weights", nn.Parameter(torch.zeros(1, device="meta")))
+    return Component(
+        name="vision_encoder",
+        module=module,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        example_sizes={"num_images": 2, "batch_size": 3},
+        weight_refs={},
+        constants=constants,
+    )
+
+
+def make_token_pruner(pruning: PruningSpec) -> Component:
+    pruner = find_preset(pruning.pruner).pruner
+    emitted = "num_kept_tokens" if pruning.extra_token == "none" else "num_emitted_tokens"
+    inputs = [
+        spec("kept_slots", "num_kept_tokens", dtype="int64"),
+        spec("token_scores", "batch_size", N),
+        spec("patch_features", "batch_size", N, WIDTH),
+    ]
+    if pruner.merges_by:
+        inputs.append(spec("patch_keys", "batch_size", N, WIDTH))
+    return Component(
+        name="token_pruner",
+        module=TokenPruner(projector=Double(), pruner=pruner, pruning=pruning, grid=GRID),
+        inputs=tuple(inputs),
+        outputs=(
+            spec("image_features", "batch_size", emitted, HIDDEN),
+            spec("keep_indices", "batch_size", emitted, dtype="int64"),
+        ),
+        example_sizes={"batch_size": 2, "num_kept_tokens": 3},
+        weight_refs={},
+        constants={},
+    )
+
+
+def spec(name: str, *shape, dtype: str = "float32") -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+
+def export(component: Component, path: Path) -> Path:
+    model = trace_component(component, placed={})
+    run_pipeline(model, PIPELINES[component.name])
+    save_graph(model, path)
+    return path
+
+
+def run(path: Path, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return session.run(None, feed)
+
+
+def picture(seed: int, images: int, *, ties: bool) -> np.ndarray:
+    pixels = np.random.default_rng(seed).normal(size=(images, 3, N, WIDTH)).astype(np.float32)
+    # Vectors of -1 and 1 have exact lengths and cosines, so that ties are ties in any runtime.
+    return np.where(pixels > 0, np.float32(1), np.float32(-1)) if ties else pixels
+
+
+CHOICES = [
+    (name, order, extra)
+    for name, preset in PRESETS.items()
+    for order, extra in itertools.product(preset.pruner.orders, preset.pruner.extra_tokens)
+]
+# Every pair (pruner, order), (pruner, extra token) and (order, extra token) is among these.
+PAIRWISE = [
+    (name, order, extra)
+    for name, order, extra in CHOICES
+    if len(PRESETS[name].pruner.orders) == 1
+    or {"none": "raster", "mean": "score", "weighted": "raster"}[extra] == order
+    or (name, order, extra) in {("cls", "score", "none"), ("cls", "raster", "mean"),
+                                ("prumerge", "score", "weighted")}
+]  # fmt: skip
+
+
+def check_graph(name, order, extra, folder, *, positions=("gap", "compact"), places=("last",)):
+    for place in places:
+        component = make_component(request(name, order, extra, place))
+        path = export(component, folder / f"{name}-{order}-{extra}-{place}.onnx")
+        module = component.module.to_empty(device="cpu")
+        for buffer, value in component.constants.items():
+            module.register_buffer(buffer, torch.from_numpy(value), persistent=False)
+        rng = np.random.default_rng(1)
+        # A DPP divides as it goes: what would tie is told apart by rounding.
+        for seed, ties in itertools.product(range(3), (False, name != "cdpruner")):
+            feed = {"pixel_values": picture(seed, 2, ties=ties)}
+            if len(component.inputs) == 2:
+                text = rng.normal(size=(2, 5)).astype(np.float32)
+                feed["text_embeds"] = np.sign(text) if ties else text
+            with torch.inference_mode():
+                wanted = [t.numpy() for t in module(*map(torch.from_numpy, feed.values()))]
+            found = run(path, feed)
+            assert np.array_equal(found[1], wanted[1]), (name, order, extra, ties)
+            assert np.abs(found[0] - wanted[0]).max() < 1e-4
+            for keep in found[1]:
+                check_positions(keep, positions)
+        yield path
+
+
+def check_positions(keep: np.ndarray, modes: tuple[str, ...]) -> None:
+    """The table that both modes are fed: survivors' own ids, or none at all."""
+    span = VisualSpan(start=5, num_visual_tokens=N, keep_indices=keep)
+    table = build_kept_positions(unpruned_length=5 + N + 4, spans=[span])
+    for mode in modes:
+        fed = table if mode == "gap" else compact_positions(len(table))
+        own = fed[5 : 5 + len(keep)]
+        assert np.array_equal(own, 5 + (keep if mode == "gap" else np.arange(len(keep))))
+        assert fed[-1] == (5 + N + 3 if mode == "gap" else len(table) - 1)
+
+
+@pytest.mark.parametrize(("name", "order", "extra"), PAIRWISE)
+def test_graph_equals_pytorch_for_every_pair_of_choices(name, order, extra, tmp_path):
+    assert list(check_graph(name, order, extra, tmp_path))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "order", "extra"), CHOICES)
+def test_graph_equals_pytorch_and_builds_for_all_choices(name, order, extra, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
+    for path in check_graph(name, order, extra, tmp_path, places=("last", "centroid")):
+        assert build(path)
+
+
+ADAPTIVE = [name for name, preset in PRESETS.items() if "adaptive" in preset.budgets]
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("extra", ["none", "mean", "weighted"])
+@pytest.mark.parametrize("order", ["raster", "score"])
+def test_token_pruner_takes_any_number(name, order, extra, tmp_path):
+    pruning = request(name, order, extra, "centroid", budget="adaptive")
+    component = make_token_pruner(pruning)
+    path = export(component, tmp_path / "pruner.onnx")
+    fixed = make_component(request(name, order, extra, "centroid")).module.to_empty(device="cpu")
+    scored = make_component(pruning).module.to_empty(device="cpu")
+    feed = {"pixel_values": picture(7, 2, ties=False)}
+    if "text" in find_preset(name).pruner.reads:
+        feed["text_embeds"] = np.ones((2, 5), dtype=np.float32)
+    given = [torch.from_numpy(value) for value in feed.values()]
+    with torch.inference_mode():
+        parts = [part.numpy() for part in scored(*given)]
+        # As many as a fixed budget has: the very same tokens.
+        wanted = [part.numpy() for part in fixed(*given)]
+    names = ("token_scores", "patch_features", "patch_keys")
+    feed = dict(zip(names, parts, strict=False))
+    found = run(path, feed | {"num_kept_tokens": np.array([KEPT])})
+    assert np.array_equal(found[1], wanted[1]) and np.abs(found[0] - wanted[0]).max() < 1e-4
+    for number in (1, 2, N - 1):
+        with torch.inference_mode():
+            slots = torch.arange(number)
+            wanted = component.module(slots, *map(torch.from_numpy, parts))
+        found = run(path, feed | {"num_kept_tokens": np.array([number])})
+        assert np.array_equal(found[1], wanted[1].numpy())
+        assert np.abs(found[0] - wanted[0].numpy()).max() < 1e-4
+    if order == "raster" and extra != "none":
+        pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
+        assert build(path)
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_graph_builds_in_tensorrt(name, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
+    preset = PRESETS[name]
+    extra = preset.pruner.extra_tokens[-1]
+    pruning = request(name, preset.order, extra, "centroid")
+    assert build(export(make_component(pruning), tmp_path / "pruner.onnx"))
+
+
+def build(path: Path) -> bool:
+    """Whether TensorRT for RTX makes an engine of the graph, for a desktop GPU (SM 89)."""
+    import onnx
+    import tensorrt_rtx as trt
+
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.parse_from_file(str(path))
+    assert parsed, [str(parser.get_error(i)) for i in range(parser.num_errors)]
+    profile = builder.create_optimization_profile()
+    for value in onnx.load(path).graph.input:
+        if value.name == "num_kept_tokens":
+            profile.set_shape_input(value.name, [1], [8], [N - 1])
+            continue
+        dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        profile.set_shape(
+            value.name, *([n if isinstance(d, str) else d for d in dims] for n in (1, 1, 2))
+        )
+    config = builder.create_builder_config()
+    config.add_optimization_profile(profile)
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    return builder.build_serialized_network(network, config) is not None
