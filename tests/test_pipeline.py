@@ -46,7 +46,7 @@ def test_graph_signatures_are_those_of_the_design(tiny_text_bundle):
     }
     assert names["vision_encoder"] == (
         ["pixel_values", "text_embeds"],
-        ["image_features", "keep_indices"],
+        ["image_features", "keep_indices", "token_scores"],
     )
     assert names["text_encoder"] == (["input_ids"], ["text_embeds"])
     assert names["embed_tokens"] == (["input_ids"], ["inputs_embeds"])

@@ -28,7 +28,8 @@ from gap_export.families.modules.pruned_vision import (
 from gap_export.families.reference import Component, ModelSource
 from gap_export.keep_indices import check_keep_indices
 from gap_export.manifest import GridSpec, PruningSpec, TensorSpec
-from gap_export.pruning import FixedPruner, ScoringPruner, find_pruner
+from gap_export.pruning import PRESETS, FixedPruner, ScoringPruner, find_pruner
+from gap_export.pruning.probe import probe_pruner
 from gap_export.recipe import Recipe
 from gap_export.weights import Weight
 
@@ -57,7 +58,7 @@ def vision_components(
         dtype: Of the float outputs; scores are float32 in any case.
 
     Raises:
-        GapExportError: a pruner of another package names places that are none.
+        GapExportError: a pruner of another package chooses what are no K different tokens.
     """
     pruner, architecture = find_pruner(pruning.pruner), source.architecture
     parts = VisionParts(
@@ -67,6 +68,8 @@ def vision_components(
         pruner=pruner,
         pruning=pruning,
     )
+    if pruning.pruner not in PRESETS and not isinstance(pruner, FixedPruner):
+        probe_pruner(pruner, pruning)
     projector = build_projector(architecture.projector)
     if pruning.budget == "fixed":
         encoder = PrunedVisionEncoder(parts, projector=projector, grid=recipe.grid)

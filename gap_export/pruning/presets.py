@@ -117,6 +117,11 @@ def find_pruner(name: str) -> Pruner:
     return find_preset(name).pruner
 
 
+def forget_entry_points() -> None:
+    """Look anew for other packages' pruners, where packages came or went in this process."""
+    _entry_points.cache_clear()
+
+
 @cache
 def _entry_points() -> Mapping[str, EntryPoint]:
     found = entry_points(group=ENTRY_POINT_GROUP)

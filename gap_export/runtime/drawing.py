@@ -25,12 +25,17 @@ _DIMMING = 0.65
 _WHITE = (255, 255, 255)
 # Of a picture cut into tiles the base tile is a picture beside it, of this share of its size.
 _ASIDE = 0.4
+# How much of a heat map is colour, and not the picture.
+_HEAT = 0.65
 
 
 def draw_grounding(
     image: ImageInput, grounding: Grounding, *, pad_color: tuple[int, int, int] = _WHITE
 ) -> Image.Image:
     """The picture with what was dropped dimmed, kept tokens outlined, and the box.
+
+    Where the pruner ranks by scores, a heat map of them stands beside or below: black is the lowest
+    of this picture, then red, yellow, and white the highest.
 
     A picture that was cut into tiles shows the tokens of the tiles; where some were dropped, those
     of the base tile are shown on a smaller copy beside or below it.
@@ -55,6 +60,8 @@ def draw_grounding(
     if not all(grid.is_whole for grid in (*others, main)):
         for grid in others:
             drawing = _put_aside(drawing, _draw_view(picture, grid, grounding, scale * _ASIDE))
+        if main.scores is not None:
+            drawing = _put_aside(drawing, _draw_scores(picture, main, main.scores, scale * _ASIDE))
     return _with_caption(drawing, _caption(grounding))
 
 
@@ -154,6 +161,36 @@ def _show_tokens(drawing: Image.Image, grid: TokenGrid, scale: float) -> Image.I
     for cell in cells:
         pen.rectangle(_inclusive(cell), outline=_OUTLINE_COLOR)
     return shown
+
+
+def _draw_scores(
+    picture: Image.Image, grid: TokenGrid, scores: tuple[float, ...], scale: float
+) -> Image.Image:
+    """The picture in grey under its scores as colours; kept tokens outlined."""
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    drawing = picture.resize(size, Image.Resampling.LANCZOS).convert("L").convert("RGB")
+    colors = Image.new("RGB", size)
+    pen = ImageDraw.Draw(colors)
+    cells = [
+        _inclusive(_scaled(token_box(index, (grid.rows, grid.cols), grid.frame), scale))
+        for index in range(len(scores))
+    ]
+    least, most = min(scores), max(scores)
+    for cell, score in zip(cells, scores, strict=True):
+        pen.rectangle(cell, fill=heat_color((score - least) / ((most - least) or 1.0)))
+    drawing = Image.blend(drawing, colors, _HEAT)
+    pen = ImageDraw.Draw(drawing)
+    for index in grid.kept:
+        pen.rectangle(cells[index], outline=_OUTLINE_COLOR)
+    return drawing
+
+
+def heat_color(share: float) -> tuple[int, int, int]:
+    """RGB 0..255 of 0..1: black, red, yellow, white."""
+    red, green, blue = (
+        min(max(round(255 * (3 * share - start)), 0), 255) for start in (0.0, 1.0, 2.0)
+    )
+    return red, green, blue
 
 
 def _put_aside(drawing: Image.Image, other: Image.Image) -> Image.Image:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from gap_export.errors import ImageError, OutputError
 from gap_export.positions import TileTokens
-from gap_export.runtime.drawing import draw_grounding, save_drawing, token_box
+from gap_export.runtime.drawing import draw_grounding, heat_color, save_drawing, token_box
 from gap_export.runtime.geometry import Frame
 from gap_export.runtime.grounding import Grounding, TokenGrid
 
@@ -193,3 +193,30 @@ def test_tiles_that_show_nothing_of_a_thin_picture_are_left_out(answer: Groundin
     )
     thin = dataclasses.replace(answer, box=None, tokens=tokens)
     assert draw_grounding(Image.new("RGB", (640, 1)), thin).width == 640
+
+
+def test_scores_are_a_heat_map_aside(answer: Grounding) -> None:
+    scores = tuple(float(index) for index in range(16))
+    scored = dataclasses.replace(answer.tokens[0], scores=scores)
+    plain = draw(dataclasses.replace(answer, box=None), color=(0, 0, 0))
+    heat = draw(dataclasses.replace(answer, box=None, tokens=(scored,)), color=(0, 0, 0))
+    assert heat.shape[0] > plain.shape[0] + 200
+    top = 512 + 512 // 128
+    side = round(512 * 0.4) / 4
+    first = heat[top + round(side / 2), round(side / 2)]
+    last = heat[top + round(3.5 * side), round(3.5 * side)]
+    assert first.tolist() == [0, 0, 0]
+    assert last.tolist() == [int(0.65 * 255)] * 3
+
+
+def test_equal_scores_are_drawn_alike(answer: Grounding) -> None:
+    scored = dataclasses.replace(answer.tokens[0], scores=(0.25,) * 16)
+    assert draw(dataclasses.replace(answer, tokens=(scored,))).shape[0] > 700
+
+
+@pytest.mark.parametrize(
+    ("share", "color"),
+    [(0.0, (0, 0, 0)), (1 / 3, (255, 0, 0)), (2 / 3, (255, 255, 0)), (1.0, (255, 255, 255))],
+)
+def test_heat_runs_from_black_by_red_and_yellow_to_white(share, color) -> None:
+    assert heat_color(share) == color

@@ -1,0 +1,150 @@
+"""Pruners of other packages: the README's example as it stands there, and some that misbehave."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gap_export.bundle import open_bundle
+from gap_export.errors import GapExportError, UsageError
+from gap_export.families import supported_pruners
+from gap_export.pipeline import ExportOptions, export_model
+from gap_export.pruning import FixedPruner, Preset, find_preset, presets
+from gap_export.runtime.session import GroundingSession
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def readme_example() -> tuple[str, str]:
+    """The module, and the name and value of its entry point."""
+    text = README.read_text(encoding="utf-8").partition("#### Your own")[2]
+    module = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    entry = re.search(r'"gap_export.pruners"\]\n(.*?)\n```', text, re.DOTALL)
+    assert module and entry
+    return module[1], entry[1]
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Puts a package with entry points where Python finds it, as pip would."""
+
+    def put(module: str, entries: str, name: str = "my_pruners") -> None:
+        (tmp_path / f"{name}.py").write_text(module)
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(
+            f"[gap_export.pruners]\n{entries}\n".replace('"', "")
+        )
+        presets.forget_entry_points()
+
+    monkeypatch.syspath_prepend(tmp_path)
+    presets.forget_entry_points()
+    yield put
+    presets.forget_entry_points()
+    sys.modules.pop("my_pruners", None)
+
+
+def test_the_readmes_pruner_is_exported_and_grounds(
+    install, tiny_checkpoint, tiny_recipe, tmp_path
+):
+    install(*readme_example())
+    assert "loudest" in supported_pruners(tiny_recipe)
+    options = ExportOptions(
+        model=str(tiny_checkpoint), pruner="loudest", keep_ratio=0.3, out=tmp_path / "bundle"
+    )
+    bundle = export_model(options).bundle
+    assert open_bundle(bundle).manifest.pruning.pruner == "loudest"
+    picture = np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)
+    with GroundingSession.open(bundle) as session:
+        answer = session.ground(picture, "the star")
+        scores = np.array(answer.tokens[0].scores)
+    best = np.sort(np.argsort(-scores, kind="stable")[:5])
+    assert list(answer.keep_indices) == best.tolist()
+
+
+def test_our_own_names_are_not_taken_over(install):
+    install(readme_example()[0], "cls = my_pruners:LOUDEST")
+    assert find_preset("cls") is presets.PRESETS["cls"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("lost = no_such_module:X", "cannot be loaded: No module named 'no_such_module'"),
+        ("gone = my_pruners:GONE", "cannot be loaded"),
+        ("quiet = my_pruners:LOUDEST", "is not a preset of that name"),
+        ("bare = my_pruners:LoudestPruner", "is not a preset of that name"),
+    ],
+)
+def test_an_entry_that_is_none_is_refused_by_name(install, entry, says):
+    install(readme_example()[0], entry)
+    with pytest.raises(GapExportError) as caught:
+        find_preset(entry.split()[0])
+    assert says in str(caught.value)
+
+
+def test_an_unknown_name_lists_the_installed_ones(install):
+    install(*readme_example())
+    with pytest.raises(UsageError, match=r"loudset.*dart, loudest.*did you mean loudest"):
+        find_preset("loudset")
+
+
+class Places(FixedPruner):
+    summary = "for tests"
+
+    def __init__(self, places: list[int]) -> None:
+        self._places = places
+
+    def places(self, grid, *, num_kept_tokens, seed):
+        return np.array(self._places)
+
+
+@pytest.mark.parametrize(
+    ("places", "says"),
+    [([0, 1, 2, 3, 16], "0..16"), ([0, 1, 2, 3, 3], "3 more than once"), ([0, 1], "shape [2]")],
+)
+def test_places_that_are_none_stop_the_export(monkeypatch, tiny_checkpoint, tmp_path, places, says):
+    mine = Preset(name="mine", pruner=Places(places))
+    monkeypatch.setattr(presets, "PRESETS", {**presets.PRESETS, "mine": mine})
+    options = ExportOptions(
+        model=str(tiny_checkpoint), pruner="mine", keep_ratio=0.3, out=tmp_path / "bundle"
+    )
+    with pytest.raises(GapExportError, match="pruner mine does not keep what it should") as caught:
+        export_model(options)
+    assert says in str(caught.value)
+    assert not options.out.exists()
+
+
+CHOOSING = """
+import torch
+from gap_export.pruning import ChoosingPruner, Preset
+
+class Mine(ChoosingPruner):
+    summary = "for tests"
+
+    def choose(self, state, *, num_kept_tokens):
+        index = torch.arange(num_kept_tokens, device=state.patch_features.device)
+        return (CHOSEN).expand(state.patch_features.shape[0], -1)
+
+MINE = Preset(name="mine", pruner=Mine())
+"""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "says"), [("index + 14", "14..18"), ("index // 2", "0 more than once")]
+)
+def test_chosen_tokens_that_are_none_are_refused_when_they_are_chosen(
+    install, tiny_checkpoint, tmp_path, chosen, says
+):
+    install(CHOOSING.replace("CHOSEN", chosen), "mine = my_pruners:MINE")
+    options = ExportOptions(
+        model=str(tiny_checkpoint), pruner="mine", keep_ratio=0.3, out=tmp_path / "bundle"
+    )
+    with pytest.raises(GapExportError, match="does not keep what it should") as caught:
+        export_model(options)
+    assert says in str(caught.value)
