@@ -16,6 +16,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import typer
+from readme_figures import write_section
 
 from gap_export.families import build_reference, resolve_pruning, supported_pruners
 from gap_export.passes import PIPELINES, run_pipeline
@@ -101,16 +102,6 @@ def _size(dim: int | ir.SymbolicDim) -> int:
     factors = re.sub(r"[A-Za-z_]\w*", "1", str(dim.value)).strip("()").split("*")
     assert all(factor.strip().isdigit() for factor in factors), f"a size that is not known: {dim}"
     return math.prod(int(factor) for factor in factors)
-
-
-def write_section(path: Path, name: str, content: str) -> None:
-    """Rewrite one marked section of a file."""
-    start, end = f"<!-- figures:{name} -->", f"<!-- /figures:{name} -->"
-    text = path.read_text(encoding="utf-8")
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise SystemExit(f"{path.name} has no single section {start} ... {end}")
-    head, rest = text.split(start)
-    path.write_text(f"{head}{start}\n{content}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from readme_figures import percent, write_section
 
 from gap_export.evaluation.accuracy import evaluate_model
 from gap_export.families import supported_pruners
@@ -94,21 +95,6 @@ def format_table(measured: dict[str, list[dict[str, Any]]], *, samples: int, see
         else f"GAP is not ahead of compact ids for {', '.join(lost)}.",
     ]
     return "\n".join(lines)
-
-
-def write_section(path: Path, name: str, content: str) -> None:
-    """Rewrite one marked section of a file."""
-    start, end = f"<!-- figures:{name} -->", f"<!-- /figures:{name} -->"
-    text = path.read_text(encoding="utf-8")
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise SystemExit(f"{path.name} has no single section {start} ... {end}")
-    head, rest = text.split(start)
-    path.write_text(f"{head}{start}\n{content}\n{end}{rest.split(end)[1]}", encoding="utf-8")
-
-
-def percent(share: float) -> str:
-    """0.934 -> "93.4 %"."""
-    return f"{100 * share:.1f} %"
 
 
 if __name__ == "__main__":

@@ -77,6 +77,15 @@ def evaluate(
     ] = None,
     checkpoint: CheckpointOption = None,
     dtype: DtypeOption = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            "--pictures",
+            metavar="DIR",
+            help="Draw the first answer of each row: box, kept tokens, heat map of the scores.",
+            show_default=False,
+        ),
+    ] = None,
     min_recovered: Annotated[
         float | None,
         typer.Option(
@@ -112,6 +121,7 @@ def evaluate(
             checkpoint=parts,
             seed=seed,
             num_samples=samples,
+            pictures=pictures,
             progress=terminal.progress(),
         )
     else:
@@ -131,6 +141,7 @@ def evaluate(
             pruners=_split(pruner or []),
             keep_ratios=keep or (),
             num_samples=samples,
+            pictures=pictures,
             progress=terminal.progress(),
         )
     if as_json:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gap_export.bundle import open_bundle
-from gap_export.errors import UsageError
+from gap_export.errors import OutputError, UsageError
 from gap_export.evaluation.metrics import accuracy_at, intersection_over_union, wilson_interval
 from gap_export.evaluation.refshapes import Sample, iter_samples
 from gap_export.manifest import Manifest, SourceFile
@@ -29,6 +29,7 @@ from gap_export.pipeline import (
 )
 from gap_export.positions import PositionMode
 from gap_export.progress import Progress, SilentProgress
+from gap_export.runtime.drawing import draw_grounding, save_drawing
 from gap_export.runtime.session import GroundingSession
 from gap_export.source import MAIN, resolve_model, resolve_source
 
@@ -90,6 +91,7 @@ def evaluate_model(
     pruners: Sequence[str] = (),
     keep_ratios: Sequence[float] = (),
     num_samples: int = 500,
+    pictures: Path | None = None,
     progress: Progress | None = None,
 ) -> EvaluationReport:
     """Export a model at every (pruner, keep ratio), and measure each beside the unpruned model.
@@ -100,6 +102,8 @@ def evaluate_model(
         pruners: Names; empty for the recipe's default.
         keep_ratios: In (0, 1]; empty for the recipe's default.
         num_samples: Expressions to ask.
+        pictures: A folder that is made, for a drawing of each row's first answer: box, kept tokens
+            and, where the pruner has scores, their heat map.
         progress: Told what is done.
 
     Returns:
@@ -135,10 +139,14 @@ def evaluate_model(
         )
         whole = export_model(unpruned, progress=progress, cache=cache)
         rows = [_measure(whole.bundle, None, samples, seed, progress, None)]
+        if pictures is not None:
+            _draw(whole.bundle, None, samples[0], pictures)
         for number, run in enumerate(runs):
             out = Path(scratch) / str(number)
             pruned = export_model(replace(run, out=out), progress=progress, cache=cache)
             rows += _pruned_rows(pruned.bundle, samples, seed, progress, rows[0].acc_at_50)
+            if pictures is not None:
+                _draw_pruned(pruned.bundle, samples[0], pictures)
     return EvaluationReport(rows=tuple(rows))
 
 
@@ -149,6 +157,7 @@ def evaluate_bundle(
     checkpoint: Mapping[str, Path] | None = None,
     seed: int = 0,
     num_samples: int = 500,
+    pictures: Path | None = None,
     progress: Progress | None = None,
 ) -> EvaluationReport:
     """Measure a bundle, compact and GAP, beside its unpruned model.
@@ -160,6 +169,8 @@ def evaluate_bundle(
         checkpoint: Parts of the source checkpoint by role, where they have been moved.
         seed: Of the RefShapes samples.
         num_samples: Expressions to ask.
+        pictures: A folder that is made, for a drawing of each row's first answer: box, kept tokens
+            and, where the pruner has scores, their heat map.
         progress: Told what is done.
 
     Raises:
@@ -181,6 +192,9 @@ def evaluate_bundle(
             baseline = export_checkpoint(recipe, source, options, progress=progress).bundle
         _check_baseline(manifest, open_bundle(baseline).manifest)
         whole = _measure(baseline, None, samples, seed, progress, None)
+        if pictures is not None:
+            _draw(baseline, None, samples[0], pictures)
+            _draw_pruned(bundle, samples[0], pictures)
     return EvaluationReport(
         rows=(whole, *_pruned_rows(bundle, samples, seed, progress, whole.acc_at_50))
     )
@@ -243,6 +257,31 @@ def _pruned_rows(
 ) -> list[AccuracyRow]:
     modes: tuple[PositionMode, ...] = ("compact", "gap")
     return [_measure(bundle, mode, samples, seed, progress, unpruned) for mode in modes]
+
+
+def _draw_pruned(bundle: Path, sample: Sample, folder: Path) -> None:
+    modes: tuple[PositionMode, ...] = ("compact", "gap")
+    for mode in modes:
+        _draw(bundle, mode, sample, folder)
+
+
+def _draw(bundle: Path, positions: PositionMode | None, sample: Sample, folder: Path) -> None:
+    """Draw one answer to ``<pruner>-<keep>-<positions>.png`` or ``unpruned.png``.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    with GroundingSession.open(bundle, positions=positions or "gap") as session:
+        pruning = session.manifest.pruning
+        answer = session.ground(sample.image, sample.expression.text)
+    name = f"{pruning.pruner}-{pruning.keep_ratio:g}-{positions}" if positions else "unpruned"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise OutputError(
+            "the folder for pictures cannot be made", seen=f"{folder}: {err.strerror or err}"
+        ) from err
+    save_drawing(draw_grounding(sample.image, answer), folder / f"{name}.png")
 
 
 def _measure(

@@ -64,6 +64,7 @@ def test_every_flag_of_a_model_reaches_the_evaluation(run_cli, calls):
     flags = "--pruner cls,spatial --pruner cls --keep 0.3 --keep 0.5 --order score --seed 3 "
     flags += "--extra-token mean --extra-position centroid --budget fixed "
     flags += "--checkpoint weights --checkpoint base=llm --dtype float16 --recipe llava"
+    flags += " --pictures drawn"
     run_cli("eval", "demo", *flags.split(), "--samples", "20", "--data", "refshapes")
     options = ExportOptions(
         model="demo",
@@ -76,7 +77,12 @@ def test_every_flag_of_a_model_reaches_the_evaluation(run_cli, calls):
         budget="fixed",
         seed=3,
     )
-    arguments = {"pruners": ["cls", "spatial"], "keep_ratios": [0.3, 0.5], "num_samples": 20}
+    arguments = {
+        "pruners": ["cls", "spatial"],
+        "keep_ratios": [0.3, 0.5],
+        "num_samples": 20,
+        "pictures": Path("drawn"),
+    }
     assert calls == [(options, arguments)]
 
 
@@ -87,6 +93,7 @@ def test_every_flag_of_a_bundle_reaches_the_evaluation(run_cli, calls, bundle, t
         "checkpoint": {"main": Path("weights")},
         "seed": 0,
         "num_samples": 20,
+        "pictures": None,
     }
     assert calls == [(bundle, arguments)]
 

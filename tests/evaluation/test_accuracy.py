@@ -15,12 +15,13 @@ from gap_export.manifest import SourceFile, SourcePart, SourceSpec
 from gap_export.pipeline import ExportOptions, export_model
 
 
-def test_rows_are_unpruned_then_compact_and_gap_for_each_configuration(tiny_checkpoint):
+def test_rows_are_unpruned_then_compact_and_gap_for_each_configuration(tiny_checkpoint, tmp_path):
     report = evaluate_model(
         ExportOptions(model=str(tiny_checkpoint), seed=4),
         pruners=["spatial", "random"],
         keep_ratios=[0.5, 0.3],
         num_samples=8,
+        pictures=tmp_path / "drawn",
     )
     keys = [(row.pruner, row.keep_ratio, row.positions) for row in report.rows]
     assert keys == [
@@ -34,6 +35,8 @@ def test_rows_are_unpruned_then_compact_and_gap_for_each_configuration(tiny_chec
         ("random", 0.3, "compact"),
         ("random", 0.3, "gap"),
     ]
+    drawn = {path.name for path in (tmp_path / "drawn").iterdir()}
+    assert drawn == {"unpruned.png"} | {f"{p}-{k:g}-{mode}.png" for p, k, mode in keys[1:]}
     assert {(row.n, row.num_images, row.seed) for row in report.rows} == {(8, 2, 4)}
     assert all(0 <= row.ci95[0] <= row.acc_at_50 <= row.ci95[1] <= 1 for row in report.rows)
 
