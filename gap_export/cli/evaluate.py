@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from gap_export.cli._engine_options import ExportDtypeOption, split_dtype
 from gap_export.cli._options import (
+    BACKENDS,
     KEEP_HELP,
     PRUNER_HELP,
+    BackendOption,
     CheckpointOption,
-    DtypeOption,
+    EnginesOption,
     JsonOption,
     OrderOption,
     QuietOption,
@@ -70,7 +73,9 @@ def evaluate(
         ),
     ] = None,
     checkpoint: CheckpointOption = None,
-    dtype: DtypeOption = None,
+    dtype: ExportDtypeOption = None,
+    backend: BackendOption = "ort",
+    engines: EnginesOption = None,
     min_recovered: Annotated[
         float | None,
         typer.Option(
@@ -102,16 +107,25 @@ def evaluate(
             checkpoint=parts,
             seed=seed,
             num_samples=samples,
+            backend=BACKENDS[backend],
+            engines=engines,
             progress=terminal.progress(),
         )
     else:
-        _refuse("it is for a BUNDLE", baseline=baseline)
+        _refuse("it is for a BUNDLE", baseline=baseline, engines=engines)
+        if BACKENDS[backend] != "onnxruntime":
+            _refuse(
+                "a MODEL is measured in ONNX Runtime; export it and name the BUNDLE",
+                backend=backend,
+            )
+        graph_dtype, quantization = split_dtype(dtype)
         report = evaluate_model(
             ExportOptions(
                 model=target,
                 recipe=recipe,
                 checkpoint=parts,
-                dtype=dtype,
+                dtype=graph_dtype,
+                quantization=quantization,
                 order=order or "raster",
                 seed=seed,
             ),

@@ -7,7 +7,7 @@ graph* as the GAP row, fed ``kept_positions = arange(P)``: nothing else differs.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -29,10 +29,11 @@ from gap_export.pipeline import (
 )
 from gap_export.positions import PositionMode
 from gap_export.progress import Progress, SilentProgress
-from gap_export.runtime.session import GroundingSession
+from gap_export.runtime.session import BackendName, GroundingSession
 from gap_export.source import MAIN, resolve_model, resolve_source
 
 MIN_SAMPLES = 1
+_Open = Callable[[PositionMode], GroundingSession]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +128,11 @@ def evaluate_model(
         # Whatever order the others have: with all tokens in raster order nothing is pruned.
         unpruned = replace(base, keep_ratio=1.0, order="raster", out=Path(scratch) / "unpruned")
         whole = export_model(unpruned, progress=progress, cache=cache)
-        rows = [_measure(whole.bundle, None, samples, seed, progress, None)]
+        rows = [_measure(_opener(whole.bundle), None, samples, seed, progress, None)]
         for number, run in enumerate(runs):
             out = Path(scratch) / str(number)
             pruned = export_model(replace(run, out=out), progress=progress, cache=cache)
-            rows += _pruned_rows(pruned.bundle, samples, seed, progress, rows[0].acc_at_50)
+            rows += _pruned_rows(_opener(pruned.bundle), samples, seed, progress, rows[0].acc_at_50)
     return EvaluationReport(rows=tuple(rows))
 
 
@@ -142,6 +143,8 @@ def evaluate_bundle(
     checkpoint: Mapping[str, Path] | None = None,
     seed: int = 0,
     num_samples: int = 500,
+    backend: BackendName = "onnxruntime",
+    engines: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationReport:
     """Measure a bundle, compact and GAP, beside its unpruned model.
@@ -153,6 +156,8 @@ def evaluate_bundle(
         checkpoint: Parts of the source checkpoint by role, where they have been moved.
         seed: Of the RefShapes samples.
         num_samples: Expressions to ask.
+        backend: What runs the bundle; the unpruned model runs in ONNX Runtime in any case.
+        engines: With TensorRT: which of the bundle's engines.
         progress: Told what is done.
 
     Raises:
@@ -162,6 +167,10 @@ def evaluate_bundle(
     progress = progress or SilentProgress()
     samples = list(iter_samples(seed=seed, num_samples=num_samples))
     manifest = open_bundle(bundle).manifest
+    open_pruned = _opener(bundle, backend, engines)
+    # What cannot run here is refused before the unpruned model is made and measured.
+    with open_pruned("gap"):
+        pass
     with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
         if baseline is None:
             recipe, source = resolve_source(manifest, checkpoint or {})
@@ -173,9 +182,9 @@ def evaluate_bundle(
             )
             baseline = export_checkpoint(recipe, source, options, progress=progress).bundle
         _check_baseline(manifest, open_bundle(baseline).manifest)
-        whole = _measure(baseline, None, samples, seed, progress, None)
+        whole = _measure(_opener(baseline), None, samples, seed, progress, None)
     return EvaluationReport(
-        rows=(whole, *_pruned_rows(bundle, samples, seed, progress, whole.acc_at_50))
+        rows=(whole, *_pruned_rows(open_pruned, samples, seed, progress, whole.acc_at_50))
     )
 
 
@@ -231,15 +240,26 @@ def _check_samples(num_samples: int) -> None:
         raise UsageError("too few samples", seen=num_samples, allowed=f">= {MIN_SAMPLES}")
 
 
+def _opener(
+    bundle: Path, backend: BackendName = "onnxruntime", engines: str | None = None
+) -> _Open:
+    """How a bundle is opened to be measured, with the positions of the row."""
+
+    def open_with(positions: PositionMode) -> GroundingSession:
+        return GroundingSession.open(bundle, backend=backend, engines=engines, positions=positions)
+
+    return open_with
+
+
 def _pruned_rows(
-    bundle: Path, samples: list[Sample], seed: int, progress: Progress, unpruned: float
+    open_session: _Open, samples: list[Sample], seed: int, progress: Progress, unpruned: float
 ) -> list[AccuracyRow]:
     modes: tuple[PositionMode, ...] = ("compact", "gap")
-    return [_measure(bundle, mode, samples, seed, progress, unpruned) for mode in modes]
+    return [_measure(open_session, mode, samples, seed, progress, unpruned) for mode in modes]
 
 
 def _measure(
-    bundle: Path,
+    open_session: _Open,
     positions: PositionMode | None,
     samples: list[Sample],
     seed: int,
@@ -247,7 +267,7 @@ def _measure(
     unpruned: float | None,
 ) -> AccuracyRow:
     """Run one bundle over the samples; ``positions`` None for the unpruned row."""
-    with GroundingSession.open(bundle, positions=positions or "gap") as session:
+    with open_session(positions or "gap") as session:
         manifest = session.manifest
         pruning = manifest.pruning
         title = f"{pruning.pruner} {pruning.keep_ratio:g} {positions}" if positions else "unpruned"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gap_export.manifest import QuantizationSpec
 from gap_export.positions import Int64Array
 
 if TYPE_CHECKING:
@@ -44,6 +45,16 @@ class Backend(Protocol):
     @property
     def name(self) -> str:
         """What runs, for reports, e.g. ``ONNX Runtime 1.32.0 (CPUExecutionProvider)``."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the floats it computes with: float32, float16 or bfloat16."""
+        ...
+
+    @property
+    def quantization(self) -> QuantizationSpec | None:
+        """Of the decoder's weights; None where they have the dtype of the floats."""
         ...
 
     def __enter__(self) -> Self:
