@@ -7,7 +7,8 @@
 The checkpoint of random weights is that of tools/bench_export.py, and made where it is missing.
 Export and build are processes of their own; bundles and engines are removed when measured. Needs
 no GPU. Prints Markdown, what is refused or does not fit with its message, and exits with 1 where
-INT4 misses a bar.
+INT4 misses a bar. What the float16 decoder takes is measured at fewer layers, too: its figures at
+32 are a straight line through those, and marked so.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from engine_bench.export import QUANTIZING
 from engine_bench.watch import Watched, watch
@@ -33,6 +35,7 @@ from gap_export.manifest import EngineLimits
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET, KEEP_RATIO, BLOCK_SIZE = "rtx:sm89", 0.3, 128
+DECODER, CUT_LAYERS, TRUE_LAYERS = "decoder_model_merged", (2, 4, 8), 32
 BAR_QUANTIZING, BAR_BUILDING = 4e9, 24 * (1 << 30)
 
 
@@ -101,7 +104,8 @@ def main(
             note(f"exit code {builds[case.title].exit_code} {builds[case.title].message}")
             shutil.rmtree(bundle / "engines", ignore_errors=True)
         shutil.rmtree(bundle)
-    text = report(exports, {case.title: (case, builds[case.title]) for case in cases})
+    cuts = build_cuts(scratch / "cut") if CASES["fp16"] in cases else {}
+    text = report(exports, cuts, {case.title: (case, builds[case.title]) for case in cases})
     print(text)
     if write_readme:
         from readme_figures import README, write_section
@@ -129,6 +133,28 @@ def export(checkpoint: Path, bundle: Path, block_size: int | None) -> Export:
     return Export(took=took, new_bytes=new_bytes(bundle, checkpoint), limits=limits)
 
 
+def build_cuts(bundle: Path) -> dict[int, Watched]:
+    """The float16 decoder of fewer layers, by their number."""
+    cuts: dict[int, Watched] = {}
+    for num_layers in CUT_LAYERS:
+        note(f"building {num_layers} layers")
+        measure(
+            "engine_bench.export",
+            "export_cut",
+            out=str(bundle),
+            recipe=RECIPE,
+            keep_ratio=KEEP_RATIO,
+            target=TARGET,
+            num_layers=num_layers,
+        )
+        build = watch([*build_command(bundle, CASES["fp16"]), "--only", DECODER])
+        if build.exit_code != 0:
+            raise RuntimeError(f"{num_layers} layers were not built: {build.message}")
+        cuts[num_layers] = build
+        shutil.rmtree(bundle)
+    return cuts
+
+
 def build_command(bundle: Path, case: Case) -> list[str]:
     """``gap-export build``, as a user would call it."""
     command = [sys.executable, "-m", "gap_export", "build", str(bundle), "--target", TARGET]
@@ -148,7 +174,11 @@ def misses_bar(case: Case, exports: dict[int | None, Export], build: Watched) ->
     )
 
 
-def report(exports: dict[int | None, Export], builds: dict[str, tuple[Case, Watched]]) -> str:
+def report(
+    exports: dict[int | None, Export],
+    cuts: dict[int, Watched],
+    builds: dict[str, tuple[Case, Watched]],
+) -> str:
     """The tables as Markdown; decimal units."""
     limits = next(iter(exports.values())).limits
     lines = [
@@ -171,11 +201,18 @@ def report(exports: dict[int | None, Export], builds: dict[str, tuple[Case, Watc
         else:
             lines.append(f"| {title} | none | | {build.seconds:.0f} s | {memory_of(build)} |")
             refused.append(f"- {title}: {build.message or f'ended by {build.exit_code}'}")
+    lines += cut_rows(cuts) if cuts else []
     lines += [
         "",
         "Peak memory counts pages of weight files that are mapped, which the system can drop and "
         "read again; *own* is what it cannot.",
     ]
+    if cuts:
+        lines[-1] += (
+            " TensorRT-RTX holds float16 weights of layers with a common input (q, k, v; gate, up) "
+            "in two layouts where prefill and decode have a profile each; INT4 weights it holds "
+            "once."
+        )
     if refused:
         lines += ["", "Not built:", "", *refused]
     return "\n".join(lines)
@@ -205,6 +242,27 @@ def build_rows(title: str, build: Watched) -> list[str]:
         *rows,
         f"| {title} | **all** | **{gb(total)}** | **{build.seconds:.0f} s** "
         f"| **{memory_of(build)}** |",
+    ]
+
+
+def cut_rows(cuts: dict[int, Watched]) -> list[str]:
+    """A row for each depth, and one for the true depth, extrapolated."""
+    figures = {
+        layers: (
+            float(json.loads(build.stdout)[0]["size_bytes"]),
+            build.seconds,
+            float(build.peak_bytes),
+            float(build.anonymous_bytes),
+        )
+        for layers, build in cuts.items()
+    }
+    lines = np.polyfit(list(figures), list(figures.values()), 1)
+    rows = {f"{layers} decoder layers": row for layers, row in figures.items()}
+    rows[f"{TRUE_LAYERS} layers, extrapolated"] = tuple(lines[0] * TRUE_LAYERS + lines[1])
+    return [
+        f"| float16, {name} | {DECODER} | {gb(plan)} | {seconds:.0f} s "
+        f"| {gb(peak)}, own {gb(own)} |"
+        for name, (plan, seconds, peak, own) in rows.items()
     ]
 
 

@@ -297,7 +297,9 @@ class _Job:
             targets = describe_targets(self.draft.folder, self.choices, forms, manifest.graphs)
         manifest = replace(manifest, targets=targets)
         text = device_readme(manifest, self.choices, folder=self.draft.folder)
-        (self.draft.folder / _DEVICE_README).write_text(text, encoding="utf-8")
+        # Where all is built by this very export, there is nothing to tell.
+        if text:
+            (self.draft.folder / _DEVICE_README).write_text(text, encoding="utf-8")
         return manifest
 
 

@@ -25,11 +25,23 @@ COMPONENTS = ("vision_encoder", "text_encoder", "embed_tokens", "decoder_model_m
 DECODER = COMPONENTS[-1]
 
 
+@pytest.fixture(scope="module")
+def exports() -> dict[QuantizationSpec | None, Bundle]:
+    """What was exported so far: pytest's order of parameters would make some twice."""
+    return {}
+
+
 @pytest.fixture(scope="module", params=[None, INT4], ids=["fp16", "int4"])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def exported(
+    request: pytest.FixtureRequest,
+    exports: dict[QuantizationSpec | None, Bundle],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Bundle:
     """The demo model for a desktop card, built by the export itself, and for an Orin, prepared."""
     from gap_export.pipeline import ExportOptions, export_model
 
+    if request.param in exports:
+        return exports[request.param]
     out = tmp_path_factory.mktemp("demo") / "exported"
     export_model(
         ExportOptions(
@@ -41,7 +53,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             targets=("rtx:sm89", "orin"),
         )
     )
-    return open_bundle(out)
+    exports[request.param] = open_bundle(out)
+    return exports[request.param]
 
 
 @pytest.fixture(scope="module", params=["fused", "portable"])

@@ -53,14 +53,14 @@ def test_the_cache_is_that_of_the_largest_batch_at_full_length(trt_bundle):
 
 
 def test_nothing_is_said_where_memory_will_do():
-    gpu = dataclasses.replace(ORIN, memory_bytes=16 * GIB)
-    assert memory_warnings(ESTIMATE, gpu=gpu, free_host=16 * GIB) == ()
+    gpu = dataclasses.replace(ORIN, memory_bytes=24 * GIB)
+    assert memory_warnings(ESTIMATE, gpu=gpu, free_host=24 * GIB) == ()
     assert memory_warnings(ESTIMATE, gpu=None, free_host=None) == ()
 
 
 def test_too_little_memory_is_said_with_what_takes_it():
     building, running = memory_warnings(ESTIMATE, gpu=ORIN, free_host=8 * GIB)
-    assert building.startswith("building takes about 12.50 GiB, 8.00 GiB are free")
+    assert building.startswith("building takes about 18.50 GiB, 8.00 GiB are free")
     assert "running takes about 9.50 GiB (weights 8.00 GiB, KV cache 1.00 GiB" in running
     assert "Orin has 8.00 GiB" in running and "--dtype int4" in running
 

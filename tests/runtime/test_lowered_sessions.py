@@ -19,7 +19,7 @@ from gap_export.source import resolve_source
 from tests.runtime.fake_tensorrt import use_fakes, write_engines
 
 
-@pytest.fixture(scope="module", params=["portable", "fused"])
+@pytest.fixture(scope="module", params=[pytest.param("portable", marks=pytest.mark.full), "fused"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The demo model with engines of one lowering, for batches of up to 3."""
     options = ExportOptions(

@@ -1,17 +1,20 @@
-"""An export of the checkpoint up to where the first engine would be built."""
+"""Exports up to where the first engine would be built."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gap_export.engines.memory import peak_bytes
 from gap_export.manifest import QuantizationSpec
-from gap_export.pipeline import ExportOptions, export_model
+from gap_export.pipeline import ExportOptions, export_checkpoint, export_model
 from gap_export.progress import Advance
+from gap_export.recipe import find_recipe
+from gap_export.source import Checkpoint
 
 # How the stages that matter here are called.
 QUANTIZING = "quantizing weights"
@@ -54,6 +57,41 @@ def export(
     except _EnginesComeNextError:
         return stages.measured
     raise RuntimeError("engines were built, and are in the figures of the export")
+
+
+def export_cut(out: str, recipe: str, keep_ratio: float, target: str, num_layers: int) -> None:
+    """Export random weights of a recipe's shape, but for the decoder's depth, and build nothing.
+
+    Args:
+        out: The bundle's folder, replaced where there is one.
+        recipe: Whose shape.
+        keep_ratio: Share of the visual tokens to keep.
+        target: As ``--trt`` has it.
+        num_layers: Of the decoder.
+    """
+    whole, _ = find_recipe(recipe)
+    shape = whole.architecture
+    assert shape is not None
+    cut = replace(shape, decoder=replace(shape.decoder, num_layers=num_layers))
+    options = ExportOptions(
+        model=recipe,
+        keep_ratio=keep_ratio,
+        out=Path(out),
+        force=True,
+        targets=(target,),
+        random_weights=True,
+    )
+    random = Checkpoint(parts={}, random_seed=0)
+    try:
+        export_checkpoint(
+            whole.model_copy(update={"architecture": cut}),
+            random,
+            options,
+            progress=_UpToEngines(),
+        )
+    except _EnginesComeNextError:
+        return
+    raise RuntimeError("engines were built, though none were to be")
 
 
 class _EnginesComeNextError(Exception):
