@@ -13,6 +13,7 @@
     |   `-- MissingDependencyError         an extra is not installed
     |-- ExportError                     1  tracing or a graph pass failed
     |   `-- PassError                      a pass declined or broke its contract
+    |-- EngineError                     1  TensorRT did not take a graph, or could not build it
     `-- ParityError                     3  the candidate does not agree with the reference
 
 An error's text says what is wrong, the value seen, what is allowed and what to do.
@@ -112,6 +113,10 @@ class ExportError(GapExportError):
 
 class PassError(ExportError):
     """A graph pass declined, or broke the contract of its base class."""
+
+
+class EngineError(GapExportError):
+    """TensorRT did not take a graph, or could not build its engine."""
 
 
 class ParityError(GapExportError):

@@ -11,6 +11,7 @@ that is there is not measured again.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from readme_figures import percent, write_section
 from gap_export.evaluation.accuracy import evaluate_model
 from gap_export.families import supported_pruners
 from gap_export.pipeline import ExportOptions
+from gap_export.pruning import find_preset
 from gap_export.recipe import find_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +29,8 @@ MODEL = "refshapes-llava"
 README = ROOT / "README.md"
 KEEPS = (0.5, 0.3, 0.1)
 SECTION = "pruners"
+
+Rows = list[dict[str, Any]]
 
 
 def main(
@@ -37,29 +41,59 @@ def main(
 ) -> None:
     """Measure what is not measured yet, and write the table."""
     results.mkdir(parents=True, exist_ok=True)
-    measured = {}
+    fixed, adaptive = {}, {}
     for name in supported_pruners(find_recipe(MODEL)[0]):
         path = results / f"{name}-{samples}-{seed}.json"
-        if not path.exists():
-            report = evaluate_model(
-                ExportOptions(model=MODEL, seed=seed),
-                pruners=[name],
-                keep_ratios=KEEPS,
-                num_samples=samples,
-            )
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(report.to_plain(), indent=1), encoding="utf-8")
-            part.rename(path)
-            typer.echo(f"measured {name}", err=True)
-        measured[name] = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    table = format_table(measured, samples=samples, seed=seed)
+        fixed[name] = measure(
+            path, name, ExportOptions(model=MODEL, seed=seed), keeps=KEEPS, samples=samples
+        )
+        if "adaptive" in find_preset(name).budgets:
+            path = results / f"{name}-adaptive-{samples}-{seed}.json"
+            options = ExportOptions(model=MODEL, seed=seed, budget="adaptive")
+            adaptive[name] = measure(path, name, options, keeps=(1.0,), samples=samples)
+    table = "\n".join(
+        [*format_fixed(fixed, samples=samples, seed=seed), "", *format_adaptive(adaptive)]
+    )
     if readme:
         write_section(README, SECTION, table)
     else:
         typer.echo(table)
 
 
-def format_table(measured: dict[str, list[dict[str, Any]]], *, samples: int, seed: int) -> str:
+def measure(
+    path: Path, name: str, options: ExportOptions, *, keeps: Sequence[float], samples: int
+) -> Rows:
+    """Rows of one pruner, from ``path`` if they are there."""
+    if not path.exists():
+        report = evaluate_model(options, pruners=[name], keep_ratios=keeps, num_samples=samples)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(report.to_plain(), indent=1), encoding="utf-8")
+        part.rename(path)
+        typer.echo(f"measured {path.stem}", err=True)
+    rows: Rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def format_adaptive(measured: dict[str, Rows]) -> list[str]:
+    """One line a pruner that lets the picture decide how many stay."""
+    lines = [
+        "With `--budget adaptive`, where each picture, and each expression, decides how many stay:",
+        "",
+        "| pruner | tokens, on average | compact | GAP |",
+        "|---|---|---|---|",
+    ]
+    for name, rows in measured.items():
+        compact, gap = (
+            next(row for row in rows if row["positions"] == mode) for mode in ("compact", "gap")
+        )
+        lines.append(
+            f"| `{name}` | {gap['mean_visual_tokens']:.1f} of {rows[0]['mean_visual_tokens']:.0f} "
+            f"| {percent(compact['acc_at_50'])} | **{percent(gap['acc_at_50'])}** |"
+        )
+    return lines
+
+
+def format_fixed(measured: dict[str, Rows], *, samples: int, seed: int) -> list[str]:
     """One line a pruner: compact and GAP at every share."""
     whole = next(iter(measured.values()))[0]
     heads = " | ".join(f"keep {keep:g}: compact | GAP" for keep in KEEPS)
@@ -94,7 +128,7 @@ def format_table(measured: dict[str, list[dict[str, Any]]], *, samples: int, see
         if not lost
         else f"GAP is not ahead of compact ids for {', '.join(lost)}.",
     ]
-    return "\n".join(lines)
+    return lines
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ def write_stamps(bundle: Path, stamps: Mapping[str, list[int]], *, manifest_sha2
             part.unlink()
 
 
-def _stamp_file(bundle: Path) -> Path | None:
+def cache_folder() -> Path | None:
+    """Where the package keeps what it can do without; None where the user has no home."""
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         # The specification of XDG base directories has relative values ignored.
@@ -82,5 +83,10 @@ def _stamp_file(bundle: Path) -> Path | None:
     except RuntimeError as err:
         logger.debug("no cache folder: %s", err)
         return None
+    return base / "gap-export"
+
+
+def _stamp_file(bundle: Path) -> Path | None:
+    folder = cache_folder()
     key = hashlib.sha256(os.fsencode(bundle)).hexdigest()
-    return base / "gap-export" / "stamps" / f"{key}.json"
+    return None if folder is None else folder / "stamps" / f"{key}.json"

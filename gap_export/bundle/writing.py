@@ -1,9 +1,8 @@
 """Writing a bundle: in a hidden sibling folder, renamed when complete.
 
 Interrupted at any point, even by ``kill -9``, nothing half-written is ever found under the final
-name; what an abandoned draft leaves in hidden folders goes away at the next write beside it.
-A draft's owner holds a lock on its folder, which the kernel releases when the process dies, so a
-living draft is never swept. POSIX only.
+name; what an abandoned draft leaves in hidden folders goes away at the next write beside it, see
+:mod:`gap_export.bundle.drafts`. POSIX only.
 """
 
 from __future__ import annotations
@@ -11,13 +10,20 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-import secrets
 import shutil
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+from gap_export.bundle.drafts import (
+    DRAFT_MARK,
+    REPLACED_MARK,
+    make_draft_folder,
+    put_in_place,
+    sweep_drafts,
+    sync_tree,
+)
 from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME, hash_line, walk_files
 from gap_export.bundle.hashing import FileHasher, FileState, changed
 from gap_export.bundle.holding import Held, HeldFile, Hold, hold_file
@@ -30,8 +36,6 @@ from gap_export.manifest import (
     parse_manifest,
 )
 
-_DRAFT_MARK = ".gap-draft-"
-_REPLACED_MARK = ".gap-replaced-"
 _WRITE_FAILURES = {
     errno.ENOSPC: "no space left on the disk",
     errno.EDQUOT: "the disk quota is used up",
@@ -106,9 +110,9 @@ class BundleDraft:
         (self.folder / MANIFEST_NAME).write_bytes(raw)
         (self.folder / HASH_NAME).write_bytes(hash_line(raw))
         linked = {spec.path for spec in complete.files if spec.held == "linked"}
-        _sync_tree(self.folder, leave_out={self.folder / path for path in linked})
+        sync_tree(self.folder, leave_out={self.folder / path for path in linked})
         _check_final(self._final, force=self._force)
-        _put_in_place(self.folder, self._final)
+        put_in_place(self.folder, self._final)
         self._committed = True
         return complete
 
@@ -156,8 +160,8 @@ def write_bundle(out: str | Path, *, force: bool = False) -> Iterator[BundleDraf
         with _as_output_error(final):
             _check_final(final, force=force)
             created = _make_parents(final.parent)
-            _sweep(final)
-            folder, lock = _make_draft_folder(final)
+            sweep_drafts(final)
+            folder, lock = make_draft_folder(final)
             with FileHasher() as hasher:
                 draft = BundleDraft(folder, final, force=force, hasher=hasher)
                 yield draft
@@ -205,7 +209,7 @@ def _is_ours(path: Path, final: Path) -> bool:
     if not absolute.is_relative_to(final.parent):
         return False
     name = absolute.relative_to(final.parent).parts[0]
-    marks = (_DRAFT_MARK, _REPLACED_MARK)
+    marks = (DRAFT_MARK, REPLACED_MARK)
     return name == final.name or name.startswith(tuple(f".{final.name}{mark}" for mark in marks))
 
 
@@ -270,118 +274,3 @@ def _make_parents(parent: Path) -> list[Path]:
     for path in missing:
         path.mkdir(exist_ok=True)
     return missing
-
-
-def _make_draft_folder(final: Path) -> tuple[Path, int]:
-    """A fresh hidden sibling folder and the descriptor that holds its lock."""
-    while True:
-        folder = final.parent / f".{final.name}{_DRAFT_MARK}{secrets.token_hex(4)}"
-        try:
-            folder.mkdir()
-        except FileNotFoundError as err:
-            # Not a missing parent, those are made before: a place such as /proc takes no folders.
-            raise OutputError(
-                "no folder can be made there",
-                seen=final,
-                fix="choose another place with --out",
-            ) from err
-        lock = _try_lock(folder)
-        # Another process may sweep between mkdir and lock; then take a new name.
-        if lock is not None and folder.is_dir():
-            return folder, lock
-        if lock is not None:
-            os.close(lock)
-
-
-def _try_lock(folder: Path) -> int | None:
-    # Not at the top: reading bundles needs no locks, and works where fcntl does not exist.
-    import fcntl
-
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _sweep(final: Path) -> None:
-    """Remove what dead writers of this name left, and put back a bundle they had set aside."""
-    prefix = f".{final.name}"
-    for folder in sorted(final.parent.iterdir()):
-        is_draft = folder.name.startswith(prefix + _DRAFT_MARK)
-        is_replaced = folder.name.startswith(prefix + _REPLACED_MARK)
-        if not (is_draft or is_replaced) or folder.is_symlink() or not folder.is_dir():
-            continue
-        lock = _try_lock(folder)
-        if lock is None:
-            continue
-        try:
-            if is_replaced and not os.path.lexists(final):
-                # The writer died between its two renames; the old bundle is still whole.
-                folder.rename(final)
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(lock)
-
-
-def _put_in_place(folder: Path, final: Path) -> None:
-    """Give the draft its final name; a bundle in the way is removed after that, or put back."""
-    taken = final.is_dir() and any(final.iterdir())
-    replaced = final.parent / f".{final.name}{_REPLACED_MARK}{secrets.token_hex(4)}"
-    lock = _try_lock(final) if taken else None
-    try:
-        if taken:
-            final.rename(replaced)
-        folder.rename(final)
-    except OSError as err:
-        _put_back(folder, final, replaced)
-        if err.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise OutputError(
-                "the output folder was taken by somebody else meanwhile",
-                seen=final,
-                fix="choose another --out",
-            ) from err
-        raise
-    except BaseException:
-        # Ctrl+C or a signal, which may come right after either rename.
-        _put_back(folder, final, replaced)
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
-    _sync(final.parent)
-    if taken:
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _put_back(folder: Path, final: Path, replaced: Path) -> None:
-    """Undo what was done of the two renames: folders alone tell, a variable may lag behind."""
-    if not folder.exists() and final.is_dir():
-        final.rename(folder)
-    if replaced.exists():
-        # Somebody else may have taken the name; the old bundle then stays, hidden but whole.
-        with suppress(OSError):
-            replaced.rename(final)
-
-
-def _sync_tree(folder: Path, *, leave_out: Container[Path]) -> None:
-    """Have everything on the disk; linked files, which we did not write, are not ours to flush."""
-    for parent, _, files in os.walk(folder):
-        for path in (Path(parent, name) for name in files):
-            if path not in leave_out:
-                _sync(path)
-        _sync(Path(parent))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

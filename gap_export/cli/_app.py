@@ -10,7 +10,9 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from gap_export.cli._engine_options import BARE_TRT
 from gap_export.cli._options import QuietOption, VerboseOption
+from gap_export.cli.build import build
 from gap_export.cli.check import check
 from gap_export.cli.doctor import doctor
 from gap_export.cli.evaluate import evaluate
@@ -19,6 +21,7 @@ from gap_export.cli.ground import ground
 from gap_export.cli.inspect_bundle import inspect_bundle
 from gap_export.cli.models import models
 from gap_export.cli.pruners import pruners
+from gap_export.engines.targets import AUTO
 from gap_export.version import __version__
 
 DEFAULT_COMMAND = "export"
@@ -32,6 +35,7 @@ class DefaultCommandGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Insert the default command where none is named."""
+        args = _fill_bare(args, BARE_TRT, AUTO)
         place = next((n for n, arg in enumerate(args) if arg not in _ANYWHERE), None)
         if place is not None and args[place] not in {*self.commands, *_GROUP_ONLY}:
             self._refuse_near_miss(args[place])
@@ -52,6 +56,17 @@ class DefaultCommandGroup(TyperGroup):
         near = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75)
         if near and not Path(word).exists():
             raise typer.BadParameter(f"no command '{word}'. Did you mean '{near[0]}'?")
+
+
+def _fill_bare(args: list[str], flag: str, value: str) -> list[str]:
+    """Give a flag a value where it stands alone, which the parser has no notion of."""
+    end = args.index("--") if "--" in args else len(args)
+    return [
+        f"{arg}={value}"
+        if arg == flag and n < end and (n + 1 >= end or args[n + 1].startswith("-"))
+        else arg
+        for n, arg in enumerate(args)
+    ]
 
 
 def _show_version(value: bool) -> None:
@@ -90,6 +105,7 @@ def build_command() -> Any:
     )
     app.callback()(_root)
     app.command("export")(export)
+    app.command("build")(build)
     app.command("check")(check)
     app.command("ground")(ground)
     app.command("eval")(evaluate)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 _DISTRIBUTION = "gap-export"
 _EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
@@ -37,6 +37,7 @@ def describe_machine() -> dict[str, Any]:
         "execution_providers": _execution_providers(),
         "torch_cuda": _torch_cuda(),
         "gpus": _gpus(),
+        "tensorrt": _tensorrt(),
     }
 
 
@@ -83,6 +84,38 @@ def _torch_cuda() -> dict[str, Any] | None:
     except (ImportError, OSError):
         return None
     return {"available": torch.cuda.is_available(), "built_for": torch.version.cuda}
+
+
+def _tensorrt() -> dict[str, Any]:
+    """Which TensorRT packages import, and the engines of which targets can be built here."""
+    from gap_export.engines.device import find_gpu
+    from gap_export.engines.library import LibraryName, describe_versions, import_tensorrt
+    from gap_export.engines.targets import TARGETS
+    from gap_export.errors import MissingDependencyError
+
+    libraries: dict[str, str | None] = {}
+    releases = {}
+    for name in get_args(LibraryName):
+        try:
+            library = import_tensorrt(name, purpose="building engines")
+        except MissingDependencyError:
+            libraries[name] = None
+        else:
+            libraries[name], releases[name] = library.version, library.release
+    gpu = find_gpu()
+    targets = {}
+    for target in TARGETS.values():
+        release = releases.get(target.library)
+        generations = target.compute_capabilities
+        on_its_gpu = gpu is not None and (not generations or gpu.compute_capability in generations)
+        fits = release is not None and target.platform(release) is not None
+        targets[target.name] = {
+            "summary": target.summary,
+            "builds_here": fits and (target.built_on == "any" or on_its_gpu),
+            "needs": f"{target.library}: {describe_versions(target)}"
+            + ("" if target.built_on == "any" else ", on the GPU the engines are for"),
+        }
+    return {"libraries": libraries, "targets": targets}
 
 
 def _gpus() -> list[dict[str, str]]:

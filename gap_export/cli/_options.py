@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
 from gap_export.cli._terminal import Terminal
+
+if TYPE_CHECKING:
+    from gap_export.runtime.session import BackendName
 
 Order: TypeAlias = Literal["raster", "score"]
 ExtraToken: TypeAlias = Literal["none", "mean", "weighted"]
 ExtraPosition: TypeAlias = Literal["last", "centroid"]
 Budget: TypeAlias = Literal["fixed", "adaptive"]
 Positions: TypeAlias = Literal["gap", "compact"]
-Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
+Backend: TypeAlias = Literal["ort", "trt"]
+
+# What a session calls them.
+BACKENDS: Mapping[Backend, BackendName] = MappingProxyType(
+    {"ort": "onnxruntime", "trt": "tensorrt"}
+)
 
 
 def _set_quiet(ctx: typer.Context, value: bool) -> None:
@@ -129,11 +139,19 @@ CheckpointOption = Annotated[
         show_default=False,
     ),
 ]
-DtypeOption = Annotated[
-    Dtype | None,
+BackendOption = Annotated[
+    Backend,
     typer.Option(
-        "--dtype",
-        help="Of weights, graph inputs and outputs. [default: the checkpoint's]",
+        "--backend",
+        help="ort: ONNX Runtime; trt: the bundle's TensorRT engines, on this machine's GPU.",
+    ),
+]
+EnginesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--engines",
+        metavar="NAME",
+        help="With trt: a folder below the bundle's engines/. [default: the first that fits]",
         show_default=False,
     ),
 ]

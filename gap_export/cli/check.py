@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gap_export.cli._options import (
+    BACKENDS,
+    BackendOption,
     BundleArgument,
     CheckpointOption,
+    EnginesOption,
     JsonOption,
     QuietOption,
     SamplesOption,
@@ -39,6 +42,8 @@ def check(
             show_default=False,
         ),
     ] = None,
+    backend: BackendOption = "ort",
+    engines: EnginesOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -60,6 +65,8 @@ def check(
         recipe=recipe,
         checkpoint=source,
         questions=_questions(samples, seed, image or []),
+        backend=BACKENDS[backend],
+        engines=engines,
         progress=terminal.progress(),
     )
     if as_json:
@@ -101,6 +108,8 @@ def _describe(report: ParityReport) -> str:
     ]
     header = ["component", "output", "calls", "max diff", "max value", "atol", "rtol", "verdict"]
     lines = [
+        f"compared with {report.reference}",
+        "",
         format_table(header, rows),
         "",
         f"same tokens: {report.equal_tokens} of {report.num_questions}",

@@ -34,7 +34,8 @@ def doctor(
     if as_json:
         terminal.json(machine)
     else:
-        terminal.result("\n".join([*_describe_platform(machine), "", *_describe_packages(machine)]))
+        lines = [*_describe_platform(machine), "", *_describe_tensorrt(machine["tensorrt"]), ""]
+        terminal.result("\n".join([*lines, *_describe_packages(machine)]))
         for problem in machine["problems"]:
             terminal.warning(problem)
 
@@ -84,6 +85,15 @@ def _describe_platform(machine: dict[str, Any]) -> list[str]:
     if cuda is not None:
         built = f"built for CUDA {cuda['built_for']}" if cuda["built_for"] else "a CPU build"
         lines.append(f"torch CUDA {'available' if cuda['available'] else 'not available'}, {built}")
+    return lines
+
+
+def _describe_tensorrt(found: dict[str, Any]) -> list[str]:
+    versions = [f"{name} {text or 'missing'}" for name, text in found["libraries"].items()]
+    lines = [f"TensorRT   {', '.join(versions)}"]
+    for name, target in found["targets"].items():
+        verdict = "can be built here" if target["builds_here"] else f"needs {target['needs']}"
+        lines.append(f"  {name}: {target['summary']}: {verdict}")
     return lines
 
 

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from gap_export.cli._engine_options import ExportDtypeOption, split_dtype
 from gap_export.cli._options import (
+    BACKENDS,
     KEEP_HELP,
     PRUNER_HELP,
+    BackendOption,
     BudgetOption,
     CheckpointOption,
-    DtypeOption,
+    EnginesOption,
     ExtraPositionOption,
     ExtraTokenOption,
     JsonOption,
@@ -76,7 +79,6 @@ def evaluate(
         ),
     ] = None,
     checkpoint: CheckpointOption = None,
-    dtype: DtypeOption = None,
     pictures: Annotated[
         Path | None,
         typer.Option(
@@ -86,6 +88,9 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    dtype: ExportDtypeOption = None,
+    backend: BackendOption = "ort",
+    engines: EnginesOption = None,
     min_recovered: Annotated[
         float | None,
         typer.Option(
@@ -122,20 +127,29 @@ def evaluate(
             seed=seed,
             num_samples=samples,
             pictures=pictures,
+            backend=BACKENDS[backend],
+            engines=engines,
             progress=terminal.progress(),
         )
     else:
-        _refuse("it is for a BUNDLE", baseline=baseline)
+        _refuse("it is for a BUNDLE", baseline=baseline, engines=engines)
+        if BACKENDS[backend] != "onnxruntime":
+            _refuse(
+                "a MODEL is measured in ONNX Runtime; export it and name the BUNDLE",
+                backend=backend,
+            )
+        graph_dtype, quantization = split_dtype(dtype)
         report = evaluate_model(
             ExportOptions(
                 model=target,
                 recipe=recipe,
                 checkpoint=parts,
-                dtype=dtype,
                 order=order,
                 extra_token=extra_token,
                 extra_position=extra_position,
                 budget=budget,
+                dtype=graph_dtype,
+                quantization=quantization,
                 seed=seed,
             ),
             pruners=_split(pruner or []),
@@ -177,7 +191,16 @@ def _split(names: list[str]) -> list[str]:
 
 def _describe(report: EvaluationReport) -> str:
     first = report.rows[0]
-    header = ["pruner", "keep", "positions", "Acc@0.5 %", "95 % interval", "recovered %", "IoU %"]
+    header = [
+        "pruner",
+        "keep",
+        "tokens",
+        "positions",
+        "Acc@0.5 %",
+        "95 % interval",
+        "recovered %",
+        "IoU %",
+    ]
     return "\n".join(
         [
             f"{first.model} on RefShapes, held-out, seed {first.seed}: "
@@ -193,6 +216,7 @@ def _table_row(row: AccuracyRow) -> list[str]:
     return [
         row.pruner,
         f"{row.keep_ratio:g}",
+        f"{row.mean_visual_tokens:.1f}".removesuffix(".0"),
         row.positions,
         f"{100 * row.acc_at_50:.1f}",
         f"{100 * low:.1f}-{100 * high:.1f}",

@@ -8,12 +8,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gap_export.cli._describe import describe_holding, describe_tokens
+from gap_export.cli._engine_options import (
+    BatchOption,
+    BlockSizeOption,
+    ExportDtypeOption,
+    LmHeadOption,
+    LoweringOption,
+    MaxNewTokensOption,
+    MaxPromptOption,
+    QuantizerOption,
+    TrtOption,
+    split_dtype,
+)
 from gap_export.cli._options import (
     KEEP_HELP,
     PRUNER_HELP,
     BudgetOption,
     CheckpointOption,
-    DtypeOption,
     ExtraPositionOption,
     ExtraTokenOption,
     JsonOption,
@@ -26,7 +37,7 @@ from gap_export.cli._options import (
     VerboseOption,
     terminal_of,
 )
-from gap_export.cli._terminal import format_size
+from gap_export.cli._terminal import format_size, format_table
 
 if TYPE_CHECKING:
     from gap_export.pipeline import ExportReport
@@ -49,7 +60,15 @@ def export(
     seed: SeedOption = 0,
     recipe: RecipeOption = None,
     checkpoint: CheckpointOption = None,
-    dtype: DtypeOption = None,
+    dtype: ExportDtypeOption = None,
+    block_size: BlockSizeOption = None,
+    quantizer: QuantizerOption = None,
+    quantize_lm_head: LmHeadOption = False,
+    trt: TrtOption = None,
+    lowering: LoweringOption = None,
+    max_prompt: MaxPromptOption = None,
+    max_new_tokens: MaxNewTokensOption = None,
+    batch: BatchOption = 1,
     copy_weights: Annotated[
         bool,
         typer.Option(
@@ -82,6 +101,14 @@ def export(
     from gap_export.source import parse_parts
 
     terminal = terminal_of(ctx)
+    graph_dtype, quantization = split_dtype(
+        dtype, block_size=block_size, quantizer=quantizer, lm_head=quantize_lm_head
+    )
+    calibration = None
+    if quantization is not None and quantization.method == "awq":
+        from gap_export.evaluation.calibration import refshapes_questions
+
+        calibration = tuple(refshapes_questions())
     options = ExportOptions(
         model=model,
         keep_ratio=keep,
@@ -96,16 +123,23 @@ def export(
         force=force,
         recipe=recipe,
         checkpoint=parse_parts(checkpoint or []),
-        dtype=dtype,
+        dtype=graph_dtype,
         copy_weights=copy_weights,
         random_weights=random_weights,
+        quantization=quantization,
+        calibration=calibration,
+        targets=tuple(trt or ()),
+        lowering=lowering,
+        max_prompt=max_prompt,
+        max_new_tokens=max_new_tokens,
+        max_batch=batch,
     )
-    report = export_model(options, progress=terminal.progress())
+    report = export_model(options, progress=terminal.progress(), warn=terminal.warning)
     if as_json:
         terminal.json(report.to_plain())
         return
     terminal.result(str(report.bundle))
-    terminal.message(_summarise(report))
+    terminal.message("\n".join([_summarise(report), *_describe_engines(report)]))
     if report.manifest.dtype == "bfloat16":
         terminal.warning(
             "ONNX Runtime runs no bfloat16 graphs on a CPU: check and ground need a bundle made "
@@ -124,3 +158,22 @@ def _summarise(report: ExportReport) -> str:
         f"{pruning.positions} positions), {len(manifest.graphs)} graphs, {manifest.dtype}, {size}"
         f"{f' ({held})' if held else ''}, {sum(report.seconds.values()):.1f} s"
     )
+
+
+def _describe_engines(report: ExportReport) -> list[str]:
+    """What was built, what is left to build and where, and what is known of that beforehand."""
+    lines = []
+    for folder in report.engines:
+        size = sum(engine.size for engine in folder.plan.engines)
+        components = ", ".join(engine.component for engine in folder.plan.engines)
+        lines.append(f"engines/{folder.path.name}: {components}; {format_size(size)}")
+    lines += [f"{name}: prepared, not built: {why}" for name, why in report.prepared.items()]
+    verdicts = [
+        [target.name, target.lowering, v.component, v.verdict, ", ".join(v.operators)]
+        for target in report.manifest.targets
+        for v in target.preflight
+    ]
+    if verdicts:
+        header = ["target", "lowering", "component", "pre-flight", "operators"]
+        lines += ["", format_table(header, verdicts)]
+    return lines

@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from gap_export.cli._options import BundleArgument, QuietOption, VerboseOption, terminal_of
+from gap_export.cli._options import (
+    BACKENDS,
+    BackendOption,
+    BundleArgument,
+    EnginesOption,
+    QuietOption,
+    VerboseOption,
+    terminal_of,
+)
 from gap_export.errors import OutputError
 
 
@@ -35,6 +43,8 @@ def ground(
             "--verify", help="stamp: hash what changed since the last time; full: every byte."
         ),
     ] = "stamp",
+    backend: BackendOption = "ort",
+    engines: EnginesOption = None,
     provider: Annotated[
         list[str] | None,
         typer.Option(
@@ -61,7 +71,12 @@ def ground(
     if save is not None:
         _check_drawing_path(save, image)
     with GroundingSession.open(
-        bundle, execution_providers=provider, num_threads=threads, verify=verify
+        bundle,
+        backend=BACKENDS[backend],
+        engines=engines,
+        execution_providers=provider,
+        num_threads=threads,
+        verify=verify,
     ) as session:
         pad_color = session.manifest.image.pad_color
         grounding = session.ground(image, expression)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from gap_export.cli._describe import describe_shared, describe_tokens
+from gap_export.cli._describe_engines import describe_engines, describe_targets, find_engines
 from gap_export.cli._options import (
     BundleArgument,
     JsonOption,
@@ -38,6 +39,7 @@ def inspect_bundle(
     opened = open_bundle(bundle)
     tokens = _token_accounting(opened.manifest)
     remaps = _find_remaps(opened)
+    engines = find_engines(opened)
     if as_json:
         terminal.json(
             {
@@ -45,6 +47,7 @@ def inspect_bundle(
                 "size_bytes": _total_size(opened.manifest),
                 "tokens": tokens,
                 "gap_remap": remaps,
+                "engines": engines,
                 "manifest": to_plain(opened.manifest),
             }
         )
@@ -54,6 +57,8 @@ def inspect_bundle(
         _describe_tokens(tokens, opened.manifest),
         _describe_graphs(opened.manifest),
         _describe_remaps(remaps),
+        *describe_targets(opened.manifest),
+        *describe_engines(engines),
         _describe_files(opened),
     ]
     terminal.result("\n\n".join(sections))
@@ -148,7 +153,9 @@ def _describe_tokens(tokens: dict[str, int], manifest: Manifest) -> str:
 def _describe_graphs(manifest: Manifest) -> str:
     lines = []
     for graph in manifest.graphs:
-        lines.append(f"{graph.file} ({graph.component}, {graph.lowering}, {graph.dtype})")
+        quantized = "" if graph.quantization is None else f", {graph.quantization.dtype} weights"
+        form = f"{graph.lowering}, {graph.dtype}{quantized}"
+        lines.append(f"{graph.file} ({graph.component}, {form})")
         for arrow, specs in (("<-", graph.inputs), ("->", graph.outputs)):
             lines += [f"  {arrow} {line}" for line in _merge_layers(specs)]
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """The targets of ``--trt``, as one table. Nothing else in the package tests a target's name.
 
-Sources: NVIDIA's support matrices for TensorRT, TensorRT-RTX and JetPack, as of November 2026.
+Sources: NVIDIA's support matrices for TensorRT, TensorRT-RTX and JetPack, as of November 2026; for
+opsets, ``docs/operators.md`` of onnx-tensorrt: 9 to 20 in 10.0, to 22 in 10.6, to 24 in 10.15.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ Version = tuple[int, int]
 Lowering = Literal["portable", "fused"]
 # What `--trt` alone stands for.
 AUTO = "auto"
+# The first GPU generation that computes in a dtype (Ampere brought bfloat16).
+_OLDEST_WITH: Mapping[str, int] = MappingProxyType({"bfloat16": 80})
+_NEWEST = 999
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +160,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                         max_opset=24,
                         lowerings=_BOTH,
                         python="3.12",
-                        cuda="13",
+                        cuda="13.2",
                     ),
                 ),
                 compute_capabilities=(87,),
@@ -172,7 +176,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                         name="JetPack 7.0",
                         min_version=(10, 13),
                         max_version=(10, 13),
-                        max_opset=20,
+                        max_opset=22,
                         lowerings=("portable",),
                         python="3.12",
                         cuda="13",
@@ -184,7 +188,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                         max_opset=24,
                         lowerings=_BOTH,
                         python="3.12",
-                        cuda="13",
+                        cuda="13.2",
                     ),
                 ),
                 compute_capabilities=(110,),
@@ -214,6 +218,10 @@ class TargetChoice:
         if self.compute_capability is None:
             return self.target.name
         return f"{self.target.name}-sm{self.compute_capability}"
+
+    def supports(self, dtype: str) -> bool:
+        """Whether the GPU computes in a dtype; one that is not known yet is taken to do so."""
+        return (self.compute_capability or _NEWEST) >= _OLDEST_WITH.get(dtype, 0)
 
 
 def parse_targets(specs: Sequence[str]) -> tuple[TargetChoice, ...]:

@@ -7,7 +7,7 @@ graph* as the GAP row, fed ``kept_positions = arange(P)``: nothing else differs.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -30,10 +30,11 @@ from gap_export.pipeline import (
 from gap_export.positions import PositionMode
 from gap_export.progress import Progress, SilentProgress
 from gap_export.runtime.drawing import draw_grounding, save_drawing
-from gap_export.runtime.session import GroundingSession
+from gap_export.runtime.session import BackendName, GroundingSession
 from gap_export.source import MAIN, resolve_model, resolve_source
 
 MIN_SAMPLES = 1
+_Open = Callable[[PositionMode], GroundingSession]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ class AccuracyRow:
         ci95: 95 % Wilson interval of it.
         mean_iou: Mean IoU, unparsable answers counted as 0.
         recovered: acc_at_50 divided by the unpruned row's; None for that row itself, or if it is 0.
+        mean_visual_tokens: Visual tokens the decoder read of a picture, an extra one included; the
+            mean over the expressions.
     """
 
     model: str
@@ -65,6 +68,7 @@ class AccuracyRow:
     ci95: tuple[float, float]
     mean_iou: float
     recovered: float | None
+    mean_visual_tokens: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +142,17 @@ def evaluate_model(
             out=Path(scratch) / "unpruned",
         )
         whole = export_model(unpruned, progress=progress, cache=cache)
-        rows = [_measure(whole.bundle, None, samples, seed, progress, None)]
+        open_whole = _opener(whole.bundle)
+        rows = [_measure(open_whole, None, samples, seed, progress, None)]
         if pictures is not None:
-            _draw(whole.bundle, None, samples[0], pictures)
+            _draw(open_whole, None, samples[0], pictures)
         for number, run in enumerate(runs):
             out = Path(scratch) / str(number)
             pruned = export_model(replace(run, out=out), progress=progress, cache=cache)
-            rows += _pruned_rows(pruned.bundle, samples, seed, progress, rows[0].acc_at_50)
+            open_pruned = _opener(pruned.bundle)
+            rows += _pruned_rows(open_pruned, samples, seed, progress, rows[0].acc_at_50)
             if pictures is not None:
-                _draw_pruned(pruned.bundle, samples[0], pictures)
+                _draw_pruned(open_pruned, samples[0], pictures)
     return EvaluationReport(rows=tuple(rows))
 
 
@@ -158,6 +164,8 @@ def evaluate_bundle(
     seed: int = 0,
     num_samples: int = 500,
     pictures: Path | None = None,
+    backend: BackendName = "onnxruntime",
+    engines: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationReport:
     """Measure a bundle, compact and GAP, beside its unpruned model.
@@ -171,6 +179,8 @@ def evaluate_bundle(
         num_samples: Expressions to ask.
         pictures: A folder that is made, for a drawing of each row's first answer: box, kept tokens
             and, where the pruner has scores, their heat map.
+        backend: What runs the bundle; the unpruned model runs in ONNX Runtime in any case.
+        engines: With TensorRT: which of the bundle's engines.
         progress: Told what is done.
 
     Raises:
@@ -180,6 +190,10 @@ def evaluate_bundle(
     progress = progress or SilentProgress()
     samples = list(iter_samples(seed=seed, num_samples=num_samples))
     manifest = open_bundle(bundle).manifest
+    open_pruned = _opener(bundle, backend, engines)
+    # What cannot run here is refused before the unpruned model is made and measured.
+    with open_pruned("gap"):
+        pass
     with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
         if baseline is None:
             recipe, source = resolve_source(manifest, checkpoint or {})
@@ -191,12 +205,13 @@ def evaluate_bundle(
             )
             baseline = export_checkpoint(recipe, source, options, progress=progress).bundle
         _check_baseline(manifest, open_bundle(baseline).manifest)
-        whole = _measure(baseline, None, samples, seed, progress, None)
+        open_whole = _opener(baseline)
+        whole = _measure(open_whole, None, samples, seed, progress, None)
         if pictures is not None:
-            _draw(baseline, None, samples[0], pictures)
-            _draw_pruned(bundle, samples[0], pictures)
+            _draw(open_whole, None, samples[0], pictures)
+            _draw_pruned(open_pruned, samples[0], pictures)
     return EvaluationReport(
-        rows=(whole, *_pruned_rows(bundle, samples, seed, progress, whole.acc_at_50))
+        rows=(whole, *_pruned_rows(open_pruned, samples, seed, progress, whole.acc_at_50))
     )
 
 
@@ -252,26 +267,39 @@ def _check_samples(num_samples: int) -> None:
         raise UsageError("too few samples", seen=num_samples, allowed=f">= {MIN_SAMPLES}")
 
 
+def _opener(
+    bundle: Path, backend: BackendName = "onnxruntime", engines: str | None = None
+) -> _Open:
+    """How a bundle is opened to be measured, with the positions of the row."""
+
+    def open_with(positions: PositionMode) -> GroundingSession:
+        return GroundingSession.open(bundle, backend=backend, engines=engines, positions=positions)
+
+    return open_with
+
+
 def _pruned_rows(
-    bundle: Path, samples: list[Sample], seed: int, progress: Progress, unpruned: float
+    open_session: _Open, samples: list[Sample], seed: int, progress: Progress, unpruned: float
 ) -> list[AccuracyRow]:
     modes: tuple[PositionMode, ...] = ("compact", "gap")
-    return [_measure(bundle, mode, samples, seed, progress, unpruned) for mode in modes]
+    return [_measure(open_session, mode, samples, seed, progress, unpruned) for mode in modes]
 
 
-def _draw_pruned(bundle: Path, sample: Sample, folder: Path) -> None:
+def _draw_pruned(open_session: _Open, sample: Sample, folder: Path) -> None:
     modes: tuple[PositionMode, ...] = ("compact", "gap")
     for mode in modes:
-        _draw(bundle, mode, sample, folder)
+        _draw(open_session, mode, sample, folder)
 
 
-def _draw(bundle: Path, positions: PositionMode | None, sample: Sample, folder: Path) -> None:
+def _draw(
+    open_session: _Open, positions: PositionMode | None, sample: Sample, folder: Path
+) -> None:
     """Draw one answer to ``<pruner>-<keep>-<positions>.png`` or ``unpruned.png``.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    with GroundingSession.open(bundle, positions=positions or "gap") as session:
+    with open_session(positions or "gap") as session:
         pruning = session.manifest.pruning
         answer = session.ground(sample.image, sample.expression.text)
     name = f"{pruning.pruner}-{pruning.keep_ratio:g}-{positions}" if positions else "unpruned"
@@ -285,7 +313,7 @@ def _draw(bundle: Path, positions: PositionMode | None, sample: Sample, folder: 
 
 
 def _measure(
-    bundle: Path,
+    open_session: _Open,
     positions: PositionMode | None,
     samples: list[Sample],
     seed: int,
@@ -293,12 +321,12 @@ def _measure(
     unpruned: float | None,
 ) -> AccuracyRow:
     """Run one bundle over the samples; ``positions`` None for the unpruned row."""
-    with GroundingSession.open(bundle, positions=positions or "gap") as session:
+    with open_session(positions or "gap") as session:
         manifest = session.manifest
         pruning = manifest.pruning
         title = f"{pruning.pruner} {pruning.keep_ratio:g} {positions}" if positions else "unpruned"
         ious: list[float] = []
-        num_images = 0
+        num_images, num_tokens = 0, 0
         with progress.stage(f"measuring {title}", total=len(samples)) as advance:
             for group in _by_image(samples):
                 num_images += 1
@@ -307,6 +335,7 @@ def _measure(
                 )
                 for sample, answer in zip(group, answers, strict=True):
                     box = answer.box
+                    num_tokens += len(answer.keep_indices)
                     ious.append(0.0 if box is None else intersection_over_union(box, sample.box))
                 advance(len(group))
     accuracy = accuracy_at(ious)
@@ -323,6 +352,7 @@ def _measure(
         ci95=wilson_interval(hits, len(ious)),
         mean_iou=sum(ious) / len(ious),
         recovered=accuracy / unpruned if unpruned else None,
+        mean_visual_tokens=num_tokens / len(ious),
     )
 
 

@@ -131,7 +131,7 @@ def _vision(
 def _token_pruner(module: TokenPruner, source: ModelSource, *, rows: str, dtype: str) -> Component:
     pruning, hidden = module.pruning, source.architecture.decoder.hidden_size
     scores = _spec("token_scores", rows, pruning.num_visual_tokens, dtype=_F32)
-    emitted = "num_kept_tokens" if pruning.extra_token == "none" else "num_emitted_tokens"
+    emitted = "num_kept_tokens" if pruning.extra_token == "none" else "num_kept_tokens + 1"
     return Component(
         name="token_pruner",
         prunes=True,

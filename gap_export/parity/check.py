@@ -1,8 +1,8 @@
-"""Check a bundle: PyTorch against ONNX Runtime on real pictures, per output, per token, per box."""
+"""Check a bundle: PyTorch against what runs it, on real pictures: outputs, tokens, boxes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from gap_export.parity.tally import OutputParity, Tally
 from gap_export.parity.tolerances import TOLERANCES, Tolerance
 from gap_export.progress import Progress, SilentProgress
 from gap_export.recipe import Recipe
-from gap_export.runtime.session import Grounding, GroundingSession
+from gap_export.runtime.session import BackendName, Grounding, GroundingSession
 from gap_export.source import Checkpoint
 
 
@@ -36,7 +36,9 @@ class ParityReport:
     Attributes:
         bundle: Its folder.
         candidate: What was judged, in words.
-        outputs: One row per graph output.
+        reference: What it was compared with: PyTorch, and with whose weights.
+        outputs: One row per graph output; before them, where a bundle's weights were rounded to
+            nearest, one for these: whether they are what the checkpoint's round to.
         num_questions: Questions asked of both sides.
         equal_tokens: Questions whose greedy tokens are the same.
         equal_boxes: Questions whose boxes are the same.
@@ -50,6 +52,7 @@ class ParityReport:
 
     bundle: str
     candidate: str
+    reference: str
     outputs: tuple[OutputParity, ...]
     num_questions: int
     equal_tokens: int
@@ -78,6 +81,7 @@ class ParityReport:
             "passed": self.passed,
             "bundle": self.bundle,
             "candidate": self.candidate,
+            "reference": self.reference,
             "outputs": rows,
             "num_questions": self.num_questions,
             "equal_tokens": self.equal_tokens,
@@ -93,37 +97,41 @@ def check_bundle(
     recipe: Recipe,
     checkpoint: Checkpoint,
     questions: Sequence[Question],
+    backend: BackendName = "onnxruntime",
+    engines: str | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Ask PyTorch and the bundle the same questions and compare everything they answer.
+
+    Of a bundle with quantized weights PyTorch computes with these; see
+    :func:`gap_export.parity.quantized.use_quantized_weights`.
 
     Args:
         bundle: The bundle's folder; every byte of it is hashed first.
         recipe: The model's.
         checkpoint: The weights it was made from.
         questions: At least one.
+        backend: What runs the bundle. PyTorch computes in the same dtype.
+        engines: With TensorRT: which of the bundle's engines.
         progress: Told what is done.
 
     Raises:
-        UsageError: no questions, or the bundle, the checkpoint or a picture is not usable.
+        UsageError: no questions, or the bundle, the checkpoint or a picture is not usable, or no
+            tolerance is known for the dtype.
     """
     if not questions:
         raise UsageError("nothing to check with", seen="0 questions", allowed="at least 1")
     require_extra("export", "checking against PyTorch")
-    from gap_export.families import build_reference
-    from gap_export.parity.torch_backend import TorchBackend
-
     progress = progress or SilentProgress()
     tally = Tally()
     answers: list[_Answer] = []
-    with GroundingSession.open(bundle, verify="full") as candidate:
-        manifest = candidate.manifest
-        reference = build_reference(
-            recipe, checkpoint, manifest.pruning, device="cpu", dtype=manifest.dtype
-        )
-        recorder = RecordingBackend(TorchBackend(reference))
+    with GroundingSession.open(
+        bundle, backend=backend, engines=engines, verify="full"
+    ) as candidate:
+        tolerances = _tolerances(candidate.backend.dtype)
+        recorder, weights = _build_truth(bundle, recipe, checkpoint, candidate, progress)
         with (
-            GroundingSession(manifest, bundle, recorder) as truth,
+            GroundingSession(candidate.manifest, bundle, recorder) as truth,
             progress.stage("comparing with PyTorch", total=len(questions)) as advance,
         ):
             for question in questions:
@@ -140,12 +148,12 @@ def check_bundle(
                 )
                 advance(1)
         name = candidate.backend.name
-    tolerances = TOLERANCES[manifest.dtype]
-    outputs = tally.rows(tolerances)
+    outputs = (*weights, *tally.rows(tolerances))
     selected = all(row.passed for row in outputs if row.output == "keep_indices")
     return ParityReport(
         bundle=str(bundle),
         candidate=name,
+        reference=recorder.name,
         outputs=outputs,
         num_questions=len(questions),
         equal_tokens=sum(answer.same_tokens for answer in answers),
@@ -156,6 +164,39 @@ def check_bundle(
         ),
         differing=tuple(a.describe() for a in answers if not (a.same_tokens and a.same_box))[:5],
     )
+
+
+def _build_truth(
+    bundle: Path,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    candidate: GroundingSession,
+    progress: Progress,
+) -> tuple[RecordingBackend, tuple[OutputParity, ...]]:
+    """PyTorch in the candidate's dtype; and of what the two share, whether it is right."""
+    from gap_export.families import build_reference
+    from gap_export.parity.quantized import use_quantized_weights
+    from gap_export.parity.torch_backend import TorchBackend
+
+    judged = candidate.backend
+    reference = build_reference(
+        recipe, checkpoint, candidate.manifest.pruning, device="cpu", dtype=judged.dtype
+    )
+    shared: tuple[OutputParity, ...] = ()
+    if judged.quantization is not None:
+        shared = use_quantized_weights(reference, bundle, judged.quantization, progress=progress)
+    return RecordingBackend(TorchBackend(reference, quantization=judged.quantization)), shared
+
+
+def _tolerances(dtype: str) -> Mapping[str, Tolerance]:
+    if dtype not in TOLERANCES:
+        raise UsageError(
+            "how far results may be off has not been measured for this dtype",
+            seen=dtype,
+            allowed=", ".join(TOLERANCES),
+            fix="export with another dtype",
+        )
+    return TOLERANCES[dtype]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gap_export.manifest import QuantizationSpec
 from gap_export.runtime.backend import Backend, EncodedImage, KVCache, ScoredImage
 
 FloatArray = NDArray[np.floating[Any]]
@@ -44,6 +45,16 @@ class RecordingBackend:
     def name(self) -> str:
         """The inner backend's."""
         return self.inner.name
+
+    @property
+    def dtype(self) -> str:
+        """The inner backend's."""
+        return self.inner.dtype
+
+    @property
+    def quantization(self) -> QuantizationSpec | None:
+        """The inner backend's."""
+        return self.inner.quantization
 
     def __enter__(self) -> RecordingBackend:
         """Enter the inner backend."""

@@ -68,3 +68,24 @@ TOLERANCES: Mapping[str, Mapping[str, Tolerance]] = {
         "logits": _FLOAT16,
     },
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundingTolerance:
+    """When an INT4 weight is what a checkpoint's weight rounds to.
+
+    Attributes:
+        scales: How far a scale may be off, relative to it.
+        ulps: How near to halfway between two integers a value must be for either of them to be
+            right, relative to an integer of 1, in units of the last place of the weight's dtype.
+    """
+
+    scales: float
+    ulps: float
+
+
+# Rounding is the same on any machine, sums of products (a merged adapter) are not: they may be off
+# in the last place, of which the largest integer, 7, makes 7; and a scale, of 8 significant bits,
+# that was computed from such a sum may be the next one.
+READ_WEIGHT = RoundingTolerance(scales=0.0, ulps=0.0)
+COMPUTED_WEIGHT = RoundingTolerance(scales=2.0**-7, ulps=8.0)

@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from gap_export.families import Reference
+from gap_export.manifest import QuantizationSpec
+from gap_export.parity.quantized import describe_quantized
 from gap_export.positions import gap_remap
 from gap_export.runtime.backend import EncodedImage, KVCache, ScoredImage
 
@@ -44,16 +46,33 @@ class TorchBackend:
 
     Args:
         reference: Built with real weights (``device="cpu"``).
+        quantization: What :func:`use_quantized_weights` gave its decoder; None for nothing.
     """
 
-    def __init__(self, reference: Reference) -> None:
+    def __init__(
+        self, reference: Reference, *, quantization: QuantizationSpec | None = None
+    ) -> None:
         self._reference = reference
+        self._quantization = quantization
         self._dtype = _DTYPES[reference.dtype]
 
     @property
     def name(self) -> str:
         """What runs, for reports."""
-        return f"PyTorch {torch.__version__} (CPU)"
+        name = f"PyTorch {torch.__version__} (CPU)"
+        if self._quantization is None:
+            return name
+        return f"{name}, {describe_quantized(self._quantization)}"
+
+    @property
+    def dtype(self) -> str:
+        """The reference's."""
+        return self._reference.dtype
+
+    @property
+    def quantization(self) -> QuantizationSpec | None:
+        """See Backend."""
+        return self._quantization
 
     def __enter__(self) -> TorchBackend:
         """Return itself."""

@@ -11,19 +11,29 @@ from gap_export.passes.fold_constants import FoldConstants
 from gap_export.passes.fuse_linear import FuseLinear
 from gap_export.passes.graph_pass import GraphPass, PassReport, fingerprint
 from gap_export.passes.insert_gap_remap import InsertGapRemap
+from gap_export.passes.lowering import (
+    LOWERINGS,
+    DecoderLimits,
+    Lowering,
+    lower,
+)
 from gap_export.passes.strip_trace_metadata import StripTraceMetadata
 from gap_export.passes.take_num_kept_tokens import TakeNumKeptTokens
 
 __all__ = [
+    "LOWERINGS",
     "PIPELINES",
+    "DecoderLimits",
     "FoldConstants",
     "FuseLinear",
     "GraphPass",
     "InsertGapRemap",
+    "Lowering",
     "PassReport",
     "StripTraceMetadata",
     "TakeNumKeptTokens",
     "fingerprint",
+    "lower",
     "run_pipeline",
 ]
 

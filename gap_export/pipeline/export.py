@@ -6,24 +6,21 @@ must not cost seconds, and must work where the ``export`` extra is missing.
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterable
-from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gap_export.bundle import BundleDraft, write_bundle
-from gap_export.errors import BundleError, CheckpointError, ExpressionError
-from gap_export.manifest import (
-    GraphSpec,
-    Manifest,
-    ModelSpec,
-    PruningSpec,
-    SourceFile,
-    SourcePart,
-    SourceSpec,
-    TensorPlace,
+from gap_export.engines.targets import TargetChoice
+from gap_export.manifest import GraphSpec, Manifest, PruningSpec
+from gap_export.pipeline.build_here import build_here, split_choices
+from gap_export.pipeline.describe import check_prompt, describe_bundle, describe_source
+from gap_export.pipeline.engine_forms import (
+    GraphForm,
+    choose_form,
+    describe_targets,
+    find_limits,
 )
 from gap_export.pipeline.graph_cache import GraphCache
 from gap_export.pipeline.options import ExportOptions, ExportReport, resolve_options
@@ -31,16 +28,14 @@ from gap_export.pipeline.timing import timed
 from gap_export.progress import Progress, SilentProgress
 from gap_export.recipe import Recipe
 from gap_export.source import MAIN, Checkpoint, resolve_model
-from gap_export.version import __version__
 
 if TYPE_CHECKING:
     from gap_export.families import Reference
-    from gap_export.pipeline.place_weights import PlacedWeights
+    from gap_export.pipeline.place_weights import PlacedWeights, QuantizedPlaces
+    from gap_export.quantization import ChannelScale
 
-# Stands for every expression: what the model cannot be asked with it, it cannot be asked at all.
-_PROBE = "object"
-_TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
-_OPSET = 20
+# For whoever takes the bundle to the device it is for.
+_DEVICE_README = "README.md"
 
 
 def export_model(
@@ -48,17 +43,22 @@ def export_model(
     *,
     progress: Progress | None = None,
     cache: GraphCache | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Export a pruned model into a bundle. The bundle appears when complete, or not at all.
+
+    Engines are built when the bundle is there; where one fails, the bundle stays.
 
     Args:
         options: What to export, and how.
         progress: Told what is done.
         cache: Share one between exports of the same checkpoint to trace its decoder once.
+        warn: Told what may go wrong while engines are built, for want of memory.
 
     Raises:
         UsageError: an option, the recipe, the checkpoint or the output folder is not usable.
         ExportError: tracing or a pass failed.
+        EngineError: an engine could not be built.
     """
     recipe, checkpoint = resolve_model(
         options.model,
@@ -66,7 +66,7 @@ def export_model(
         parts=options.checkpoint,
         random_seed=options.seed if options.random_weights else None,
     )
-    return export_checkpoint(recipe, checkpoint, options, progress=progress, cache=cache)
+    return export_checkpoint(recipe, checkpoint, options, progress=progress, cache=cache, warn=warn)
 
 
 def export_checkpoint(
@@ -76,6 +76,7 @@ def export_checkpoint(
     *,
     progress: Progress | None = None,
     cache: GraphCache | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Export a checkpoint by a recipe that the caller holds; see :func:`export_model`.
 
@@ -85,61 +86,240 @@ def export_checkpoint(
         options: How; ``model``, ``recipe`` and ``checkpoint`` in it are not read.
         progress: Told what is done.
         cache: Shared between exports.
+        warn: Told what may go wrong while engines are built, for want of memory.
 
     Raises:
         UsageError: an option, the recipe, the checkpoint or the output folder is not usable.
         ExportError: tracing or a pass failed.
+        EngineError: an engine could not be built.
     """
     progress = progress or SilentProgress()
     pruning = resolve_options(recipe, options)
-    from gap_export.families import build_reference
-    from gap_export.pipeline.graphs import add_graph
-    from gap_export.pipeline.place_weights import place_weights
-
+    choices = options.target_choices()
+    # What cannot be built after all is said now, not after minutes of work.
+    to_build, prepared = split_choices(choices, options.targets)
     out = options.out or Path(f"{recipe.name}-{pruning.pruner}-{pruning.keep_ratio:g}")
     seconds: dict[str, float] = {}
-    cache = cache or GraphCache()
     with write_bundle(out, force=options.force) as draft:
-        with timed(seconds, "reference"):
-            reference = build_reference(
-                recipe, checkpoint, pruning, device="meta", dtype=options.dtype
-            )
+        manifest = _Job(
+            recipe=recipe,
+            checkpoint=checkpoint,
+            options=options,
+            pruning=pruning,
+            choices=choices,
+            draft=draft,
+            progress=progress,
+            cache=cache or GraphCache(),
+            seconds=seconds,
+        ).run()
+        with timed(seconds, "commit"):
+            manifest = draft.commit(manifest)
+    with timed(seconds, "engines"):
+        engines = build_here(out, to_build, progress=progress, warn=warn or _ignore)
+    return ExportReport(
+        bundle=out, manifest=manifest, seconds=seconds, engines=engines, prepared=prepared
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One export into a draft; its steps share all of this."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    options: ExportOptions
+    pruning: PruningSpec
+    choices: tuple[TargetChoice, ...]
+    draft: BundleDraft
+    progress: Progress
+    cache: GraphCache
+    seconds: dict[str, float] = field(repr=False)
+
+    def run(self) -> Manifest:
+        """Everything but the commit; the manifest lists no files yet."""
+        reference = self._reference(self.options.dtype)
         for _, path in reference.checkpoint_files:
             # In the background: gigabytes are hashed while graphs are traced.
-            draft.hasher.start(path)
-        with timed(seconds, "weights"):
-            placed = place_weights(
-                draft,
-                reference,
-                hold="copy" if options.copy_weights or _is_bundled(recipe) else "link",
-                progress=progress,
-            )
-            for name, asset in reference.assets.items():
-                _add_asset(draft, name, asset)
-        manifest = _describe(recipe, pruning, reference, placed)
+            self.draft.hasher.start(path)
+        for name, asset in reference.assets.items():
+            _add_asset(self.draft, name, asset)
+        scales = self._calibrate(reference)
+        reference = _scaled(reference, scales)
+        forms = choose_form(
+            self.choices, base_dtype=reference.dtype, lowering=self.options.lowering
+        )
+        wanted = _lowerings(reference.dtype, forms.values())
+        quantized = self._quantize(reference, wanted)
+        placed = self._place(reference, quantized)
+        manifest = self._describe(reference, placed)
         # Before the graphs: nobody should wait for those of a model that cannot be asked.
-        with timed(seconds, "prompt"):
-            _check_prompt(manifest, draft.folder, reference.image_token_id, _where(checkpoint))
+        manifest = self._check_prompt(manifest, reference)
+        graphs = self._graphs(manifest, reference, placed, wanted, scales)
+        manifest = replace(manifest, graphs=tuple(graphs))
+        if self.choices:
+            manifest = self._prepare_targets(manifest, forms)
+        with timed(self.seconds, "hashing"):
+            source = describe_source(self.draft, self.checkpoint, reference.checkpoint_files)
+        return replace(manifest, source=source)
+
+    def _reference(self, dtype: str | None) -> Reference:
+        from gap_export.families import build_reference
+
+        with timed(self.seconds, "reference"):
+            return build_reference(
+                self.recipe, self.checkpoint, self.pruning, device="meta", dtype=dtype
+            )
+
+    def _describe(self, reference: Reference, placed: PlacedWeights | None) -> Manifest:
+        return describe_bundle(
+            self.recipe,
+            self.pruning,
+            reference,
+            placed,
+            is_quantized=self.options.quantization is not None,
+        )
+
+    def _calibrate(self, reference: Reference) -> tuple[ChannelScale, ...]:
+        """What AWQ scales channels by, for references of every dtype; none for other methods."""
+        quantization = self.options.quantization
+        if quantization is None:
+            return ()
+        from gap_export.pipeline.calibration import calibrate
+        from gap_export.pipeline.place_weights import check_quantization
+
+        check_quantization(reference, quantization)
+        if quantization.method != "awq":
+            return ()
+        with timed(self.seconds, "calibrating"):
+            return calibrate(
+                reference,
+                self._describe(reference, None),
+                self.draft.folder,
+                self.options.calibration or (),
+                block_size=quantization.block_size,
+                progress=self.progress,
+            )
+
+    def _quantize(self, reference: Reference, dtypes: Iterable[str]) -> QuantizedPlaces:
+        """The decoder's quantized weights, for graphs of all these dtypes."""
+        from gap_export.pipeline.place_weights import quantize_weights
+
+        if self.options.quantization is None:
+            return {}
+        with timed(self.seconds, "quantizing"):
+            return quantize_weights(
+                self.draft,
+                reference,
+                self.options.quantization,
+                dtypes=tuple(dtypes),
+                progress=self.progress,
+            )
+
+    def _place(
+        self,
+        reference: Reference,
+        quantized: QuantizedPlaces,
+        beside: PlacedWeights | None = None,
+    ) -> PlacedWeights:
+        """All other weights, where the bundle may hold those of another dtype already."""
+        from gap_export.pipeline.place_weights import place_weights
+
+        with timed(self.seconds, "weights"):
+            return place_weights(
+                self.draft,
+                reference,
+                hold="copy" if self.options.copy_weights or _is_bundled(self.recipe) else "link",
+                progress=self.progress,
+                quantized=quantized,
+                beside=beside,
+            )
+
+    def _check_prompt(self, manifest: Manifest, reference: Reference) -> Manifest:
+        """See that the model can be asked, and, for engines, with how long a prompt."""
+        where = str(self.checkpoint.parts.get(MAIN, "the stand-in"))
+        with timed(self.seconds, "prompt"):
+            num_template_tokens = check_prompt(
+                manifest, self.draft.folder, reference.image_token_id, where
+            )
+        if not self.choices:
+            return manifest
+        limits = find_limits(
+            manifest,
+            num_template_tokens=num_template_tokens,
+            max_prompt=self.options.max_prompt,
+            max_new_tokens=self.options.max_new_tokens,
+            max_batch=self.options.max_batch,
+        )
+        return replace(manifest, engine_limits=limits)
+
+    def _graphs(
+        self,
+        manifest: Manifest,
+        reference: Reference,
+        placed: PlacedWeights,
+        wanted: Mapping[str, Sequence[str]],
+        scales: tuple[ChannelScale, ...],
+    ) -> list[GraphSpec]:
+        """All graphs: by dtype, by component, by lowering."""
+        from gap_export.pipeline.graphs import GraphWriter, decoder_limits
+
         graphs: list[GraphSpec] = []
-        title = f"exporting {pruning.pruner} {pruning.keep_ratio:g}"
-        with progress.stage(title, total=len(reference.components)) as advance:
-            for component in reference.components:
-                graphs.append(
-                    add_graph(
-                        draft.folder,
+        title = f"exporting {self.pruning.pruner} {self.pruning.keep_ratio:g}"
+        base = placed
+        writer = GraphWriter(
+            folder=self.draft.folder,
+            quantization=self.options.quantization,
+            limits=decoder_limits(manifest),
+            seconds=self.seconds,
+            cache=self.cache,
+        )
+        for dtype, lowerings in wanted.items():
+            if dtype != reference.dtype:
+                reference = _scaled(self._reference(dtype), scales)
+                placed = self._place(reference, base.all_quantized, beside=base)
+            with self.progress.stage(title, total=len(reference.components)) as advance:
+                for component in reference.components:
+                    graphs += writer.write(
                         component,
                         placed.of(component.weight_refs),
-                        dtype=reference.dtype,
-                        seconds=seconds,
-                        cache=cache,
+                        quantized=placed.quantized(component.name),
+                        dtype=dtype,
+                        lowerings=lowerings,
                     )
-                )
-                advance(1)
-        with timed(seconds, "hashing"):
-            source = _source_spec(draft, checkpoint, reference.checkpoint_files)
-        with timed(seconds, "commit"):
-            manifest = draft.commit(replace(manifest, graphs=tuple(graphs), source=source))
-    return ExportReport(bundle=out, manifest=manifest, seconds=seconds)
+                    advance(1)
+        return graphs
+
+    def _prepare_targets(self, manifest: Manifest, forms: Mapping[str, GraphForm]) -> Manifest:
+        """Verdicts on what is built elsewhere, and the instructions to build it there."""
+        from gap_export.pipeline.device_readme import device_readme
+
+        with timed(self.seconds, "pre-flight"):
+            targets = describe_targets(self.draft.folder, self.choices, forms, manifest.graphs)
+        manifest = replace(manifest, targets=targets)
+        text = device_readme(manifest, self.choices, folder=self.draft.folder)
+        # Where all is built by this very export, there is nothing to tell.
+        if text:
+            (self.draft.folder / _DEVICE_README).write_text(text, encoding="utf-8")
+        return manifest
+
+
+def _lowerings(base_dtype: str, forms: Iterable[GraphForm]) -> dict[str, list[str]]:
+    """For each dtype the lowerings to make; the base graphs come first."""
+    from gap_export.pipeline.graphs import BASE
+
+    wanted: dict[str, list[str]] = {base_dtype: [BASE]}
+    for form in forms:
+        lowerings = wanted.setdefault(form.dtype, [])
+        if form.lowering not in lowerings:
+            lowerings.append(form.lowering)
+    return wanted
+
+
+def _scaled(reference: Reference, scales: tuple[ChannelScale, ...]) -> Reference:
+    """A reference with AWQ's scales folded into its decoder."""
+    from gap_export.pipeline.calibration import scale_decoder
+
+    return scale_decoder(reference, scales) if scales else reference
 
 
 def _is_bundled(recipe: Recipe) -> bool:
@@ -154,108 +334,5 @@ def _add_asset(draft: BundleDraft, name: str, asset: Path | bytes) -> None:
         draft.place(asset, name, hold="copy")
 
 
-def _where(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.parts.get(MAIN, "the stand-in"))
-
-
-def _check_prompt(manifest: Manifest, assets: Path, image_token_id: int | None, where: str) -> None:
-    """Ask for something, as a user of the bundle will, and see that the model can read it.
-
-    Raises:
-        CheckpointError: a tokenizer is broken, or it, the config and the recipe do not fit.
-    """
-    from gap_export.runtime.prompt import PromptEncoder
-
-    try:
-        prompts = PromptEncoder(manifest, assets)
-        encoded = prompts.encode(_PROBE)
-    except (BundleError, ExpressionError) as err:
-        raise CheckpointError(
-            f"no prompt can be made with the tokenizer of {where} and recipe {manifest.model.name}",
-            seen=err.what if err.seen is None else f"{err.what}: {err.seen}",
-            allowed=err.allowed,
-            fix="restore the checkpoint's tokenizer.json, or correct the recipe's prompt",
-        ) from err
-    if prompts.image_token_id is not None and prompts.image_token_id != image_token_id:
-        raise CheckpointError(
-            f"{where}: config.json and tokenizer.json disagree on the image token "
-            f"{manifest.prompt.image_token}",
-            seen=f"image_token_index {image_token_id}",
-            allowed=f"{prompts.image_token_id}, the tokenizer's id",
-            fix="use the files that belong together",
-        )
-    largest = int(max([*encoded.prefix_ids, *encoded.suffix_ids]))
-    if largest >= manifest.decoder.vocab_size:
-        raise CheckpointError(
-            f"{where}: the tokenizer gives ids that the model has not got",
-            seen=largest,
-            allowed=f"0..{manifest.decoder.vocab_size - 1}",
-            fix="use the tokenizer.json that belongs to these weights",
-        )
-
-
-def _source_spec(
-    draft: BundleDraft, checkpoint: Checkpoint, files: Iterable[tuple[str, Path]]
-) -> SourceSpec:
-    """Where the weights are from; waits for the hashes."""
-    parts: list[SourcePart] = []
-    by_role: dict[str, list[Path]] = {}
-    for role, path in files:
-        by_role.setdefault(role, []).append(path)
-    for role, paths in by_role.items():
-        place = checkpoint.parts[role]
-        folder = place if place.is_dir() else place.parent
-        listed = [
-            SourceFile(
-                path=path.relative_to(folder).as_posix(),
-                size=path.stat().st_size,
-                sha256=draft.hasher.sha256(path),
-            )
-            for path in sorted(set(paths))
-        ]
-        parts.append(SourcePart(role=role, location=str(folder.resolve()), files=tuple(listed)))
-    return SourceSpec(parts=tuple(parts), random_seed=checkpoint.random_seed)
-
-
-def _describe(
-    recipe: Recipe, pruning: PruningSpec, reference: Reference, placed: PlacedWeights
-) -> Manifest:
-    """All that is known before the graphs are made."""
-    return Manifest(
-        model=ModelSpec(
-            name=recipe.name, family=recipe.family, summary=recipe.summary, license=recipe.license
-        ),
-        source=SourceSpec(parts=()),
-        pruning=pruning,
-        grid=recipe.grid,
-        image=recipe.image,
-        prompt=recipe.prompt,
-        box=recipe.box,
-        text_encoder=reference.text_encoder_spec,
-        decoder=reference.decoder_spec,
-        newline=_newline_place(reference, placed),
-        dtype=reference.dtype,
-        opset=_OPSET,
-        graphs=(),
-        files=(),
-        tools=_tool_versions(),
-    )
-
-
-def _newline_place(reference: Reference, placed: PlacedWeights) -> TensorPlace | None:
-    if reference.newline_weight is None:
-        return None
-    place = placed.of({"newline": reference.newline_weight})["newline"]
-    return TensorPlace(
-        file=place.location, offset=place.offset, dtype=reference.dtype, shape=place.shape
-    )
-
-
-def _tool_versions() -> dict[str, str]:
-    found = {"gap-export": __version__, "python": platform.python_version()}
-    for name in _TOOLS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def _ignore(text: str) -> None:
+    del text

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from gap_export.engines.folder import EngineFolder
+from gap_export.engines.targets import Lowering, TargetChoice, parse_targets
 from gap_export.errors import UsageError
 from gap_export.extras import require_extra
 from gap_export.manifest import (
@@ -16,9 +18,13 @@ from gap_export.manifest import (
     Manifest,
     Order,
     PruningSpec,
+    QuantizationSpec,
 )
 from gap_export.positions import PositionMode
 from gap_export.recipe import Recipe
+
+if TYPE_CHECKING:
+    from gap_export.runtime.image import ImageInput
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
@@ -50,6 +56,14 @@ class ExportOptions:
         copy_weights: Copy weights that could be linked, so that the bundle is a folder like any
             other: some ONNX tools refuse links.
         random_weights: Take no checkpoint; draw weights of the true shape from the seed.
+        quantization: Of the decoder's linear layers; None to leave them as they are.
+        calibration: Pictures and expressions that AWQ looks at, at least one; meant for it alone.
+        targets: What TensorRT is to build for, as ``--trt`` has it, e.g. ``rtx:sm89``; ``auto``:
+            all, building what can be built here.
+        lowering: Form of the graphs for TensorRT; None for the best each target builds.
+        max_prompt: Longest prompt after pruning that engines take; None: the longest there can be.
+        max_new_tokens: Longest answer that engines' caches have room for; None: the recipe's.
+        max_batch: Most expressions at a time that engines take.
     """
 
     model: str
@@ -68,6 +82,33 @@ class ExportOptions:
     dtype: Dtype | None = None
     copy_weights: bool = False
     random_weights: bool = False
+    quantization: QuantizationSpec | None = None
+    calibration: tuple[tuple[ImageInput, str], ...] | None = None
+    targets: tuple[str, ...] = ()
+    lowering: Lowering | None = None
+    max_prompt: int | None = None
+    max_new_tokens: int | None = None
+    max_batch: int = 1
+
+    def target_choices(self) -> tuple[TargetChoice, ...]:
+        """The targets as rows of the table.
+
+        Raises:
+            UsageError: an unknown one, or an option that means nothing without a target.
+        """
+        for flag, value, unset in (
+            ("--lowering", self.lowering, None),
+            ("--max-prompt", self.max_prompt, None),
+            ("--max-new-tokens", self.max_new_tokens, None),
+            ("--batch", self.max_batch, 1),
+        ):
+            if not self.targets and value != unset:
+                raise UsageError(
+                    f"{flag} is about TensorRT engines, and none are asked for",
+                    seen=value,
+                    fix=f"add --trt, or leave out {flag}",
+                )
+        return parse_targets(self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +119,15 @@ class ExportReport:
         bundle: The bundle's folder.
         manifest: Its manifest.
         seconds: Wall time of each step.
+        engines: What was built, one for each target.
+        prepared: By folder of a target, why its engines are to be built elsewhere.
     """
 
     bundle: Path
     manifest: Manifest
     seconds: dict[str, float]
+    engines: tuple[EngineFolder, ...] = ()
+    prepared: Mapping[str, str] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, Any]:
         """JSON form."""
@@ -102,6 +147,8 @@ class ExportReport:
             "graphs": [graph.file for graph in self.manifest.graphs],
             "size_bytes": sum(f.size for f in self.manifest.files),
             "new_bytes": sum(f.size for f in self.manifest.files if f.held not in _SHARED),
+            "engines": [folder.path.name for folder in self.engines],
+            "prepared": dict(self.prepared),
             "seconds": self.seconds,
         }
 
@@ -116,6 +163,13 @@ def resolve_options(recipe: Recipe, options: ExportOptions) -> PruningSpec:
     require_extra("export", "exporting a model")
     if options.dtype is not None and options.dtype not in DTYPES:
         raise UsageError("no such dtype", seen=repr(options.dtype), allowed=", ".join(DTYPES))
+    calibrates = options.quantization is not None and options.quantization.method == "awq"
+    if calibrates != bool(options.calibration):
+        raise UsageError(
+            "AWQ looks at pictures, and nothing else does",
+            seen=f"{len(options.calibration or ())} calibration samples",
+            allowed="at least one for method awq, none otherwise",
+        )
     if options.random_weights and options.checkpoint:
         raise UsageError(
             "random weights need no checkpoint",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gap_export.manifest import QuantizationSpec
 from gap_export.positions import Int64Array
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ class ScoredImage(NamedTuple):
     patch_features: FloatArray
     patch_keys: FloatArray | None = None
 
+    def feed(self, *, num_kept_tokens: int) -> dict[str, NDArray[Any]]:
+        """The inputs of the graph that keeps ``num_kept_tokens`` of each row."""
+        parts = {name: part for name, part in self._asdict().items() if part is not None}
+        return parts | {"num_kept_tokens": np.array([num_kept_tokens], dtype=np.int64)}
+
 
 class KVCache(Protocol):
     """The decoder's memory of one batch. Its content belongs to the backend that made it."""
@@ -73,6 +79,16 @@ class Backend(Protocol):
     @property
     def name(self) -> str:
         """What runs, for reports, e.g. ``ONNX Runtime 1.32.0 (CPUExecutionProvider)``."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the floats it computes with: float32, float16 or bfloat16."""
+        ...
+
+    @property
+    def quantization(self) -> QuantizationSpec | None:
+        """Of the decoder's weights; None where they have the dtype of the floats."""
         ...
 
     def __enter__(self) -> Self:

@@ -4,7 +4,7 @@ The KV cache stays where it was computed: each step's ``present`` outputs are bo
 step's ``past`` inputs, without a copy through numpy.
 
 ONNX Runtime's CPU has no float16 arithmetic: it casts to float32 and back, so float16 graphs run
-there, slowly. See :func:`_spare_memory` for what keeps their weights from being held twice.
+there, slowly. See :func:`spare_memory` for what keeps their weights from being held twice.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from gap_export.bundle import Bundle
 from gap_export.bundle.tensors import read_place
 from gap_export.errors import BundleError, GapExportError, UsageError
-from gap_export.manifest import GraphSpec
+from gap_export.manifest import GraphSpec, QuantizationSpec
 from gap_export.positions import Int64Array
 from gap_export.runtime.backend import EncodedImage, FloatArray, KVCache, ScoredImage
+from gap_export.runtime.onnxruntime_options import session_options, spare_memory
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,10 +45,6 @@ _CUDA_FIX = (
     'onnxruntime-gpu takes the place of onnxruntime: "pip uninstall onnxruntime", then install '
     '"gap-export[gpu]"'
 )
-# Its errors reach the user as ours; it need not write them to stderr as well.
-_FATAL_ONLY = 4
-# ONNX Runtime starts as many as it is told, and a slip of the key must not take the machine down.
-_MAX_THREADS = 256
 # All that ONNX Runtime raises: classes with no common base, and RuntimeError from bound runs.
 _ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
@@ -104,6 +101,7 @@ class OnnxRuntimeBackend:
         self._num_threads = num_threads
         self._dtype = _numpy_dtype(manifest.dtype)
         self._decoder_spec = manifest.decoder
+        self._quantization = manifest.graph("decoder_model_merged").quantization
         self._newline: FloatArray | None = None
         if manifest.newline is not None:
             self._newline = read_place(bundle.path, manifest.newline).astype(self._dtype)
@@ -125,6 +123,16 @@ class OnnxRuntimeBackend:
     def name(self) -> str:
         """What runs, for reports."""
         return f"ONNX Runtime {ort.__version__} ({self._decoder.get_providers()[0]})"
+
+    @property
+    def dtype(self) -> str:
+        """See Backend."""
+        return self._dtype.name
+
+    @property
+    def quantization(self) -> QuantizationSpec | None:
+        """See Backend."""
+        return self._quantization
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -161,8 +169,7 @@ class OnnxRuntimeBackend:
         """See Backend."""
         if self._token_pruner is None:
             raise UsageError("this bundle keeps as many tokens of every picture")
-        feed = {name: part for name, part in scored._asdict().items() if part is not None}
-        feed["num_kept_tokens"] = np.array([num_kept_tokens], dtype=np.int64)
+        feed = scored.feed(num_kept_tokens=num_kept_tokens)
         return EncodedImage(
             *self._run(self._token_pruner, ["image_features", "keep_indices"], feed)
         )
@@ -260,9 +267,9 @@ class OnnxRuntimeBackend:
         return session
 
     def _start(self, path: Path, spec: GraphSpec, providers: list[str]) -> ort.InferenceSession:
-        options = _session_options(self._num_threads)
+        options = session_options(self._num_threads)
         if spec.dtype == "float16" and providers == [_CPU]:
-            _spare_memory(options)
+            spare_memory(options)
         # Its own fallback prints to standard output, where our JSON goes.
         return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
 
@@ -323,35 +330,6 @@ def _numpy_dtype(name: str) -> np.dtype[Any]:
             fix="export with another dtype",
         )
     return np.dtype(name)
-
-
-def _session_options(num_threads: int | None) -> ort.SessionOptions:
-    # Some builds report use to their maker, and complain where they cannot write their notes.
-    ort.disable_telemetry_events()
-    options = ort.SessionOptions()
-    options.log_severity_level = _FATAL_ONLY
-    if num_threads is not None:
-        if not 1 <= num_threads <= _MAX_THREADS:
-            raise UsageError(
-                "number of threads out of range", seen=num_threads, allowed=f"1..{_MAX_THREADS}"
-            )
-        options.intra_op_num_threads = num_threads
-    return options
-
-
-def _spare_memory(options: ort.SessionOptions) -> None:
-    """Keep float16 weights in their file, mapped, for graphs that run on the CPU.
-
-    By default ONNX Runtime turns every float16 weight into a float32 one when it loads, and at
-    times holds both: 1.5 GiB of weights peaked at 3.2 GB, at 4.7 GB where they are transposed.
-    Below the highest level of optimisation they stay float16 and are cast when used; in the default
-    order, though, all casts come first and all their results are held: 8.0 GB. Ordered by need, one
-    weight is float32 at a time: 1.7 GB, most of it pages of the file that can be dropped, or, of
-    transposed weights, their float16 transposes. The price is a decode step that takes 2 to 4 times
-    as long, and a prefill of 200 tokens a fifth longer.
-    """
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
 
 
 def _input_dtypes(session: ort.InferenceSession) -> dict[str, np.dtype[Any]]:

@@ -7,16 +7,16 @@ with GroundingSession.open("refshapes-llava-spatial-0.3") as session:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from gap_export.bundle import Verify, open_bundle
-from gap_export.errors import BundleError, ExpressionError, GapExportError
+from gap_export.errors import BundleError, ExpressionError, GapExportError, UsageError
 from gap_export.manifest import BoxSpec, Manifest
 from gap_export.positions import PositionMode
 from gap_export.runtime.backend import Backend, FloatArray
@@ -37,7 +37,9 @@ from gap_export.runtime.visual_tokens import VisualTokens, encode_picture
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Grounding", "GroundingSession"]
+__all__ = ["BackendName", "Grounding", "GroundingSession"]
+
+BackendName = Literal["onnxruntime", "tensorrt"]
 
 
 class GroundingSession:
@@ -86,30 +88,53 @@ class GroundingSession:
         cls,
         bundle: str | Path,
         *,
+        backend: BackendName = "onnxruntime",
+        engines: str | None = None,
+        cuda_graphs: bool = False,
         execution_providers: Sequence[str] | None = None,
         num_threads: int | None = None,
         verify: Verify = "stamp",
         positions: PositionMode | None = None,
     ) -> GroundingSession:
-        """Open a bundle in ONNX Runtime.
+        """Open a bundle in ONNX Runtime, or with its TensorRT engines.
 
         Args:
             bundle: Its folder.
+            backend: ``tensorrt`` runs the engines below ``engines/`` on this machine's GPU.
+            engines: With TensorRT: which of them; by default the first ones that fit.
+            cuda_graphs: With TensorRT and engines of the fused lowering: launch each decode step as
+                one recorded graph.
             execution_providers: ONNX Runtime's names; by default CUDA where present, then CPU.
-            num_threads: Threads of one operator; by default ONNX Runtime decides.
+            num_threads: With ONNX Runtime: threads of one operator; by default it decides.
             verify: ``full`` hashes every byte again, ``stamp`` only what changed since last time.
             positions: ``compact`` runs the naive baseline; by default the bundle's own.
 
         Raises:
-            BundleError: damaged, incomplete, unsafe, or too new.
-            UsageError: an execution provider that is not available or cannot be loaded.
+            BundleError: damaged, incomplete, unsafe, or too new; no engines, or damaged ones.
+            MissingDependencyError: what runs engines is not installed.
+            UsageError: an execution provider that is not available or cannot be loaded; no GPU, or
+                engines for another one; an argument of the other backend.
         """
-        # Not at the top: a session with another backend needs no ONNX Runtime.
-        from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
-
+        if backend == "tensorrt":
+            _refuse_arguments(
+                backend, {"execution providers": execution_providers, "threads": num_threads}
+            )
+        else:
+            _refuse_arguments(backend, {"engines": engines, "CUDA graphs": cuda_graphs or None})
         opened = open_bundle(bundle, verify=verify)
-        backend = OnnxRuntimeBackend(opened, execution_providers, num_threads)
-        return cls(opened.manifest, opened.path, backend, positions=positions)
+        runs: Backend
+        # Not at the top: a session with one backend needs nothing of the other.
+        if backend == "tensorrt":
+            from gap_export.runtime.tensorrt_backend import TensorRTBackend
+
+            runs = TensorRTBackend.open(
+                opened, engines=engines, cuda_graphs=cuda_graphs, verify=verify
+            )
+        else:
+            from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+
+            runs = OnnxRuntimeBackend(opened, execution_providers, num_threads)
+        return cls(opened.manifest, opened.path, runs, positions=positions)
 
     def __enter__(self) -> Self:
         """Return itself.
@@ -286,6 +311,17 @@ class _Clock:
 
     def read(self) -> dict[str, float]:
         return {**self._stages, "total": 1e3 * (time.perf_counter() - self._started)}
+
+
+def _refuse_arguments(backend: str, arguments: Mapping[str, object]) -> None:
+    """An argument that would be ignored is an error.
+
+    Raises:
+        UsageError: one was given.
+    """
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)} cannot be used with {backend}")
 
 
 def _read_box(

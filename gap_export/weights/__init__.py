@@ -26,6 +26,16 @@ from gap_export.weights.pickled import (
     index_pickles,
 )
 from gap_export.weights.placing import PlacedTensor, place_reference, store_weights
+from gap_export.weights.quantized import (
+    BLOCK_SIZES,
+    QUANTIZED_NAME,
+    QuantizedPlace,
+    check_blocks,
+    dequantize,
+    quantize_columns,
+    quantized_bytes,
+    store_quantized,
+)
 from gap_export.weights.safetensors import (
     INDEX_NAME,
     WEIGHTS_NAME,
@@ -43,21 +53,26 @@ from gap_export.weights.weight import (
 )
 
 __all__ = [
+    "BLOCK_SIZES",
     "FLOAT_DTYPES",
     "INDEX_NAME",
     "PICKLE_INDEX_NAME",
     "PICKLE_NAME",
+    "QUANTIZED_NAME",
     "SAFETENSORS_NAMES",
     "TORCH_DTYPES",
     "WEIGHTS_NAME",
     "DerivedWeight",
     "PickledTensor",
     "PlacedTensor",
+    "QuantizedPlace",
     "TensorRef",
     "Weight",
     "add",
     "add_rows",
     "cast",
+    "check_blocks",
+    "dequantize",
     "filled",
     "index_checkpoint",
     "index_files",
@@ -65,11 +80,14 @@ __all__ = [
     "index_pickles",
     "merge_lora",
     "place_reference",
+    "quantize_columns",
+    "quantized_bytes",
     "random_normal",
     "read_header",
     "read_json_object",
     "reshaped",
     "rows",
     "shard_files",
+    "store_quantized",
     "store_weights",
 ]

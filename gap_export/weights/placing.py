@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from gap_export.errors import CheckpointError
 from gap_export.weights.safetensors import TensorRef
 from gap_export.weights.weight import (
     CHUNK,
+    READABLE_DTYPES,
     TORCH_DTYPES,
     Weight,
     is_finite,
@@ -83,22 +84,78 @@ def store_weights(
         CheckpointError: a weight cannot be read, is no float tensor, or is not finite once cast.
         OSError: the file is there already or cannot be written, or the disk has no room for it.
     """
-    header, placed, distinct = _lay_out(path.name, weights, dtype)
+    distinct, first_names = _distinct(weights)
+    header, stored = lay_out(
+        path.name, {name: (dtype, weight.shape) for name, weight in distinct.items()}
+    )
+    with new_file(path, header, stored.values()) as stream:
+        for name, weight in distinct.items():
+            assert stream.tell() == stored[name].offset, name
+            _write(stream, name, weight, TORCH_DTYPES[dtype], advance)
+    return {name: stored[first_names[name]] for name in weights}
+
+
+def lay_out(
+    location: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> tuple[bytes, dict[str, PlacedTensor]]:
+    """The first bytes of a safetensors file, and where each tensor goes behind them.
+
+    Args:
+        location: Of the file, beside the graph.
+        tensors: Safetensors dtype and shape by name, in the order of the file.
+    """
+    ends: dict[str, tuple[int, int]] = {}
+    cursor = 0
+    for name, (dtype, shape) in tensors.items():
+        length = math.prod(shape) * READABLE_DTYPES[dtype].itemsize
+        ends[name] = cursor, cursor + length
+        cursor += length
+    entries = {
+        name: {"dtype": dtype, "shape": list(shape), "data_offsets": list(ends[name])}
+        for name, (dtype, shape) in tensors.items()
+    }
+    raw = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    raw += b" " * (-(8 + len(raw)) % _ALIGNMENT)
+    start = 8 + len(raw)
+    placed = {
+        name: PlacedTensor(
+            location=location,
+            dtype=dtype,
+            shape=shape,
+            offset=start + ends[name][0],
+            length=ends[name][1] - ends[name][0],
+        )
+        for name, (dtype, shape) in tensors.items()
+    }
+    return struct.pack("<Q", len(raw)) + raw, placed
+
+
+@contextmanager
+def new_file(path: Path, header: bytes, placed: Iterable[PlacedTensor]) -> Iterator[BinaryIO]:
+    """Open a file that :func:`lay_out` laid out, behind its header and with room for all of it.
+
+    Torch keeps to one thread meanwhile.
+
+    Args:
+        path: Of the file; it is removed again where writing it fails.
+        header: Its first bytes.
+        placed: All that goes into it.
+
+    Raises:
+        OSError: the file is there already or cannot be written, or the disk has no room for it.
+    """
     try:
         with path.open("xb") as stream, _single_thread():
-            end = max((place.offset + place.length for place in placed.values()), default=0)
+            end = max((place.offset + place.length for place in placed), default=0)
             reserve_space(stream, max(end, len(header)))
             stream.write(header)
-            for name, weight in distinct.items():
-                assert stream.tell() == placed[name].offset, name
-                _write(stream, name, weight, TORCH_DTYPES[dtype], advance)
+            yield stream
     except FileExistsError:
         raise
     except BaseException:
         with suppress(OSError):
             path.unlink()
         raise
-    return placed
 
 
 @contextmanager
@@ -116,47 +173,29 @@ def _single_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _lay_out(
-    location: str, weights: Mapping[str, Weight], dtype: str
-) -> tuple[bytes, dict[str, PlacedTensor], dict[str, Weight]]:
-    """The file's first bytes, where every weight goes, and the distinct ones in file order."""
-    ends: dict[str, tuple[int, int]] = {}
-    first_names: dict[int, str] = {}
+def _distinct(weights: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str, str]]:
+    """Each weight once, and for every name the first one of its weight."""
     distinct: dict[str, Weight] = {}
-    cursor = 0
+    first_of: dict[int, str] = {}
     for name, weight in weights.items():
-        if weight.dtype not in (*TORCH_DTYPES, "F64"):
-            raise CheckpointError(
-                f"weight {name} is not of a float dtype",
-                seen=f"{weight.dtype}, {weight.origin}",
-                allowed="F16, BF16, F32, F64",
-            )
-        known = first_names.setdefault(id(weight), name)
-        if known == name:
-            length = math.prod(weight.shape) * TORCH_DTYPES[dtype].itemsize
-            ends[name] = cursor, cursor + length
+        check_float(name, weight)
+        if first_of.setdefault(id(weight), name) == name:
             distinct[name] = weight
-            cursor += length
-        else:
-            ends[name] = ends[known]
-    entries = {
-        name: {"dtype": dtype, "shape": list(weight.shape), "data_offsets": list(ends[name])}
-        for name, weight in distinct.items()
-    }
-    raw = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
-    raw += b" " * (-(8 + len(raw)) % _ALIGNMENT)
-    start = 8 + len(raw)
-    placed = {
-        name: PlacedTensor(
-            location=location,
-            dtype=dtype,
-            shape=weight.shape,
-            offset=start + ends[name][0],
-            length=ends[name][1] - ends[name][0],
+    return distinct, {name: first_of[id(weight)] for name, weight in weights.items()}
+
+
+def check_float(name: str, weight: Weight) -> None:
+    """Refuse a weight that is no float tensor.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if weight.dtype not in (*TORCH_DTYPES, "F64"):
+        raise CheckpointError(
+            f"weight {name} is not of a float dtype",
+            seen=f"{weight.dtype}, {weight.origin}",
+            allowed="F16, BF16, F32, F64",
         )
-        for name, weight in weights.items()
-    }
-    return struct.pack("<Q", len(raw)) + raw, placed, distinct
 
 
 def _write(

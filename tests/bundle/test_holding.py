@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gap_export.bundle import hashing, holding, open_bundle, write_bundle, writing
+from gap_export.bundle import drafts, hashing, holding, open_bundle, write_bundle
 from gap_export.errors import CheckpointError, OutputError
 from gap_export.manifest import FileSpec, Manifest
 
@@ -274,8 +274,8 @@ def test_linked_files_are_not_flushed(
     source: Path, tmp_path: Path, sample_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[str] = []
-    real = writing._sync
-    monkeypatch.setattr(writing, "_sync", lambda path: (flushed.append(path.name), real(path)))
+    real = drafts.sync
+    monkeypatch.setattr(drafts, "sync", lambda path: (flushed.append(path.name), real(path)))
     with write_bundle(tmp_path / "out") as draft:
         draft.place(source, "linked", hold="link")
         draft.place(source, "copied", hold="copy")

@@ -285,7 +285,7 @@ def test_full_disk_is_one_clear_error_and_leaves_nothing(
     def full(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(writing, "_sync_tree", full)
+    monkeypatch.setattr(writing, "sync_tree", full)
     with pytest.raises(OutputError, match=r"cannot be written: .*out: (no space|the disk quota)"):
         write_sample(place / "out")
     assert names(place) == set()

@@ -51,7 +51,7 @@ def seen_options(monkeypatch: pytest.MonkeyPatch) -> list[ExportOptions]:
     """What ``export`` was called with; the export itself ends there."""
     seen: list[ExportOptions] = []
 
-    def refuse(options: ExportOptions, *, progress: object) -> None:
+    def refuse(options: ExportOptions, *, progress: object, warn: object) -> None:
         seen.append(options)
         raise UsageError("far enough")
 

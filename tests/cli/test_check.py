@@ -25,6 +25,7 @@ def report(*, passed: bool) -> ParityReport:
     return ParityReport(
         bundle="somewhere",
         candidate="ONNX Runtime (CPU)",
+        reference="PyTorch (CPU)",
         outputs=(output,),
         num_questions=3,
         equal_tokens=3 if passed else 2,
@@ -48,6 +49,12 @@ def test_an_honest_bundle_passes(run_cli, tiny_bundle, tiny_checkpoint):
     assert "same tokens: 1 of 1" in outcome.out
 
 
+def test_engines_that_are_not_there_are_refused_before_the_work(run_cli, tiny_bundle):
+    outcome = run_cli("check", tiny_bundle, "--backend", "trt", "-q")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "the bundle holds no engines" in outcome.err
+
+
 def test_a_part_of_another_role_is_refused(run_cli, tiny_bundle, tmp_path):
     outcome = run_cli("check", tiny_bundle, "--checkpoint", f"base={tmp_path}")
     assert outcome.code == 2
@@ -59,7 +66,8 @@ def asked(monkeypatch):
     """Questions of the checks asked for."""
     seen = []
 
-    def record(bundle, *, recipe, checkpoint, questions, progress):
+    def record(bundle, *, recipe, checkpoint, questions, backend, engines, progress):
+        assert (backend, engines) == ("onnxruntime", None)
         seen.extend(questions)
         return report(passed=True)
 

@@ -8,6 +8,11 @@ import onnxruntime
 import pytest
 
 from gap_export.cli import _machine
+from gap_export.engines import device, library
+from gap_export.engines.device import Gpu
+from gap_export.engines.library import TensorRT
+from gap_export.engines.targets import TARGETS
+from gap_export.errors import MissingDependencyError
 
 
 def test_versions_and_providers_are_those_that_import(run_cli):
@@ -88,3 +93,51 @@ def test_gpus_are_named(nvidia_smi):
 def test_a_driver_that_does_not_answer_is_no_gpu(nvidia_smi, error):
     nvidia_smi.error = error
     assert _machine._gpus() == []
+
+
+@pytest.fixture
+def tensorrt(monkeypatch):
+    """Sets which TensorRT packages there are, and which GPU."""
+
+    def have(versions, gpu=None):
+        def find(name, **purpose):
+            if name not in versions:
+                raise MissingDependencyError("not installed", seen=name)
+            return TensorRT(name=name, module=None, version=versions[name])
+
+        monkeypatch.setattr(library, "import_tensorrt", find)
+        monkeypatch.setattr(device, "find_gpu", lambda: gpu)
+
+    return have
+
+
+def buildable(run_cli) -> set[str]:
+    targets = run_cli("doctor", "--json").plain["tensorrt"]["targets"]
+    assert set(targets) == set(TARGETS)
+    return {name for name, target in targets.items() if target["builds_here"]}
+
+
+def test_rtx_engines_are_built_anywhere(run_cli, tensorrt):
+    tensorrt({"tensorrt_rtx": "1.7.1.116"})
+    assert buildable(run_cli) == {"rtx"}
+    lines = run_cli("doctor").out.splitlines()
+    assert "TensorRT   tensorrt missing, tensorrt_rtx 1.7.1.116" in lines
+    (orin,) = [line for line in lines if line.startswith("  orin: ")]
+    assert "needs tensorrt: 10.3 (JetPack 6.2)" in orin
+    assert "on the GPU the engines are for" in orin
+
+
+def test_orin_engines_are_built_on_an_orin_alone(run_cli, tensorrt):
+    orin = Gpu(name="Orin", compute_capability=87, memory_bytes=8 << 30, integrated=True)
+    tensorrt({"tensorrt": "10.3.0"}, orin)
+    assert buildable(run_cli) == {"desktop", "orin"}
+    other = Gpu(name="4090", compute_capability=89, memory_bytes=24 << 30, integrated=False)
+    tensorrt({"tensorrt": "10.3.0"}, other)
+    assert buildable(run_cli) == {"desktop"}
+
+
+@pytest.mark.parametrize("version", ["8.6.1", "10.2.0", "12.0.0"])
+def test_tensorrt_of_a_version_no_target_has_builds_nothing(run_cli, tensorrt, version):
+    gpu = Gpu(name="Orin", compute_capability=87, memory_bytes=8 << 30, integrated=True)
+    tensorrt({"tensorrt": version}, gpu)
+    assert buildable(run_cli) == set()

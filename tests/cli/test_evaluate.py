@@ -24,6 +24,7 @@ def row(pruner, positions, value, recovered):
         ci95=(value - 0.02, value + 0.02),
         mean_iou=0.5,
         recovered=recovered,
+        mean_visual_tokens=144.0 if pruner == "none" else 43.0,
     )
 
 
@@ -87,13 +88,16 @@ def test_every_flag_of_a_model_reaches_the_evaluation(run_cli, calls):
 
 
 def test_every_flag_of_a_bundle_reaches_the_evaluation(run_cli, calls, bundle, tmp_path):
-    run_cli("eval", bundle, "--baseline", "whole", "--checkpoint", "weights", "--samples", "20")
+    flags = "--baseline whole --checkpoint weights --samples 20 --backend trt --engines rtx-sm89"
+    run_cli("eval", bundle, *flags.split())
     arguments = {
         "baseline": Path("whole"),
         "checkpoint": {"main": Path("weights")},
         "seed": 0,
         "num_samples": 20,
         "pictures": None,
+        "backend": "tensorrt",
+        "engines": "rtx-sm89",
     }
     assert calls == [(bundle, arguments)]
 
@@ -114,10 +118,13 @@ def test_what_a_bundle_says_itself_is_refused_for_it(run_cli, calls, bundle, fla
     assert f"{flag[0]} cannot be used here" in outcome.err
 
 
-def test_flags_of_a_bundle_are_refused_for_a_model(run_cli, calls):
-    outcome = run_cli("eval", "demo", "--baseline", "whole")
+@pytest.mark.parametrize(
+    "flag", [["--baseline", "whole"], ["--backend", "trt"], ["--engines", "rtx-sm89"]]
+)
+def test_flags_of_a_bundle_are_refused_for_a_model(run_cli, calls, flag):
+    outcome = run_cli("eval", "demo", *flag)
     assert (outcome.code, calls) == (2, [])
-    assert "--baseline cannot be used here" in outcome.err
+    assert f"{flag[0]} cannot be used here" in outcome.err
 
 
 def test_the_table_prints_percent_and_json_shares(run_cli, calls):

@@ -10,7 +10,7 @@ import pytest
 
 from gap_export import pipeline
 from gap_export.bundle import open_bundle
-from gap_export.manifest import TilesSpec
+from gap_export.manifest import QuantizationSpec, TilesSpec
 from gap_export.pipeline import ExportOptions, ExportReport
 
 
@@ -38,6 +38,62 @@ def test_every_flag_reaches_the_export(run_cli, seen_options, tmp_path):
             force=True,
         )
     ]
+
+
+def test_flags_about_engines_reach_the_export(run_cli, seen_options):
+    flags = "--trt rtx:sm89 --trt orin --lowering portable --max-prompt 200 --max-new-tokens 20"
+    run_cli("demo", *flags.split(), "--batch", "4")
+    run_cli("demo", "--trt", "--keep", "0.3")
+    run_cli("demo", "--trt")
+    assert seen_options == [
+        ExportOptions(
+            model="demo",
+            targets=("rtx:sm89", "orin"),
+            lowering="portable",
+            max_prompt=200,
+            max_new_tokens=20,
+            max_batch=4,
+        ),
+        ExportOptions(model="demo", keep_ratio=0.3, targets=("auto",)),
+        ExportOptions(model="demo", targets=("auto",)),
+    ]
+
+
+def test_int4_is_a_matter_of_weights_and_leaves_the_graphs_their_dtype(run_cli, seen_options):
+    run_cli("demo", "--dtype", "int4")
+    run_cli("demo", "--dtype", "int4", "--block-size", "64", "--quantize-lm-head")
+    plain = QuantizationSpec(dtype="int4", block_size=32, method="rtn", lm_head=False)
+    assert [(options.dtype, options.quantization) for options in seen_options] == [
+        (None, plain),
+        (None, replace(plain, block_size=64, lm_head=True)),
+    ]
+    run_cli("demo", "--dtype", "int4", "--quantizer", "awq")
+    assert seen_options[-1].quantization == replace(plain, method="awq")
+    assert seen_options[-1].calibration
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--trt llava", "unknown TensorRT target: 'llava'"),
+        ("--trt rtx:sm87", "no such GPU generation"),
+        ("--max-prompt 10", "--max-prompt is about TensorRT engines"),
+        ("--batch 2", "--batch is about TensorRT engines"),
+        ("--lowering fused", "--lowering is about TensorRT engines"),
+        ("--block-size 64", "--block-size is about quantized weights"),
+        ("--quantizer awq --dtype float16", "--quantizer is about quantized weights"),
+        ("--dtype int4 --block-size 48", "48"),
+        ("--dtype int4 --block-size 64", "block"),
+        ("--trt rtx:sm89 --max-prompt 5", "no such --max-prompt: 5; allowed: 47..512"),
+        ("--trt rtx:sm89 --batch 0", "no such --batch: 0"),
+        ("--trt rtx:sm89 --lowering portable --max-new-tokens 0", "no such --max-new-tokens: 0"),
+    ],
+)
+def test_engines_and_weights_that_make_no_sense_exit_2(run_cli, tmp_path, flags, words):
+    outcome = run_cli("refshapes-llava", *flags.split(), "--out", tmp_path / "out")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert words in outcome.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_random_weights_are_asked_for_by_their_flag(run_cli, seen_options):
@@ -95,7 +151,7 @@ def test_json_says_where_the_bundle_is_and_quiet_says_nothing_else(
 ):
     manifest = open_bundle(tiny_bundle).manifest
     report = ExportReport(bundle=tiny_bundle, manifest=manifest, seconds={"trace": 1.5})
-    monkeypatch.setattr(pipeline, "export_model", lambda options, *, progress: report)
+    monkeypatch.setattr(pipeline, "export_model", lambda options, *, progress, warn: report)
     outcome = run_cli("demo", "--json", "-q")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.plain["bundle"] == str(tiny_bundle)
@@ -109,7 +165,7 @@ def reported(monkeypatch, tiny_bundle):
     def report(**changes):
         manifest = replace(open_bundle(tiny_bundle).manifest, **changes)
         made = ExportReport(bundle=tiny_bundle, manifest=manifest, seconds={"trace": 1.5})
-        monkeypatch.setattr(pipeline, "export_model", lambda options, *, progress: made)
+        monkeypatch.setattr(pipeline, "export_model", lambda options, *, progress, warn: made)
         return manifest
 
     return report

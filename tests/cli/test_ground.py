@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gap_export.manifest import EngineLimits
+from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
+
 EXPRESSION = "the red circle"
 
 
@@ -36,6 +39,20 @@ def test_provider_threads_and_verify_are_taken(run_cli, tiny_bundle, picture):
     assert (
         plain["token_ids"] == run_cli("ground", tiny_bundle, picture, EXPRESSION).plain["token_ids"]
     )
+
+
+def test_backend_trt_gives_the_same_answer(run_cli, tiny_bundle, picture, tmp_path, monkeypatch):
+    bundle = copy_bundle(tiny_bundle, tmp_path / "bundle")
+    limits = EngineLimits(max_prompt=24, max_new_tokens=8, max_batch=1, max_images=1)
+    write_engines(bundle, limits)
+    device = use_fakes(monkeypatch)
+    flags = ["--backend", "trt", "--engines", "desktop-sm89"]
+    outcome = run_cli("ground", bundle.path, picture, EXPRESSION, *flags)
+    assert outcome.code == 0
+    assert outcome.plain["backend"].startswith("TensorRT ")
+    assert device.calls and device.is_clean
+    expected = run_cli("ground", bundle.path, picture, EXPRESSION).plain
+    assert outcome.plain["token_ids"] == expected["token_ids"]
 
 
 def test_save_writes_a_picture_and_says_so_on_stderr(run_cli, tiny_bundle, picture, tmp_path):
@@ -71,6 +88,24 @@ def test_bad_input_is_one_message_and_exit_2(
     outcome = run_cli("ground", *arguments.values(), *flags, "-q")
     assert outcome.code == 2
     assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+    assert words in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--backend", "trt"], "the bundle holds no engines"),
+        (["--backend", "trt", "--threads", "1"], "threads cannot be used with tensorrt"),
+        (["--engines", "rtx-sm89"], "engines cannot be used with onnxruntime"),
+    ],
+    ids=" ".join,
+)
+def test_a_backend_that_cannot_run_is_one_message_and_exit_2(
+    run_cli, tiny_bundle, picture, flags, words
+):
+    outcome = run_cli("ground", tiny_bundle, picture, EXPRESSION, *flags, "-q")
+    assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.count("\n") == 1
     assert words in outcome.err
 

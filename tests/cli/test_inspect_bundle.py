@@ -6,10 +6,13 @@ import shutil
 from dataclasses import replace
 
 import onnx
+import pytest
 
-from gap_export.bundle import Bundle, open_bundle
+from gap_export.bundle import Bundle, open_bundle, write_bundle
 from gap_export.cli import inspect_bundle
-from gap_export.manifest import SourceSpec, TilesSpec
+from gap_export.engines.build import build_engines
+from gap_export.manifest import PreflightVerdict, SourceSpec, TilesSpec
+from tests.engines.bundles import SKIP_RTX, SM89, copy_for_engines
 
 
 def test_gap_remap_is_found_where_onnx_sees_it(run_cli, tiny_bundle):
@@ -103,3 +106,61 @@ def test_a_changed_byte_is_an_error(run_cli, tiny_bundle, tmp_path):
     outcome = run_cli("inspect", copy)
     assert (outcome.code, outcome.out) == (2, "")
     assert "embed_tokens.onnx" in outcome.err
+
+
+@pytest.fixture
+def trt_bundle(tiny_text_bundle, tmp_path):
+    """Made for every target, with a verdict for one; no engines yet."""
+    made = copy_for_engines(tiny_text_bundle, tmp_path / "trt")
+    verdict = PreflightVerdict(
+        component="vision_encoder",
+        verdict="unverified",
+        operators=("CumSum",),
+        reasons=("TensorRT 10.3: CumSum of int64 is not among float32",),
+    )
+    targets = tuple(
+        replace(t, preflight=(verdict,)) if t.name == "orin" else t for t in made.manifest.targets
+    )
+    out = tmp_path / "judged"
+    with write_bundle(out) as draft:
+        for file in made.manifest.files:
+            draft.place(made.file(file.path), file.path, hold="link")
+        draft.commit(replace(made.manifest, targets=targets))
+    return out
+
+
+def test_targets_are_told_with_their_verdicts(run_cli, trt_bundle):
+    text = run_cli("inspect", trt_bundle).out
+    assert "for prompts of up to 40 tokens, answers of up to 8, 2 at a time" in text
+    assert "target orin (portable, float32)" in text
+    assert "  vision_encoder: unverified (CumSum)" in text
+    assert "    TensorRT 10.3: CumSum of int64 is not among float32" in text
+
+
+def test_a_bundle_without_targets_says_nothing_of_them(run_cli, tiny_bundle):
+    outcome = run_cli("inspect", tiny_bundle)
+    assert "target " not in outcome.out
+    assert run_cli("inspect", tiny_bundle, "--json").plain["engines"] == []
+
+
+def test_engines_are_told_with_what_they_were_built_from(run_cli, trt_bundle):
+    pytest.importorskip("tensorrt_rtx", reason=SKIP_RTX)
+    build_engines(open_bundle(trt_bundle), SM89)
+    (folder,) = run_cli("inspect", trt_bundle, "--json").plain["engines"]
+    assert (folder["folder"], folder["problem"]) == ("rtx-sm89", None)
+    assert folder["library"].startswith("tensorrt_rtx 1.")
+    built = {engine["component"]: engine for engine in folder["engines"]}
+    assert built["decoder_model_merged"]["profiles"] == ["prefill", "decode"]
+    text = run_cli("inspect", trt_bundle).out
+    assert "engines/rtx-sm89: tensorrt_rtx 1." in text
+    assert "profiles prefill and decode" in text
+
+
+def test_engines_that_cannot_be_used_are_told_with_the_reason(run_cli, trt_bundle):
+    folder = trt_bundle / "engines" / "orin-sm87"
+    folder.mkdir(parents=True)
+    (folder / "vision_encoder.engine").write_bytes(b"by trtexec")
+    outcome = run_cli("inspect", trt_bundle)
+    assert outcome.code == 0
+    assert "engines/orin-sm87: cannot be used: " in outcome.out
+    assert "engine.json is missing" in outcome.out

@@ -46,7 +46,7 @@ def test_an_unknown_model_suggests_the_nearest_and_exits_2(run_cli):
 
 @pytest.mark.parametrize(("error", "code"), [(UsageError, 2), (ExportError, 1), (ParityError, 3)])
 def test_our_errors_are_one_message_and_their_exit_code(run_cli, monkeypatch, error, code):
-    def fail(options, *, progress):
+    def fail(options, *, progress, warn):
         raise error("it broke", seen=7, fix="mend it")
 
     monkeypatch.setattr(pipeline, "export_model", fail)
@@ -56,7 +56,7 @@ def test_our_errors_are_one_message_and_their_exit_code(run_cli, monkeypatch, er
 
 
 def test_a_bug_is_one_line_and_a_traceback_only_with_v(run_cli, monkeypatch):
-    def fail(options, *, progress):
+    def fail(options, *, progress, warn):
         raise ZeroDivisionError("oh")
 
     monkeypatch.setattr(pipeline, "export_model", fail)
@@ -113,7 +113,7 @@ def test_a_signal_unwinds_open_contexts_and_is_one_line(
 ):
     cleaned = []
 
-    def work(options, *, progress):
+    def work(options, *, progress, warn):
         try:
             os.kill(os.getpid(), signum)
             time.sleep(5)

@@ -78,7 +78,15 @@ def all_modules() -> list[str]:
 
 @pytest.mark.parametrize(
     "argv",
-    [["-h"], ["--version"], ["export", "-h"], ["ground", "-h"], ["eval", "-h"], ["doctor", "-h"]],
+    [
+        ["-h"],
+        ["--version"],
+        ["export", "-h"],
+        ["ground", "-h"],
+        ["eval", "-h"],
+        ["doctor", "-h"],
+        ["build", "-h"],
+    ],
     ids=" ".join,
 )
 def test_help_imports_nothing_heavy(argv):

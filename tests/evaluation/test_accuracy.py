@@ -11,8 +11,9 @@ import pytest
 from gap_export.errors import UsageError
 from gap_export.evaluation import accuracy
 from gap_export.evaluation.accuracy import evaluate_bundle, evaluate_model
-from gap_export.manifest import SourceFile, SourcePart, SourceSpec
+from gap_export.manifest import EngineLimits, SourceFile, SourcePart, SourceSpec
 from gap_export.pipeline import ExportOptions, export_model
+from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 
 def test_rows_are_unpruned_then_compact_and_gap_for_each_configuration(tiny_checkpoint, tmp_path):
@@ -44,6 +45,28 @@ def test_rows_are_unpruned_then_compact_and_gap_for_each_configuration(tiny_chec
 def test_fewer_samples_than_one_are_refused(tiny_checkpoint):
     with pytest.raises(UsageError, match="samples"):
         evaluate_model(ExportOptions(model=str(tiny_checkpoint)), num_samples=0)
+
+
+def test_engines_of_a_bundle_are_measured_beside_onnx_runtime(
+    tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch
+):
+    bundle = copy_bundle(tiny_bundle, tmp_path / "bundle")
+    limits = EngineLimits(max_prompt=24, max_new_tokens=8, max_batch=4, max_images=1)
+    write_engines(bundle, limits)
+    device = use_fakes(monkeypatch)
+    checkpoint = {"main": tiny_checkpoint}
+    given = evaluate_bundle(bundle.path, checkpoint=checkpoint, num_samples=4, backend="tensorrt")
+    assert "launch" not in device.calls and "synchronize" in device.calls
+    assert given == evaluate_bundle(tiny_bundle, checkpoint=checkpoint, num_samples=4)
+
+
+def test_engines_that_cannot_run_are_refused_before_the_baseline_is_made(tiny_bundle, monkeypatch):
+    def make(*args, **options):
+        raise AssertionError("the baseline was made")
+
+    monkeypatch.setattr(accuracy, "export_checkpoint", make)
+    with pytest.raises(UsageError, match="holds no engines"):
+        evaluate_bundle(tiny_bundle, num_samples=4, backend="tensorrt")
 
 
 def test_a_pruned_baseline_is_refused(tiny_bundle):

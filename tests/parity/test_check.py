@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from gap_export.errors import UsageError
+from gap_export.manifest import EngineLimits
 from gap_export.parity.check import Question, _Answer, check_bundle
 from gap_export.parity.tolerances import TOLERANCES
 from gap_export.parity.torch_backend import TorchBackend
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.source import Checkpoint
+from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,47 @@ def test_an_honest_bundle_passes(fixture, tiny_recipe, tiny_checkpoint, question
     outputs = {row.output for row in report.outputs}
     assert {"image_features", "keep_indices", "logits (prefill)", "logits (decode)"} <= outputs
     json.dumps(report.to_plain(), allow_nan=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_engines_are_compared_with_pytorch_in_their_own_dtype(
+    tiny_bundle, tiny_recipe, tiny_checkpoint, questions, tmp_path, monkeypatch, dtype
+):
+    bundle = copy_bundle(tiny_bundle, tmp_path / "bundle")
+    limits = EngineLimits(max_prompt=24, max_new_tokens=8, max_batch=1, max_images=1)
+    write_engines(bundle, limits, dtype=dtype)
+    use_fakes(monkeypatch)
+    report = check_bundle(
+        bundle.path,
+        recipe=tiny_recipe,
+        checkpoint=Checkpoint.of(tiny_checkpoint),
+        questions=questions,
+        backend="tensorrt",
+    )
+    assert report.candidate == f"TensorRT 10.16.0 (Fake GPU, desktop-sm89, {dtype})"
+    assert report.passed, report.to_plain()
+    (features,) = [row for row in report.outputs if row.output == "image_features"]
+    tolerance = TOLERANCES[dtype]["image_features"]
+    assert features.atol == pytest.approx(
+        tolerance.atol + tolerance.share * features.max_abs_reference
+    )
+
+
+def test_a_dtype_without_a_tolerance_is_refused(
+    tiny_bundle, tiny_recipe, tiny_checkpoint, questions, tmp_path, monkeypatch
+):
+    bundle = copy_bundle(tiny_bundle, tmp_path / "bundle")
+    limits = EngineLimits(max_prompt=24, max_new_tokens=8, max_batch=1, max_images=1)
+    write_engines(bundle, limits, dtype="bfloat16")
+    use_fakes(monkeypatch)
+    with pytest.raises(UsageError, match=r"not been measured for this dtype: bfloat16"):
+        check_bundle(
+            bundle.path,
+            recipe=tiny_recipe,
+            checkpoint=Checkpoint.of(tiny_checkpoint),
+            questions=questions,
+            backend="tensorrt",
+        )
 
 
 @pytest.mark.parametrize(

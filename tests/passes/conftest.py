@@ -16,6 +16,14 @@ def small_decoder() -> Callable[..., ir.Model]:
     return build_decoder
 
 
+@pytest.fixture(scope="session")
+def lowering_models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Every family's graphs, small, traced on demand and once in a run. Clone before changing."""
+    from tests.passes.lowering_models import LoweringModels
+
+    return LoweringModels(tmp_path_factory.mktemp("lowering"))
+
+
 @pytest.fixture
 def run_model(tmp_path: Path) -> Callable[..., list[Any]]:
     """Saves a model, runs it in ONNX Runtime and returns its outputs."""

@@ -130,7 +130,7 @@ def make_component(pruning: PruningSpec) -> Component:
 
 def make_token_pruner(pruning: PruningSpec) -> Component:
     pruner = find_preset(pruning.pruner).pruner
-    emitted = "num_kept_tokens" if pruning.extra_token == "none" else "num_emitted_tokens"
+    emitted = "num_kept_tokens" if pruning.extra_token == "none" else "num_kept_tokens + 1"
     inputs = [
         spec("kept_slots", "num_kept_tokens", dtype="int64"),
         spec("token_scores", "batch_size", N),

@@ -38,6 +38,7 @@ class FakeBackend:
     calls: list[str] = field(default_factory=list)
     ids_seen: list[Any] = field(default_factory=list)
     name: str = "numpy"
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(7)

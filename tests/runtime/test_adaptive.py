@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from gap_export.bundle import open_bundle
-from gap_export.errors import BundleError
+from gap_export.errors import BundleError, UsageError
+from gap_export.manifest import EngineLimits
 from gap_export.parity.check import Question, check_bundle
 from gap_export.pipeline import ExportOptions, export_model
 from gap_export.runtime.backend import EncodedImage
 from gap_export.runtime.budget import count_outliers
 from gap_export.runtime.session import GroundingSession
 from gap_export.source import Checkpoint
+from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 EXPRESSIONS = ["the star", "a small red circle", "the big object left of a square", "blue"]
 
@@ -75,6 +77,30 @@ def test_parity_holds_through_both_graphs(bundle, tiny_checkpoint, tiny_recipe):
     assert report.passed, report.outputs
     compared = {(row.component, row.output) for row in report.outputs}
     assert {("vision_encoder", "token_scores"), ("token_pruner", "keep_indices")} <= compared
+
+
+def test_engines_take_the_number_from_the_host(bundle, tmp_path, monkeypatch):
+    device = use_fakes(monkeypatch)
+    copied = copy_bundle(bundle, tmp_path / "bundle")
+    limits = EngineLimits(max_prompt=40, max_new_tokens=8, max_batch=4, max_images=4)
+    write_engines(copied, limits)
+    with (
+        GroundingSession.open(copied.path, backend="tensorrt") as session,
+        GroundingSession.open(bundle, num_threads=1) as reference,
+    ):
+        for seed in range(2):
+            found = session.ground_batch(picture(seed), EXPRESSIONS)
+            wanted = reference.ground_batch(picture(seed), EXPRESSIONS)
+            assert [f.keep_indices for f in found] == [w.keep_indices for w in wanted]
+            assert [f.token_ids for f in found] == [w.token_ids for w in wanted]
+        scored = session.backend.score_tokens(np.zeros((1, 3, 32, 32), np.float32), embeds())
+        with pytest.raises(UsageError, match=r"num_kept_tokens is beyond .*16.*1\.\.15"):
+            session.backend.prune_tokens(scored, num_kept_tokens=16)
+    assert device.memory == {}
+
+
+def embeds() -> np.ndarray:
+    return np.ones((1, 16), np.float32)
 
 
 @pytest.mark.parametrize(

@@ -244,15 +244,15 @@ MEASURE = """
 import sys
 import numpy as np
 import onnxruntime as ort
-from gap_export.runtime.onnxruntime_backend import _session_options, _spare_memory
+from gap_export.runtime.onnxruntime_options import session_options, spare_memory
 
 def anonymous():
     lines = open("/proc/self/status").read().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) // 1024
 
-options = _session_options(1)
+options = session_options(1)
 if sys.argv[2] == "spare":
-    _spare_memory(options)
+    spare_memory(options)
 start = anonymous()
 session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 x = np.ones((1, int(sys.argv[3])), np.float16)

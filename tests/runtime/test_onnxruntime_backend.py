@@ -17,8 +17,11 @@ import pytest
 
 from gap_export.bundle import Bundle, open_bundle, write_bundle
 from gap_export.errors import BundleError, GapExportError, UsageError
-from gap_export.manifest import Manifest
+from gap_export.manifest import Manifest, QuantizationSpec
+from gap_export.parity.tolerances import TOLERANCES
+from gap_export.runtime import onnxruntime_backend
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.runtime.onnxruntime_options import session_options
 from gap_export.runtime.session import GroundingSession
 
 EXPRESSIONS = [
@@ -287,6 +290,50 @@ def test_failure_while_computing_is_one_clear_error(
     with pytest.raises(GapExportError, match="ONNX Runtime failed while computing"):
         backend.embed_tokens(np.asarray([[10**6]]))
     assert capfd.readouterr().err == ""
+
+
+@pytest.fixture(scope="module")
+def quantized_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from gap_export.pipeline import ExportOptions, export_model
+
+    spec = QuantizationSpec(dtype="int4", block_size=32, method="rtn", lm_head=True)
+    out = tmp_path_factory.mktemp("quantized") / "bundle"
+    return export_model(
+        ExportOptions(model=str(tiny_checkpoint), keep_ratio=0.3, out=out, quantization=spec)
+    ).bundle
+
+
+def decode_with(bundle: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> Any:
+    """Logits of a random prompt, the session's options changed."""
+
+    def options(num_threads: int | None) -> ort.SessionOptions:
+        made = session_options(num_threads)
+        change(made)
+        return made
+
+    monkeypatch.setattr(onnxruntime_backend, "session_options", options)
+    opened = open_bundle(bundle)
+    with OnnxRuntimeBackend(opened, ["CPUExecutionProvider"], 1) as backend:
+        assert backend.quantization is opened.manifest.graph("decoder_model_merged").quantization
+        return backend.decode(**random_prompt(opened.manifest, 9), cache=backend.new_cache(1))
+
+
+def test_quantized_decoder_computes_with_float_activations(
+    quantized_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_the_graph_says(options: ort.SessionOptions) -> None:
+        # Weights are dequantized, and multiplied as floats.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+
+    def as_by_default(options: ort.SessionOptions) -> None:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+
+    wanted = decode_with(quantized_bundle, monkeypatch, as_the_graph_says)
+    logits = decode_with(quantized_bundle, monkeypatch, lambda options: None)
+    tolerance = TOLERANCES["float32"]["logits"]
+    np.testing.assert_allclose(logits, wanted, atol=tolerance.atol, rtol=tolerance.rtol)
+    rounded = decode_with(quantized_bundle, monkeypatch, as_by_default)
+    assert np.abs(rounded - wanted).max() > 10 * tolerance.atol
 
 
 def test_text_is_not_encoded_where_the_pruner_reads_none(backend: OnnxRuntimeBackend) -> None:

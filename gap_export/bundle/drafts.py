@@ -1,0 +1,149 @@
+"""A folder that appears under its name when complete, or not at all.
+
+It is made as a hidden sibling folder that is renamed at the end. Its maker holds a lock on it,
+which the kernel releases when the process dies, so a living draft is never swept. POSIX only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Container
+from contextlib import suppress
+from pathlib import Path
+
+from gap_export.errors import OutputError
+
+DRAFT_MARK = ".gap-draft-"
+REPLACED_MARK = ".gap-replaced-"
+
+
+def make_draft_folder(final: Path) -> tuple[Path, int]:
+    """A fresh hidden sibling folder, and the descriptor that holds its lock.
+
+    Args:
+        final: The name it is to have at the end; its parent exists.
+
+    Raises:
+        OutputError: no folder can be made there.
+        OSError: the parent cannot be written.
+    """
+    while True:
+        folder = final.parent / f".{final.name}{DRAFT_MARK}{secrets.token_hex(4)}"
+        try:
+            folder.mkdir()
+        except FileNotFoundError as err:
+            # Not a missing parent, those are made before: a place such as /proc takes no folders.
+            raise OutputError(
+                "no folder can be made there",
+                seen=final,
+                fix="choose another place with --out",
+            ) from err
+        lock = _try_lock(folder)
+        # Another process may sweep between mkdir and lock; then take a new name.
+        if lock is not None and folder.is_dir():
+            return folder, lock
+        if lock is not None:
+            os.close(lock)
+
+
+def sweep_drafts(final: Path) -> None:
+    """Remove what dead writers of this name left, and put back a folder they had set aside."""
+    prefix = f".{final.name}"
+    for folder in sorted(final.parent.iterdir()):
+        is_draft = folder.name.startswith(prefix + DRAFT_MARK)
+        is_replaced = folder.name.startswith(prefix + REPLACED_MARK)
+        if not (is_draft or is_replaced) or folder.is_symlink() or not folder.is_dir():
+            continue
+        lock = _try_lock(folder)
+        if lock is None:
+            continue
+        try:
+            if is_replaced and not os.path.lexists(final):
+                # The writer died between its two renames; the old folder is still whole.
+                folder.rename(final)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def put_in_place(folder: Path, final: Path) -> None:
+    """Give the draft its final name; a folder in the way is removed after that, or put back.
+
+    Raises:
+        OutputError: somebody else took the name meanwhile.
+        OSError: the parent cannot be written.
+    """
+    taken = final.is_dir() and any(final.iterdir())
+    replaced = final.parent / f".{final.name}{REPLACED_MARK}{secrets.token_hex(4)}"
+    lock = _try_lock(final) if taken else None
+    try:
+        if taken:
+            final.rename(replaced)
+        folder.rename(final)
+    except OSError as err:
+        _put_back(folder, final, replaced)
+        if err.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise OutputError(
+                "the output folder was taken by somebody else meanwhile",
+                seen=final,
+                fix="try again, or choose another place",
+            ) from err
+        raise
+    except BaseException:
+        # Ctrl+C or a signal, which may come right after either rename.
+        _put_back(folder, final, replaced)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+    sync(final.parent)
+    if taken:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sync_tree(folder: Path, *, leave_out: Container[Path]) -> None:
+    """Have everything on the disk; linked files, which we did not write, are not ours to flush."""
+    for parent, _, files in os.walk(folder):
+        for path in (Path(parent, name) for name in files):
+            if path not in leave_out:
+                sync(path)
+        sync(Path(parent))
+
+
+def sync(path: Path) -> None:
+    """Have one file, or one folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(folder: Path) -> int | None:
+    # Not at the top: reading bundles needs no locks, and works where fcntl does not exist.
+    import fcntl
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _put_back(folder: Path, final: Path, replaced: Path) -> None:
+    """Undo what was done of the two renames: folders alone tell, a variable may lag behind."""
+    if not folder.exists() and final.is_dir():
+        final.rename(folder)
+    if replaced.exists():
+        # Somebody else may have taken the name; the old one then stays, hidden but whole.
+        with suppress(OSError):
+            replaced.rename(final)

@@ -1,0 +1,285 @@
+"""Engines from a bundle: one component at a time, into a folder that appears when complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gap_export.bundle import Bundle
+from gap_export.bundle.drafts import make_draft_folder, put_in_place, sweep_drafts, sync_tree
+from gap_export.bundle.files import ENGINES_FOLDER
+from gap_export.engines.compile import BuildOptions, BuildPlace, compile_graph
+from gap_export.engines.device import Gpu, find_gpu, free_memory
+from gap_export.engines.folder import EngineFolder, read_engine_folder
+from gap_export.engines.library import TensorRT, describe_versions, elsewhere, library_for
+from gap_export.engines.memory import estimate_memory, memory_warnings
+from gap_export.engines.plan import PLAN_NAME, EnginePlan, EngineSpec
+from gap_export.engines.targets import Target, TargetChoice
+from gap_export.errors import BundleError, OutputError, UsageError
+from gap_export.manifest import EngineLimits, GraphSpec, Manifest
+from gap_export.progress import Progress, SilentProgress
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOverrides:
+    """Sizes other than those the bundle was made for; None leaves the bundle's."""
+
+    max_prompt: int | None = None
+    max_new_tokens: int | None = None
+    max_batch: int | None = None
+
+
+BUNDLES_OWN = LimitOverrides()
+DEFAULTS = BuildOptions()
+
+
+def build_engines(
+    bundle: Bundle,
+    choice: TargetChoice,
+    *,
+    only: tuple[str, ...] = (),
+    overrides: LimitOverrides = BUNDLES_OWN,
+    options: BuildOptions = DEFAULTS,
+    progress: Progress | None = None,
+    warn: Tell = lambda _: None,
+) -> EngineFolder:
+    """Build a target's engines, into ``engines/<target>`` of the bundle.
+
+    Whatever stops it, the folder is there as it was before, or as a whole.
+
+    Args:
+        bundle: Opened, and so checked.
+        choice: The target, and the GPU generation.
+        only: Components; empty for all. The folder's other engines stay, if they fit.
+        overrides: Of the bundle's sizes.
+        options: How to build.
+        progress: Told of each component's building.
+        warn: Told what may go wrong for want of memory, before anything is built.
+
+    Raises:
+        BundleError: the bundle was not made for the target.
+        UsageError: a component or a size there is not, or a GPU that is not at hand.
+        MissingDependencyError: the target's TensorRT is missing or of a version that does not fit.
+        EngineError: TensorRT does not take a graph, or cannot build it.
+        OutputError: the bundle cannot be written, or the disk is full.
+    """
+    graphs = target_graphs(bundle.manifest, choice.target, only)
+    limits = resolve_limits(bundle.manifest, overrides)
+    library = library_for(choice.target)
+    gpu = find_gpu()
+    place = BuildPlace(
+        bundle=bundle,
+        choice=choice,
+        library=library,
+        limits=limits,
+        compute_capability=_compute_capability(library, choice, gpu),
+    )
+    _check_platform(place, graphs)
+    _check_options(library, options, gpu)
+    estimate = estimate_memory(bundle, graphs, limits)
+    here = gpu if not library.traits.sets_compute_capability else None
+    for text in memory_warnings(estimate, gpu=here, free_host=free_memory()):
+        warn(text)
+    with _draft(bundle, choice.folder) as draft:
+        kept = _keep_others(place, draft, only) if only else ()
+        built = tuple(
+            _compile(place, graph, draft, options, progress or SilentProgress()) for graph in graphs
+        )
+        plan = EnginePlan(
+            library=library.name,
+            library_version=library.version,
+            target=choice.target.name,
+            compute_capability=place.compute_capability,
+            limits=limits,
+            engines=(*built, *kept),
+        )
+        (draft / PLAN_NAME).write_bytes(plan.to_json())
+        sync_tree(draft, leave_out=())
+        final = bundle.path / ENGINES_FOLDER / choice.folder
+        put_in_place(draft, final)
+    return EngineFolder(path=final, plan=plan)
+
+
+def target_graphs(
+    manifest: Manifest, target: Target, only: tuple[str, ...] = ()
+) -> tuple[GraphSpec, ...]:
+    """The graphs that a target's engines are built from.
+
+    Args:
+        manifest: Of the bundle.
+        target: The target.
+        only: Components; empty for all.
+
+    Raises:
+        BundleError: the bundle was not made for the target.
+        UsageError: no such component.
+    """
+    made = manifest.target(target.name)
+    components = tuple(dict.fromkeys(graph.component for graph in manifest.graphs))
+    unknown = [name for name in only if name not in components]
+    if unknown:
+        raise UsageError(
+            "the bundle has no such component",
+            seen=", ".join(unknown),
+            allowed=", ".join(components),
+        )
+    return tuple(
+        manifest.graph(component, lowering=made.lowering, dtype=made.dtype)
+        for component in components
+        if not only or component in only
+    )
+
+
+def resolve_limits(manifest: Manifest, overrides: LimitOverrides) -> EngineLimits:
+    """The sizes to build for.
+
+    Raises:
+        BundleError: the bundle has none.
+        UsageError: a size out of range.
+    """
+    limits = manifest.engine_limits
+    if limits is None:
+        raise BundleError(
+            "the bundle was not made for TensorRT: it says no sizes",
+            seen="no engine_limits",
+            fix="export it again with --trt",
+        )
+    changed = {name: value for name, value in vars(overrides).items() if value is not None}
+    most = manifest.decoder.max_position_embeddings
+    for name, value in changed.items():
+        flag = f"--{name.replace('_', '-')}" if name != "max_batch" else "--batch"
+        if not 1 <= value <= most:
+            raise UsageError(f"no such {flag}", seen=value, allowed=f"1..{most}")
+    limits = dataclasses.replace(limits, **changed)
+    # A batch may ask of as many pictures; the tiles of one picture stay as many as they are.
+    tiled = manifest.image.tiles is not None
+    images = max(limits.max_images, limits.max_batch) if tiled else limits.max_batch
+    return dataclasses.replace(limits, max_images=images)
+
+
+def _compute_capability(library: TensorRT, choice: TargetChoice, gpu: Gpu | None) -> int:
+    """The GPU generation the engines will be for."""
+    wanted = choice.compute_capability
+    if library.traits.sets_compute_capability and wanted is not None:
+        return wanted
+    if gpu is None:
+        raise UsageError(
+            f"engines of target {choice.target.name} are built on the GPU they are for",
+            seen="no NVIDIA GPU with a driver (libcuda.so.1) at hand",
+            fix=elsewhere(choice.target),
+        )
+    if wanted is not None and gpu.compute_capability != wanted:
+        raise UsageError(
+            f"engines of {choice.folder} are built on the GPU they are for",
+            seen=f"{gpu.name}, SM {gpu.compute_capability}",
+            allowed=f"SM {wanted}",
+            fix=elsewhere(choice.target),
+        )
+    return gpu.compute_capability
+
+
+def _check_platform(place: BuildPlace, graphs: tuple[GraphSpec, ...]) -> None:
+    """The TensorRT at hand builds the lowering the bundle has for the target."""
+    target, library = place.choice.target, place.library
+    platform = target.platform(library.release)
+    known = () if platform is None else platform.lowerings
+    for graph in graphs:
+        if graph.lowering not in known:
+            raise UsageError(
+                f"{library.name} {library.version} does not build the bundle's graphs for "
+                f"{target.name}",
+                seen=f"lowering {graph.lowering}",
+                allowed=", ".join(known) or describe_versions(target),
+                fix=f"export with --lowering {known[0]}" if known else None,
+            )
+
+
+def _check_options(library: TensorRT, options: BuildOptions, gpu: Gpu | None) -> None:
+    stripped = options.weights == "stripped"
+    if stripped and library.traits.refit_needs_gpu and gpu is None:
+        raise UsageError(
+            f"{library.name} compiles plans without their weights on a GPU alone",
+            seen="--weights stripped, and no GPU at hand",
+            allowed="--weights included or streamed",
+        )
+
+
+def _compile(
+    place: BuildPlace, graph: GraphSpec, draft: Path, options: BuildOptions, progress: Progress
+) -> EngineSpec:
+    """One engine; what TensorRT held for it is gone before the next."""
+    try:
+        return compile_graph(place, graph, draft, options=options, progress=progress)
+    finally:
+        gc.collect()
+
+
+def _keep_others(place: BuildPlace, draft: Path, only: tuple[str, ...]) -> tuple[EngineSpec, ...]:
+    """The engines of the present folder that are not built again, if it has any."""
+    if not os.path.lexists(place.bundle.path / ENGINES_FOLDER / place.choice.folder):
+        return ()
+    present = read_engine_folder(place.bundle, place.choice.folder)
+    others = tuple(e for e in present.plan.engines if e.component not in only)
+    plan, library = present.plan, place.library
+    facts = {
+        "TensorRT": (f"{plan.library} {plan.library_version}", f"{library.name} {library.version}"),
+        "GPU generation": (plan.compute_capability, place.compute_capability),
+        "limits": (plan.limits, place.limits),
+    }
+    for name, (there, here) in facts.items():
+        if others and there != here:
+            raise UsageError(
+                f"the other engines in {place.choice.folder} were built with another {name}",
+                seen=there,
+                allowed=str(here),
+                fix="build all components: leave out --only",
+            )
+    for engine in others:
+        _link_or_copy(present.path / engine.file, draft / engine.file)
+    return others
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # Some file systems have no hard links.
+        shutil.copyfile(source, target)
+
+
+@contextmanager
+def _draft(bundle: Bundle, folder: str) -> Iterator[Path]:
+    """A folder for the engines, beside the one they go to; gone afterwards, whatever happens."""
+    parent = bundle.path / ENGINES_FOLDER
+    final = parent / folder
+    draft, lock, made_parent = None, -1, False
+    try:
+        if parent.is_symlink() or final.is_symlink():
+            raise OutputError("a link is in the way of the engines", seen=final)
+        made_parent = not parent.is_dir()
+        parent.mkdir(exist_ok=True)
+        sweep_drafts(final)
+        draft, lock = make_draft_folder(final)
+        yield draft
+    except OSError as err:
+        raise OutputError(
+            "the engines cannot be written",
+            seen=f"{final}: {err.strerror or err}",
+            fix="make room, or copy the bundle to a place that can be written; nothing "
+            "half-written was left",
+        ) from err
+    finally:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+        if made_parent and parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
+        if lock >= 0:
+            os.close(lock)

@@ -1,0 +1,279 @@
+"""One graph to one engine file, by TensorRT's builder."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+from gap_export.bundle import Bundle
+from gap_export.engines.graph_hash import hash_weights, listed_file
+from gap_export.engines.inspect import NetworkView, check_interface, view_network
+from gap_export.engines.library import TensorRT
+from gap_export.engines.log import log_of, quote
+from gap_export.engines.memory import peak_bytes, reset_peak
+from gap_export.engines.monitor import STEPS, PhaseTally, make_monitor
+from gap_export.engines.network import build_failed, other_ways, out_of_memory, parse_graph
+from gap_export.engines.plan import EngineSpec, ProfileSpec, WeightsHeld
+from gap_export.engines.profiles import make_profiles
+from gap_export.engines.targets import TargetChoice
+from gap_export.engines.timing_cache import keep_timing_cache, use_timing_cache
+from gap_export.errors import EngineError
+from gap_export.manifest import EngineLimits, GraphSpec
+from gap_export.progress import Advance, Progress
+
+_CHUNK_BYTES = 16 << 20
+# Of BuilderFlag.
+_FLAGS: Mapping[WeightsHeld, tuple[str, ...]] = MappingProxyType(
+    {"included": (), "streamed": ("WEIGHT_STREAMING",), "stripped": ("STRIP_PLAN",)}
+)
+# How often the waiting thread looks up, so that a signal is heard while TensorRT works.
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """How to build.
+
+    Attributes:
+        weights: ``included`` in the plan; ``streamed``: as that, and the runtime may leave part of
+            them in the host's memory; ``stripped``: left out, and put in when the plan is loaded.
+        workspace_mib: Most memory a layer may take for itself while it runs, in MiB; None: all
+            that the GPU has.
+        optimization_level: TensorRT's, 0 to 5: how long it looks for the fastest kernels; None:
+            its own default.
+    """
+
+    weights: WeightsHeld = "included"
+    workspace_mib: int | None = None
+    optimization_level: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildPlace:
+    """What all engines of a folder have in common.
+
+    Attributes:
+        bundle: The bundle.
+        choice: The target.
+        library: Its TensorRT.
+        limits: What the profiles are made from.
+        compute_capability: SM number of the GPU the engines are for.
+    """
+
+    bundle: Bundle
+    choice: TargetChoice
+    library: TensorRT
+    limits: EngineLimits
+    compute_capability: int
+
+
+def compile_graph(
+    place: BuildPlace, graph: GraphSpec, folder: Path, *, options: BuildOptions, progress: Progress
+) -> EngineSpec:
+    """Build one engine into ``<component>.engine`` of a folder.
+
+    TensorRT works in a thread of its own, so that Ctrl+C is heard at once: the builder is told to
+    stop, which it does at its next step, and what interrupted goes on from here.
+
+    Raises:
+        EngineError: TensorRT does not take the graph, or cannot build it.
+        BundleError: the graph's dimensions or weights are not what they should be.
+        OSError: the engine cannot be written.
+    """
+    stop = threading.Event()
+    with (
+        progress.stage(f"building {graph.component}", total=STEPS) as advance,
+        ThreadPoolExecutor(max_workers=1) as worker,
+    ):
+        work = worker.submit(_compile, place, graph, folder, options, advance, stop)
+        try:
+            while not wait([work], timeout=_POLL_S).done:
+                continue
+        except BaseException:
+            stop.set()
+            raise
+        try:
+            return work.result()
+        except MemoryError as err:
+            raise out_of_memory(graph, str(err) or "Python could not allocate") from err
+
+
+def view_graph(place: BuildPlace, graph: GraphSpec) -> NetworkView:
+    """A graph as TensorRT parses it; nothing is built.
+
+    Raises:
+        EngineError: TensorRT does not take the graph.
+    """
+    module = place.library.module
+    log = log_of(module)
+    builder = _create_builder(place.library)
+    path = place.bundle.file(graph.file)
+    advice = other_ways(place.bundle, graph, place.choice, place.library)
+    parsed = parse_graph(place.library, log, builder, graph, path, advice)
+    return view_network(module, parsed.network)
+
+
+def _compile(
+    place: BuildPlace,
+    graph: GraphSpec,
+    folder: Path,
+    options: BuildOptions,
+    advance: Advance,
+    stop: threading.Event,
+) -> EngineSpec:
+    library, bundle, module = place.library, place.bundle, place.library.module
+    path = bundle.file(graph.file)
+    advice = other_ways(bundle, graph, place.choice, library)
+    profiles = make_profiles(bundle.manifest, graph, place.limits)
+    reset_peak()
+    started = time.perf_counter()
+    log = log_of(module)
+    builder = _create_builder(library)
+    parsed = parse_graph(library, log, builder, graph, path, advice)
+    view = view_network(module, parsed.network)
+    check_interface(view, graph)
+    config = _configure(place, builder, options)
+    for profile in profiles:
+        config.add_optimization_profile(_to_tensorrt(builder, profile))
+    # Referred to from here as well: TensorRT does not keep it alive.
+    monitor = make_monitor(module, PhaseTally(advance), stop)
+    config.progress_monitor = monitor
+    name = f"{graph.component}.engine"
+    with log.recording() as errors, (folder / name).open("xb") as file:
+        plan = PlanFile(file)
+        built = _build(module, builder, parsed.network, config, plan)
+    if stop.is_set():
+        raise EngineError("the build was stopped", seen=graph.component)
+    if plan.failure is not None:
+        raise plan.failure
+    if not built:
+        raise build_failed(library, graph, path, errors, advice)
+    if library.traits.has_timing_cache:
+        keep_timing_cache(library, config, place.compute_capability)
+    return EngineSpec(
+        component=graph.component,
+        file=name,
+        size=plan.size,
+        sha256=plan.sha256,
+        graph=graph.file,
+        graph_sha256=listed_file(bundle, graph.file).sha256,
+        weights_sha256=hash_weights(bundle, graph.file),
+        lowering=graph.lowering,
+        dtype=graph.dtype,
+        quantization=graph.quantization,
+        kv_contract=graph.kv_contract,
+        weights=options.weights,
+        profiles=profiles,
+        inputs=view.inputs,
+        outputs=view.outputs,
+        build_seconds=round(time.perf_counter() - started, 3),
+        peak_memory_bytes=peak_bytes(),
+    )
+
+
+def _create_builder(library: TensorRT) -> Any:
+    log = log_of(library.module)
+    with log.recording() as errors:
+        try:
+            builder = library.module.Builder(log.handle)
+        except (TypeError, RuntimeError) as err:
+            # pybind11's word for a null pointer: no driver, or no GPU.
+            raise EngineError(
+                f"{library.name} {library.version} cannot start a builder",
+                seen=quote(errors or [str(err)]),
+                fix="check the GPU and its driver with: gap-export doctor",
+            ) from err
+    return builder
+
+
+def _configure(place: BuildPlace, builder: Any, options: BuildOptions) -> Any:
+    module, traits = place.library.module, place.library.traits
+    config = builder.create_builder_config()
+    if traits.sets_compute_capability:
+        config.num_compute_capabilities = 1
+        generation = getattr(module.ComputeCapability, f"SM{place.compute_capability}")
+        config.set_compute_capability(generation, 0)
+    if options.workspace_mib is not None:
+        config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    for flag in _FLAGS[options.weights]:
+        config.set_flag(getattr(module.BuilderFlag, flag))
+    if traits.has_timing_cache:
+        use_timing_cache(place.library, config, place.compute_capability)
+    return config
+
+
+def _to_tensorrt(builder: Any, profile: ProfileSpec) -> Any:
+    made = builder.create_optimization_profile()
+    for name, shapes in profile.shapes.items():
+        if name in profile.values:
+            values = profile.values[name]
+            made.set_shape_input(name, values.min, values.opt, values.max)
+        else:
+            made.set_shape(name, shapes.min, shapes.opt, shapes.max)
+    return made
+
+
+def _build(module: Any, builder: Any, network: Any, config: Any, plan: PlanFile) -> bool:
+    """Build and write; piece by piece where TensorRT can, which takes the room of one plan less."""
+    if not hasattr(builder, "build_serialized_network_to_stream"):
+        memory = builder.build_serialized_network(network, config)
+        if memory is not None:
+            plan.write(memoryview(memory))
+        return memory is not None
+    return bool(
+        builder.build_serialized_network_to_stream(network, config, _make_writer(module, plan))
+    )
+
+
+class PlanFile:
+    """An engine's file while it is written.
+
+    Attributes:
+        size: Bytes so far.
+        failure: Why it cannot be written on, if so; an exception must not pass through TensorRT.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.size = 0
+        self.failure: OSError | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Of what was written, in hex."""
+        return self._digest.hexdigest()
+
+    def write(self, content: memoryview) -> bool:
+        """Append; False, with the reason kept, where that fails."""
+        try:
+            for start in range(0, len(content), _CHUNK_BYTES):
+                piece = content[start : start + _CHUNK_BYTES]
+                self._file.write(piece)
+                self._digest.update(piece)
+                self.size += len(piece)
+            self._file.flush()
+        except OSError as err:
+            self.failure = err
+        return self.failure is None
+
+
+def _make_writer(module: Any, plan: PlanFile) -> Any:
+    class _Writer(module.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            # pybind11 wants the base's constructor called by its name.
+            module.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            return len(data) if plan.write(memoryview(data)) else 0
+
+    return _Writer()

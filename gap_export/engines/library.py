@@ -1,0 +1,187 @@
+"""The two TensorRT packages: imported when an engine is built or run, and no earlier."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+from gap_export.engines.targets import TARGETS, Platform, Target, Version
+from gap_export.errors import MissingDependencyError
+
+LibraryName = Literal["tensorrt", "tensorrt_rtx"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryTraits:
+    """In what the two packages differ for us.
+
+    Attributes:
+        extra: Of gap-export, which installs it.
+        has_timing_cache: What was measured on the GPU can be kept; TensorRT-RTX measures nothing
+            while building and warns where it is asked.
+        sets_compute_capability: The GPU generation is chosen, not that of the GPU at hand.
+        refit_needs_gpu: Plans that can be refitted are compiled on a GPU alone; seen with 1.7.1.
+    """
+
+    extra: str
+    has_timing_cache: bool
+    sets_compute_capability: bool
+    refit_needs_gpu: bool
+
+
+TRAITS: Mapping[str, LibraryTraits] = MappingProxyType(
+    {
+        "tensorrt": LibraryTraits(
+            extra="trt",
+            has_timing_cache=True,
+            sets_compute_capability=False,
+            refit_needs_gpu=True,
+        ),
+        "tensorrt_rtx": LibraryTraits(
+            extra="trt-rtx",
+            has_timing_cache=False,
+            sets_compute_capability=True,
+            refit_needs_gpu=True,
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRT:
+    """A TensorRT package that was imported.
+
+    Attributes:
+        name: Of the package.
+        module: The package itself.
+        version: Its full version, e.g. ``10.3.0`` or ``1.7.1.116``.
+    """
+
+    name: LibraryName
+    module: Any
+    version: str
+
+    @property
+    def release(self) -> Version:
+        """(major, minor)."""
+        numbers = re.findall(r"\d+", self.version)
+        return int(numbers[0]), int(numbers[1])
+
+    @property
+    def traits(self) -> LibraryTraits:
+        """In what it differs from the other one."""
+        return TRAITS[self.name]
+
+
+def import_tensorrt(
+    name: LibraryName, *, purpose: str, allowed: str | None = None, otherwise: str | None = None
+) -> TensorRT:
+    """Import a TensorRT package.
+
+    Args:
+        name: Which.
+        purpose: What needs it, e.g. ``running engines``.
+        allowed: Which versions will do.
+        otherwise: What to do where it is missing; None: install it.
+
+    Raises:
+        MissingDependencyError: not installed, or its libraries cannot be loaded.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as err:
+        if err.name != name:
+            raise _not_loadable(name, purpose, err) from err
+        install = f'install it with: pip install "gap-export[{TRAITS[name].extra}]"'
+        raise MissingDependencyError(
+            f"{purpose} needs a package that is not installed",
+            seen=name,
+            allowed=allowed,
+            fix=otherwise or install,
+        ) from err
+    except (ImportError, OSError, RuntimeError) as err:
+        # The package is there, the vendor's shared libraries or the driver are not.
+        raise _not_loadable(name, purpose, err) from err
+    version = getattr(module, "__version__", None)
+    if not isinstance(version, str) or len(re.findall(r"\d+", version)) < 2:
+        raise MissingDependencyError(
+            f"{purpose} needs a package that is installed but not whole",
+            seen=f"{name} without a version",
+            fix=_reinstall(name),
+        )
+    return TensorRT(name=name, module=module, version=version)
+
+
+def library_for(target: Target) -> TensorRT:
+    """The TensorRT that builds a target's engines, of a version the target has.
+
+    Raises:
+        MissingDependencyError: not installed, not loadable, or of a version that none of the
+            target's platforms has.
+    """
+    library = import_tensorrt(
+        target.library,
+        purpose=f"building engines of target {target.name}",
+        allowed=describe_versions(target),
+        # A board's software brings its own; what could be installed here builds nothing for it.
+        otherwise=elsewhere(target) if target.compute_capabilities else None,
+    )
+    if target.platform(library.release) is None:
+        raise MissingDependencyError(
+            f"target {target.name} is not built by this version of {library.name}",
+            seen=library.version,
+            allowed=describe_versions(target),
+            fix=elsewhere(target) or f"install a version of {library.name} that fits",
+        )
+    return library
+
+
+def describe_versions(target: Target) -> str:
+    """Which TensorRT a target takes, e.g. ``10.3 (JetPack 6.2), 10.16 to 11.4 (JetPack 7.2)``."""
+    return ", ".join(_describe_platform(platform) for platform in target.platforms)
+
+
+def _describe_platform(platform: Platform) -> str:
+    low, high = (f"{v[0]}.{v[1]}" for v in (platform.min_version, platform.max_version))
+    span = low if low == high else f"{low} to {high}"
+    # Some releases are called by their numbers.
+    return platform.name if span in platform.name else f"{span} ({platform.name})"
+
+
+def elsewhere(target: Target) -> str | None:
+    """Where else the engines are built; None where any machine will do."""
+    if target.built_on == "any":
+        return None
+    place = target.summary if target.compute_capabilities else "the machine that has the GPU"
+    return (
+        f"copy the bundle to {place} and run there: "
+        f"python3 -m gap_export.engines build BUNDLE --target {target.name}"
+    )
+
+
+def installed_targets() -> tuple[str, ...]:
+    """Names of the targets whose TensorRT can be imported here, in a version that fits."""
+    names = []
+    for target in TARGETS.values():
+        try:
+            library_for(target)
+        except MissingDependencyError:
+            continue
+        names.append(target.name)
+    return tuple(names)
+
+
+def _not_loadable(name: str, purpose: str, err: Exception) -> MissingDependencyError:
+    return MissingDependencyError(
+        f"{purpose} needs {name}, which is installed but cannot be loaded",
+        seen=err,
+        fix=_reinstall(name),
+    )
+
+
+def _reinstall(name: str) -> str:
+    return f'install it again: pip install --force-reinstall "gap-export[{TRAITS[name].extra}]"'

@@ -1,0 +1,144 @@
+"""Where the weights of an ONNX file lie, and its nodes' operators, without the onnx package.
+
+Reads protobuf's wire format (https://protobuf.dev/programming-guides/encoding/) as far as
+ModelProto -> GraphProto -> NodeProto and TensorProto go; everything else is skipped over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from gap_export.errors import BundleError
+
+T = TypeVar("T")
+
+# Field numbers of onnx.proto.
+_MODEL_GRAPH, _MODEL_FUNCTION = 7, 25
+_FUNCTION_NODE = 7
+_GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
+_NODE_NAME, _NODE_OP_TYPE = 3, 4
+_TENSOR_NAME, _TENSOR_RAW_DATA, _TENSOR_EXTERNAL = 8, 9, 13
+_ENTRY_KEY, _ENTRY_VALUE = 1, 2
+# Wire types.
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+# A protobuf message cannot be larger.
+_MAX_BYTES = (1 << 31) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Initializer:
+    """A constant of a graph.
+
+    Attributes:
+        name: In the graph.
+        location: The file its bytes lie in, relative to the graph's folder; None: the graph's own.
+        size: In bytes; None where the file does not say.
+    """
+
+    name: str
+    location: str | None
+    size: int | None
+
+
+def read_initializers(path: Path) -> tuple[Initializer, ...]:
+    """The constants of a model's main graph.
+
+    Raises:
+        BundleError: not an ONNX file, cut short, or larger than protobuf allows.
+        OSError: the file cannot be read.
+    """
+    return tuple(_read(path, {_MODEL_GRAPH: _GRAPH_INITIALIZER}, _initializer))
+
+
+def read_operators(path: Path) -> dict[str, str]:
+    """The operator of each named node of a model's main graph and of its functions.
+
+    Raises:
+        BundleError: not an ONNX file, cut short, or larger than protobuf allows.
+        OSError: the file cannot be read.
+    """
+    places = {_MODEL_GRAPH: _GRAPH_NODE, _MODEL_FUNCTION: _FUNCTION_NODE}
+    return dict(_read(path, places, _node))
+
+
+def _read(path: Path, places: Mapping[int, int], read: Callable[[memoryview], T]) -> list[T]:
+    """What some fields of the model's parts hold: by the part's field number, one of its own."""
+    if path.stat().st_size > _MAX_BYTES:
+        raise BundleError("not an ONNX file", seen=f"{path}: {path.stat().st_size} bytes")
+    raw = memoryview(path.read_bytes())
+    try:
+        return [
+            read(content)
+            for number, part in _fields(raw)
+            if number in places
+            for inner, content in _fields(part)
+            if inner == places[number]
+        ]
+    except (ValueError, IndexError) as err:
+        raise BundleError("not an ONNX file, or cut short", seen=f"{path}: {err}") from err
+
+
+def _node(raw: memoryview) -> tuple[str, str]:
+    texts = {
+        number: bytes(value).decode()
+        for number, value in _fields(raw)
+        if number in {_NODE_NAME, _NODE_OP_TYPE}
+    }
+    return texts.get(_NODE_NAME, ""), texts.get(_NODE_OP_TYPE, "")
+
+
+def _initializer(raw: memoryview) -> Initializer:
+    name, size, external = "", 0, {}
+    for number, value in _fields(raw):
+        if number == _TENSOR_NAME:
+            name = bytes(value).decode()
+        elif number == _TENSOR_EXTERNAL:
+            entry = {inner: bytes(text).decode() for inner, text in _fields(value)}
+            external[entry.get(_ENTRY_KEY, "")] = entry.get(_ENTRY_VALUE, "")
+        elif number == _TENSOR_RAW_DATA:
+            size = len(value)
+    if not external:
+        return Initializer(name=name, location=None, size=size)
+    length = external.get("length")
+    return Initializer(
+        name=name,
+        location=external.get("location", ""),
+        size=None if length is None else int(length),
+    )
+
+
+def _fields(raw: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Field numbers and contents of the length-delimited fields of a message; skips the others."""
+    at = 0
+    while at < len(raw):
+        key, at = _varint(raw, at)
+        number, wire_type = key >> 3, key & 7
+        if wire_type == _VARINT:
+            _, at = _varint(raw, at)
+        elif wire_type in {_FIXED64, _FIXED32}:
+            at += 8 if wire_type == _FIXED64 else 4
+        elif wire_type == _BYTES:
+            size, at = _varint(raw, at)
+            if at + size > len(raw):
+                raise ValueError(f"a field of {size} bytes at {at} of {len(raw)}")
+            yield number, raw[at : at + size]
+            at += size
+        else:
+            raise ValueError(f"wire type {wire_type} at {at}")
+    if at != len(raw):
+        raise ValueError(f"ends at {at} of {len(raw)}")
+
+
+def _varint(raw: memoryview, at: int) -> tuple[int, int]:
+    """A base-128 number, least significant group first, and where the next byte is."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = raw[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError(f"a number longer than 10 bytes at {at}")

@@ -1,0 +1,128 @@
+"""Optimization profiles: which shapes an engine is built for, from a graph's named dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from gap_export.engines.plan import ProfileName, ProfileSpec, ShapeRange
+from gap_export.errors import BundleError
+from gap_export.manifest import EngineLimits, GraphSpec, Manifest, PruningSpec
+
+# Smallest, usual and largest size of a dimension.
+Sizes = tuple[int, int, int]
+
+
+def make_profiles(
+    manifest: Manifest, graph: GraphSpec, limits: EngineLimits
+) -> tuple[ProfileSpec, ...]:
+    """The profiles of a graph's engine.
+
+    A graph with a KV cache has two: ``prefill`` reads a whole prompt into an empty cache,
+    ``decode`` one token after at least one slot. Another graph has one, ``only``. In each, the
+    shapes of all inputs belong together: the attention mask is as long as past and new tokens are.
+    An input of a dimension's name holds the size of that dimension.
+
+    Args:
+        manifest: Of the bundle.
+        graph: One of its graphs.
+        limits: The largest sizes; the manifest's own, or others.
+
+    Returns:
+        In the order the engine is to have them.
+
+    Raises:
+        BundleError: the graph has a dimension of a name that nothing is known of.
+    """
+    if graph.kv_contract == "none":
+        return (_profile("only", graph, _plain_sizes(manifest, graph, limits)),)
+    return (
+        _profile("prefill", graph, _prefill_sizes(limits)),
+        _profile("decode", graph, _decode_sizes(limits)),
+    )
+
+
+def cache_capacity(limits: EngineLimits) -> int:
+    """Slots of the KV cache: those of the prompt and of the answer."""
+    return limits.max_prompt + limits.max_new_tokens
+
+
+def _plain_sizes(manifest: Manifest, graph: GraphSpec, limits: EngineLimits) -> dict[str, Sizes]:
+    prompt, images = limits.max_prompt, limits.max_images
+    text = prompt if manifest.text_encoder is None else manifest.text_encoder.max_tokens
+    names = {dim for tensor in graph.inputs for dim in tensor.shape}
+    # Tiles come each with its own copy of the text; a whole picture with all that is asked of it.
+    tiled = "num_images" in names and manifest.image.tiles is not None
+    batch = images if tiled else limits.max_batch
+    # The tiles of a picture come all at once; of whole pictures one at a time is the rule.
+    usual = 1 if manifest.image.tiles is None else images
+    return {
+        "batch_size": (1, usual if tiled else 1, batch),
+        "num_images": (1, usual, images),
+        "sequence_length": (1, max(1, prompt // 2), prompt),
+        "text_length": (1, max(1, text // 2), text),
+        "num_kept_tokens": _kept_sizes(manifest.pruning),
+    }
+
+
+def _kept_sizes(pruning: PruningSpec) -> Sizes:
+    buckets = pruning.kept_buckets or (pruning.num_kept_tokens,)
+    return buckets[0], buckets[len(buckets) // 2], buckets[-1]
+
+
+def _prefill_sizes(limits: EngineLimits) -> dict[str, Sizes]:
+    # Most of a prompt are visual tokens, whose number hardly varies: it is close to the largest.
+    whole = (1, limits.max_prompt, limits.max_prompt)
+    return {
+        "batch_size": (1, 1, limits.max_batch),
+        "sequence_length": whole,
+        "past_sequence_length": (0, 0, 0),
+        "total_sequence_length": whole,
+        "prompt_length": whole,
+        "cache_capacity": _fixed(cache_capacity(limits)),
+    }
+
+
+def _decode_sizes(limits: EngineLimits) -> dict[str, Sizes]:
+    capacity, usual = cache_capacity(limits), limits.max_prompt
+    return {
+        "batch_size": (1, 1, limits.max_batch),
+        "sequence_length": (1, 1, 1),
+        "past_sequence_length": (1, usual, capacity - 1),
+        "total_sequence_length": (2, usual + 1, capacity),
+        "prompt_length": (1, usual, usual),
+        "cache_capacity": _fixed(capacity),
+    }
+
+
+def _fixed(size: int) -> Sizes:
+    return size, size, size
+
+
+def _profile(name: ProfileName, graph: GraphSpec, sizes: Mapping[str, Sizes]) -> ProfileSpec:
+    shapes, values = {}, {}
+    for tensor in graph.inputs:
+        shapes[tensor.name] = _range(
+            [_sizes_of(dim, graph, tensor.name, sizes) for dim in tensor.shape]
+        )
+        if tensor.name in sizes:
+            values[tensor.name] = _range([sizes[tensor.name]])
+    return ProfileSpec(name=name, shapes=shapes, values=values)
+
+
+def _range(dims: Sequence[Sizes]) -> ShapeRange:
+    low, usual, high = (tuple(size[place] for size in dims) for place in range(3))
+    return ShapeRange(min=low, opt=usual, max=high)
+
+
+def _sizes_of(dim: int | str, graph: GraphSpec, tensor: str, sizes: Mapping[str, Sizes]) -> Sizes:
+    if isinstance(dim, int):
+        return _fixed(dim)
+    known = sizes.get(dim)
+    if known is None:
+        raise BundleError(
+            f"{graph.file} has a dimension that no engine size is known for",
+            seen=f"{dim} of input {tensor}",
+            allowed=", ".join(sizes),
+            fix="export the bundle again with this version of gap-export",
+        )
+    return known

@@ -1,0 +1,249 @@
+"""The reference of a quantized bundle: PyTorch with the weights that the bundle holds.
+
+Rounding to INT4 changes what a model answers, and no tolerance of a float graph has room for that.
+So the reference's decoder computes with the bundle's own integers and scales: whether graphs read
+them rightly is then held to the same tolerances as ever. Whether they are the right ones is another
+question, answered by rounding the checkpoint's weights once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from gap_export.errors import BundleError
+from gap_export.families import Component, Reference
+from gap_export.manifest import QuantizationSpec
+from gap_export.parity.tally import OutputParity
+from gap_export.parity.tolerances import COMPUTED_WEIGHT, READ_WEIGHT
+from gap_export.progress import Progress
+from gap_export.quantization import linear_keys
+from gap_export.weights import (
+    QUANTIZED_NAME,
+    SAFETENSORS_NAMES,
+    TORCH_DTYPES,
+    DerivedWeight,
+    TensorRef,
+    Weight,
+    dequantize,
+    quantize_columns,
+    read_header,
+)
+
+_DECODER = "decoder_model_merged"
+# Values of a weight that are rounded at a time; a few float32 copies of that size are in memory.
+_PIECE = 1 << 22
+_METHODS: Mapping[str, str] = MappingProxyType(
+    {
+        "rtn": "which were rounded to nearest",
+        "awq": "which AWQ scaled and are not held to the checkpoint",
+    }
+)
+
+
+def use_quantized_weights(
+    reference: Reference, bundle: Path, spec: QuantizationSpec, *, progress: Progress
+) -> tuple[OutputParity, ...]:
+    """Have a reference's decoder compute with the weights that a bundle holds.
+
+    Args:
+        reference: On the CPU; the weights of its decoder are replaced, one at a time.
+        bundle: Its folder, of which every byte has been hashed.
+        spec: How the decoder's graph is quantized. With ``awq`` the norms and biases beside the
+            quantized layers are the bundle's, too, since scaling has changed them.
+        progress: Told the weights that are through.
+
+    Returns:
+        For ``rtn`` one row: what the bundle holds beside what the checkpoint's weights round to.
+        Nothing for ``awq``, whose scales nobody has kept.
+
+    Raises:
+        BundleError: a weight is not there, or not of the shape and blocks it must have.
+        CheckpointError: a weight cannot be read.
+    """
+    component = reference.component(_DECODER)
+    file = bundle / QUANTIZED_NAME
+    keys = linear_keys(component, lm_head=spec.lm_head)
+    held = _check_held(file, component, keys, spec.block_size)
+    findings = _Findings()
+    with progress.stage("reading quantized weights", total=len(keys)) as advance:
+        for key in keys:
+            floats = dequantize(file, f"{_DECODER}.{key}")
+            if spec.method == "rtn":
+                findings.add(key, component.weight_refs[key], floats, held[key], spec.block_size)
+            _replace(component, key, floats, reference.dtype)
+            advance(1)
+    if spec.method == "rtn":
+        return (findings.row(),)
+    for key, ref in _scaled_beside(bundle, component, keys, reference.dtype).items():
+        _replace(component, key, ref.load(), reference.dtype)
+    return ()
+
+
+def describe_quantized(spec: QuantizationSpec) -> str:
+    """What a reference computes with, for reports."""
+    return (
+        f"with the bundle's own {spec.dtype.upper()} weights in blocks of {spec.block_size}, "
+        f"{_METHODS[spec.method]}"
+    )
+
+
+class _Findings:
+    """What the comparison with the checkpoint has found so far."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._worst = 0.0
+        self._largest = 0.0
+        self._reason = ""
+
+    def add(
+        self,
+        key: str,
+        weight: Weight,
+        held: torch.Tensor,
+        scales: tuple[torch.Tensor, ...],
+        block_size: int,
+    ) -> None:
+        """Compare one weight.
+
+        Args:
+            key: Its name.
+            weight: The checkpoint's, [N, K].
+            held: What the bundle's integers and scales stand for, float32 [N, K].
+            scales: The bundle's, [K / block_size, N], in each dtype that graphs read them in.
+            block_size: Values along K that share a scale.
+        """
+        self._count += 1
+        floats = weight.load()
+        # What is read from a file, and then rounded, is the same on any machine.
+        tolerance = COMPUTED_WEIGHT if isinstance(weight, DerivedWeight) else READ_WEIGHT
+        halfway = 0.5 + tolerance.ulps * torch.finfo(floats.dtype).eps
+        wrong, wrong_scales = 0, 0
+        per_piece = max(1, _PIECE // (floats.shape[0] * block_size))
+        for first in range(0, floats.shape[1] // block_size, per_piece):
+            blocks = slice(first, first + per_piece)
+            columns = slice(first * block_size, (first + per_piece) * block_size)
+            wanted = floats[:, columns].to(torch.float32)
+            steps, factors = quantize_columns(wanted, block_size=block_size)
+            for stored in scales:
+                piece = stored[blocks].T.to(torch.float32)
+                wrong_scales += int(_is_off(piece, factors[..., 0], tolerance.scales).sum())
+            rounded, found = steps * factors, held[:, columns].reshape(steps.shape)
+            differs = ~(found == rounded)
+            if tolerance.ulps:
+                off = (found - wanted.reshape(steps.shape)).abs()
+                differs &= ~(off <= halfway * factors * (1 + tolerance.scales))
+            wrong += int(differs.sum())
+            self._worst = max(self._worst, float((found - rounded).abs().max()))
+            self._largest = max(self._largest, float(rounded.abs().max()))
+        if (wrong or wrong_scales) and not self._reason:
+            self._reason = (
+                f"{key} is not what the checkpoint's weight rounds to: {wrong} of {held.numel()} "
+                f"values and {wrong_scales} of {sum(s.numel() for s in scales)} scales differ"
+            )
+
+    def row(self) -> OutputParity:
+        """All of it as a row of the report."""
+        return OutputParity(
+            component=_DECODER,
+            output="int4 weights",
+            calls=self._count,
+            max_abs_diff=self._worst,
+            max_abs_reference=self._largest,
+            atol=0.0,
+            rtol=0.0,
+            passed=not self._reason,
+            reason=self._reason,
+        )
+
+
+def _is_off(found: torch.Tensor, wanted: torch.Tensor, rtol: float) -> torch.Tensor:
+    # Asked so, what is not a number is off.
+    return ~((found - wanted).abs() <= rtol * wanted)
+
+
+def _check_held(
+    file: Path, component: Component, keys: tuple[str, ...], block_size: int
+) -> dict[str, tuple[torch.Tensor, ...]]:
+    """The scales of each weight, in every dtype they are held in.
+
+    Raises:
+        BundleError: a weight is missing, or not as the model and the manifest have it.
+        CheckpointError: the file is damaged.
+    """
+    refs = read_header(file)
+    found: dict[str, tuple[torch.Tensor, ...]] = {}
+    for key in keys:
+        name = f"{_DECODER}.{key}"
+        rows, width = component.weight_refs[key].shape
+        packed = refs.get(f"{name}.int4")
+        scales = [ref for k, ref in refs.items() if k.startswith(f"{name}.scales.")]
+        shape = (width // block_size, rows)
+        if (
+            packed is None
+            or (packed.dtype, packed.shape) != ("U8", (rows * width // 2,))
+            or not scales
+            or any(ref.dtype not in TORCH_DTYPES or ref.shape != shape for ref in scales)
+        ):
+            raise BundleError(
+                f"{file.name} does not hold {name} as the manifest says",
+                seen=", ".join(f"{r.key} {r.dtype} {list(r.shape)}" for r in (packed, *scales) if r)
+                or "nothing of that name",
+                allowed=f"{rows * width // 2} bytes of INT4, and scales {list(shape)}",
+                fix="export the bundle again",
+            )
+        found[key] = tuple(ref.load() for ref in scales)
+    return found
+
+
+def _scaled_beside(
+    bundle: Path, component: Component, quantized: tuple[str, ...], dtype: str
+) -> dict[str, TensorRef]:
+    """The bundle's own norms and biases of the decoder's layers, in a reference's dtype.
+
+    They are in the file of what was computed for the export, by the decoder's name for them. Those
+    that are not in any were not changed, and are the checkpoint's.
+    """
+    beside = [
+        key
+        for key in component.weight_refs
+        if key.startswith(f"{component.repeated}.") and key not in quantized
+    ]
+    found: dict[str, TensorRef] = {}
+    for file in sorted(bundle.glob("*.safetensors")):
+        refs = read_header(file)
+        for key in beside:
+            ref = refs.get(f"{_DECODER}.{key}")
+            if ref is not None and ref.dtype == SAFETENSORS_NAMES[dtype]:
+                found[key] = ref
+    return found
+
+
+def _replace(component: Component, key: str, values: torch.Tensor, dtype: str) -> None:
+    """Give a module's parameter other values, in the reference's dtype.
+
+    Raises:
+        BundleError: they are of another shape.
+        CheckpointError: they do not fit the dtype.
+    """
+    parameter = component.module.get_parameter(key)
+    if parameter.shape != values.shape:
+        raise BundleError(
+            f"the bundle holds {key} with another shape",
+            seen=list(values.shape),
+            allowed=str(list(parameter.shape)),
+            fix="export the bundle again",
+        )
+    # By way of a weight, which refuses what overflows.
+    cast = DerivedWeight(
+        dtype=SAFETENSORS_NAMES[dtype],
+        shape=tuple(values.shape),
+        sources=(),
+        compute=lambda: values,
+        origin=f"{key} of the bundle",
+    )
+    parameter.data = cast.load()

@@ -1,0 +1,137 @@
+"""What passes look patterns up with, and how they say that one is not there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from gap_export.errors import PassError
+
+
+def is_operator(node: ir.Node | None, op_type: str) -> bool:
+    """Whether a node is that standard operator."""
+    return node is not None and node.domain == "" and node.op_type == op_type
+
+
+def describe(value: ir.Value | None) -> str:
+    """A value and where it comes from, for messages."""
+    if value is None:
+        return "nothing"
+    node = value.producer()
+    origin = "" if node is None else f" of {node.op_type} {node.name}"
+    return f"{value.name}{origin}"
+
+
+def require_producer(value: ir.Value | None, op_type: str, *, part: str) -> ir.Node:
+    """The node of that operator that computes a value.
+
+    Args:
+        value: To look behind.
+        op_type: The operator that must be there.
+        part: What is looked for, for the message.
+
+    Raises:
+        PassError: something else is there.
+    """
+    node = None if value is None else value.producer()
+    if node is None or not is_operator(node, op_type):
+        raise PassError(f"{part} is not a {op_type}", seen=describe(value), allowed=op_type)
+    return node
+
+
+def require_reader(value: ir.Value, op_type: str, *, part: str) -> ir.Node:
+    """The one node that reads a value.
+
+    Raises:
+        PassError: it is another operator, several nodes read it, or it is a graph output.
+    """
+    readers = [node for node, _ in value.uses()]
+    if len(readers) != 1 or value.is_graph_output() or not is_operator(readers[0], op_type):
+        seen = [f"{node.op_type} {node.name}" for node in readers]
+        seen += ["graph output"] if value.is_graph_output() else []
+        raise PassError(
+            f"{part} is not read by a {op_type} alone",
+            seen=f"{describe(value)}, read by {', '.join(seen) or 'nobody'}",
+            allowed=op_type,
+        )
+    return readers[0]
+
+
+def other_input(node: ir.Node, known: ir.Value | None) -> ir.Value | None:
+    """The operand of a two-operand node that is not ``known``."""
+    left, right = node.inputs
+    return right if left is known else left
+
+
+def constant(value: ir.Value | None) -> NDArray[Any] | None:
+    """The numbers of a constant or an initializer; None for others and for external weights.
+
+    External weights are never read, whatever they are for.
+    """
+    if value is None or value.is_graph_input():
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None or isinstance(tensor, ir.ExternalTensor):
+        return None
+    return np.asarray(tensor.numpy())
+
+
+def require_constant(value: ir.Value | None, *, part: str) -> NDArray[Any]:
+    """The numbers of a constant.
+
+    Raises:
+        PassError: it is computed, fed, or an external weight.
+    """
+    found = constant(value)
+    if found is None:
+        raise PassError(f"{part} is not a constant", seen=describe(value))
+    return found
+
+
+def static_dim(value: ir.Value, axis: int) -> int | None:
+    """A dimension of a value, where it is known."""
+    if value.shape is None or not -value.shape.rank() <= axis < value.shape.rank():
+        return None
+    dim = value.shape[axis]
+    return dim if isinstance(dim, int) else None
+
+
+def new_value(name: str | None, dtype: ir.DataType | None, shape: ir.Shape | None) -> ir.Value:
+    """A value for a node to give."""
+    kind = None if dtype is None else ir.TensorType(dtype)
+    return ir.Value(name=name, type=kind, shape=None if shape is None else shape.copy())
+
+
+def like(value: ir.Value) -> ir.Value:
+    """A value of the same name, type and shape, to take its place."""
+    return new_value(value.name, value.dtype, value.shape)
+
+
+def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
+    """A small constant of the graph's own; of two that are asked for by one name, the first.
+
+    Raises:
+        PassError: the name belongs to something else.
+    """
+    known = graph.initializers.get(name)
+    if known is not None:
+        held = constant(known)
+        if held is None or held.dtype != array.dtype or not np.array_equal(held, array):
+            raise PassError("a name the pass needs is taken", seen=name)
+        return known
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+    value.const_value = tensor
+    graph.register_initializer(value)
+    return value
+
+
+def take_place(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
+    """Put a node where another was, which goes; both have one output."""
+    new.metadata_props.update(old.metadata_props)
+    graph.insert_before(old, new)
+    old.outputs[0].replace_all_uses_with(new.outputs[0], replace_graph_outputs=True)
+    graph.remove(old, safe=True)

@@ -1,0 +1,54 @@
+"""How ONNX Runtime is to run a graph."""
+
+from __future__ import annotations
+
+import onnxruntime as ort
+
+from gap_export.errors import UsageError
+
+# Its errors reach the user as ours; it need not write them to stderr as well.
+_FATAL_ONLY = 4
+# What products with INT4 weights are computed in, as ONNX Runtime counts: 4 would be int8.
+_FLOAT32 = "1"
+# ONNX Runtime starts as many as it is told, and a slip of the key must not take the machine down.
+_MAX_THREADS = 256
+
+
+def session_options(num_threads: int | None) -> ort.SessionOptions:
+    """Options of any graph.
+
+    Args:
+        num_threads: Of one operator; None to leave it to ONNX Runtime.
+
+    Raises:
+        UsageError: a number of threads out of range.
+    """
+    # Some builds report use to their maker, and complain where they cannot write their notes.
+    ort.disable_telemetry_events()
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    # By default what goes into a layer of INT4 weights is rounded to 8 bits, block by block, which
+    # nobody has asked for: logits of the demo model, of up to 18, are then off by up to 0.14.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FLOAT32)
+    if num_threads is not None:
+        if not 1 <= num_threads <= _MAX_THREADS:
+            raise UsageError(
+                "number of threads out of range", seen=num_threads, allowed=f"1..{_MAX_THREADS}"
+            )
+        options.intra_op_num_threads = num_threads
+    return options
+
+
+def spare_memory(options: ort.SessionOptions) -> None:
+    """Keep float16 weights in their file, mapped, for graphs that run on the CPU.
+
+    By default ONNX Runtime turns every float16 weight into a float32 one when it loads, and at
+    times holds both: 1.5 GiB of weights peaked at 3.2 GB, at 4.7 GB where they are transposed.
+    Below the highest level of optimisation they stay float16 and are cast when used; in the default
+    order, though, all casts come first and all their results are held: 8.0 GB. Ordered by need, one
+    weight is float32 at a time: 1.7 GB, most of it pages of the file that can be dropped, or, of
+    transposed weights, their float16 transposes. The price is a decode step that takes 2 to 4 times
+    as long, and a prefill of 200 tokens a fifth longer.
+    """
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED

@@ -1,0 +1,336 @@
+"""Runs a bundle's TensorRT engines on the GPU at hand.
+
+The KV cache stays on the GPU: with the ``concat`` contract two sets of buffers take turns as past
+and present, with ``in_place`` one set is both. What crosses the bus in a decode step is one token's
+embedding, in and out, and the logits of the last position: some 100 kB for a 7B model.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gap_export.bundle import Bundle, Verify
+from gap_export.bundle.tensors import read_place
+from gap_export.engines.plan import EngineSpec
+from gap_export.errors import UsageError
+from gap_export.manifest import QuantizationSpec
+from gap_export.positions import Int64Array
+from gap_export.runtime.backend import EncodedImage, FloatArray, KVCache, ScoredImage
+from gap_export.runtime.device import DeviceMemory
+from gap_export.runtime.tensorrt_cache import (
+    CONTRACTS,
+    PAST,
+    PRESENT,
+    KVBuffers,
+    TensorRTCache,
+    kv_layout,
+)
+from gap_export.runtime.tensorrt_engine import EngineRunner
+from gap_export.runtime.tensorrt_loading import (
+    TITLES,
+    ChosenEngines,
+    EngineLoader,
+    choose_engines,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_DECODER = "decoder_model_merged"
+
+
+class TensorRTBackend:
+    """The engines of one folder of a bundle.
+
+    One cache is in use at a time: :meth:`new_cache` takes the buffers from the one before.
+
+    Args:
+        bundle: An opened, that is checked, bundle.
+        chosen: Which engines, and what runs them; from :func:`choose_engines`.
+        cuda_graphs: Launch each decode step as one recorded graph.
+
+    Raises:
+        BundleError: an engine is missing, or is not the one that ``engine.json`` describes.
+        UsageError: CUDA graphs are asked for where they cannot serve.
+        GapExportError: TensorRT cannot load an engine, or the GPU has no room for it.
+    """
+
+    def __init__(self, bundle: Bundle, chosen: ChosenEngines, *, cuda_graphs: bool = False) -> None:
+        self._manifest = bundle.manifest
+        self._folder = chosen.folder
+        plan = chosen.folder.plan
+        decoder = chosen.folder.engine(_DECODER)
+        if cuda_graphs:
+            _check_graphs_serve(decoder)
+        self._limits = plan.limits
+        self._name = (
+            f"{TITLES[plan.library]} {plan.library_version} "
+            f"({chosen.device.name}, {chosen.folder.path.name}, {decoder.dtype})"
+        )
+        self._dtype = decoder.dtype
+        self._newline: FloatArray | None = None
+        if self._manifest.newline is not None:
+            newline = read_place(bundle.path, self._manifest.newline)
+            self._newline = newline.astype("float16" if self._dtype == "float16" else "float32")
+        with ExitStack() as stack:
+            self._memory = DeviceMemory(chosen.device)
+            stack.callback(self._memory.close)
+            self._runners: dict[str, EngineRunner] = {}
+            # Called first: what TensorRT holds must go before the stream it works on.
+            stack.callback(self._drop_engines)
+            loader = EngineLoader(bundle, chosen, self._memory)
+            for component in _components(bundle):
+                self._runners[component] = self._load(bundle, loader, component, cuda_graphs)
+            self._kv_layout = kv_layout(decoder, self._runners[_DECODER])
+            self._kv_buffers: KVBuffers | None = None
+            self._cache: TensorRTCache | None = None
+            self._stack = stack.pop_all()
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle,
+        *,
+        engines: str | None = None,
+        cuda_graphs: bool = False,
+        verify: Verify = "stamp",
+    ) -> TensorRTBackend:
+        """Choose the engines that fit the GPU and the TensorRT at hand, and load them.
+
+        Args:
+            bundle: An opened bundle.
+            engines: A folder below ``engines/``; by default the first one that fits.
+            cuda_graphs: See the class.
+            verify: Whether every byte of the engines is hashed.
+
+        Raises:
+            GapExportError: see :func:`choose_engines` and the class.
+        """
+        chosen = choose_engines(bundle, engines=engines, verify=verify)
+        return cls(bundle, chosen, cuda_graphs=cuda_graphs)
+
+    @property
+    def name(self) -> str:
+        """What runs, for reports."""
+        return self._name
+
+    @property
+    def dtype(self) -> str:
+        """See Backend."""
+        return self._dtype
+
+    @property
+    def quantization(self) -> QuantizationSpec | None:
+        """See Backend."""
+        return self._runners[_DECODER].spec.quantization
+
+    @property
+    def engines(self) -> tuple[EngineSpec, ...]:
+        """What ``engine.json`` says of those loaded."""
+        return tuple(runner.spec for runner in self._runners.values())
+
+    @property
+    def num_device_bytes(self) -> int:
+        """Held in buffers on the GPU, beside what TensorRT itself holds."""
+        return self._memory.num_bytes
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Free the engines and the GPU's memory."""
+        self._stack.close()
+
+    def encode_text(self, input_ids: Int64Array) -> FloatArray:
+        """See Backend."""
+        if "text_encoder" not in self._runners:
+            raise UsageError("this bundle's pruner reads no text, so it has no text encoder")
+        (embeds,) = self._run("text_encoder", {"input_ids": input_ids}, "text_embeds")
+        return embeds
+
+    def encode_image(
+        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
+    ) -> EncodedImage:
+        """See Backend."""
+        return EncodedImage(*self._see(pixel_values, text_embeds))
+
+    def score_tokens(
+        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
+    ) -> ScoredImage:
+        """See Backend."""
+        return ScoredImage(*self._see(pixel_values, text_embeds))
+
+    def prune_tokens(self, scored: ScoredImage, *, num_kept_tokens: int) -> EncodedImage:
+        """See Backend."""
+        if "token_pruner" not in self._runners:
+            raise UsageError("this bundle keeps as many tokens of every picture")
+        feed = scored.feed(num_kept_tokens=num_kept_tokens)
+        return EncodedImage(*self._run("token_pruner", feed, "image_features", "keep_indices"))
+
+    def image_newline(self) -> FloatArray:
+        """See Backend."""
+        if self._newline is None:
+            raise UsageError("this bundle's pictures are not cut into tiles, so it has no newline")
+        return self._newline
+
+    def embed_tokens(self, input_ids: Int64Array) -> FloatArray:
+        """See Backend."""
+        (embeds,) = self._run("embed_tokens", {"input_ids": input_ids}, "inputs_embeds")
+        return embeds
+
+    def new_cache(self, batch_size: int) -> TensorRTCache:
+        """See Backend; the cache before it cannot be used any more.
+
+        Raises:
+            UsageError: more rows than the engines were built for.
+            GapExportError: the GPU has no room.
+        """
+        if not 1 <= batch_size <= self._limits.max_batch:
+            raise UsageError(
+                "more expressions at a time than the engines were built for",
+                seen=batch_size,
+                allowed=f"1..{self._limits.max_batch}",
+                fix="ask fewer at a time, or build the engines with another --batch",
+            )
+        if self._kv_buffers is not None and self._kv_buffers.max_batch < batch_size:
+            self._kv_buffers.release()
+            self._kv_buffers = None
+        if self._kv_buffers is None:
+            contract = CONTRACTS[self._runners[_DECODER].spec.kv_contract]
+            self._kv_buffers = contract(self._memory, self._kv_layout, batch_size)
+        self._kv_buffers.reset()
+        self._cache = TensorRTCache(batch_size)
+        return self._cache
+
+    def decode(
+        self,
+        *,
+        inputs_embeds: FloatArray,
+        attention_mask: Int64Array,
+        position_ids: Int64Array,
+        kept_positions: Int64Array,
+        cache: KVCache,
+    ) -> FloatArray:
+        """See Backend.
+
+        Raises:
+            UsageError: a prompt or an answer longer than the engines were built for, or a cache
+                whose buffers were given to a newer one.
+            GapExportError: TensorRT or the GPU fails.
+        """
+        assert isinstance(cache, TensorRTCache), "a cache belongs to the backend that made it"
+        assert self._kv_buffers is not None, "a cache comes with its buffers"
+        if cache is not self._cache:
+            raise UsageError("this cache's memory went to a newer one", fix="use one at a time")
+        num_tokens = inputs_embeds.shape[1]
+        profile = "prefill" if cache.length == 0 else "decode"
+        if cache.length and num_tokens != 1:
+            raise UsageError(
+                "engines read the whole prompt at once and then one token at a time",
+                seen=f"{num_tokens} tokens after {cache.length}",
+            )
+        self._check_length(cache.length + num_tokens, num_tokens)
+        runner = self._runners[_DECODER]
+        if cache.length:
+            kept_positions = _continue_table(
+                kept_positions, runner.largest("kept_positions", profile)[1]
+            )
+        (logits,) = runner.run(
+            profile,
+            {
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "kept_positions": kept_positions,
+            },
+            ["logits"],
+            bound_inputs=self._kv_buffers.past(cache),
+            bound_outputs=self._kv_buffers.present(),
+        )
+        self._kv_buffers.advance()
+        cache.length += num_tokens
+        last: FloatArray = logits[:, -1]
+        return last
+
+    def _load(
+        self, bundle: Bundle, loader: EngineLoader, component: str, cuda_graphs: bool
+    ) -> EngineRunner:
+        spec = self._folder.engine(component)
+        engine = loader.load(spec)
+        executions = loader.executions(engine, spec)
+        if cuda_graphs and component == _DECODER:
+            executions["decode"] = loader.captured(engine, spec, "decode")
+        (graph,) = [graph for graph in bundle.manifest.graphs if graph.file == spec.graph]
+        names = [tensor.name for tensor in (*graph.inputs, *graph.outputs)]
+        cached = frozenset(name for name in names if name.startswith((PAST, PRESENT)))
+        return EngineRunner(engine, spec, graph, self._memory, executions=executions, bound=cached)
+
+    def _see(
+        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
+    ) -> list[NDArray[Any]]:
+        """Outputs of the vision encoder, in the order its graph has them."""
+        feed: dict[str, NDArray[Any]] = {"pixel_values": pixel_values}
+        if text_embeds is not None:
+            feed["text_embeds"] = text_embeds
+        outputs = self._runners["vision_encoder"].spec.outputs
+        return self._run("vision_encoder", feed, *(tensor.name for tensor in outputs))
+
+    def _run(
+        self, component: str, feed: dict[str, NDArray[Any]], *wanted: str
+    ) -> list[NDArray[Any]]:
+        return self._runners[component].run("only", feed, wanted)
+
+    def _drop_engines(self) -> None:
+        self._memory.settle()
+        self._runners.clear()
+
+    def _check_length(self, total: int, num_tokens: int) -> None:
+        limits = self._limits
+        for what, seen, largest, flag in (
+            ("prompt", num_tokens, limits.max_prompt, "--max-prompt"),
+            ("prompt and answer", total, self._kv_layout.capacity, "--max-new-tokens"),
+        ):
+            if seen > largest:
+                raise UsageError(
+                    f"{what} longer than the engines were built for",
+                    seen=f"{seen} tokens",
+                    allowed=f"at most {largest}",
+                    fix=f"build the engines with another {flag}: gap-export build BUNDLE",
+                )
+
+
+def _components(bundle: Bundle) -> list[str]:
+    """What a session runs: the bundle's own list, in its order."""
+    return list(dict.fromkeys(graph.component for graph in bundle.manifest.graphs))
+
+
+def _check_graphs_serve(decoder: EngineSpec) -> None:
+    if decoder.kv_contract != "in_place":
+        raise UsageError(
+            "CUDA graphs cannot serve these engines: the joined cache has another shape and "
+            "another address in each step, so that no recorded step fits a second one",
+            seen=f"KV cache {decoder.kv_contract}, lowering {decoder.lowering}",
+            allowed="engines of the fused lowering, whose cache is in_place",
+        )
+
+
+def _continue_table(kept_positions: Int64Array, length: int) -> Int64Array:
+    """The table, continued on the right as ``GapRemap`` itself continues it, [B, length].
+
+    One length for all prompts leaves the attention mask alone to change from step to step, so that
+    kernels, and graphs, made for one shape serve many.
+    """
+    missing = max(0, length - kept_positions.shape[1])
+    more = kept_positions[:, -1:] + 1 + np.arange(missing, dtype=np.int64)
+    return np.concatenate([kept_positions, more], axis=1)

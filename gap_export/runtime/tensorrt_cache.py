@@ -1,0 +1,187 @@
+"""The KV cache in a GPU's memory, for both ways in which a graph may hand it on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol
+
+from gap_export.engines.plan import EngineSpec
+from gap_export.runtime.device import DeviceBuffer, DeviceMemory
+from gap_export.runtime.tensorrt_engine import Bound, EngineRunner
+
+PAST, PRESENT = "past_key_values.", "present."
+
+
+@dataclass
+class TensorRTCache:
+    """How much of the backend's KV buffers one batch has filled.
+
+    Attributes:
+        batch_size: B.
+        length: Slots filled.
+    """
+
+    batch_size: int
+    length: int = 0
+
+
+class KVBuffers(Protocol):
+    """Keys and values of all layers on the GPU, for batches up to some size."""
+
+    max_batch: int
+
+    def reset(self) -> None:
+        """Make them fit for a new batch."""
+        ...
+
+    def past(self, cache: TensorRTCache) -> dict[str, Bound]:
+        """Inputs of the next step."""
+        ...
+
+    def present(self) -> dict[str, int]:
+        """Addresses of the next step's outputs."""
+        ...
+
+    def advance(self) -> None:
+        """A step is done: what was present is past."""
+        ...
+
+    def release(self) -> None:
+        """Give the memory back."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVLayout:
+    """What is cached: [B, heads, slots, dim] for each name.
+
+    Attributes:
+        names: Without ``past_key_values.`` or ``present.``, e.g. ``0.key``.
+        heads: Of keys and values.
+        dim: Of a head.
+        capacity: Slots there is room for.
+        itemsize: Bytes of a number.
+    """
+
+    names: tuple[str, ...]
+    heads: int
+    dim: int
+    capacity: int
+    itemsize: int
+
+    def num_bytes(self, batch_size: int) -> int:
+        """Of one tensor."""
+        return batch_size * self.heads * self.capacity * self.dim * self.itemsize
+
+
+class ConcatBuffers:
+    """Each step reads one set and writes past and new into the other.
+
+    Args:
+        memory: Holds the buffers.
+        layout: What is cached.
+        max_batch: The largest B there is room for.
+    """
+
+    def __init__(self, memory: DeviceMemory, layout: KVLayout, max_batch: int) -> None:
+        self.max_batch = max_batch
+        self._memory, self._layout = memory, layout
+        self._sets = [_allocate(memory, layout, max_batch) for _ in range(2)]
+
+    def reset(self) -> None:
+        """Nothing to do: past is read as far as it is filled."""
+
+    def past(self, cache: TensorRTCache) -> dict[str, Bound]:
+        """See KVBuffers."""
+        layout = self._layout
+        shape = (cache.batch_size, layout.heads, cache.length, layout.dim)
+        buffers = self._sets[0]
+        return {PAST + name: Bound(buffers[name].address, shape) for name in layout.names}
+
+    def present(self) -> dict[str, int]:
+        """See KVBuffers."""
+        return {PRESENT + name: buffer.address for name, buffer in self._sets[1].items()}
+
+    def advance(self) -> None:
+        """See KVBuffers."""
+        self._sets.reverse()
+
+    def release(self) -> None:
+        """See KVBuffers."""
+        _release(self._memory, *self._sets)
+
+
+class InPlaceBuffers:
+    """Each step writes the new slots into the set it reads.
+
+    Args:
+        memory: Holds the buffers.
+        layout: What is cached.
+        max_batch: The largest B there is room for.
+    """
+
+    def __init__(self, memory: DeviceMemory, layout: KVLayout, max_batch: int) -> None:
+        self.max_batch = max_batch
+        self._memory, self._layout = memory, layout
+        self._buffers = _allocate(memory, layout, max_batch)
+
+    def reset(self) -> None:
+        """Zeros: slots that are not filled are masked, but 0 times NaN would be NaN."""
+        device, stream = self._memory.device, self._memory.stream
+        for buffer in self._buffers.values():
+            device.clear(buffer.address, buffer.num_bytes, stream)
+
+    def past(self, cache: TensorRTCache) -> dict[str, Bound]:
+        """See KVBuffers."""
+        layout = self._layout
+        shape = (cache.batch_size, layout.heads, layout.capacity, layout.dim)
+        return {PAST + name: Bound(b.address, shape) for name, b in self._buffers.items()}
+
+    def present(self) -> dict[str, int]:
+        """See KVBuffers."""
+        return {PRESENT + name: buffer.address for name, buffer in self._buffers.items()}
+
+    def advance(self) -> None:
+        """Nothing to do: past and present are one."""
+
+    def release(self) -> None:
+        """See KVBuffers."""
+        _release(self._memory, self._buffers)
+
+
+CONTRACTS: Mapping[str, type[ConcatBuffers | InPlaceBuffers]] = MappingProxyType(
+    {"concat": ConcatBuffers, "in_place": InPlaceBuffers}
+)
+
+
+def kv_layout(spec: EngineSpec, runner: EngineRunner) -> KVLayout:
+    """How a decoder's engine holds its cache.
+
+    Args:
+        spec: Of the engine.
+        runner: Of the same.
+    """
+    names = [t.name for t in spec.inputs if t.name.startswith(PAST)]
+    (first, *_) = names
+    _, heads, slots, dim = runner.largest(first, "decode")
+    # `concat` has room for one more than the longest past: the step that follows it.
+    capacity = slots + (spec.kv_contract == "concat")
+    return KVLayout(
+        names=tuple(name.removeprefix(PAST) for name in names),
+        heads=heads,
+        dim=dim,
+        capacity=capacity,
+        itemsize=runner.num_bytes(first, (1,)),
+    )
+
+
+def _allocate(memory: DeviceMemory, layout: KVLayout, max_batch: int) -> dict[str, DeviceBuffer]:
+    return {name: memory.allocate(layout.num_bytes(max_batch)) for name in layout.names}
+
+
+def _release(memory: DeviceMemory, *sets: Mapping[str, DeviceBuffer]) -> None:
+    for buffers in sets:
+        for buffer in buffers.values():
+            memory.release(buffer)

@@ -1,0 +1,244 @@
+"""Engines are built for real, for GPUs that are not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gap_export.bundle import open_bundle
+from gap_export.engines import build as build_module
+from gap_export.engines import compile as compile_module
+from gap_export.engines.build import LimitOverrides, build_engines, resolve_limits, target_graphs
+from gap_export.engines.compile import BuildOptions
+from gap_export.engines.folder import read_engine_folder
+from gap_export.engines.profiles import make_profiles
+from gap_export.engines.targets import TARGETS, TargetChoice
+from gap_export.errors import BundleError, UsageError
+from tests.engines.bundles import LIMITS, SKIP_RTX, SM86, SM89, Recorder, contents
+
+trt = pytest.importorskip("tensorrt_rtx", reason=SKIP_RTX)
+
+COMPONENT = ("embed_tokens",)
+ORIN = TargetChoice(target=TARGETS["orin"], compute_capability=87)
+
+
+def test_every_component_is_built_and_said_of_what(built_bundle):
+    folder = read_engine_folder(built_bundle, "rtx-sm89", verify="full")
+    plan = folder.plan
+    assert (plan.library, plan.library_version) == ("tensorrt_rtx", trt.__version__)
+    assert (plan.target, plan.compute_capability, plan.limits) == ("rtx", 89, LIMITS)
+    graphs = target_graphs(built_bundle.manifest, SM89.target)
+    assert [e.component for e in plan.engines] == [g.component for g in graphs]
+    for engine, graph in zip(plan.engines, graphs, strict=True):
+        path = folder.path / engine.file
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == engine.sha256
+        assert (
+            engine.graph_sha256
+            == hashlib.sha256(built_bundle.file(graph.file).read_bytes()).hexdigest()
+        )
+        assert engine.profiles == make_profiles(built_bundle.manifest, graph, LIMITS)
+        assert [t.name for t in engine.inputs] == [t.name for t in graph.inputs]
+        assert [t.dtype for t in engine.outputs] == [t.dtype for t in graph.outputs]
+        assert engine.build_seconds > 0 and engine.peak_memory_bytes > 10 << 20
+
+
+def test_the_bundle_is_as_good_as_before(built_bundle):
+    assert open_bundle(built_bundle.path, verify="full").manifest == built_bundle.manifest
+
+
+def test_engines_hold_the_weights(built_bundle, tiny_graphs):
+    """A plan for a GPU that is not here cannot be run, but its weights can be found in it."""
+    from safetensors.numpy import load_file
+
+    plan = read_engine_folder(built_bundle, "rtx-sm89").file("embed_tokens").read_bytes()
+    weights = [
+        tensor
+        for file in built_bundle.path.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+        if name.endswith("embed_tokens.weight")
+    ]
+    assert len(weights) == 1
+    assert np.ascontiguousarray(weights[0]).tobytes() in plan
+
+
+def test_progress_is_told_up_to_the_end(trt_bundle):
+    progress = Recorder()
+    build_engines(trt_bundle, SM89, only=COMPONENT, progress=progress)
+    assert progress.stages == [("building embed_tokens", 100)]
+    assert progress.steps == [100]
+
+
+def test_one_component_is_built_alone_and_others_stay(trt_bundle):
+    build_engines(trt_bundle, SM89, only=COMPONENT)
+    build_engines(trt_bundle, SM89, only=("text_encoder",))
+    folder = read_engine_folder(trt_bundle, "rtx-sm89", verify="full")
+    assert {e.component for e in folder.plan.engines} == {"embed_tokens", "text_encoder"}
+
+
+def test_engines_of_other_sizes_do_not_mix(trt_bundle):
+    build_engines(trt_bundle, SM89, only=COMPONENT)
+    before = contents(trt_bundle)
+    with pytest.raises(UsageError, match=r"built with another limits.*leave out --only"):
+        build_engines(
+            trt_bundle, SM89, only=("text_encoder",), overrides=LimitOverrides(max_batch=1)
+        )
+    assert contents(trt_bundle) == before
+
+
+def test_sizes_may_be_others_than_the_bundles(trt_bundle):
+    overrides = LimitOverrides(max_prompt=16, max_new_tokens=3, max_batch=1)
+    folder = build_engines(trt_bundle, SM89, only=COMPONENT, overrides=overrides)
+    assert vars(folder.plan.limits) == {
+        "max_prompt": 16,
+        "max_new_tokens": 3,
+        "max_batch": 1,
+        "max_images": 1,
+    }
+    shapes = folder.engine("embed_tokens").profiles[0].shapes["input_ids"]
+    assert shapes.max == (1, 16)
+
+
+def test_generations_have_folders_of_their_own(trt_bundle):
+    build_engines(trt_bundle, SM89, only=COMPONENT)
+    build_engines(trt_bundle, SM86, only=COMPONENT)
+    plans = [read_engine_folder(trt_bundle, f).plan for f in ("rtx-sm86", "rtx-sm89")]
+    assert [plan.compute_capability for plan in plans] == [86, 89]
+
+
+def test_a_folder_is_replaced_when_the_new_one_is_complete(trt_bundle):
+    build_engines(trt_bundle, SM89, only=COMPONENT)
+    (trt_bundle.path / "engines" / "rtx-sm89" / "engine.json").write_text("damaged")
+    build_engines(trt_bundle, SM89, overrides=LimitOverrides(max_prompt=8))
+    plan = read_engine_folder(trt_bundle, "rtx-sm89").plan
+    assert plan.limits.max_prompt == 8
+    assert not [name for name in contents(trt_bundle) if name.startswith(".")]
+
+
+def test_what_a_killed_build_left_is_swept(trt_bundle):
+    left = trt_bundle.path / "engines" / ".rtx-sm89.gap-draft-0a1b2c3d"
+    left.mkdir(parents=True)
+    (left / "half.engine").write_bytes(b"x")
+    build_engines(trt_bundle, SM89, only=COMPONENT)
+    assert contents(trt_bundle) == {
+        "rtx-sm89",
+        "rtx-sm89/engine.json",
+        "rtx-sm89/embed_tokens.engine",
+    }
+
+
+def test_plans_whose_weights_are_streamed_build_without_a_gpu(trt_bundle):
+    options = BuildOptions(weights="streamed")
+    folder = build_engines(trt_bundle, SM89, only=COMPONENT, options=options)
+    assert folder.engine("embed_tokens").weights == "streamed"
+
+
+def test_plans_without_weights_need_a_gpu(trt_bundle, monkeypatch):
+    monkeypatch.setattr(build_module, "find_gpu", lambda: None)
+    with pytest.raises(UsageError, match="without their weights on a GPU alone"):
+        build_engines(trt_bundle, SM89, options=BuildOptions(weights="stripped"))
+
+
+def test_options_reach_the_builder(trt_bundle, monkeypatch):
+    seen = []
+    real = compile_module._configure
+
+    def configure(*args: Any) -> Any:
+        config = real(*args)
+        pool = config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)
+        seen.append((pool, config.builder_optimization_level))
+        return config
+
+    monkeypatch.setattr(compile_module, "_configure", configure)
+    options = BuildOptions(workspace_mib=64, optimization_level=1)
+    build_engines(trt_bundle, SM89, only=COMPONENT, options=options)
+    assert seen == [(64 << 20, 1)]
+
+
+def test_what_memory_may_not_do_is_told_before_the_build(trt_bundle, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(build_module, "free_memory", lambda: 1000)
+    build_engines(trt_bundle, SM89, only=COMPONENT, warn=told.append)
+    assert len(told) == 1
+    assert told[0].startswith("building takes about")
+
+
+@pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
+@pytest.mark.usefixtures("full_tensorrt")
+def test_a_builder_without_streams_builds_too(trt_bundle, cache_folder, caplog):
+    """The way of TensorRT 10.3 on an Orin."""
+    folder = build_engines(trt_bundle, ORIN, only=COMPONENT)
+    assert (folder.plan.library_version, folder.plan.compute_capability) == ("10.3.0", 87)
+    assert read_engine_folder(trt_bundle, "orin-sm87", verify="full").plan == folder.plan
+    caches = list((cache_folder / "timing").iterdir())
+    assert [cache.name for cache in caches] == ["tensorrt-10.3.0-sm87.cache"]
+    caches[0].write_bytes(b"damaged")
+    with caplog.at_level(logging.INFO, logger="gap_export"):
+        build_engines(trt_bundle, ORIN, only=COMPONENT)
+    assert "is damaged and is left out" in caplog.text
+
+
+@pytest.mark.usefixtures("full_tensorrt")
+def test_a_lowering_the_release_does_not_build_is_refused(trt_bundle):
+    """A bundle made for JetPack 7.2, on a device with 6.2."""
+    manifest = trt_bundle.manifest
+    fused = dataclasses.replace(
+        manifest,
+        graphs=tuple(dataclasses.replace(g, lowering="fused") for g in manifest.graphs),
+        targets=tuple(dataclasses.replace(t, lowering="fused") for t in manifest.targets),
+    )
+    with pytest.raises(
+        UsageError, match=r"10\.3\.0 does not build .* orin: lowering fused; allowed: portable"
+    ):
+        build_engines(dataclasses.replace(trt_bundle, manifest=fused), ORIN)
+
+
+@pytest.mark.usefixtures("full_tensorrt")
+def test_another_gpu_than_the_targets_is_refused(trt_bundle, monkeypatch):
+    gpu = dataclasses.replace(build_module.find_gpu(), name="RTX 4090", compute_capability=89)
+    monkeypatch.setattr(build_module, "find_gpu", lambda: gpu)
+    with pytest.raises(UsageError, match=r"RTX 4090, SM 89; allowed: SM 87; copy the bundle"):
+        build_engines(trt_bundle, ORIN)
+
+
+@pytest.mark.usefixtures("full_tensorrt")
+def test_a_target_of_a_device_needs_one(trt_bundle, monkeypatch):
+    monkeypatch.setattr(build_module, "find_gpu", lambda: None)
+    with pytest.raises(UsageError, match=r"built on the GPU they are for: no NVIDIA GPU"):
+        build_engines(trt_bundle, ORIN)
+
+
+def test_a_bundle_that_was_not_made_for_engines_is_refused(tiny_bundle):
+    with pytest.raises(BundleError, match="not made for this target: rtx; allowed: none"):
+        build_engines(open_bundle(tiny_bundle), SM89)
+
+
+def test_a_component_there_is_not_is_refused_with_those_that_are(trt_bundle):
+    with pytest.raises(UsageError, match=r"no such component: projector; allowed: vision_encoder"):
+        build_engines(trt_bundle, SM89, only=("projector",))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "flag"),
+    [
+        (LimitOverrides(max_prompt=0), "--max-prompt"),
+        (LimitOverrides(max_prompt=100_000), "--max-prompt"),
+        (LimitOverrides(max_new_tokens=-1), "--max-new-tokens"),
+        (LimitOverrides(max_batch=0), "--batch"),
+    ],
+)
+def test_sizes_out_of_range_are_refused_by_their_flag(trt_bundle, overrides, flag):
+    with pytest.raises(UsageError, match=f"no such {flag}"):
+        resolve_limits(trt_bundle.manifest, overrides)
+
+
+def test_a_kept_engine_is_what_it_was(trt_bundle):
+    build_engines(trt_bundle, SM89, only=COMPONENT)
+    first = read_engine_folder(trt_bundle, "rtx-sm89").engine("embed_tokens")
+    build_engines(trt_bundle, SM89, only=("text_encoder",))
+    kept = read_engine_folder(trt_bundle, "rtx-sm89", verify="full")
+    assert kept.engine("embed_tokens") == first

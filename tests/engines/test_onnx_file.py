@@ -1,0 +1,65 @@
+"""Our own reader of ONNX files agrees with onnx, and stops where a file does."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gap_export.engines.graph_hash import hash_weights, weight_files
+from gap_export.engines.onnx_file import read_initializers, read_operators
+from gap_export.errors import BundleError
+
+
+@pytest.fixture(params=["vision_encoder", "text_encoder", "embed_tokens", "decoder_model_merged"])
+def path(request: pytest.FixtureRequest, tiny_text_bundle: Path) -> Path:
+    return tiny_text_bundle / f"{request.param}.onnx"
+
+
+def test_constants_are_those_onnx_sees(path):
+    graph = onnx.load(path, load_external_data=False).graph
+    found = {constant.name: constant for constant in read_initializers(path)}
+    assert list(found) == [tensor.name for tensor in graph.initializer]
+    for tensor in graph.initializer:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        assert found[tensor.name].location == entries.get("location")
+        size = int(entries["length"]) if entries else len(tensor.raw_data)
+        assert found[tensor.name].size == size
+
+
+def test_operators_are_those_onnx_sees(path):
+    model = onnx.load(path, load_external_data=False)
+    nodes = [*model.graph.node, *(node for part in model.functions for node in part.node)]
+    assert read_operators(path) == {node.name: node.op_type for node in nodes}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_damaged_file_is_refused_or_read(tiny_text_bundle, tmp_path, data):
+    raw = bytearray((tiny_text_bundle / "embed_tokens.onnx").read_bytes())
+    end = data.draw(st.integers(0, len(raw)))
+    at = data.draw(st.integers(0, len(raw) - 1))
+    raw[at] ^= data.draw(st.integers(0, 255))
+    (tmp_path / "damaged.onnx").write_bytes(raw[:end])
+    # Nothing else is raised, whatever the bytes.
+    with suppress(BundleError):
+        read_initializers(tmp_path / "damaged.onnx")
+
+
+def test_a_file_larger_than_protobuf_allows_is_not_read(tmp_path):
+    with (tmp_path / "huge.onnx").open("wb") as file:
+        file.truncate(1 << 31)
+    with pytest.raises(BundleError, match="not an ONNX file"):
+        read_initializers(tmp_path / "huge.onnx")
+
+
+def test_the_hash_of_weights_is_over_the_files_they_lie_in(trt_bundle):
+    assert weight_files(trt_bundle, "embed_tokens.onnx") == ("model.safetensors",)
+    files = weight_files(trt_bundle, "vision_encoder.onnx")
+    assert list(files) == sorted(files) and len(files) > 1
+    hashes = {hash_weights(trt_bundle, g.file) for g in trt_bundle.manifest.graphs}
+    assert len(hashes) > 1

@@ -1,0 +1,80 @@
+"""The table of targets, and what users write to choose from it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from gap_export.engines.targets import AUTO, TARGETS, TargetChoice, parse_targets
+from gap_export.errors import UsageError
+
+
+def folders(*specs: str) -> list[str]:
+    return [choice.folder for choice in parse_targets(specs)]
+
+
+def test_target_alone_means_its_default_generations():
+    assert folders("rtx") == ["rtx-sm86", "rtx-sm89", "rtx-sm120"]
+    assert folders("orin") == ["orin-sm87"]
+    assert folders("desktop") == ["desktop"]
+
+
+def test_generation_is_chosen_by_number():
+    assert folders("rtx:sm89") == ["rtx-sm89"]
+    assert folders("rtx:sm89", "orin", "rtx:sm75") == ["rtx-sm89", "orin-sm87", "rtx-sm75"]
+
+
+def test_what_is_named_twice_is_built_once():
+    assert folders("rtx:sm89", "rtx", "rtx:sm89") == ["rtx-sm89", "rtx-sm86", "rtx-sm120"]
+
+
+def test_auto_is_every_target():
+    assert {choice.target.name for choice in parse_targets([AUTO])} == set(TARGETS)
+
+
+def test_nothing_asked_is_nothing_chosen():
+    assert parse_targets([]) == ()
+
+
+@pytest.mark.parametrize("spec", ["", "llava", "RTX", "rtx-sm89", "jetson:sm87"])
+def test_unknown_target_is_refused_with_the_names_there_are(spec):
+    with pytest.raises(UsageError, match=r"unknown TensorRT target.*rtx, desktop, orin, thor"):
+        parse_targets([spec])
+
+
+@pytest.mark.parametrize("spec", ["rtx:", "rtx:sm87", "rtx:89", "rtx:sm90", "orin:sm89"])
+def test_generation_a_target_has_not_got_is_refused(spec):
+    with pytest.raises(UsageError, match=r"no such GPU generation.*sm8"):
+        parse_targets([spec])
+
+
+def test_target_that_takes_the_gpu_at_hand_has_no_generations_to_choose():
+    with pytest.raises(UsageError, match="write desktop alone"):
+        parse_targets(["desktop:sm89"])
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_rows_hold_together(target):
+    assert set(target.default_compute_capabilities) <= set(target.compute_capabilities)
+    assert target.lowering in target.platforms[0].lowerings
+    versions = [(p.min_version, p.max_version) for p in target.platforms]
+    assert all(low <= high for low, high in versions)
+    assert versions == sorted(versions)
+    # One TensorRT belongs to one release.
+    assert all(a[1] < b[0] for a, b in pairwise(versions))
+
+
+def test_platform_goes_by_the_version_of_tensorrt():
+    orin = TARGETS["orin"]
+    assert orin.platform((10, 3)).name == "JetPack 6.2"
+    assert orin.platform((11, 4)).name == "JetPack 7.2"
+    assert orin.platform((10, 5)) is None
+    assert orin.platform((99, 0)) is None
+
+
+def test_bfloat16_needs_ampere():
+    turing = TargetChoice(target=TARGETS["rtx"], compute_capability=75)
+    assert turing.supports("float16") and not turing.supports("bfloat16")
+    assert TargetChoice(target=TARGETS["rtx"], compute_capability=80).supports("bfloat16")
+    assert TargetChoice(target=TARGETS["desktop"], compute_capability=None).supports("bfloat16")

@@ -1,0 +1,69 @@
+"""What the tests on a GPU share: whether there is one, and engines built for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gap_export.engines.targets import TARGETS
+from gap_export.errors import GapExportError
+from gap_export.runtime.device import CudaDevice
+
+
+@pytest.fixture(scope="session")
+def gpu() -> CudaDevice:
+    """The GPU at hand; without one the test is skipped."""
+    try:
+        return CudaDevice()
+    except GapExportError as err:
+        pytest.skip(f"needs a GPU: {err}")
+
+
+@pytest.fixture(scope="session")
+def target(gpu: CudaDevice) -> str:
+    """What engines must be built for to run here, as ``--trt`` has it."""
+    from gap_export.engines.library import library_for
+
+    refusals = []
+    for name, row in TARGETS.items():
+        known = gpu.compute_capability in row.compute_capabilities
+        if row.compute_capabilities and not known:
+            refusals.append(f"{name} has no SM {gpu.compute_capability}")
+            continue
+        try:
+            library_for(row)
+        except GapExportError as err:
+            refusals.append(f"{name}: {err}")
+            continue
+        return f"{name}:sm{gpu.compute_capability}" if known else name
+    pytest.skip(f"nothing builds engines for this GPU: {'; '.join(refusals)}")
+
+
+@pytest.fixture(scope="session", params=["portable", "fused"])
+def engine_bundle(
+    request: pytest.FixtureRequest, target: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The demo model, 30 % of its tokens kept, with engines for the GPU at hand."""
+    from gap_export.bundle import open_bundle
+    from gap_export.engines.build import build_engines
+    from gap_export.engines.folder import engine_folders
+    from gap_export.engines.targets import parse_targets
+    from gap_export.pipeline import ExportOptions, export_model
+
+    (choice,) = parse_targets([target])
+    if all(request.param not in platform.lowerings for platform in choice.target.platforms):
+        pytest.skip(f"target {target} does not build the {request.param} lowering")
+    options = ExportOptions(
+        model="refshapes-llava",
+        pruner="spatial",
+        keep_ratio=0.3,
+        out=tmp_path_factory.mktemp("gpu") / "bundle",
+        targets=(target,),
+        lowering=request.param,
+        max_batch=4,
+    )
+    bundle = open_bundle(export_model(options).bundle)
+    if not engine_folders(bundle):
+        build_engines(bundle, choice)
+    return bundle.path

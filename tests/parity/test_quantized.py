@@ -1,0 +1,333 @@
+"""A quantized bundle is compared with its own weights, and these with the checkpoint's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from gap_export.bundle import open_bundle, write_bundle
+from gap_export.errors import BundleError
+from gap_export.families import Reference, build_reference, resolve_pruning
+from gap_export.manifest import EngineLimits, QuantizationSpec
+from gap_export.parity import quantized
+from gap_export.parity.check import ParityReport, Question, check_bundle
+from gap_export.parity.quantized import use_quantized_weights
+from gap_export.parity.tolerances import COMPUTED_WEIGHT
+from gap_export.pipeline import ExportOptions, export_model
+from gap_export.progress import SilentProgress
+from gap_export.quantization import linear_keys
+from gap_export.recipe import Recipe
+from gap_export.source import Checkpoint
+from gap_export.weights import (
+    QUANTIZED_NAME,
+    DerivedWeight,
+    Weight,
+    dequantize,
+    read_header,
+    store_quantized,
+)
+from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
+
+DECODER = "decoder_model_merged"
+FIRST, SECOND = (f"{DECODER}.layers.{i}.self_attn.q_proj.weight" for i in range(2))
+ROUNDED = "int4 weights"
+Questions = list[Question]
+Export = Callable[..., Path]
+
+
+def spec(method: str = "rtn", *, block_size: int = 32) -> QuantizationSpec:
+    assert method in ("rtn", "awq")
+    return QuantizationSpec(dtype="int4", block_size=block_size, method=method, lm_head=False)
+
+
+@pytest.fixture(scope="module")
+def questions() -> Questions:
+    rng = np.random.default_rng(0)
+    return [
+        Question(image=rng.integers(0, 256, (40, 32, 3), dtype=np.uint8), expression=text)
+        for text in ("the red circle", "the big blue square")
+    ]
+
+
+@pytest.fixture(scope="module")
+def export(
+    tiny_checkpoint: Path, questions: Questions, tmp_path_factory: pytest.TempPathFactory
+) -> Export:
+    """Bundles of the tiny model, each made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(method: str = "rtn", dtype: str = "float32") -> Path:
+        if (method, dtype) not in made:
+            samples = tuple((q.image, q.expression) for q in questions)
+            options = ExportOptions(
+                model=str(tiny_checkpoint),
+                keep_ratio=0.3,
+                out=tmp_path_factory.mktemp("quantized") / "bundle",
+                dtype=dtype,
+                quantization=spec(method),
+                calibration=samples if method == "awq" else None,
+            )
+            made[method, dtype] = export_model(options).bundle
+        return made[method, dtype]
+
+    return make
+
+
+@pytest.fixture
+def check(tiny_recipe: Recipe, tiny_checkpoint: Path, questions: Questions):
+    def run(bundle: Path, **given: str) -> ParityReport:
+        return check_bundle(
+            bundle,
+            recipe=tiny_recipe,
+            checkpoint=Checkpoint.of(tiny_checkpoint),
+            questions=questions,
+            **given,
+        )
+
+    return run
+
+
+def changed(bundle: Path, out: Path, change: Callable[[Path], None]) -> Path:
+    """A copy of a bundle with something else in a file, and all hashes right."""
+    opened = open_bundle(bundle)
+    with write_bundle(out) as draft:
+        for file in opened.manifest.files:
+            draft.place(opened.file(file.path), file.path, hold="copy")
+        change(draft.folder)
+        draft.commit(opened.manifest)
+    return out
+
+
+def failing(report: ParityReport) -> dict[str, str]:
+    """Why outputs failed, by name."""
+    return {row.output: row.reason for row in report.outputs if not row.passed}
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("rtn", "float32"), ("rtn", "float16"), ("awq", "float32")]
+)
+def test_an_honest_bundle_passes_and_the_report_says_whose_weights(export, check, method, dtype):
+    report = check(export(method, dtype))
+    assert report.passed, report.to_plain()
+    assert "with the bundle's own INT4 weights in blocks of 32" in report.reference
+    assert report.to_plain()["reference"] == report.reference
+    compared = [row for row in report.outputs if row.output == ROUNDED]
+    assert [row.calls for row in compared] == ([14] if method == "rtn" else [])
+    assert ("not held to the checkpoint" in report.reference) is (method == "awq")
+
+
+def test_engines_of_int4_weights_are_compared_with_the_same_weights(
+    export, check, tmp_path, monkeypatch
+):
+    bundle = copy_bundle(export(), tmp_path / "bundle")
+    write_engines(bundle, EngineLimits(max_prompt=24, max_new_tokens=8, max_batch=1, max_images=1))
+    use_fakes(monkeypatch)
+    report = check(bundle.path, backend="tensorrt")
+    assert report.passed, report.to_plain()
+    assert "INT4 weights" in report.reference
+
+
+def test_a_float_bundle_is_compared_with_the_checkpoint_s_weights(tiny_bundle, check):
+    report = check(tiny_bundle)
+    assert report.passed
+    assert report.reference.endswith("(CPU)")
+
+
+def test_without_the_bundle_s_weights_the_comparison_fails(export, check, monkeypatch):
+    monkeypatch.setattr(quantized, "use_quantized_weights", lambda *_, **__: ())
+    assert failing(check(export())).keys() == {"logits (prefill)", "logits (decode)"}
+
+
+def test_with_scaled_layers_behind_norms_that_were_not_scaled_the_comparison_fails(
+    export, check, monkeypatch
+):
+    monkeypatch.setattr(quantized, "_scaled_beside", lambda *_: {})
+    assert failing(check(export("awq"))).keys() == {"logits (prefill)", "logits (decode)"}
+
+
+def flip_a_bit(folder: Path) -> None:
+    edit(folder, f"{FIRST}.int4", lambda raw: bytes([raw[0] ^ 1]) + raw[1:])
+
+
+def double_a_scale(folder: Path) -> None:
+    edit(folder, f"{FIRST}.scales.float32", lambda raw: times_two(raw[:4]) + raw[4:])
+
+
+def swap_two_layers(folder: Path) -> None:
+    for kind in ("int4", "scales.float32"):
+        names = f"{FIRST}.{kind}", f"{SECOND}.{kind}"
+        one, other = (read(folder, name) for name in names)
+        edit(folder, names[0], lambda _, new=other: new)
+        edit(folder, names[1], lambda _, new=one: new)
+
+
+def times_two(raw: bytes) -> bytes:
+    return (np.frombuffer(raw, np.float32) * 2).tobytes()
+
+
+def read(folder: Path, name: str) -> bytes:
+    ref = read_header(folder / QUANTIZED_NAME)[name]
+    return (folder / QUANTIZED_NAME).read_bytes()[ref.offset : ref.offset + ref.length]
+
+
+def edit(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    ref = read_header(folder / QUANTIZED_NAME)[name]
+    new = change(read(folder, name))
+    assert len(new) == ref.length
+    with (folder / QUANTIZED_NAME).open("r+b") as file:
+        file.seek(ref.offset)
+        file.write(new)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (flip_a_bit, "1 of 1024 values and 0 of 32 scales differ"),
+        (double_a_scale, "values and 1 of 32 scales differ"),
+        (swap_two_layers, "scales differ"),
+    ],
+)
+def test_weights_that_the_checkpoint_does_not_round_to_fail(export, check, tmp_path, change, said):
+    report = check(changed(export(), tmp_path / "changed", change))
+    assert not report.passed
+    # The graph computes with these weights as well as any: only the checkpoint tells.
+    (reason,) = failing(report).values()
+    assert reason.startswith(FIRST.removeprefix(f"{DECODER}."))
+    assert said in reason
+
+
+def test_a_graph_that_reads_another_layer_s_weights_fails(export, check, tmp_path):
+    def swap(folder: Path) -> None:
+        path = folder / "decoder_model_merged.onnx"
+        model = onnx.load(path, load_external_data=False)
+        by_name = {tensor.name: tensor for tensor in model.graph.initializer}
+        one, other = (
+            by_name[f"{name.removeprefix(f'{DECODER}.')}.int4"] for name in (FIRST, SECOND)
+        )
+        mine, theirs = ([(e.key, e.value) for e in t.external_data] for t in (one, other))
+        for tensor, entries in ((one, theirs), (other, mine)):
+            del tensor.external_data[:]
+            for key, value in entries:
+                tensor.external_data.add(key=key, value=value)
+        onnx.save(model, path)
+
+    report = check(changed(export(), tmp_path / "changed", swap))
+    assert failing(report).keys() == {"logits (prefill)", "logits (decode)"}
+
+
+@pytest.fixture
+def reference(tiny_recipe: Recipe, tiny_checkpoint: Path) -> Reference:
+    pruning = resolve_pruning(
+        tiny_recipe, pruner="spatial", keep_ratio=0.3, order="raster", positions="gap", seed=0
+    )
+    return build_reference(tiny_recipe, Checkpoint.of(tiny_checkpoint), pruning, device="cpu")
+
+
+def weights_of(reference: Reference) -> dict[str, Weight]:
+    component = reference.component(DECODER)
+    return {
+        f"{DECODER}.{key}": component.weight_refs[key]
+        for key in linear_keys(component, lm_head=False)
+    }
+
+
+def hold(folder: Path, weights: Mapping[str, Weight], *dtypes: str) -> None:
+    store_quantized(folder / QUANTIZED_NAME, weights, block_size=32, dtypes=dtypes or ("F32",))
+
+
+def use(reference: Reference, folder: Path, how: QuantizationSpec | None = None):
+    return use_quantized_weights(reference, folder, how or spec(), progress=SilentProgress())
+
+
+def test_decoder_computes_with_what_the_bundle_holds(reference, tmp_path):
+    hold(tmp_path, weights_of(reference))
+    layer = reference.decoder.get_submodule("layers.0.self_attn.q_proj")
+    before = layer.weight.clone()
+    (row,) = use(reference, tmp_path)
+    assert row.passed
+    assert (row.component, row.output, row.calls) == (DECODER, ROUNDED, 14)
+    assert torch.equal(layer.weight, dequantize(tmp_path / QUANTIZED_NAME, FIRST))
+    assert not torch.equal(layer.weight, before)
+
+
+def test_scales_of_every_dtype_are_compared(reference, tmp_path):
+    hold(tmp_path, weights_of(reference), "F32", "F16")
+    edit(tmp_path, f"{SECOND}.scales.float16", lambda raw: b"\0\x7e" + raw[2:])
+    (row,) = use(reference, tmp_path)
+    assert "0 of 1024 values and 1 of 64 scales differ" in row.reason
+    assert not row.passed
+
+
+def test_a_weight_that_is_not_there_is_refused(reference, tmp_path):
+    weights = weights_of(reference)
+    del weights[SECOND]
+    hold(tmp_path, weights)
+    with pytest.raises(BundleError, match=rf"does not hold {SECOND}.*nothing of that name"):
+        use(reference, tmp_path)
+
+
+def test_blocks_of_another_size_than_the_manifest_s_are_refused(reference, tmp_path):
+    hold(tmp_path, weights_of(reference))
+    with pytest.raises(BundleError, match=r"scales.*\[1, 32\].*allowed: 512 bytes.*\[0, 32\]"):
+        use(reference, tmp_path, spec(block_size=64))
+
+
+def halfway(shift: float) -> torch.Tensor:
+    """[32, 32] of 7s, where scales are 1, and of values that are ``shift`` from halfway."""
+    values = torch.full((32, 32), 7.0)
+    values[:, 1:] = 2.5 + shift
+    return values
+
+
+def computed(values: torch.Tensor) -> DerivedWeight:
+    return DerivedWeight(
+        dtype="F32", shape=(32, 32), sources=(), compute=lambda: values, origin="computed"
+    )
+
+
+ULP = torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "passes"),
+    [
+        (-2 * ULP, 2 * ULP, True),
+        (-0.01, 2 * ULP, False),
+        (-2 * ULP, 1.0, False),
+    ],
+)
+def test_a_computed_weight_may_round_to_either_side_only_where_it_lies_halfway(
+    reference, tmp_path, one, other, passes
+):
+    """``other`` is in the bundle, and ``one`` is what comes out here."""
+    hold(tmp_path, {**weights_of(reference), FIRST: computed(halfway(other))})
+    (row,) = use(with_first(reference, computed(halfway(one))), tmp_path)
+    assert row.passed is passes
+    assert row.max_abs_diff >= 1
+
+
+def test_a_computed_weight_s_scale_may_be_the_next_one_and_no_other(reference, tmp_path):
+    values = halfway(-0.5)
+    for factor, passes in (
+        (1 + COMPUTED_WEIGHT.scales, True),
+        (1 + 4 * COMPUTED_WEIGHT.scales, False),
+    ):
+        folder = tmp_path / str(factor)
+        folder.mkdir()
+        hold(folder, {**weights_of(reference), FIRST: computed(values * factor)})
+        (row,) = use(with_first(reference, computed(values)), folder)
+        assert row.passed is passes, row.reason
+
+
+def with_first(reference: Reference, weight: Weight) -> Reference:
+    component = reference.component(DECODER)
+    refs = {**component.weight_refs, FIRST.removeprefix(f"{DECODER}."): weight}
+    new = replace(component, weight_refs=refs)
+    components = tuple(new if c.name == DECODER else c for c in reference.components)
+    return replace(reference, components=components)

@@ -1,0 +1,86 @@
+"""Sessions on the graphs that engines are built from, both lowerings, against PyTorch.
+
+ONNX Runtime stands in for TensorRT. All else is as on a GPU: float16 graphs with the ``concat`` or
+the ``in_place`` cache, profiles from the export's own limits, buffers, phases, CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gap_export.bundle import Bundle, open_bundle
+from gap_export.evaluation.refshapes import iter_samples
+from gap_export.parity.check import Question, check_bundle
+from gap_export.pipeline import ExportOptions, export_model
+from gap_export.runtime.session import GroundingSession
+from gap_export.source import resolve_source
+from tests.runtime.fake_tensorrt import use_fakes, write_engines
+
+
+@pytest.fixture(scope="module", params=[pytest.param("portable", marks=pytest.mark.full), "fused"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The demo model with engines of one lowering, for batches of up to 3."""
+    options = ExportOptions(
+        model="refshapes-llava",
+        pruner="spatial",
+        keep_ratio=0.3,
+        out=tmp_path_factory.mktemp("lowered") / "bundle",
+        targets=("desktop",),
+        lowering=request.param,
+        max_batch=3,
+    )
+    opened = open_bundle(export_model(options).bundle)
+    limits = opened.manifest.engine_limits
+    assert limits is not None
+    write_engines(opened, limits)
+    return opened
+
+
+def test_lowered_graphs_pass_the_check(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = use_fakes(monkeypatch)
+    recipe, checkpoint = resolve_source(bundle.manifest, {})
+    samples = iter_samples(seed=0, num_samples=8)
+    report = check_bundle(
+        bundle.path,
+        recipe=recipe,
+        checkpoint=checkpoint,
+        questions=[Question(image=s.image, expression=s.expression.text) for s in samples],
+        backend="tensorrt",
+    )
+    assert report.passed, report.to_plain()
+    assert "float16" in report.candidate
+    assert device.calls and device.is_clean
+
+
+def test_a_batch_and_recorded_steps_change_no_answer(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = use_fakes(monkeypatch)
+    samples = list(iter_samples(seed=1, num_samples=3))
+    texts = [sample.expression.text for sample in samples]
+    in_place = bundle.manifest.graphs[-1].kv_contract == "in_place"
+    with GroundingSession.open(bundle.path, backend="tensorrt") as session:
+        alone = [session.ground(samples[0].image, text).token_ids for text in texts]
+    with GroundingSession.open(bundle.path, backend="tensorrt", cuda_graphs=in_place) as session:
+        for _ in range(2):
+            together = session.ground_batch(samples[0].image, texts)
+            assert [answer.token_ids for answer in together] == alone
+    assert ("launch" in device.calls) == in_place
+
+
+def test_engines_of_a_copied_bundle_run_as_well(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    use_fakes(monkeypatch)
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(bundle.path, copied)
+    sample = next(iter(iter_samples(seed=1, num_samples=1)))
+    answers = []
+    for path in (bundle.path, copied):
+        with GroundingSession.open(path, backend="tensorrt") as session:
+            answers.append(session.ground(sample.image, sample.expression.text).token_ids)
+    assert answers[0] == answers[1]

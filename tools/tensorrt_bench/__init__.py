@@ -1,0 +1,1 @@
+"""What tools/bench_tensorrt.py measures, and how."""
