@@ -60,8 +60,8 @@ def test_vision_graph_equals_pytorch(tiny_graphs, pruner, keep_ratio):
         if pruner == "text":
             feeds["text_embeds"] = torch.randn(rows, 16, generator=generator)
         with torch.inference_mode():
-            features, keep = module(*feeds.values())
-        found, indices = session.run(None, {k: v.numpy() for k, v in feeds.items()})
+            features, keep, *_ = module(*feeds.values())
+        found, indices, *_ = session.run(None, {k: v.numpy() for k, v in feeds.items()})
         assert indices.dtype == np.int64
         assert np.array_equal(indices, keep.numpy())
         assert found.shape == (rows, len(indices[0]), 32)
@@ -74,8 +74,8 @@ def test_score_order_equals_pytorch(tiny_graphs, pruner):
     module = tiny_graphs.reference(pruner, 0.3, "score").vision_encoder
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        features, keep = module(pixels)
-    found, indices = session.run(None, {"pixel_values": pixels.numpy()})
+        features, keep, *_ = module(pixels)
+    found, indices, *_ = session.run(None, {"pixel_values": pixels.numpy()})
     assert np.array_equal(indices, keep.numpy())
     assert np.abs(found - features.numpy()).max() <= ATOL
     assert not np.array_equal(indices, np.sort(indices))
@@ -247,7 +247,7 @@ def test_real_grid_sizes_equal_pytorch(make_checkpoint, tmp_path, grid, pruner):
     encoder = build_reference(recipe, parts, pruning, device="cpu").vision_encoder
     with torch.inference_mode():
         features, keep, *_ = encoder(*feeds.values())
-    found, indices = session.run(None, {k: v.numpy() for k, v in feeds.items()})
+    found, indices, *_ = session.run(None, {k: v.numpy() for k, v in feeds.items()})
     assert indices.shape[1] == {12: 43, 24: 173}[grid]
     assert np.array_equal(indices, keep.numpy())
     assert np.abs(found - features.numpy()).max() <= ATOL

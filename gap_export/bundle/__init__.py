@@ -7,7 +7,8 @@ what the manifest says. Only ``engines/`` may grow afterwards; its folders hash 
 
 from __future__ import annotations
 
-from gap_export.bundle.opening import Bundle, Verify, open_bundle
+from gap_export.bundle.opening import Bundle, open_bundle
+from gap_export.bundle.stamps import Verify
 from gap_export.bundle.writing import BundleDraft, write_bundle
 
 __all__ = ["Bundle", "BundleDraft", "Verify", "open_bundle", "write_bundle"]

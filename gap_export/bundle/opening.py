@@ -8,14 +8,11 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME, hash_line, sha256_of, walk_files
-from gap_export.bundle.stamps import file_stamp, is_settled, read_stamps, write_stamps
+from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME, hash_line, walk_files
+from gap_export.bundle.stamps import Verify, verify_hashes
 from gap_export.errors import BundleError
 from gap_export.manifest import MANIFEST_NAME, FileSpec, Manifest, parse_manifest
-
-Verify = Literal["stamp", "full"]
 
 _GET_IT_AGAIN = "export it again, or copy it again from where it was made"
 # Far above any real manifest; keeps a hostile one from filling the memory.
@@ -61,7 +58,14 @@ def open_bundle(path: str | Path, *, verify: Verify = "stamp") -> Bundle:
         _check_listing(manifest)
         present = dict(walk_files(folder))
         _check_presence(manifest, present)
-        _check_bytes(folder, manifest, present, raw, verify)
+        verify_hashes(
+            folder,
+            {file.path: file.sha256 for file in manifest.files},
+            present,
+            verify=verify,
+            owner_sha256=hashlib.sha256(raw).hexdigest(),
+            refusal=lambda path, seen: _not_as_made(folder, manifest, path, seen),
+        )
     except OSError as err:
         raise BundleError("the bundle cannot be read", seen=err, fix=_GET_IT_AGAIN) from err
     return Bundle(path=folder, manifest=manifest)
@@ -151,38 +155,14 @@ def _check_presence(manifest: Manifest, present: Mapping[str, os.stat_result]) -
             )
 
 
-def _check_bytes(
-    folder: Path,
-    manifest: Manifest,
-    present: Mapping[str, os.stat_result],
-    raw_manifest: bytes,
-    verify: Verify,
-) -> None:
-    manifest_sha256 = hashlib.sha256(raw_manifest).hexdigest()
-    known = {} if verify == "full" else read_stamps(folder, manifest_sha256=manifest_sha256)
-    stamps: dict[str, list[int]] = {}
-    for file in manifest.files:
-        status = present[file.path]
-        stamp = file_stamp(status)
-        if known.get(file.path) != stamp:
-            _check_hash(folder, file)
-            # A file that changed while it was read is not remembered as good.
-            if file_stamp(os.lstat(folder / file.path)) != stamp or not is_settled(status):
-                continue
-        stamps[file.path] = stamp
-    if stamps != known:
-        write_stamps(folder, stamps, manifest_sha256=manifest_sha256)
-
-
-def _check_hash(folder: Path, file: FileSpec) -> None:
-    seen = sha256_of(folder / file.path)
-    if seen != file.sha256:
-        raise BundleError(
-            f"{file.path} is not what it was when the bundle was made",
-            seen=f"SHA-256 {seen}",
-            allowed=file.sha256,
-            fix=_how_to_mend(file, os.lstat(folder / file.path)),
-        )
+def _not_as_made(folder: Path, manifest: Manifest, path: str, seen: str) -> BundleError:
+    (file,) = (file for file in manifest.files if file.path == path)
+    return BundleError(
+        f"{path} is not what it was when the bundle was made",
+        seen=f"SHA-256 {seen}",
+        allowed=file.sha256,
+        fix=_how_to_mend(file, os.lstat(folder / path)),
+    )
 
 
 def _how_to_mend(file: FileSpec, status: os.stat_result) -> str:

@@ -12,15 +12,61 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
+
+from gap_export.bundle.files import sha256_of
+from gap_export.errors import BundleError
+
+Verify = Literal["stamp", "full"]
 
 logger = logging.getLogger(__name__)
 
 # A file changed twice within one tick of the file system's clock shows the same ctime twice, so
 # fresh files are not stamped; two seconds is the coarsest clock in use (FAT).
 SETTLE_NS = 2_000_000_000
+
+
+def verify_hashes(
+    folder: Path,
+    hashes: Mapping[str, str],
+    statuses: Mapping[str, os.stat_result],
+    *,
+    verify: Verify,
+    owner_sha256: str,
+    refusal: Callable[[str, str], BundleError],
+) -> None:
+    """See that files are what they were, and remember those that are.
+
+    Args:
+        folder: What the files' paths are relative to; its stamps are kept together.
+        hashes: SHA-256 of each file, in hex, by path.
+        statuses: Of the same files, taken before this call.
+        verify: ``full`` hashes every file; ``stamp`` trusts those with a stamp of their status.
+        owner_sha256: Of the file that lists the hashes; stamps of another one are not used.
+        refusal: The error to raise, from a path and the SHA-256 seen there.
+
+    Raises:
+        BundleError: a file is not what it was.
+        OSError: a file cannot be read.
+    """
+    known = {} if verify == "full" else read_stamps(folder, manifest_sha256=owner_sha256)
+    stamps: dict[str, list[int]] = {}
+    for path, wanted in hashes.items():
+        status = statuses[path]
+        stamp = file_stamp(status)
+        if known.get(path) != stamp:
+            seen = sha256_of(folder / path)
+            if seen != wanted:
+                raise refusal(path, seen)
+            # A file that changed while it was read is not remembered as good.
+            if file_stamp(os.lstat(folder / path)) != stamp or not is_settled(status):
+                continue
+        stamps[path] = stamp
+    if stamps != known:
+        write_stamps(folder, stamps, manifest_sha256=owner_sha256)
 
 
 def file_stamp(status: os.stat_result) -> list[int]:

@@ -5,31 +5,16 @@ from __future__ import annotations
 import errno
 import io
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 
 from gap_export.cli._app import build_command
 from gap_export.cli._terminal import Terminal
 from gap_export.errors import ExitCode, GapExportError
+from gap_export.stop_signals import Stopped, stop_signals
 
 PROGRAM = "gap-export"
-
-
-class Stopped(BaseException):
-    """SIGINT or SIGTERM, raised where the program is so that open contexts clean up.
-
-    Not a KeyboardInterrupt: libraries catch that one for purposes of their own.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.exit_code = 128 + signum
-        self.text = "interrupted" if signum == signal.SIGINT else "terminated"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal = Terminal()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _stop_signals():
+        with stop_signals():
             code = _run(arguments, terminal)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -94,29 +79,3 @@ def _run(arguments: list[str], terminal: Terminal) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(ExitCode.OK)
     return int(ExitCode.OK)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into :class:`Stopped`; only the first counts, clean-up follows."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        del frame
-        for each in signals:
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped(signum)
-
-    before = {each: signal.getsignal(each) for each in signals}
-    # Started with a signal ignored (nohup, a background job): it stays ignored.
-    heard = [each for each in signals if before[each] is not signal.SIG_IGN]
-    for each in heard:
-        signal.signal(each, stop)
-    try:
-        yield
-    finally:
-        for each in heard:
-            signal.signal(each, before[each])

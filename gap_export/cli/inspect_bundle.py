@@ -86,7 +86,7 @@ def _token_accounting(manifest: Manifest) -> dict[str, int]:
 
 def _find_remaps(bundle: Bundle) -> list[dict[str, Any]]:
     """Every GapRemap node, read from the graphs themselves, with the nodes that read its output."""
-    from gap_export.cli._onnx_reader import read_nodes
+    from gap_export.engines.onnx_file import read_nodes
 
     found = []
     for graph in bundle.manifest.graphs:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from gap_export.engines.build import LimitOverrides
@@ -23,17 +21,9 @@ from gap_export.engines.compile import BuildOptions
 from gap_export.engines.targets import TARGETS
 from gap_export.errors import ExitCode, GapExportError
 from gap_export.progress import Advance, Progress, SilentProgress
+from gap_export.stop_signals import Stopped, stop_signals
 
 _PROGRAM = "python -m gap_export.engines"
-
-
-class Stopped(BaseException):
-    """SIGINT or SIGTERM, raised where the program is so that open contexts clean up."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.exit_code = 128 + signum
-        self.text = "interrupted" if signum == signal.SIGINT else "terminated"
 
 
 class LineProgress:
@@ -71,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.verbose:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
     try:
-        with _stop_signals():
+        with stop_signals():
             _build(options)
     except GapExportError as err:
         _say(f"error: {err}")
@@ -162,29 +152,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
-
-
-@contextmanager
-def _stop_signals() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into :class:`Stopped`; only the first counts, clean-up follows."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {each: signal.getsignal(each) for each in signals}
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        del frame
-        for each in signals:
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped(signum)
-
-    for each in signals:
-        # Started with a signal ignored (nohup, a background job): it stays ignored.
-        if before[each] is not signal.SIG_IGN:
-            signal.signal(each, stop)
-    try:
-        yield
-    finally:
-        for each in signals:
-            signal.signal(each, before[each])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from gap_export.engines.folder import EngineFolder, read_engine_folder
 from gap_export.engines.library import TensorRT, describe_versions, elsewhere, library_for
 from gap_export.engines.memory import estimate_memory, memory_warnings
 from gap_export.engines.plan import PLAN_NAME, EnginePlan, EngineSpec
+from gap_export.engines.profiles import cache_capacity, check_cache_capacity
 from gap_export.engines.targets import Target, TargetChoice
 from gap_export.errors import BundleError, OutputError, UsageError
 from gap_export.manifest import EngineLimits, GraphSpec, Manifest
@@ -39,6 +40,7 @@ class LimitOverrides:
 
 BUNDLES_OWN = LimitOverrides()
 DEFAULTS = BuildOptions()
+_ALL_AT_ONCE = "build all components: leave out --only"
 
 
 def build_engines(
@@ -71,21 +73,11 @@ def build_engines(
         EngineError: TensorRT does not take a graph, or cannot build it.
         OutputError: the bundle cannot be written, or the disk is full.
     """
+    place = check_build(bundle, choice, only=only, overrides=overrides, options=options)
     graphs = target_graphs(bundle.manifest, choice.target, only)
-    limits = resolve_limits(bundle.manifest, overrides)
-    library = library_for(choice.target)
-    gpu = find_gpu()
-    place = BuildPlace(
-        bundle=bundle,
-        choice=choice,
-        library=library,
-        limits=limits,
-        compute_capability=_compute_capability(library, choice, gpu),
-    )
-    _check_platform(place, graphs)
-    _check_options(library, options, gpu)
-    estimate = estimate_memory(bundle, graphs, limits)
-    here = gpu if not library.traits.sets_compute_capability else None
+    library = place.library
+    estimate = estimate_memory(bundle, graphs, place.limits)
+    here = find_gpu() if not library.traits.sets_compute_capability else None
     for text in memory_warnings(estimate, gpu=here, free_host=free_memory()):
         warn(text)
     with _draft(bundle, choice.folder) as draft:
@@ -98,7 +90,7 @@ def build_engines(
             library_version=library.version,
             target=choice.target.name,
             compute_capability=place.compute_capability,
-            limits=limits,
+            limits=place.limits,
             engines=(*built, *kept),
         )
         (draft / PLAN_NAME).write_bytes(plan.to_json())
@@ -106,6 +98,52 @@ def build_engines(
         final = bundle.path / ENGINES_FOLDER / choice.folder
         put_in_place(draft, final)
     return EngineFolder(path=final, plan=plan)
+
+
+def check_build(
+    bundle: Bundle,
+    choice: TargetChoice,
+    *,
+    only: tuple[str, ...] = (),
+    overrides: LimitOverrides = BUNDLES_OWN,
+    options: BuildOptions = DEFAULTS,
+) -> BuildPlace:
+    """See, before anything is built, that a target's engines can be built here.
+
+    Args:
+        bundle: Opened, and so checked.
+        choice: The target, and the GPU generation.
+        only: Components; empty for all.
+        overrides: Of the bundle's sizes.
+        options: How to build.
+
+    Returns:
+        What the engines will have in common.
+
+    Raises:
+        BundleError: the bundle was not made for the target.
+        UsageError: a component or a size there is not, or a GPU that is not at hand.
+        MissingDependencyError: the target's TensorRT is missing or of a version that does not fit.
+    """
+    graphs = target_graphs(bundle.manifest, choice.target, only)
+    limits = resolve_limits(bundle.manifest, overrides)
+    # Of all components: an engine of a size that the others cannot have serves nobody.
+    check_cache_capacity(target_graphs(bundle.manifest, choice.target), limits)
+    gpu = find_gpu()
+    # First: who has no GPU need not install a TensorRT to be told so.
+    if gpu is None and choice.target.built_on != "any":
+        raise _needs_gpu(choice)
+    library = library_for(choice.target)
+    place = BuildPlace(
+        bundle=bundle,
+        choice=choice,
+        library=library,
+        limits=limits,
+        compute_capability=_compute_capability(library, choice, gpu),
+    )
+    _check_platform(place, graphs)
+    _check_options(library, options, gpu)
+    return place
 
 
 def target_graphs(
@@ -158,7 +196,14 @@ def resolve_limits(manifest: Manifest, overrides: LimitOverrides) -> EngineLimit
         flag = f"--{name.replace('_', '-')}" if name != "max_batch" else "--batch"
         if not 1 <= value <= most:
             raise UsageError(f"no such {flag}", seen=value, allowed=f"1..{most}")
-    limits = dataclasses.replace(limits, **changed)
+    own, limits = limits, dataclasses.replace(limits, **changed)
+    # Ids are those of the unpruned sequence: never fewer than slots, and the model has no more.
+    if cache_capacity(limits) > max(most, cache_capacity(own)):
+        raise UsageError(
+            "prompt and answer are longer than the model's context",
+            seen=f"--max-prompt {limits.max_prompt} and --max-new-tokens {limits.max_new_tokens}",
+            allowed=f"{most} tokens together",
+        )
     # A batch may ask of as many pictures; the tiles of one picture stay as many as they are.
     tiled = manifest.image.tiles is not None
     images = max(limits.max_images, limits.max_batch) if tiled else limits.max_batch
@@ -171,11 +216,7 @@ def _compute_capability(library: TensorRT, choice: TargetChoice, gpu: Gpu | None
     if library.traits.sets_compute_capability and wanted is not None:
         return wanted
     if gpu is None:
-        raise UsageError(
-            f"engines of target {choice.target.name} are built on the GPU they are for",
-            seen="no NVIDIA GPU with a driver (libcuda.so.1) at hand",
-            fix=elsewhere(choice.target),
-        )
+        raise _needs_gpu(choice)
     if wanted is not None and gpu.compute_capability != wanted:
         raise UsageError(
             f"engines of {choice.folder} are built on the GPU they are for",
@@ -184,6 +225,14 @@ def _compute_capability(library: TensorRT, choice: TargetChoice, gpu: Gpu | None
             fix=elsewhere(choice.target),
         )
     return gpu.compute_capability
+
+
+def _needs_gpu(choice: TargetChoice) -> UsageError:
+    return UsageError(
+        f"engines of target {choice.target.name} are built on the GPU they are for",
+        seen="no NVIDIA GPU with a driver (libcuda.so.1) at hand",
+        fix=elsewhere(choice.target),
+    )
 
 
 def _check_platform(place: BuildPlace, graphs: tuple[GraphSpec, ...]) -> None:
@@ -226,25 +275,43 @@ def _keep_others(place: BuildPlace, draft: Path, only: tuple[str, ...]) -> tuple
     """The engines of the present folder that are not built again, if it has any."""
     if not os.path.lexists(place.bundle.path / ENGINES_FOLDER / place.choice.folder):
         return ()
-    present = read_engine_folder(place.bundle, place.choice.folder)
+    try:
+        present = read_engine_folder(place.bundle, place.choice.folder)
+    except BundleError as err:
+        raise BundleError(
+            f"the other engines in {place.choice.folder} cannot stay: {err.what}",
+            seen=err.seen,
+            allowed=err.allowed,
+            fix=_ALL_AT_ONCE,
+        ) from err
     others = tuple(e for e in present.plan.engines if e.component not in only)
     plan, library = present.plan, place.library
     facts = {
-        "TensorRT": (f"{plan.library} {plan.library_version}", f"{library.name} {library.version}"),
-        "GPU generation": (plan.compute_capability, place.compute_capability),
-        "limits": (plan.limits, place.limits),
+        "with another TensorRT": (
+            f"{plan.library} {plan.library_version}",
+            f"{library.name} {library.version}",
+        ),
+        "for another GPU generation": (
+            f"SM {plan.compute_capability}",
+            f"SM {place.compute_capability}",
+        ),
+        "for other sizes": (_describe_limits(plan.limits), _describe_limits(place.limits)),
     }
     for name, (there, here) in facts.items():
         if others and there != here:
             raise UsageError(
-                f"the other engines in {place.choice.folder} were built with another {name}",
+                f"the other engines in {place.choice.folder} were built {name}",
                 seen=there,
-                allowed=str(here),
-                fix="build all components: leave out --only",
+                allowed=here,
+                fix=_ALL_AT_ONCE,
             )
     for engine in others:
         _link_or_copy(present.path / engine.file, draft / engine.file)
     return others
+
+
+def _describe_limits(limits: EngineLimits) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(limits).items())
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.bundle import open_bundle
-from gap_export.engines.build import LimitOverrides, Tell, build_engines
+from gap_export.engines.build import LimitOverrides, Tell, build_engines, check_build
 from gap_export.engines.compile import BuildOptions
 from gap_export.engines.folder import EngineFolder
 from gap_export.engines.targets import parse_targets
@@ -42,12 +42,15 @@ def run_build(
         GapExportError: see :func:`gap_export.engines.build.build_engines`.
     """
     choices = parse_targets(targets)
-    opened = open_bundle(bundle, verify="full")
+    opened, components = open_bundle(bundle, verify="full"), tuple(only)
+    # All of them now: a slip in the last must not cost the minutes of those before it.
+    for choice in choices:
+        check_build(opened, choice, only=components, overrides=overrides, options=options)
     return [
         build_engines(
             opened,
             choice,
-            only=tuple(only),
+            only=components,
             overrides=overrides,
             options=options,
             progress=progress,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gap_export.bundle import Bundle, Verify
-from gap_export.bundle.files import ENGINES_FOLDER, sha256_of, walk_files
-from gap_export.bundle.stamps import file_stamp, is_settled, read_stamps, write_stamps
+from gap_export.bundle.files import ENGINES_FOLDER, walk_files
+from gap_export.bundle.stamps import verify_hashes
 from gap_export.engines.graph_hash import hash_weights, listed_file
 from gap_export.engines.plan import PLAN_NAME, EnginePlan, EngineSpec, parse_plan
 from gap_export.errors import BundleError, UsageError
@@ -48,7 +48,7 @@ class EngineFolder:
             "no engine of this component was built",
             seen=component,
             allowed=", ".join(engine.component for engine in self.plan.engines) or "none",
-            fix=_build_again(self.plan.target),
+            fix=_build_again(self.plan),
         )
 
     def file(self, component: str) -> Path:
@@ -133,7 +133,7 @@ def check_runs_here(
         UsageError: built by another library, by another version of it, or for another GPU.
     """
     plan = folder.plan
-    again = _build_again(plan.target)
+    again = _build_again(plan)
     if plan.library != library:
         raise UsageError(
             f"the engines in {folder.path.name} are of another library",
@@ -159,8 +159,9 @@ def check_runs_here(
         )
 
 
-def _build_again(target: str) -> str:
-    return f"build them again: gap-export build BUNDLE --target {target}"
+def _build_again(plan: EnginePlan) -> str:
+    generation = f":sm{plan.compute_capability}" if plan.compute_capability else ""
+    return f"build them again: gap-export build BUNDLE --target {plan.target}{generation}"
 
 
 def _locate(bundle: Bundle, folder: str) -> Path:
@@ -209,7 +210,7 @@ def _check_presence(path: Path, plan: EnginePlan) -> None:
         raise BundleError(
             "the folder of engines is not complete, missing",
             seen=", ".join(missing),
-            fix=_build_again(plan.target),
+            fix=_build_again(plan),
         )
     unlisted = sorted(set(present) - set(listed) - {PLAN_NAME})
     if unlisted:
@@ -225,7 +226,7 @@ def _check_presence(path: Path, plan: EnginePlan) -> None:
                 f"engine {name} is cut short or was changed",
                 seen=f"{present[name].st_size} bytes",
                 allowed=f"{engine.size} bytes",
-                fix=_build_again(plan.target),
+                fix=_build_again(plan),
             )
 
 
@@ -237,7 +238,7 @@ def _check_graph(bundle: Bundle, plan: EnginePlan, engine: EngineSpec) -> None:
             f"engine {engine.file} was built from another graph",
             seen=f"{engine.graph}: SHA-256 {graph.sha256}",
             allowed=engine.graph_sha256,
-            fix=_build_again(plan.target),
+            fix=_build_again(plan),
         )
     weights = hash_weights(bundle, engine.graph)
     if weights != engine.weights_sha256:
@@ -245,30 +246,22 @@ def _check_graph(bundle: Bundle, plan: EnginePlan, engine: EngineSpec) -> None:
             f"engine {engine.file} was built from other weights",
             seen=f"weights of {engine.graph}: SHA-256 {weights}",
             allowed=engine.weights_sha256,
-            fix=_build_again(plan.target),
+            fix=_build_again(plan),
         )
 
 
 def _check_bytes(path: Path, plan: EnginePlan, raw_plan: bytes, verify: Verify) -> None:
-    plan_sha256 = hashlib.sha256(raw_plan).hexdigest()
-    known = {} if verify == "full" else read_stamps(path, manifest_sha256=plan_sha256)
-    stamps: dict[str, list[int]] = {}
-    for engine in plan.engines:
-        status = os.lstat(path / engine.file)
-        stamp = file_stamp(status)
-        if known.get(engine.file) != stamp:
-            seen = sha256_of(path / engine.file)
-            if seen != engine.sha256:
-                raise BundleError(
-                    f"engine {engine.file} is not what was built",
-                    seen=f"SHA-256 {seen}",
-                    allowed=engine.sha256,
-                    fix=_build_again(plan.target),
-                )
-            # A file that changed while it was read is not remembered as good.
-            again = file_stamp(os.lstat(path / engine.file))
-            if again != stamp or not is_settled(status):
-                continue
-        stamps[engine.file] = stamp
-    if stamps != known:
-        write_stamps(path, stamps, manifest_sha256=plan_sha256)
+    hashes = {engine.file: engine.sha256 for engine in plan.engines}
+    verify_hashes(
+        path,
+        hashes,
+        {name: os.lstat(path / name) for name in hashes},
+        verify=verify,
+        owner_sha256=hashlib.sha256(raw_plan).hexdigest(),
+        refusal=lambda name, seen: BundleError(
+            f"engine {name} is not what was built",
+            seen=f"SHA-256 {seen}",
+            allowed=hashes[name],
+            fix=_build_again(plan),
+        ),
+    )

@@ -1,7 +1,8 @@
-"""Where the weights of an ONNX file lie, and its nodes' operators, without the onnx package.
+"""Where the weights of an ONNX file lie, and its nodes, without the onnx package.
 
 Reads protobuf's wire format (https://protobuf.dev/programming-guides/encoding/) as far as
-ModelProto -> GraphProto -> NodeProto and TensorProto go; everything else is skipped over.
+ModelProto -> GraphProto -> NodeProto and TensorProto go; types, attributes and all else are
+skipped over.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ T = TypeVar("T")
 _MODEL_GRAPH, _MODEL_FUNCTION = 7, 25
 _FUNCTION_NODE = 7
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
-_NODE_NAME, _NODE_OP_TYPE = 3, 4
+_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_DOMAIN = 1, 2, 3, 4, 7
 _TENSOR_NAME, _TENSOR_RAW_DATA, _TENSOR_EXTERNAL = 8, 9, 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 # Wire types.
@@ -43,6 +44,17 @@ class Initializer:
     size: int | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class GraphNode:
+    """One node of a graph; an empty input name is an optional input that is not given."""
+
+    name: str
+    op_type: str
+    domain: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
 def read_initializers(path: Path) -> tuple[Initializer, ...]:
     """The constants of a model's main graph.
 
@@ -53,6 +65,16 @@ def read_initializers(path: Path) -> tuple[Initializer, ...]:
     return tuple(_read(path, {_MODEL_GRAPH: _GRAPH_INITIALIZER}, _initializer))
 
 
+def read_nodes(path: Path) -> list[GraphNode]:
+    """The nodes of a model's main graph, in order.
+
+    Raises:
+        BundleError: not an ONNX file, cut short, or larger than protobuf allows.
+        OSError: the file cannot be read.
+    """
+    return _read(path, {_MODEL_GRAPH: _GRAPH_NODE}, _node)
+
+
 def read_operators(path: Path) -> dict[str, str]:
     """The operator of each named node of a model's main graph and of its functions.
 
@@ -61,7 +83,7 @@ def read_operators(path: Path) -> dict[str, str]:
         OSError: the file cannot be read.
     """
     places = {_MODEL_GRAPH: _GRAPH_NODE, _MODEL_FUNCTION: _FUNCTION_NODE}
-    return dict(_read(path, places, _node))
+    return {node.name: node.op_type for node in _read(path, places, _node)}
 
 
 def _read(path: Path, places: Mapping[int, int], read: Callable[[memoryview], T]) -> list[T]:
@@ -81,13 +103,22 @@ def _read(path: Path, places: Mapping[int, int], read: Callable[[memoryview], T]
         raise BundleError("not an ONNX file, or cut short", seen=f"{path}: {err}") from err
 
 
-def _node(raw: memoryview) -> tuple[str, str]:
-    texts = {
-        number: bytes(value).decode()
-        for number, value in _fields(raw)
-        if number in {_NODE_NAME, _NODE_OP_TYPE}
-    }
-    return texts.get(_NODE_NAME, ""), texts.get(_NODE_OP_TYPE, "")
+def _node(raw: memoryview) -> GraphNode:
+    texts: dict[int, list[str]] = {}
+    for number, value in _fields(raw):
+        if number in {_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_DOMAIN}:
+            texts.setdefault(number, []).append(bytes(value).decode())
+    # Of a field that should stand once and stands twice, protobuf takes the last.
+    name, op_type, domain = (
+        texts.get(number, [""])[-1] for number in (_NODE_NAME, _NODE_OP_TYPE, _NODE_DOMAIN)
+    )
+    return GraphNode(
+        name=name,
+        op_type=op_type,
+        domain=domain,
+        inputs=tuple(texts.get(_NODE_INPUT, [])),
+        outputs=tuple(texts.get(_NODE_OUTPUT, [])),
+    )
 
 
 def _initializer(raw: memoryview) -> Initializer:

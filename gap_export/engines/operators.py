@@ -210,7 +210,7 @@ _MEASURED: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         _ANY,
         "Concat Constant ConstantOfShape Dropout Equal Expand EyeLike Flatten Gather "
-        "GatherElements GatherND Identity If OneHot Pad Reshape ReverseSequence Scatter "
+        "GatherElements GatherND Identity If OneHot Pad Reshape ReverseSequence Scan Scatter "
         "ScatterElements ScatterND Shape Size Slice Split Squeeze Tile Transpose Trilu Unsqueeze "
         "Where",
     ),

@@ -30,6 +30,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_DIMENSION = (1 << 31) - 1
 _MAX_BYTES = (1 << 63) - 1
 _MAX_LIMIT = 100_000
+_AGAIN = "build the engines again: gap-export build"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,11 +167,12 @@ def parse_plan(raw: bytes) -> EnginePlan:
     try:
         plain = json.loads(raw)
     except (ValueError, RecursionError) as err:
-        raise BundleError(f"{PLAN_NAME} is not JSON", seen=err) from err
+        raise BundleError(f"{PLAN_NAME} is not JSON", seen=err, fix=_AGAIN) from err
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise BundleError(
             f"{PLAN_NAME} is not a list of gap-export's engines",
             allowed=f'a JSON object with "format": "{FORMAT}"',
+            fix=_AGAIN,
         )
     version = plain.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
@@ -260,7 +262,7 @@ def _refuse(name: str, seen: object, allowed: str) -> BundleError:
         f"{PLAN_NAME}: {name} is not a sensible value",
         seen=repr(seen),
         allowed=allowed,
-        fix="build the engines again: gap-export build",
+        fix=_AGAIN,
     )
 
 

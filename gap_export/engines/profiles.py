@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from gap_export.engines.plan import ProfileName, ProfileSpec, ShapeRange
-from gap_export.errors import BundleError
+from gap_export.errors import BundleError, UsageError
 from gap_export.manifest import EngineLimits, GraphSpec, Manifest, PruningSpec
 
 # Smallest, usual and largest size of a dimension.
 Sizes = tuple[int, int, int]
+_PAST, _SLOTS = "past_key_values.", 2
 
 
 def make_profiles(
@@ -44,6 +45,37 @@ def make_profiles(
 def cache_capacity(limits: EngineLimits) -> int:
     """Slots of the KV cache: those of the prompt and of the answer."""
     return limits.max_prompt + limits.max_new_tokens
+
+
+def check_cache_capacity(graphs: Iterable[GraphSpec], limits: EngineLimits) -> None:
+    """See that the caches of graphs that are written in place have room for what is asked.
+
+    Their number of slots is in the graph, as TensorRT demands; engines of fewer can be built from
+    it, of more not. Caches that grow have no such bound.
+
+    Args:
+        graphs: Of the bundle.
+        limits: The sizes engines are to be built for.
+
+    Raises:
+        UsageError: more slots than a graph has.
+    """
+    wanted = cache_capacity(limits)
+    for graph in graphs:
+        if graph.kv_contract != "in_place":
+            continue
+        slots = [t.shape[_SLOTS] for t in graph.inputs if t.name.startswith(_PAST)]
+        held = min((size for size in slots if isinstance(size, int)), default=wanted)
+        if wanted > held:
+            raise UsageError(
+                f"the cache of {graph.file} has a fixed number of slots, too few for this prompt "
+                "and answer",
+                seen=f"--max-prompt {limits.max_prompt} and --max-new-tokens "
+                f"{limits.max_new_tokens}, {wanted} slots",
+                allowed=f"{held} slots together",
+                fix=f"export again with --max-prompt {limits.max_prompt} --max-new-tokens "
+                f"{limits.max_new_tokens}, or with --lowering portable, whose cache grows",
+            )
 
 
 def _plain_sizes(manifest: Manifest, graph: GraphSpec, limits: EngineLimits) -> dict[str, Sizes]:

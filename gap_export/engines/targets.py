@@ -93,6 +93,16 @@ class Target:
 
 
 _BOTH: tuple[Lowering, ...] = ("portable", "fused")
+# Of both Jetsons.
+_JETPACK_7_2 = Platform(
+    name="JetPack 7.2",
+    min_version=(10, 16),
+    max_version=(11, 4),
+    max_opset=24,
+    lowerings=_BOTH,
+    python="3.12",
+    cuda="13.2",
+)
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
@@ -153,15 +163,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                         python="3.10",
                         cuda="12.6",
                     ),
-                    Platform(
-                        name="JetPack 7.2",
-                        min_version=(10, 16),
-                        max_version=(11, 4),
-                        max_opset=24,
-                        lowerings=_BOTH,
-                        python="3.12",
-                        cuda="13.2",
-                    ),
+                    _JETPACK_7_2,
                 ),
                 compute_capabilities=(87,),
                 default_compute_capabilities=(87,),
@@ -181,15 +183,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                         python="3.12",
                         cuda="13",
                     ),
-                    Platform(
-                        name="JetPack 7.2",
-                        min_version=(10, 16),
-                        max_version=(11, 4),
-                        max_opset=24,
-                        lowerings=_BOTH,
-                        python="3.12",
-                        cuda="13.2",
-                    ),
+                    _JETPACK_7_2,
                 ),
                 compute_capabilities=(110,),
                 default_compute_capabilities=(110,),
@@ -211,6 +205,12 @@ class TargetChoice:
 
     target: Target
     compute_capability: int | None
+
+    @property
+    def spec(self) -> str:
+        """As ``--trt`` and ``--target`` have it, e.g. ``rtx:sm89``."""
+        name = self.target.name
+        return name if self.compute_capability is None else f"{name}:sm{self.compute_capability}"
 
     @property
     def folder(self) -> str:

@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from gap_export.bundle import open_bundle
 from gap_export.errors import OutputError, UsageError
+from gap_export.evaluation.calibration import refshapes_questions
 from gap_export.evaluation.metrics import accuracy_at, intersection_over_union, wilson_interval
 from gap_export.evaluation.refshapes import Sample, iter_samples
-from gap_export.manifest import Manifest, SourceFile
+from gap_export.manifest import Manifest, QuantizationSpec, SourceFile
 from gap_export.pipeline import (
     DTYPES,
     Dtype,
@@ -173,7 +174,8 @@ def evaluate_bundle(
     Args:
         bundle: The bundle.
         baseline: A bundle of the same model with keep ratio 1.0; else the unpruned model is
-            exported from the bundle's checkpoint, in the bundle's dtype.
+            exported from the bundle's checkpoint, in the bundle's dtype and quantized as it is, so
+            that pruning alone is between the two.
         checkpoint: Parts of the source checkpoint by role, where they have been moved.
         seed: Of the RefShapes samples.
         num_samples: Expressions to ask.
@@ -197,10 +199,14 @@ def evaluate_bundle(
     with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
         if baseline is None:
             recipe, source = resolve_source(manifest, checkpoint or {})
+            quantization = _quantization_of(manifest)
+            calibrates = quantization is not None and quantization.method == "awq"
             options = ExportOptions(
                 model=recipe.name,
                 keep_ratio=1.0,
                 dtype=_dtype_of(manifest),
+                quantization=quantization,
+                calibration=tuple(refshapes_questions()) if calibrates else None,
                 out=Path(scratch) / "unpruned",
             )
             baseline = export_checkpoint(recipe, source, options, progress=progress).bundle
@@ -231,6 +237,8 @@ def _check_baseline(manifest: Manifest, baseline: Manifest) -> None:
         *(f"another {name}" for name in other_facts),
         *(f"another {path}" for path in other_files),
     ]
+    if _quantization_of(manifest) != _quantization_of(baseline):
+        seen.append("another quantization")
     if manifest.source.random_seed != baseline.source.random_seed:
         seen.append("other random weights")
     elif manifest.source.random_seed is None and not common:
@@ -255,6 +263,11 @@ def _source_files(manifest: Manifest) -> dict[str, SourceFile]:
         for part in manifest.source.parts
         for file in part.files
     }
+
+
+def _quantization_of(manifest: Manifest) -> QuantizationSpec | None:
+    """Of those weights that are quantized; None where none are."""
+    return next((graph.quantization for graph in manifest.graphs if graph.quantization), None)
 
 
 def _dtype_of(manifest: Manifest) -> Dtype:

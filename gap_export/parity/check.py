@@ -37,8 +37,8 @@ class ParityReport:
         bundle: Its folder.
         candidate: What was judged, in words.
         reference: What it was compared with: PyTorch, and with whose weights.
-        outputs: One row per graph output; before them, where a bundle's weights were rounded to
-            nearest, one for these: whether they are what the checkpoint's round to.
+        outputs: One row per graph output; before them, where a bundle's weights are quantized, one
+            for these: whether they are what the checkpoint's round to.
         num_questions: Questions asked of both sides.
         equal_tokens: Questions whose greedy tokens are the same.
         equal_boxes: Questions whose boxes are the same.

@@ -4,6 +4,10 @@ Rounding to INT4 changes what a model answers, and no tolerance of a float graph
 So the reference's decoder computes with the bundle's own integers and scales: whether graphs read
 them rightly is then held to the same tolerances as ever. Whether they are the right ones is another
 question, answered by rounding the checkpoint's weights once more.
+
+Where AWQ has scaled channels before, so is done here, by the scales that the bundle tells of. What
+was not rounded, as the norms that undo the scaling, is the checkpoint's, scaled likewise: by other
+scales than those the weights were made with, neither weights nor answers are the same.
 """
 
 from __future__ import annotations
@@ -20,18 +24,18 @@ from gap_export.manifest import QuantizationSpec
 from gap_export.parity.tally import OutputParity
 from gap_export.parity.tolerances import COMPUTED_WEIGHT, READ_WEIGHT
 from gap_export.progress import Progress
-from gap_export.quantization import linear_keys
+from gap_export.quantization import SCALES_NAME, linear_keys, read_scales, scale_channels
 from gap_export.weights import (
     QUANTIZED_NAME,
     SAFETENSORS_NAMES,
     TORCH_DTYPES,
     DerivedWeight,
-    TensorRef,
     Weight,
     dequantize,
     quantize_columns,
     read_header,
 )
+from gap_export.weights.weight import READABLE_DTYPES
 
 _DECODER = "decoder_model_merged"
 # Values of a weight that are rounded at a time; a few float32 copies of that size are in memory.
@@ -39,7 +43,7 @@ _PIECE = 1 << 22
 _METHODS: Mapping[str, str] = MappingProxyType(
     {
         "rtn": "which were rounded to nearest",
-        "awq": "which AWQ scaled and are not held to the checkpoint",
+        "awq": "which AWQ scaled and were rounded to nearest",
     }
 )
 
@@ -52,19 +56,19 @@ def use_quantized_weights(
     Args:
         reference: On the CPU; the weights of its decoder are replaced, one at a time.
         bundle: Its folder, of which every byte has been hashed.
-        spec: How the decoder's graph is quantized. With ``awq`` the norms and biases beside the
-            quantized layers are the bundle's, too, since scaling has changed them.
+        spec: How the decoder's graph is quantized.
         progress: Told the weights that are through.
 
     Returns:
-        For ``rtn`` one row: what the bundle holds beside what the checkpoint's weights round to.
-        Nothing for ``awq``, whose scales nobody has kept.
+        One row: what the bundle holds beside what the checkpoint's weights round to.
 
     Raises:
-        BundleError: a weight is not there, or not of the shape and blocks it must have.
+        BundleError: a weight is not there, or not of the shape and blocks it must have; or, with
+            ``awq``, the scales of channels are not there or cannot be any.
         CheckpointError: a weight cannot be read.
     """
     component = reference.component(_DECODER)
+    scaled = _as_rounded(reference, bundle, spec)
     file = bundle / QUANTIZED_NAME
     keys = linear_keys(component, lm_head=spec.lm_head)
     held = _check_held(file, component, keys, spec.block_size)
@@ -72,15 +76,14 @@ def use_quantized_weights(
     with progress.stage("reading quantized weights", total=len(keys)) as advance:
         for key in keys:
             floats = dequantize(file, f"{_DECODER}.{key}")
-            if spec.method == "rtn":
-                findings.add(key, component.weight_refs[key], floats, held[key], spec.block_size)
+            source = component.weight_refs[key]
+            findings.add(key, source, scaled[key], floats, held[key], spec.block_size)
             _replace(component, key, floats, reference.dtype)
             advance(1)
-    if spec.method == "rtn":
-        return (findings.row(),)
-    for key, ref in _scaled_beside(bundle, component, keys, reference.dtype).items():
-        _replace(component, key, ref.load(), reference.dtype)
-    return ()
+    for key, weight in scaled.items():
+        if key not in held and weight is not component.weight_refs[key]:
+            _replace(component, key, weight.load(), reference.dtype)
+    return (findings.row(),)
 
 
 def describe_quantized(spec: QuantizationSpec) -> str:
@@ -89,6 +92,14 @@ def describe_quantized(spec: QuantizationSpec) -> str:
         f"with the bundle's own {spec.dtype.upper()} weights in blocks of {spec.block_size}, "
         f"{_METHODS[spec.method]}"
     )
+
+
+def _as_rounded(reference: Reference, bundle: Path, spec: QuantizationSpec) -> Mapping[str, Weight]:
+    """The decoder's weights as they were when they were rounded; the checkpoint's, but for AWQ."""
+    if spec.method != "awq":
+        return reference.component(_DECODER).weight_refs
+    scales = read_scales(bundle / SCALES_NAME, reference.component(_DECODER))
+    return scale_channels(reference, scales, of=_DECODER).component(_DECODER).weight_refs
 
 
 class _Findings:
@@ -103,6 +114,7 @@ class _Findings:
     def add(
         self,
         key: str,
+        source: Weight,
         weight: Weight,
         held: torch.Tensor,
         scales: tuple[torch.Tensor, ...],
@@ -112,16 +124,17 @@ class _Findings:
 
         Args:
             key: Its name.
-            weight: The checkpoint's, [N, K].
+            source: The checkpoint's, [N, K].
+            weight: The same, its channels scaled where they were before it was rounded.
             held: What the bundle's integers and scales stand for, float32 [N, K].
             scales: The bundle's, [K / block_size, N], in each dtype that graphs read them in.
             block_size: Values along K that share a scale.
         """
         self._count += 1
         floats = weight.load()
-        # What is read from a file, and then rounded, is the same on any machine.
-        tolerance = COMPUTED_WEIGHT if isinstance(weight, DerivedWeight) else READ_WEIGHT
-        halfway = 0.5 + tolerance.ulps * torch.finfo(floats.dtype).eps
+        # What is read from a file, scaled number by number and rounded, is the same on any machine.
+        tolerance = COMPUTED_WEIGHT if isinstance(source, DerivedWeight) else READ_WEIGHT
+        halfway = 0.5 + tolerance.ulps * torch.finfo(READABLE_DTYPES[source.dtype]).eps
         wrong, wrong_scales = 0, 0
         per_piece = max(1, _PIECE // (floats.shape[0] * block_size))
         for first in range(0, floats.shape[1] // block_size, per_piece):
@@ -197,29 +210,6 @@ def _check_held(
                 fix="export the bundle again",
             )
         found[key] = tuple(ref.load() for ref in scales)
-    return found
-
-
-def _scaled_beside(
-    bundle: Path, component: Component, quantized: tuple[str, ...], dtype: str
-) -> dict[str, TensorRef]:
-    """The bundle's own norms and biases of the decoder's layers, in a reference's dtype.
-
-    They are in the file of what was computed for the export, by the decoder's name for them. Those
-    that are not in any were not changed, and are the checkpoint's.
-    """
-    beside = [
-        key
-        for key in component.weight_refs
-        if key.startswith(f"{component.repeated}.") and key not in quantized
-    ]
-    found: dict[str, TensorRef] = {}
-    for file in sorted(bundle.glob("*.safetensors")):
-        refs = read_header(file)
-        for key in beside:
-            ref = refs.get(f"{_DECODER}.{key}")
-            if ref is not None and ref.dtype == SAFETENSORS_NAMES[dtype]:
-                found[key] = ref
     return found
 
 

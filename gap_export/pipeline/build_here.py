@@ -11,7 +11,7 @@ from gap_export.engines.device import find_gpu
 from gap_export.engines.folder import EngineFolder
 from gap_export.engines.library import elsewhere, library_for
 from gap_export.engines.targets import AUTO, TargetChoice
-from gap_export.errors import MissingDependencyError
+from gap_export.errors import GapExportError, MissingDependencyError
 from gap_export.progress import Progress
 
 
@@ -64,7 +64,17 @@ def build_here(
     if not choices:
         return ()
     opened = open_bundle(bundle)
-    return tuple(build_engines(opened, choice, progress=progress, warn=warn) for choice in choices)
+    built = []
+    for choice in choices:
+        try:
+            built.append(build_engines(opened, choice, progress=progress, warn=warn))
+        except GapExportError:
+            warn(
+                f"the bundle itself is complete: {bundle}; when this is mended, go on with: "
+                f"gap-export build {bundle} --target {choice.spec}"
+            )
+            raise
+    return tuple(built)
 
 
 def _why_not(choice: TargetChoice, *, optional: bool) -> str | None:

@@ -10,12 +10,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gap_export.bundle import BundleDraft
 from gap_export.families import Reference
 from gap_export.manifest import Manifest
 from gap_export.parity.torch_backend import TorchBackend, TorchCache
 from gap_export.positions import Int64Array, gap_remap
 from gap_export.progress import Progress
-from gap_export.quantization import ChannelScale, find_scales, loaded, scale_channels
+from gap_export.quantization import (
+    SCALES_NAME,
+    ChannelScale,
+    find_scales,
+    loaded,
+    scale_channels,
+    store_scales,
+)
 from gap_export.runtime.backend import FloatArray, KVCache
 from gap_export.runtime.image import ImageInput
 from gap_export.runtime.session import GroundingSession
@@ -89,6 +97,15 @@ def calibrate(
         return find_scales(
             reference.component(_DECODER), samples, block_size=block_size, progress=progress
         )
+
+
+def keep_scales(draft: BundleDraft, scales: Iterable[ChannelScale]) -> None:
+    """Write the scales of :func:`calibrate` into the bundle, which can be checked by them.
+
+    Raises:
+        OutputError: the disk is full or cannot be written.
+    """
+    store_scales(draft.folder / SCALES_NAME, scales, of=_DECODER)
 
 
 def scale_decoder(reference: Reference, scales: Iterable[ChannelScale]) -> Reference:

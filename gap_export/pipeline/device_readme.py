@@ -14,6 +14,7 @@ from gap_export.manifest import GraphSpec, Manifest, PreflightVerdict, TargetSpe
 from gap_export.parity.tolerances import TOLERANCES
 from gap_export.version import __version__
 
+# For whoever takes the bundle to the device it is for.
 README_NAME = "README.md"
 # Where the Debian packages of TensorRT put it.
 _TRTEXEC = "/usr/src/tensorrt/bin/trtexec"

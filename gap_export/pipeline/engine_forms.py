@@ -146,24 +146,28 @@ def _key(form: GraphForm) -> tuple[str, str]:
     return form.lowering, form.dtype
 
 
+def _tilings(image: ImageSpec) -> list[tuple[int, int]]:
+    """Rows and columns of tiles a picture may be cut into; none where pictures are not cut."""
+    if image.tiles is None:
+        return []
+    return [
+        (height // image.height, width // image.width) for height, width in image.tiles.resolutions
+    ]
+
+
 def _max_tiles(image: ImageSpec) -> int:
     """Tiles beside the base one; 0 where pictures are not cut."""
-    if image.tiles is None:
-        return 0
-    return max(
-        (height // image.height) * (width // image.width)
-        for height, width in image.tiles.resolutions
-    )
+    return max((rows * columns for rows, columns in _tilings(image)), default=0)
 
 
 def _max_visual_tokens(manifest: Manifest) -> int:
     """Visual tokens of one picture after pruning, at most."""
-    emitted, image = manifest.pruning.num_emitted_tokens, manifest.image
-    if image.tiles is None:
-        return emitted
+    emitted = manifest.pruning.num_emitted_tokens
     # Each row of the joined grid ends in a newline token.
     return max(
-        emitted * (1 + (height // image.height) * (width // image.width))
-        + manifest.grid.rows * (height // image.height)
-        for height, width in image.tiles.resolutions
+        (
+            emitted * (1 + rows * columns) + manifest.grid.rows * rows
+            for rows, columns in _tilings(manifest.image)
+        ),
+        default=emitted,
     )

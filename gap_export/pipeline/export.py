@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from gap_export.pipeline.place_weights import PlacedWeights, QuantizedPlaces
     from gap_export.quantization import ChannelScale
 
-# For whoever takes the bundle to the device it is for.
-_DEVICE_README = "README.md"
-
 
 def export_model(
     options: ExportOptions,
@@ -184,14 +181,14 @@ class _Job:
         quantization = self.options.quantization
         if quantization is None:
             return ()
-        from gap_export.pipeline.calibration import calibrate
+        from gap_export.pipeline.calibration import calibrate, keep_scales
         from gap_export.pipeline.place_weights import check_quantization
 
         check_quantization(reference, quantization)
         if quantization.method != "awq":
             return ()
         with timed(self.seconds, "calibrating"):
-            return calibrate(
+            scales = calibrate(
                 reference,
                 self._describe(reference, None),
                 self.draft.folder,
@@ -199,6 +196,8 @@ class _Job:
                 block_size=quantization.block_size,
                 progress=self.progress,
             )
+            keep_scales(self.draft, scales)
+        return scales
 
     def _quantize(self, reference: Reference, dtypes: Iterable[str]) -> QuantizedPlaces:
         """The decoder's quantized weights, for graphs of all these dtypes."""
@@ -291,7 +290,7 @@ class _Job:
 
     def _prepare_targets(self, manifest: Manifest, forms: Mapping[str, GraphForm]) -> Manifest:
         """Verdicts on what is built elsewhere, and the instructions to build it there."""
-        from gap_export.pipeline.device_readme import device_readme
+        from gap_export.pipeline.device_readme import README_NAME, device_readme
 
         with timed(self.seconds, "pre-flight"):
             targets = describe_targets(self.draft.folder, self.choices, forms, manifest.graphs)
@@ -299,7 +298,7 @@ class _Job:
         text = device_readme(manifest, self.choices, folder=self.draft.folder)
         # Where all is built by this very export, there is nothing to tell.
         if text:
-            (self.draft.folder / _DEVICE_README).write_text(text, encoding="utf-8")
+            (self.draft.folder / README_NAME).write_text(text, encoding="utf-8")
         return manifest
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from gap_export.engines.profiles import cache_capacity
 from gap_export.families import Component
 from gap_export.manifest import GraphSpec, Manifest, QuantizationSpec
 from gap_export.passes import LOWERINGS, PIPELINES, DecoderLimits, lower, run_pipeline
@@ -131,7 +132,7 @@ def decoder_limits(manifest: Manifest) -> DecoderLimits | None:
         return None
     return DecoderLimits(
         max_position_embeddings=manifest.decoder.max_position_embeddings,
-        cache_capacity=limits.max_prompt + limits.max_new_tokens,
+        cache_capacity=cache_capacity(limits),
     )
 
 

@@ -5,5 +5,15 @@ from __future__ import annotations
 from gap_export.quantization.awq import ChannelScale, find_scales, scale_channels
 from gap_export.quantization.calibration import loaded
 from gap_export.quantization.linears import linear_keys
+from gap_export.quantization.scales_file import SCALES_NAME, read_scales, store_scales
 
-__all__ = ["ChannelScale", "find_scales", "linear_keys", "loaded", "scale_channels"]
+__all__ = [
+    "SCALES_NAME",
+    "ChannelScale",
+    "find_scales",
+    "linear_keys",
+    "loaded",
+    "read_scales",
+    "scale_channels",
+    "store_scales",
+]

@@ -29,13 +29,13 @@ _PIECE = 1 << 23
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Group:
-    """Layers that read one input, and where it comes from, below a layer of the stack.
+class ChannelGroup:
+    """Layers that read one input, and where it comes from.
 
     Attributes:
-        readers: Names of linear layers.
-        producer: Norm or linear layer whose output, channel by channel, is the readers' input; or a
-            factor of it.
+        readers: Dotted names of linear layers, at least one.
+        producer: Of the norm or linear layer whose output, channel by channel, is the readers'
+            input; or a factor of it.
         same_heads: Whether this holds only where every query head has a value head of its own.
     """
 
@@ -44,35 +44,42 @@ class _Group:
     same_heads: bool = False
 
 
-# Of a layer of families.modules.llama_decoder.
+# By names below a layer of families.modules.llama_decoder.
 _GROUPS = (
-    _Group(
+    ChannelGroup(
         readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         producer="input_layernorm",
     ),
-    _Group(readers=("self_attn.o_proj",), producer="self_attn.v_proj", same_heads=True),
-    _Group(readers=("mlp.gate_proj", "mlp.up_proj"), producer="post_attention_layernorm"),
-    _Group(readers=("mlp.down_proj",), producer="mlp.up_proj"),
+    ChannelGroup(readers=("self_attn.o_proj",), producer="self_attn.v_proj", same_heads=True),
+    ChannelGroup(readers=("mlp.gate_proj", "mlp.up_proj"), producer="post_attention_layernorm"),
+    ChannelGroup(readers=("mlp.down_proj",), producer="mlp.up_proj"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelScale:
-    """What the channels between two modules are scaled by.
+    """What the channels between modules are scaled by.
 
     Attributes:
-        readers: Dotted names of the linear layers that read them.
-        producer: Dotted name of the module they come from.
+        group: The modules.
+        scale: float32 [K], s, finite and above 0; ones where nothing is scaled.
+    """
+
+    group: ChannelGroup
+    scale: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundScale(ChannelScale):
+    """A scale, and what it is good for.
+
+    Attributes:
         alpha: 0 where nothing is scaled.
-        scale: float32 [K], s.
         error: Of the readers' outputs on the calibration rows, squared, relative to the outputs.
         plain_error: The same with alpha = 0.
     """
 
-    readers: tuple[str, ...]
-    producer: str
     alpha: float
-    scale: torch.Tensor
     error: float
     plain_error: float
 
@@ -83,7 +90,7 @@ def find_scales(
     *,
     block_size: int,
     progress: Progress,
-) -> tuple[ChannelScale, ...]:
+) -> tuple[FoundScale, ...]:
     """Calibrate a decoder.
 
     Args:
@@ -96,10 +103,10 @@ def find_scales(
         CheckpointError: a weight cannot be read.
         UsageError: there is no sample.
     """
-    groups = _groups(component)
+    groups = channel_groups(component)
     with progress.stage("watching calibration samples"):
         observed = observe_inputs(component, [group.readers[0] for group in groups], batches)
-    found: list[ChannelScale] = []
+    found: list[FoundScale] = []
     with progress.stage("looking for scales", total=len(groups)) as advance:
         for group in groups:
             weights = [component.weight_refs[f"{name}.weight"] for name in group.readers]
@@ -108,34 +115,8 @@ def find_scales(
     return tuple(found)
 
 
-def scale_channels(reference: Reference, scales: Iterable[ChannelScale], *, of: str) -> Reference:
-    """The same model with scaled weights; they are computed when they are loaded.
-
-    Args:
-        reference: On the meta device; its modules are shared with the result.
-        scales: From :func:`find_scales`.
-        of: Name of the component they belong to.
-    """
-    component = reference.component(of)
-    refs = dict(component.weight_refs)
-    for found in scales:
-        if found.alpha == 0:
-            continue
-        for name in found.readers:
-            refs[f"{name}.weight"] = _scaled(refs[f"{name}.weight"], found.scale)
-        for leaf in ("weight", "bias"):
-            key = f"{found.producer}.{leaf}"
-            if key in refs:
-                refs[key] = _divided(refs[key], found.scale)
-    scaled = replace(component, weight_refs=refs)
-    return replace(
-        reference,
-        components=tuple(scaled if c.name == of else c for c in reference.components),
-    )
-
-
-def _groups(component: Component) -> list[_Group]:
-    """All groups of all layers, by full names, in the order of the layers."""
+def channel_groups(component: Component) -> tuple[ChannelGroup, ...]:
+    """What of a decoder can be scaled: the groups of all layers, in the order of the layers."""
     found = []
     layers = component.module.get_submodule(str(component.repeated))
     for index, _ in enumerate(layers.children()):
@@ -148,18 +129,44 @@ def _groups(component: Component) -> list[_Group]:
             )
             if not group.same_heads or _same_width(component, named):
                 found.append(named)
-    return found
+    return tuple(found)
 
 
-def _same_width(component: Component, group: _Group) -> bool:
+def scale_channels(reference: Reference, scales: Iterable[ChannelScale], *, of: str) -> Reference:
+    """The same model with scaled weights; they are computed when they are loaded.
+
+    Args:
+        reference: On the meta device; its modules are shared with the result.
+        scales: From :func:`find_scales`, in its order.
+        of: Name of the component they belong to.
+    """
+    component = reference.component(of)
+    refs = dict(component.weight_refs)
+    for found in scales:
+        if bool((found.scale == 1).all()):
+            continue
+        for name in found.group.readers:
+            refs[f"{name}.weight"] = _scaled(refs[f"{name}.weight"], found.scale)
+        for leaf in ("weight", "bias"):
+            key = f"{found.group.producer}.{leaf}"
+            if key in refs:
+                refs[key] = _divided(refs[key], found.scale)
+    scaled = replace(component, weight_refs=refs)
+    return replace(
+        reference,
+        components=tuple(scaled if c.name == of else c for c in reference.components),
+    )
+
+
+def _same_width(component: Component, group: ChannelGroup) -> bool:
     """Whether there are as many channels coming out as going in: not where heads share values."""
     rows = component.weight_refs[f"{group.producer}.weight"].shape[0]
     return rows == component.weight_refs[f"{group.readers[0]}.weight"].shape[1]
 
 
 def _search(
-    group: _Group, weights: Sequence[Weight], observed: Observed, block_size: int
-) -> ChannelScale:
+    group: ChannelGroup, weights: Sequence[Weight], observed: Observed, block_size: int
+) -> FoundScale:
     rows, mean = observed.rows, observed.mean_size
     errors = torch.zeros(len(_GRID), dtype=torch.float64)
     size = 0.0
@@ -172,11 +179,10 @@ def _search(
                 errors[index] += _power(rows @ lost.T)
     best = int(errors.argmin())
     whole = size or 1.0
-    return ChannelScale(
-        readers=group.readers,
-        producer=group.producer,
-        alpha=_GRID[best],
+    return FoundScale(
+        group=group,
         scale=scales[best],
+        alpha=_GRID[best],
         error=float(errors[best]) / whole,
         plain_error=float(errors[0]) / whole,
     )

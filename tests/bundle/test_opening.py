@@ -194,16 +194,14 @@ def test_no_folder_a_file_and_an_empty_folder_are_told_apart(tmp_path: Path) -> 
 
 
 def count_hashes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    from gap_export.bundle import opening
-
     hashed: list[str] = []
-    real = opening.sha256_of
+    real = stamps_module.sha256_of
 
     def spy(path: Path) -> str:
         hashed.append(path.name)
         return real(path)
 
-    monkeypatch.setattr(opening, "sha256_of", spy)
+    monkeypatch.setattr(stamps_module, "sha256_of", spy)
     return hashed
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,21 @@ RunCli = Callable[..., Outcome]
 
 
 @pytest.fixture
-def run_cli(capsys: pytest.CaptureFixture[str]) -> RunCli:
+def own_log() -> Iterator[None]:
+    """The package's log as it was, afterwards.
+
+    ``-v`` gives it the stderr of the moment, a captured one here, which is closed after the test:
+    what is logged in later tests, most of it by TensorRT, would find no stream.
+    """
+    logger = logging.getLogger("gap_export")
+    handlers, level = logger.handlers[:], logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def run_cli(own_log: None, capsys: pytest.CaptureFixture[str]) -> RunCli:
     """Runs ``gap-export`` in this process."""
 
     def run(*argv: object) -> Outcome:

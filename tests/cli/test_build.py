@@ -83,6 +83,15 @@ def test_wrong_usage_is_exit_code_2_and_leaves_nothing(run_cli, bundle, argument
     assert not (bundle.path / "engines").exists()
 
 
+def test_a_slip_in_the_second_target_costs_nothing_of_the_first(run_cli, bundle, monkeypatch):
+    monkeypatch.setattr(build_module, "find_gpu", lambda: None)
+    answer = run_cli("build", bundle.path, "--target", "rtx:sm89", "--target", "desktop")
+    assert answer.code == 2
+    assert "target desktop are built on the GPU they are for" in answer.err
+    assert "copy the bundle to the machine that has the GPU" in answer.err
+    assert not (bundle.path / "engines").exists()
+
+
 def test_a_bundle_not_made_for_engines_is_refused(run_cli, tiny_bundle):
     answer = run_cli("build", tiny_bundle, "--target", "rtx")
     assert answer.code == 2

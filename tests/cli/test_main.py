@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from gap_export import __version__, pipeline
-from gap_export.cli._main import Stopped, _stop_signals
 from gap_export.errors import ExportError, ParityError, UsageError
+from gap_export.stop_signals import Stopped, stop_signals
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_signal_unwinds_open_contexts_and_is_one_line(
 def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with _stop_signals():
+        with stop_signals():
             os.kill(os.getpid(), signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:

@@ -78,16 +78,11 @@ def test_a_list_of_plain_values_stays_on_one_line():
     assert text == '{\n  "a": [1, 2],\n  "b": [\n    [1],\n    []\n  ],\n  "c": {}\n}'
 
 
+@pytest.mark.usefixtures("own_log")
 def test_verbose_shows_the_log_of_the_package(capsys):
-    logger = logging.getLogger("gap_export")
-    before = (logger.handlers[:], logger.level)
-    try:
-        Terminal().set_verbose()
-        logging.getLogger("gap_export.somewhere").info("seen")
-        assert capsys.readouterr().err == "gap_export.somewhere: seen\n"
-    finally:
-        logger.handlers[:], level = before
-        logger.setLevel(level)
+    Terminal().set_verbose()
+    logging.getLogger("gap_export.somewhere").info("seen")
+    assert capsys.readouterr().err == "gap_export.somewhere: seen\n"
 
 
 def test_a_short_stage_leaves_nothing_behind_where_nobody_watches():

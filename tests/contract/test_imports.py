@@ -54,6 +54,7 @@ BASE_MODULES = (
     "gap_export.recipe",
     "gap_export.runtime",
     "gap_export.source",
+    "gap_export.stop_signals",
 )
 
 

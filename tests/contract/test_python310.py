@@ -15,7 +15,7 @@ import gap_export
 
 ROOT = Path(gap_export.__file__).parent
 # On the device: building needs the first line, running the second as well.
-BUILDING = ("bundle", "engines", "errors", "manifest", "positions", "progress")
+BUILDING = ("bundle", "engines", "errors", "manifest", "positions", "progress", "stop_signals")
 RUNNING = (*BUILDING, "runtime")
 BLOCKED = ("onnx", "onnx_ir", "onnxscript", "pydantic", "safetensors", "torch", "transformers")
 # Python 3.11 and later: modules, what is imported from a module, and attributes of modules.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gap_export.bundle import Bundle, open_bundle, write_bundle
 from gap_export.engines.targets import TARGETS, TargetChoice
-from gap_export.manifest import EngineLimits, Manifest, TargetSpec
+from gap_export.manifest import EngineLimits, GraphSpec, Manifest, TargetSpec
 
 LIMITS = EngineLimits(max_prompt=40, max_new_tokens=8, max_batch=2, max_images=2)
 SM89 = TargetChoice(target=TARGETS["rtx"], compute_capability=89)
@@ -32,11 +32,40 @@ def for_engines(manifest: Manifest, limits: EngineLimits = LIMITS) -> Manifest:
 
 def copy_for_engines(source: Path, out: Path) -> Bundle:
     """A bundle of the same files, made for every target."""
+    return _copy(source, out, for_engines)
+
+
+def copy_with_fixed_cache(source: Path, out: Path, slots: int) -> Bundle:
+    """As :func:`copy_for_engines`; its manifest says of the decoder what that of a fused one does.
+
+    The graph itself is what it was: for refusals, not to be built.
+    """
+
+    def fixed(graph: GraphSpec) -> GraphSpec:
+        if (graph.lowering, graph.kv_contract) != ("portable", "concat"):
+            return graph
+        inputs = tuple(
+            dataclasses.replace(
+                tensor,
+                shape=tuple(slots if d == "past_sequence_length" else d for d in tensor.shape),
+            )
+            for tensor in graph.inputs
+        )
+        return dataclasses.replace(graph, kv_contract="in_place", inputs=inputs)
+
+    def change(manifest: Manifest) -> Manifest:
+        made = for_engines(manifest)
+        return dataclasses.replace(made, graphs=tuple(map(fixed, made.graphs)))
+
+    return _copy(source, out, change)
+
+
+def _copy(source: Path, out: Path, change: Callable[[Manifest], Manifest]) -> Bundle:
     bundle = open_bundle(source)
     with write_bundle(out) as draft:
         for file in bundle.manifest.files:
             draft.place(bundle.file(file.path), file.path, hold="copy")
-        draft.commit(for_engines(bundle.manifest))
+        draft.commit(change(bundle.manifest))
     return open_bundle(out)
 
 

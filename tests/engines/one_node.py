@@ -66,12 +66,32 @@ def make_model(operator: str, dtype: str) -> onnx.ModelProto:
         # The branches read x1 and x2 from outside.
         attributes = {key: _branch(name, dtype) for key, name in attributes.items()}
         names = names[:1]
+    if operator == "Scan":
+        attributes["body"] = _step(dtype)
     made = helper.make_node(
         operator, names, [value.name for value in outputs], name="n", **attributes
     )
     graph = helper.make_graph([made], "one", inputs, outputs, initializers)
     return helper.make_model(
         graph, ir_version=10, opset_imports=[helper.make_opsetid("", node.opset)]
+    )
+
+
+def _step(dtype: str) -> onnx.GraphProto:
+    """A loop's body that puts out what it carried, and carries on what it reads."""
+    value = {
+        name: helper.make_tensor_value_info(name, _code(T, dtype), _VECTOR)
+        for name in ("carried", "read", "carried_on", "put_out")
+    }
+    nodes = [
+        helper.make_node("Identity", ["read"], ["carried_on"]),
+        helper.make_node("Identity", ["carried"], ["put_out"]),
+    ]
+    return helper.make_graph(
+        nodes,
+        "step",
+        [value["carried"], value["read"]],
+        [value["carried_on"], value["put_out"]],
     )
 
 
@@ -232,6 +252,11 @@ NODES: Mapping[str, OneNode] = MappingProxyType(
             inputs=((T, (1, 2, 16, 64)), (T, (1, 2, 4, 64)), ("int64", (1,))), opset=24
         ),
         "Swish": OneNode(inputs=_ONE, opset=24),
+        "Scan": OneNode(
+            inputs=((T, _VECTOR), (T, _MATRIX)),
+            outputs=(T, T),
+            attributes={"num_scan_inputs": 1},
+        ),
         "If": OneNode(
             inputs=(("bool", ()), *_TWO),
             attributes={"then_branch": "x1", "else_branch": "x2"},

@@ -12,6 +12,7 @@ import pytest
 
 import gap_export
 from gap_export.engines.folder import read_engine_folder
+from tests.engines.bundles import copy_with_fixed_cache
 
 ROOT = Path(gap_export.__file__).parent.parent
 STUB = Path(__file__).parent / "stub"
@@ -134,6 +135,16 @@ def test_wrong_usage_is_exit_code_2_and_one_message(trt_bundle, arguments, messa
     assert answer.returncode == 2
     assert message in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+def test_a_prompt_the_graphs_have_no_room_for_is_refused(tiny_bundle, tmp_path):
+    bundle = copy_with_fixed_cache(tiny_bundle, tmp_path / "b", slots=48)
+    answer = run(
+        sys.executable, "build", str(bundle.path), "--target", "orin", "--max-new-tokens", "9"
+    )
+    assert answer.returncode == 2
+    assert "49 slots; allowed: 48 slots together; export again with" in answer.stderr
+    assert not (bundle.path / "engines").exists()
 
 
 def test_a_damaged_bundle_is_refused(trt_bundle):

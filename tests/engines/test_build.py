@@ -16,10 +16,18 @@ from gap_export.engines import compile as compile_module
 from gap_export.engines.build import LimitOverrides, build_engines, resolve_limits, target_graphs
 from gap_export.engines.compile import BuildOptions
 from gap_export.engines.folder import read_engine_folder
-from gap_export.engines.profiles import make_profiles
+from gap_export.engines.profiles import check_cache_capacity, make_profiles
 from gap_export.engines.targets import TARGETS, TargetChoice
 from gap_export.errors import BundleError, UsageError
-from tests.engines.bundles import LIMITS, SKIP_RTX, SM86, SM89, Recorder, contents
+from tests.engines.bundles import (
+    LIMITS,
+    SKIP_RTX,
+    SM86,
+    SM89,
+    Recorder,
+    contents,
+    copy_with_fixed_cache,
+)
 
 trt = pytest.importorskip("tensorrt_rtx", reason=SKIP_RTX)
 
@@ -83,11 +91,19 @@ def test_one_component_is_built_alone_and_others_stay(trt_bundle):
 def test_engines_of_other_sizes_do_not_mix(trt_bundle):
     build_engines(trt_bundle, SM89, only=COMPONENT)
     before = contents(trt_bundle)
-    with pytest.raises(UsageError, match=r"built with another limits.*leave out --only"):
+    with pytest.raises(UsageError, match=r"built for other sizes: max prompt 40.*leave out --only"):
         build_engines(
             trt_bundle, SM89, only=("text_encoder",), overrides=LimitOverrides(max_batch=1)
         )
     assert contents(trt_bundle) == before
+
+
+def test_engines_that_are_damaged_do_not_stay_beside_a_new_one(trt_bundle):
+    build_engines(trt_bundle, SM89, only=COMPONENT)
+    (trt_bundle.path / "engines" / "rtx-sm89" / "engine.json").write_text("damaged")
+    said = r"other engines in rtx-sm89 cannot stay: engine\.json is not JSON.*leave out --only"
+    with pytest.raises(BundleError, match=said):
+        build_engines(trt_bundle, SM89, only=COMPONENT)
 
 
 def test_sizes_may_be_others_than_the_bundles(trt_bundle):
@@ -234,6 +250,44 @@ def test_a_component_there_is_not_is_refused_with_those_that_are(trt_bundle):
 def test_sizes_out_of_range_are_refused_by_their_flag(trt_bundle, overrides, flag):
     with pytest.raises(UsageError, match=f"no such {flag}"):
         resolve_limits(trt_bundle.manifest, overrides)
+
+
+@pytest.mark.parametrize("sizes", [{"max_prompt": 41}, {"max_new_tokens": 9}])
+def test_more_than_a_fixed_cache_holds_is_refused_before_anything_is_built(
+    tiny_bundle, tmp_path, sizes
+):
+    bundle = copy_with_fixed_cache(tiny_bundle, tmp_path / "b", slots=48)
+    # A component alone as well: the decoder could not follow it.
+    for only in ((), COMPONENT):
+        with pytest.raises(UsageError, match=r"49 slots; allowed: 48 slots together; export again"):
+            build_engines(bundle, SM89, only=only, overrides=LimitOverrides(**sizes))
+    assert contents(bundle) == set()
+
+
+def test_a_cache_that_grows_may_have_more_than_the_bundle_says(trt_bundle):
+    manifest = trt_bundle.manifest
+    most = manifest.decoder.max_position_embeddings
+    limits = resolve_limits(manifest, LimitOverrides(max_prompt=most - 100, max_new_tokens=100))
+    *_, decoder = target_graphs(manifest, SM89.target)
+    check_cache_capacity((decoder,), limits)
+    _, decode = make_profiles(manifest, decoder, limits)
+    assert decode.shapes["attention_mask"].max == (2, most)
+
+
+def test_more_than_the_model_s_context_is_refused(trt_bundle):
+    most = trt_bundle.manifest.decoder.max_position_embeddings
+    overrides = LimitOverrides(max_prompt=most - 100, max_new_tokens=101)
+    said = rf"context: --max-prompt {most - 100} and --max-new-tokens 101; allowed: {most} tokens"
+    with pytest.raises(UsageError, match=said):
+        resolve_limits(trt_bundle.manifest, overrides)
+
+
+def test_what_was_exported_may_be_built_whatever_the_context(trt_bundle):
+    """Caches of the longest prompt there is, and an answer, have more slots than ever are used."""
+    most = trt_bundle.manifest.decoder.max_position_embeddings
+    own = dataclasses.replace(LIMITS, max_prompt=most)
+    manifest = dataclasses.replace(trt_bundle.manifest, engine_limits=own)
+    assert resolve_limits(manifest, LimitOverrides(max_batch=1)).max_prompt == most
 
 
 def test_a_kept_engine_is_what_it_was(trt_bundle):

@@ -9,14 +9,13 @@ import pytest
 
 from gap_export.bundle import Bundle, open_bundle
 from gap_export.engines.build import build_engines, target_graphs
-from gap_export.engines.compile import BuildPlace, view_graph
 from gap_export.engines.folder import EngineFolder, read_engine_folder
 from gap_export.engines.inspect import check_interface
-from gap_export.engines.library import library_for
 from gap_export.engines.targets import parse_targets
 from gap_export.manifest import QuantizationSpec
 from tests.engines.bundles import SKIP_RTX, SM89
 from tests.engines.gap_walk import assert_rope_sees_remapped_ids
+from tests.engines.sm89 import view_component
 
 pytest.importorskip("tensorrt_rtx", reason=SKIP_RTX)
 
@@ -100,16 +99,7 @@ def test_the_parsed_network_is_what_the_manifest_says(bundle, folder):
 
 
 def test_rope_sees_what_the_gap_remap_makes_of_position_ids(bundle):
-    assert bundle.manifest.engine_limits is not None
-    place = BuildPlace(
-        bundle=bundle,
-        choice=SM89,
-        library=library_for(SM89.target),
-        limits=bundle.manifest.engine_limits,
-        compute_capability=89,
-    )
-    (graph,) = target_graphs(bundle.manifest, SM89.target, (DECODER,))
-    view = view_graph(place, graph)
+    graph, view = view_component(bundle, DECODER)
     check_interface(view, graph)
     assert_rope_sees_remapped_ids(view)
 

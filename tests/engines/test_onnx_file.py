@@ -5,19 +5,43 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
 
 from gap_export.engines.graph_hash import hash_weights, weight_files
-from gap_export.engines.onnx_file import read_initializers, read_operators
+from gap_export.engines.onnx_file import read_initializers, read_nodes, read_operators
 from gap_export.errors import BundleError
 
 
 @pytest.fixture(params=["vision_encoder", "text_encoder", "embed_tokens", "decoder_model_merged"])
 def path(request: pytest.FixtureRequest, tiny_text_bundle: Path) -> Path:
     return tiny_text_bundle / f"{request.param}.onnx"
+
+
+@pytest.fixture(scope="module")
+def odd_model():
+    """What not all exported graphs have: an input left out, a domain, a name beyond ASCII."""
+    nodes = [
+        helper.make_node("Add", ["x", "w"], ["y"], name="first"),
+        helper.make_node("Clip", ["y", "", "w"], ["z"], name="second", axis=-1),
+        helper.make_node("GapRemap", ["z", "x"], ["é"], name="remap", domain="gap_export"),
+        helper.make_node("Identity", ["é"], ["out"]),
+    ]
+    weight = numpy_helper.from_array(np.ones(300, np.float32), "w")
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", 300])
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "g", [value], [out], [weight], doc_string="d" * 200)
+    return helper.make_model(graph, ir_version=10)
+
+
+@pytest.fixture
+def odd_path(odd_model, tmp_path):
+    onnx.save(odd_model, tmp_path / "m.onnx")
+    return tmp_path / "m.onnx"
 
 
 def test_constants_are_those_onnx_sees(path):
@@ -35,6 +59,36 @@ def test_operators_are_those_onnx_sees(path):
     model = onnx.load(path, load_external_data=False)
     nodes = [*model.graph.node, *(node for part in model.functions for node in part.node)]
     assert read_operators(path) == {node.name: node.op_type for node in nodes}
+
+
+def test_nodes_are_those_onnx_sees(odd_model, odd_path):
+    expected = [
+        (n.name, n.op_type, n.domain, tuple(n.input), tuple(n.output)) for n in odd_model.graph.node
+    ]
+    found = [(n.name, n.op_type, n.domain, n.inputs, n.outputs) for n in read_nodes(odd_path)]
+    assert found == expected
+
+
+def test_a_file_cut_short_is_refused(odd_path):
+    odd_path.write_bytes(odd_path.read_bytes()[:-40])
+    with pytest.raises(BundleError, match="not an ONNX file, or cut short"):
+        read_nodes(odd_path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(raw=st.binary(max_size=200))
+def test_any_bytes_end_in_nodes_or_in_our_error(tmp_path_factory, raw):
+    path = tmp_path_factory.mktemp("raw") / "m.onnx"
+    path.write_bytes(raw)
+    with suppress(BundleError):
+        assert isinstance(read_nodes(path), list)
+
+
+def test_a_number_without_an_end_is_refused(tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"\xff" * 40)
+    with pytest.raises(BundleError, match="longer than 10 bytes"):
+        read_nodes(path)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gap_export.engines.plan import ProfileSpec
-from gap_export.engines.profiles import cache_capacity, make_profiles
-from gap_export.errors import BundleError
+from gap_export.engines.profiles import cache_capacity, check_cache_capacity, make_profiles
+from gap_export.errors import BundleError, UsageError
 from gap_export.manifest import (
     EngineLimits,
     GraphSpec,
@@ -47,6 +47,9 @@ def decoder(contract: str) -> GraphSpec:
     )
 
 
+VISION = graph("none", pixel_values=("num_images", 3, 32, 32), text_embeds=("batch_size", 16))
+
+
 def three(profile: ProfileSpec, name: str, axis: int) -> tuple[int, int, int]:
     shapes = profile.shapes[name]
     return shapes.min[axis], shapes.opt[axis], shapes.max[axis]
@@ -72,6 +75,24 @@ def test_a_cache_in_place_has_its_capacity_at_every_step(sample_manifest):
     assert cache_capacity(LIMITS) == 48
     assert [three(profile, "past", 2) for profile in profiles] == [(48, 48, 48)] * 2
     assert three(profiles[1], "attention_mask", 1) == (2, 41, 48)
+
+
+def with_slots(slots: int) -> GraphSpec:
+    return graph("in_place", **{"past_key_values.0.key": ("batch_size", 2, slots, 8)})
+
+
+@pytest.mark.parametrize("cache", [with_slots(48), with_slots(49), decoder("concat"), VISION])
+def test_a_cache_that_has_room_or_grows_is_fine(cache):
+    check_cache_capacity((VISION, cache), LIMITS)
+
+
+def test_a_cache_too_small_is_refused_with_what_to_export():
+    said = (
+        r"cache of any\.onnx.*: --max-prompt 40 and --max-new-tokens 8, 48 slots; "
+        r"allowed: 47 slots together; export again with --max-prompt 40 --max-new-tokens 8, or"
+    )
+    with pytest.raises(UsageError, match=said):
+        check_cache_capacity((VISION, with_slots(47)), LIMITS)
 
 
 sizes = st.integers(1, 5000)
@@ -114,9 +135,6 @@ def test_a_text_is_no_longer_than_its_tower_reads(sample_manifest):
         manifest, graph("none", input_ids=("batch_size", "text_length")), LIMITS
     )
     assert three(made, "input_ids", 1) == (1, 12, 24)
-
-
-VISION = graph("none", pixel_values=("num_images", 3, 32, 32), text_embeds=("batch_size", 16))
 
 
 def test_a_picture_is_asked_about_as_often_as_a_batch_allows(sample_manifest):

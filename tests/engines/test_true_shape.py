@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 
 from gap_export.bundle import Bundle, open_bundle
-from gap_export.engines.build import build_engines, target_graphs
-from gap_export.engines.compile import BuildPlace, view_graph
-from gap_export.engines.library import library_for
+from gap_export.engines.build import build_engines
 from gap_export.engines.plan import EngineSpec
 from gap_export.manifest import QuantizationSpec
 from gap_export.recipe import Recipe, find_recipe
 from gap_export.source import Checkpoint
 from tests.engines.bundles import SKIP_RTX, SM89
 from tests.engines.gap_walk import assert_rope_sees_remapped_ids
+from tests.engines.sm89 import view_component
 
 pytest.importorskip("tensorrt_rtx", reason=SKIP_RTX)
 
@@ -115,13 +114,5 @@ def test_true_shape_engine_has_the_true_interface(engine):
 
 
 def test_true_shape_rope_sees_remapped_ids(bundle):
-    assert bundle.manifest.engine_limits is not None
-    place = BuildPlace(
-        bundle=bundle,
-        choice=SM89,
-        library=library_for(SM89.target),
-        limits=bundle.manifest.engine_limits,
-        compute_capability=89,
-    )
-    (graph,) = target_graphs(bundle.manifest, SM89.target, (DECODER,))
-    assert_rope_sees_remapped_ids(view_graph(place, graph))
+    _, view = view_component(bundle, DECODER)
+    assert_rope_sees_remapped_ids(view)

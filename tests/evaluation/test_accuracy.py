@@ -11,7 +11,7 @@ import pytest
 from gap_export.errors import UsageError
 from gap_export.evaluation import accuracy
 from gap_export.evaluation.accuracy import evaluate_bundle, evaluate_model
-from gap_export.manifest import EngineLimits, SourceFile, SourcePart, SourceSpec
+from gap_export.manifest import EngineLimits, QuantizationSpec, SourceFile, SourcePart, SourceSpec
 from gap_export.pipeline import ExportOptions, export_model
 from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
@@ -104,6 +104,16 @@ def test_files_of_a_baseline_are_compared_within_their_part(sample_manifest):
         accuracy._check_baseline(manifest, other)
     with pytest.raises(UsageError, match="no common weights"):
         accuracy._check_baseline(manifest, unpruned(manifest, parts=(part("tower", "a"),)))
+
+
+def test_a_baseline_whose_weights_are_rounded_otherwise_is_refused(sample_manifest):
+    manifest = replace(sample_manifest, source=SourceSpec(parts=(part("main", "a"),)))
+    whole = unpruned(manifest, parts=(part("main", "a"),))
+    accuracy._check_baseline(manifest, whole)
+    spec = QuantizationSpec(dtype="int4", block_size=32, method="rtn", lm_head=False)
+    graphs = tuple(replace(graph, quantization=spec) for graph in manifest.graphs)
+    with pytest.raises(UsageError, match="another quantization"):
+        accuracy._check_baseline(replace(manifest, graphs=graphs), whole)
 
 
 def test_random_weights_are_compared_by_their_seed(sample_manifest):

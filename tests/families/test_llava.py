@@ -172,10 +172,10 @@ def test_one_picture_serves_many_expressions(tiny_graphs):
         together = encoder(pictures(1), text)
         apart = [encoder(pictures(1), row[None]) for row in text]
         repeated = encoder(pictures(1).expand(4, -1, -1, -1), text)
-    assert torch.equal(together[1], torch.cat([keep for _, keep in apart]))
+    assert torch.equal(together[1], torch.cat([row[1] for row in apart]))
     assert torch.equal(together[1], repeated[1])
     assert len({tuple(row) for row in together[1].tolist()}) > 1
-    assert (together[0] - torch.cat([features for features, _ in apart])).abs().max() < ATOL
+    assert (together[0] - torch.cat([row[0] for row in apart])).abs().max() < ATOL
 
 
 def test_similarity_sign_turns_the_choice_round(tiny_checkpoint):

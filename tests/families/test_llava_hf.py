@@ -64,7 +64,7 @@ def logits(ref: Reference) -> torch.Tensor:
     """Of the last token of a prompt with a picture in it, [V], as float32."""
     backend = TorchBackend(ref)
     pixels = np.random.default_rng(3).normal(size=(1, 3, 32, 32)).astype(np.float32)
-    features, _ = backend.encode_image(pixels, None)
+    features = backend.encode_image(pixels, None).image_features
     text = backend.embed_tokens(np.arange(5, 12)[None])
     embeds = np.concatenate([text[:, :3], features, text[:, 3:]], axis=1)
     slots = np.arange(embeds.shape[1], dtype=np.int64)[None]

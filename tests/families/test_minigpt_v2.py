@@ -22,6 +22,7 @@ from gap_export.families import (
 )
 from gap_export.manifest import GridSpec
 from gap_export.positions import VisualSpan, build_kept_positions
+from gap_export.pruning import PRESETS
 from gap_export.recipe import Recipe
 from gap_export.runtime.prompt import PromptEncoder
 from gap_export.source import Checkpoint
@@ -213,7 +214,10 @@ def test_masked_oracle_holds(recipe, shared_parts, pruner):
 
 
 def test_pruners_that_read_text_are_refused(recipe):
-    assert set(supported_pruners(recipe)) == {"cls", "fastervlm", "random", "spatial"}
+    reading = {"text", "trim", "cdpruner"}
+    # These look at the layer behind the one whose features are read; here that is the last.
+    merging = {"prumerge", "prumerge+", "prumerge-select"}
+    assert set(supported_pruners(recipe)) == set(PRESETS) - reading - merging
     with pytest.raises(UnsupportedPrunerError, match="text"):
         resolve_pruning(
             recipe, pruner="text", keep_ratio=0.3, order="raster", positions="gap", seed=0

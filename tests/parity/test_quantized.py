@@ -21,7 +21,7 @@ from gap_export.parity.quantized import use_quantized_weights
 from gap_export.parity.tolerances import COMPUTED_WEIGHT
 from gap_export.pipeline import ExportOptions, export_model
 from gap_export.progress import SilentProgress
-from gap_export.quantization import linear_keys
+from gap_export.quantization import SCALES_NAME, linear_keys
 from gap_export.recipe import Recipe
 from gap_export.source import Checkpoint
 from gap_export.weights import (
@@ -110,16 +110,17 @@ def failing(report: ParityReport) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("method", "dtype"), [("rtn", "float32"), ("rtn", "float16"), ("awq", "float32")]
+    ("method", "dtype"),
+    [("rtn", "float32"), ("awq", "float32"), ("awq", "float16")],
 )
 def test_an_honest_bundle_passes_and_the_report_says_whose_weights(export, check, method, dtype):
     report = check(export(method, dtype))
     assert report.passed, report.to_plain()
     assert "with the bundle's own INT4 weights in blocks of 32" in report.reference
     assert report.to_plain()["reference"] == report.reference
-    compared = [row for row in report.outputs if row.output == ROUNDED]
-    assert [row.calls for row in compared] == ([14] if method == "rtn" else [])
-    assert ("not held to the checkpoint" in report.reference) is (method == "awq")
+    (compared,) = [row for row in report.outputs if row.output == ROUNDED]
+    assert (compared.calls, compared.max_abs_diff) == (14, 0)
+    assert ("AWQ" in report.reference) is (method == "awq")
 
 
 def test_engines_of_int4_weights_are_compared_with_the_same_weights(
@@ -144,13 +145,6 @@ def test_without_the_bundle_s_weights_the_comparison_fails(export, check, monkey
     assert failing(check(export())).keys() == {"logits (prefill)", "logits (decode)"}
 
 
-def test_with_scaled_layers_behind_norms_that_were_not_scaled_the_comparison_fails(
-    export, check, monkeypatch
-):
-    monkeypatch.setattr(quantized, "_scaled_beside", lambda *_: {})
-    assert failing(check(export("awq"))).keys() == {"logits (prefill)", "logits (decode)"}
-
-
 def flip_a_bit(folder: Path) -> None:
     edit(folder, f"{FIRST}.int4", lambda raw: bytes([raw[0] ^ 1]) + raw[1:])
 
@@ -171,20 +165,23 @@ def times_two(raw: bytes) -> bytes:
     return (np.frombuffer(raw, np.float32) * 2).tobytes()
 
 
-def read(folder: Path, name: str) -> bytes:
-    ref = read_header(folder / QUANTIZED_NAME)[name]
-    return (folder / QUANTIZED_NAME).read_bytes()[ref.offset : ref.offset + ref.length]
+def read(folder: Path, name: str, file: str = QUANTIZED_NAME) -> bytes:
+    ref = read_header(folder / file)[name]
+    return (folder / file).read_bytes()[ref.offset : ref.offset + ref.length]
 
 
-def edit(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
-    ref = read_header(folder / QUANTIZED_NAME)[name]
-    new = change(read(folder, name))
+def edit(
+    folder: Path, name: str, change: Callable[[bytes], bytes], within: str = QUANTIZED_NAME
+) -> None:
+    ref = read_header(folder / within)[name]
+    new = change(read(folder, name, within))
     assert len(new) == ref.length
-    with (folder / QUANTIZED_NAME).open("r+b") as file:
+    with (folder / within).open("r+b") as file:
         file.seek(ref.offset)
         file.write(new)
 
 
+@pytest.mark.parametrize("method", ["rtn", "awq"])
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -193,13 +190,52 @@ def edit(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
         (swap_two_layers, "scales differ"),
     ],
 )
-def test_weights_that_the_checkpoint_does_not_round_to_fail(export, check, tmp_path, change, said):
-    report = check(changed(export(), tmp_path / "changed", change))
+def test_weights_that_the_checkpoint_does_not_round_to_fail(
+    export, check, tmp_path, change, said, method
+):
+    report = check(changed(export(method), tmp_path / "changed", change))
     assert not report.passed
     # The graph computes with these weights as well as any: only the checkpoint tells.
     (reason,) = failing(report).values()
     assert reason.startswith(FIRST.removeprefix(f"{DECODER}."))
     assert said in reason
+
+
+def halve_a_channel(folder: Path) -> None:
+    """In all that read the norm: what the file says could be true."""
+    for layer in ("q_proj", "k_proj", "v_proj"):
+        name = f"{DECODER}.layers.1.self_attn.{layer}.input_scale"
+        edit(folder, name, lambda raw: half(raw[:4]) + raw[4:], SCALES_NAME)
+
+
+def half(raw: bytes) -> bytes:
+    return (np.frombuffer(raw, np.float32) / 2).tobytes()
+
+
+def test_channels_scaled_by_something_else_than_the_bundle_says_fail(export, check, tmp_path):
+    report = check(changed(export("awq"), tmp_path / "changed", halve_a_channel))
+    reasons = failing(report)
+    assert reasons[ROUNDED].startswith("layers.1.self_attn.q_proj.weight is not what")
+    # Nor does the norm that undoes the scaling fit.
+    assert "logits (prefill)" in reasons
+
+
+def test_a_norm_that_does_not_undo_the_scaling_fails(export, check, tmp_path):
+    def double(folder: Path) -> None:
+        name = f"{DECODER}.layers.0.input_layernorm.weight"
+        edit(folder, name, times_two, "converted.safetensors")
+
+    report = check(changed(export("awq"), tmp_path / "changed", double))
+    assert failing(report).keys() == {"logits (prefill)", "logits (decode)"}
+
+
+def test_scaled_weights_without_their_scales_are_refused(export, check, tmp_path):
+    def lose(folder: Path) -> None:
+        (folder / SCALES_NAME).unlink()
+
+    bundle = changed(export("awq"), tmp_path / "changed", lose)
+    with pytest.raises(BundleError, match=r"scaled by: no awq\.safetensors; export the bundle"):
+        check(bundle)
 
 
 def test_a_graph_that_reads_another_layer_s_weights_fails(export, check, tmp_path):

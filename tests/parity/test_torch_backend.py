@@ -80,9 +80,9 @@ def decode(backend: Any, embeds: Any) -> Any:
 def test_floats_go_in_and_come_out_in_the_reference_s_dtype(dtype: str) -> None:
     backend = TorchBackend(reference(dtype))
     pixels = np.full((2, 3, 2, 2), 1 / 3, np.float32)
-    features, keep = backend.encode_image(pixels, None)
+    features, keep, _ = backend.encode_image(pixels, None)
     assert (features.dtype, keep.dtype) == (NUMPY[dtype], np.int64)
-    with_text, _ = backend.encode_image(pixels, np.ones((2, 4), np.float32))
+    with_text, *_ = backend.encode_image(pixels, np.ones((2, 4), np.float32))
     np.testing.assert_allclose(with_text, features + 1, rtol=1e-2)
     embeds = backend.embed_tokens(np.asarray([[1, 2, 3]]))
     assert embeds.dtype == NUMPY[dtype]

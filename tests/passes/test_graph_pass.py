@@ -86,7 +86,13 @@ def test_fingerprint_sees_an_initializers_value(small_decoder):
 
 def test_every_component_has_a_pipeline_and_only_the_decoder_gets_the_node():
     names = {name: [p.name for p in passes] for name, passes in PIPELINES.items()}
-    assert set(names) == {"vision_encoder", "text_encoder", "embed_tokens", "decoder_model_merged"}
+    assert set(names) == {
+        "vision_encoder",
+        "token_pruner",
+        "text_encoder",
+        "embed_tokens",
+        "decoder_model_merged",
+    }
     assert [n for n, passes in names.items() if "InsertGapRemap" in passes] == [
         "decoder_model_merged"
     ]

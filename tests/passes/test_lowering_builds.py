@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
 import pytest
 
 from gap_export.passes import LOWERINGS, DecoderLimits, lower
+from tests.engines.sm89 import build_plan
 from tests.passes.lowering_models import COMPONENTS, MAX_POSITIONS
-
-trt = pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
 
 DECODER = "decoder_model_merged"
 LIMITS = DecoderLimits(max_position_embeddings=MAX_POSITIONS, cache_capacity=48)
-# Named dimension: smallest, usual and largest length of the profile.
 PREFILL = {
     "num_images": (1, 1, 2),
     "batch_size": (1, 1, 2),
@@ -34,42 +31,11 @@ DECODE = {
 }
 
 
-class Log(trt.ILogger):
-    """Keeps errors; a machine without a driver gives one line about it at every start."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.errors: list[str] = []
-
-    def log(self, severity: Any, message: str) -> None:
-        if severity <= trt.ILogger.ERROR:
-            self.errors.append(message)
-
-
 def build(path: Path) -> bytes:
     """A plan, with a profile for prefill, and one for decode where there is a cache."""
-    log = Log()
-    builder = trt.Builder(log)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(path)):
-        pytest.fail("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
-    config = builder.create_builder_config()
     inputs = onnx.load(path, load_external_data=False).graph.input
     cached = any(value.name.startswith("past_key_values") for value in inputs)
-    for lengths in (PREFILL, DECODE) if cached else (PREFILL,):
-        profile = builder.create_optimization_profile()
-        for value in inputs:
-            dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-            shapes = [[lengths[d][i] if isinstance(d, str) else d for d in dims] for i in range(3)]
-            profile.set_shape(value.name, *shapes)
-        config.add_optimization_profile(profile)
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        pytest.fail("; ".join(log.errors))
-    return bytes(plan)
+    return build_plan(path, *((PREFILL, DECODE) if cached else (PREFILL,)))
 
 
 @pytest.mark.parametrize("form", LOWERINGS)

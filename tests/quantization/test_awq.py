@@ -75,7 +75,7 @@ def test_scales_between_heads_are_left_out_where_heads_share_values():
     readers = {}
     for heads in (2, 4):
         found = find(build_decoder(key_value_heads=heads), draw_prompts(key_value_heads=heads))
-        readers[heads] = [scale.readers for scale in found]
+        readers[heads] = [scale.group.readers for scale in found]
     outputs = [("layers.0.self_attn.o_proj",), ("layers.1.self_attn.o_proj",)]
     assert [names for names in readers[4] if names not in readers[2]] == outputs
     assert len(readers[2]) == 6
@@ -87,7 +87,7 @@ def test_loud_channels_are_scaled_and_less_is_lost():
     scales = find(component, prompts)
     assert all(found.error <= found.plain_error for found in scales)
     first = scales[0]
-    assert first.producer == "layers.0.input_layernorm"
+    assert first.group.producer == "layers.0.input_layernorm"
     assert first.alpha > 0
     assert first.error < 0.7 * first.plain_error
     loud = torch.zeros(64, dtype=torch.bool)
@@ -105,7 +105,7 @@ def test_loud_channels_are_scaled_and_less_is_lost():
 def test_search_finds_what_a_slow_one_in_numpy_does():
     prompts = draw_prompts()
     component = build_decoder(loud=5.0)
-    found = {scale.readers: scale for scale in find(component, prompts)}
+    found = {scale.group.readers: scale for scale in find(component, prompts)}
     readers = ("layers.1.mlp.gate_proj", "layers.1.mlp.up_proj")
     seen = observe_inputs(component, readers[:1], prompts)[readers[0]]
     rows = seen.rows.double().numpy()

@@ -163,7 +163,7 @@ def make_bundle(sample_manifest: Manifest, tokenizer_folder: Path, tmp_path: Pat
 def test_floats_are_fed_and_come_out_as_the_graphs_declare(make_bundle: MakeBundle) -> None:
     with OnnxRuntimeBackend(open_bundle(make_bundle()), CPU) as backend:
         pixels = np.ones((2, 3, 32, 32), np.float32)
-        features, keep = backend.encode_image(pixels, None)
+        features, keep, _ = backend.encode_image(pixels, None)
         assert (features.dtype, features.shape) == (np.float16, (2, KEPT, HIDDEN))
         assert keep.tolist() == [[0, 3, 6, 9, 12]] * 2
         embeds = backend.embed_tokens(np.asarray([[1, 2, 3]]))
