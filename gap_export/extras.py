@@ -10,6 +10,7 @@ from gap_export.errors import MissingDependencyError
 # extra -> modules that must import for it to count as installed
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "export": ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "trtcheck"),
+    "patch": ("onnx", "onnx_ir", "onnxscript"),
     "trt-rtx": ("tensorrt_rtx", "cuda.bindings"),
     "trt": ("tensorrt", "cuda.bindings"),
     "optimum": ("optimum",),

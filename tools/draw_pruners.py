@@ -26,7 +26,7 @@ WIDTH, HEIGHT, GAP, TITLE = 300, 452, 8, 26
 
 
 def main(
-    keep: float = 0.3, seed: int = 1, scene: int = 0, expression: int = 0, out: Path = TARGET
+    keep: float = 0.3, seed: int = 1, scene: int = 5, expression: int = 1, out: Path = TARGET
 ) -> None:
     """Export every pruner, ask each the same, and put the drawings side by side."""
     shown = generate_scene(split="heldout", seed=seed, index=scene)

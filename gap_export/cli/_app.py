@@ -20,6 +20,7 @@ from gap_export.cli.export import export
 from gap_export.cli.ground import ground
 from gap_export.cli.inspect_bundle import inspect_bundle
 from gap_export.cli.models import models
+from gap_export.cli.patch import patch
 from gap_export.cli.pruners import pruners
 from gap_export.engines.targets import AUTO
 from gap_export.version import __version__
@@ -105,6 +106,7 @@ def build_command() -> Any:
     )
     app.callback()(_root)
     app.command("export")(export)
+    app.command("patch")(patch)
     app.command("build")(build)
     app.command("check")(check)
     app.command("ground")(ground)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,7 +61,7 @@ def describe_bundle(
         opset=_OPSET_QUANTIZED if is_quantized else _OPSET,
         graphs=(),
         files=(),
-        tools=_tool_versions(),
+        tools=tool_versions(),
     )
 
 
@@ -138,9 +138,10 @@ def _newline_place(reference: Reference, placed: PlacedWeights) -> TensorPlace |
     )
 
 
-def _tool_versions() -> dict[str, str]:
+def tool_versions(names: Sequence[str] = _TOOLS) -> dict[str, str]:
+    """Version of each tool that has a part in making a bundle, where it is installed."""
     found = {"gap-export": __version__, "python": platform.python_version()}
-    for name in _TOOLS:
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -8,15 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.manifest import GridSpec
+from gap_export.places import drawn_places
 from gap_export.pruning.pruner import FixedPruner
 
 
 class RandomPruner(FixedPruner):
-    """K places without replacement, in the order drawn.
+    """K places without replacement, in the order drawn: a larger K only adds places.
 
-    Each place gets a raw 64-bit number and the K smallest win. numpy keeps the raw stream of PCG64
-    the same in all versions (NEP 19), which it does not promise for ``Generator.choice``; so a seed
-    means the same places everywhere, and a larger K only adds places.
+    See :func:`gap_export.places.drawn_places`.
     """
 
     summary: ClassVar[str] = "drawn once at export, from the seed"
@@ -27,5 +26,4 @@ class RandomPruner(FixedPruner):
     ) -> NDArray[np.int64]:
         """int64 [K], in the order drawn."""
         assert seed is not None
-        lots = np.random.PCG64(seed).random_raw(grid.num_visual_tokens)
-        return np.argsort(lots, kind="stable")[:num_kept_tokens].astype(np.int64)
+        return drawn_places(grid.num_visual_tokens, num_kept_tokens=num_kept_tokens, seed=seed)

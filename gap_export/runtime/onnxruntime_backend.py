@@ -46,7 +46,7 @@ _CUDA_FIX = (
     '"gap-export[gpu]"'
 )
 # All that ONNX Runtime raises: classes with no common base, and RuntimeError from bound runs.
-_ORT_ERRORS: tuple[type[Exception], ...] = (
+ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     *(
         value
@@ -240,7 +240,7 @@ class OnnxRuntimeBackend:
             binding.bind_output(name, self._device)
         try:
             self._decoder.run_with_iobinding(binding)
-        except _ORT_ERRORS as err:
+        except ORT_ERRORS as err:
             raise _failed("decoder_model_merged", err) from err
         logits, *present = binding.get_outputs()
         cache.values = {
@@ -256,7 +256,7 @@ class OnnxRuntimeBackend:
         path = bundle.file(spec.file)
         try:
             session = self._start(path, spec, self._providers)
-        except _ORT_ERRORS as err:
+        except ORT_ERRORS as err:
             if self._providers == [_CPU]:
                 raise _refused(spec, err) from err
             session = self._start_on_cpu(path, spec, why=err)
@@ -277,7 +277,7 @@ class OnnxRuntimeBackend:
         """A session without the GPU, which tells whether the graph or the GPU is at fault."""
         try:
             session = self._start(path, spec, [_CPU])
-        except _ORT_ERRORS as err:
+        except ORT_ERRORS as err:
             raise _refused(spec, err) from err
         if not self._may_fall_back:
             raise _not_loaded(self._providers[0], why) from why
@@ -292,7 +292,7 @@ class OnnxRuntimeBackend:
         given = {name: array.astype(dtypes[name], copy=False) for name, array in feed.items()}
         try:
             found: list[NDArray[Any]] = session.run(outputs, given)
-        except _ORT_ERRORS as err:
+        except ORT_ERRORS as err:
             raise _failed(", ".join(outputs), err) from err
         return found
 

@@ -1,0 +1,128 @@
+"""``gap-export patch DIR``: prune an ONNX export that somebody else made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from gap_export.cli._describe import describe_holding, describe_tokens
+from gap_export.cli._options import (
+    KEEP_HELP,
+    JsonOption,
+    PositionsOption,
+    QuietOption,
+    SeedOption,
+    VerboseOption,
+    terminal_of,
+)
+from gap_export.cli._terminal import format_size
+
+if TYPE_CHECKING:
+    from gap_export.patching import PatchReport
+
+
+def patch(
+    ctx: typer.Context,
+    export: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="Folder with vision_encoder, embed_tokens and decoder_model_merged .onnx, "
+            "config.json and tokenizer.json. It stays as it is.",
+            show_default=False,
+        ),
+    ],
+    keep: Annotated[
+        float | None, typer.Option("--keep", metavar="SHARE", help=KEEP_HELP, show_default=False)
+    ] = None,
+    pruner: Annotated[
+        str | None,
+        typer.Option(
+            "--pruner",
+            metavar="NAME",
+            help="Which tokens survive: spatial, random, cls, fastervlm. [default: spatial]",
+            show_default=False,
+        ),
+    ] = None,
+    positions: PositionsOption = "gap",
+    seed: SeedOption = 0,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            metavar="NAME",
+            help="Recipe that says how the model is asked. [default: DIR/recipe.yaml, else the one "
+            "whose sizes fit]",
+            show_default=False,
+        ),
+    ] = None,
+    variant: Annotated[
+        Literal["fp32", "fp16"] | None,
+        typer.Option(
+            "--variant", help="Which files, where there are several of a graph.", show_default=False
+        ),
+    ] = None,
+    copy_weights: Annotated[
+        bool,
+        typer.Option(
+            "--copy-weights",
+            help="Copy weights that could be linked, for tools that refuse links.",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="The bundle. [default: ./<model>-<pruner>-<keep>]"
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a bundle that is there; nothing else.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Prune an ONNX export that somebody else made; needs no PyTorch."""
+    from gap_export.extras import require_extra
+
+    require_extra("patch", "patching an ONNX export")
+    from gap_export.patching import PatchOptions, patch_export
+
+    terminal = terminal_of(ctx)
+    report = patch_export(
+        PatchOptions(
+            export=export,
+            keep_ratio=keep,
+            pruner=pruner,
+            positions=positions,
+            seed=seed,
+            out=out,
+            force=force,
+            recipe=recipe,
+            variant=variant,
+            copy_weights=copy_weights,
+        ),
+        progress=terminal.progress(),
+    )
+    if as_json:
+        terminal.json(report.to_plain())
+    else:
+        terminal.result(str(report.bundle))
+        terminal.message(_summarise(report))
+    for warning in report.warnings:
+        terminal.warning(warning)
+
+
+def _summarise(report: PatchReport) -> str:
+    manifest, pruning = report.manifest, report.manifest.pruning
+    size = format_size(sum(file.size for file in manifest.files))
+    held = describe_holding(manifest)
+    return (
+        f"{manifest.model.name}: {describe_tokens(manifest)} ({pruning.pruner}, "
+        f"{pruning.positions} positions), {manifest.dtype}, opset {manifest.opset}, {size}"
+        f"{f' ({held})' if held else ''}\n"
+        f"GapRemap feeds {len(report.rotary)} nodes of RoPE: {', '.join(report.rotary[:2])}"
+        f"{', ...' if len(report.rotary) > 2 else ''}"
+    )

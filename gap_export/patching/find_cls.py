@@ -1,0 +1,147 @@
+"""Finds, in somebody else's vision encoder, where the CLS token is dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from gap_export.errors import PassError
+from gap_export.passes.matching import constant, describe
+from gap_export.patching.infer_shapes import with_shapes
+
+# What mixes tokens: a path that meets one of these has left the projector for the tower.
+_MIXING = frozenset({"Attention", "Conv", "MultiHeadAttention", "Softmax"})
+_LOOKED_FOR = (
+    "one Slice from 1 to the end, or one Gather of 1..N, on axis 1, between the vision tower and "
+    "image_features"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClsDrop:
+    """Where CLS goes.
+
+    Attributes:
+        hidden: [I, 1 + N, D], CLS first.
+        patches: [I, N, D].
+    """
+
+    hidden: ir.Value
+    patches: ir.Value
+
+
+def find_cls_drop(features: ir.Value) -> ClsDrop:
+    """Look backwards from the features for the one node that takes CLS away.
+
+    Args:
+        features: ``image_features``.
+
+    Raises:
+        PassError: none, several, or a way around it.
+    """
+    drops: dict[int, ir.Node] = {}
+    seen: set[int] = set()
+    waiting: list[ir.Value | None] = [features]
+    while waiting:
+        value = waiting.pop()
+        node = None if value is None else value.producer()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if _drops_first(node):
+            drops[id(node)] = node
+        elif node.op_type in _MIXING:
+            raise PassError(
+                "no CLS token is dropped on every way to image_features",
+                seen=f"{describe(value)} reaches them",
+                allowed=_LOOKED_FOR,
+                fix="take another pruner",
+            )
+        elif node.op_type != "Shape":
+            waiting += node.inputs
+    if len(drops) != 1:
+        names = ", ".join(f"{node.op_type} {node.name}" for node in drops.values())
+        raise PassError(
+            "where the CLS token is dropped cannot be told",
+            seen=names or "no such node",
+            allowed=_LOOKED_FOR,
+            fix="take another pruner",
+        )
+    (drop,) = drops.values()
+    assert drop.inputs[0] is not None
+    return ClsDrop(hidden=drop.inputs[0], patches=drop.outputs[0])
+
+
+def find_cls_attention(model: ir.Model, drop: ClsDrop, *, num_visual_tokens: int) -> ir.Value:
+    """Attention weights of the layer that gave the features, [.., 1 + N, 1 + N], CLS first.
+
+    Of all Softmax nodes that the features rest on, the last: layers follow each other.
+
+    Args:
+        model: The vision encoder's.
+        drop: Where CLS goes.
+        num_visual_tokens: N.
+
+    Raises:
+        PassError: no such node, or one of another shape.
+    """
+    behind = _ancestors(drop.hidden)
+    found = [node for node in model.graph if node.op_type in _MIXING and id(node) in behind]
+    length = num_visual_tokens + 1
+    last = found[-1] if found else None
+    axis = None if last is None else last.attributes.get_int("axis", -1)
+    if last is not None and last.op_type == "Softmax" and axis is not None:
+        shape = _inferred_shape(model, last.outputs[0])
+        rank = 0 if shape is None else shape.rank()
+        square = shape is not None and rank in {3, 4} and list(shape)[-2:] == [length, length]
+        if square and axis in {-1, rank - 1}:
+            return last.outputs[0]
+        seen = f"Softmax {last.name} {shape}, axis {axis}"
+    else:
+        seen = "no attention" if last is None else f"{last.op_type} {last.name}"
+    raise PassError(
+        "the vision encoder does not show what CLS attends to",
+        seen=seen,
+        allowed=f"a Softmax over the last of [.., {length}, {length}] in the last layer before "
+        "image_features",
+        fix="take another pruner",
+    )
+
+
+def _ancestors(value: ir.Value) -> set[int]:
+    """All nodes that a value rests on, by identity."""
+    seen: set[int] = set()
+    waiting: list[ir.Value | None] = [value]
+    while waiting:
+        current = waiting.pop()
+        node = None if current is None else current.producer()
+        if node is not None and id(node) not in seen:
+            seen.add(id(node))
+            waiting += node.inputs
+    return seen
+
+
+def _inferred_shape(model: ir.Model, value: ir.Value) -> ir.Shape | None:
+    for node in with_shapes(model).graph:
+        for output in node.outputs:
+            if output.name == value.name:
+                return output.shape
+    return None
+
+
+def _drops_first(node: ir.Node) -> bool:
+    if node.domain != "":
+        return False
+    if node.op_type == "Slice":
+        numbers = [constant(value) for value in node.inputs[1:]]
+        if any(number is None or number.size != 1 for number in numbers) or len(numbers) < 3:
+            return False
+        start, end, axis, *step = (int(number.item()) for number in numbers if number is not None)
+        # Negative ends leave out tokens at the end; torch writes "to the end" as a huge number.
+        return start == 1 and axis in {1, -2} and step in ([], [1]) and end > 1 << 30
+    if node.op_type == "Gather" and node.attributes.get_int("axis", 0) in {1, -2}:
+        index = constant(node.inputs[1])
+        return index is not None and np.array_equal(index, np.arange(1, index.size + 1))
+    return False

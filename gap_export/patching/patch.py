@@ -1,0 +1,272 @@
+"""The job as explicit steps: find the graphs, read them, choose, patch, write a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from gap_export.bundle import BundleDraft, write_bundle
+from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME
+from gap_export.errors import CheckpointError, PassError, UsageError
+from gap_export.manifest import MANIFEST_NAME, DecoderSpec, Manifest, SourceSpec
+from gap_export.passes import InsertGapRemap, run_pipeline
+from gap_export.passes.graph_pass import GraphPass
+from gap_export.passes.insert_gap_remap import DOMAIN as GAP_DOMAIN
+from gap_export.passes.matching import static_dim
+from gap_export.patching.choose_pruner import PASSES, settle_pruning
+from gap_export.patching.decoder_interface import DecoderFacts, read_decoder_interface
+from gap_export.patching.describe import PatchedGraph, check_special_tokens, describe_patch
+from gap_export.patching.find_export import COMPONENTS, FoundExport, find_export
+from gap_export.patching.infer_shapes import with_shapes
+from gap_export.patching.model_facts import (
+    CONFIG,
+    GENERATION,
+    PREPROCESSOR,
+    ModelFacts,
+    choose_recipe,
+    read_facts,
+)
+from gap_export.patching.options import PatchOptions, PatchReport
+from gap_export.patching.position_reach import PositionReach, find_position_reach
+from gap_export.patching.prune_features import FEATURES
+from gap_export.patching.read_graph import ForeignGraph, all_nodes, read_graph, save_patched
+from gap_export.pipeline.describe import check_prompt, describe_source
+from gap_export.progress import Progress, SilentProgress
+from gap_export.recipe import Recipe
+from gap_export.source import MAIN, Checkpoint
+
+VISION, EMBED, DECODER = COMPONENTS
+TOKENIZER = "tokenizer.json"
+# Functions in a model, of which GapRemap is one, came with this version of the format.
+_MIN_IR_VERSION = 8
+
+
+def patch_export(options: PatchOptions, *, progress: Progress | None = None) -> PatchReport:
+    """Put a pruner and the GapRemap node into an ONNX export that somebody else made.
+
+    By graph passes alone: no PyTorch, and no weight is read. The export stays as it is; the bundle
+    appears when complete, or not at all.
+
+    Args:
+        options: What to patch, and how.
+        progress: Told what is done.
+
+    Raises:
+        UsageError: the export cannot be patched, and why; an option or the output folder is not
+            usable.
+    """
+    progress = progress or SilentProgress()
+    found = find_export(options.export, variant=options.variant)
+    graphs = _read_graphs(found, progress)
+    vision, embed, decoder = (graphs[component] for component in COMPONENTS)
+    facts = read_facts(found.folder)
+    with _blaming(decoder):
+        sizes, reach = _look_at_decoder(decoder)
+    with _blaming(embed):
+        _check_embedding(embed.model.graph)
+    recipe = choose_recipe(found.folder, facts, _known_sizes(sizes), name=options.recipe)
+    pruning = settle_pruning(
+        recipe.grid,
+        pruner=options.pruner,
+        keep_ratio=recipe.defaults.keep_ratio if options.keep_ratio is None else options.keep_ratio,
+        positions=options.positions,
+        seed=options.seed,
+    )
+    with _blaming(vision):
+        _check_vision(vision.model, recipe)
+        run_pipeline(vision.model, [PASSES[pruning.pruner](recipe.grid, pruning)])
+    with _blaming(decoder):
+        run_pipeline(decoder.model, DECODER_PASSES)
+    patched = (
+        PatchedGraph(component=VISION, graph=vision),
+        PatchedGraph(component=EMBED, graph=embed),
+        PatchedGraph(component=DECODER, graph=decoder, kv_contract="concat"),
+    )
+    manifest = describe_patch(recipe, pruning, facts, sizes, patched)
+    out = options.out or Path(f"{recipe.name}-{pruning.pruner}-{pruning.keep_ratio:g}")
+    _refuse_inside(out, found.folder)
+    with write_bundle(out, force=options.force) as draft:
+        _write_tokenizer(draft, found.folder, recipe, facts, manifest)
+        for each in patched:
+            _write_graph(draft, each, copy=options.copy_weights)
+        with progress.stage("hashing"):
+            source = _describe_source(draft, found, graphs)
+            manifest = draft.commit(replace(manifest, source=source))
+    return PatchReport(
+        bundle=out,
+        manifest=manifest,
+        rotary=reach.rotary,
+        warnings=tuple(_warnings(reach, manifest.decoder)),
+    )
+
+
+def _read_graphs(found: FoundExport, progress: Progress) -> dict[str, ForeignGraph]:
+    graphs: dict[str, ForeignGraph] = {}
+    with progress.stage("reading graphs", total=len(found.graphs)) as advance:
+        for component, path in found.graphs.items():
+            graphs[component] = read_graph(path)
+            advance(1)
+    _check_weight_names(graphs.values())
+    return graphs
+
+
+class _RaiseIrVersion(GraphPass):
+    """Declares the first version of the file format that knows functions."""
+
+    name: ClassVar[str] = "RaiseIrVersion"
+
+    def apply(self, model: ir.Model) -> bool:
+        """Raise it where it is lower."""
+        before = model.ir_version
+        model.ir_version = max(before, _MIN_IR_VERSION)
+        return model.ir_version != before
+
+
+DECODER_PASSES: tuple[GraphPass, ...] = (_RaiseIrVersion(), InsertGapRemap())
+
+
+@contextmanager
+def _blaming(graph: ForeignGraph) -> Iterator[None]:
+    """What a pass declines, the export's maker or its user must mend: usage, not a failure."""
+    try:
+        yield
+    except PassError as err:
+        raise UsageError(
+            f"{graph.path} cannot be patched: {err.what}",
+            seen=err.seen,
+            allowed=err.allowed,
+            fix=err.fix,
+        ) from err
+
+
+def _look_at_decoder(graph: ForeignGraph) -> tuple[DecoderFacts, PositionReach]:
+    if any(node.domain == GAP_DOMAIN for node in all_nodes(graph.model)):
+        raise PassError(
+            "the decoder is patched already",
+            seen=f"a node of domain {GAP_DOMAIN}",
+            fix="patch the export as its maker left it",
+        )
+    facts = read_decoder_interface(graph.model.graph)
+    return facts, find_position_reach(graph.model, facts.position_ids)
+
+
+def _check_embedding(graph: ir.Graph) -> None:
+    seen = [[str(v.name) for v in graph.inputs], [str(v.name) for v in graph.outputs]]
+    if seen != [["input_ids"], ["inputs_embeds"]]:
+        raise PassError(
+            "the word embedding takes or gives something else",
+            seen=f"{', '.join(seen[0])} -> {', '.join(seen[1])}",
+            allowed="input_ids -> inputs_embeds",
+        )
+
+
+def _check_vision(model: ir.Model, recipe: Recipe) -> None:
+    """See that a picture of the recipe's goes in, and a grid of its tokens comes out.
+
+    The number of tokens is worked out from the graph: indices of another grid would select
+    something, and nobody would notice.
+    """
+    for value in model.graph.inputs:
+        height, width = static_dim(value, 2), static_dim(value, 3)
+        image = recipe.image
+        if height not in (None, image.height) or width not in (None, image.width):
+            raise PassError(
+                "the vision encoder reads pictures of another size",
+                seen=value.shape,
+                allowed=f"[pictures, 3, {image.height}, {image.width}], as in recipe {recipe.name}",
+            )
+    features = next((v for v in model.graph.outputs if v.name == FEATURES), None)
+    if features is None or static_dim(features, 1) is not None:
+        return  # the pass itself has the numbers it needs
+    shape = next(v.shape for v in with_shapes(model).graph.outputs if v.name == FEATURES)
+    tokens = None if shape is None or shape.rank() != 3 else shape[1]
+    if tokens != recipe.grid.num_visual_tokens:
+        raise PassError(
+            f"{FEATURES} has not got the shape that recipe {recipe.name} says, or none that can be "
+            "worked out",
+            seen=shape,
+            allowed=f"[pictures, {recipe.grid.num_visual_tokens}, width]",
+        )
+
+
+def _known_sizes(decoder: DecoderFacts) -> dict[str, int]:
+    """Those of its sizes that a decoder's graph shows."""
+    names = ("hidden_size", "num_layers", "num_key_value_heads", "head_dim")
+    sizes = {name: getattr(decoder, name) for name in names}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _check_weight_names(graphs: Iterable[ForeignGraph]) -> None:
+    """Refuse weight files whose names mean something else in a bundle, or two files of one name."""
+    taken: dict[str, Path] = {}
+    reserved = {MANIFEST_NAME, HASH_NAME, TOKENIZER, *(f"{name}.onnx" for name in COMPONENTS)}
+    for graph in graphs:
+        for location, path in graph.weight_files.items():
+            is_other = taken.setdefault(location, path.resolve()) != path.resolve()
+            if location in reserved or location.startswith(f"{ENGINES_FOLDER}/") or is_other:
+                raise UsageError(
+                    "a file of weights has a name that a bundle needs for something else",
+                    seen=f"{location}, read by {graph.path}",
+                    fix="export the model again with other names",
+                )
+
+
+def _refuse_inside(out: Path, export: Path) -> None:
+    if out.resolve().is_relative_to(export):
+        raise UsageError(
+            "the bundle would lie within the export, which stays as it is",
+            seen=out,
+            fix="choose another place with --out",
+        )
+
+
+def _write_graph(draft: BundleDraft, patched: PatchedGraph, *, copy: bool) -> None:
+    for location, path in patched.graph.weight_files.items():
+        if not (draft.folder / location).exists():
+            draft.place(path, location, hold="copy" if copy else "link")
+    if patched.component == EMBED:
+        draft.place(patched.graph.path, patched.file, hold="copy")
+    else:
+        save_patched(patched.graph, draft.folder / patched.file)
+
+
+def _write_tokenizer(
+    draft: BundleDraft, folder: Path, recipe: Recipe, facts: ModelFacts, manifest: Manifest
+) -> None:
+    source = folder / TOKENIZER
+    if not source.is_file():
+        raise CheckpointError(
+            "the export has no tokenizer",
+            seen=source,
+            fix=f"copy the model's {TOKENIZER} there",
+        )
+    draft.place(source, TOKENIZER, hold="copy")
+    check_prompt(manifest, draft.folder, facts.image_token_id, str(folder))
+    check_special_tokens(recipe, draft.folder / TOKENIZER)
+
+
+def _describe_source(
+    draft: BundleDraft, found: FoundExport, graphs: dict[str, ForeignGraph]
+) -> SourceSpec:
+    files = [found.folder / name for name in (CONFIG, GENERATION, PREPROCESSOR, TOKENIZER)]
+    files += [
+        path for graph in graphs.values() for path in (graph.path, *graph.weight_files.values())
+    ]
+    here = [path for path in dict.fromkeys(files) if path.is_file()]
+    for path in here:
+        draft.hasher.start(path)
+    return describe_source(draft, Checkpoint.of(found.folder), [(MAIN, path) for path in here])
+
+
+def _warnings(reach: PositionReach, decoder: DecoderSpec) -> Iterator[str]:
+    exact = 2048
+    if reach.rounded and decoder.max_position_embeddings > exact:
+        yield (
+            f"the export rounds position ids to 16 bits before RoPE ({', '.join(reach.rounded)}): "
+            f"above {exact} they are not exact, there as here"
+        )

@@ -1,0 +1,146 @@
+"""The comparison with the unpatched graphs: that it passes is tested with the patches themselves.
+
+Here: that it can fail, and refuses where there is nothing to compare with.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gap_export.errors import UsageError
+from gap_export.parity import masked_oracle
+from gap_export.parity.masked_oracle import compare_with_unpatched
+from gap_export.parity.unpatched import UnpatchedGraphs
+from gap_export.passes import insert_gap_remap
+from gap_export.patching.prune_at_places import PruneAtPlaces
+from tests.patching.conftest import *  # noqa: F403 - its fixtures
+from tests.patching.graphs import write_gqa_decoder
+
+EXPRESSION = ["the red circle"]
+
+
+@pytest.fixture
+def compare(tiny_export, pictures):
+    def run(bundle, original=tiny_export, **options):
+        return compare_with_unpatched(bundle, original, pictures[:1], EXPRESSION, **options)
+
+    return run
+
+
+def rows(report) -> dict[str, bool]:
+    return {row.output: row.passed for row in report.outputs}
+
+
+def test_a_report_has_a_row_for_each_output(tiny_export, patch, compare):
+    report = compare(patch(tiny_export).bundle)
+    assert rows(report) == {
+        "image_features": True, "logits (prefill)": True, "logits (decode)": True,
+    }  # fmt: skip
+    plain = report.to_plain()
+    assert plain["passed"] and plain["is_sensitive"] and plain["num_questions"] == 1
+    assert report.outputs[2].calls == 1
+
+
+def test_nothing_dropped_has_no_compact_run(tiny_export, patch, compare):
+    report = compare(patch(tiny_export, keep_ratio=1.0).bundle, num_steps=1)
+    assert report.compact_max_abs_diff is None and report.passed
+    assert "logits (decode)" not in rows(report)
+
+
+def test_compact_positions_are_noticed(tiny_export, patch, compare, monkeypatch):
+    run = masked_oracle._Question.pruned_logits
+    monkeypatch.setattr(
+        masked_oracle._Question,
+        "pruned_logits",
+        lambda self, prompt, tokens: run(self, self.renumbered(), tokens),
+    )
+    report = compare(patch(tiny_export).bundle)
+    assert rows(report) == {
+        "image_features": True, "logits (prefill)": False, "logits (decode)": False,
+    }  # fmt: skip
+
+
+def test_a_lost_node_is_noticed(tiny_export, patch, compare, monkeypatch):
+    """GapRemap that gives slots as they are: every output but the features is off."""
+
+    def identity(*, opset):
+        made = gap_remap(opset=opset)
+        ids = made.inputs[0]
+        last = list(made)[-1]
+        last.replace_input_with(0, ids)
+        zero = next(node for node in made if node.outputs[0].name == "slots_beyond_table")
+        zero.replace_input_with(0, zero.inputs[1])
+        return made
+
+    gap_remap = insert_gap_remap.gap_remap_function
+    monkeypatch.setattr(insert_gap_remap, "gap_remap_function", identity)
+    report = compare(patch(tiny_export).bundle)
+    assert rows(report) == {
+        "image_features": True, "logits (prefill)": False, "logits (decode)": False,
+    }  # fmt: skip
+    assert not report.passed
+
+
+def test_indices_of_other_tokens_are_noticed(tiny_export, patch, compare, monkeypatch):
+    chosen = PruneAtPlaces._choose
+
+    def off_by_one(self, model, features, steps):
+        return steps("Sub", chosen(self, model, features, steps), [1])
+
+    monkeypatch.setattr(PruneAtPlaces, "_choose", off_by_one)
+    assert not rows(compare(patch(tiny_export).bundle))["image_features"]
+
+
+def test_an_export_that_was_changed_is_refused(own_export, patch, compare):
+    bundle = patch(own_export).bundle
+    config = own_export / "config.json"
+    config.write_text(config.read_text().replace("default", "defaul7"))
+    with pytest.raises(UsageError, match="not the export that the bundle was patched from"):
+        compare(bundle, own_export)
+    config.unlink()
+    with pytest.raises(UsageError, match="cannot be read"):
+        compare(bundle, own_export)
+
+
+def test_a_bundle_that_was_not_patched_is_refused(tiny_bundle, compare):
+    with pytest.raises(UsageError, match="was not patched from an ONNX export"):
+        compare(tiny_bundle)
+
+
+def test_a_decoder_that_hides_nothing_is_refused(tiny_export, patch, compare, monkeypatch):
+    decode = UnpatchedGraphs.decode
+
+    def see_all(self, *, attention_mask, **feed):
+        return decode(self, attention_mask=np.ones_like(attention_mask), **feed)
+
+    monkeypatch.setattr(UnpatchedGraphs, "decode", see_all)
+    with pytest.raises(UsageError, match="does not hide tokens"):
+        compare(patch(tiny_export).bundle)
+
+
+def test_attention_that_counts_the_mask_is_patched_but_not_compared(own_export, patch, compare):
+    """GroupQueryAttention reads the mask's sum: zeros in the middle hide the last tokens instead.
+
+    RoPE is outside of it and reads position_ids, so the patch itself is sound.
+    """
+    write_gqa_decoder(own_export / "decoder_model_merged.onnx", do_rotary=0)
+    report = patch(own_export)
+    assert report.rotary == (
+        "RotaryEmbedding q_turned", "RotaryEmbedding k_turned",
+    )  # fmt: skip
+    with pytest.raises(UsageError, match=r"does not hide tokens .* in the middle"):
+        compare(report.bundle, own_export)
+
+
+def test_attention_that_rotates_by_itself_is_not_patched(own_export, patch):
+    write_gqa_decoder(own_export / "decoder_model_merged.onnx", do_rotary=1)
+    with pytest.raises(UsageError, match=r"rotates by itself .*GroupQueryAttention attention"):
+        patch(own_export)
+
+
+@pytest.mark.parametrize("changes", [{"num_steps": 0}, {"pictures": []}, {"expressions": []}])
+def test_nothing_to_compare_is_refused(tiny_export, pictures, changes):
+    given = {"pictures": pictures[:1], "expressions": EXPRESSION, **changes}
+    with pytest.raises(UsageError, match="nothing to compare with"):
+        compare_with_unpatched(tiny_export, tiny_export, **given)

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gap_export.patching import PatchOptions, PatchReport, patch_export
+from tests.patching.exports import Recipe, build_export
+
+MakeExport = Callable[..., Path]
+Patch = Callable[..., PatchReport]
+
+
+@pytest.fixture(scope="session")
+def make_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeExport:
+    """Exports of the tiny model, each made once; read only."""
+    made: dict[Recipe, Path] = {}
+
+    def make(**how: Any) -> Path:
+        recipe = Recipe(**how)
+        if recipe not in made:
+            folder = tmp_path_factory.mktemp("exports") / str(recipe)
+            made[recipe] = build_export(tiny_checkpoint, folder, recipe)
+        return made[recipe]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_export(make_export: MakeExport) -> Path:
+    """In float32, opset 17, by torch's first exporter. Read only."""
+    return make_export()
+
+
+@pytest.fixture
+def own_export(tiny_export: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(tiny_export, tmp_path / "export"))
+
+
+@pytest.fixture
+def patch(tmp_path: Path) -> Patch:
+    """Patches an export into a new folder."""
+
+    def run(export: Path, *, keep_ratio: float = 0.3, **options: Any) -> PatchReport:
+        out = tmp_path / f"bundle-{len(list(tmp_path.iterdir()))}"
+        return patch_export(PatchOptions(export=export, keep_ratio=keep_ratio, out=out, **options))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[np.ndarray]:
+    """Two pictures of noise, wide and tall."""
+    random = np.random.default_rng(0)
+    return [random.integers(0, 255, size, dtype=np.uint8) for size in ((40, 50, 3), (64, 33, 3))]
