@@ -13,7 +13,9 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "patch": ("onnx", "onnx_ir", "onnxscript"),
     "trt-rtx": ("tensorrt_rtx", "cuda.bindings"),
     "trt": ("tensorrt", "cuda.bindings"),
-    "optimum": ("optimum",),
+    "report": ("jinja2", "matplotlib"),
+    # Not "optimum": a folder of that name comes with gap-export itself, see its register stub.
+    "optimum": ("optimum.commands.optimum_cli",),
 }
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from gap_export.manifest import (
 )
 from gap_export.recipe import Recipe, load_recipe
 from gap_export.source import Checkpoint
+from tests.shared import SharedExports, SharedFolder
 
 WORDS = "the a small big red green blue circle square star object left-most above left of".split()
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<image>", "<unk>"]
@@ -36,6 +41,36 @@ COORDINATES = [f"{n / 100:.2f}" for n in range(100)]
 VOCABULARY = [*SPECIAL_TOKENS, *PROMPT_TOKENS, *WORDS, *COORDINATES]
 
 CheckpointFactory = Callable[..., Path]
+
+
+def pytest_collection_finish() -> None:
+    """Save all later tests work that gives the same each time."""
+    if "torch" in sys.modules:
+        from torch.onnx._internal.exporter import _registration
+
+        # For every export torch reads the signatures of 500 ONNX functions anew, from their source:
+        # more than half the time of a small one.
+        apis = _registration.onnxscript_apis
+        apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
+    # What is imported by now stays, and was looked through for garbage again and again.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> SharedFolder:
+    """Where workers put what they share."""
+    root = tmp_path_factory.getbasetemp()
+    # A worker's folder lies in that of the run.
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
+    root.mkdir(exist_ok=True)
+    return SharedFolder(root)
+
+
+@pytest.fixture(scope="session")
+def exports(shared: SharedFolder) -> SharedExports:
+    """Makes bundles that several tests look at."""
+    return SharedExports(shared)
 
 
 @pytest.fixture(scope="session")
@@ -51,14 +86,14 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFacto
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(make_checkpoint: CheckpointFactory) -> Path:
+def tiny_checkpoint(shared: SharedFolder) -> Path:
     """A random LLaVA: 32 px, 4x4 visual tokens, 3 vision layers, 2 Llama layers, GQA 4/2.
 
     Holds config.json, generation_config.json, model.safetensors, tokenizer.json, recipe.yaml and
     clip/ (the text tower, its tokenizer and visual_projection.safetensors). Read only: copy before
     changing it.
     """
-    return make_checkpoint()
+    return shared.once("tiny-llava", _build_checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -68,21 +103,33 @@ def tiny_recipe(tiny_checkpoint: Path) -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tiny_checkpoint: Path, exports: SharedExports) -> Path:
     """The tiny checkpoint, exported with 30 % of its tokens by the spatial pruner. Read only."""
-    return _export(str(tiny_checkpoint), tmp_path_factory.mktemp("bundles") / "tiny", "spatial")
+    return exports.bundle(model=str(tiny_checkpoint), pruner="spatial", keep_ratio=0.3)
 
 
 @pytest.fixture(scope="session")
-def tiny_text_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_text_bundle(tiny_checkpoint: Path, exports: SharedExports) -> Path:
     """As :func:`tiny_bundle`, with the pruner that reads the expression. Read only."""
-    return _export(str(tiny_checkpoint), tmp_path_factory.mktemp("bundles") / "text", "text")
+    return exports.bundle(model=str(tiny_checkpoint), pruner="text", keep_ratio=0.3)
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_whole_bundle(tiny_checkpoint: Path, exports: SharedExports) -> Path:
+    """The tiny checkpoint with all its tokens. Read only."""
+    return exports.bundle(model=str(tiny_checkpoint), keep_ratio=1.0)
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(exports: SharedExports) -> Path:
     """The bundled demo model, exported with 30 % of its tokens. Read only."""
-    return _export("refshapes-llava", tmp_path_factory.mktemp("bundles") / "demo", "spatial")
+    return exports.bundle(model="refshapes-llava", pruner="spatial", keep_ratio=0.3)
+
+
+@pytest.fixture(scope="session")
+def demo_whole_bundle(exports: SharedExports) -> Path:
+    """The bundled demo model with all its tokens, and the GAP node. Read only."""
+    return exports.bundle(model="refshapes-llava", keep_ratio=1.0)
 
 
 @pytest.fixture
@@ -157,32 +204,23 @@ def sample_manifest() -> Manifest:
     )
 
 
-def _export(model: str, out: Path, pruner: str) -> Path:
-    from gap_export.pipeline import ExportOptions, export_model
-
-    options = ExportOptions(model=model, pruner=pruner, keep_ratio=0.3, out=out)
-    return export_model(options).bundle
-
-
 @pytest.fixture(scope="session")
-def tiny_graphs(
-    tiny_checkpoint: Path, tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
-) -> TinyGraphs:
+def tiny_graphs(tiny_checkpoint: Path, tiny_recipe: Recipe, shared: SharedFolder) -> TinyGraphs:
     """The tiny model's graphs, each traced once in a run, and its PyTorch references."""
-    return TinyGraphs(tiny_checkpoint, tiny_recipe, tmp_path_factory.mktemp("graphs"))
+    return TinyGraphs(tiny_checkpoint, tiny_recipe, shared)
 
 
 class TinyGraphs:
     """Exports on demand and remembers; all graphs lie in one folder with their weights."""
 
-    def __init__(self, checkpoint: Path, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, checkpoint: Path, recipe: Recipe, shared: SharedFolder) -> None:
         import torch
 
         # Models this small only lose by handing work to other threads.
         torch.set_num_threads(1)
         self.checkpoint = checkpoint
         self.recipe = recipe
-        self.folder = folder
+        self._shared = shared
         self._references: dict[PruningSpec, Any] = {}
         self._sessions: dict[Path, Any] = {}
 
@@ -233,21 +271,26 @@ class TinyGraphs:
         mark += f"-{pruning.extra_token}-{pruning.extra_position}-{pruning.budget}"
         # Only what prunes depends on the pruning.
         name = component + (mark if component in {"vision_encoder", "token_pruner"} else "")
-        path = self.folder / f"{name}{'-bare' if bare else ''}.onnx"
-        if not path.exists():
-            checkpoint = Checkpoint.of(self.checkpoint)
-            meta = build_reference(self.recipe, checkpoint, pruning, device="meta")
-            placed = {}
-            for key, ref in meta.component(component).weight_refs.items():
-                location = f"{ref.file.parent.name}-{ref.file.name}"
-                if not (self.folder / location).exists():
-                    shutil.copyfile(ref.file, self.folder / location)
-                placed[key] = place_reference(ref, location)
-            model = trace_component(meta.component(component), placed=placed)
+        name += "-bare" if bare else ""
+
+        def trace(path: Path) -> None:
+            parts = Checkpoint.of(self.checkpoint)
+            meta = build_reference(self.recipe, parts, pruning, device="meta").component(component)
+            placed = {
+                key: place_reference(ref, self._weights(ref.file).name)
+                for key, ref in meta.weight_refs.items()
+            }
+            model = trace_component(meta, placed=placed)
             if not bare:
                 run_pipeline(model, PIPELINES[component])
             save_graph(model, path)
-        return path
+
+        return self._shared.once(f"{name}.onnx", trace)
+
+    def _weights(self, file: Path) -> Path:
+        """A copy of a file of weights beside the graphs."""
+        name = f"{file.parent.name}-{file.name}"
+        return self._shared.once(name, lambda path: shutil.copyfile(file, path))
 
     def session(self, component: str, *args: Any, **kwargs: Any) -> Any:
         """An ONNX Runtime session; arguments are those of :meth:`path`."""

@@ -6,26 +6,17 @@ import numpy as np
 import pytest
 
 from gap_export.evaluation.refshapes import iter_samples
-from gap_export.parity.check import Question, check_bundle
-from gap_export.pipeline import ExportOptions, export_model
+from gap_export.parity.question import Question
 from gap_export.positions import gap_remap
 from gap_export.recipe import find_recipe
 from gap_export.runtime.image import load_image, prepare_image
 from gap_export.runtime.session import GroundingSession
 from gap_export.source import Checkpoint
-
-NUM_AGAINST_TRANSFORMERS = 200
-NUM_AGAINST_PYTORCH = 500
+from tests.parity.checking import check_with_torch, level_of
 
 
-@pytest.fixture(scope="module")
-def whole_bundle(tmp_path_factory):
-    """The demo model with all its tokens, and the GAP node."""
-    out = tmp_path_factory.mktemp("whole") / "bundle"
-    return export_model(ExportOptions(model="refshapes-llava", keep_ratio=1.0, out=out)).bundle
-
-
-def test_keep_one_equals_plain_transformers_token_for_token(whole_bundle):
+@pytest.mark.parametrize("number", [40, pytest.param(200, marks=pytest.mark.full)])
+def test_keep_one_equals_plain_transformers_token_for_token(demo_whole_bundle, number):
     import torch
     from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
@@ -33,8 +24,8 @@ def test_keep_one_equals_plain_transformers_token_for_token(whole_bundle):
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     equal = 0
-    samples = list(iter_samples(seed=11, num_samples=NUM_AGAINST_TRANSFORMERS))
-    with GroundingSession.open(whole_bundle) as session:
+    samples = list(iter_samples(seed=11, num_samples=number))
+    with GroundingSession.open(demo_whole_bundle) as session:
         for sample in samples:
             picture = load_image(sample.image, pad_color=recipe.image.pad_color)
             pixels, _ = prepare_image(picture, recipe.image)
@@ -51,21 +42,21 @@ def test_keep_one_equals_plain_transformers_token_for_token(whole_bundle):
                 )
             expected = tuple(answer[0, ids["input_ids"].shape[1] :].tolist())
             equal += session.ground(sample.image, sample.expression.text).token_ids == expected
-    assert equal == len(samples) == NUM_AGAINST_TRANSFORMERS
+    assert equal == len(samples) == number
 
 
-def test_onnx_runtime_gives_pytorchs_tokens_and_boxes_on_500_expressions(demo_bundle):
+@pytest.mark.parametrize("number", [100, pytest.param(500, marks=pytest.mark.full)])
+def test_onnx_runtime_gives_pytorchs_tokens_and_boxes(demo_bundle, number):
     recipe, folder = find_recipe("refshapes-llava")
     questions = [
         Question(image=sample.image, expression=sample.expression.text)
-        for sample in iter_samples(seed=12, num_samples=NUM_AGAINST_PYTORCH)
+        for sample in iter_samples(seed=12, num_samples=number)
     ]
-    report = check_bundle(
-        demo_bundle, recipe=recipe, checkpoint=Checkpoint.of(folder), questions=questions
-    )
+    report = check_with_torch(demo_bundle, recipe, Checkpoint.of(folder), questions)
     assert report.passed, report.to_plain()
-    assert report.equal_tokens + report.ties == NUM_AGAINST_PYTORCH
-    assert report.ties <= 0.01 * NUM_AGAINST_PYTORCH, report.to_plain()
+    figures = level_of(report, "token").figures
+    assert figures["equal"] + figures["ties"] == number
+    assert figures["ties"] <= 0.01 * number, report.to_plain()
 
 
 def test_ids_of_the_demo_prompt_are_those_before_pruning(demo_bundle):

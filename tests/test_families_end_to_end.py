@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import yaml
 from gap_export.bundle import open_bundle
 from gap_export.families import read_source
 from gap_export.manifest import Manifest
-from gap_export.parity.check import ParityReport, Question, check_bundle
+from gap_export.parity.question import Question
+from gap_export.parity.results import CheckReport
 from gap_export.pipeline import ExportOptions, export_checkpoint
 from gap_export.recipe import Recipe, load_recipe
 from gap_export.runtime.session import Grounding, GroundingSession
@@ -33,6 +36,7 @@ from tests.families.llava_layouts import (
     write_original,
 )
 from tests.families.tiny_llava_next import RESOLUTIONS, write_llava_next
+from tests.parity.checking import check_with_torch, level_of, outputs
 
 NUM_QUESTIONS = 20
 # (width, height): what pads, what tiles in every way, and what is cut to almost nothing.
@@ -222,7 +226,7 @@ MORE = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Exported:
     """A case after the export."""
 
@@ -232,25 +236,36 @@ class Exported:
     checkpoint: Checkpoint
     manifest: Manifest
 
+    @cached_property
+    def answers(self) -> list[Grounding]:
+        """Of the bundle as it is; several tests look at them."""
+        return ask(self)
+
 
 @pytest.fixture(
     scope="module",
     params=[*CASES, *(pytest.param(name, marks=pytest.mark.full) for name in MORE)],
 )
-def exported(request, tmp_path_factory, tiny_checkpoint) -> Exported:
+def exported(request, shared, tiny_checkpoint) -> Exported:
     case = (CASES | MORE)[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    recipe, checkpoint = case.write(tiny_checkpoint, folder)
-    options = ExportOptions(
-        model=recipe.name, **({"keep_ratio": 0.3, "out": folder / "bundle"} | case.options)
-    )
-    report = export_checkpoint(recipe, checkpoint, options)
+
+    def export(folder: Path) -> None:
+        folder.mkdir()
+        recipe, checkpoint = case.write(tiny_checkpoint, folder)
+        options = ExportOptions(
+            model=recipe.name, **({"keep_ratio": 0.3, "out": folder / "bundle"} | case.options)
+        )
+        export_checkpoint(recipe, checkpoint, options)
+        (folder / "source").write_bytes(pickle.dumps((recipe, checkpoint)))
+
+    folder = shared.once(f"family-{request.param}", export)
+    recipe, checkpoint = pickle.loads((folder / "source").read_bytes())
     return Exported(
         case=case,
-        bundle=report.bundle,
+        bundle=folder / "bundle",
         recipe=recipe,
         checkpoint=checkpoint,
-        manifest=open_bundle(report.bundle, verify="full").manifest,
+        manifest=open_bundle(folder / "bundle", verify="full").manifest,
     )
 
 
@@ -265,41 +280,37 @@ def questions() -> list[Question]:
     return found
 
 
-def answers(exported: Exported, positions: Any = None) -> list[Grounding]:
+def ask(exported: Exported, positions: Any = None) -> list[Grounding]:
     with GroundingSession.open(exported.bundle, positions=positions) as session:
         return [session.ground(question.image, question.expression) for question in questions()]
 
 
 def test_onnx_runtime_answers_as_pytorch_token_for_token(exported):
-    report = check_bundle(
-        exported.bundle,
-        recipe=exported.recipe,
-        checkpoint=exported.checkpoint,
-        questions=questions(),
-    )
+    report = check_with_torch(exported.bundle, exported.recipe, exported.checkpoint, questions())
     assert report.passed, report.to_plain()
+    figures = level_of(report, "token").figures
     # Rounding may decide between two tokens in half precision, and nowhere else.
-    undecided = report.ties if exported.manifest.dtype == "float16" else 0
+    undecided = figures["ties"] if exported.manifest.dtype == "float16" else 0
     assert undecided <= 0.2 * NUM_QUESTIONS
-    assert report.equal_tokens + undecided == report.num_questions == NUM_QUESTIONS
+    assert figures["equal"] + undecided == figures["questions"] == NUM_QUESTIONS
     check_outputs(report, tiled=exported.recipe.image.tiles is not None)
 
 
-def check_outputs(report: ParityReport, *, tiled: bool) -> None:
-    compared = {row.output for row in report.outputs}
+def check_outputs(report: CheckReport, *, tiled: bool) -> None:
+    compared = {row.tensor for row in outputs(report)}
     assert {"image_features", "keep_indices", "logits (prefill)", "logits (decode)"} <= compared
     assert ("image_newline" in compared) == tiled
 
 
 def test_answers_depend_on_picture_and_positions(exported):
     """Else equality would show little."""
-    given = answers(exported)
+    given = exported.answers
     assert len({answer.token_ids for answer in given}) > NUM_QUESTIONS // 4
     manifest = exported.manifest
     # Drawn weights are so small that attention looks everywhere alike.
     if manifest.source.random_seed is not None or manifest.pruning.positions == "compact":
         return
-    compact = answers(exported, "compact")
+    compact = ask(exported, "compact")
     same = [a.token_ids for a in compact] == [a.token_ids for a in given]
     assert same == (manifest.pruning.keep_ratio == 1)
 
@@ -333,7 +344,7 @@ def test_weights_are_shared_where_the_dtype_stays(exported):
 
 def test_every_visual_token_is_accounted_for(exported):
     pruning, per_view = exported.manifest.pruning, exported.recipe.grid.num_visual_tokens
-    given = answers(exported)
+    given = exported.answers
     for answer in given:
         kept = answer.keep_indices
         assert len(set(kept)) == len(kept) and max(kept) < answer.num_visual_tokens

@@ -1,7 +1,7 @@
 """Count the multiply-adds of the vision graphs that each pruner exports to.
 
-    tools/count_multiply_adds.py                              the demo model
-    tools/count_multiply_adds.py --model llava --keep 0.3     a model of true size; needs no weights
+    tools/count_multiply_adds.py                     the demo model, and a 7B one: needs no weights
+    tools/count_multiply_adds.py --model minigpt-v2 --keep 0.5
     tools/count_multiply_adds.py --write-readme
 
 Traces the vision side alone, runs the passes, and adds up what MatMul, Gemm and Conv multiply for
@@ -13,63 +13,89 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Annotated
 
 import onnx_ir as ir
 import typer
 from readme_figures import write_section
 
 from gap_export.families import build_reference, resolve_pruning, supported_pruners
+from gap_export.families.reference import Component
 from gap_export.passes import PIPELINES, run_pipeline
 from gap_export.source import resolve_model
 from gap_export.trace import trace_component
 from gap_export.weights import SAFETENSORS_NAMES, TORCH_DTYPES, PlacedTensor
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+DEMO = "refshapes-llava"
 VISION = ("vision_encoder", "token_pruner")
 
 
-def main(model: str = "refshapes-llava", keep: float = 0.3, write_readme: bool = False) -> None:
+def main(
+    model: Annotated[list[str], typer.Option()] = [DEMO, "llava-1.5-7b"],  # noqa: B006 - typer's
+    keep: float = 0.3,
+    write_readme: bool = False,
+) -> None:
     """Print a table: one line a pruner."""
-    recipe, checkpoint = resolve_model(
-        model, recipe=None, parts={}, random_seed=None if model == "refshapes-llava" else 0
-    )
+    counts = {name: count_model(name, keep) for name in model}
+    models = " ".join(f"--model {name}" for name in model)
+    heads = " | ".join(f"{name}: multiply-adds | over `spatial`" for name in model)
     lines = [
-        f"`tools/count_multiply_adds.py --model {model} --keep {keep:g}`",
+        f"`tools/count_multiply_adds.py {models} --keep {keep:g}`",
         "",
-        f"| pruner | {recipe.name}: multiply-adds of the vision graphs | over `spatial` |",
-        "|---|---|---|",
+        f"| pruner | {heads} |",
+        "|---" * (1 + 2 * len(model)) + "|",
     ]
+    for pruner in dict.fromkeys(name for found in counts.values() for name in found):
+        cells = []
+        for found in counts.values():
+            number = found.get(pruner)
+            cells += ["", ""] if number is None else _cells(number, found["spatial"])
+        lines.append(f"| `{pruner}` | {' | '.join(cells)} |")
+    table = "\n".join(lines)
+    typer.echo(table)
+    if write_readme:
+        write_section(README, "multiply-adds", table)
+
+
+def count_model(model: str, keep: float) -> dict[str, int]:
+    """Multiply-adds of the vision graphs by pruner."""
+    recipe, checkpoint = resolve_model(
+        model, recipe=None, parts={}, random_seed=None if model == DEMO else 0
+    )
     counts = {}
     for name in supported_pruners(recipe):
         pruning = resolve_pruning(
             recipe, pruner=name, keep_ratio=keep, order=None, positions="gap", seed=0
         )
         reference = build_reference(recipe, checkpoint, pruning, device="meta")
-        counts[name] = 0
-        for component in reference.components:
-            if component.name in VISION:
-                dtype = SAFETENSORS_NAMES[reference.dtype]
-                size = TORCH_DTYPES[dtype].itemsize
-                placed = {
-                    key: PlacedTensor(
-                        location="weights",
-                        offset=0,
-                        length=size * math.prod(weight.shape),
-                        dtype=dtype,
-                        shape=tuple(weight.shape),
-                    )
-                    for key, weight in component.weight_refs.items()
-                }
-                traced = trace_component(component, placed=placed)
-                run_pipeline(traced, PIPELINES[component.name])
-                counts[name] += count(traced.graph)
-    for name, number in counts.items():
-        more = number / counts["spatial"] - 1
-        lines.append(f"| `{name}` | {number / 1e6:,.1f} M | {100 * more:+.2f} % |")
-    table = "\n".join(lines)
-    typer.echo(table)
-    if write_readme:
-        write_section(README, "multiply-adds", table)
+        vision = [component for component in reference.components if component.name in VISION]
+        counts[name] = sum(count(trace(component, reference.dtype)) for component in vision)
+        typer.echo(f"{model} {name}: {counts[name]}", err=True)
+    return counts
+
+
+def trace(component: Component, dtype: str) -> ir.Graph:
+    """A component's graph as the bundle has it; its weights are names."""
+    stored = SAFETENSORS_NAMES[dtype]
+    size = TORCH_DTYPES[stored].itemsize
+    placed = {
+        key: PlacedTensor(
+            location="weights",
+            offset=0,
+            length=size * math.prod(weight.shape),
+            dtype=stored,
+            shape=tuple(weight.shape),
+        )
+        for key, weight in component.weight_refs.items()
+    }
+    traced = trace_component(component, placed=placed)
+    run_pipeline(traced, PIPELINES[component.name])
+    return traced.graph
+
+
+def _cells(number: int, spatial: int) -> list[str]:
+    return [f"{number / 1e6:,.1f} M", f"{100 * (number / spatial - 1):+.2f} %"]
 
 
 def count(graph: ir.Graph) -> int:

@@ -81,6 +81,9 @@ def measure_parity(bundle: Path, samples: int, seed: int) -> str:
     command = ["check", "BUNDLE", "--samples", str(samples), "--seed", str(seed)]
     run = [str(bundle) if word == "BUNDLE" else word for word in command]
     report = json.loads(gap_export(*run, "--json"))
+    (backend,) = report["backends"]
+    levels = {level["level"]: level for level in backend["levels"]}
+    token, box = levels["token"]["figures"], levels["box"]["figures"]
     lines = [
         f"`{shlex.join(['gap-export', *command])}`",
         "",
@@ -88,15 +91,15 @@ def measure_parity(bundle: Path, samples: int, seed: int) -> str:
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['component']} | {row['output']} | {row['calls']} "
+        f"| {row['component']} | {row['tensor']} | {row['calls']} "
         f"| {row['max_abs_diff']:.1e} | {row['max_abs_reference']:.3g} "
         f"| {row['atol']:g} + {row['rtol']:g} of the value |"
-        for row in report["outputs"]
+        for row in levels["tensor"]["rows"]
     ]
     lines += [
         "",
-        f"Same greedy tokens in {report['equal_tokens']} and same boxes in "
-        f"{report['equal_boxes']} of {report['num_questions']} questions; {report['ties']} ties, "
+        f"Same greedy tokens in {token['equal']} and same boxes in {box['equal']} of "
+        f"{token['questions']} questions; {token['ties']} ties, "
         "where PyTorch's two best tokens are closer than rounding.",
     ]
     return "\n".join(lines)

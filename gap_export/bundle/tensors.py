@@ -14,7 +14,14 @@ from gap_export.errors import BundleError
 from gap_export.manifest import TensorPlace, check_member_path
 
 # numpy knows no bfloat16, which is the upper half of a float32.
-_STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+_STORED = {
+    "float64": "<f8",
+    "float32": "<f4",
+    "float16": "<f2",
+    "bfloat16": "<u2",
+    "int64": "<i8",
+    "uint8": "|u1",
+}
 
 
 def read_place(folder: Path, place: TensorPlace) -> NDArray[Any]:
@@ -25,7 +32,7 @@ def read_place(folder: Path, place: TensorPlace) -> NDArray[Any]:
         place: Where it lies.
 
     Returns:
-        An array of ``place.shape``: float16 as it is, float32 and bfloat16 as float32.
+        An array of ``place.shape`` and dtype; bfloat16 as float32.
 
     Raises:
         BundleError: the place is not within a file of the bundle, the dtype is another, or the file

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +28,7 @@ from gap_export.engines.targets import AUTO
 from gap_export.version import __version__
 
 DEFAULT_COMMAND = "export"
-_CONTEXT = {"help_option_names": ["-h", "--help"]}
+CONTEXT = {"help_option_names": ["-h", "--help"]}
 _ANYWHERE = {"-q", "--quiet", "-v", "--verbose"}
 _GROUP_ONLY = {"-h", "--help", "--version"}
 
@@ -36,7 +38,7 @@ class DefaultCommandGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Insert the default command where none is named."""
-        args = _fill_bare(args, BARE_TRT, AUTO)
+        args = fill_bare(args, BARE_TRT, AUTO)
         place = next((n for n, arg in enumerate(args) if arg not in _ANYWHERE), None)
         if place is not None and args[place] not in {*self.commands, *_GROUP_ONLY}:
             self._refuse_near_miss(args[place])
@@ -45,12 +47,8 @@ class DefaultCommandGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command, whose own arguments are read here."""
-        try:
+        with plain_messages():
             return super().invoke(ctx)
-        except typer.BadParameter as err:
-            # Some versions of typer let their parser's prefix through.
-            err.message = err.message.removeprefix("Value error, ")
-            raise
 
     def _refuse_near_miss(self, word: str) -> None:
         """A mistyped command must not become a puzzling message about a model."""
@@ -59,7 +57,17 @@ class DefaultCommandGroup(TyperGroup):
             raise typer.BadParameter(f"no command '{word}'. Did you mean '{near[0]}'?")
 
 
-def _fill_bare(args: list[str], flag: str, value: str) -> list[str]:
+@contextmanager
+def plain_messages() -> Iterator[None]:
+    """What is said about a wrong value, without the prefix that some versions of typer leave."""
+    try:
+        yield
+    except typer.BadParameter as err:
+        err.message = err.message.removeprefix("Value error, ")
+        raise
+
+
+def fill_bare(args: list[str], flag: str, value: str) -> list[str]:
     """Give a flag a value where it stands alone, which the parser has no notion of."""
     end = args.index("--") if "--" in args else len(args)
     return [
@@ -102,7 +110,7 @@ def build_command() -> Any:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         no_args_is_help=True,
-        context_settings=_CONTEXT,
+        context_settings=CONTEXT,
     )
     app.callback()(_root)
     app.command("export")(export)

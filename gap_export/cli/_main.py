@@ -7,7 +7,8 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from gap_export.cli._app import build_command
 from gap_export.cli._terminal import Terminal
@@ -17,11 +18,18 @@ from gap_export.stop_signals import Stopped, stop_signals
 PROGRAM = "gap-export"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    command: Callable[[], Any] = build_command,
+    program: str = PROGRAM,
+) -> int:
     """Run one command.
 
     Args:
         argv: Arguments without the program's name; None for those of this process.
+        command: Makes the command, or the tree of them, that reads the arguments.
+        program: What usage messages call it.
 
     Returns:
         The exit code, see :class:`gap_export.errors.ExitCode`; 128 + n after signal n.
@@ -31,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with stop_signals():
-            code = _run(arguments, terminal)
+            code = _run(command(), arguments, terminal, program)
         if sys.stdout is not None:
             sys.stdout.flush()
     except GapExportError as err:
@@ -72,10 +80,10 @@ def _report_bug(err: Exception, terminal: Terminal) -> int:
     return int(ExitCode.FAILED)
 
 
-def _run(arguments: list[str], terminal: Terminal) -> int:
+def _run(command: Any, arguments: list[str], terminal: Terminal, program: str) -> int:
     """Hand over to typer, which ends every command, and every usage error, with SystemExit."""
     try:
-        build_command().main(args=arguments, prog_name=PROGRAM, obj=terminal)
+        command.main(args=arguments, prog_name=program, obj=terminal)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(ExitCode.OK)
     return int(ExitCode.OK)

@@ -56,12 +56,14 @@ VerboseOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
+MODEL_HELP = (
+    "Name or alias of a recipe (see `gap-export models`), its hub id, or a checkpoint folder."
+)
 ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Name or alias of a recipe (see `gap-export models`), its hub id, or a checkpoint "
-        "folder.",
+        help=MODEL_HELP,
         show_default=False,
     ),
 ]

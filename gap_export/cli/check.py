@@ -1,134 +1,225 @@
-"""``gap-export check BUNDLE``: does it compute what PyTorch computes?"""
+"""``gap-export check BUNDLE``: does it compute what PyTorch computes? A gate for CI."""
 
 from __future__ import annotations
 
-from itertools import cycle
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, TypedDict
 
 import typer
 
+from gap_export.cli._check_options import (
+    AgainstOption,
+    BackendsOption,
+    CheckSamplesOption,
+    CheckSeedOption,
+    FailUnderOption,
+    ForceOption,
+    HtmlOption,
+    ImagesOption,
+    JunitOption,
+    LevelsOption,
+    MarkdownOption,
+    PerLayerOption,
+    RecordOption,
+    ReportJsonOption,
+    RequireOption,
+    parse_backends,
+    parse_bars,
+    parse_levels,
+    refuse_ignored,
+)
+from gap_export.cli._check_reference import ReferenceOptions, find_original, find_reference
 from gap_export.cli._options import (
-    BACKENDS,
-    BackendOption,
     BundleArgument,
     CheckpointOption,
     EnginesOption,
     JsonOption,
     QuietOption,
-    SamplesOption,
     VerboseOption,
     terminal_of,
 )
-from gap_export.cli._terminal import format_table
-from gap_export.errors import ParityError
+from gap_export.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
-    from gap_export.parity.check import ParityReport, Question
+    from gap_export.bundle import Bundle
+    from gap_export.parity.results import BackendKey, CheckReport, Level
+    from gap_export.progress import Progress
+
+
+class _Judging(TypedDict):
+    """What is judged, by what, and how strictly."""
+
+    backends: Sequence[BackendKey]
+    levels: Sequence[Level]
+    engines: str | None
+    fail_under: dict[Level, float]
+    per_layer: bool
+    required: Sequence[BackendKey]
 
 
 def check(
     ctx: typer.Context,
     bundle: BundleArgument,
+    against: AgainstOption = None,
     checkpoint: CheckpointOption = None,
-    samples: SamplesOption = 50,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the samples.")] = 0,
-    image: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--image",
-            metavar="FILE",
-            help="A picture of yours to compare on as well; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    backend: BackendOption = "ort",
+    backend: BackendsOption = None,
     engines: EnginesOption = None,
+    level: LevelsOption = None,
+    samples: CheckSamplesOption = None,
+    seed: CheckSeedOption = None,
+    image: ImagesOption = None,
+    fail_under: FailUnderOption = None,
+    per_layer: PerLayerOption = False,
+    require: RequireOption = None,
+    record: RecordOption = None,
+    force: ForceOption = False,
+    report_json: ReportJsonOption = None,
+    junit: JunitOption = None,
+    markdown: MarkdownOption = None,
+    html: HtmlOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Compare a bundle with PyTorch.
+    """Compare a bundle with PyTorch, or with a golden of it: a gate for CI.
 
-    Every output, every token, every box; exit code 3 where they differ.
+    Position ids, every output, every token, every box, and Acc@0.5; exit code 3 where one fails.
     """
     from gap_export.bundle import open_bundle
-    from gap_export.parity.check import check_bundle
-    from gap_export.source import parse_parts, resolve_source
+    from gap_export.parity.report import check_writable, write_reports
 
     terminal = terminal_of(ctx)
-    parts = parse_parts(checkpoint or [])
-    manifest = open_bundle(bundle, verify="full").manifest
-    recipe, source = resolve_source(manifest, parts)
-    report = check_bundle(
-        bundle,
-        recipe=recipe,
-        checkpoint=source,
-        questions=_questions(samples, seed, image or []),
-        backend=BACKENDS[backend],
-        engines=engines,
-        progress=terminal.progress(),
+    backends = parse_backends(backend or [], "--backend")
+    given = {
+        "--level": level, "--fail-under": fail_under, "--per-layer": per_layer,
+        "--require": require, "--engines": engines, "--report-json": report_json, "--junit": junit,
+        "--markdown": markdown, "--html": html, "--json": as_json,
+    }  # fmt: skip
+    options = ReferenceOptions(
+        against=against or (),
+        checkpoint=checkpoint or (),
+        samples=samples,
+        seed=seed,
+        images=image or (),
     )
+    if record is not None:
+        refuse_ignored("--record judges nothing", given)
+        opened = open_bundle(bundle, verify="full")
+        terminal.result(str(_record(opened, options, record, backends, force, terminal.progress())))
+        return
+    refuse_ignored("it is for --record", {"--force": force})
+    check_writable(json=report_json, junit=junit, markdown=markdown, html=html)
+    judging = _Judging(
+        backends=backends or ["ort"],
+        levels=parse_levels(level or []),
+        engines=engines,
+        fail_under=parse_bars(fail_under or []),
+        per_layer=per_layer,
+        required=parse_backends(require or [], "--require"),
+    )
+    opened = open_bundle(bundle, verify="full")
+    report = _check(opened, options, judging, terminal.progress())
+    write_reports(report, json=report_json, junit=junit, markdown=markdown, html=html)
     if as_json:
         terminal.json(report.to_plain())
     else:
-        terminal.result(_describe(report))
-    if not report.passed:
-        raise ParityError(
-            "the bundle does not agree with PyTorch",
-            seen=", ".join(_failures(report)),
-            fix="see the report above; export the bundle again, and report it if it stays",
+        from gap_export.cli._describe_check import describe_check
+
+        terminal.result(describe_check(report))
+    _raise_failure(report)
+
+
+def _check(
+    bundle: Bundle, options: ReferenceOptions, judging: _Judging, progress: Progress
+) -> CheckReport:
+    """Compare with what was asked for.
+
+    Raises:
+        UsageError: there is nothing to compare with, or an option would be ignored.
+    """
+    from gap_export.parity.check import check_bundle, needs_reference
+    from gap_export.parity.patched.check import check_patched, was_patched
+
+    needed = needs_reference(judging["levels"])
+    if "trt" not in {*judging["backends"], *judging["required"]}:
+        refuse_ignored("it is for --backend trt", {"--engines": judging["engines"]})
+    if was_patched(bundle.manifest) and needed:
+        refuse_ignored(
+            "unpatched graphs give tensors, to be compared with those of the bundle",
+            {"--fail-under": judging["fail_under"], "--per-layer": judging["per_layer"]},
         )
+        return check_patched(
+            bundle,
+            find_original(options),
+            options.questions(),
+            backends=judging["backends"],
+            levels=judging["levels"],
+            required=judging["required"],
+            seed=options.seed_used,
+            progress=progress,
+        )
+    reference = find_reference(bundle, options, needed=needed)
+    return check_bundle(bundle, reference=reference, progress=progress, **judging)
 
 
-def _questions(num_samples: int, seed: int, images: list[Path]) -> list[Question]:
-    """Held-out samples; each picture of the user's is asked about with one of their expressions."""
-    from gap_export.evaluation.refshapes import iter_samples
-    from gap_export.parity.check import Question
+def _record(
+    bundle: Bundle,
+    options: ReferenceOptions,
+    folder: Path,
+    backends: Sequence[BackendKey],
+    force: bool,
+    progress: Progress,
+) -> Path:
+    """Write a golden.
 
-    samples = list(iter_samples(seed=seed, num_samples=num_samples))
-    questions = [Question(image=s.image, expression=s.expression.text) for s in samples]
-    extra = zip(images, cycle(samples), strict=False)
-    return questions + [Question(image=i, expression=s.expression.text) for i, s in extra]
+    Raises:
+        UsageError: several backends, or a golden to record one from.
+    """
+    from gap_export.parity.patched.check import was_patched
+    from gap_export.parity.record import record_truth
+    from gap_export.parity.truth import TorchTruth
 
-
-def _describe(report: ParityReport) -> str:
-    rows = [
-        [
-            row.component,
-            row.output,
-            str(row.calls),
-            f"{row.max_abs_diff:.1e}",
-            f"{row.max_abs_reference:.1e}",
-            f"{row.atol:.0e}",
-            f"{row.rtol:.0e}",
-            "ok" if row.passed else f"FAILED: {row.reason}",
-        ]
-        for row in report.outputs
-    ]
-    header = ["component", "output", "calls", "max diff", "max value", "atol", "rtol", "verdict"]
-    lines = [
-        f"compared with {report.reference}",
-        "",
-        format_table(header, rows),
-        "",
-        f"same tokens: {report.equal_tokens} of {report.num_questions}",
-        f"same boxes:  {report.equal_boxes} of {report.num_questions}",
-    ]
-    if report.ties:
-        lines.append(f"ties:        {report.ties}, where PyTorch itself is undecided")
-    lines += [
-        f'"{item["expression"]}": {item["reference"]} -> {item["candidate"]}'
-        for item in report.differing
-    ]
-    lines.append("passed" if report.passed else "FAILED")
-    return "\n".join(lines)
+    if len(backends) > 1:
+        raise UsageError(
+            "a golden is for one backend, whose dtype it has",
+            seen=", ".join(backends),
+            fix="record one for each",
+        )
+    if was_patched(bundle.manifest):
+        raise UsageError("PyTorch does not know the model of a patched bundle: no golden of it")
+    reference = find_reference(bundle, options, needed=True)
+    if not isinstance(reference, TorchTruth):
+        raise UsageError(
+            "a golden is recorded from a checkpoint, and not from another golden",
+            seen=", ".join(options.against),
+        )
+    return record_truth(
+        bundle,
+        reference,
+        folder,
+        backend=backends[0] if backends else "ort",
+        force=force,
+        progress=progress,
+    )
 
 
-def _failures(report: ParityReport) -> list[str]:
-    failures = [f"{row.component} {row.output}" for row in report.outputs if not row.passed]
-    for what, equal in (("tokens", report.equal_tokens), ("boxes", report.equal_boxes)):
-        unexplained = report.num_questions - equal - report.ties
-        if unexplained > 0:
-            failures.append(f"{unexplained} answers with other {what}")
-    return failures
+def _raise_failure(report: CheckReport) -> None:
+    """End with the exit code of the verdict.
+
+    Raises:
+        ParityError: a level failed, or a backend that must be run was not.
+        UsageError: nothing could be run.
+    """
+    from gap_export.cli._describe_check import list_failures
+
+    if report.passed:
+        return
+    failures = list_failures(report)
+    if not (report.required or any(backend.was_run for backend in report.backends)):
+        raise UsageError("nothing could be checked", seen=failures)
+    raise ParityError(
+        "the bundle did not pass the check",
+        seen=failures,
+        fix="see the report above; export the bundle again, and report it if it stays",
+    )

@@ -21,12 +21,6 @@ _READINGS = {
     "text": "a CLIP text tower",
     "image_embeds": "the projected tokens",
 }
-_LEFT_OUT = {
-    "fastv": "ranks inside the LLM, by the attention of a layer of it",
-    "sparsevlm": "ranks inside the LLM, at several layers, by chosen words",
-    "pyramiddrop": "drops inside the LLM, at several layers",
-    "vispruner": "takes away a few tokens at a time, in rounds that are all of another shape",
-}
 _WHY = (
     "In-LLM methods need a decoder cut into several graphs whose KV caches differ in length, and "
     "attention weights that fused attention does not give. GAP is about what is dropped before it."
@@ -53,12 +47,12 @@ def pruners(
 
     terminal = terminal_of(ctx)
     require_extra("export", "listing the pruners")
-    from gap_export.pruning import all_presets
+    from gap_export.pruning import LEFT_OUT, all_presets
 
     served = None if model is None else _served(model)
     plain = [_describe(preset, served) for preset in all_presets().values()]
     if as_json:
-        terminal.json({"pruners": plain, "left_out": _LEFT_OUT})
+        terminal.json({"pruners": plain, "left_out": LEFT_OUT})
         return
     header = ["name", "order", "extra token", "budget", "needs"]
     header += [] if served is None else [f"on {model}"]
@@ -67,7 +61,7 @@ def pruners(
     for place, item in reversed(list(enumerate(plain, start=3))):
         paper = f" ({item['paper']})" if item["paper"] else ""
         lines.insert(place, f"  {item['summary']}{paper}")
-    left_out = "\n".join(f"  {name}: {why}" for name, why in _LEFT_OUT.items())
+    left_out = "\n".join(f"  {name}: {why}" for name, why in LEFT_OUT.items())
     terminal.result("\n".join([*lines, "", "not offered:", left_out, _WHY]))
 
 

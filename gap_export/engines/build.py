@@ -68,7 +68,8 @@ def build_engines(
 
     Raises:
         BundleError: the bundle was not made for the target.
-        UsageError: a component or a size there is not, or a GPU that is not at hand.
+        UsageError: a component or a size there is not, a GPU that is not at hand, or one that has
+            not got the dtype of the weights.
         MissingDependencyError: the target's TensorRT is missing or of a version that does not fit.
         EngineError: TensorRT does not take a graph, or cannot build it.
         OutputError: the bundle cannot be written, or the disk is full.
@@ -122,10 +123,13 @@ def check_build(
 
     Raises:
         BundleError: the bundle was not made for the target.
-        UsageError: a component or a size there is not, or a GPU that is not at hand.
+        UsageError: a component or a size there is not, a GPU that is not at hand, or one that has
+            not got the dtype of the weights.
         MissingDependencyError: the target's TensorRT is missing or of a version that does not fit.
     """
     graphs = target_graphs(bundle.manifest, choice.target, only)
+    for quantization in filter(None, (graph.quantization for graph in graphs)):
+        choice.check_weights(quantization.dtype)
     limits = resolve_limits(bundle.manifest, overrides)
     # Of all components: an engine of a size that the others cannot have serves nobody.
     check_cache_capacity(target_graphs(bundle.manifest, choice.target), limits)

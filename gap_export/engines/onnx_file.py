@@ -55,6 +55,21 @@ class GraphNode:
     outputs: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class MessageField:
+    """One field of a protobuf message.
+
+    Attributes:
+        number: Of the field.
+        content: Without key and length; None of a field that has no length.
+        raw: All of its bytes.
+    """
+
+    number: int
+    content: memoryview | None
+    raw: memoryview
+
+
 def read_initializers(path: Path) -> tuple[Initializer, ...]:
     """The constants of a model's main graph.
 
@@ -72,7 +87,7 @@ def read_nodes(path: Path) -> list[GraphNode]:
         BundleError: not an ONNX file, cut short, or larger than protobuf allows.
         OSError: the file cannot be read.
     """
-    return _read(path, {_MODEL_GRAPH: _GRAPH_NODE}, _node)
+    return _read(path, {_MODEL_GRAPH: _GRAPH_NODE}, parse_node)
 
 
 def read_operators(path: Path) -> dict[str, str]:
@@ -83,7 +98,7 @@ def read_operators(path: Path) -> dict[str, str]:
         OSError: the file cannot be read.
     """
     places = {_MODEL_GRAPH: _GRAPH_NODE, _MODEL_FUNCTION: _FUNCTION_NODE}
-    return {node.name: node.op_type for node in _read(path, places, _node)}
+    return {node.name: node.op_type for node in _read(path, places, parse_node)}
 
 
 def _read(path: Path, places: Mapping[int, int], read: Callable[[memoryview], T]) -> list[T]:
@@ -103,7 +118,13 @@ def _read(path: Path, places: Mapping[int, int], read: Callable[[memoryview], T]
         raise BundleError("not an ONNX file, or cut short", seen=f"{path}: {err}") from err
 
 
-def _node(raw: memoryview) -> GraphNode:
+def parse_node(raw: memoryview) -> GraphNode:
+    """A node from its message.
+
+    Raises:
+        ValueError: not a message, or cut short.
+        IndexError: cut short.
+    """
     texts: dict[int, list[str]] = {}
     for number, value in _fields(raw):
         if number in {_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_DOMAIN}:
@@ -143,10 +164,24 @@ def _initializer(raw: memoryview) -> Initializer:
 
 def _fields(raw: memoryview) -> Iterator[tuple[int, memoryview]]:
     """Field numbers and contents of the length-delimited fields of a message; skips the others."""
+    for field in message_fields(raw):
+        if field.content is not None:
+            yield field.number, field.content
+
+
+def message_fields(raw: memoryview) -> Iterator[MessageField]:
+    """The fields of a protobuf message, in order.
+
+    Raises:
+        ValueError: not a message, or cut short.
+        IndexError: cut short.
+    """
     at = 0
     while at < len(raw):
+        start = at
         key, at = _varint(raw, at)
         number, wire_type = key >> 3, key & 7
+        content: memoryview | None = None
         if wire_type == _VARINT:
             _, at = _varint(raw, at)
         elif wire_type in {_FIXED64, _FIXED32}:
@@ -155,10 +190,13 @@ def _fields(raw: memoryview) -> Iterator[tuple[int, memoryview]]:
             size, at = _varint(raw, at)
             if at + size > len(raw):
                 raise ValueError(f"a field of {size} bytes at {at} of {len(raw)}")
-            yield number, raw[at : at + size]
+            content = raw[at : at + size]
             at += size
         else:
             raise ValueError(f"wire type {wire_type} at {at}")
+        if at > len(raw):
+            break
+        yield MessageField(number=number, content=content, raw=raw[start:at])
     if at != len(raw):
         raise ValueError(f"ends at {at} of {len(raw)}")
 

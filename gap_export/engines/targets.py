@@ -17,8 +17,9 @@ Version = tuple[int, int]
 Lowering = Literal["portable", "fused"]
 # What `--trt` alone stands for.
 AUTO = "auto"
-# The first GPU generation that computes in a dtype (Ampere brought bfloat16).
-_OLDEST_WITH: Mapping[str, int] = MappingProxyType({"bfloat16": 80})
+# The first GPU generation with a dtype. Ampere brought bfloat16; of INT4 weights TensorRT-RTX 1.7.1
+# says that they do not compile for sm75.
+_OLDEST_WITH: Mapping[str, int] = MappingProxyType({"bfloat16": 80, "int4": 80})
 _NEWEST = 999
 
 
@@ -220,8 +221,22 @@ class TargetChoice:
         return f"{self.target.name}-sm{self.compute_capability}"
 
     def supports(self, dtype: str) -> bool:
-        """Whether the GPU computes in a dtype; one that is not known yet is taken to do so."""
+        """Whether the GPU has a dtype, int4 of weights; one that is not known yet is taken to."""
         return (self.compute_capability or _NEWEST) >= _OLDEST_WITH.get(dtype, 0)
+
+    def check_weights(self, dtype: str) -> None:
+        """See that the GPU takes quantized weights.
+
+        Raises:
+            UsageError: it does not.
+        """
+        if not self.supports(dtype):
+            raise UsageError(
+                f"{self.spec} takes no {dtype} weights",
+                seen=f"compute capability {self.compute_capability}",
+                allowed=f"{_OLDEST_WITH[dtype]} and later",
+                fix="export without --dtype int4, or for another target",
+            )
 
 
 def parse_targets(specs: Sequence[str]) -> tuple[TargetChoice, ...]:

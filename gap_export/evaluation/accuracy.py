@@ -16,9 +16,9 @@ from typing import Any, Literal
 from gap_export.bundle import open_bundle
 from gap_export.errors import OutputError, UsageError
 from gap_export.evaluation.calibration import refshapes_questions
-from gap_export.evaluation.metrics import accuracy_at, intersection_over_union, wilson_interval
 from gap_export.evaluation.refshapes import Sample, iter_samples
 from gap_export.manifest import Manifest, QuantizationSpec, SourceFile
+from gap_export.parity.metrics import accuracy_at, intersection_over_union, wilson_interval
 from gap_export.pipeline import (
     DTYPES,
     Dtype,

@@ -1,265 +1,242 @@
-"""Check a bundle: PyTorch against what runs it, on real pictures: outputs, tokens, boxes."""
+"""Check a bundle: what runs it against its reference, on real pictures, level by level."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
-import numpy as np
-from numpy.typing import NDArray
-
-from gap_export.errors import GapExportError, UsageError
-from gap_export.extras import require_extra
-from gap_export.parity.replay import RecordingBackend, replay
-from gap_export.parity.tally import OutputParity, Tally
-from gap_export.parity.tolerances import TOLERANCES, Tolerance
+from gap_export.bundle import Bundle
+from gap_export.errors import UsageError
+from gap_export.parity.candidate import Candidate, CannotRun, ask_candidate, open_candidate
+from gap_export.parity.inside.look import look_inside
+from gap_export.parity.levels.box import judge_boxes
+from gap_export.parity.levels.positions import judge_positions
+from gap_export.parity.levels.task import judge_task
+from gap_export.parity.levels.tensor import judge_tensors
+from gap_export.parity.levels.token import judge_tokens
+from gap_export.parity.results import (
+    LEVELS,
+    BackendKey,
+    BackendResult,
+    CheckReport,
+    Divergence,
+    Level,
+    LevelResult,
+)
+from gap_export.parity.truth import Recorded, TorchTruth, Truth
+from gap_export.positions import Int64Array
 from gap_export.progress import Progress, SilentProgress
-from gap_export.recipe import Recipe
-from gap_export.runtime.session import BackendName, Grounding, GroundingSession
-from gap_export.source import Checkpoint
+
+# Levels of which a share of the questions may be asked for. Position ids and tensors have none: an
+# id is right or wrong, and how far a tensor may be off is in the table of tolerances.
+BARS: tuple[Level, ...] = ("token", "box", "task")
+# Prompts whose ids are looked at: they differ in where the text ends.
+_NUM_PROMPTS = 3
+_NO_BARS: Mapping[Level, float] = MappingProxyType({})
+_Judged = tuple[tuple[LevelResult, ...], tuple[Divergence, ...], str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """A picture (path, or uint8 [H, W, 3]) and what to look for in it."""
-
-    image: Path | NDArray[np.uint8]
-    expression: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParityReport:
-    """The verdict on a bundle.
-
-    Attributes:
-        bundle: Its folder.
-        candidate: What was judged, in words.
-        reference: What it was compared with: PyTorch, and with whose weights.
-        outputs: One row per graph output; before them, where a bundle's weights are quantized, one
-            for these: whether they are what the checkpoint's round to.
-        num_questions: Questions asked of both sides.
-        equal_tokens: Questions whose greedy tokens are the same.
-        equal_boxes: Questions whose boxes are the same.
-        ties: Questions whose tokens part where the reference itself is undecided: its logits of the
-            two tokens are no further apart than two logits may be off; or the two saw other visual
-            tokens, as few as the tolerance of keep_indices allows. Rounding decides there, on
-            either side.
-        differing: The first few questions that differ: expression, both texts, and by how much the
-            reference preferred its token where they part.
-    """
-
-    bundle: str
-    candidate: str
-    reference: str
-    outputs: tuple[OutputParity, ...]
-    num_questions: int
-    equal_tokens: int
-    equal_boxes: int
-    ties: int
-    differing: tuple[dict[str, Any], ...]
-
-    @property
-    def passed(self) -> bool:
-        """Every output within tolerance, and tokens and boxes the same but for ties."""
-        return (
-            all(row.passed for row in self.outputs)
-            and self.equal_tokens + self.ties == self.num_questions
-            and self.equal_boxes + self.ties >= self.num_questions
-        )
-
-    def to_plain(self) -> dict[str, Any]:
-        """JSON form; a difference that is not finite becomes null."""
-        rows = []
-        for row in self.outputs:
-            plain = asdict(row)
-            for key in ("max_abs_diff", "max_abs_reference"):
-                plain[key] = plain[key] if np.isfinite(plain[key]) else None
-            rows.append(plain)
-        return {
-            "passed": self.passed,
-            "bundle": self.bundle,
-            "candidate": self.candidate,
-            "reference": self.reference,
-            "outputs": rows,
-            "num_questions": self.num_questions,
-            "equal_tokens": self.equal_tokens,
-            "equal_boxes": self.equal_boxes,
-            "ties": self.ties,
-            "differing": list(self.differing),
-        }
+def needs_reference(levels: Sequence[Level]) -> bool:
+    """Whether any of these levels compares with something: position ids follow from a prompt."""
+    return any(level != "positions" for level in levels)
 
 
 def check_bundle(
-    bundle: Path,
+    bundle: Bundle,
     *,
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    questions: Sequence[Question],
-    backend: BackendName = "onnxruntime",
+    reference: Truth | None,
+    backends: Sequence[BackendKey] = ("ort",),
+    levels: Sequence[Level] = LEVELS,
     engines: str | None = None,
+    fail_under: Mapping[Level, float] = _NO_BARS,
+    per_layer: bool = False,
+    required: Sequence[BackendKey] = (),
     progress: Progress | None = None,
-) -> ParityReport:
-    """Ask PyTorch and the bundle the same questions and compare everything they answer.
+) -> CheckReport:
+    """Ask a reference and what runs a bundle the same questions, and compare what they answer.
 
-    Of a bundle with quantized weights PyTorch computes with these; see
-    :func:`gap_export.parity.quantized.use_quantized_weights`.
+    The reference is asked once for all backends that compute in one dtype.
 
     Args:
-        bundle: The bundle's folder; every byte of it is hashed first.
-        recipe: The model's.
-        checkpoint: The weights it was made from.
-        questions: At least one.
-        backend: What runs the bundle. PyTorch computes in the same dtype.
+        bundle: Opened with ``verify="full"``: what is damaged must not be judged.
+        reference: Asks the questions; None where no level needs one.
+        backends: What runs the bundle.
+        levels: What to compare.
         engines: With TensorRT: which of the bundle's engines.
+        fail_under: Share of the questions, or with ``task`` the Acc@0.5, that must be reached, in
+            0..1. By default all questions must agree but for ties, and Acc@0.5 may be anything that
+            is not significantly worse.
+        per_layer: Compare the outputs of the model's layers as well.
+        required: Backends that must have been run; they are, named in ``backends`` or not.
         progress: Told what is done.
 
+    Returns:
+        The verdict. A backend that cannot be run here is in it, with the reason.
+
     Raises:
-        UsageError: no questions, or the bundle, the checkpoint or a picture is not usable, or no
-            tolerance is known for the dtype.
+        BundleError: a graph or engines that are damaged.
+        UsageError: no questions, levels or backends, a share that is none, or a reference or a
+            picture that cannot be used.
     """
-    if not questions:
-        raise UsageError("nothing to check with", seen="0 questions", allowed="at least 1")
-    require_extra("export", "checking against PyTorch")
-    progress = progress or SilentProgress()
-    tally = Tally()
-    answers: list[_Answer] = []
-    with GroundingSession.open(
-        bundle, backend=backend, engines=engines, verify="full"
-    ) as candidate:
-        tolerances = _tolerances(candidate.backend.dtype)
-        recorder, weights = _build_truth(bundle, recipe, checkpoint, candidate, progress)
-        with (
-            GroundingSession(candidate.manifest, bundle, recorder) as truth,
-            progress.stage("comparing with PyTorch", total=len(questions)) as advance,
-        ):
-            for question in questions:
-                recorder.calls.clear()
-                expected = truth.ground(question.image, question.expression)
-                tally.add(recorder.calls, replay(recorder.calls, candidate.backend))
-                answers.append(
-                    _Answer(
-                        expression=question.expression,
-                        expected=expected,
-                        given=_ask(candidate, question),
-                        logits=[c.outputs["logits"][0] for c in recorder.calls if c.is_decode],
-                    )
-                )
-                advance(1)
-        name = candidate.backend.name
-    outputs = (*weights, *tally.rows(tolerances))
-    selected = all(row.passed for row in outputs if row.output == "keep_indices")
-    return ParityReport(
-        bundle=str(bundle),
-        candidate=name,
-        reference=recorder.name,
-        outputs=outputs,
-        num_questions=len(questions),
-        equal_tokens=sum(answer.same_tokens for answer in answers),
-        equal_boxes=sum(answer.same_box for answer in answers),
-        ties=sum(
-            answer.is_tie(tolerances["logits"]) or (selected and answer.saw_others)
-            for answer in answers
-        ),
-        differing=tuple(a.describe() for a in answers if not (a.same_tokens and a.same_box))[:5],
+    wanted = tuple(dict.fromkeys([*backends, *required]))
+    plan = _Plan(
+        reference=reference,
+        levels=tuple(level for level in LEVELS if level in levels),
+        engines=engines,
+        fail_under=fail_under,
+        per_layer=per_layer,
+        progress=progress or SilentProgress(),
     )
-
-
-def _build_truth(
-    bundle: Path,
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    candidate: GroundingSession,
-    progress: Progress,
-) -> tuple[RecordingBackend, tuple[OutputParity, ...]]:
-    """PyTorch in the candidate's dtype; and of what the two share, whether it is right."""
-    from gap_export.families import build_reference
-    from gap_export.parity.quantized import use_quantized_weights
-    from gap_export.parity.torch_backend import TorchBackend
-
-    judged = candidate.backend
-    reference = build_reference(
-        recipe, checkpoint, candidate.manifest.pruning, device="cpu", dtype=judged.dtype
+    _check_plan(plan, wanted)
+    found = [_check_backend(bundle, key, plan) for key in wanted]
+    names = dict.fromkeys(name for _, name in found if name)
+    pruning = bundle.manifest.pruning
+    return CheckReport(
+        bundle=str(bundle.path),
+        model=bundle.manifest.model.name,
+        pruner=pruning.pruner,
+        keep_ratio=pruning.keep_ratio,
+        reference="; ".join(names) or (reference.name if reference else "the prompt itself"),
+        questions=len(reference.questions) if reference else 0,
+        seed=reference.seed if reference else 0,
+        backends=tuple(result for result, _ in found),
+        required=tuple(dict.fromkeys(required)),
     )
-    shared: tuple[OutputParity, ...] = ()
-    if judged.quantization is not None:
-        shared = use_quantized_weights(reference, bundle, judged.quantization, progress=progress)
-    return RecordingBackend(TorchBackend(reference, quantization=judged.quantization)), shared
-
-
-def _tolerances(dtype: str) -> Mapping[str, Tolerance]:
-    if dtype not in TOLERANCES:
-        raise UsageError(
-            "how far results may be off has not been measured for this dtype",
-            seen=dtype,
-            allowed=", ".join(TOLERANCES),
-            fix="export with another dtype",
-        )
-    return TOLERANCES[dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Answer:
-    """One question's two answers, and the reference's logits [V] at each step."""
+class _Plan:
+    """What is asked for, of every backend; see :func:`check_bundle`."""
 
-    expression: str
-    expected: Grounding
-    given: Grounding | GapExportError
-    logits: list[NDArray[Any]]
+    reference: Truth | None
+    levels: tuple[Level, ...]
+    engines: str | None
+    fail_under: Mapping[Level, float]
+    per_layer: bool
+    progress: Progress
 
-    @property
-    def same_tokens(self) -> bool:
-        return self.margin is None and isinstance(self.given, Grounding)
 
-    @property
-    def same_box(self) -> bool:
-        # Boxes come from text of the same tokens, so nothing but an exact match is agreement.
-        return isinstance(self.given, Grounding) and self.expected.box == self.given.box
+def _check_plan(plan: _Plan, backends: Sequence[BackendKey]) -> None:
+    """Refuse what makes no sense.
 
-    @property
-    def margin(self) -> float | None:
-        """By how much the reference preferred its token where the two part; None if nowhere."""
-        if not isinstance(self.given, Grounding):
-            return None
-        pairs = zip(self.expected.token_ids, self.given.token_ids, strict=False)
-        for logits, (mine, other) in zip(self.logits, pairs, strict=False):
-            if mine != other:
-                return float(logits[mine] - logits[other])
-        # One answer goes on where the other has ended: that is no tie.
-        same = self.expected.token_ids == self.given.token_ids
-        return None if same else float("inf")
-
-    @property
-    def saw_others(self) -> bool:
-        """Whether the two part after they saw different visual tokens."""
-        given = self.given
-        return (
-            isinstance(given, Grounding)
-            and not self.same_tokens
-            and set(given.keep_indices) != set(self.expected.keep_indices)
+    Raises:
+        UsageError: it does not.
+    """
+    if not backends or not plan.levels:
+        raise UsageError(
+            "nothing to check",
+            seen=f"{len(backends)} backends, {len(plan.levels)} levels",
+            allowed=f"at least 1 of each; levels: {', '.join(LEVELS)}",
         )
+    if needs_reference(plan.levels) and (plan.reference is None or not plan.reference.questions):
+        raise UsageError("nothing to check with", seen="0 questions", allowed="at least 1")
+    if plan.per_layer and "tensor" not in plan.levels:
+        raise UsageError(
+            "layers are compared at the level tensor, which is not asked for",
+            seen=", ".join(plan.levels),
+        )
+    if plan.per_layer and not isinstance(plan.reference, TorchTruth):
+        raise UsageError(
+            "layers can be compared with PyTorch alone",
+            seen=plan.reference.name if plan.reference else "no reference",
+            fix="name a checkpoint",
+        )
+    for level, bar in plan.fail_under.items():
+        if level not in BARS or not 0 <= bar <= 1:
+            raise UsageError(
+                "no such bar",
+                seen=f"{level}={bar:g}",
+                allowed=f"{', '.join(BARS)}, with a share in 0..1; a position id is right or "
+                "wrong, and how far tensors may be off is a table of its own",
+            )
+        if level not in plan.levels:
+            raise UsageError(
+                "there is a bar for a level that is not asked for",
+                seen=f"{level}={bar:g}",
+                allowed=", ".join(level for level in plan.levels if level in BARS) or "none",
+            )
 
-    def is_tie(self, tolerance: Tolerance) -> bool:
-        """Whether the reference was undecided where the two part."""
-        largest = max((float(np.abs(logits).max()) for logits in self.logits), default=0.0)
-        undecided = 2 * (tolerance.atol + tolerance.share * largest)
-        return self.margin is not None and self.margin <= undecided
 
-    def describe(self) -> dict[str, Any]:
-        given = self.given
-        margin = self.margin
-        return {
-            "expression": self.expression,
-            "reference": self.expected.text,
-            "candidate": given.text if isinstance(given, Grounding) else f"error: {given}",
-            "margin": None if margin is None or not np.isfinite(margin) else margin,
-        }
+def _check_backend(bundle: Bundle, key: BackendKey, plan: _Plan) -> tuple[BackendResult, str]:
+    """Run and judge one backend.
+
+    Returns:
+        What was found, and what it was compared with; the latter is empty where it was not.
+    """
+    started = time.perf_counter()
+    candidate = open_candidate(bundle, key, engines=plan.engines, reference=plan.reference)
+    divergences: tuple[Divergence, ...] = ()
+    if isinstance(candidate, CannotRun):
+        name = reference = ""
+        levels = tuple(
+            LevelResult(level=level, status="not_run", reason=candidate.reason)
+            for level in plan.levels
+        )
+    else:
+        with candidate.session:
+            name = candidate.backend.name
+            levels, divergences, reference = _judge(bundle, candidate, plan)
+    result = BackendResult(
+        backend=key,
+        name=name,
+        seconds=time.perf_counter() - started,
+        levels=levels,
+        divergences=divergences,
+    )
+    return result, reference
 
 
-def _ask(candidate: GroundingSession, question: Question) -> Grounding | GapExportError:
-    """The reference could answer: a candidate that cannot is a finding, not a failed check."""
-    try:
-        return candidate.ground(question.image, question.expression)
-    except GapExportError as err:
-        return err
+def _judge(bundle: Bundle, candidate: Candidate, plan: _Plan) -> _Judged:
+    """The verdict of each level, where outputs begin to differ, and the reference's name."""
+    note = candidate.note
+    if plan.reference is None or not needs_reference(plan.levels):
+        return (judge_positions(bundle, candidate.decoder_graph, note=note),), (), ""
+    recorded = plan.reference.record(
+        bundle,
+        dtype=candidate.backend.dtype,
+        quantization=candidate.backend.quantization,
+        progress=plan.progress,
+    )
+    answered = ask_candidate(
+        candidate,
+        plan.reference.questions,
+        recorded,
+        replays="tensor" in plan.levels,
+        answers=any(level in plan.levels for level in BARS),
+        progress=plan.progress,
+    )
+    rows = (*recorded.shared, *answered.tally.rows(candidate.tolerances))
+    inside = look_inside(
+        bundle,
+        candidate,
+        plan.reference,
+        recorded,
+        answered,
+        per_layer=plan.per_layer,
+        progress=plan.progress,
+    )
+    tables, bars = _tables(recorded), plan.fail_under
+    judges: dict[Level, Callable[[], LevelResult]] = {
+        "positions": lambda: judge_positions(
+            bundle, candidate.decoder_graph, tables=tables, note=note
+        ),
+        "tensor": lambda: judge_tensors(
+            (*rows, *inside.layers), broken=answered.broken, note=inside.note
+        ),
+        "token": lambda: judge_tokens(answered.pairs, bar=bars.get("token", 1.0)),
+        "box": lambda: judge_boxes(answered.pairs, bar=bars.get("box", 1.0)),
+        "task": lambda: judge_task(answered.pairs, bar=bars.get("task")),
+    }
+    return tuple(judges[level]() for level in plan.levels), inside.divergences, recorded.name
+
+
+def _tables(recorded: Recorded) -> list[Int64Array]:
+    """``kept_positions`` of the first few prompts."""
+    found: list[Int64Array] = []
+    for calls in recorded.calls[:_NUM_PROMPTS]:
+        table = next(call.inputs["kept_positions"] for call in calls if call.is_decode)
+        assert table is not None, "a decoder always gets it"
+        found.append(table)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,109 @@ class Comparison:
     max_abs_reference: float
     passed: bool
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Differences:
+    """What separates a candidate from its reference, over all arrays that were paired.
+
+    Attributes:
+        max_abs: Largest |reference - candidate|.
+        mean_abs: Their mean.
+        p99_abs: Their 99th percentile.
+        max_rel: Largest |reference - candidate| / |reference| where |reference| is not 0.
+        mean_rel: Their mean.
+        p99_rel: Their 99th percentile.
+        cosine: Of two arrays as vectors, the smallest of all pairs.
+        num_nonfinite: NaN and infinite elements of the candidates.
+    """
+
+    max_abs: float
+    mean_abs: float
+    p99_abs: float
+    max_rel: float
+    mean_rel: float
+    p99_rel: float
+    cosine: float
+    num_nonfinite: int
+
+
+def measure_differences(pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> Differences:
+    """Sum up how far candidates are from their references.
+
+    Args:
+        pairs: Reference and candidate, of any shape. Where one pair cannot be compared (other
+            shapes, nothing in it, NaN or infinity on either side), the differences of all are
+            infinite, and there is no cosine.
+    """
+    absolute: list[NDArray[np.float64]] = []
+    relative: list[NDArray[np.float64]] = []
+    cosines: list[float] = []
+    num_nonfinite, comparable = 0, True
+    for reference, candidate in pairs:
+        judged = candidate.astype(np.float64)
+        truth = reference.astype(np.float64)
+        num_nonfinite += int(judged.size - np.isfinite(judged).sum())
+        if truth.shape != judged.shape or truth.size == 0:
+            comparable = False
+            continue
+        if not (np.isfinite(truth).all() and np.isfinite(judged).all()):
+            comparable = False
+            continue
+        difference = np.abs(truth - judged).ravel()
+        size = np.abs(truth).ravel()
+        absolute.append(difference)
+        relative.append(difference[size > 0] / size[size > 0])
+        cosines.append(_cosine(truth.ravel(), judged.ravel()))
+    far = float("inf")
+    whole = comparable and bool(absolute)
+    of_abs = _summary(np.concatenate(absolute)) if whole else (far, far, far)
+    of_rel = _summary(np.concatenate(relative)) if whole else (far, far, far)
+    return Differences(
+        max_abs=of_abs[0],
+        mean_abs=of_abs[1],
+        p99_abs=of_abs[2],
+        max_rel=of_rel[0],
+        mean_rel=of_rel[1],
+        p99_rel=of_rel[2],
+        cosine=min(cosines) if whole else float("nan"),
+        num_nonfinite=num_nonfinite,
+    )
+
+
+def measure_selections(pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> Differences:
+    """As :func:`measure_differences`, of kept tokens.
+
+    Args:
+        pairs: Twice int64 [I, K].
+
+    Returns:
+        Differences are numbers of other tokens in a row, relative ones their share of the row, and
+        the cosine is that of two selections as vectors of 0 and 1.
+    """
+    counts: list[int] = []
+    lengths: list[int] = []
+    for reference, candidate in pairs:
+        if reference.shape != candidate.shape or reference.ndim != 2 or reference.size == 0:
+            return measure_differences([(reference, candidate)])
+        for truth, judged in zip(reference, candidate, strict=True):
+            counts.append(len(np.setdiff1d(truth, judged)))
+            lengths.append(len(truth))
+    if not counts:
+        return measure_differences([])
+    others = np.asarray(counts, dtype=np.float64)
+    shares = others / np.asarray(lengths)
+    of_abs, of_rel = _summary(others), _summary(shares)
+    return Differences(
+        max_abs=of_abs[0],
+        mean_abs=of_abs[1],
+        p99_abs=of_abs[2],
+        max_rel=of_rel[0],
+        mean_rel=of_rel[1],
+        p99_rel=of_rel[2],
+        cosine=float(1 - shares.max()),
+        num_nonfinite=0,
+    )
 
 
 def compare_arrays(
@@ -128,6 +231,25 @@ def pair_features(
         mine.append(features[row, here])
         theirs.append(others[row, there])
     return np.concatenate(mine), np.concatenate(theirs)
+
+
+def _summary(values: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Largest, mean and 99th percentile; 0 where there are no values."""
+    if values.size == 0:
+        return 0.0, 0.0, 0.0
+    return float(values.max()), float(values.mean()), float(np.percentile(values, 99))
+
+
+def _cosine(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    if np.array_equal(one, other):
+        return 1.0
+    # By their largest first: squares of large values overflow, and those of small ones vanish.
+    sizes = [float(np.abs(values).max()) for values in (one, other)]
+    if min(sizes) == 0:
+        return float(sizes[0] == sizes[1])
+    one, other = one / sizes[0], other / sizes[1]
+    product = float(one @ other) / float(np.linalg.norm(one) * np.linalg.norm(other))
+    return min(1.0, max(-1.0, product))
 
 
 def _refuse(reason: str) -> Comparison:

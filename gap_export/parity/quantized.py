@@ -21,7 +21,8 @@ import torch
 from gap_export.errors import BundleError
 from gap_export.families import Component, Reference
 from gap_export.manifest import QuantizationSpec
-from gap_export.parity.tally import OutputParity
+from gap_export.parity.compare import Differences, measure_differences
+from gap_export.parity.results import TensorRow
 from gap_export.parity.tolerances import COMPUTED_WEIGHT, READ_WEIGHT
 from gap_export.progress import Progress
 from gap_export.quantization import SCALES_NAME, linear_keys, read_scales, scale_channels
@@ -50,7 +51,7 @@ _METHODS: Mapping[str, str] = MappingProxyType(
 
 def use_quantized_weights(
     reference: Reference, bundle: Path, spec: QuantizationSpec, *, progress: Progress
-) -> tuple[OutputParity, ...]:
+) -> tuple[TensorRow, ...]:
     """Have a reference's decoder compute with the weights that a bundle holds.
 
     Args:
@@ -107,7 +108,8 @@ class _Findings:
 
     def __init__(self) -> None:
         self._count = 0
-        self._worst = 0.0
+        self._computed = False
+        self._parts: list[tuple[int, int, Differences]] = []
         self._largest = 0.0
         self._reason = ""
 
@@ -133,7 +135,9 @@ class _Findings:
         self._count += 1
         floats = weight.load()
         # What is read from a file, scaled number by number and rounded, is the same on any machine.
-        tolerance = COMPUTED_WEIGHT if isinstance(source, DerivedWeight) else READ_WEIGHT
+        computed = isinstance(source, DerivedWeight)
+        tolerance = COMPUTED_WEIGHT if computed else READ_WEIGHT
+        self._computed |= computed
         halfway = 0.5 + tolerance.ulps * torch.finfo(READABLE_DTYPES[source.dtype]).eps
         wrong, wrong_scales = 0, 0
         per_piece = max(1, _PIECE // (floats.shape[0] * block_size))
@@ -151,7 +155,7 @@ class _Findings:
                 off = (found - wanted.reshape(steps.shape)).abs()
                 differs &= ~(off <= halfway * factors * (1 + tolerance.scales))
             wrong += int(differs.sum())
-            self._worst = max(self._worst, float((found - rounded).abs().max()))
+            self._parts.append(_measure_part(rounded, found))
             self._largest = max(self._largest, float(rounded.abs().max()))
         if (wrong or wrong_scales) and not self._reason:
             self._reason = (
@@ -159,19 +163,52 @@ class _Findings:
                 f"values and {wrong_scales} of {sum(s.numel() for s in scales)} scales differ"
             )
 
-    def row(self) -> OutputParity:
-        """All of it as a row of the report."""
-        return OutputParity(
+    def row(self) -> TensorRow:
+        """All of it as a row of the report; a 99th percentile is that of the worst part."""
+        parts = [part for _, _, part in self._parts]
+        num_values = sum(size for size, _, _ in self._parts)
+        num_relative = sum(size for _, size, _ in self._parts)
+        return TensorRow(
             component=_DECODER,
-            output="int4 weights",
+            tensor="int4 weights",
             calls=self._count,
-            max_abs_diff=self._worst,
+            max_abs_diff=max(part.max_abs for part in parts),
+            mean_abs_diff=sum(n * part.mean_abs for n, _, part in self._parts) / num_values,
+            p99_abs_diff=max(part.p99_abs for part in parts),
+            max_rel_diff=max(part.max_rel for part in parts),
+            mean_rel_diff=sum(n * part.mean_rel for _, n, part in self._parts)
+            / max(1, num_relative),
+            p99_rel_diff=max(part.p99_rel for part in parts),
+            cosine=min(part.cosine for part in parts),
+            num_nonfinite=sum(part.num_nonfinite for part in parts),
             max_abs_reference=self._largest,
             atol=0.0,
             rtol=0.0,
+            why=(COMPUTED_WEIGHT if self._computed else READ_WEIGHT).why,
             passed=not self._reason,
             reason=self._reason,
         )
+
+
+# Of values that are the same to the bit, which is all there are in an honest bundle.
+_NONE = Differences(
+    max_abs=0.0,
+    mean_abs=0.0,
+    p99_abs=0.0,
+    max_rel=0.0,
+    mean_rel=0.0,
+    p99_rel=0.0,
+    cosine=1.0,
+    num_nonfinite=0,
+)
+
+
+def _measure_part(rounded: torch.Tensor, found: torch.Tensor) -> tuple[int, int, Differences]:
+    """Number of values, of those that are not 0, and how far the two are from each other."""
+    sizes = rounded.numel(), int(rounded.count_nonzero())
+    if torch.equal(rounded, found):
+        return *sizes, _NONE
+    return *sizes, measure_differences([(rounded.numpy(), found.numpy())])
 
 
 def _is_off(found: torch.Tensor, wanted: torch.Tensor, rtol: float) -> torch.Tensor:

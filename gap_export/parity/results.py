@@ -100,6 +100,7 @@ class Divergence:
         max_abs_diff: How far it is off.
         allowed: How far it may be.
         last_agreeing: The last tensor before it that is right; empty if it is the first of all.
+        cause: What is wrong there, in words, as far as it could be told.
     """
 
     component: str
@@ -111,6 +112,7 @@ class Divergence:
     max_abs_diff: float
     allowed: float
     last_agreeing: str
+    cause: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,8 @@ class LevelResult:
     Attributes:
         level: Which.
         status: ``not_run`` where it could not be; see ``reason``.
-        reason: Why it failed or was not run, in one sentence; empty where it passed.
+        reason: Why it failed or was not run, in one sentence; where it passed what should be known
+            of it, as a rule nothing.
         figures: What sums it up, by name, e.g. ``questions``, ``equal``, ``ties``.
         rows: Its details; of ``token`` and ``box`` only the first few that differ.
     """
@@ -242,16 +245,16 @@ class CheckReport:
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,
             "passed": self.passed,
-            **_plain(asdict(self)),
+            **plain_values(asdict(self)),
         }
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can say of a value made by ``asdict``."""
+def plain_values(value: Any) -> Any:
+    """What JSON can say of a value made by ``asdict``; a number that is not finite becomes null."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: plain_values(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain_values(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.parity.compare import Comparison, compare_arrays, compare_selections, pair_features
+from gap_export.parity.compare import (
+    Comparison,
+    compare_arrays,
+    compare_selections,
+    measure_differences,
+    measure_selections,
+    pair_features,
+)
 from gap_export.parity.replay import Call
+from gap_export.parity.results import TensorRow
 from gap_export.parity.tolerances import Tolerance
 
 Arrays = Mapping[str, NDArray[Any]]
+Pair = tuple[NDArray[Any], NDArray[Any]]
 
-_COMPONENTS = {
+COMPONENTS: Mapping[str, str] = {
     "encode_text": "text_encoder",
     "encode_image": "vision_encoder",
     "score_tokens": "vision_encoder",
@@ -27,39 +36,27 @@ _COMPONENTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputParity:
-    """One graph output over all calls.
+class Compared:
+    """One call, on both sides.
 
     Attributes:
-        component: The graph it comes from, or ``newline``.
-        output: Its name; logits are split into those of ``prefill`` and of ``decode``.
-        calls: How often it was compared.
-        max_abs_diff: The largest difference seen.
-        max_abs_reference: The largest value seen in the reference.
-        atol: Tolerance used, its share of the largest value included.
-        rtol: Tolerance used.
-        passed: Every call was within tolerance.
-        reason: The first failure, in words.
+        call: Of the reference.
+        calls: All of its question.
+        outputs: The candidate's.
     """
 
-    component: str
-    output: str
-    calls: int
-    max_abs_diff: float
-    max_abs_reference: float
-    atol: float
-    rtol: float
-    passed: bool
-    reason: str
+    call: Call
+    calls: Sequence[Call]
+    outputs: Arrays
 
 
 class Tally:
-    """Pairs of outputs by (component, output), in order of first appearance."""
+    """Calls by (component, output), in order of first appearance."""
 
     def __init__(self) -> None:
-        self._pairs: dict[tuple[str, str], list[tuple[Arrays, Arrays]]] = {}
+        self._found: dict[tuple[str, str], list[Compared]] = {}
 
-    def add(self, calls: Iterable[Call], outputs: Iterable[Arrays]) -> None:
+    def add(self, calls: Sequence[Call], outputs: Iterable[Arrays]) -> None:
         """Take the recorded calls of one question, and what the candidate gave for each.
 
         Args:
@@ -75,53 +72,107 @@ class Tally:
                 if call.is_decode:
                     label = f"{name} (decode)" if prefilled else f"{name} (prefill)"
                     prefilled = True
-                key = (_COMPONENTS[call.method], label)
-                self._pairs.setdefault(key, []).append((call.outputs, candidate))
+                found = self._found.setdefault((COMPONENTS[call.method], label), [])
+                found.append(Compared(call=call, calls=calls, outputs=candidate))
 
-    def rows(self, tolerances: Mapping[str, Tolerance]) -> tuple[OutputParity, ...]:
+    def rows(self, tolerances: Mapping[str, Tolerance]) -> tuple[TensorRow, ...]:
         """Compare everything.
 
         Args:
             tolerances: By name of output.
         """
         return tuple(
-            _row(component, label, tolerances, pairs)
-            for (component, label), pairs in self._pairs.items()
+            tensor_row(component, label, _pairs(label, found, tolerances), _of(label, tolerances))
+            for (component, label), found in self._found.items()
         )
 
+    def first_failures(self, tolerances: Mapping[str, Tolerance]) -> dict[str, Compared]:
+        """The first call of each component whose output is beyond its tolerance.
 
-def _row(
+        Args:
+            tolerances: By name of output.
+        """
+        failures: dict[str, Compared] = {}
+        for (component, label), found in self._found.items():
+            pairs = _pairs(label, found, tolerances)
+            verdicts = _compare(pairs, _of(label, tolerances))
+            for compared, verdict in zip(found, verdicts, strict=True):
+                if not verdict.passed:
+                    failures.setdefault(component, compared)
+                    break
+        return failures
+
+
+def tensor_row(
     component: str,
-    label: str,
-    tolerances: Mapping[str, Tolerance],
-    pairs: list[tuple[Arrays, Arrays]],
-) -> OutputParity:
-    name = label.split(" ", maxsplit=1)[0]
-    tolerance = tolerances[name]
-    largest = max(_largest(truth[name]) for truth, _ in pairs)
-    atol = tolerance.atol + tolerance.share * largest
-    may_select_others = tolerances["keep_indices"].others > 0
-    results: list[Comparison] = []
-    for truth, judged in pairs:
-        one, other = truth[name], judged[name]
-        if name == "keep_indices" and tolerance.others > 0:
-            results.append(compare_selections(one, other, others=tolerance.others))
-            continue
-        if name == "image_features" and may_select_others:
-            # Features of tokens that only one side kept have nothing to be compared with.
-            one, other = pair_features(truth, judged)
-        results.append(compare_arrays(one, other, atol=atol, rtol=tolerance.rtol))
-    return OutputParity(
+    tensor: str,
+    pairs: Sequence[Pair],
+    tolerance: Tolerance,
+    *,
+    module: str = "",
+) -> TensorRow:
+    """Compare one tensor over all calls.
+
+    Args:
+        component: The graph it comes from.
+        tensor: Its name.
+        pairs: Reference and candidate of each call, at least one.
+        tolerance: Of the tensor; of kept tokens it says how many may be others.
+        module: Which module of the model gives it.
+    """
+    largest = max(_largest(truth) for truth, _ in pairs)
+    found = _compare(pairs, tolerance)
+    measure = measure_selections if tolerance.others > 0 else measure_differences
+    differences = measure(pairs)
+    passed = all(one.passed for one in found)
+    # Selections that do not hold together are infinitely far off, however many tokens they share.
+    max_abs_diff = max([differences.max_abs, *(one.max_abs_diff for one in found)])
+    return TensorRow(
         component=component,
-        output=label,
-        calls=len(results),
-        max_abs_diff=max(r.max_abs_diff for r in results),
-        max_abs_reference=max(r.max_abs_reference for r in results),
-        atol=atol,
+        tensor=tensor,
+        module=module,
+        calls=len(found),
+        max_abs_diff=max_abs_diff,
+        mean_abs_diff=differences.mean_abs,
+        p99_abs_diff=differences.p99_abs,
+        max_rel_diff=differences.max_rel,
+        mean_rel_diff=differences.mean_rel,
+        p99_rel_diff=differences.p99_rel,
+        cosine=differences.cosine,
+        num_nonfinite=differences.num_nonfinite,
+        max_abs_reference=largest,
+        atol=tolerance.absolute(largest),
         rtol=tolerance.rtol,
-        passed=all(r.passed for r in results),
-        reason=next((r.reason for r in results if not r.passed), ""),
+        why=tolerance.why,
+        passed=passed,
+        reason=next((one.reason for one in found if not one.passed), ""),
     )
+
+
+def _compare(pairs: Sequence[Pair], tolerance: Tolerance) -> list[Comparison]:
+    """The verdict on each call; how far they may be off depends on the largest value of all."""
+    if tolerance.others > 0:
+        return [compare_selections(*pair, others=tolerance.others) for pair in pairs]
+    atol = tolerance.absolute(max(_largest(truth) for truth, _ in pairs))
+    return [compare_arrays(*pair, atol=atol, rtol=tolerance.rtol) for pair in pairs]
+
+
+def _pairs(
+    label: str, found: Sequence[Compared], tolerances: Mapping[str, Tolerance]
+) -> list[Pair]:
+    name = _name(label)
+    if name == "image_features" and tolerances["keep_indices"].others > 0:
+        # Features of tokens that only one side kept have nothing to be compared with.
+        return [pair_features(one.call.outputs, one.outputs) for one in found]
+    return [(one.call.outputs[name], one.outputs[name]) for one in found]
+
+
+def _of(label: str, tolerances: Mapping[str, Tolerance]) -> Tolerance:
+    return tolerances[_name(label)]
+
+
+def _name(label: str) -> str:
+    return label.split(" ", maxsplit=1)[0]
 
 
 def _largest(values: NDArray[Any]) -> float:

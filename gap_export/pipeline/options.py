@@ -94,7 +94,8 @@ class ExportOptions:
         """The targets as rows of the table.
 
         Raises:
-            UsageError: an unknown one, or an option that means nothing without a target.
+            UsageError: an unknown one, one that takes no such weights, or an option that means
+                nothing without a target.
         """
         for flag, value, unset in (
             ("--lowering", self.lowering, None),
@@ -108,7 +109,11 @@ class ExportOptions:
                     seen=value,
                     fix=f"add --trt, or leave out {flag}",
                 )
-        return parse_targets(self.targets)
+        choices = parse_targets(self.targets)
+        if self.quantization is not None:
+            for choice in choices:
+                choice.check_weights(self.quantization.dtype)
+        return choices
 
 
 @dataclass(frozen=True, kw_only=True)

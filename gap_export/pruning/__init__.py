@@ -5,6 +5,7 @@ from __future__ import annotations
 from gap_export.pruning.preset import Preset
 from gap_export.pruning.presets import (
     ENTRY_POINT_GROUP,
+    LEFT_OUT,
     PRESETS,
     all_presets,
     find_preset,
@@ -21,6 +22,7 @@ from gap_export.pruning.pruner import (
 
 __all__ = [
     "ENTRY_POINT_GROUP",
+    "LEFT_OUT",
     "PRESETS",
     "ChoosingPruner",
     "FixedPruner",

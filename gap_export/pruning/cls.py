@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from gap_export.pruning.pruner import Reading, ScoringPruner, VisionState, unit
+from gap_export.pruning.pruner import Reading, ScoringPruner, VisionState, dot, unit
 
 
 class ClsPruner(ScoringPruner):
@@ -18,5 +18,4 @@ class ClsPruner(ScoringPruner):
     def scores(self, state: VisionState) -> torch.Tensor:
         """Float [B, N] in -1..1."""
         assert state.cls_features is not None
-        cls = unit(state.cls_features)[:, :, None]
-        return torch.matmul(unit(state.patch_features), cls)[:, :, 0]
+        return dot(unit(state.patch_features), unit(state.cls_features))

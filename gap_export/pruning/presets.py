@@ -79,6 +79,16 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
     }
 )
 
+# Methods that people ask for, and what they do that no graph of ours does.
+LEFT_OUT: Mapping[str, str] = MappingProxyType(
+    {
+        "fastv": "ranks inside the LLM, by the attention of a layer of it",
+        "sparsevlm": "ranks inside the LLM, at several layers, by chosen words",
+        "pyramiddrop": "drops inside the LLM, at several layers",
+        "vispruner": "takes away a few tokens at a time, in rounds that are all of another shape",
+    }
+)
+
 
 def all_presets() -> Mapping[str, Preset]:
     """Our own, then those of other packages that can be loaded.
@@ -103,6 +113,12 @@ def find_preset(name: str) -> Preset:
     if name in others:
         return _load(others[name])
     names = [*PRESETS, *sorted(others)]
+    if name in LEFT_OUT:
+        raise UsageError(
+            f"pruner {name} is not offered: it {LEFT_OUT[name]}",
+            seen=name,
+            allowed=", ".join(names),
+        )
     near = difflib.get_close_matches(name, names, n=2, cutoff=0.4)
     raise UsageError(
         "no pruner of that name",

@@ -132,6 +132,14 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in {torch.float16, torch.bfloat16} else tensor
 
 
+def dot(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """Products of each of ``rows`` [B, N, D] with ``vector`` [B, D]: [B, N].
+
+    Added up by hand: a GPU of SM 75 multiplies no matrices in float32.
+    """
+    return (rows * vector[:, None, :]).sum(dim=-1)
+
+
 def unit(vectors: torch.Tensor) -> torch.Tensor:
     """Rows of length 1, [..., D]; a zero vector stays one, so that its cosines are 0, not NaN."""
     vectors = wide(vectors)

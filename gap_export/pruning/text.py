@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from gap_export.pruning.pruner import Reading, ScoringPruner, VisionState, wide
+from gap_export.pruning.pruner import Reading, ScoringPruner, VisionState, dot, wide
 
 
 class TextPruner(ScoringPruner):
@@ -27,4 +27,4 @@ class TextPruner(ScoringPruner):
         assert state.patch_embeds is not None
         assert state.text_embeds is not None
         patches, text = wide(state.patch_embeds), wide(state.text_embeds)
-        return state.text_similarity_sign * torch.matmul(patches, text[:, :, None])[:, :, 0]
+        return state.text_similarity_sign * dot(patches, text)

@@ -1,78 +1,91 @@
-"""``gap-export check``."""
+"""``gap-export check``: what is printed, what is written, and the exit codes."""
 
 from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from gap_export.parity import check as parity_check
-from gap_export.parity.check import OutputParity, ParityReport
-
-
-def report(*, passed: bool) -> ParityReport:
-    output = OutputParity(
-        component="decoder_model_merged",
-        output="logits (prefill)",
-        calls=3,
-        max_abs_diff=2e-5 if passed else 0.5,
-        max_abs_reference=12.0,
-        atol=1e-4,
-        rtol=1e-4,
-        passed=passed,
-        reason="" if passed else "0.5 is more than 0.0013",
-    )
-    return ParityReport(
-        bundle="somewhere",
-        candidate="ONNX Runtime (CPU)",
-        reference="PyTorch (CPU)",
-        outputs=(output,),
-        num_questions=3,
-        equal_tokens=3 if passed else 2,
-        equal_boxes=3,
-        ties=0,
-        differing=()
-        if passed
-        else ({"expression": "the dog", "reference": "a", "candidate": "b", "margin": 0.5},),
-    )
-
-
-def test_an_honest_bundle_passes(run_cli, tiny_bundle, tiny_checkpoint):
-    outcome = run_cli("check", tiny_bundle, "--samples", "2", "--json")
-    assert outcome.code == 0
-    assert outcome.plain["passed"] is True
-    assert outcome.plain["num_questions"] == 2
-
-    outcome = run_cli("check", tiny_bundle, "--checkpoint", tiny_checkpoint, "--samples", "1")
-    assert outcome.code == 0
-    assert outcome.out.splitlines()[-1] == "passed"
-    assert "same tokens: 1 of 1" in outcome.out
-
-
-def test_engines_that_are_not_there_are_refused_before_the_work(run_cli, tiny_bundle):
-    outcome = run_cli("check", tiny_bundle, "--backend", "trt", "-q")
-    assert (outcome.code, outcome.out) == (2, "")
-    assert "the bundle holds no engines" in outcome.err
-
-
-def test_a_part_of_another_role_is_refused(run_cli, tiny_bundle, tmp_path):
-    outcome = run_cli("check", tiny_bundle, "--checkpoint", f"base={tmp_path}")
-    assert outcome.code == 2
-    assert "the bundle's checkpoint has no such part: base; allowed: main" in outcome.err
+from gap_export.parity.results import LEVELS, BackendResult, CheckReport, LevelResult
+from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from tests.patching.conftest import *  # noqa: F403 - its fixtures
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Questions of the checks asked for."""
+    """What checks were asked for; nothing is run."""
     seen = []
+    level = LevelResult(level="token", status="passed")
+    verdict = CheckReport(
+        bundle="somewhere",
+        model="tiny",
+        pruner="spatial",
+        keep_ratio=0.3,
+        reference="PyTorch",
+        questions=3,
+        seed=0,
+        backends=(BackendResult(backend="ort", name="X", seconds=1.0, levels=(level,)),),
+    )
 
-    def record(bundle, *, recipe, checkpoint, questions, backend, engines, progress):
-        assert (backend, engines) == ("onnxruntime", None)
-        seen.extend(questions)
-        return report(passed=True)
+    def record(bundle, *, reference, progress, **options):
+        seen.append({"reference": reference, **options})
+        return verdict
 
     monkeypatch.setattr(parity_check, "check_bundle", record)
     return seen
+
+
+def test_an_honest_bundle_passes(run_cli, tiny_bundle, tiny_checkpoint, tmp_path):
+    files = {
+        "--report-json": "report.json", "--junit": "junit.xml", "--markdown": "summary.md",
+    }  # fmt: skip
+    flags = [part for flag, name in files.items() for part in (flag, tmp_path / name)]
+    outcome = run_cli("check", tiny_bundle, "--against", tiny_checkpoint, "--samples", "1", *flags)
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert lines[-1] == "passed"
+    words = [line.split()[:2] for line in lines if line]
+    assert all([level, "passed"] in words for level in LEVELS)
+    assert {path.name for path in tmp_path.iterdir()} == set(files.values())
+    plain = json.loads((tmp_path / "report.json").read_text())
+    assert plain["passed"] is True and plain["questions"] == 1
+    cases = ElementTree.parse(tmp_path / "junit.xml").getroot().iter("testcase")
+    assert len(list(cases)) == len(LEVELS)
+    assert "passed" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_difference_exits_3_after_the_report(run_cli, tiny_bundle, tmp_path, monkeypatch):
+    honest = OnnxRuntimeBackend.embed_tokens
+    monkeypatch.setattr(
+        OnnxRuntimeBackend,
+        "embed_tokens",
+        lambda self, input_ids: honest(self, input_ids) + np.float32(1e-3),
+    )
+    written = tmp_path / "report.json"
+    flags = ["--level", "tensor", "--samples", "1", "--json", "--report-json", written]
+    outcome = run_cli("check", tiny_bundle, *flags)
+    assert (outcome.code, outcome.plain["passed"]) == (3, False)
+    assert json.loads(written.read_text()) == outcome.plain
+    assert "CPUExecutionProvider): tensor; see the report" in outcome.err
+    assert [level["level"] for level in outcome.plain["backends"][0]["levels"]] == ["tensor"]
+
+
+def test_the_checkpoint_has_two_names_and_one_is_enough(
+    run_cli, tiny_bundle, tiny_checkpoint, asked, tmp_path
+):
+    for flag in ("--against", "--checkpoint"):
+        assert run_cli("check", tiny_bundle, flag, f"main={tiny_checkpoint}").code == 0
+    both = ["--against", tiny_checkpoint, "--checkpoint", tiny_checkpoint]
+    outcome = run_cli("check", tiny_bundle, *both)
+    assert outcome.code == 2 and "leave out one of the two" in outcome.err
+    outcome = run_cli("check", tiny_bundle, "--checkpoint", f"base={tmp_path}")
+    assert outcome.code == 2
+    assert "the bundle's checkpoint has no such part: base; allowed: main" in outcome.err
+    assert len(asked) == 2
 
 
 def test_pictures_of_the_user_are_asked_about_as_well(run_cli, tiny_bundle, asked, tmp_path):
@@ -81,25 +94,150 @@ def test_pictures_of_the_user_are_asked_about_as_well(run_cli, tiny_bundle, aske
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
     flags = [part for path in mine for part in ("--image", path)]
     assert run_cli("check", tiny_bundle, "--samples", "2", "--seed", "5", *flags).code == 0
-    assert [q.image for q in asked[2:]] == mine
-    assert [q.expression for q in asked[2:]] == [asked[n].expression for n in (0, 1, 0)]
+    questions = asked[0]["reference"].questions
+    assert asked[0]["reference"].seed == 5
+    assert [q.image for q in questions[2:]] == mine
+    assert [q.expression for q in questions[2:]] == [questions[n].expression for n in (0, 1, 0)]
+    assert [q.box is None for q in questions] == [False, False, True, True, True]
 
 
 def test_the_seed_decides_the_questions(run_cli, tiny_bundle, asked):
     for seed in (1, 1, 2):
         run_cli("check", tiny_bundle, "--samples", "1", "--seed", seed)
-    first, again, other = asked
+    first, again, other = (one["reference"].questions[0] for one in asked)
     assert np.array_equal(first.image, again.image)
     assert not np.array_equal(first.image, other.image)
 
 
-def test_a_difference_exits_3_after_the_report(run_cli, tiny_bundle, monkeypatch):
-    monkeypatch.setattr(parity_check, "check_bundle", lambda *a, **k: report(passed=False))
-    outcome = run_cli("check", tiny_bundle, "--samples", "1")
-    assert outcome.code == 3
-    assert "FAILED: 0.5 is more than 0.0013" in outcome.out
-    assert '"the dog": a -> b' in outcome.out
-    assert "decoder_model_merged logits (prefill), 1 answers with other tokens" in outcome.err
+def test_repeated_options_are_handed_on(run_cli, tiny_bundle, asked):
+    flags = ["--backend", "trt", "--backend", "ort", "--level", "box", "--level", "token"]
+    bars = ["--fail-under", "token=0.98", "--fail-under", "box=.9"]
+    assert run_cli("check", tiny_bundle, *flags, *bars, "--require", "trt").code == 0
+    (options,) = asked
+    assert options["backends"] == ["trt", "ort"] and options["required"] == ["trt"]
+    assert options["levels"] == ["box", "token"]
+    assert options["fail_under"] == {"token": 0.98, "box": 0.9}
+    assert len(options["reference"].questions) == 50
 
-    outcome = run_cli("check", tiny_bundle, "--samples", "1", "--json")
-    assert (outcome.code, outcome.plain["passed"]) == (3, False)
+    run_cli("check", tiny_bundle, "--level", "positions")
+    assert asked[1]["backends"] == ["ort"]
+    # No checkpoint is looked for where none is needed.
+    assert asked[1]["reference"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--backend", "cuda"], "--backend has no such choice: cuda; allowed: ort, trt"),
+        (["--level", "Tensor"], "--level has no such choice: Tensor"),
+        (["--require", "gpu"], "--require has no such choice"),
+        (["--fail-under", "token"], "takes LEVEL=SHARE: token"),
+        (["--fail-under", "token=high"], "takes LEVEL=SHARE: token=high"),
+        (["--fail-under", "answers=1"], "no such choice: answers"),
+        (["--fail-under", "token=1", "--fail-under", "token=0"], "a level twice: token"),
+        (["--fail-under", "tensor=0.9"], "tensor=0.9"),
+        (["--fail-under", "box=98"], "box=98"),
+        (["--samples", "0"], "--samples"),
+        (["--engines", "x"], "--engines cannot be used here"),
+        (["--force"], "--force cannot be used here: it is for --record"),
+        (["--report-json", "/nowhere/report.json"], "JSON report"),
+    ],
+)
+def test_wrong_values_are_refused_before_the_work(run_cli, tiny_bundle, flags, words):
+    outcome = run_cli("check", tiny_bundle, *flags, "-q")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert words in outcome.err
+
+
+def test_what_cannot_run_is_told_and_is_a_failure_only_where_required(run_cli, tiny_bundle):
+    flags = ["--samples", "1", "--level", "token", "-q"]
+    outcome = run_cli("check", tiny_bundle, "--backend", "ort", "--backend", "trt", *flags)
+    assert outcome.code == 0
+    assert "TensorRT: not run: " in outcome.out
+    assert "the bundle holds no engines" in outcome.out
+
+    outcome = run_cli("check", tiny_bundle, "--require", "trt", *flags)
+    assert outcome.code == 3
+    assert "TensorRT: not run: " in outcome.err
+
+    outcome = run_cli("check", tiny_bundle, "--backend", "trt", *flags)
+    assert outcome.code == 2
+    assert "nothing could be checked" in outcome.err and "holds no engines" in outcome.err
+
+    outcome = run_cli("check", tiny_bundle, "--backend", "trt", "--require", "trt", *flags)
+    assert outcome.code == 3
+
+
+def test_a_damaged_bundle_is_refused_before_anything_runs(run_cli, tiny_bundle, asked, tmp_path):
+    import shutil
+
+    damaged = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, damaged)
+    weights = next(damaged.glob("*.safetensors"))
+    raw = weights.read_bytes()
+    weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    outcome = run_cli("check", damaged, "--level", "positions")
+    assert outcome.code == 2 and weights.name in outcome.err
+    assert asked == []
+
+
+def test_a_golden_is_recorded_and_checked_against(run_cli, tiny_bundle, tmp_path):
+    golden = tmp_path / "golden"
+    outcome = run_cli("check", tiny_bundle, "--record", golden, "--samples", "2", "-q")
+    assert outcome.code == 0 and outcome.out.strip() == str(golden)
+    outcome = run_cli("check", tiny_bundle, "--against", golden, "--json", "-q")
+    assert outcome.code == 0, outcome.err
+    assert outcome.plain["questions"] == 2
+    assert outcome.plain["reference"].startswith("golden of PyTorch")
+
+    again = run_cli("check", tiny_bundle, "--record", golden, "--samples", "1", "-q")
+    assert again.code == 2
+    assert run_cli("check", tiny_bundle, "--record", golden, "--samples", "1", "--force").code == 0
+
+    for flags, words in [
+        (["--samples", "3"], "--samples cannot be used here: a golden says what was asked"),
+        (["--seed", "0"], "--seed cannot be used here"),
+        (["--per-layer"], "layers can be compared with PyTorch alone"),
+        (["--record", tmp_path / "other"], "not from another golden"),
+        (["--against", golden], "the only one to compare with"),
+    ]:
+        outcome = run_cli("check", tiny_bundle, "--against", golden, *flags, "-q")
+        assert outcome.code == 2 and words in outcome.err, outcome.err
+
+
+def test_recording_judges_nothing(run_cli, tiny_bundle, tmp_path):
+    for flags in (["--level", "token"], ["--json"], ["--fail-under", "token=1"]):
+        outcome = run_cli("check", tiny_bundle, "--record", tmp_path / "golden", *flags)
+        assert outcome.code == 2 and f"{flags[0]} cannot be used here" in outcome.err
+    both = ["--backend", "ort", "--backend", "trt"]
+    outcome = run_cli("check", tiny_bundle, "--record", tmp_path / "golden", *both)
+    assert outcome.code == 2 and "record one for each" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_patched_bundle_is_compared_with_its_export(run_cli, tiny_export, patch, tmp_path):
+    bundle = patch(tiny_export).bundle
+    outcome = run_cli("check", bundle, "--samples", "1")
+    assert outcome.code == 2 and "--against DIR" in outcome.err
+
+    flags = ["--against", tiny_export, "--samples", "2", "-q"]
+    outcome = run_cli("check", bundle, *flags, "--json", "--backend", "ort", "--backend", "trt")
+    assert outcome.code == 0, outcome.err
+    ort, trt = outcome.plain["backends"]
+    by_level = {level["level"]: level for level in ort["levels"]}
+    assert by_level["tensor"]["status"] == "passed"
+    assert {row["tensor"] for row in by_level["tensor"]["rows"]} == {
+        "image_features", "logits (prefill)", "logits (decode)",
+    }  # fmt: skip
+    others = [level for name, level in by_level.items() if name != "tensor"]
+    assert all(level["status"] == "not_run" and level["reason"] for level in others)
+    assert {level["status"] for level in trt["levels"]} == {"not_run"}
+    assert outcome.plain["reference"].startswith("the unpatched graphs of")
+
+    assert run_cli("check", bundle, *flags, "--require", "trt").code == 3
+    assert run_cli("check", bundle, *flags, "--level", "token").code == 2
+    outcome = run_cli("check", bundle, *flags, "--fail-under", "token=1")
+    assert outcome.code == 2 and "--fail-under cannot be used here" in outcome.err
+    outcome = run_cli("check", bundle, "--record", tmp_path / "golden")
+    assert outcome.code == 2 and "PyTorch does not know" in outcome.err
+    assert run_cli("check", bundle, "--level", "positions").code == 0

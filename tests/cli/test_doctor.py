@@ -22,7 +22,16 @@ def test_versions_and_providers_are_those_that_import(run_cli):
     assert packages["base"]["onnxruntime"] == onnxruntime.__version__
     assert packages["export"]["torch"].startswith("2.")
     assert outcome.plain["execution_providers"] == onnxruntime.get_available_providers()
-    assert set(packages) == {"base", "export", "gpu", "optimum", "trt", "trt-rtx"}
+    assert set(packages) == {
+        "base",
+        "export",
+        "gpu",
+        "optimum",
+        "patch",
+        "report",
+        "trt",
+        "trt-rtx",
+    }
 
 
 def test_what_is_missing_is_said_with_the_way_to_get_it(run_cli, monkeypatch):

@@ -130,8 +130,8 @@ def test_flags_of_a_bundle_are_refused_for_a_model(run_cli, calls, flag):
 def test_the_table_prints_percent_and_json_shares(run_cli, calls):
     lines = run_cli("eval", "demo").out.splitlines()
     assert "500 expressions, 125 pictures" in lines[0]
-    assert lines[4].split() == ["none", "1", "none", "96.0", "94.0-98.0", "-", "50.0"]
-    assert lines[6].split() == ["spatial", "0.3", "gap", "91.2", "89.2-93.2", "95.0", "50.0"]
+    assert lines[4].split() == ["none", "1", "144", "none", "96.0", "94.0-98.0", "-", "50.0"]
+    assert lines[6].split() == ["spatial", "0.3", "43", "gap", "91.2", "89.2-93.2", "95.0", "50.0"]
 
     plain = run_cli("eval", "demo", "--json").plain
     assert list(plain) == ["rows"]

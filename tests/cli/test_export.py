@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -133,7 +134,11 @@ def test_parts_and_dtypes_that_make_no_sense_exit_2(run_cli, flags, words):
     assert words in outcome.err
 
 
-def test_a_bundle_is_replaced_by_force_alone(run_cli, tiny_bundle, tiny_checkpoint, tmp_path):
+def test_a_bundle_is_replaced_by_force_alone(
+    run_cli, monkeypatch, exports, tiny_bundle, tiny_checkpoint, tmp_path
+):
+    known = partial(pipeline.export_model, cache=exports.graphs(str(tiny_checkpoint)))
+    monkeypatch.setattr(pipeline, "export_model", known)
     out = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     outcome = run_cli(tiny_checkpoint, "--keep", "0.25", "--out", out)
     assert (outcome.code, outcome.out) == (2, "")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gap_export.cli._app import DEFAULT_COMMAND, build_command
+from tests.contract.typed_commands import unknown_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
@@ -18,11 +18,7 @@ LINES = [line for language, block in BLOCKS if language == "sh" for line in bloc
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("gap-export")])
 def test_commands_and_flags_exist(line):
-    _, *words = shlex.split(line, comments=True)
-    commands = build_command().commands
-    name = words.pop(0) if words[0] in commands else DEFAULT_COMMAND
-    known = {flag for parameter in commands[name].params for flag in parameter.opts}
-    assert {word for word in words if word.startswith("-")} <= known
+    assert unknown_flags(line) == set()
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("tools/")])

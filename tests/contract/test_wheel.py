@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import sysconfig
 import venv
 import zipfile
 from collections.abc import Callable
@@ -107,10 +108,14 @@ def test_the_wheel_holds_the_package_the_models_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"gap_export"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"gap_export", "optimum"}
     for wanted in ("cli/ground.py", "py.typed", "_models/refshapes-llava/recipe.yaml"):
         assert f"gap_export/{wanted}" in names
     assert [n for n in names if n.endswith((".pyc", ".part"))] == []
+    # One file in Optimum's namespace, and no __init__.py, which would hide Optimum itself.
+    assert [n for n in names if n.startswith("optimum/")] == [
+        "optimum/commands/register/gap_export.py"
+    ]
     # Of other models there are recipes and no weights.
     models = [n for n in names if n.startswith("gap_export/_models/")]
     others = [n for n in models if "/refshapes-llava/" not in n]
@@ -118,6 +123,22 @@ def test_the_wheel_holds_the_package_the_models_and_nothing_else(wheel):
     assert all(n.endswith("/recipe.yaml") for n in others)
     (license_file,) = [n for n in names if n.endswith("licenses/LICENSE")]
     assert license_file.startswith("gap_export-")
+
+
+def test_optimum_finds_the_command_in_the_wheel(wheel, tmp_path):
+    pytest.importorskip(
+        "optimum.commands.optimum_cli", reason="optimum is not installed: pip install optimum"
+    )
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    # Without site (-S) the checkout, which an editable install puts on the path, is not there.
+    path = [str(tmp_path), sysconfig.get_path("purelib")]
+    code = f"import sys; sys.path += {path}; sys.argv = ['optimum-cli', 'export', 'gap', '-h']\n"
+    code += "from optimum.commands.optimum_cli import main\n"
+    code += "try: main()\nfinally: import gap_export; print(gap_export.__file__)"
+    answer = run([sys.executable, "-I", "-S", "-c", code])
+    assert answer.startswith("Usage: optimum-cli export gap")
+    assert Path(answer.splitlines()[-1]).is_relative_to(tmp_path)
 
 
 @pytest.mark.parametrize(

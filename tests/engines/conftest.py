@@ -14,6 +14,7 @@ import pytest
 from gap_export.bundle import Bundle, open_bundle, write_bundle
 from gap_export.manifest import GraphSpec, Manifest, TensorSpec
 from tests.engines.bundles import SKIP_RTX, SM89, copy_for_engines, for_engines
+from tests.shared import SharedFolder
 
 OneGraphBundle = Callable[..., Bundle]
 
@@ -34,14 +35,15 @@ def trt_bundle(tiny_text_bundle: Path, tmp_path: Path) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def built_bundle(tiny_text_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def built_bundle(tiny_text_bundle: Path, shared: SharedFolder) -> Bundle:
     """As :func:`trt_bundle`, built for SM 89. Read only."""
     pytest.importorskip("tensorrt_rtx", reason=SKIP_RTX)
     from gap_export.engines.build import build_engines
 
-    bundle = copy_for_engines(tiny_text_bundle, tmp_path_factory.mktemp("built") / "trt")
-    build_engines(bundle, SM89)
-    return bundle
+    def build(out: Path) -> None:
+        build_engines(copy_for_engines(tiny_text_bundle, out), SM89)
+
+    return open_bundle(shared.once("built", build))
 
 
 @pytest.fixture

@@ -12,10 +12,12 @@ from gap_export.engines.build import build_engines, target_graphs
 from gap_export.engines.folder import EngineFolder, read_engine_folder
 from gap_export.engines.inspect import check_interface
 from gap_export.engines.targets import parse_targets
+from gap_export.errors import UsageError
 from gap_export.manifest import QuantizationSpec
 from tests.engines.bundles import SKIP_RTX, SM89
 from tests.engines.gap_walk import assert_rope_sees_remapped_ids
 from tests.engines.sm89 import view_component
+from tests.shared import SharedExports
 
 pytest.importorskip("tensorrt_rtx", reason=SKIP_RTX)
 
@@ -24,36 +26,18 @@ COMPONENTS = ("vision_encoder", "text_encoder", "embed_tokens", "decoder_model_m
 DECODER = COMPONENTS[-1]
 
 
-@pytest.fixture(scope="module")
-def exports() -> dict[QuantizationSpec | None, Bundle]:
-    """What was exported so far: pytest's order of parameters would make some twice."""
-    return {}
-
-
 @pytest.fixture(scope="module", params=[None, INT4], ids=["fp16", "int4"])
-def exported(
-    request: pytest.FixtureRequest,
-    exports: dict[QuantizationSpec | None, Bundle],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Bundle:
+def exported(request: pytest.FixtureRequest, exports: SharedExports) -> Bundle:
     """The demo model for a desktop card, built by the export itself, and for an Orin, prepared."""
-    from gap_export.pipeline import ExportOptions, export_model
-
-    if request.param in exports:
-        return exports[request.param]
-    out = tmp_path_factory.mktemp("demo") / "exported"
-    export_model(
-        ExportOptions(
+    return open_bundle(
+        exports.bundle(
             model="refshapes-llava",
             pruner="text",
             keep_ratio=0.3,
-            out=out,
             quantization=request.param,
             targets=("rtx:sm89", "orin"),
         )
     )
-    exports[request.param] = open_bundle(out)
-    return exports[request.param]
 
 
 @pytest.fixture(scope="module", params=["fused", "portable"])
@@ -62,10 +46,10 @@ def bundle(
 ) -> Bundle:
     """One form of it, built for SM 89: the Orin's graphs build for a desktop card as well."""
     rtx = exported.manifest.target("rtx")
-    if request.param == rtx.lowering:
-        return exported
-    targets = (dataclasses.replace(rtx, lowering=request.param),)
     out = tmp_path_factory.mktemp("demo") / request.param
+    if request.param == rtx.lowering:
+        return open_bundle(shutil.copytree(exported.path, out))
+    targets = (dataclasses.replace(rtx, lowering=request.param),)
     shutil.copytree(exported.path, out, ignore=shutil.ignore_patterns("engines"))
     manifest = dataclasses.replace(exported.manifest, targets=targets)
     bundle = dataclasses.replace(exported, path=out, manifest=manifest)
@@ -115,5 +99,10 @@ def test_the_decoder_has_prefill_and_decode(bundle, folder):
 @pytest.mark.parametrize("generation", ["sm75", "sm80", "sm86", "sm120", "sm121"])
 def test_every_generation_builds(bundle, generation):
     (choice,) = parse_targets([f"rtx:{generation}"])
+    (decoder,) = target_graphs(bundle.manifest, choice.target, (DECODER,))
+    if decoder.quantization is not None and not choice.supports("int4"):
+        with pytest.raises(UsageError, match=f"rtx:{generation} takes no int4 weights"):
+            build_engines(bundle, choice)
+        return
     folder = build_engines(bundle, choice)
     assert [engine.component for engine in folder.plan.engines] == list(COMPONENTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,19 @@ from gap_export.errors import UsageError
 from gap_export.evaluation import accuracy
 from gap_export.evaluation.accuracy import evaluate_bundle, evaluate_model
 from gap_export.manifest import EngineLimits, QuantizationSpec, SourceFile, SourcePart, SourceSpec
-from gap_export.pipeline import ExportOptions, export_model
+from gap_export.pipeline import ExportOptions, export_checkpoint, export_model
 from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 
+@pytest.fixture
+def known_graphs(exports, tiny_checkpoint, monkeypatch):
+    """Evaluations take the tiny model's decoder and embeddings from other exports of this run."""
+    cache = exports.graphs(str(tiny_checkpoint))
+    monkeypatch.setattr(accuracy, "GraphCache", lambda: cache)
+    monkeypatch.setattr(accuracy, "export_checkpoint", partial(export_checkpoint, cache=cache))
+
+
+@pytest.mark.usefixtures("known_graphs")
 def test_rows_are_unpruned_then_compact_and_gap_for_each_configuration(tiny_checkpoint, tmp_path):
     report = evaluate_model(
         ExportOptions(model=str(tiny_checkpoint), seed=4),
@@ -48,16 +58,16 @@ def test_fewer_samples_than_one_are_refused(tiny_checkpoint):
 
 
 def test_engines_of_a_bundle_are_measured_beside_onnx_runtime(
-    tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch
+    tiny_bundle, tiny_whole_bundle, tmp_path, monkeypatch
 ):
     bundle = copy_bundle(tiny_bundle, tmp_path / "bundle")
     limits = EngineLimits(max_prompt=24, max_new_tokens=8, max_batch=4, max_images=1)
     write_engines(bundle, limits)
     device = use_fakes(monkeypatch)
-    checkpoint = {"main": tiny_checkpoint}
-    given = evaluate_bundle(bundle.path, checkpoint=checkpoint, num_samples=4, backend="tensorrt")
+    asked = {"baseline": tiny_whole_bundle, "num_samples": 4}
+    given = evaluate_bundle(bundle.path, **asked, backend="tensorrt")
     assert "launch" not in device.calls and "synchronize" in device.calls
-    assert given == evaluate_bundle(tiny_bundle, checkpoint=checkpoint, num_samples=4)
+    assert given == evaluate_bundle(tiny_bundle, **asked)
 
 
 def test_engines_that_cannot_run_are_refused_before_the_baseline_is_made(tiny_bundle, monkeypatch):
@@ -74,10 +84,14 @@ def test_a_pruned_baseline_is_refused(tiny_bundle):
         evaluate_bundle(tiny_bundle, baseline=tiny_bundle, num_samples=4)
 
 
-def test_a_baseline_of_other_weights_is_refused(tiny_bundle, make_checkpoint, tmp_path):
-    other = make_checkpoint(seed=1)
-    options = ExportOptions(model=str(other), keep_ratio=1.0, out=tmp_path / "other")
-    baseline = export_model(options).bundle
+def test_a_baseline_of_other_weights_is_refused(
+    tiny_bundle, tiny_checkpoint, make_checkpoint, exports, tmp_path
+):
+    other = str(make_checkpoint(seed=1))
+    options = ExportOptions(model=other, keep_ratio=1.0, out=tmp_path / "other")
+    # Its weights differ, and no graph holds any.
+    cache = exports.graphs(str(tiny_checkpoint))
+    baseline = export_model(options, cache=cache).bundle
     with pytest.raises(UsageError, match=r"another model\.safetensors"):
         evaluate_bundle(tiny_bundle, baseline=baseline, num_samples=4)
 
@@ -137,6 +151,7 @@ def test_the_baseline_of_a_bundle_is_made_in_its_dtype(tiny_bundle, monkeypatch)
     assert asked == ["float32"]
 
 
+@pytest.mark.usefixtures("known_graphs")
 def test_a_checkpoint_folder_named_like_a_recipe_is_the_folder(
     tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch
 ):
@@ -159,26 +174,29 @@ def test_a_slip_in_the_last_configuration_is_refused_before_anything_is_exported
         evaluate_model(options, pruners=["cls", "spatail"])
 
 
+@pytest.mark.usefixtures("known_graphs")
 def test_score_order_needs_no_pruner_but_those_asked_for(tiny_checkpoint):
     options = ExportOptions(model=str(tiny_checkpoint), order="score")
     report = evaluate_model(options, pruners=["cls"], num_samples=4)
     assert [row.pruner for row in report.rows] == ["none", "cls", "cls"]
 
 
+@pytest.mark.usefixtures("known_graphs")
 def test_a_bundle_gives_the_same_rows_with_a_baseline_as_with_its_checkpoint(
-    tiny_bundle, tiny_checkpoint, tmp_path
+    tiny_bundle, tiny_whole_bundle, tiny_checkpoint
 ):
-    options = ExportOptions(model=str(tiny_checkpoint), keep_ratio=1.0, out=tmp_path / "whole")
-    whole = export_model(options).bundle
-    by_baseline = evaluate_bundle(tiny_bundle, baseline=whole, num_samples=4)
+    by_baseline = evaluate_bundle(tiny_bundle, baseline=tiny_whole_bundle, num_samples=4)
     by_checkpoint = evaluate_bundle(
         tiny_bundle, checkpoint={"main": tiny_checkpoint}, num_samples=4
     )
     assert by_baseline == by_checkpoint
 
 
-def test_the_demo_model_collapses_without_gap_and_recovers_with_it(demo_bundle):
-    report = evaluate_bundle(demo_bundle, num_samples=300, seed=0)
+@pytest.mark.parametrize("number", [100, pytest.param(300, marks=pytest.mark.full)])
+def test_the_demo_model_collapses_without_gap_and_recovers_with_it(
+    demo_bundle, demo_whole_bundle, number
+):
+    report = evaluate_bundle(demo_bundle, baseline=demo_whole_bundle, num_samples=number, seed=0)
     unpruned, compact, gap = report.rows
     assert unpruned.acc_at_50 >= 0.90
     assert compact.acc_at_50 <= 0.15 * unpruned.acc_at_50

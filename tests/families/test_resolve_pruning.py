@@ -51,6 +51,7 @@ def test_model_without_text_tower_refuses_text_and_names_the_others(tiny_recipe)
     ("changes", "says"),
     [
         ({"pruner": "clip"}, "no pruner of that name: clip"),
+        ({"pruner": "fastv"}, "fastv is not offered: it ranks inside the LLM"),
         ({"keep_ratio": 0.0}, "keep ratio out of range"),
         ({"keep_ratio": 1.01}, "keep ratio out of range"),
         ({"keep_ratio": float("nan")}, "keep ratio out of range"),

@@ -35,4 +35,4 @@ def test_what_is_refused_is_written_down_beside_what_ran(tiny_bundle: Path, tmp_
     assert rows["onnxruntime_cpu"]["num_prompt_tokens"] == 10
     table = (tmp_path / "out" / "bench_tensorrt.md").read_text()
     assert "CPUExecutionProvider) | 0.3 | 10 |" in table
-    assert "- tensorrt, tiny: " in table
+    assert f"- tensorrt, {tiny_bundle.name}: " in table

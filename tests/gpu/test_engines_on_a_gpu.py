@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from gap_export.evaluation.refshapes import iter_samples
-from gap_export.parity.check import Question, check_bundle
+from gap_export.parity.question import Question
 from gap_export.runtime.device import CudaDevice, DeviceMemory
 from gap_export.runtime.session import GroundingSession
 from gap_export.source import resolve_source
+from tests.parity.checking import check_with_torch, level_of
 
 NUM_EXPRESSIONS = 50
 
@@ -63,15 +64,17 @@ def test_engines_answer_token_for_token_as_pytorch(engine_bundle: Path) -> None:
         manifest = session.manifest
     recipe, checkpoint = resolve_source(manifest, {})
     samples = iter_samples(seed=0, num_samples=NUM_EXPRESSIONS)
-    report = check_bundle(
+    report = check_with_torch(
         engine_bundle,
-        recipe=recipe,
-        checkpoint=checkpoint,
-        questions=[Question(image=s.image, expression=s.expression.text) for s in samples],
-        backend="tensorrt",
+        recipe,
+        checkpoint,
+        [Question(image=s.image, expression=s.expression.text, box=s.box) for s in samples],
+        backends=("trt",),
+        required=("trt",),
     )
     assert report.passed, report.to_plain()
-    assert report.equal_tokens + report.ties == NUM_EXPRESSIONS
+    figures = level_of(report, "token").figures
+    assert figures["equal"] + figures["ties"] == NUM_EXPRESSIONS
 
 
 def test_a_batch_on_a_gpu_answers_as_its_rows_alone(engine_bundle: Path) -> None:

@@ -1,22 +1,36 @@
-"""The check passes on an honest bundle and fails, with its exit code, on a wrong one."""
+"""The check passes on an honest bundle, and each level fails on what it is for."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gap_export.errors import UsageError
+from gap_export.bundle import open_bundle
+from gap_export.errors import BundleError, GapExportError, ImageError, UsageError
 from gap_export.manifest import EngineLimits
-from gap_export.parity.check import Question, _Answer, check_bundle
+from gap_export.parity import check as check_module
+from gap_export.parity.check import check_bundle, needs_reference
+from gap_export.parity.golden import open_golden
+from gap_export.parity.inside.look import Inside
+from gap_export.parity.question import Question
+from gap_export.parity.record import record_truth
+from gap_export.parity.results import LEVELS
 from gap_export.parity.tolerances import TOLERANCES
 from gap_export.parity.torch_backend import TorchBackend
-from gap_export.runtime.grounding import Grounding
+from gap_export.parity.truth import GoldenTruth, TorchTruth
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.source import Checkpoint
+from tests.parity import mutants
+from tests.parity.checking import failed_outputs, level_of, outputs, statuses
 from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
+
+LIMITS = EngineLimits(max_prompt=24, max_new_tokens=8, max_batch=1, max_images=1)
+ALL_PASSED = dict.fromkeys(LEVELS, "passed")
+DECODER = {"logits (prefill)", "logits (decode)"}
 
 
 @pytest.fixture(scope="module")
@@ -24,98 +38,212 @@ def questions():
     rng = np.random.default_rng(0)
     texts = ["the red circle", "the big blue square", "object"]
     return [
-        Question(image=rng.integers(0, 256, (40, 32, 3), dtype=np.uint8), expression=text)
+        Question(
+            image=rng.integers(0, 256, (40, 32, 3), dtype=np.uint8),
+            expression=text,
+            box=(0.0, 0.0, 16.0, 20.0),
+        )
         for text in texts
     ]
 
 
-def run(bundle, recipe, checkpoint, questions):
-    return check_bundle(
-        bundle, recipe=recipe, checkpoint=Checkpoint.of(checkpoint), questions=questions
-    )
+@pytest.fixture(scope="module")
+def truth(tiny_recipe, tiny_checkpoint, questions):
+    """Asked once for all tests that do not change it."""
+    return TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), questions)
 
 
-@pytest.mark.parametrize("fixture", ["tiny_bundle", "tiny_text_bundle"])
-def test_an_honest_bundle_passes(fixture, tiny_recipe, tiny_checkpoint, questions, request):
-    bundle = request.getfixturevalue(fixture)
-    report = run(bundle, tiny_recipe, tiny_checkpoint, questions)
-    assert report.passed, report.to_plain()
-    assert report.equal_tokens == report.equal_boxes == report.num_questions == 3
-    outputs = {row.output for row in report.outputs}
-    assert {"image_features", "keep_indices", "logits (prefill)", "logits (decode)"} <= outputs
+@pytest.fixture
+def blind(monkeypatch):
+    """Where a difference begins is not looked for."""
+    monkeypatch.setattr(check_module, "look_inside", lambda *_, **__: Inside())
+
+
+def run(bundle, reference, **options):
+    report = check_bundle(open_bundle(bundle, verify="full"), reference=reference, **options)
     json.dumps(report.to_plain(), allow_nan=False)
+    return report
+
+
+def double_logits(monkeypatch):
+    honest = OnnxRuntimeBackend.decode
+    monkeypatch.setattr(OnnxRuntimeBackend, "decode", lambda self, **g: 2 * honest(self, **g))
+
+
+@pytest.fixture(scope="module")
+def engine_bundle(tiny_bundle, tmp_path_factory):
+    """Makes a bundle with engines of one dtype."""
+    made: dict[str, Path] = {}
+
+    def make(dtype: str) -> Path:
+        if dtype not in made:
+            bundle = copy_bundle(tiny_bundle, tmp_path_factory.mktemp("engines") / "bundle")
+            write_engines(bundle, LIMITS, dtype=dtype)
+            made[dtype] = bundle.path
+        return made[dtype]
+
+    return make
+
+
+def test_an_honest_bundle_passes_at_every_level(tiny_bundle, truth):
+    report = run(tiny_bundle, truth)
+    assert report.passed and statuses(report) == ALL_PASSED
+    assert {row.tensor for row in outputs(report)} == {
+        "image_features", "keep_indices", "inputs_embeds", *DECODER,
+    }  # fmt: skip
+    assert all(row.why for row in outputs(report))
+    assert level_of(report, "token").figures["equal"] == report.questions == 3
+    assert [row.call for row in level_of(report, "positions").rows] == [
+        "prefill", "decode 1", "decode 2", "decode 50",
+    ]  # fmt: skip
+    assert report.reference.startswith("PyTorch")
+    assert report.backends[0].name.startswith("ONNX Runtime")
+    assert report.backends[0].divergences == ()
+
+
+def test_a_bundle_whose_pruner_reads_the_text_passes(
+    tiny_text_bundle, tiny_recipe, tiny_checkpoint, questions
+):
+    own = TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), questions[:1])
+    report = run(tiny_text_bundle, own)
+    assert report.passed, report.to_plain()
+    assert "text_embeds" in {row.tensor for row in outputs(report)}
+
+
+def test_only_the_levels_asked_for_are_compared(tiny_bundle, truth, monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("answers are not asked for")
+
+    monkeypatch.setattr("gap_export.parity.candidate._ask", refuse)
+    report = run(tiny_bundle, truth, levels=("tensor", "positions"))
+    assert statuses(report) == {"positions": "passed", "tensor": "passed"}
+    # In the order of all levels, whatever the order asked for.
+    assert [level.level for level in report.backends[0].levels] == ["positions", "tensor"]
+
+
+def test_positions_alone_need_no_reference(tiny_bundle):
+    report = run(tiny_bundle, None, levels=("positions",))
+    assert report.passed and statuses(report) == {"positions": "passed"}
+    assert (report.questions, report.reference) == (0, "the prompt itself")
+    assert not needs_reference(("positions",)) and needs_reference(("positions", "box"))
+
+
+def test_one_reference_serves_backends_of_one_dtype(
+    engine_bundle, tiny_recipe, tiny_checkpoint, questions, monkeypatch
+):
+    use_fakes(monkeypatch)
+    asked = []
+    decode = TorchBackend.decode
+
+    def count(self, **given):
+        asked.append(given["position_ids"].shape)
+        return decode(self, **given)
+
+    monkeypatch.setattr(TorchBackend, "decode", count)
+    own = TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), questions[:1])
+    run(engine_bundle("float32"), own, levels=("box",))
+    alone = len(asked)
+    report = run(engine_bundle("float32"), own, levels=("box",), backends=("ort", "trt"))
+    assert report.passed and len(report.backends) == 2
+    assert len(asked) == alone
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_engines_are_compared_with_pytorch_in_their_own_dtype(
-    tiny_bundle, tiny_recipe, tiny_checkpoint, questions, tmp_path, monkeypatch, dtype
+    engine_bundle, truth, monkeypatch, dtype
 ):
-    bundle = copy_bundle(tiny_bundle, tmp_path / "bundle")
-    limits = EngineLimits(max_prompt=24, max_new_tokens=8, max_batch=1, max_images=1)
-    write_engines(bundle, limits, dtype=dtype)
     use_fakes(monkeypatch)
-    report = check_bundle(
-        bundle.path,
-        recipe=tiny_recipe,
-        checkpoint=Checkpoint.of(tiny_checkpoint),
-        questions=questions,
-        backend="tensorrt",
-    )
-    assert report.candidate == f"TensorRT 10.16.0 (Fake GPU, desktop-sm89, {dtype})"
+    report = run(engine_bundle(dtype), truth, backends=("trt",))
+    assert report.backends[0].name == f"TensorRT 10.16.0 (Fake GPU, desktop-sm89, {dtype})"
     assert report.passed, report.to_plain()
-    (features,) = [row for row in report.outputs if row.output == "image_features"]
+    (features,) = [row for row in outputs(report) if row.tensor == "image_features"]
     tolerance = TOLERANCES[dtype]["image_features"]
-    assert features.atol == pytest.approx(
-        tolerance.atol + tolerance.share * features.max_abs_reference
-    )
+    assert features.atol == pytest.approx(tolerance.absolute(features.max_abs_reference))
+    # An engine cannot be looked into, and the report says what was.
+    positions = level_of(report, "positions")
+    assert "which the engine was built from" in positions.reason
 
 
-def test_a_dtype_without_a_tolerance_is_refused(
-    tiny_bundle, tiny_recipe, tiny_checkpoint, questions, tmp_path, monkeypatch
-):
-    bundle = copy_bundle(tiny_bundle, tmp_path / "bundle")
-    limits = EngineLimits(max_prompt=24, max_new_tokens=8, max_batch=1, max_images=1)
-    write_engines(bundle, limits, dtype="bfloat16")
-    use_fakes(monkeypatch)
-    with pytest.raises(UsageError, match=r"not been measured for this dtype: bfloat16"):
-        check_bundle(
-            bundle.path,
-            recipe=tiny_recipe,
-            checkpoint=Checkpoint.of(tiny_checkpoint),
-            questions=questions,
-            backend="tensorrt",
-        )
-
-
+@pytest.mark.usefixtures("blind")
 @pytest.mark.parametrize(
     ("method", "spoil", "output"),
     [
-        ("decode", lambda logits: logits * 2, "logits (prefill)"),
         ("decode", lambda logits: logits[:, ::-1].copy(), "logits (prefill)"),
         ("embed_tokens", lambda embeds: embeds + np.float32(1e-3), "inputs_embeds"),
         ("encode_image", lambda pair: (pair[0], pair[1][:, ::-1].copy()), "keep_indices"),
         ("encode_image", lambda pair: (pair[0] * np.float32(np.nan), pair[1]), "image_features"),
     ],
-    ids=["doubled", "permuted", "shifted", "order", "nan"],
+    ids=["permuted", "shifted", "order", "nan"],
 )
-def test_a_wrong_candidate_fails_in_the_output_that_is_wrong(
-    tiny_bundle, tiny_recipe, tiny_checkpoint, questions, monkeypatch, method, spoil, output
-):
+def test_a_wrong_output_fails_by_name(tiny_bundle, truth, monkeypatch, method, spoil, output):
     honest = getattr(OnnxRuntimeBackend, method)
-
-    def wrong(self, *args, **kwargs):
-        return spoil(honest(self, *args, **kwargs))
-
-    monkeypatch.setattr(OnnxRuntimeBackend, method, wrong)
-    report = run(tiny_bundle, tiny_recipe, tiny_checkpoint, questions[:1])
+    monkeypatch.setattr(
+        OnnxRuntimeBackend,
+        method,
+        lambda self, *given, **named: spoil(honest(self, *given, **named)),
+    )
+    report = run(tiny_bundle, truth, levels=("tensor",))
     assert not report.passed
-    assert output in {row.output for row in report.outputs if not row.passed}
-    json.dumps(report.to_plain(), allow_nan=False)
+    assert output in failed_outputs(report)
+    assert output in level_of(report, "tensor").reason
 
 
-def test_compact_positions_fed_to_the_graph_fail(
-    tiny_bundle, tiny_recipe, tiny_checkpoint, questions, monkeypatch
+def test_doubled_logits_fail_as_tensors_and_nowhere_else(tiny_bundle, truth, monkeypatch):
+    honest = OnnxRuntimeBackend.decode
+    monkeypatch.setattr(
+        OnnxRuntimeBackend, "decode", lambda self, **given: 2 * honest(self, **given)
+    )
+    report = run(tiny_bundle, truth)
+    assert statuses(report) == {**ALL_PASSED, "tensor": "failed"}
+    assert failed_outputs(report).keys() == DECODER
+    # The graph is right: it was run by somebody who doubles.
+    assert report.backends[0].divergences == ()
+    assert "what is wrong lies in how it was run" in level_of(report, "tensor").reason
+
+
+@pytest.mark.usefixtures("blind")
+def test_another_choice_of_tokens_fails_in_answers_and_not_in_tensors(
+    tiny_bundle, truth, monkeypatch
 ):
+    """The graphs are right, and the loop around them takes the least likely token."""
+    honest = OnnxRuntimeBackend.decode
+    asked = "gap_export.parity.candidate._ask"
+    from gap_export.parity.candidate import _ask
+
+    def perverse(session, question):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(OnnxRuntimeBackend, "decode", lambda self, **g: -honest(self, **g))
+            return _ask(session, question)
+
+    monkeypatch.setattr(asked, perverse)
+    report = run(tiny_bundle, truth)
+    # Nobody found an object before: there is nothing to lose.
+    assert statuses(report)["tensor"] == statuses(report)["positions"] == "passed"
+    token = level_of(report, "token")
+    assert token.status == "failed" and token.figures["equal"] == 0
+    assert all(row.step == 1 and row.margin > 0 for row in token.rows)
+    assert run(tiny_bundle, truth, levels=("token",), fail_under={"token": 0.0}).passed
+
+
+@pytest.mark.usefixtures("blind")
+def test_a_candidate_that_breaks_down_fails_and_does_not_end_the_check(
+    tiny_bundle, truth, monkeypatch
+):
+    def out_of_order(self, **given):
+        raise GapExportError("the decoder is out of order")
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "decode", out_of_order)
+    report = run(tiny_bundle, truth)
+    assert statuses(report) == {
+        "positions": "passed", "tensor": "failed", "token": "failed", "box": "failed",
+        "task": "passed",
+    }  # fmt: skip
+    assert level_of(report, "tensor").reason == "the decoder is out of order"
+    assert level_of(report, "token").rows[0].candidate == "error: the decoder is out of order"
+
+
+@pytest.mark.usefixtures("blind")
+def test_compact_positions_fed_to_the_graph_fail_in_logits(tiny_bundle, truth, monkeypatch):
     honest = OnnxRuntimeBackend.decode
 
     def compact(self, *, kept_positions, **given):
@@ -123,24 +251,31 @@ def test_compact_positions_fed_to_the_graph_fail(
         return honest(self, kept_positions=np.ascontiguousarray(table), **given)
 
     monkeypatch.setattr(OnnxRuntimeBackend, "decode", compact)
-    report = run(tiny_bundle, tiny_recipe, tiny_checkpoint, questions[:1])
-    failed = [row for row in report.outputs if not row.passed]
-    assert {row.output for row in failed} == {"logits (prefill)", "logits (decode)"}
-    assert all(row.max_abs_diff > 100 * row.atol for row in failed)
+    report = run(tiny_bundle, truth, levels=("positions", "tensor"))
+    assert failed_outputs(report).keys() == DECODER
+    # The graph itself is right.
+    assert statuses(report)["positions"] == "passed"
 
 
-def test_tokens_that_differ_fail_even_where_tensors_agree(
-    tiny_bundle, tiny_recipe, tiny_checkpoint, questions
-):
-    report = run(tiny_bundle, tiny_recipe, tiny_checkpoint, questions)
-    assert report.passed
-    assert not replace(report, equal_tokens=2).passed
-    assert not replace(report, equal_boxes=0).passed
-    # A tie explains one answer, and no more than that.
-    assert replace(report, equal_tokens=2, equal_boxes=2, ties=1).passed
-    assert not replace(report, equal_tokens=1, equal_boxes=2, ties=1).passed
+def test_a_graph_without_its_gap_node_fails_in_positions_and_logits(tiny_bundle, truth, tmp_path):
+    wrong = mutants.gap_node_removed(tiny_bundle, tmp_path / "wrong")
+    report = run(wrong, truth, levels=("positions", "tensor"))
+    assert statuses(report) == {"positions": "failed", "tensor": "failed"}
+    assert not any(row.passed for row in level_of(report, "positions").rows)
+    assert failed_outputs(report).keys() == DECODER
+    # And it is told where that begins.
+    (found,) = report.backends[0].divergences
+    assert found.component == "decoder_model_merged"
 
 
+def test_ids_that_attention_cannot_tell_apart_fail_in_positions_alone(tiny_bundle, truth, tmp_path):
+    wrong = mutants.table_off_by_one(tiny_bundle, tmp_path / "wrong")
+    report = run(wrong, truth)
+    assert statuses(report) == {**ALL_PASSED, "positions": "failed"}
+    assert "decode 50" in level_of(report, "positions").reason
+
+
+@pytest.mark.usefixtures("blind")
 @pytest.mark.parametrize(("gap", "passes"), [(1e-4, True), (1e-3, False)])
 def test_a_flipped_token_is_a_tie_only_where_the_reference_is_undecided(
     tiny_bundle, tiny_recipe, tiny_checkpoint, questions, monkeypatch, gap, passes
@@ -166,53 +301,129 @@ def test_a_flipped_token_is_a_tie_only_where_the_reference_is_undecided(
                 honest(self, **given), sign
             ),
         )
-    report = run(tiny_bundle, tiny_recipe, tiny_checkpoint, questions[:1])
-    assert report.equal_tokens == 0
-    assert report.ties == int(passes)
+    own = TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), questions[:1])
+    report = run(tiny_bundle, own, levels=("token",))
+    assert level_of(report, "token").figures["equal"] == 0
+    assert level_of(report, "token").figures["ties"] == int(passes)
     assert report.passed is passes
+
+
+def test_what_cannot_run_here_is_told_and_fails_only_where_required(tiny_bundle, truth):
+    report = run(tiny_bundle, truth, backends=("ort", "trt"), levels=("token",))
+    assert report.passed
+    not_run = level_of(report, "token", backend=1)
+    assert not_run.status == "not_run" and "the bundle holds no engines" in not_run.reason
+    assert not report.backends[1].was_run and not report.backends[1].name
+
+    report = run(tiny_bundle, truth, required=("trt",), levels=("token",))
+    assert [backend.backend for backend in report.backends] == ["ort", "trt"]
+    assert not report.passed
+    # What is required and not run is not made up for by its graphs' ids.
+    report = run(tiny_bundle, truth, backends=("trt",), required=("trt",))
+    assert not report.passed and set(statuses(report).values()) == {"not_run"}
+
+
+def test_a_dtype_without_a_tolerance_is_not_run(engine_bundle, truth, monkeypatch):
+    device = use_fakes(monkeypatch)
+    report = run(engine_bundle("bfloat16"), truth, backends=("trt",))
+    assert set(statuses(report).values()) == {"not_run"} and not report.passed
+    assert "not been measured for this dtype: bfloat16" in level_of(report, "tensor").reason
+    # What had been loaded was freed.
+    assert device.is_clean
+
+
+def test_damaged_engines_are_refused_and_not_merely_not_run(
+    engine_bundle, truth, tmp_path, monkeypatch
+):
+    use_fakes(monkeypatch)
+    damaged = tmp_path / "bundle"
+    shutil.copytree(engine_bundle("float32"), damaged)
+    engine = next(damaged.glob("engines/*/decoder_model_merged.engine"))
+    engine.write_bytes(engine.read_bytes()[:-1] + b"?")
+    with pytest.raises(BundleError):
+        run(damaged, truth, backends=("ort", "trt"))
+
+
+def test_a_golden_stands_for_pytorch(tiny_bundle, engine_bundle, truth, tmp_path, monkeypatch):
+    opened = open_bundle(tiny_bundle, verify="full")
+    folder = record_truth(opened, truth, tmp_path / "golden")
+    golden = GoldenTruth(open_golden(folder, opened.manifest))
+    report = run(tiny_bundle, golden)
+    assert report.passed and statuses(report) == ALL_PASSED
+    assert report.reference.startswith("golden of PyTorch")
+    assert report.questions == 3
+    again = run(tiny_bundle, truth)
+    assert outputs(report) == outputs(again)
+
+    # Of another dtype, it has nothing to say of these engines.
+    use_fakes(monkeypatch)
+    report = run(engine_bundle("float16"), golden, backends=("ort", "trt"))
+    assert report.passed
+    assert "float16" in level_of(report, "tensor", backend=1).reason
+    with pytest.raises(UsageError, match="layers can be compared with PyTorch alone"):
+        run(tiny_bundle, golden, per_layer=True)
+
+    honest = OnnxRuntimeBackend.decode
+    monkeypatch.setattr(
+        OnnxRuntimeBackend, "decode", lambda self, **given: 2 * honest(self, **given)
+    )
+    report = run(tiny_bundle, golden, levels=("tensor",))
+    assert "a golden does not hold what is inside" in level_of(report, "tensor").reason
+
+
+def test_a_golden_for_tensorrt_needs_graphs_for_it(tiny_bundle, truth, tmp_path):
+    opened = open_bundle(tiny_bundle, verify="full")
+    with pytest.raises(UsageError, match="no graphs for TensorRT"):
+        record_truth(opened, truth, tmp_path / "golden", backend="trt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_are_compared_where_they_are_asked_for(tiny_bundle, truth):
+    report = run(tiny_bundle, truth, levels=("tensor",), per_layer=True)
+    assert report.passed
+    layers = [row for row in level_of(report, "tensor").rows if row.module]
+    assert {row.component for row in layers} == {
+        "vision_encoder", "embed_tokens", "decoder_model_merged",
+    }  # fmt: skip
+    assert all(row.passed and row.calls == 1 for row in layers)
+    assert level_of(report, "tensor").figures["layers"] == len(layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"levels": ()}, "nothing to check"),
+        ({"backends": ()}, "nothing to check"),
+        ({"fail_under": {"tensor": 0.5}}, "tensor=0.5"),
+        ({"fail_under": {"positions": 1.0}}, "positions=1"),
+        ({"fail_under": {"token": 1.5}}, "token=1.5"),
+        ({"fail_under": {"token": float("nan")}}, "token=nan"),
+        ({"fail_under": {"task": 0.5}, "levels": ("token",)}, "not asked for"),
+        ({"per_layer": True, "levels": ("token",)}, "not asked for"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tiny_bundle, truth, options, words):
+    with pytest.raises(UsageError, match=words):
+        run(tiny_bundle, truth, **options)
 
 
 def test_no_questions_is_refused(tiny_bundle, tiny_recipe, tiny_checkpoint):
     with pytest.raises(UsageError, match="at least 1"):
-        run(tiny_bundle, tiny_recipe, tiny_checkpoint, [])
+        run(tiny_bundle, TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), []))
+    with pytest.raises(UsageError, match="at least 1"):
+        run(tiny_bundle, None)
 
 
-def answer(token_ids, keep_indices=(0, 3)):
-    return Grounding(
-        expression="x",
-        box=None,
-        text="",
-        token_ids=token_ids,
-        keep_indices=keep_indices,
-        num_visual_tokens=16,
-        tokens=(),
-        image_size=(4, 4),
-        timings_ms={},
-        backend="numpy",
-        warnings=(),
-    )
+def test_a_picture_that_cannot_be_read_is_an_error_and_no_finding(
+    tiny_bundle, tiny_recipe, tiny_checkpoint, tmp_path
+):
+    missing = Question(image=tmp_path / "missing.png", expression="the red circle")
+    with pytest.raises(ImageError):
+        run(tiny_bundle, TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), [missing]))
 
 
-def answers(expected, given, logits=()):
-    return _Answer(expression="x", expected=expected, given=given, logits=list(logits))
-
-
-def test_a_half_precision_margin_grows_with_the_logits():
-    logits = [np.asarray([40.0, 39.5, 0.0], np.float16)]
-    pair = answers(answer((0, 2)), answer((1, 2)), logits)
-    assert pair.margin == 0.5
-    assert pair.is_tie(TOLERANCES["float16"]["logits"])
-    assert not pair.is_tie(TOLERANCES["float32"]["logits"])
-    clear = answers(answer((0, 2)), answer((2, 2)), logits)
-    assert not clear.is_tie(TOLERANCES["float16"]["logits"])
-    assert not answers(answer((0, 2)), answer((0, 2)), logits).is_tie(
-        TOLERANCES["float16"]["logits"]
-    )
-
-
-def test_answers_part_by_their_selection_only_where_it_differs():
-    assert answers(answer((0, 2)), answer((1, 2), (0, 4))).saw_others
-    assert not answers(answer((0, 2)), answer((1, 2))).saw_others
-    # Another order of the same tokens is no other selection, and equal answers need no excuse.
-    assert not answers(answer((0, 2)), answer((1, 2), (3, 0))).saw_others
-    assert not answers(answer((0, 2)), answer((0, 2), (0, 4))).saw_others
+def test_no_true_box_leaves_the_task_out(tiny_bundle, tiny_recipe, tiny_checkpoint, questions):
+    plain = [Question(image=questions[0].image, expression=questions[0].expression)]
+    own = TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), plain)
+    report = run(tiny_bundle, own, levels=("task",))
+    assert statuses(report) == {"task": "not_run"} and not report.passed

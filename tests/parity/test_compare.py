@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gap_export.parity.compare import compare_arrays
+from gap_export.parity.compare import compare_arrays, measure_differences, measure_selections
 
 REFERENCE = np.linspace(-3, 3, 24, dtype=np.float32).reshape(2, 3, 4)
 
@@ -69,3 +69,66 @@ def test_integers_must_be_equal():
     truth = np.arange(5)
     assert compare(truth.copy(), atol=0, rtol=0, reference=truth).passed
     assert not compare(truth + 1, atol=0, rtol=0, reference=truth).passed
+
+
+def test_differences_of_equal_arrays_are_none():
+    found = measure_differences([(REFERENCE, REFERENCE.copy())] * 2)
+    assert (found.max_abs, found.mean_abs, found.p99_abs) == (0, 0, 0)
+    assert (found.max_rel, found.mean_rel, found.p99_rel) == (0, 0, 0)
+    assert found.cosine == 1 and found.num_nonfinite == 0
+
+
+def test_differences_are_those_of_all_pairs():
+    ones = np.ones((2, 50), np.float32)
+    far = ones.copy()
+    far[1, 49] = 3
+    found = measure_differences([(ones, ones), (ones * 2, far * 2)])
+    assert found.max_abs == 4
+    assert found.mean_abs == pytest.approx(4 / 200)
+    # One of 200 is beyond the 99th percentile.
+    assert found.p99_abs == 0
+    assert (found.max_rel, found.mean_rel) == (2, pytest.approx(2 / 200))
+    assert found.cosine == pytest.approx(102 / np.sqrt(100 * 108))
+
+
+def test_relative_differences_leave_zeros_out():
+    found = measure_differences([(np.asarray([0.0, 2.0]), np.asarray([1.0, 3.0]))])
+    assert (found.max_rel, found.mean_rel) == (0.5, 0.5)
+    assert found.max_abs == 1
+    none = measure_differences([(np.zeros(3), np.ones(3))])
+    assert none.max_rel == 0 and none.cosine == 0
+
+
+@pytest.mark.parametrize(
+    ("candidate", "nonfinite"),
+    [
+        (np.where(REFERENCE > 2.9, np.nan, REFERENCE), 1),
+        (REFERENCE[:1], 0),
+        (np.full_like(REFERENCE, -np.inf), 24),
+    ],
+    ids=["nan", "shape", "inf"],
+)
+def test_differences_of_what_cannot_be_compared_are_infinite(candidate, nonfinite):
+    found = measure_differences([(REFERENCE, REFERENCE), (REFERENCE, candidate)])
+    assert found.max_abs == found.mean_abs == found.p99_rel == np.inf
+    assert np.isnan(found.cosine) and found.num_nonfinite == nonfinite
+
+
+def test_differences_of_nothing_are_infinite():
+    assert measure_differences([]).max_abs == np.inf
+    assert measure_selections([]).max_abs == np.inf
+
+
+def test_cosine_knows_direction_at_any_scale():
+    tiny = np.asarray([3e-200, 4e-200])
+    assert measure_differences([(tiny, tiny)]).cosine == 1
+    assert measure_differences([(tiny, -tiny)]).cosine == -1
+    assert measure_differences([(tiny, tiny * 1e300)]).cosine == pytest.approx(1)
+
+
+def test_selections_are_counted_in_tokens():
+    keep = np.arange(10, dtype=np.int64)[None]
+    found = measure_selections([(keep, keep), (keep, keep[:, ::-1] + 1)])
+    assert (found.max_abs, found.mean_abs, found.max_rel) == (1, 0.5, 0.1)
+    assert found.cosine == pytest.approx(0.9)
+    assert measure_selections([(keep, keep[:, 1:])]).max_abs == np.inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,9 +16,12 @@ from gap_export.bundle import open_bundle, write_bundle
 from gap_export.errors import BundleError
 from gap_export.families import Reference, build_reference, resolve_pruning
 from gap_export.manifest import EngineLimits, QuantizationSpec
+from gap_export.parity import check as check_module
 from gap_export.parity import quantized
-from gap_export.parity.check import ParityReport, Question, check_bundle
+from gap_export.parity.inside.look import Inside
 from gap_export.parity.quantized import use_quantized_weights
+from gap_export.parity.question import Question
+from gap_export.parity.results import CheckReport
 from gap_export.parity.tolerances import COMPUTED_WEIGHT
 from gap_export.pipeline import ExportOptions, export_model
 from gap_export.progress import SilentProgress
@@ -32,6 +36,7 @@ from gap_export.weights import (
     read_header,
     store_quantized,
 )
+from tests.parity.checking import check_with_torch, failed_outputs, outputs
 from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 DECODER = "decoder_model_merged"
@@ -80,15 +85,18 @@ def export(
 
 
 @pytest.fixture
-def check(tiny_recipe: Recipe, tiny_checkpoint: Path, questions: Questions):
-    def run(bundle: Path, **given: str) -> ParityReport:
-        return check_bundle(
-            bundle,
-            recipe=tiny_recipe,
-            checkpoint=Checkpoint.of(tiny_checkpoint),
-            questions=questions,
-            **given,
-        )
+def check(
+    tiny_recipe: Recipe,
+    tiny_checkpoint: Path,
+    questions: Questions,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    # Where a difference begins is looked for, and tested, elsewhere.
+    monkeypatch.setattr(check_module, "look_inside", lambda *_, **__: Inside())
+
+    def run(bundle: Path, **given: Any) -> CheckReport:
+        source = Checkpoint.of(tiny_checkpoint)
+        return check_with_torch(bundle, tiny_recipe, source, questions, **given)
 
     return run
 
@@ -104,11 +112,6 @@ def changed(bundle: Path, out: Path, change: Callable[[Path], None]) -> Path:
     return out
 
 
-def failing(report: ParityReport) -> dict[str, str]:
-    """Why outputs failed, by name."""
-    return {row.output: row.reason for row in report.outputs if not row.passed}
-
-
 @pytest.mark.parametrize(
     ("method", "dtype"),
     [("rtn", "float32"), ("awq", "float32"), ("awq", "float16")],
@@ -118,7 +121,7 @@ def test_an_honest_bundle_passes_and_the_report_says_whose_weights(export, check
     assert report.passed, report.to_plain()
     assert "with the bundle's own INT4 weights in blocks of 32" in report.reference
     assert report.to_plain()["reference"] == report.reference
-    (compared,) = [row for row in report.outputs if row.output == ROUNDED]
+    (compared,) = [row for row in outputs(report) if row.tensor == ROUNDED]
     assert (compared.calls, compared.max_abs_diff) == (14, 0)
     assert ("AWQ" in report.reference) is (method == "awq")
 
@@ -129,7 +132,7 @@ def test_engines_of_int4_weights_are_compared_with_the_same_weights(
     bundle = copy_bundle(export(), tmp_path / "bundle")
     write_engines(bundle, EngineLimits(max_prompt=24, max_new_tokens=8, max_batch=1, max_images=1))
     use_fakes(monkeypatch)
-    report = check(bundle.path, backend="tensorrt")
+    report = check(bundle.path, backends=("trt",))
     assert report.passed, report.to_plain()
     assert "INT4 weights" in report.reference
 
@@ -142,7 +145,7 @@ def test_a_float_bundle_is_compared_with_the_checkpoint_s_weights(tiny_bundle, c
 
 def test_without_the_bundle_s_weights_the_comparison_fails(export, check, monkeypatch):
     monkeypatch.setattr(quantized, "use_quantized_weights", lambda *_, **__: ())
-    assert failing(check(export())).keys() == {"logits (prefill)", "logits (decode)"}
+    assert failed_outputs(check(export())).keys() == {"logits (prefill)", "logits (decode)"}
 
 
 def flip_a_bit(folder: Path) -> None:
@@ -196,7 +199,7 @@ def test_weights_that_the_checkpoint_does_not_round_to_fail(
     report = check(changed(export(method), tmp_path / "changed", change))
     assert not report.passed
     # The graph computes with these weights as well as any: only the checkpoint tells.
-    (reason,) = failing(report).values()
+    (reason,) = failed_outputs(report).values()
     assert reason.startswith(FIRST.removeprefix(f"{DECODER}."))
     assert said in reason
 
@@ -214,7 +217,7 @@ def half(raw: bytes) -> bytes:
 
 def test_channels_scaled_by_something_else_than_the_bundle_says_fail(export, check, tmp_path):
     report = check(changed(export("awq"), tmp_path / "changed", halve_a_channel))
-    reasons = failing(report)
+    reasons = failed_outputs(report)
     assert reasons[ROUNDED].startswith("layers.1.self_attn.q_proj.weight is not what")
     # Nor does the norm that undoes the scaling fit.
     assert "logits (prefill)" in reasons
@@ -226,7 +229,7 @@ def test_a_norm_that_does_not_undo_the_scaling_fails(export, check, tmp_path):
         edit(folder, name, times_two, "converted.safetensors")
 
     report = check(changed(export("awq"), tmp_path / "changed", double))
-    assert failing(report).keys() == {"logits (prefill)", "logits (decode)"}
+    assert failed_outputs(report).keys() == {"logits (prefill)", "logits (decode)"}
 
 
 def test_scaled_weights_without_their_scales_are_refused(export, check, tmp_path):
@@ -254,7 +257,7 @@ def test_a_graph_that_reads_another_layer_s_weights_fails(export, check, tmp_pat
         onnx.save(model, path)
 
     report = check(changed(export(), tmp_path / "changed", swap))
-    assert failing(report).keys() == {"logits (prefill)", "logits (decode)"}
+    assert failed_outputs(report).keys() == {"logits (prefill)", "logits (decode)"}
 
 
 @pytest.fixture
@@ -287,7 +290,7 @@ def test_decoder_computes_with_what_the_bundle_holds(reference, tmp_path):
     before = layer.weight.clone()
     (row,) = use(reference, tmp_path)
     assert row.passed
-    assert (row.component, row.output, row.calls) == (DECODER, ROUNDED, 14)
+    assert (row.component, row.tensor, row.calls) == (DECODER, ROUNDED, 14)
     assert torch.equal(layer.weight, dequantize(tmp_path / QUANTIZED_NAME, FIRST))
     assert not torch.equal(layer.weight, before)
 

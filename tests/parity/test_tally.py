@@ -92,7 +92,7 @@ def judge(
             ],
             [given, {"image_newline": np.full(8, newline, np.float16)}],
         )
-    return {row.output: row for row in tally.rows(TOLERANCES[dtype])}
+    return {row.tensor: row for row in tally.rows(TOLERANCES[dtype])}
 
 
 def test_half_precision_is_judged_by_the_size_of_the_output() -> None:
@@ -137,6 +137,60 @@ def test_newline_must_be_the_same() -> None:
         row = judge(dtype, newline=1.001)["image_newline"]
         assert not row.passed
         assert row.component == "newline"
+
+
+def test_every_tolerance_says_why() -> None:
+    for outputs in TOLERANCES.values():
+        assert all(tolerance.why for tolerance in outputs.values())
+    rows = judge("float16")
+    assert rows["keep_indices"].why == TOLERANCES["float16"]["keep_indices"].why
+
+
+def test_rows_sum_up_all_calls() -> None:
+    row = judge("float32", features=FEATURES + np.float16(0.5), calls=2)["image_features"]
+    assert row.calls == 2
+    assert row.mean_abs_diff == pytest.approx(0.5, rel=1e-2)
+    assert row.p99_abs_diff <= row.max_abs_diff < 0.51
+    assert 0.9 < row.cosine < 1 and row.num_nonfinite == 0
+
+
+def test_other_tokens_are_counted_and_not_their_indices_subtracted() -> None:
+    row = judge("float16", keep=with_others(2))["keep_indices"]
+    assert (row.max_abs_diff, row.max_rel_diff) == (2, 0.02)
+    assert row.cosine == pytest.approx(0.98)
+
+
+def test_a_selection_that_does_not_hold_together_is_infinitely_far_off() -> None:
+    row = judge("float16", keep=KEEP[:, ::-1])["keep_indices"]
+    assert not row.passed and row.max_abs_diff == np.inf
+
+
+def test_nonfinite_values_are_counted_and_leave_no_figures() -> None:
+    spoilt = FEATURES.copy()
+    spoilt[0, 0, :3] = np.nan, np.inf, -np.inf
+    row = judge("float16", features=spoilt)["image_features"]
+    assert row.num_nonfinite == 3
+    assert row.max_abs_diff == row.p99_rel_diff == np.inf and np.isnan(row.cosine)
+
+
+def test_the_first_failing_call_of_each_component_is_found() -> None:
+    tally = Tally()
+    calls = [
+        Call(method="encode_image", inputs={}, outputs={"keep_indices": KEEP}),
+        Call(method="new_cache", inputs={}, outputs={}),
+        Call(method="decode", inputs={}, outputs={"logits": FEATURES[0]}),
+        Call(method="decode", inputs={}, outputs={"logits": FEATURES[0]}),
+    ]
+    outputs = [dict(call.outputs) for call in calls]
+    tolerances = TOLERANCES["float32"]
+    tally.add(calls, outputs)
+    assert tally.first_failures(tolerances) == {}
+    outputs[3]["logits"] = outputs[3]["logits"] * 2
+    tally.add(calls, outputs)
+    found = tally.first_failures(tolerances)
+    assert found.keys() == {"decoder_model_merged"}
+    assert found["decoder_model_merged"].call is calls[3]
+    assert found["decoder_model_merged"].calls is calls
 
 
 def test_every_dtype_has_a_tolerance_for_every_output() -> None:

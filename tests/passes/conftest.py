@@ -9,6 +9,8 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
+from tests.shared import SharedFolder
+
 
 @pytest.fixture
 def small_decoder() -> Callable[..., ir.Model]:
@@ -17,11 +19,11 @@ def small_decoder() -> Callable[..., ir.Model]:
 
 
 @pytest.fixture(scope="session")
-def lowering_models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def lowering_models(shared: SharedFolder, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Every family's graphs, small, traced on demand and once in a run. Clone before changing."""
     from tests.passes.lowering_models import LoweringModels
 
-    return LoweringModels(tmp_path_factory.mktemp("lowering"))
+    return LoweringModels(shared, tmp_path_factory.mktemp("lowering"))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from gap_export.recipe import Recipe, find_recipe
 from gap_export.source import Checkpoint
 from gap_export.trace import trace_component
 from gap_export.weights import index_files, place_reference, store_quantized
+from tests.shared import SharedFolder
 
 NUM_LAYERS = 2
 MAX_POSITIONS = 4096
@@ -83,10 +85,15 @@ COMPONENTS = [
 
 
 class LoweringModels:
-    """Base graphs by family and dtype, traced once; a dtype's weights are those of float16."""
+    """Base graphs by family and dtype, traced once; a dtype's weights are those of float16.
 
-    def __init__(self, folder: Path) -> None:
+    Attributes:
+        folder: Of this process alone, for what tests make of them.
+    """
+
+    def __init__(self, shared: SharedFolder, folder: Path) -> None:
         torch.set_num_threads(1)
+        self._shared = shared
         self.folder = folder
         self._models: dict[tuple[str, str, str], ir.Model] = {}
 
@@ -95,8 +102,15 @@ class LoweringModels:
         key = family, component, dtype
         if key not in self._models:
             folder = self.folder / f"{family}_{dtype}"
-            folder.mkdir(exist_ok=True)
-            self._models[key] = _trace(FAMILIES[family], component, dtype, folder)
+            name = f"{component}_base.onnx"
+
+            def trace(path: Path) -> None:
+                path.mkdir()
+                ir.save(_trace(FAMILIES[family], component, dtype, path), path / name)
+
+            made = self._shared.once(f"{family}_{dtype}_{component}", trace)
+            shutil.copytree(made, folder, dirs_exist_ok=True)
+            self._models[key] = ir.load(folder / name)
         return self._models[key]
 
     def quantize(self, model: ir.Model, family: str, name: str) -> int:

@@ -19,7 +19,7 @@ from gap_export import GroundingSession
 from gap_export.bundle import open_bundle
 from gap_export.errors import OutputError, UsageError
 from gap_export.manifest import GridSpec
-from gap_export.parity.masked_oracle import compare_with_unpatched
+from gap_export.parity.patched.masked_oracle import compare_with_unpatched
 from gap_export.patching import PatchOptions, patch_export
 from gap_export.places import lattice_places
 

@@ -50,14 +50,14 @@ def install(tmp_path, monkeypatch):
 
 
 def test_the_readmes_pruner_is_exported_and_grounds(
-    install, tiny_checkpoint, tiny_recipe, tmp_path
+    install, tiny_checkpoint, tiny_recipe, exports, tmp_path
 ):
     install(*readme_example())
     assert "loudest" in supported_pruners(tiny_recipe)
     options = ExportOptions(
         model=str(tiny_checkpoint), pruner="loudest", keep_ratio=0.3, out=tmp_path / "bundle"
     )
-    bundle = export_model(options).bundle
+    bundle = export_model(options, cache=exports.graphs(options.model)).bundle
     assert open_bundle(bundle).manifest.pruning.pruner == "loudest"
     picture = np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)
     with GroundingSession.open(bundle) as session:

@@ -8,22 +8,21 @@ import pytest
 from gap_export.bundle import open_bundle
 from gap_export.errors import BundleError, UsageError
 from gap_export.manifest import EngineLimits
-from gap_export.parity.check import Question, check_bundle
-from gap_export.pipeline import ExportOptions, export_model
+from gap_export.parity.question import Question
 from gap_export.runtime.backend import EncodedImage
 from gap_export.runtime.budget import count_outliers
 from gap_export.runtime.session import GroundingSession
 from gap_export.source import Checkpoint
+from tests.parity.checking import check_with_torch, outputs
 from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 EXPRESSIONS = ["the star", "a small red circle", "the big object left of a square", "blue"]
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_checkpoint, tmp_path_factory):
+def bundle(tiny_checkpoint, exports):
     """TRIM as published: the number is that of the outliers, with the mean of the others."""
-    out = tmp_path_factory.mktemp("bundles") / "trim"
-    return export_model(ExportOptions(model=str(tiny_checkpoint), pruner="trim", out=out)).bundle
+    return exports.bundle(model=str(tiny_checkpoint), pruner="trim")
 
 
 def picture(seed: int = 3) -> np.ndarray:
@@ -68,14 +67,14 @@ def test_as_many_survive_as_stand_out(bundle):
 
 
 def test_parity_holds_through_both_graphs(bundle, tiny_checkpoint, tiny_recipe):
-    report = check_bundle(
+    report = check_with_torch(
         bundle,
-        recipe=tiny_recipe,
-        checkpoint=Checkpoint.of(tiny_checkpoint),
-        questions=[Question(image=picture(n), expression=EXPRESSIONS[n]) for n in range(3)],
+        tiny_recipe,
+        Checkpoint.of(tiny_checkpoint),
+        [Question(image=picture(n), expression=EXPRESSIONS[n]) for n in range(3)],
     )
-    assert report.passed, report.outputs
-    compared = {(row.component, row.output) for row in report.outputs}
+    assert report.passed, report.to_plain()
+    compared = {(row.component, row.tensor) for row in outputs(report)}
     assert {("vision_encoder", "token_scores"), ("token_pruner", "keep_indices")} <= compared
 
 

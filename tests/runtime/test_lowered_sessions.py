@@ -6,32 +6,42 @@ the ``in_place`` cache, profiles from the export's own limits, buffers, phases, 
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from gap_export.bundle import Bundle, open_bundle
 from gap_export.evaluation.refshapes import iter_samples
-from gap_export.parity.check import Question, check_bundle
-from gap_export.pipeline import ExportOptions, export_model
+from gap_export.parity.check import check_bundle
+from gap_export.parity.golden import open_golden
+from gap_export.parity.question import Question
+from gap_export.parity.record import record_truth
+from gap_export.parity.truth import GoldenTruth, TorchTruth
 from gap_export.runtime.session import GroundingSession
 from gap_export.source import resolve_source
+from tests.parity.checking import check_with_torch, statuses
 from tests.runtime.fake_tensorrt import use_fakes, write_engines
+from tests.shared import SharedExports
 
 
 @pytest.fixture(scope="module", params=[pytest.param("portable", marks=pytest.mark.full), "fused"])
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(
+    request: pytest.FixtureRequest,
+    exports: SharedExports,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Bundle:
     """The demo model with engines of one lowering, for batches of up to 3."""
-    options = ExportOptions(
+    exported = exports.bundle(
         model="refshapes-llava",
         pruner="spatial",
         keep_ratio=0.3,
-        out=tmp_path_factory.mktemp("lowered") / "bundle",
         targets=("desktop",),
         lowering=request.param,
         max_batch=3,
     )
-    opened = open_bundle(export_model(options).bundle)
+    own = tmp_path_factory.mktemp("lowered") / "bundle"
+    opened = open_bundle(shutil.copytree(exported, own))
     limits = opened.manifest.engine_limits
     assert limits is not None
     write_engines(opened, limits)
@@ -42,16 +52,38 @@ def test_lowered_graphs_pass_the_check(bundle: Bundle, monkeypatch: pytest.Monke
     device = use_fakes(monkeypatch)
     recipe, checkpoint = resolve_source(bundle.manifest, {})
     samples = iter_samples(seed=0, num_samples=8)
-    report = check_bundle(
+    report = check_with_torch(
         bundle.path,
-        recipe=recipe,
-        checkpoint=checkpoint,
-        questions=[Question(image=s.image, expression=s.expression.text) for s in samples],
-        backend="tensorrt",
+        recipe,
+        checkpoint,
+        [Question(image=s.image, expression=s.expression.text, box=s.box) for s in samples],
+        backends=("trt",),
     )
     assert report.passed, report.to_plain()
-    assert "float16" in report.candidate
+    assert set(statuses(report).values()) == {"passed"}
+    assert "float16" in report.backends[0].name
     assert device.calls and device.is_clean
+
+
+def test_a_golden_for_tensorrt_has_the_dtype_of_its_graphs(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_fakes(monkeypatch)
+    recipe, checkpoint = resolve_source(bundle.manifest, {})
+    questions = [
+        Question(image=sample.image, expression=sample.expression.text)
+        for sample in iter_samples(seed=0, num_samples=2)
+    ]
+    truth = TorchTruth(recipe, checkpoint, questions)
+    folder = record_truth(bundle, truth, tmp_path / "golden", backend="trt")
+    golden = open_golden(folder, bundle.manifest)
+    assert golden.dtype == "float16"
+    report = check_bundle(
+        bundle, reference=GoldenTruth(golden), backends=("ort", "trt"), levels=("tensor", "token")
+    )
+    # The base graphs are of another dtype.
+    assert set(statuses(report, backend=0).values()) == {"not_run"}
+    assert set(statuses(report, backend=1).values()) == {"passed"}
 
 
 def test_a_batch_and_recorded_steps_change_no_answer(
@@ -73,8 +105,6 @@ def test_a_batch_and_recorded_steps_change_no_answer(
 def test_engines_of_a_copied_bundle_run_as_well(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     use_fakes(monkeypatch)
     copied = tmp_path / "elsewhere"
     shutil.copytree(bundle.path, copied)

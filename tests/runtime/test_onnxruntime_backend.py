@@ -23,6 +23,7 @@ from gap_export.runtime import onnxruntime_backend
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.onnxruntime_options import session_options
 from gap_export.runtime.session import GroundingSession
+from tests.shared import SharedExports
 
 EXPRESSIONS = [
     "the star",
@@ -293,14 +294,9 @@ def test_failure_while_computing_is_one_clear_error(
 
 
 @pytest.fixture(scope="module")
-def quantized_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from gap_export.pipeline import ExportOptions, export_model
-
+def quantized_bundle(tiny_checkpoint: Path, exports: SharedExports) -> Path:
     spec = QuantizationSpec(dtype="int4", block_size=32, method="rtn", lm_head=True)
-    out = tmp_path_factory.mktemp("quantized") / "bundle"
-    return export_model(
-        ExportOptions(model=str(tiny_checkpoint), keep_ratio=0.3, out=out, quantization=spec)
-    ).bundle
+    return exports.bundle(model=str(tiny_checkpoint), keep_ratio=0.3, quantization=spec)
 
 
 def decode_with(bundle: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> Any:

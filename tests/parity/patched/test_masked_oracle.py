@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from gap_export.errors import UsageError
-from gap_export.parity import masked_oracle
-from gap_export.parity.masked_oracle import compare_with_unpatched
-from gap_export.parity.unpatched import UnpatchedGraphs
+from gap_export.parity.patched import masked_oracle
+from gap_export.parity.patched.masked_oracle import compare_with_unpatched
+from gap_export.parity.patched.unpatched import UnpatchedGraphs
 from gap_export.passes import insert_gap_remap
 from gap_export.patching.prune_at_places import PruneAtPlaces
 from tests.patching.conftest import *  # noqa: F403 - its fixtures
@@ -29,7 +29,7 @@ def compare(tiny_export, pictures):
 
 
 def rows(report) -> dict[str, bool]:
-    return {row.output: row.passed for row in report.outputs}
+    return {row.tensor: row.passed for row in report.outputs}
 
 
 def test_a_report_has_a_row_for_each_output(tiny_export, patch, compare):

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.bundle import open_bundle
+from gap_export.bundle import Bundle, open_bundle
 from gap_export.errors import UsageError
 from gap_export.manifest import Manifest
-from gap_export.parity.compare import compare_arrays
-from gap_export.parity.tally import OutputParity
-from gap_export.parity.tolerances import TOLERANCES, Tolerance
-from gap_export.parity.unpatched import UnpatchedGraphs
+from gap_export.parity.patched.unpatched import UnpatchedGraphs
+from gap_export.parity.results import TensorRow, plain_values
+from gap_export.parity.tally import tensor_row
+from gap_export.parity.tolerances import Tolerance, tolerances_of
 from gap_export.positions import Int64Array, compact_positions
 from gap_export.progress import Progress, SilentProgress
 from gap_export.runtime.backend import FloatArray
@@ -42,6 +42,7 @@ class MaskedOracleReport:
 
     Attributes:
         bundle: Its folder.
+        candidate: What ran both, with its version.
         reference: The export it was compared with, in words.
         outputs: One row for the features, and one each for logits of prefill and of decode steps.
         num_questions: Pictures with their expressions.
@@ -50,15 +51,16 @@ class MaskedOracleReport:
     """
 
     bundle: str
+    candidate: str
     reference: str
-    outputs: tuple[OutputParity, ...]
+    outputs: tuple[TensorRow, ...]
     num_questions: int
     compact_max_abs_diff: float | None
 
     @property
     def is_sensitive(self) -> bool:
         """Whether re-numbered positions would have been noticed in every question."""
-        rows = [row for row in self.outputs if row.output.startswith("logits")]
+        rows = [row for row in self.outputs if row.tensor.startswith("logits")]
         allowed = max(row.atol + row.rtol * row.max_abs_reference for row in rows)
         return self.compact_max_abs_diff is None or self.compact_max_abs_diff > allowed
 
@@ -69,15 +71,12 @@ class MaskedOracleReport:
 
     def to_plain(self) -> dict[str, Any]:
         """JSON form; a difference that is not finite becomes null."""
-        rows = [asdict(row) for row in self.outputs]
-        for row in rows:
-            for key in ("max_abs_diff", "max_abs_reference"):
-                row[key] = row[key] if np.isfinite(row[key]) else None
         return {
             "passed": self.passed,
             "bundle": self.bundle,
+            "candidate": self.candidate,
             "reference": self.reference,
-            "outputs": rows,
+            "outputs": [plain_values(asdict(row)) for row in self.outputs],
             "num_questions": self.num_questions,
             "compact_max_abs_diff": self.compact_max_abs_diff,
             "is_sensitive": self.is_sensitive,
@@ -85,7 +84,7 @@ class MaskedOracleReport:
 
 
 def compare_with_unpatched(
-    patched: str | Path,
+    patched: str | Path | Bundle,
     original: str | Path,
     pictures: Sequence[ImageInput],
     expressions: Sequence[str],
@@ -99,7 +98,7 @@ def compare_with_unpatched(
     both are held in memory at a time. Tokens are those that the unpruned run prefers.
 
     Args:
-        patched: The bundle; every byte of it is hashed first.
+        patched: The bundle; every byte of it is hashed first, if it has not been opened.
         original: Folder of the export; every file that was patched is hashed first.
         pictures: At least one.
         expressions: One for each picture.
@@ -112,14 +111,9 @@ def compare_with_unpatched(
             mask's sum alone), so that there is nothing to compare with.
     """
     _check_arguments(pictures, expressions, num_steps)
-    bundle = open_bundle(patched, verify="full")
+    bundle = patched if isinstance(patched, Bundle) else open_bundle(patched, verify="full")
     manifest = bundle.manifest
-    if manifest.dtype not in TOLERANCES:
-        raise UsageError(
-            "how far results may be off has not been measured for this dtype",
-            seen=manifest.dtype,
-            allowed=", ".join(TOLERANCES),
-        )
+    tolerances = tolerances_of(manifest.dtype)
     progress = progress or SilentProgress()
     reference = UnpatchedGraphs(manifest, Path(original))
     found = _Found()
@@ -134,10 +128,12 @@ def compare_with_unpatched(
                 question.check_hidden()
             found.add(question, num_steps)
             advance(1)
+        name = candidate.name
     return MaskedOracleReport(
-        bundle=str(patched),
+        bundle=str(bundle.path),
+        candidate=name,
         reference=f"the unpatched graphs of {original}, dropped tokens masked out",
-        outputs=found.rows(TOLERANCES[manifest.dtype]),
+        outputs=found.rows(tolerances),
         num_questions=len(pictures),
         compact_max_abs_diff=min(found.compact) if found.compact else None,
     )
@@ -182,15 +178,17 @@ class _Found:
             renumbered = question.pruned_logits(question.renumbered(), tokens)
             self.compact.append(float(np.abs(renumbered - truth).max()))
 
-    def rows(self, tolerances: Mapping[str, Tolerance]) -> tuple[OutputParity, ...]:
+    def rows(self, tolerances: Mapping[str, Tolerance]) -> tuple[TensorRow, ...]:
         """The verdict on each output."""
         decoder, logits = "decoder_model_merged", tolerances["logits"]
         rows = [
-            _row("vision_encoder", "image_features", self.features, tolerances["image_features"]),
-            _row(decoder, "logits (prefill)", self.prefill, logits),
+            tensor_row(
+                "vision_encoder", "image_features", self.features, tolerances["image_features"]
+            ),
+            tensor_row(decoder, "logits (prefill)", self.prefill, logits),
         ]
         if self.decode:
-            rows.append(_row(decoder, "logits (decode)", self.decode, logits))
+            rows.append(tensor_row(decoder, "logits (decode)", self.decode, logits))
         return tuple(rows)
 
 
@@ -319,22 +317,3 @@ class _Question:
                 seen=f"logits change by {np.abs(one - other_one).max():.1e} with what is hidden",
                 fix="compare with the checkpoint instead: gap-export check",
             )
-
-
-def _row(component: str, output: str, pairs: _Pairs, tolerance: Tolerance) -> OutputParity:
-    largest = max(float(np.abs(truth).max(initial=0.0)) for truth, _ in pairs)
-    atol = tolerance.atol + tolerance.share * (largest if np.isfinite(largest) else 0.0)
-    results = [
-        compare_arrays(truth, judged, atol=atol, rtol=tolerance.rtol) for truth, judged in pairs
-    ]
-    return OutputParity(
-        component=component,
-        output=output,
-        calls=len(results),
-        max_abs_diff=max(result.max_abs_diff for result in results),
-        max_abs_reference=largest,
-        atol=atol,
-        rtol=tolerance.rtol,
-        passed=all(result.passed for result in results),
-        reason=next((result.reason for result in results if not result.passed), ""),
-    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from gap_export.evaluation.metrics import (
+from gap_export.parity.metrics import (
     accuracy_at,
     intersection_over_union,
+    paired_difference_interval,
     wilson_interval,
 )
 
@@ -52,3 +53,31 @@ def test_wilson_interval_matches_published_values():
 def test_wilson_interval_refuses_what_is_no_proportion(hits, total):
     with pytest.raises(ValueError, match="not a proportion"):
         wilson_interval(hits, total)
+
+
+def test_paired_interval_matches_published_values():
+    # As Newcombe 1998 (paired data) has them for method 10
+    for counts, low, high in [
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        ((18, 12, 2, 18), 0.0562, 0.3290),
+        ((53, 0, 0, 1), -0.0729, 0.0729),
+    ]:
+        assert paired_difference_interval(*counts) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_paired_interval_turns_with_its_sides():
+    low, high = paired_difference_interval(30, 9, 2, 9)
+    assert paired_difference_interval(30, 2, 9, 9) == pytest.approx((-high, -low))
+
+
+@pytest.mark.parametrize("total", [1, 500])
+def test_paired_interval_of_two_that_agree_holds_zero(total):
+    for counts in ((total, 0, 0, 0), (0, 0, 0, total)):
+        low, high = paired_difference_interval(*counts)
+        assert -1 <= low < 0 < high <= 1
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 0, 0), (1, -1, 0, 2)])
+def test_paired_interval_refuses_what_are_no_counts(counts):
+    with pytest.raises(ValueError, match="no counts"):
+        paired_difference_interval(*counts)

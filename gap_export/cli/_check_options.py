@@ -1,0 +1,222 @@
+"""Options of ``gap-export check``, and what their values mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from gap_export.cli._options import BACKENDS
+from gap_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from gap_export.parity.results import BackendKey, Level
+
+NUM_SAMPLES = 50
+_REPORT_FILE = "FILE"
+_Choice = TypeVar("_Choice", bound=str)
+
+AgainstOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--against",
+        metavar="CHECKPOINT|GOLDEN",
+        help="What to compare with: the checkpoint ([ROLE=]PATH, the same as --checkpoint), a "
+        "golden made by --record, or of a bundle made by `gap-export patch` the export that was "
+        "patched. [default: the checkpoint, where the bundle's was]",
+        show_default=False,
+    ),
+]
+BackendsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--backend",
+        metavar="ort|trt",
+        help="What runs the bundle. ort: ONNX Runtime; trt: its TensorRT engines, on this "
+        "machine's GPU. Repeatable. [default: ort]",
+        show_default=False,
+    ),
+]
+LevelsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--level",
+        metavar="positions|tensor|token|box|task",
+        help="What to compare: positions: the ids that RoPE sees; tensor: every output; token: "
+        "answers; box: their boxes; task: Acc@0.5. Repeatable. [default: all]",
+        show_default=False,
+    ),
+]
+CheckSamplesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--samples",
+        metavar="N",
+        min=1,
+        help=f"How many expressions to ask. [default: {NUM_SAMPLES}; a golden's own]",
+        show_default=False,
+    ),
+]
+CheckSeedOption = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", metavar="N", min=0, help="Of the samples. [default: 0]", show_default=False
+    ),
+]
+ImagesOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image",
+        metavar="FILE",
+        help="A picture of yours to compare on as well; repeatable.",
+        show_default=False,
+    ),
+]
+FailUnderOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fail-under",
+        metavar="LEVEL=SHARE",
+        help="Share in 0..1 below which a level fails: of token and box the questions that agree "
+        "but for ties, of task the Acc@0.5. Repeatable. positions and tensor have none: an id is "
+        "right or wrong, and how far a tensor may be off depends on its dtype alone. [default: "
+        "token=1, box=1; task: not significantly worse]",
+        show_default=False,
+    ),
+]
+PerLayerOption = Annotated[
+    bool, typer.Option("--per-layer", help="Compare what the model's layers give as well.")
+]
+RequireOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require",
+        metavar="ort|trt",
+        help="Run this backend, and fail (exit code 3) where it cannot be run here; otherwise "
+        "that is told, and no failure. Repeatable.",
+        show_default=False,
+    ),
+]
+RecordOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--record",
+        metavar="DIR",
+        help="Judge nothing: write what PyTorch gives, in the dtype of --backend, as a golden "
+        "that --against takes where there is no PyTorch.",
+        show_default=False,
+    ),
+]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="With --record: replace a golden that is there.")
+]
+ReportJsonOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--report-json",
+        metavar=_REPORT_FILE,
+        help="Write the report as JSON: what --json prints.",
+        show_default=False,
+    ),
+]
+JunitOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--junit",
+        metavar=_REPORT_FILE,
+        help="Write it as JUnit XML, a case for each backend and level.",
+        show_default=False,
+    ),
+]
+MarkdownOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--markdown",
+        metavar=_REPORT_FILE,
+        help="Write it as Markdown, for the summary of a job.",
+        show_default=False,
+    ),
+]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar=_REPORT_FILE,
+        help="Write it as a page with plots, which needs nothing but itself.",
+        show_default=False,
+    ),
+]
+
+
+def parse_backends(values: Sequence[str], option: str) -> list[BackendKey]:
+    """Each once.
+
+    Raises:
+        UsageError: one that there is not.
+    """
+    return _choose(values, list(BACKENDS), option)
+
+
+def parse_levels(values: Sequence[str]) -> list[Level]:
+    """Each once; all where none is named.
+
+    Raises:
+        UsageError: one that there is not.
+    """
+    from gap_export.parity.results import LEVELS
+
+    return _choose(values, LEVELS, "--level") or list(LEVELS)
+
+
+def parse_bars(values: Sequence[str]) -> dict[Level, float]:
+    """``["token=0.98"]`` as shares by level; which level may have one is no matter of syntax.
+
+    Raises:
+        UsageError: not of that form, no number, or a level is named twice.
+    """
+    from gap_export.parity.results import LEVELS
+
+    bars: dict[Level, float] = {}
+    for value in values:
+        name, _, number = value.partition("=")
+        try:
+            share = float(number)
+        except ValueError as err:
+            raise UsageError(
+                "--fail-under takes LEVEL=SHARE", seen=value, allowed="for example token=0.98"
+            ) from err
+        (level,) = _choose([name], LEVELS, "--fail-under")
+        if level in bars:
+            raise UsageError("--fail-under names a level twice", seen=level)
+        bars[level] = share
+    return bars
+
+
+def _choose(values: Sequence[str], allowed: Sequence[_Choice], option: str) -> list[_Choice]:
+    known = {str(choice): choice for choice in allowed}
+    unknown = next((value for value in values if value not in known), None)
+    if unknown is not None:
+        raise UsageError(f"{option} has no such choice", seen=unknown, allowed=", ".join(known))
+    return [known[value] for value in dict.fromkeys(values)]
+
+
+def refuse_ignored(why: str, options: Mapping[str, object]) -> None:
+    """An option that would be ignored is an error.
+
+    Args:
+        why: Why it would be.
+        options: Values by name; None, False and what is empty were not given.
+
+    Raises:
+        UsageError: one was given.
+    """
+    # A seed of 0 was.
+    given = [
+        name
+        for name, value in options.items()
+        if value or (isinstance(value, int) and not isinstance(value, bool))
+    ]
+    if given:
+        raise UsageError(f"{', '.join(given)} cannot be used here: {why}")

@@ -1,0 +1,184 @@
+"""What is judged: a backend that runs a bundle, or why it cannot be run here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from gap_export.bundle import Bundle
+from gap_export.engines.folder import engine_folders
+from gap_export.errors import BundleError, GapExportError, UsageError
+from gap_export.parity.levels.answers import AnswerPair
+from gap_export.parity.question import Question
+from gap_export.parity.replay import Call, replay
+from gap_export.parity.results import BackendKey
+from gap_export.parity.tally import Tally
+from gap_export.parity.tolerances import Tolerance, tolerances_of
+from gap_export.parity.truth import Recorded, Truth
+from gap_export.progress import Progress
+from gap_export.runtime.backend import Backend
+from gap_export.runtime.grounding import Grounding
+from gap_export.runtime.session import GroundingSession
+
+_DECODER = "decoder_model_merged"
+_Loaded = tuple[Backend, str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A backend that can be run and judged.
+
+    Attributes:
+        key: As the command line has it.
+        session: With the backend; closing it is the caller's.
+        decoder_graph: File of the graph that its decoder is, or was built from.
+        note: What should be known of that graph.
+        tolerances: By name of output, of its dtype.
+    """
+
+    key: BackendKey
+    session: GroundingSession
+    decoder_graph: str
+    note: str
+    tolerances: Mapping[str, Tolerance]
+
+    @property
+    def backend(self) -> Backend:
+        """The session's."""
+        return self.session.backend
+
+
+@dataclass(frozen=True, kw_only=True)
+class CannotRun:
+    """Why there is no candidate: nothing is wrong with the bundle, but with the place."""
+
+    reason: str
+
+
+@dataclass
+class Answered:
+    """What a candidate gave.
+
+    Attributes:
+        tally: Its outputs on the reference's inputs.
+        pairs: Its own answers, beside the reference's.
+        broken: Why it could not be run on the reference's inputs; empty where it could.
+    """
+
+    tally: Tally = field(default_factory=Tally)
+    pairs: list[AnswerPair] = field(default_factory=list)
+    broken: str = ""
+
+
+def open_candidate(
+    bundle: Bundle, key: BackendKey, *, engines: str | None, reference: Truth | None
+) -> Candidate | CannotRun:
+    """Load what runs a bundle.
+
+    Args:
+        bundle: Opened with ``verify="full"``; so are its engines.
+        key: Which.
+        engines: With TensorRT: which of the bundle's engines.
+        reference: What it is to be compared with.
+
+    Raises:
+        BundleError: a graph or engines that are damaged.
+        GapExportError: TensorRT cannot load an engine.
+    """
+    try:
+        return _open(bundle, key, engines, reference)
+    except UsageError as err:
+        # Damage is no matter of the place, a bundle without engines is.
+        lacks_engines = key == "trt" and not engine_folders(bundle)
+        if isinstance(err, BundleError) and not lacks_engines:
+            raise
+        return CannotRun(reason=str(err))
+
+
+def ask_candidate(
+    candidate: Candidate,
+    questions: Sequence[Question],
+    recorded: Recorded,
+    *,
+    replays: bool,
+    answers: bool,
+    progress: Progress,
+) -> Answered:
+    """Feed a candidate what the reference was fed, and ask it the same questions.
+
+    Args:
+        candidate: What is judged.
+        questions: What the reference was asked.
+        recorded: What it gave.
+        replays: Whether outputs are wanted.
+        answers: Whether answers are.
+        progress: Told what is done.
+    """
+    found = Answered()
+    with progress.stage(f"comparing {candidate.backend.name}", total=len(questions)) as advance:
+        for question, calls, expected in zip(
+            questions, recorded.calls, recorded.answers, strict=True
+        ):
+            if replays and not found.broken:
+                found.broken = _replay(found.tally, calls, candidate.backend)
+            if answers:
+                given = _ask(candidate.session, question)
+                found.pairs.append(
+                    AnswerPair.of_calls(question, expected, given, calls, candidate.tolerances)
+                )
+            advance(1)
+    return found
+
+
+def _replay(tally: Tally, calls: Sequence[Call], backend: Backend) -> str:
+    try:
+        tally.add(calls, replay(list(calls), backend))
+    except GapExportError as err:
+        return str(err)
+    return ""
+
+
+def _ask(session: GroundingSession, question: Question) -> Grounding | GapExportError:
+    """The reference could answer: a candidate that cannot is a finding, not a failed check."""
+    try:
+        return session.ground(question.image, question.expression)
+    except GapExportError as err:
+        return err
+
+
+def _open(
+    bundle: Bundle, key: BackendKey, engines: str | None, reference: Truth | None
+) -> Candidate:
+    backend, decoder_graph, note = _OPENERS[key](bundle, engines)
+    try:
+        tolerances = tolerances_of(backend.dtype)
+        if reference is not None:
+            reference.check_dtype(backend.dtype, backend.quantization)
+        session = GroundingSession(bundle.manifest, bundle.path, backend)
+    except GapExportError as err:
+        backend.__exit__(type(err), err, err.__traceback__)
+        raise
+    return Candidate(
+        key=key, session=session, decoder_graph=decoder_graph, note=note, tolerances=tolerances
+    )
+
+
+def _open_ort(bundle: Bundle, engines: str | None) -> _Loaded:
+    from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+
+    del engines  # of the other one
+    return OnnxRuntimeBackend(bundle), bundle.manifest.graph(_DECODER).file, ""
+
+
+def _open_trt(bundle: Bundle, engines: str | None) -> _Loaded:
+    from gap_export.runtime.tensorrt_backend import TensorRTBackend
+
+    backend = TensorRTBackend.open(bundle, engines=engines, verify="full")
+    (file,) = (spec.graph for spec in backend.engines if spec.component == _DECODER)
+    return backend, file, f"read from {file}, which the engine was built from"
+
+
+_OPENERS: Mapping[BackendKey, Callable[[Bundle, str | None], _Loaded]] = MappingProxyType(
+    {"ort": _open_ort, "trt": _open_trt}
+)

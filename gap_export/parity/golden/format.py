@@ -1,0 +1,217 @@
+"""What is in a golden's ``golden.json``, as plain frozen dataclasses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+from gap_export.errors import UsageError
+from gap_export.manifest import (
+    Manifest,
+    PruningSpec,
+    QuantizationSpec,
+    SourceFile,
+    from_plain,
+    to_plain,
+)
+from gap_export.runtime.geometry import Box
+from gap_export.runtime.grounding import Grounding
+
+GOLDEN_NAME = "golden.json"
+HASH_NAME = f"{GOLDEN_NAME}.sha256"
+TENSORS_NAME = "golden.safetensors"
+NAMES = frozenset({GOLDEN_NAME, HASH_NAME, TENSORS_NAME})
+FORMAT = "gap-export-golden"
+FORMAT_VERSION = 1
+RECORD_AGAIN = "record it again: gap-export check BUNDLE --record DIR"
+
+# A golden's dtypes by their names in a safetensors file.
+SAFETENSORS_DTYPES: Mapping[str, str] = MappingProxyType(
+    {"float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64", "uint8": "U8"}
+)
+
+
+class Signature(NamedTuple):
+    """What a recorded call must and may have."""
+
+    inputs: frozenset[str]
+    outputs: frozenset[str]
+    optional: frozenset[str] = frozenset()
+
+
+def _signature(inputs: str, outputs: str, optional: str = "") -> Signature:
+    return Signature(*(frozenset(names.split()) for names in (inputs, outputs, optional)))
+
+
+# Inputs and outputs of each method of a backend that a session calls.
+_SEES = "pixel_values text_embeds"
+METHODS: Mapping[str, Signature] = MappingProxyType(
+    {
+        "encode_text": _signature("input_ids", "text_embeds"),
+        "encode_image": _signature(_SEES, "image_features keep_indices", "token_scores"),
+        "score_tokens": _signature(_SEES, "token_scores patch_features", "patch_keys"),
+        "prune_tokens": _signature(
+            "token_scores patch_features patch_keys num_kept_tokens",
+            "image_features keep_indices",
+            "token_scores",
+        ),
+        "image_newline": _signature("", "image_newline"),
+        "embed_tokens": _signature("input_ids", "inputs_embeds"),
+        "new_cache": _signature("batch_size", ""),
+        "decode": _signature("inputs_embeds attention_mask position_ids kept_positions", "logits"),
+    }
+)
+# Inputs that are one number, and not arrays.
+SCALARS = frozenset({"batch_size", "num_kept_tokens"})
+# Inputs that are not there for every model.
+OPTIONAL_INPUTS = frozenset({"text_embeds", "patch_keys"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """An array in the golden's safetensors file, by whose header other tools find it, too.
+
+    Attributes:
+        dtype: numpy's name, little-endian.
+        shape: Dimensions, row-major.
+        offset: Of its first byte, from the start of the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredCall:
+    """A call of the reference; arrays by their names in the golden."""
+
+    method: str
+    inputs: Mapping[str, str | None]
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredQuestion:
+    """A question.
+
+    Attributes:
+        image: Array of the picture: uint8 [H, W, 3], upright, RGB.
+        image_sha256: Of that array's bytes.
+        expression: What was asked.
+        box: The true one, in pixels, where it is known.
+    """
+
+    image: str
+    image_sha256: str
+    expression: str
+    box: Box | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredPart:
+    """One part of the checkpoint that was asked.
+
+    Attributes:
+        role: As the recipe has it.
+        commit: Of its repository, where the files lay in a hub's cache; else None.
+        files: What was read, with its hashes.
+    """
+
+    role: str
+    commit: str | None
+    files: tuple[SourceFile, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenSpec:
+    """The whole of ``golden.json``, but for ``format`` and ``format_version``.
+
+    Attributes:
+        recorded: When, in UTC, e.g. ``2026-01-31T23:59:59Z``.
+        reference: What was asked, with its version.
+        tools: Versions of what computed it, by name.
+        seed: Of the samples.
+        model: Name of the recipe.
+        family: Of the model.
+        source: The checkpoint; empty where the weights are random.
+        random_seed: Of random weights, else None.
+        dtype: What the reference computed in.
+        quantization: Of the decoder's weights, which were the bundle's own; None for none.
+        pruning: What was pruned, and how.
+        tensors_size: Of the safetensors file, in bytes.
+        tensors_sha256: Of its bytes.
+        tensors: Arrays by name.
+        questions: In the order they were asked.
+        calls: Of each question.
+        answers: To each question.
+    """
+
+    recorded: str
+    reference: str
+    tools: Mapping[str, str]
+    seed: int
+    model: str
+    family: str
+    source: tuple[StoredPart, ...]
+    random_seed: int | None
+    dtype: str
+    quantization: QuantizationSpec | None
+    pruning: PruningSpec
+    tensors_size: int
+    tensors_sha256: str
+    tensors: Mapping[str, StoredTensor]
+    questions: tuple[StoredQuestion, ...]
+    calls: tuple[tuple[StoredCall, ...], ...]
+    answers: tuple[Grounding, ...]
+
+    def to_json(self) -> bytes:
+        """ASCII, so that half characters in somebody's expression do no harm."""
+        plain = {"format": FORMAT, "format_version": FORMAT_VERSION, **to_plain(self)}
+        return (json.dumps(plain, indent=1, allow_nan=False) + "\n").encode()
+
+
+def parse_golden(raw: bytes) -> GoldenSpec:
+    """Read ``golden.json``.
+
+    Raises:
+        UsageError: not JSON, another format or version, an unknown or missing key, or a value of
+            the wrong type.
+    """
+    try:
+        plain = json.loads(raw, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as err:
+        raise UsageError(f"{GOLDEN_NAME} is not JSON", seen=err, fix=RECORD_AGAIN) from err
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        raise UsageError(
+            f"{GOLDEN_NAME} is not a golden of gap-export",
+            allowed=f'a JSON object with "format": "{FORMAT}"',
+        )
+    version = plain.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise UsageError(
+            "the golden has a format_version that is not supported",
+            seen=repr(version),
+            allowed=str(FORMAT_VERSION),
+            fix=RECORD_AGAIN,
+        )
+    fields = {k: v for k, v in plain.items() if k not in ("format", "format_version")}
+    return from_plain(GoldenSpec, fields, where=GOLDEN_NAME)
+
+
+def hash_line(raw: bytes) -> bytes:
+    """Content of ``golden.json.sha256``, as ``sha256sum -c`` reads it."""
+    return f"{hashlib.sha256(raw).hexdigest()}  {GOLDEN_NAME}\n".encode()
+
+
+def source_of(manifest: Manifest) -> dict[str, tuple[SourceFile, ...]]:
+    """Files of a bundle's checkpoint, by role."""
+    return {part.role: part.files for part in manifest.source.parts}
+
+
+def _refuse_constant(name: str) -> float:
+    raise UsageError(f"{GOLDEN_NAME}: not a number", seen=name, allowed="finite numbers")

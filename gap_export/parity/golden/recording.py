@@ -1,0 +1,289 @@
+"""Writing a golden: in a hidden sibling folder, renamed when complete."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gap_export.bundle.drafts import make_draft_folder, put_in_place, sweep_drafts, sync_tree
+from gap_export.bundle.files import sha256_of
+from gap_export.errors import OutputError, UsageError
+from gap_export.manifest import Manifest, QuantizationSpec
+from gap_export.parity.golden.format import (
+    GOLDEN_NAME,
+    HASH_NAME,
+    NAMES,
+    SAFETENSORS_DTYPES,
+    TENSORS_NAME,
+    GoldenSpec,
+    StoredCall,
+    StoredPart,
+    StoredQuestion,
+    StoredTensor,
+    hash_line,
+)
+from gap_export.parity.question import Question
+from gap_export.parity.replay import Call
+from gap_export.runtime.grounding import Grounding
+from gap_export.runtime.image import load_image
+from gap_export.version import __version__
+
+# What a result may depend on.
+_TOOLS = ("numpy", "torch", "transformers", "pillow", "tokenizers")
+# A hub's cache keeps each commit's files in a folder of its name.
+_SNAPSHOT = re.compile(r"(?:^|/)snapshots/([0-9a-f]{40})(?:/|$)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceFacts:
+    """What is to be known of a reference.
+
+    Attributes:
+        name: What it is, with its version.
+        dtype: What it computes in.
+        quantization: Of its decoder's weights; None for none.
+    """
+
+    name: str
+    dtype: str
+    quantization: QuantizationSpec | None
+
+
+def record_golden(
+    folder: str | Path,
+    *,
+    manifest: Manifest,
+    reference: ReferenceFacts,
+    questions: Sequence[Question],
+    calls: Sequence[Sequence[Call]],
+    answers: Sequence[Grounding],
+    seed: int,
+    force: bool = False,
+) -> Path:
+    """Keep everything PyTorch gave for some questions.
+
+    Arrays that occur more than once, such as the picture of several expressions, are written once.
+
+    Args:
+        folder: The golden's; its parent exists.
+        manifest: Of the bundle.
+        reference: What was asked.
+        questions: At least one.
+        calls: Of each question.
+        answers: To each question.
+        seed: Of the samples.
+        force: Replace a golden that is there. Any other folder is refused in any case.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        ImageError: a picture cannot be read.
+        OutputError: the folder is taken, or cannot be written.
+        UsageError: no questions.
+    """
+    if not questions:
+        raise UsageError("nothing to record", seen="0 questions", allowed="at least 1")
+    final = Path(folder).absolute()
+    check_golden_place(final, force=force)
+    arrays = _Arrays()
+    asked = tuple(_store_question(arrays, question, manifest) for question in questions)
+    called = tuple(tuple(_store_call(arrays, call) for call in each) for each in calls)
+    assert len(asked) == len(called) == len(answers), "calls and an answer for each question"
+    with _draft(final) as draft:
+        tensors = arrays.write(draft / TENSORS_NAME)
+        spec = GoldenSpec(
+            recorded=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            reference=reference.name,
+            tools=_tools(),
+            seed=seed,
+            model=manifest.model.name,
+            family=manifest.model.family,
+            source=_source(manifest),
+            random_seed=manifest.source.random_seed,
+            dtype=reference.dtype,
+            quantization=reference.quantization,
+            pruning=manifest.pruning,
+            tensors_size=(draft / TENSORS_NAME).stat().st_size,
+            tensors_sha256=sha256_of(draft / TENSORS_NAME),
+            tensors=tensors,
+            questions=asked,
+            calls=called,
+            answers=tuple(_without_scores(answer) for answer in answers),
+        )
+        raw = spec.to_json()
+        (draft / GOLDEN_NAME).write_bytes(raw)
+        (draft / HASH_NAME).write_bytes(hash_line(raw))
+        sync_tree(draft, leave_out=())
+        # Somebody may have put something there meanwhile.
+        check_golden_place(final, force=force)
+        put_in_place(draft, final)
+    return final
+
+
+def check_golden_place(folder: str | Path, *, force: bool) -> None:
+    """Refuse a place for a golden, before the work.
+
+    Args:
+        folder: The golden's.
+        force: Whether a golden that is there is to be replaced.
+
+    Raises:
+        OutputError: its parent is no folder or cannot be written; or there is something already.
+    """
+    final = Path(folder).absolute()
+    if not final.parent.is_dir():
+        raise OutputError(
+            "the folder that the golden is to be in does not exist",
+            seen=final.parent,
+            fix="create it, or choose another place",
+        )
+    if not os.access(final.parent, os.W_OK | os.X_OK):
+        raise OutputError("nothing can be written there", seen=final.parent)
+    if not os.path.lexists(final):
+        return
+    if final.is_symlink() or not final.is_dir():
+        raise OutputError("the golden's place is taken: not a folder", seen=final)
+    names = {path.name for path in final.iterdir()}
+    if not names:
+        return
+    if GOLDEN_NAME not in names or not names <= NAMES:
+        raise OutputError(
+            "the golden's folder exists and holds something else",
+            seen=f"{final} ({min(names - NAMES, default=f'no {GOLDEN_NAME}')})",
+            allowed="a new or an empty folder",
+            fix="choose another place; --force replaces goldens only",
+        )
+    if not force:
+        raise OutputError(
+            "the folder holds a golden already",
+            seen=final,
+            allowed="a new or an empty folder",
+            fix="choose another place, or replace the golden with --force",
+        )
+
+
+class _Arrays:
+    """Arrays by name, each distinct one once."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+        self._arrays: dict[str, NDArray[Any]] = {}
+
+    def add(self, array: NDArray[Any]) -> str:
+        """Take an array; its name in the golden."""
+        array = np.asarray(array)
+        # Little-endian, as the file is.
+        array = np.require(array, array.dtype.newbyteorder("<"), "C")
+        assert array.dtype.name in SAFETENSORS_DTYPES, array.dtype
+        digest = hashlib.sha256(f"{array.dtype.name}{array.shape}".encode())
+        digest.update(_bytes_of(array))
+        name = self._names.setdefault(digest.hexdigest(), f"array_{len(self._names)}")
+        self._arrays.setdefault(name, array)
+        return name
+
+    def write(self, path: Path) -> dict[str, StoredTensor]:
+        """Write all into a new safetensors file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        # Not at the top: it imports torch, which reading a golden must not.
+        from gap_export.weights.placing import lay_out, new_file
+
+        header, placed = lay_out(
+            path.name,
+            {n: (SAFETENSORS_DTYPES[a.dtype.name], a.shape) for n, a in self._arrays.items()},
+        )
+        with new_file(path, header, placed.values()) as stream:
+            for name, array in self._arrays.items():
+                assert stream.tell() == placed[name].offset, name
+                stream.write(_bytes_of(array))
+        return {
+            name: StoredTensor(
+                dtype=array.dtype.name, shape=array.shape, offset=placed[name].offset
+            )
+            for name, array in self._arrays.items()
+        }
+
+
+def _bytes_of(array: NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _store_question(arrays: _Arrays, question: Question, manifest: Manifest) -> StoredQuestion:
+    # As displayed: loading it once more changes nothing.
+    pixels = np.asarray(load_image(question.image, pad_color=manifest.image.pad_color))
+    return StoredQuestion(
+        image=arrays.add(pixels),
+        image_sha256=hashlib.sha256(_bytes_of(pixels)).hexdigest(),
+        expression=question.expression,
+        box=question.box,
+    )
+
+
+def _store_call(arrays: _Arrays, call: Call) -> StoredCall:
+    return StoredCall(
+        method=call.method,
+        inputs={n: None if a is None else arrays.add(a) for n, a in call.inputs.items()},
+        outputs={name: arrays.add(array) for name, array in call.outputs.items()},
+    )
+
+
+def _without_scores(answer: Grounding) -> Grounding:
+    """Scores are for pictures, and as outputs of a graph they are among the calls."""
+    return replace(answer, tokens=tuple(replace(grid, scores=None) for grid in answer.tokens))
+
+
+def _source(manifest: Manifest) -> tuple[StoredPart, ...]:
+    found = []
+    for part in manifest.source.parts:
+        match = _SNAPSHOT.search(part.location)
+        commit = None if match is None else match.group(1)
+        found.append(StoredPart(role=part.role, commit=commit, files=part.files))
+    return tuple(found)
+
+
+def _tools() -> dict[str, str]:
+    versions = {"gap-export": __version__, "python": platform.python_version()}
+    for name in _TOOLS:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            # Then it took no part.
+            continue
+    return versions
+
+
+@contextmanager
+def _draft(final: Path) -> Iterator[Path]:
+    """A folder that is to become the golden; gone afterwards where it did not."""
+    draft, lock = None, -1
+    try:
+        sweep_drafts(final)
+        draft, lock = make_draft_folder(final)
+        yield draft
+    except OSError as err:
+        raise OutputError(
+            "the golden cannot be written",
+            seen=f"{final}: {err.strerror or err}",
+            fix="make room or choose another place; nothing half-written was left",
+        ) from err
+    finally:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+        if lock >= 0:
+            os.close(lock)

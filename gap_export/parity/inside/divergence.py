@@ -1,0 +1,181 @@
+"""Where a graph begins to be wrong: the first tensor that diverges, its operator and its module.
+
+In two steps. At the borders of modules the graph is compared with what PyTorch's modules were given
+and gave; the first border that is off is found by bisection, so that a few values are held at a
+time. Between it and the last one that is right the graph is compared, value by value, with one that
+an export makes now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from gap_export.bundle import Bundle
+from gap_export.parity.compare import compare_arrays, measure_differences
+from gap_export.parity.inside.changed_nodes import Place, wrong_operator, wrong_weight
+from gap_export.parity.inside.graph_search import CHUNK, Look, Search, allowed_for, largest_of
+from gap_export.parity.inside.module_taps import Tap, find_taps
+from gap_export.parity.inside.reference_taps import ReferenceTaps
+from gap_export.parity.replay import Call
+from gap_export.parity.results import Divergence, TensorRow
+from gap_export.parity.tolerances import Tolerance
+
+_WHY = "as its dtype's outputs, of the largest value of the tensor"
+
+
+def find_divergence(
+    bundle: Bundle, component: str, call: Call, truth: ReferenceTaps, *, calls: Sequence[Call] = ()
+) -> Divergence | None:
+    """The first tensor of a base graph that is not what it should be.
+
+    The graph is run by ONNX Runtime without optimisations.
+
+    Args:
+        bundle: A checked one.
+        component: Which of its graphs.
+        call: A recorded call of that component whose outputs are off.
+        truth: What it is compared with.
+        calls: All calls of the same question; a decode step needs those before it.
+
+    Returns:
+        None where nothing of it is off by more than is allowed: what is wrong lies in how the
+        graph was run.
+
+    Raises:
+        UsageError: a decode step without those before it, or a dtype that is not compared.
+        GapExportError: ONNX Runtime cannot run the graph.
+    """
+    search = Search.of(bundle, component, call, truth, calls)
+    taps = find_taps(search.graph, [spec.name for spec in search.replayed.component.outputs])
+    found = _bisect(search, taps)
+    if found is None:
+        return None
+    first, last, before = found
+    place = wrong_weight(search, first, before) or wrong_operator(search, first, before, truth)
+    if isinstance(place, str):
+        # An input of the graph has no node: some module reads it that must not.
+        index = search.graph.producers.get(first.tap.value)
+        node = None if index is None else search.graph.nodes[index]
+        where = Place(
+            tensor=first.tap.value,
+            operator="" if node is None else node.op_type,
+            node="" if node is None else node.name,
+            module=first.tap.module if first.tap.side is not None else "",
+            cause=place,
+        )
+    else:
+        where = place
+    return Divergence(
+        component=component,
+        call=_name_of(call, component),
+        tensor=where.tensor,
+        operator=where.operator,
+        node=where.node,
+        module=where.module,
+        max_abs_diff=first.max_abs_diff if where.max_abs_diff is None else where.max_abs_diff,
+        allowed=first.allowed if where.allowed is None else where.allowed,
+        last_agreeing=where.last_agreeing or ("" if last is None else last.value),
+        cause=where.cause,
+    )
+
+
+def compare_layers(
+    bundle: Bundle, component: str, call: Call, truth: ReferenceTaps, *, calls: Sequence[Call] = ()
+) -> tuple[TensorRow, ...]:
+    """What every module of a component gives, beside what the reference's does.
+
+    Args:
+        bundle: A checked one.
+        component: Which of its graphs; its base graph is run, without optimisations.
+        call: A recorded call of it.
+        truth: What it is compared with.
+        calls: All calls of the same question; a decode step needs those before it.
+
+    Returns:
+        A row for each module with a weight, in the order in which they are run.
+
+    Raises:
+        UsageError: a decode step without those before it, or a dtype that is not compared.
+        GapExportError: ONNX Runtime cannot run the graph.
+    """
+    search = Search.of(bundle, component, call, truth, calls)
+    taps = [tap for tap in find_taps(search.graph, ()) if tap.side == "output"]
+    suffix = f" ({_name_of(call, component).split(' ')[0]})" if call.is_decode else ""
+    rows = []
+    for start in range(0, len(taps), CHUNK):
+        for tap, expected, seen in search.pairs(taps[start : start + CHUNK]):
+            rows.append(_row(component, tap, suffix, expected, seen, search.tolerance))
+    return tuple(rows)
+
+
+def _bisect(search: Search, taps: Sequence[Tap]) -> tuple[Look, Tap | None, list[Tap]] | None:
+    """The first tap that is off, the one before it, and all before it; None if there is none.
+
+    What is wrong stays wrong from there on, as far as this goes; that the tap before agrees is
+    looked at in any case.
+    """
+    chunks = [taps[start : start + CHUNK] for start in range(0, len(taps), CHUNK)]
+    low, high = 0, len(chunks)
+    looked: dict[int, list[Look]] = {}
+    while low < high:
+        middle = (low + high) // 2
+        looked[middle] = search.look(chunks[middle])
+        if all(look.agrees for look in looked[middle]):
+            low = middle + 1
+        else:
+            high = middle
+    if low == len(chunks):
+        return None
+    before = [tap for chunk in chunks[:low] for tap in chunk]
+    for look in looked[low]:
+        if not look.agrees:
+            return look, before[-1] if before else None, before
+        before.append(look.tap)
+    raise AssertionError("a chunk that is off has a tap that is off")
+
+
+def _name_of(call: Call, component: str) -> str:
+    if not call.is_decode:
+        return component
+    embeds, mask, table = (
+        call.inputs[name] for name in ("inputs_embeds", "attention_mask", "kept_positions")
+    )
+    assert embeds is not None and mask is not None and table is not None
+    step = mask.shape[1] - table.shape[1]
+    return f"decode {step}" if step else "prefill"
+
+
+def _row(
+    component: str,
+    tap: Tap,
+    suffix: str,
+    expected: NDArray[Any],
+    seen: NDArray[Any],
+    tolerance: Tolerance,
+) -> TensorRow:
+    allowed = allowed_for(expected, tolerance)
+    verdict = compare_arrays(expected, seen, atol=allowed, rtol=0.0)
+    found = measure_differences([(expected, seen)])
+    return TensorRow(
+        component=component,
+        tensor=f"{tap.value}{suffix}",
+        module=tap.module or component,
+        calls=1,
+        max_abs_diff=found.max_abs,
+        mean_abs_diff=found.mean_abs,
+        p99_abs_diff=found.p99_abs,
+        max_rel_diff=found.max_rel,
+        mean_rel_diff=found.mean_rel,
+        p99_rel_diff=found.p99_rel,
+        cosine=found.cosine,
+        num_nonfinite=found.num_nonfinite,
+        max_abs_reference=largest_of(expected),
+        atol=allowed,
+        rtol=0.0,
+        why=_WHY,
+        passed=verdict.passed,
+        reason=verdict.reason,
+    )

@@ -1,0 +1,282 @@
+"""The position ids that RoPE really saw, read out of a decoder's graph.
+
+Found by structure: whatever turns ids into angles is a Cos or a Sin, or takes rows from a table of
+them. Of the graph only what makes the ids is run, and the ids do not depend on a token or on what
+the cache holds, so that the prompts here are only tables of positions. What must be seen is worked
+out apart from any graph, by :mod:`gap_export.positions`.
+
+Shape letters: B rows, S fed tokens, P prompt tokens after pruning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gap_export.bundle import Bundle
+from gap_export.errors import BundleError, GapExportError
+from gap_export.manifest import GraphSpec, Manifest
+from gap_export.parity.inside.id_readers import IdReader, find_id_readers
+from gap_export.parity.inside.taps import Graph, run_taps
+from gap_export.parity.results import PositionsRow
+from gap_export.positions import (
+    Int64Array,
+    VisualSpan,
+    build_kept_positions,
+    compact_positions,
+    gap_remap,
+    slots_from_mask,
+    stack_kept_positions,
+)
+
+DECODER = "decoder_model_merged"
+# Tokens around the image of a prompt that stands for all; two rows, so that one is padded.
+_PREFIX, _SUFFIXES = 5, (7, 3)
+# Kept tokens of a prompt whose ids go up to the model's last.
+_FAR_LENGTHS = (12, 9)
+_LOOKED_FOR = (
+    "no place was found where ids become angles: a Cos or Sin of ids times frequencies, a row "
+    "taken from a table of these, or a RotaryEmbedding with position_ids"
+)
+# numpy has no bfloat16; nothing that makes ids reads such values.
+_DTYPES: Mapping[str, type[np.generic]] = {
+    "float32": np.float32, "float16": np.float16, "bfloat16": np.float16, "int64": np.int64,
+}  # fmt: skip
+Ids = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionsNotRead:
+    """There is no telling which ids RoPE sees.
+
+    Attributes:
+        reason: Why, in one sentence.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prompt:
+    """A batch of prompts, as far as positions go.
+
+    Attributes:
+        kept_positions: int64 [B, P].
+        attention_mask: int64 [B, P], 0 for padding on the left.
+    """
+
+    kept_positions: Int64Array
+    attention_mask: Int64Array
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Int64Array]) -> _Prompt:
+        table = stack_kept_positions(rows)
+        mask = np.zeros(table.shape, dtype=np.int64)
+        for target, row in zip(mask, rows, strict=True):
+            target[len(target) - len(row) :] = 1
+        return cls(kept_positions=table, attention_mask=mask)
+
+    @property
+    def last_id(self) -> int:
+        """The largest there is, but for what continues the table of a shorter row."""
+        lengths = self.attention_mask.sum(axis=1)
+        return max(
+            int(row[:length].max())
+            for row, length in zip(self.kept_positions, lengths, strict=True)
+        )
+
+    def at(self, step: int) -> tuple[Int64Array, Int64Array]:
+        """Mask [B, P + step] and slots [B, S] of prefill (0) or of a decode step (1, 2, ...)."""
+        rows = len(self.attention_mask)
+        answered = np.ones((rows, step), dtype=np.int64)
+        mask = np.concatenate([self.attention_mask, answered], axis=1)
+        slots = slots_from_mask(mask)
+        return mask, slots[:, -1:] if step else slots
+
+
+def read_positions(
+    bundle: Bundle,
+    *,
+    steps: Sequence[int] = (0, 1, 2, 50),
+    file: str | None = None,
+    tables: Sequence[Int64Array] = (),
+) -> tuple[PositionsRow, ...] | PositionsNotRead:
+    """Read the ids that a decoder's rotary embedding sees, and compare them with what they must be.
+
+    Args:
+        bundle: A checked one.
+        steps: 0 for prefill, n for the n-th decode step, which feeds the n-th token of an answer.
+        file: Which graph of the decoder, by its path in the bundle; None for the base graph.
+        tables: int64 [B, P] each, ``kept_positions`` of real prompts, none of them padded. Besides
+            these there are always a padded batch in the bundle's own shape, and ids up to the last
+            one the model knows.
+
+    Returns:
+        A row for each step, of the prompt and the reader that are furthest off; or, where ONNX
+        Runtime does not run the part of the graph that makes the ids, why.
+
+    Raises:
+        BundleError: there is no such graph, or its file is damaged.
+    """
+    manifest = bundle.manifest
+    spec = _decoder_graph(manifest, file)
+    graph = Graph.read(bundle.file(spec.file))
+    readers = find_id_readers(graph)
+    prompts = [
+        *(_Prompt(kept_positions=table, attention_mask=np.ones_like(table)) for table in tables),
+        *_prompts(manifest, last_step=max(steps)),
+    ]
+    rows = []
+    try:
+        for step in steps:
+            found = [
+                _look(graph, spec, readers, prompt, step)
+                for prompt in _within(prompts, step, manifest.decoder.max_position_embeddings)
+            ]
+            # The furthest off; of several that are right the one that reaches furthest.
+            worst = max(found, key=lambda one: (one.off, one.row.expected[1]))
+            rows.append(worst.row)
+    except GapExportError as err:
+        return PositionsNotRead(reason=f"the ids inside {spec.file} cannot be read: {err}")
+    return tuple(rows)
+
+
+def _decoder_graph(manifest: Manifest, file: str | None) -> GraphSpec:
+    """The decoder's graph in a file.
+
+    Raises:
+        BundleError: there is none.
+    """
+    if file is None:
+        return manifest.graph(DECODER)
+    graphs = {graph.file: graph for graph in manifest.graphs if graph.component == DECODER}
+    if file not in graphs:
+        raise BundleError(
+            "the bundle has no such graph of its decoder", seen=file, allowed=", ".join(graphs)
+        )
+    return graphs[file]
+
+
+def _prompts(manifest: Manifest, *, last_step: int) -> Iterator[_Prompt]:
+    """Of the bundle's own shape; and as far as ids go, for all steps and for prefill."""
+    pruning = manifest.pruning
+    num_visual, num_kept = pruning.num_visual_tokens, pruning.num_emitted_tokens
+    keep = np.linspace(0, num_visual - 1, num_kept).astype(np.int64)
+    if pruning.order != "raster":
+        keep = keep[::-1]
+    span = VisualSpan(start=_PREFIX, num_visual_tokens=num_visual, keep_indices=keep)
+    rows = [
+        build_kept_positions(unpruned_length=_PREFIX + num_visual + suffix, spans=[span])
+        for suffix in _SUFFIXES
+    ]
+    compact = pruning.positions == "compact"
+    yield _Prompt.of_rows([compact_positions(len(row)) for row in rows] if compact else rows)
+    for back in (last_step, 0):
+        last = max(manifest.decoder.max_position_embeddings - 1 - back, 0)
+        if compact:
+            yield _Prompt.of_rows([compact_positions(last + 1)])
+            continue
+        # Some tokens, far apart.
+        ids = (np.linspace(0, last, length).astype(np.int64) for length in _FAR_LENGTHS)
+        yield _Prompt.of_rows([np.unique(row) for row in ids])
+
+
+def _within(prompts: Sequence[_Prompt], step: int, num_positions: int) -> list[_Prompt]:
+    """Those whose ids the model knows; there is always one, but of a model for a few tokens."""
+    ends = [prompt.last_id + step for prompt in prompts]
+    found = [prompt for prompt, end in zip(prompts, ends, strict=True) if end < num_positions]
+    return found or [prompts[int(np.argmin(ends))]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    off: float
+    row: PositionsRow
+
+
+def _look(
+    graph: Graph, spec: GraphSpec, readers: Sequence[IdReader], prompt: _Prompt, step: int
+) -> _Seen:
+    """One step of one prompt."""
+    mask, slots = prompt.at(step)
+    expected = gap_remap(slots, prompt.kept_positions)
+    call = f"decode {step}" if step else "prefill"
+    if not readers:
+        ends = _ends(expected.astype(np.float64), 0)
+        return _Seen(off=np.inf, row=_row(call, 0, ends, (np.nan, np.nan), _LOOKED_FOR))
+    given = {
+        "attention_mask": mask,
+        "position_ids": slots,
+        "kept_positions": prompt.kept_positions,
+    }
+    feed = _feed(spec, given, past=mask.shape[1] - slots.shape[1])
+    names = list(dict.fromkeys(name for reader in readers for name in reader.values))
+    values = run_taps(graph, names, feed)
+    truth = expected.astype(np.float64)
+    worst = _Seen(off=-1.0, row=_row(call, len(readers), _ends(truth, 0), _ends(truth, 0), ""))
+    for reader in readers:
+        seen = reader.ids(values, truth.shape)
+        if isinstance(seen, str):
+            row = _row(call, len(readers), _ends(truth, 0), (np.nan, np.nan), seen)
+            return _Seen(off=np.inf, row=row)
+        # What is not a number is as far off as can be.
+        difference = np.nan_to_num(np.abs(seen - truth), nan=np.inf)
+        off = float(difference.max())
+        if off > worst.off:
+            batch_row = int(difference.max(axis=1).argmax())
+            reason = _describe(reader, seen, truth) if off else ""
+            row = _row(call, len(readers), _ends(truth, batch_row), _ends(seen, batch_row), reason)
+            worst = _Seen(off=off, row=row)
+    return worst
+
+
+def _row(
+    call: str,
+    readers: int,
+    expected: tuple[float, float],
+    seen: tuple[float, float],
+    reason: str,
+) -> PositionsRow:
+    return PositionsRow(
+        call=call,
+        readers=readers,
+        expected=(int(expected[0]), int(expected[1])),
+        seen=seen,
+        passed=not reason,
+        reason=reason,
+    )
+
+
+def _ends(ids: Ids, row: int) -> tuple[float, float]:
+    return float(ids[row, 0]), float(ids[row, -1])
+
+
+def _describe(reader: IdReader, seen: Ids, truth: Ids) -> str:
+    wrong = seen != truth
+    row, token = (int(index) for index in np.argwhere(wrong)[0])
+    return (
+        f"{reader.name} sees {seen[row, token]:g} instead of {truth[row, token]:g} "
+        f"(row {row}, token {token}; {int(wrong.sum())} of {wrong.size} ids are wrong)"
+    )
+
+
+def _feed(
+    spec: GraphSpec, given: Mapping[str, Int64Array], *, past: int
+) -> dict[str, NDArray[Any]]:
+    """All inputs of a decoder; embeddings and cache are zeros, since ids do not depend on them."""
+    sizes: dict[str, int] = {}
+    for tensor in spec.inputs:
+        if tensor.name in given:
+            pairs = zip(tensor.shape, given[tensor.name].shape, strict=True)
+            sizes.update({dim: size for dim, size in pairs if isinstance(dim, str)})
+    feed: dict[str, NDArray[Any]] = dict(given)
+    for tensor in spec.inputs:
+        if tensor.name not in given:
+            # Whatever no other input has is the number of slots that are filled.
+            shape = [dim if isinstance(dim, int) else sizes.get(dim, past) for dim in tensor.shape]
+            feed[tensor.name] = np.zeros(shape, dtype=_DTYPES[tensor.dtype])
+    return feed

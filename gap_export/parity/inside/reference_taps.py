@@ -1,0 +1,189 @@
+"""What goes into and comes out of each module of the PyTorch reference, in a recorded call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gap_export.errors import UsageError
+from gap_export.families import Component, Reference
+from gap_export.manifest import PruningSpec, QuantizationSpec
+from gap_export.parity.inside.taps import Arrays
+from gap_export.parity.replay import Call
+from gap_export.positions import gap_remap
+from gap_export.recipe import Recipe
+from gap_export.source import Checkpoint
+from gap_export.weights import SAFETENSORS_NAMES, TORCH_DTYPES
+
+Side = Literal["input", "output"]
+_KEPT_SLOTS, _NUM_KEPT = "kept_slots", "num_kept_tokens"
+_POSITION_IDS, _KEPT_POSITIONS = "position_ids", "kept_positions"
+_PAST, _PRESENT = "past_key_values.", "present."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceTaps:
+    """A reference that lets itself be looked into.
+
+    Attributes:
+        reference: On the CPU, with its weights; its dtype is that of the graphs it is compared
+            with.
+        recipe: The model's.
+        checkpoint: Its weights.
+        pruning: The bundle's.
+        quantization: Of the decoder's weights, where the reference computes with the bundle's.
+        traced: Graphs of components that were exported anew, by name; tracing takes seconds.
+    """
+
+    reference: Reference
+    recipe: Recipe
+    checkpoint: Checkpoint
+    pruning: PruningSpec
+    quantization: QuantizationSpec | None = None
+    traced: dict[str, bytes | None] = field(default_factory=dict, repr=False)
+
+    def replay(self, component: str, call: Call, calls: Sequence[Call] = ()) -> ReferenceCall:
+        """Prepare a call to be looked into.
+
+        Args:
+            component: Which it is of.
+            call: As it was recorded.
+            calls: The others of its question, in order; a decode step needs those before it, from
+                which its cache is made once more.
+
+        Raises:
+            UsageError: a decode step without those before it.
+        """
+        part = self.reference.component(component)
+        feed = {name: value for name, value in call.inputs.items() if value is not None}
+        if _NUM_KEPT in feed:
+            feed[_NUM_KEPT] = feed[_NUM_KEPT].reshape(1)
+        if call.is_decode:
+            feed |= self._past(part, call, calls)
+        return ReferenceCall(component=part, feed=feed)
+
+    def _past(self, part: Component, call: Call, calls: Sequence[Call]) -> Arrays:
+        """The cache before a call, by the graph's names."""
+        embeds, mask = call.inputs["inputs_embeds"], call.inputs["attention_mask"]
+        assert embeds is not None and mask is not None, "a decoder is always fed both"
+        names = [spec.name for spec in part.inputs if spec.name.startswith(_PAST)]
+        spec = self.reference.decoder_spec
+        dtype = np.float32 if self.reference.dtype == "bfloat16" else self.reference.dtype
+        shape = (len(embeds), spec.num_key_value_heads, 0, spec.head_dim)
+        past: dict[str, NDArray[Any]] = {name: np.zeros(shape, dtype) for name in names}
+        for before in _before(call, calls):
+            given = {name: value for name, value in before.inputs.items() if value is not None}
+            outputs = ReferenceCall(component=part, feed={**given, **past}).outputs()
+            past = {name: outputs[name.replace(_PAST, _PRESENT, 1)] for name in names}
+        filled = past[names[0]].shape[2]
+        wanted = mask.shape[1] - embeds.shape[1]
+        if filled != wanted:
+            raise UsageError(
+                "a decode step cannot be looked into without the calls before it",
+                seen=f"a cache of {filled} slots",
+                allowed=f"{wanted}",
+            )
+        return past
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceCall:
+    """One call of a component, which can be run as often as needed.
+
+    Attributes:
+        component: Of the reference.
+        feed: The inputs of its graph, by name.
+    """
+
+    component: Component
+    feed: Arrays
+    _outputs: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
+
+    def outputs(self) -> Arrays:
+        """What it gives, by the graph's names."""
+        if not self._outputs:
+            self.modules(())
+        return self._outputs
+
+    def modules(self, names: Collection[str]) -> dict[tuple[str, Side], list[NDArray[Any]]]:
+        """What some modules are given and give, each time they are run.
+
+        Args:
+            names: Of the modules, dotted; empty for the component's own.
+
+        Returns:
+            For each module that is run, first inputs and outputs; other values than tensors are
+            left out.
+        """
+        found: dict[tuple[str, Side], list[NDArray[Any]]] = {}
+        module = self.component.module
+        known = dict(module.named_modules())
+        hooks = [(known[name], _keeper(found, name)) for name in names if name in known]
+        with _hooks(hooks), torch.inference_mode():
+            given = module(*self._given())
+        tensors = [given] if isinstance(given, torch.Tensor) else list(given)
+        for spec, tensor in zip(self.component.outputs, tensors, strict=True):
+            self._outputs[spec.name] = _array(tensor)
+        return found
+
+    def _given(self) -> Iterator[torch.Tensor]:
+        feed = dict(self.feed)
+        if _POSITION_IDS in feed:
+            # Worked out apart from the graph's own node.
+            feed[_POSITION_IDS] = gap_remap(feed[_POSITION_IDS], feed[_KEPT_POSITIONS])
+        if _NUM_KEPT in feed:
+            feed[_KEPT_SLOTS] = np.arange(int(feed[_NUM_KEPT][0]))
+        for spec in self.component.inputs:
+            tensor = torch.from_numpy(np.ascontiguousarray(feed[spec.name]))
+            name = SAFETENSORS_NAMES.get(spec.dtype)
+            yield tensor if name is None else tensor.to(TORCH_DTYPES[name])
+
+
+_Hook = Callable[[torch.nn.Module, tuple[Any, ...], Any], None]
+
+
+@contextmanager
+def _hooks(wanted: Sequence[tuple[torch.nn.Module, _Hook]]) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module, hook in wanted]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keeper(found: dict[tuple[str, Side], list[NDArray[Any]]], name: str) -> _Hook:
+    def keep(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        del module
+        values: Mapping[Side, Any] = {"input": args[0] if args else None, "output": output}
+        for side, value in values.items():
+            if isinstance(value, torch.Tensor):
+                # What is kept must stay as it is, whatever is later done in place.
+                found.setdefault((name, side), []).append(_array(value).copy())
+
+    return keep
+
+
+def _before(call: Call, calls: Sequence[Call]) -> list[Call]:
+    """Decoder calls since the cache was new, without ``call``; none where it is not among them."""
+    before: list[Call] = []
+    for other in calls:
+        if other is call:
+            return before
+        if other.method == "new_cache":
+            before = []
+        elif other.is_decode:
+            before.append(other)
+    return []
+
+
+def _array(tensor: torch.Tensor) -> NDArray[Any]:
+    tensor = tensor.detach()
+    found: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return found

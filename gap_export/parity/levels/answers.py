@@ -1,0 +1,123 @@
+"""Two answers to one question, and whether rounding alone explains where they part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gap_export.errors import GapExportError
+from gap_export.parity.question import Question
+from gap_export.parity.replay import Call
+from gap_export.parity.tolerances import Tolerance
+from gap_export.runtime.geometry import Box
+from gap_export.runtime.grounding import Grounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerPair:
+    """What reference and candidate say to one question.
+
+    Attributes:
+        question: What was asked.
+        expected: The reference's answer.
+        given: The candidate's, or why there is none: the reference could answer, so that is a
+            finding and not a failed check.
+        logits: The reference's [V] at each step.
+        tolerances: By name of output, of the dtype both compute in.
+    """
+
+    question: Question
+    expected: Grounding
+    given: Grounding | GapExportError
+    logits: Sequence[NDArray[Any]]
+    tolerances: Mapping[str, Tolerance]
+
+    @classmethod
+    def of_calls(
+        cls,
+        question: Question,
+        expected: Grounding,
+        given: Grounding | GapExportError,
+        calls: Sequence[Call],
+        tolerances: Mapping[str, Tolerance],
+    ) -> AnswerPair:
+        """With the logits of the reference's recorded calls."""
+        return cls(
+            question=question,
+            expected=expected,
+            given=given,
+            logits=[call.outputs["logits"][0] for call in calls if call.is_decode],
+            tolerances=tolerances,
+        )
+
+    @property
+    def same_tokens(self) -> bool:
+        """Whether the greedy tokens are the same to the last."""
+        return self.first_other_step is None
+
+    @property
+    def box(self) -> Box | None:
+        """The candidate's box."""
+        return self.given.box if isinstance(self.given, Grounding) else None
+
+    @property
+    def same_box(self) -> bool:
+        """Whether the boxes are the same, or both answers hold none."""
+        # Boxes come from text of the same tokens, so nothing but an exact match is agreement.
+        return isinstance(self.given, Grounding) and self.expected.box == self.given.box
+
+    @property
+    def first_other_step(self) -> int | None:
+        """The first token that differs, counted from 1; None where none does."""
+        if not isinstance(self.given, Grounding):
+            return 1
+        pairs = zip_longest(self.expected.token_ids, self.given.token_ids)
+        return next((n for n, (mine, other) in enumerate(pairs, start=1) if mine != other), None)
+
+    @property
+    def margin(self) -> float | None:
+        """By how much the reference preferred its token where the two part.
+
+        None where they do not part, where one answer goes on and the other has ended, and where
+        there is no answer.
+        """
+        step = self.first_other_step
+        if step is None or not isinstance(self.given, Grounding):
+            return None
+        mine, other = self.expected.token_ids, self.given.token_ids
+        if step > min(len(mine), len(other), len(self.logits)):
+            return None
+        logits = self.logits[step - 1]
+        return float(logits[mine[step - 1]]) - float(logits[other[step - 1]])
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether the two differ where rounding decides."""
+        return self._is_undecided or self._saw_others
+
+    @property
+    def _is_undecided(self) -> bool:
+        """The reference's two logits are no further apart than two logits may be off."""
+        largest = max((float(np.abs(logits).max()) for logits in self.logits), default=0.0)
+        undecided = 2 * self.tolerances["logits"].absolute(largest)
+        return self.margin is not None and self.margin <= undecided
+
+    @property
+    def _saw_others(self) -> bool:
+        """The two part after they saw other visual tokens, as few as is allowed."""
+        if not isinstance(self.given, Grounding) or self.same_tokens:
+            return False
+        allowed = self.tolerances["keep_indices"].others
+        mine, other = set(self.expected.keep_indices), set(self.given.keep_indices)
+        number = max(len(mine - other), len(other - mine))
+        return allowed > 0 and 0 < number <= max(1, int(allowed * len(mine)))
+
+
+def share_text(part: int, whole: int) -> str:
+    """``49 of 50 (98.0 %)``."""
+    return f"{part} of {whole} ({100 * part / whole:.1f} %)"

@@ -1,0 +1,110 @@
+"""Check a bundle made by ``gap-export patch``: against the export it was patched from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from gap_export.bundle import Bundle
+from gap_export.errors import UsageError
+from gap_export.manifest import Manifest
+from gap_export.parity.levels.tensor import judge_tensors
+from gap_export.parity.patched.masked_oracle import MaskedOracleReport, compare_with_unpatched
+from gap_export.parity.question import Question
+from gap_export.parity.results import (
+    LEVELS,
+    BackendKey,
+    BackendResult,
+    CheckReport,
+    Level,
+    LevelResult,
+)
+from gap_export.progress import Progress
+
+_ONNX_RUNTIME_ALONE = "both sides of the comparison with unpatched graphs run in ONNX Runtime"
+_ORACLE_ALONE = (
+    "unpruned, the export answers something else; the tensors of its run with the dropped tokens "
+    "masked out are what there is to compare with"
+)
+
+
+def was_patched(manifest: Manifest) -> bool:
+    """Whether a bundle was made of an ONNX export, and not of a checkpoint."""
+    return any(
+        part.role == "main" and any(file.path.endswith(".onnx") for file in part.files)
+        for part in manifest.source.parts
+    )
+
+
+def check_patched(
+    bundle: Bundle,
+    original: Path,
+    questions: Sequence[Question],
+    *,
+    backends: Sequence[BackendKey] = ("ort",),
+    levels: Sequence[Level] = LEVELS,
+    required: Sequence[BackendKey] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> CheckReport:
+    """Compare logits with those of the unpruned export, dropped tokens masked out.
+
+    Args:
+        bundle: Opened with ``verify="full"``.
+        original: The export's folder.
+        questions: At least one.
+        backends: Those that are not ONNX Runtime are not run.
+        levels: Those that are not ``tensor`` are not run.
+        required: Backends that must have been run.
+        seed: Of the samples among the questions.
+        progress: Told what is done.
+
+    Raises:
+        UsageError: see :func:`compare_with_unpatched`; or there is nothing to compare.
+    """
+    started = time.perf_counter()
+    wanted = tuple(dict.fromkeys([*backends, *required]))
+    if "tensor" not in levels or "ort" not in wanted:
+        raise UsageError(
+            "a patched bundle is compared with its export at the level tensor, in ONNX Runtime",
+            seen=f"levels {', '.join(levels)}; backends {', '.join(wanted)}",
+            fix="leave out --level and --backend",
+        )
+    found = compare_with_unpatched(
+        bundle,
+        original,
+        [question.image for question in questions],
+        [question.expression for question in questions],
+        progress=progress,
+    )
+    seconds = time.perf_counter() - started
+    pruning = bundle.manifest.pruning
+    return CheckReport(
+        bundle=str(bundle.path),
+        model=bundle.manifest.model.name,
+        pruner=pruning.pruner,
+        keep_ratio=pruning.keep_ratio,
+        reference=found.reference,
+        questions=len(questions),
+        seed=seed,
+        backends=tuple(
+            BackendResult(
+                backend=key,
+                name=found.candidate if key == "ort" else "",
+                seconds=seconds if key == "ort" else 0.0,
+                levels=tuple(_judge(level, key, found) for level in LEVELS if level in levels),
+            )
+            for key in wanted
+        ),
+        required=tuple(dict.fromkeys(required)),
+    )
+
+
+def _judge(level: Level, key: BackendKey, found: MaskedOracleReport) -> LevelResult:
+    if key != "ort":
+        return LevelResult(level=level, status="not_run", reason=_ONNX_RUNTIME_ALONE)
+    if level != "tensor":
+        return LevelResult(level=level, status="not_run", reason=_ORACLE_ALONE)
+    blind = "" if found.is_sensitive else "re-numbered position ids would not have been noticed"
+    return judge_tensors(found.outputs, broken=blind)

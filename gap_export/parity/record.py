@@ -1,0 +1,80 @@
+"""Record a golden: what PyTorch gives in the dtype of what will be held against it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gap_export.bundle import Bundle
+from gap_export.errors import UsageError
+from gap_export.manifest import GraphSpec, Manifest
+from gap_export.parity.golden import ReferenceFacts, check_golden_place, record_golden
+from gap_export.parity.results import BackendKey
+from gap_export.parity.tolerances import tolerances_of
+from gap_export.parity.truth import Truth
+from gap_export.progress import Progress, SilentProgress
+
+_DECODER = "decoder_model_merged"
+_BASE = "onnxruntime"
+
+
+def record_truth(
+    bundle: Bundle,
+    reference: Truth,
+    folder: Path,
+    *,
+    backend: BackendKey = "ort",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Ask a reference, and keep what it gives as a golden.
+
+    Args:
+        bundle: Opened with ``verify="full"``.
+        reference: What to ask.
+        folder: The golden's.
+        backend: What will be compared with it: that decides the dtype.
+        force: Replace a golden that is there.
+        progress: Told what is done.
+
+    Returns:
+        The golden's folder, absolute.
+
+    Raises:
+        OutputError: the folder is taken, or cannot be written.
+        UsageError: no questions, nothing could be compared with it, or the checkpoint or a picture
+            cannot be used.
+    """
+    check_golden_place(folder, force=force)
+    graph = _decoder(bundle.manifest, backend)
+    tolerances_of(graph.dtype)
+    recorded = reference.record(
+        bundle,
+        dtype=graph.dtype,
+        quantization=graph.quantization,
+        progress=progress or SilentProgress(),
+    )
+    return record_golden(
+        folder,
+        manifest=bundle.manifest,
+        reference=ReferenceFacts(
+            name=recorded.name, dtype=graph.dtype, quantization=graph.quantization
+        ),
+        questions=reference.questions,
+        calls=recorded.calls,
+        answers=recorded.answers,
+        seed=reference.seed,
+        force=force,
+    )
+
+
+def _decoder(manifest: Manifest, backend: BackendKey) -> GraphSpec:
+    if backend == "ort":
+        return manifest.graph(_DECODER)
+    for graph in manifest.graphs:
+        if graph.component == _DECODER and graph.lowering != _BASE:
+            return graph
+    raise UsageError(
+        "the bundle has no graphs for TensorRT, whose dtype a golden could have",
+        seen=", ".join(graph.lowering for graph in manifest.graphs if graph.component == _DECODER),
+        fix="export it again with --trt",
+    )

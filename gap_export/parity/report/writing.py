@@ -1,0 +1,132 @@
+"""Writing reports: each file whole or not at all."""
+
+from __future__ import annotations
+
+import json as json_format
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from gap_export.errors import OutputError
+from gap_export.extras import require_extra
+from gap_export.parity.report.junit import to_junit
+from gap_export.parity.report.markdown import to_markdown
+from gap_export.parity.results import CheckReport
+
+SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
+
+
+def write_reports(
+    report: CheckReport,
+    *,
+    json: Path | None = None,
+    junit: Path | None = None,
+    markdown: Path | None = None,
+    html: Path | None = None,
+) -> None:
+    """Write a report into files; what was there is replaced.
+
+    Args:
+        report: What was found.
+        json: For programs; see ``SCHEMA_FILE``.
+        junit: XML that GitHub, GitLab and Jenkins read: a test case for each backend and level.
+        markdown: For a job's summary.
+        html: A page that needs nothing but itself.
+
+    Raises:
+        MissingDependencyError: the page is asked for, and the extra ``report`` is not installed.
+        OutputError: a file cannot be written; those before it are there.
+    """
+    check_writable(json=json, junit=junit, markdown=markdown, html=html)
+    if json is not None:
+        _write(json, json_format.dumps(report.to_plain(), indent=2, allow_nan=False) + "\n")
+    if junit is not None:
+        _write(junit, to_junit(report))
+    if markdown is not None:
+        _write(markdown, to_markdown(report))
+    if html is not None:
+        from gap_export.parity.report.html import to_html
+
+        _write(html, to_html(report))
+
+
+def check_writable(
+    *,
+    json: Path | None = None,
+    junit: Path | None = None,
+    markdown: Path | None = None,
+    html: Path | None = None,
+) -> None:
+    """Refuse reports that could not be written, before the work; see :func:`write_reports`.
+
+    Raises:
+        MissingDependencyError: the page is asked for, and the extra ``report`` is not installed.
+        OutputError: a folder does not exist or cannot be written, something else is in the way, or
+            two reports would be one file.
+    """
+    if html is not None:
+        require_extra("report", "writing a page of HTML")
+    taken: dict[Path, str] = {}
+    named = {"JSON": json, "JUnit": junit, "Markdown": markdown, "HTML": html}
+    for kind, path in named.items():
+        if path is None:
+            continue
+        _check_place(kind, path)
+        real = path.resolve()
+        if real in taken:
+            raise OutputError(
+                f"two reports would be one file: {taken[real]} and {kind}",
+                seen=path,
+                fix="name another file for one of them",
+            )
+        taken[real] = kind
+
+
+def _check_place(kind: str, path: Path) -> None:
+    parent = path.absolute().parent
+    try:
+        mode: int | None = path.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    except NotADirectoryError as err:
+        what = "is to be in something that is no folder"
+        raise _refusal(kind, what, parent) from err
+    except (OSError, ValueError) as err:
+        # A folder nobody may look into, a name too long, a NUL in it.
+        raise _refusal(kind, "cannot be written there", f"{str(path)!r}: {err}") from err
+    if mode is not None and stat.S_ISDIR(mode):
+        raise _refusal(kind, "is a file, and this is a folder", path)
+    if mode is not None and not stat.S_ISREG(mode):
+        # A device or a pipe would be replaced.
+        raise _refusal(kind, "would replace what is not a plain file", path)
+    # A link may lead elsewhere, also to where nothing is yet.
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise _refusal(kind, "is to be in a folder that does not exist", folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _refusal(kind, "is to be in a folder that cannot be written", folder)
+
+
+def _refusal(kind: str, what: str, seen: object) -> OutputError:
+    return OutputError(
+        f"the {kind} report {what}", seen=seen, fix="create the folder, or name another file"
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    # A link stays one: what it leads to is replaced.
+    target = path.resolve()
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8", newline="\n")
+        part.replace(target)
+    except OSError as err:
+        raise OutputError(
+            "a report cannot be written",
+            seen=f"{path}: {err.strerror or err}",
+            fix="make room, or name another file",
+        ) from err
+    finally:
+        with suppress(OSError):
+            part.unlink()

@@ -1,0 +1,49 @@
+"""Checks of small bundles, and what tests look for in their reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gap_export.bundle import open_bundle
+from gap_export.parity.check import check_bundle
+from gap_export.parity.question import Question
+from gap_export.parity.results import CheckReport, Level, LevelResult, TensorRow
+from gap_export.parity.truth import TorchTruth
+from gap_export.recipe import Recipe
+from gap_export.source import Checkpoint
+
+
+def check_with_torch(
+    bundle: Path,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    questions: Sequence[Question],
+    **options: Any,
+) -> CheckReport:
+    """Against PyTorch; options are those of check_bundle."""
+    reference = TorchTruth(recipe, checkpoint, questions)
+    return check_bundle(open_bundle(bundle, verify="full"), reference=reference, **options)
+
+
+def level_of(report: CheckReport, level: Level, backend: int = 0) -> LevelResult:
+    """A level of one backend."""
+    (found,) = [one for one in report.backends[backend].levels if one.level == level]
+    return found
+
+
+def statuses(report: CheckReport, backend: int = 0) -> dict[str, str]:
+    """By level."""
+    return {level.level: level.status for level in report.backends[backend].levels}
+
+
+def outputs(report: CheckReport) -> list[TensorRow]:
+    """Rows of the level tensor, without layers."""
+    rows = level_of(report, "tensor").rows
+    return [row for row in rows if isinstance(row, TensorRow) and not row.module]
+
+
+def failed_outputs(report: CheckReport) -> dict[str, str]:
+    """Why outputs failed, by name."""
+    return {row.tensor: row.reason for row in outputs(report) if not row.passed}

@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Break bundles of the demo model in every known way, and see at which level `check` notices.
+
+    tools/check_mutants.py                  some minutes on two cores
+    tools/check_mutants.py --write-readme
+
+The faults are those of tests/parity/mutants.py. The honest bundle is checked with five seeds.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import typer
+from readme_figures import MODEL, README, write_section
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from gap_export.bundle import open_bundle  # noqa: E402
+from gap_export.evaluation.refshapes import iter_samples  # noqa: E402
+from gap_export.parity.check import check_bundle  # noqa: E402
+from gap_export.parity.question import Question  # noqa: E402
+from gap_export.parity.results import LEVELS, CheckReport  # noqa: E402
+from gap_export.parity.truth import TorchTruth  # noqa: E402
+from gap_export.pipeline import Dtype, ExportOptions, export_model  # noqa: E402
+from gap_export.source import resolve_model  # noqa: E402
+from tests.parity.mutants import CAUGHT_AT, MUTANTS, with_long_context  # noqa: E402
+
+SEEDS = range(5)
+# In float32 nothing overflows.
+DTYPES: dict[str, Dtype] = {"fp16 overflow": "float16"}
+
+
+def main(samples: int = 12, pruner: str = "spatial", write_readme: bool = False) -> None:
+    """Check everything, and print one line a fault."""
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        honest: dict[str, Path] = {}
+        for dtype in ("float32", "float16"):
+            out = Path(scratch) / dtype
+            export_model(
+                ExportOptions(model=MODEL, pruner=pruner, keep_ratio=0.3, dtype=dtype, out=out)
+            )
+            honest[dtype] = with_long_context(out, Path(scratch) / f"{dtype}-long")
+        for name, mutate in MUTANTS.items():
+            dtype = DTYPES.get(name, "float32")
+            faulty = mutate(honest[dtype], Path(scratch) / name.replace(" ", "-"))
+            report = check(faulty, seed=0, samples=samples)
+            failed = [lv.level for lv in report.backends[0].levels if lv.status == "failed"]
+            first = failed[0] if failed else "nobody"
+            if first != CAUGHT_AT[name]:
+                raise SystemExit(f"{name}: first seen by {first}, not by {CAUGHT_AT[name]}")
+            rows.append([name, *marks(report), where(report)])
+            typer.echo(f"{name}: {first}", err=True)
+        for seed in SEEDS:
+            report = check(honest["float32"], seed=seed, samples=samples)
+            if not report.passed:
+                raise SystemExit(f"the honest bundle fails with seed {seed}")
+            rows.append([f"none (seed {seed})", *marks(report), ""])
+    heads = ["fault", *LEVELS, "the first tensor that diverges"]
+    table = "\n".join(
+        [
+            f"`tools/check_mutants.py --samples {samples} --pruner {pruner}`",
+            "",
+            f"| {' | '.join(heads)} |",
+            "|---" * len(heads) + "|",
+            *(f"| {' | '.join(row)} |" for row in rows),
+        ]
+    )
+    typer.echo(table)
+    if write_readme:
+        write_section(README, "mutants", table)
+
+
+def check(bundle: Path, *, seed: int, samples: int) -> CheckReport:
+    """All levels, in ONNX Runtime, against PyTorch."""
+    opened = open_bundle(bundle, verify="full")
+    recipe, source = resolve_model(MODEL, recipe=None, parts={})
+    questions = [
+        Question(image=sample.image, expression=sample.expression.text, box=sample.box)
+        for sample in iter_samples(seed=seed, num_samples=samples)
+    ]
+    return check_bundle(opened, reference=TorchTruth(recipe, source, questions, seed=seed))
+
+
+def marks(report: CheckReport) -> list[str]:
+    """What each level says."""
+    words = {"passed": "ok", "failed": "**fails**", "not_run": "-"}
+    return [words[level.status] for level in report.backends[0].levels]
+
+
+def where(report: CheckReport) -> str:
+    """Operator and module."""
+    found = report.backends[0].divergences
+    return "; ".join(f"{one.operator} ({one.module or one.component})" for one in found)
+
+
+if __name__ == "__main__":
+    typer.run(main)

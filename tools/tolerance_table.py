@@ -1,0 +1,33 @@
+#!/usr/bin/env python3
+"""Print how far outputs may be off, and why, as Markdown: the table that `check` judges by."""
+
+from __future__ import annotations
+
+from gap_export.parity.tolerances import TOLERANCES, Tolerance
+
+
+def in_words(tolerance: Tolerance) -> str:
+    """What it allows."""
+    parts = []
+    if tolerance.atol or tolerance.rtol:
+        parts.append(f"{tolerance.atol:g} + {tolerance.rtol:g} of the value")
+    if tolerance.share:
+        parts.append(f"{100 * tolerance.share:.2g} % of the largest value")
+    if tolerance.others:
+        parts.append(f"{100 * tolerance.others:g} % of the tokens may be others, or one")
+    return "; ".join(parts) or "none"
+
+
+def main() -> None:
+    """Outputs of one tolerance share a line."""
+    print("| dtype | outputs | may be off by | why |\n|---|---|---|---|")
+    for dtype, tolerances in TOLERANCES.items():
+        by_tolerance: dict[Tolerance, list[str]] = {}
+        for output, tolerance in tolerances.items():
+            by_tolerance.setdefault(tolerance, []).append(f"`{output}`")
+        for tolerance, outputs in by_tolerance.items():
+            print(f"| {dtype} | {', '.join(outputs)} | {in_words(tolerance)} | {tolerance.why} |")
+
+
+if __name__ == "__main__":
+    main()
