@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Build the engines of a LLaVA-1.5-7B of true shape, INT4 and float16: memory, time, plan size.
 
     tools/bench_engines.py                    under build/, needs 50 GB of disk, half an hour

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Export a LLaVA-1.5-7B of true shape: wall time, peak memory, new bytes on disk.
 
     tools/bench_export.py                   under build/bench-export, 13.5 GB

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """How long ``gap-export -h`` takes, and what it imports first.
 
     tools/bench_startup.py [RUNS]

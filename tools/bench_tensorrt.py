@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Prefill and decode latency of bundles on this machine's GPU: what keeping fewer tokens buys.
 
     gap-export MODEL --keep 1.0 --trt --out k100

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Count the multiply-adds of the vision graphs that each pruner exports to.
 
     tools/count_multiply_adds.py                     the demo model, and a 7B one: needs no weights

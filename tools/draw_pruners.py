@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Draw what every pruner keeps of one held-out picture, with a heat map of its scores.
 
 tools/draw_pruners.py        writes models/refshapes-llava/pictures/pruners.png

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Write held-out RefShapes pictures, and an expression to look for in each.
 
     tools/make_pictures.py --out DIR --count 4

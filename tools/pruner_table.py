@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Measure every pruner on the demo model, GAP against compact, and write the table to the README.
 
     tools/pruner_table.py                    about an hour on two cores; may be stopped and resumed

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Acc@0.5 of the demo model in float32, float16 and INT4, GAP on.
 
     tools/quantization_table.py                     prints the table, some minutes on two cores

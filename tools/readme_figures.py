@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Measure every figure of the README and of the demo model's card, and write it there.
 
 Runs the commands a reader could run, and puts what they print between the markers

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Train `refshapes-llava`, the demo model, from nothing, and write its checkpoint.
 
     python tools/train_refshapes.py        about an hour on two cores
