@@ -39,7 +39,7 @@ def make_draft_folder(final: Path) -> tuple[Path, int]:
             raise OutputError(
                 "no folder can be made there",
                 seen=final,
-                fix="choose another place with --out",
+                fix="choose another place",
             ) from err
         lock = _try_lock(folder)
         # Another process may sweep between mkdir and lock; then take a new name.

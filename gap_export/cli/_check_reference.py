@@ -32,6 +32,12 @@ class ReferenceOptions:
         """Of the samples."""
         return self.seed or 0
 
+    def goldens(self) -> dict[str, Path]:
+        """Folders of goldens that are named, by what they are."""
+        from gap_export.parity.golden import is_golden
+
+        return {f"the golden {each}": Path(each) for each in self.against if is_golden(each)}
+
     def questions(self) -> list[Question]:
         """Held-out samples; each picture of the user's is asked about with one of their texts.
 

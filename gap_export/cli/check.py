@@ -109,7 +109,13 @@ def check(
         terminal.result(str(_record(opened, options, record, backends, force, terminal.progress())))
         return
     refuse_ignored("it is for --record", {"--force": force})
-    check_writable(json=report_json, junit=junit, markdown=markdown, html=html)
+    check_writable(
+        json=report_json,
+        junit=junit,
+        markdown=markdown,
+        html=html,
+        outside={"the bundle": bundle, **options.goldens()},
+    )
     judging = _Judging(
         backends=backends or ["ort"],
         levels=parse_levels(level or []),
@@ -144,6 +150,11 @@ def _check(
     needed = needs_reference(judging["levels"])
     if "trt" not in {*judging["backends"], *judging["required"]}:
         refuse_ignored("it is for --backend trt", {"--engines": judging["engines"]})
+    if not needed:
+        refuse_ignored(
+            "no level that is asked for asks the model anything",
+            {"--samples": options.samples, "--seed": options.seed, "--image": options.images},
+        )
     if was_patched(bundle.manifest) and needed:
         refuse_ignored(
             "unpatched graphs give tensors, to be compared with those of the bundle",
@@ -221,5 +232,13 @@ def _raise_failure(report: CheckReport) -> None:
     raise ParityError(
         "the bundle did not pass the check",
         seen=failures,
-        fix="see the report above; export the bundle again, and report it if it stays",
+        fix=_advice(report),
     )
+
+
+def _advice(report: CheckReport) -> str:
+    """What to do about a report that did not pass."""
+    statuses = {level.status for backend in report.backends for level in backend.levels}
+    if "failed" not in statuses:
+        return "run the check where that backend can be run, or leave out --require"
+    return "see the report above; export the bundle again, and report it if it stays"

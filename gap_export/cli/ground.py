@@ -69,7 +69,7 @@ def ground(
 
     terminal = terminal_of(ctx)
     if save is not None:
-        _check_drawing_path(save, image)
+        _check_drawing_path(save, image, bundle)
     with GroundingSession.open(
         bundle,
         backend=BACKENDS[backend],
@@ -90,15 +90,21 @@ def ground(
         terminal.message(f"wrote {save}")
 
 
-def _check_drawing_path(save: Path, image: Path) -> None:
+def _check_drawing_path(save: Path, image: Path, bundle: Path) -> None:
     """Refuse a drawing that could not be written, before the work, or that would cost the picture.
 
     Raises:
-        OutputError: unknown suffix, no such folder, or the input picture itself.
+        OutputError: unknown suffix, no such folder, inside the bundle, or the input picture itself.
     """
     from gap_export.runtime.drawing import check_drawing_path
 
     check_drawing_path(save)
+    if save.resolve().is_relative_to(bundle.resolve()):
+        raise OutputError(
+            "the drawing would be inside the bundle, which would then be refused",
+            seen=save,
+            fix="choose a --save outside of it",
+        )
     if save.exists() and image.exists() and save.samefile(image):
         raise OutputError(
             "the drawing would replace the picture it is made from",

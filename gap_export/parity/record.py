@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gap_export.bundle import Bundle
-from gap_export.errors import UsageError
+from gap_export.errors import OutputError, UsageError
 from gap_export.manifest import GraphSpec, Manifest
 from gap_export.parity.golden import ReferenceFacts, check_golden_place, record_golden
 from gap_export.parity.results import BackendKey
@@ -40,11 +40,17 @@ def record_truth(
         The golden's folder, absolute.
 
     Raises:
-        OutputError: the folder is taken, or cannot be written.
+        OutputError: the folder is taken, inside the bundle, or cannot be written.
         UsageError: no questions, nothing could be compared with it, or the checkpoint or a picture
             cannot be used.
     """
     check_golden_place(folder, force=force)
+    if folder.resolve().is_relative_to(bundle.path):
+        raise OutputError(
+            "the golden would be inside the bundle, which would then be refused",
+            seen=folder,
+            fix="choose a place outside of it",
+        )
     graph = _decoder(bundle.manifest, backend)
     tolerances_of(graph.dtype)
     recorded = reference.record(

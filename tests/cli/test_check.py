@@ -141,6 +141,9 @@ def test_repeated_options_are_handed_on(run_cli, tiny_bundle, asked):
         (["--engines", "x"], "--engines cannot be used here"),
         (["--force"], "--force cannot be used here: it is for --record"),
         (["--report-json", "/nowhere/report.json"], "JSON report"),
+        (["--level", "positions", "--samples", "9"], "--samples cannot be used here"),
+        (["--level", "positions", "--seed", "0"], "--seed cannot be used here"),
+        (["--level", "positions", "--image", "/nowhere.png"], "--image cannot be used here"),
     ],
 )
 def test_wrong_values_are_refused_before_the_work(run_cli, tiny_bundle, flags, words):
@@ -158,7 +161,7 @@ def test_what_cannot_run_is_told_and_is_a_failure_only_where_required(run_cli, t
 
     outcome = run_cli("check", tiny_bundle, "--require", "trt", *flags)
     assert outcome.code == 3
-    assert "TensorRT: not run: " in outcome.err
+    assert "TensorRT: not run: " in outcome.err and "or leave out --require" in outcome.err
 
     outcome = run_cli("check", tiny_bundle, "--backend", "trt", *flags)
     assert outcome.code == 2
@@ -241,3 +244,29 @@ def test_a_patched_bundle_is_compared_with_its_export(run_cli, tiny_export, patc
     outcome = run_cli("check", bundle, "--record", tmp_path / "golden")
     assert outcome.code == 2 and "PyTorch does not know" in outcome.err
     assert run_cli("check", bundle, "--level", "positions").code == 0
+
+
+def test_nothing_is_written_into_a_bundle_or_a_golden(run_cli, tiny_bundle, tmp_path):
+    import shutil
+
+    bundle, golden = tmp_path / "bundle", tmp_path / "golden"
+    shutil.copytree(tiny_bundle, bundle)
+    assert run_cli("check", bundle, "--record", golden, "--samples", "1", "-q").code == 0
+    (tmp_path / "link").symlink_to(bundle)
+    for flags, words in [
+        (["--report-json", bundle / "gap.json"], "the JSON report would be inside the bundle"),
+        (["--junit", tmp_path / "link" / "junit.xml"], "the JUnit report would be inside the"),
+        (["--against", golden, "--markdown", golden / "golden.json"], "inside the golden"),
+        (["--record", tmp_path / "link" / "golden"], "the golden would be inside the bundle"),
+    ]:
+        outcome = run_cli("check", bundle, *flags, "-q")
+        assert outcome.code == 2 and words in outcome.err, outcome.err
+    assert run_cli("check", bundle, "--against", golden, "-q").code == 0
+
+
+def test_a_golden_without_its_first_file_is_a_damaged_golden(run_cli, tiny_bundle, tmp_path):
+    golden = tmp_path / "golden"
+    assert run_cli("check", tiny_bundle, "--record", golden, "--samples", "1", "-q").code == 0
+    (golden / "golden.json").unlink()
+    outcome = run_cli("check", tiny_bundle, "--against", golden, "-q")
+    assert outcome.code == 2 and "golden.json is missing" in outcome.err

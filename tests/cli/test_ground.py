@@ -121,6 +121,8 @@ def test_save_never_replaces_the_picture_it_is_made_from(run_cli, tiny_bundle, p
 def test_a_drawing_that_cannot_be_saved_is_refused_before_the_work(
     run_cli, tiny_bundle, picture, tmp_path
 ):
-    for place in (tmp_path, tmp_path / "nowhere" / "found.png", tmp_path / "found.xyz"):
+    # A bundle that holds a stranger's file is refused from then on.
+    inside = tiny_bundle / "found.png"
+    for place in (tmp_path, tmp_path / "nowhere" / "found.png", tmp_path / "found.xyz", inside):
         outcome = run_cli("ground", tiny_bundle, picture, EXPRESSION, "--save", place)
         assert (outcome.code, outcome.out) == (2, ""), place

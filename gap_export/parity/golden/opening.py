@@ -21,6 +21,7 @@ from gap_export.parity.golden.format import (
     GOLDEN_NAME,
     HASH_NAME,
     METHODS,
+    NAMES,
     OPTIONAL_INPUTS,
     RECORD_AGAIN,
     SAFETENSORS_DTYPES,
@@ -110,7 +111,7 @@ class Golden:
 
 def is_golden(path: str | Path) -> bool:
     """Whether a path is a golden's folder, be it whole or damaged."""
-    return os.path.lexists(Path(path) / GOLDEN_NAME)
+    return any(os.path.lexists(Path(path) / name) for name in NAMES)
 
 
 def open_golden(folder: str | Path, manifest: Manifest) -> Golden:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 import os
 import stat
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,13 +58,21 @@ def check_writable(
     junit: Path | None = None,
     markdown: Path | None = None,
     html: Path | None = None,
+    outside: Mapping[str, Path] | None = None,
 ) -> None:
     """Refuse reports that could not be written, before the work; see :func:`write_reports`.
 
+    Args:
+        json: As there.
+        junit: As there.
+        markdown: As there.
+        html: As there.
+        outside: Folders that a report would spoil, since they list all they hold; by what they are.
+
     Raises:
         MissingDependencyError: the page is asked for, and the extra ``report`` is not installed.
-        OutputError: a folder does not exist or cannot be written, something else is in the way, or
-            two reports would be one file.
+        OutputError: a folder does not exist or cannot be written, something else is in the way, it
+            is one of ``outside``, or two reports would be one file.
     """
     if html is not None:
         require_extra("report", "writing a page of HTML")
@@ -74,6 +83,13 @@ def check_writable(
             continue
         _check_place(kind, path)
         real = path.resolve()
+        for what, folder in (outside or {}).items():
+            if real.is_relative_to(folder.resolve()):
+                raise OutputError(
+                    f"the {kind} report would be inside {what}, which would then be refused",
+                    seen=path,
+                    fix="name a file outside of it",
+                )
         if real in taken:
             raise OutputError(
                 f"two reports would be one file: {taken[real]} and {kind}",
@@ -103,15 +119,14 @@ def _check_place(kind: str, path: Path) -> None:
     # A link may lead elsewhere, also to where nothing is yet.
     folder = path.resolve().parent
     if not folder.is_dir():
-        raise _refusal(kind, "is to be in a folder that does not exist", folder)
+        what = "is to be in a folder that does not exist"
+        raise _refusal(kind, what, folder, fix="create the folder, or name another file")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise _refusal(kind, "is to be in a folder that cannot be written", folder)
 
 
-def _refusal(kind: str, what: str, seen: object) -> OutputError:
-    return OutputError(
-        f"the {kind} report {what}", seen=seen, fix="create the folder, or name another file"
-    )
+def _refusal(kind: str, what: str, seen: object, *, fix: str = "name another file") -> OutputError:
+    return OutputError(f"the {kind} report {what}", seen=seen, fix=fix)
 
 
 def _write(path: Path, text: str) -> None:
