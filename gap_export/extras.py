@@ -14,6 +14,9 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "trt-rtx": ("tensorrt_rtx", "cuda.bindings"),
     "trt": ("tensorrt", "cuda.bindings"),
     "report": ("jinja2", "matplotlib"),
+    # An address of ray://host:port is read by Ray's client, which needs grpc.
+    "ray": ("ray", "grpc"),
+    "refcoco": ("pyarrow",),
     # Not "optimum": a folder of that name comes with gap-export itself, see its register stub.
     "optimum": ("optimum.commands.optimum_cli",),
 }

@@ -17,8 +17,9 @@ from typing import Literal
 import typer
 from readme_figures import MODEL, README, interval, percent, write_section
 
-from gap_export.evaluation.accuracy import AccuracyRow, evaluate_model
 from gap_export.evaluation.calibration import refshapes_questions
+from gap_export.evaluation.evaluate import evaluate_model
+from gap_export.evaluation.results import SettingRow
 from gap_export.manifest import QuantizationSpec
 from gap_export.pipeline import Dtype, ExportOptions
 
@@ -57,7 +58,7 @@ def command() -> list[str]:
 
 def measure(
     dtype: Dtype, method: Method | None, *, samples: int, seed: int, pruner: str
-) -> tuple[AccuracyRow, AccuracyRow]:
+) -> tuple[SettingRow, SettingRow]:
     """The unpruned row and the GAP row of one form of the weights."""
     print(f"measuring {method or dtype}", file=sys.stderr, flush=True)
     options = ExportOptions(
@@ -80,7 +81,7 @@ def int4(method: Method) -> QuantizationSpec:
     return QuantizationSpec(dtype="int4", block_size=BLOCK_SIZE, method=method, lm_head=False)
 
 
-def render(rows: dict[str, tuple[AccuracyRow, AccuracyRow]], *, pruner: str) -> str:
+def render(rows: dict[str, tuple[SettingRow, SettingRow]], *, pruner: str) -> str:
     """The table in Markdown."""
     first, _ = next(iter(rows.values()))
     lines = [

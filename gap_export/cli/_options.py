@@ -157,6 +157,3 @@ EnginesOption = Annotated[
         show_default=False,
     ),
 ]
-SamplesOption = Annotated[
-    int, typer.Option("--samples", metavar="N", min=1, help="How many expressions to ask.")
-]

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import typer
 
+from gap_export.cli._check_options import HtmlOption, MarkdownOption, ReportJsonOption
 from gap_export.cli._engine_options import ExportDtypeOption, split_dtype
+from gap_export.cli._evaluate_options import (
+    BaselineOption,
+    DataOption,
+    EvaluateSamplesOption,
+    KeepsOption,
+    MinRecoveredOption,
+    MisalignedOption,
+    PicturesOption,
+    PromptOption,
+    ProtocolOption,
+    PrunersOption,
+    RecordsOption,
+    TargetArgument,
+    WorkersOption,
+    check_beside_records,
+    check_outside,
+    parse_misaligned,
+    split_names,
+)
 from gap_export.cli._options import (
     BACKENDS,
-    KEEP_HELP,
-    PRUNER_HELP,
     BackendOption,
     BudgetOption,
     CheckpointOption,
@@ -22,97 +42,72 @@ from gap_export.cli._options import (
     OrderOption,
     QuietOption,
     RecipeOption,
-    SamplesOption,
     SeedOption,
     VerboseOption,
     terminal_of,
 )
-from gap_export.cli._terminal import format_table
 from gap_export.errors import ParityError, UsageError
+from gap_export.stop_signals import Stopped
 
 if TYPE_CHECKING:
-    from gap_export.evaluation.accuracy import AccuracyRow, EvaluationReport
+    from gap_export.cli._terminal import Terminal
+    from gap_export.evaluation.results import EvaluationReport
 
 
 def evaluate(
     ctx: typer.Context,
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL|BUNDLE",
-            help="A model is exported at every --pruner and --keep; a bundle is taken as it is.",
-            show_default=False,
-        ),
-    ],
-    keep: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--keep", metavar="SHARE", help=f"{KEEP_HELP} Repeatable.", show_default=False
-        ),
-    ] = None,
-    pruner: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--pruner",
-            metavar="NAME",
-            help=f"{PRUNER_HELP} Repeatable, or with commas.",
-            show_default=False,
-        ),
-    ] = None,
+    target: TargetArgument,
+    keep: KeepsOption = None,
+    pruner: PrunersOption = None,
     order: OrderOption = None,
     extra_token: ExtraTokenOption = None,
     extra_position: ExtraPositionOption = "last",
     budget: BudgetOption = None,
+    misaligned: MisalignedOption = None,
     seed: SeedOption = 0,
     recipe: RecipeOption = None,
-    data: Annotated[
-        Literal["refshapes"], typer.Option("--data", help="What to measure on.")
-    ] = "refshapes",
-    samples: SamplesOption = 500,
-    baseline: Annotated[
-        Path | None,
-        typer.Option(
-            "--baseline",
-            metavar="BUNDLE",
-            help="Of a BUNDLE: its model exported with --keep 1. [default: made from its weights]",
-            show_default=False,
-        ),
-    ] = None,
+    data: DataOption = "refshapes",
+    samples: EvaluateSamplesOption = None,
+    protocol: ProtocolOption = "native",
+    prompt: PromptOption = None,
+    baseline: BaselineOption = None,
     checkpoint: CheckpointOption = None,
-    pictures: Annotated[
-        Path | None,
-        typer.Option(
-            "--pictures",
-            metavar="DIR",
-            help="Draw the first answer of each row: box, kept tokens, heat map of the scores.",
-            show_default=False,
-        ),
-    ] = None,
     dtype: ExportDtypeOption = None,
     backend: BackendOption = "ort",
     engines: EnginesOption = None,
-    min_recovered: Annotated[
-        float | None,
-        typer.Option(
-            "--min-recovered",
-            metavar="SHARE",
-            min=0.0,
-            help="Exit 3 where GAP recovers less than this share (0..1) of the unpruned accuracy.",
-            show_default=False,
-        ),
-    ] = None,
+    workers: WorkersOption = "1",
+    records: RecordsOption = None,
+    pictures: PicturesOption = None,
+    min_recovered: MinRecoveredOption = None,
+    report_json: ReportJsonOption = None,
+    markdown: MarkdownOption = None,
+    html: HtmlOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Measure Acc@0.5 unpruned, compact and with GAP."""
-    from gap_export.evaluation.accuracy import evaluate_bundle, evaluate_model
+    from gap_export.evaluation.evaluate import Asking, evaluate_bundle, evaluate_model
+    from gap_export.evaluation.report import check_writable, write_reports
     from gap_export.pipeline import ExportOptions
     from gap_export.source import parse_parts
 
-    del data  # one value so far, which typer has checked
     terminal = terminal_of(ctx)
     parts = parse_parts(checkpoint or [])
+    bundles = _bundles(target, baseline)
+    check_outside({"--records": records, "--pictures": pictures}, bundles)
+    check_writable(json_path=report_json, markdown_path=markdown, html_path=html, outside=bundles)
+    reports = {"--report-json": report_json, "--markdown": markdown, "--html": html}
+    check_beside_records(reports, records)
+    asking = Asking(
+        data=data,
+        protocol=protocol,
+        prompt=prompt,
+        misaligned=parse_misaligned(misaligned or []),
+        records=records,
+        workers=workers,
+        pictures=pictures,
+    )
     if _is_bundle(target):
         _refuse(
             "a bundle is pruned already",
@@ -120,17 +115,22 @@ def evaluate(
             **{"budget": budget, "extra-position": None if extra_position == "last" else 1},
         )
         _refuse("a bundle says that itself", recipe=recipe, dtype=dtype)
-        report = evaluate_bundle(
-            Path(target),
-            baseline=baseline,
-            checkpoint=parts,
-            seed=seed,
-            num_samples=samples,
-            pictures=pictures,
-            backend=BACKENDS[backend],
-            engines=engines,
-            progress=terminal.progress(),
-        )
+        if BACKENDS[backend] == "onnxruntime":
+            _refuse("it is for --backend trt", engines=engines)
+        if baseline is not None:
+            _refuse("with --baseline no checkpoint is read", checkpoint=checkpoint or None)
+        with _telling_how_to_go_on(terminal, records):
+            report = evaluate_bundle(
+                Path(target),
+                baseline=baseline,
+                checkpoint=parts,
+                seed=seed,
+                num_samples=samples,
+                asking=asking,
+                backend=BACKENDS[backend],
+                engines=engines,
+                progress=terminal.progress(),
+            )
     else:
         _refuse("it is for a BUNDLE", baseline=baseline, engines=engines)
         if BACKENDS[backend] != "onnxruntime":
@@ -139,37 +139,66 @@ def evaluate(
                 backend=backend,
             )
         graph_dtype, quantization = split_dtype(dtype)
-        report = evaluate_model(
-            ExportOptions(
-                model=target,
-                recipe=recipe,
-                checkpoint=parts,
-                order=order,
-                extra_token=extra_token,
-                extra_position=extra_position,
-                budget=budget,
-                dtype=graph_dtype,
-                quantization=quantization,
-                seed=seed,
-            ),
-            pruners=_split(pruner or []),
-            keep_ratios=keep or (),
-            num_samples=samples,
-            pictures=pictures,
-            progress=terminal.progress(),
-        )
+        with _telling_how_to_go_on(terminal, records):
+            report = evaluate_model(
+                ExportOptions(
+                    model=target,
+                    recipe=recipe,
+                    checkpoint=parts,
+                    order=order,
+                    extra_token=extra_token,
+                    extra_position=extra_position,
+                    budget=budget,
+                    dtype=graph_dtype,
+                    quantization=quantization,
+                    seed=seed,
+                ),
+                pruners=split_names(pruner or []),
+                keep_ratios=keep or (),
+                num_samples=samples,
+                asking=asking,
+                progress=terminal.progress(),
+            )
+    write_reports(report, json_path=report_json, markdown_path=markdown, html_path=html)
     if as_json:
         terminal.json(report.to_plain())
     else:
-        terminal.result(_describe(report))
+        from gap_export.cli._describe_evaluation import describe_evaluation
+
+        terminal.result(describe_evaluation(report))
     if min_recovered is not None:
         _check_bar(report, min_recovered)
+
+
+def _bundles(target: str, baseline: Path | None) -> dict[str, Path]:
+    """Those that nothing may be written into, by what they are."""
+    found = {"the bundle": Path(target)} if _is_bundle(target) else {}
+    return found if baseline is None else {**found, "the baseline": baseline}
+
+
+@contextmanager
+def _telling_how_to_go_on(terminal: Terminal, records: Path | None) -> Iterator[None]:
+    """Say what an interruption leaves."""
+    try:
+        yield
+    except Stopped:
+        if records is None:
+            terminal.message("the answers so far are lost; --records DIR would have kept them")
+        else:
+            terminal.message(
+                f"the answers so far are in {records}; the same command goes on from there"
+            )
+        raise
 
 
 def _is_bundle(target: str) -> bool:
     from gap_export.manifest import MANIFEST_NAME
 
-    return (Path(target) / MANIFEST_NAME).exists()
+    try:
+        return (Path(target) / MANIFEST_NAME).exists()
+    except (OSError, ValueError):
+        # No name of a file.
+        return False
 
 
 def _refuse(why: str, **options: object) -> None:
@@ -181,48 +210,6 @@ def _refuse(why: str, **options: object) -> None:
     given = [f"--{name}" for name, value in options.items() if value is not None]
     if given:
         raise UsageError(f"{', '.join(given)} cannot be used here: {why}")
-
-
-def _split(names: list[str]) -> list[str]:
-    """``["a,b", "c"]`` as ``["a", "b", "c"]``, each once."""
-    parts = [part.strip() for name in names for part in name.split(",")]
-    return list(dict.fromkeys(part for part in parts if part))
-
-
-def _describe(report: EvaluationReport) -> str:
-    first = report.rows[0]
-    header = [
-        "pruner",
-        "keep",
-        "tokens",
-        "positions",
-        "Acc@0.5 %",
-        "95 % interval",
-        "recovered %",
-        "IoU %",
-    ]
-    return "\n".join(
-        [
-            f"{first.model} on RefShapes, held-out, seed {first.seed}: "
-            f"{first.n} expressions, {first.num_images} pictures",
-            "",
-            format_table(header, [_table_row(row) for row in report.rows]),
-        ]
-    )
-
-
-def _table_row(row: AccuracyRow) -> list[str]:
-    low, high = row.ci95
-    return [
-        row.pruner,
-        f"{row.keep_ratio:g}",
-        f"{row.mean_visual_tokens:.1f}".removesuffix(".0"),
-        row.positions,
-        f"{100 * row.acc_at_50:.1f}",
-        f"{100 * low:.1f}-{100 * high:.1f}",
-        "-" if row.recovered is None else f"{100 * row.recovered:.1f}",
-        f"{100 * row.mean_iou:.1f}",
-    ]
 
 
 def _check_bar(report: EvaluationReport, bar: float) -> None:

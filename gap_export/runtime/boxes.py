@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from gap_export.manifest import BoxSpec
 from gap_export.runtime.geometry import Box, ImageGeometry
@@ -15,22 +17,78 @@ _SYNTAXES = {
     "angled": re.compile(r"\{\s*" + r"\s*".join([_INTEGER] * 4) + r"\s*\}", re.ASCII),
 }
 
+# What is read besides. Words, numbers and signs that touch are one piece, so "1e3" is no number.
+_PIECE = re.compile(r"[\w.+-]+|[\[\](){},;%]|[^\w\s.+\-\[\](){},;%]+")
+_LOOSE_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,9}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})")
+_ANGLED_NUMBER = re.compile(_INTEGER, re.ASCII)
+_BETWEEN_ANGLED = " \t\r\n,;"
+
+
+def _list_of_four(number: str) -> re.Pattern[str]:
+    """Lists of four numbers, their pieces one space apart: closed, or with one bracket missing."""
+    either = r"[\[({] " + " (?:[,;] )?".join([number] * 4) + r"(?: [,;])? [\])}]"
+    commas = " , ".join([number] * 4)
+    return re.compile(rf"{either}|\[ {commas}(?: ,)?|{commas}(?: ,)? \]")
+
+
+_LISTS = (_list_of_four(r"[^ %,;\[\](){}]+"), _list_of_four(r"[^ %,;\[\](){}]+ %"))
+# Four numbers and two brackets; with percent signs, and a separator after each, at most.
+_MIN_PIECES, _MAX_PIECES = 6, 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParsedBox:
+    """A box found in an answer.
+
+    Attributes:
+        fractions: Two corners in the order given, 0..1 where the model keeps to its frame.
+        exact: Whether it is written in the model's syntax; else it was read with tolerance.
+    """
+
+    fractions: Box
+    exact: bool
+
+
+def parse_answer(text: str, spec: BoxSpec) -> ParsedBox | None:
+    """The first box in a text that is written in the model's syntax; else the first one meant.
+
+    What is meant must be four numbers and no more:
+
+    * ``bracketed``: in round, square or curly brackets, which need not match, with commas,
+      semicolons or space between; or with one square bracket missing and commas between. Numbers
+      that all have a percent sign are hundredths of the frame, whatever the scale.
+    * ``angled``: one after the other, with or without braces; commas between do not count.
+
+    Not read: a list without any bracket, numbers with exponents, corners in brackets of their own,
+    named coordinates. Words around a box do not matter. Time is linear in the text's length.
+
+    Args:
+        text: The model's answer.
+        spec: Syntax and scale.
+
+    Returns:
+        None where there is no box.
+    """
+    exact = parse_box(text, spec)
+    if exact is not None:
+        return ParsedBox(fractions=exact, exact=True)
+    meant = _MEANT[spec.syntax](text, spec.scale)
+    return None if meant is None else ParsedBox(fractions=meant, exact=False)
+
 
 def parse_box(text: str, spec: BoxSpec) -> Box | None:
-    """Coordinates of the first box in a text, as fractions of their frame.
+    """Coordinates of the first box in a text that is written in the model's syntax.
 
     Args:
         text: The model's answer.
         spec: Syntax and scale; in either syntax space between its parts does not count.
 
     Returns:
-        Two corners in the order given, 0..1 where the model keeps to its frame; None without a box.
+        Two corners in the order given, 0..1 where the model keeps to its frame; None without a box,
+        and where ``parse_answer`` needs tolerance to find one.
     """
     found = _SYNTAXES[spec.syntax].search(text)
-    if found is None:
-        return None
-    x1, y1, x2, y2 = (float(number) / spec.scale for number in found.groups())
-    return x1, y1, x2, y2
+    return None if found is None else _scaled(found.groups(), spec.scale)
 
 
 def to_pixels(box: Box, spec: BoxSpec, geometry: ImageGeometry) -> Box | None:
@@ -54,3 +112,58 @@ def to_pixels(box: Box, spec: BoxSpec, geometry: ImageGeometry) -> Box | None:
 
 def _clip(value: float, upper: int) -> float:
     return min(max(value, 0.0), float(upper))
+
+
+def _bracketed_meant(text: str, scale: float) -> Box | None:
+    for pieces in _lists(text):
+        if not _MIN_PIECES <= len(pieces) <= _MAX_PIECES:
+            continue
+        for pattern, full in zip(_LISTS, (scale, 100.0), strict=True):
+            if pattern.fullmatch(" ".join(pieces)):
+                return _scaled([piece for piece in pieces if _is_number(piece)], full)
+    return None
+
+
+def _lists(text: str) -> Iterator[list[str]]:
+    """Stretches of numbers, percent signs and separators, with the brackets at their ends."""
+    pieces: list[str] = []
+    for piece in _PIECE.findall(text):
+        if piece in "[({":
+            yield pieces
+            pieces = [piece]
+        elif piece in "])}":
+            yield [*pieces, piece]
+            pieces = []
+        elif piece in ",;%" or _is_number(piece):
+            pieces.append(piece)
+        else:
+            # "0.4." ends a sentence; in "4.." or "0.4.5" nothing is a number.
+            last = [piece[:-1]] if piece[-1] == "." and _is_number(piece[:-1]) else []
+            yield [*pieces, *last]
+            pieces = []
+    yield pieces
+
+
+def _is_number(piece: str) -> bool:
+    return _LOOSE_NUMBER.fullmatch(piece) is not None
+
+
+def _angled_meant(text: str, scale: float) -> Box | None:
+    numbers: list[str] = []
+    end = 0
+    for found in _ANGLED_NUMBER.finditer(text):
+        if text[end : found.start()].strip(_BETWEEN_ANGLED):
+            if len(numbers) == 4:
+                break
+            numbers = []
+        numbers.append(found.group(1))
+        end = found.end()
+    return _scaled(numbers, scale) if len(numbers) == 4 else None
+
+
+_MEANT = {"bracketed": _bracketed_meant, "angled": _angled_meant}
+
+
+def _scaled(numbers: Sequence[str], scale: float) -> Box:
+    x1, y1, x2, y2 = (float(number) / scale for number in numbers)
+    return x1, y1, x2, y2

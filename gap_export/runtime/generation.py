@@ -31,6 +31,8 @@ class PromptRow:
         image_features: [M, H], what is left of the image.
         keep_indices: int64 [M], index of each of them in the unpruned visual sequence.
         num_visual_tokens: Length of that sequence.
+        shift: Added to every position id from the first visual token on; not 0 only where wrong
+            positions are what is measured.
     """
 
     prefix_embeds: FloatArray
@@ -38,6 +40,7 @@ class PromptRow:
     image_features: FloatArray
     keep_indices: Int64Array
     num_visual_tokens: int
+    shift: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +189,9 @@ def _position_table(row: PromptRow, positions: PositionMode) -> Int64Array:
     )
     unpruned_length = start + row.num_visual_tokens + len(row.suffix_embeds)
     table = build_kept_positions(unpruned_length=unpruned_length, spans=[span])
-    return table if positions == "gap" else compact_positions(len(table))
+    table = table if positions == "gap" else compact_positions(len(table))
+    table[start:] += row.shift
+    return table
 
 
 def _argmax(logits: FloatArray, *, step: int) -> Int64Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import struct
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from gap_export.errors import ImageError
 from gap_export.manifest import ImageSpec
@@ -65,17 +66,22 @@ def load_image(image: ImageInput, *, pad_color: tuple[int, int, int]) -> Image.I
         )
     path = Path(image)
     _check_file(path)
-    try:
-        with _quiet():
-            opened = Image.open(path, formats=_FORMATS)
-    except Image.DecompressionBombError as err:
-        raise ImageError("the picture is too large", seen=path, allowed=_ALLOWED) from err
-    except UnidentifiedImageError as err:
-        raise ImageError("not a picture that can be read", seen=path, allowed=_ALLOWED) from err
-    except _DAMAGED as err:
-        raise ImageError("the picture is damaged", seen=f"{path}: {err}", allowed=_ALLOWED) from err
+    opened = _open(path, name=str(path))
     with opened:
         return _to_rgb(opened, pad_color=pad_color, name=str(path))
+
+
+def open_encoded(encoded: bytes, *, name: str) -> Image.Image:
+    """A picture out of the bytes of its file, not decoded yet; :func:`load_image` does that.
+
+    Args:
+        encoded: What a file of one of the formats allowed holds.
+        name: What errors call it.
+
+    Raises:
+        ImageError: not a picture, too large, or damaged at its beginning.
+    """
+    return _open(io.BytesIO(encoded), name=name)
 
 
 def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[NDArray[np.float32], ImageGeometry]:
@@ -105,6 +111,18 @@ def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[NDArray[np.float
     normal = (unit - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
     pixel_values: NDArray[np.float32] = np.ascontiguousarray(normal.transpose(0, 3, 1, 2))
     return pixel_values, ImageGeometry(width=picture[1], height=picture[0], canvas=canvas)
+
+
+def _open(file: Path | io.BytesIO, *, name: str) -> ImageFile.ImageFile:
+    try:
+        with _quiet():
+            return Image.open(file, formats=_FORMATS)
+    except Image.DecompressionBombError as err:
+        raise ImageError("the picture is too large", seen=name, allowed=_ALLOWED) from err
+    except UnidentifiedImageError as err:
+        raise ImageError("not a picture that can be read", seen=name, allowed=_ALLOWED) from err
+    except _DAMAGED as err:
+        raise ImageError("the picture is damaged", seen=f"{name}: {err}", allowed=_ALLOWED) from err
 
 
 @contextmanager

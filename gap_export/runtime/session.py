@@ -7,7 +7,7 @@ with GroundingSession.open("refshapes-llava-spatial-0.3") as session:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ from gap_export.errors import BundleError, ExpressionError, GapExportError, Usag
 from gap_export.manifest import BoxSpec, Manifest
 from gap_export.positions import PositionMode
 from gap_export.runtime.backend import Backend, FloatArray
-from gap_export.runtime.boxes import parse_box, to_pixels
+from gap_export.runtime.boxes import parse_answer, to_pixels
 from gap_export.runtime.generation import (
     DecoderPrompt,
     Generation,
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["BackendName", "Grounding", "GroundingSession"]
 
 BackendName = Literal["onnxruntime", "tensorrt"]
+# What is asked and its row of the prompt; gives the row that is fed.
+EditRow = Callable[[str, PromptRow], PromptRow]
 
 
 class GroundingSession:
@@ -58,6 +60,7 @@ class GroundingSession:
         backend: Backend,
         *,
         positions: PositionMode | None = None,
+        edit_row: EditRow | None = None,
     ) -> None:
         """Join a model's facts, its tokenizers and a backend.
 
@@ -66,6 +69,7 @@ class GroundingSession:
             assets_folder: Where its tokenizers are; a bundle's folder.
             backend: Runs its components; closed with the session.
             positions: Position ids of what pruning leaves; by default the manifest's.
+            edit_row: Changes each row of the prompt before it is fed: for experiments on the model.
 
         Raises:
             BundleError: a tokenizer cannot be used, or the manifest's numbers contradict.
@@ -80,6 +84,7 @@ class GroundingSession:
                 fix="the bundle does not hold together; export it again",
             )
         self._prompts = PromptEncoder(manifest, Path(assets_folder))
+        self._edit_row = edit_row
         self._backend_name = backend.name
         self._closed = False
 
@@ -215,7 +220,7 @@ class GroundingSession:
                 num_rows=len(encoded),
             )
         with clock.stage("embed_tokens"):
-            prompt = self._assemble(encoded, visual)
+            prompt = self._assemble(expressions, encoded, visual)
         answer = generate(
             self.backend,
             prompt,
@@ -244,7 +249,10 @@ class GroundingSession:
         return np.stack([embeds[row] for row in range(len(texts))])
 
     def _assemble(
-        self, encoded: Sequence[EncodedExpression], visual: Sequence[VisualTokens]
+        self,
+        expressions: Sequence[str],
+        encoded: Sequence[EncodedExpression],
+        visual: Sequence[VisualTokens],
     ) -> DecoderPrompt:
         rows = []
         for row, tokens in zip(encoded, visual, strict=True):
@@ -260,6 +268,8 @@ class GroundingSession:
                     num_visual_tokens=tokens.num_visual_tokens,
                 )
             )
+        if self._edit_row is not None:
+            rows = [self._edit_row(*pair) for pair in zip(expressions, rows, strict=True)]
         return assemble_prompt(rows, positions=self.positions)
 
     def _answers(
@@ -327,13 +337,14 @@ def _refuse_arguments(backend: str, arguments: Mapping[str, object]) -> None:
 def _read_box(
     text: str, spec: BoxSpec, geometry: ImageGeometry
 ) -> tuple[Box | None, tuple[str, ...]]:
-    """An answer's box in pixels; where there is none, why."""
-    fractions = parse_box(text, spec)
-    if fractions is None:
+    """An answer's box in pixels and what is odd about it; where there is none, why."""
+    parsed = parse_answer(text, spec)
+    if parsed is None:
         return None, (f"the answer holds no box: {text!r}",)
-    box = to_pixels(fractions, spec, geometry)
+    box = to_pixels(parsed.fractions, spec, geometry)
     if box is not None:
-        return box, ()
-    x1, y1, x2, y2 = fractions
+        odd = f"the box is not written as the model should, and was read with tolerance: {text!r}"
+        return box, () if parsed.exact else (odd,)
+    x1, y1, x2, y2 = parsed.fractions
     what = "has no area" if x1 == x2 or y1 == y2 else "lies outside the picture"
     return None, (f"the answer {what}: {text!r}",)

@@ -130,6 +130,11 @@ class TensorRTBackend:
         return self._runners[_DECODER].spec.quantization
 
     @property
+    def max_batch(self) -> int:
+        """Most expressions at a time."""
+        return self._limits.max_batch
+
+    @property
     def engines(self) -> tuple[EngineSpec, ...]:
         """What ``engine.json`` says of those loaded."""
         return tuple(runner.spec for runner in self._runners.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gap_export.parity.report.page import load_page
 from gap_export.parity.report.plots import draw_errors, tolerated
 from gap_export.parity.report.words import (
     STATUS_WORDS,
@@ -63,19 +64,7 @@ class _BackendView:
 
 def to_html(report: CheckReport) -> str:
     """A report as a page; the extra ``report`` is installed."""
-    import jinja2
-    from markupsafe import Markup
-
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    # matplotlib escapes what it writes; all other text is escaped by the template.
-    environment.filters["svg"] = Markup
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    template = load_page(_TEMPLATE)
     backends = [_backend_view(f"b{n}", each) for n, each in enumerate(report.backends)]
     return template.render(
         verdict=verdict(report),

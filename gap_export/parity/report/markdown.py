@@ -30,17 +30,17 @@ _MAX_ROWS = 50
 def to_markdown(report: CheckReport) -> str:
     """A report for people, without the tensors inside graphs that are as they should be."""
     lines = [f"# gap-export check: {verdict(report)}", ""]
-    lines += [f"- {name}: {_escape(value)}" for name, value in facts(report)]
+    lines += [f"- {name}: {escape(value)}" for name, value in facts(report)]
     found = problems(report)
     if found:
-        lines += ["", "**What is wrong**", "", *(f"- {_escape(text)}" for text in found)]
+        lines += ["", "**What is wrong**", "", *(f"- {escape(text)}" for text in found)]
     for backend in report.backends:
         lines += _backend_lines(backend)
     return "\n".join(lines) + "\n"
 
 
 def _backend_lines(backend: BackendResult) -> list[str]:
-    title = f"{_escape(backend_title(backend))} ({backend.seconds:.1f} s)"
+    title = f"{escape(backend_title(backend))} ({backend.seconds:.1f} s)"
     levels = [
         (
             ", ".join(names),
@@ -50,27 +50,28 @@ def _backend_lines(backend: BackendResult) -> list[str]:
         for names, level in overview(backend)
     ]
     found = Table(title="", header=("level", "verdict", "details"), rows=tuple(levels))
-    lines = ["", f"## {title}", "", *_table_lines(found, range(len(levels)))]
+    lines = ["", f"## {title}", "", *table_lines(found, range(len(levels)))]
     for level in backend.levels:
         for table in tables(level):
             # Of tensors inside graphs there may be hundreds.
             shown = sorted(table.bad) if "module" in table.header else range(len(table.rows))
             if shown:
                 name = f"{level.level}: {table.title}"
-                lines += ["", f"### {name}", "", *_table_lines(table, shown)]
-                lines += ["", *(f"- {_escape(note)}" for note in table.notes)]
+                lines += ["", f"### {name}", "", *table_lines(table, shown)]
+                lines += ["", *(f"- {escape(note)}" for note in table.notes)]
     return lines
 
 
-def _table_lines(table: Table, shown: range | list[int]) -> list[str]:
-    lines = [f"| {' | '.join(table.header)} |", f"|{' --- |' * len(table.header)}"]
-    lines += [f"| {' | '.join(map(_escape, table.rows[row]))} |" for row in shown[:_MAX_ROWS]]
+def table_lines(table: Table, shown: range | list[int]) -> list[str]:
+    """A table without its title and notes; of its rows those that are shown, up to a limit."""
+    lines = [f"| {' | '.join(map(escape, table.header))} |", f"|{' --- |' * len(table.header)}"]
+    lines += [f"| {' | '.join(map(escape, table.rows[row]))} |" for row in shown[:_MAX_ROWS]]
     if len(shown) > _MAX_ROWS:
         lines += ["", f"{len(shown) - _MAX_ROWS} more are left out here."]
     return lines
 
 
-def _escape(text: str) -> str:
-    """Text that stays text, in one line."""
+def escape(text: str) -> str:
+    """Text that stays text in Markdown, in one line."""
     escaped = _SPECIAL.sub(lambda found: f"&#{ord(found.group())};", text)
     return _START.sub(lambda found: f"{found[1]}&#{ord(found[2][0])};{found[2][1:]}", escaped)

@@ -17,8 +17,9 @@ from gap_export.parity.results import TensorRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-_BLUE, _VERMILLION, _INK, _GRID = "#0072B2", "#D55E00", "#222222", "#dddddd"
+BLUE, VERMILLION, INK, GRID = "#0072B2", "#D55E00", "#222222", "#dddddd"
 # Inches; the page scales a figure to its width.
 _WIDTH, _ROW, _FRAME = 11.5, 0.24, 1.35
 # Beyond this many tensors a picture tells no more than its table.
@@ -26,16 +27,16 @@ _MAX_ROWS = 500
 _MAX_LABEL = 56
 # Decades that an error is shown in, below the largest value there is.
 _MAX_DECADES = 14
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     # Text as outlines looks the same everywhere; ids come from contents, not from a random number.
     "svg.fonttype": "path",
     "svg.hashsalt": "gap-export",
     "font.size": 10,
     "axes.edgecolor": "#888888",
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 
 
@@ -54,7 +55,7 @@ def draw_errors(rows: Sequence[TensorRow], *, mark: str) -> str:
     from matplotlib.figure import Figure
 
     rows = rows[:_MAX_ROWS]
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, _FRAME + _ROW * len(rows)), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -68,18 +69,33 @@ def draw_errors(rows: Sequence[TensorRow], *, mark: str) -> str:
         for label, row in zip(axes.set_yticklabels(map(_label, rows)), rows, strict=True):
             # A name may hold dollar signs, which are no formula.
             label.set_parse_math(False)
-            label.set_color(_INK if row.passed else _VERMILLION)
-        axes.grid(axis="x", color=_GRID, linewidth=0.8)
+            label.set_color(INK if row.passed else VERMILLION)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside upper center", ncols=5, frameon=False)
-        stream = io.StringIO()
-        figure.savefig(
-            stream,
-            format="svg",
-            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
-        )
+        return to_svg(figure, mark=mark)
+
+
+def to_svg(figure: Figure, *, mark: str) -> str:
+    """A figure as an ``<svg>`` element without declaration, to be called within :data:`STYLE`.
+
+    Args:
+        figure: Has a canvas of SVG.
+        mark: Begins the ids within the picture, so that several fit into one page.
+    """
+    stream = io.StringIO()
+    figure.savefig(
+        stream,
+        format="svg",
+        metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+    )
     return _embeddable(stream.getvalue(), mark)
+
+
+def drawable(text: str) -> str:
+    """Text of letters that a picture's font has, in one line."""
+    return " ".join(clean(text).encode("ascii", "backslashreplace").decode().split())
 
 
 def _draw_rows(axes: Axes, rows: Sequence[TensorRow], low: float, high: float) -> None:
@@ -88,22 +104,22 @@ def _draw_rows(axes: Axes, rows: Sequence[TensorRow], low: float, high: float) -
 
     axes.set_xscale("log")
     largest = [place(row.max_abs_diff) for row in rows]
-    axes.hlines(range(len(rows)), low, largest, color=_GRID, linewidth=2.5)
+    axes.hlines(range(len(rows)), low, largest, color=GRID, linewidth=2.5)
     for values, marker, label in (
         ([place(row.mean_abs_diff) for row in rows], "s", "mean"),
         ([place(row.p99_abs_diff) for row in rows], "D", "99th percentile"),
     ):
         axes.plot(
             *(values, range(len(rows)), marker),
-            color=_INK,
+            color=INK,
             markersize=4.5,
             mfc="white",
             label=label,
             clip_on=False,
         )
     for passed, marker, color, label in (
-        (True, "o", _BLUE, "largest, within tolerance"),
-        (False, "X", _VERMILLION, "largest, beyond it"),
+        (True, "o", BLUE, "largest, within tolerance"),
+        (False, "X", VERMILLION, "largest, beyond it"),
     ):
         chosen = [index for index, row in enumerate(rows) if row.passed == passed]
         if chosen:
@@ -113,7 +129,7 @@ def _draw_rows(axes: Axes, rows: Sequence[TensorRow], low: float, high: float) -
             )
     centers, allowed = list(range(len(rows))), [place(tolerated(row)) for row in rows]
     tops, bottoms = [c - 0.5 for c in centers], [c + 0.5 for c in centers]
-    axes.vlines(allowed, tops, bottoms, color=_INK, linewidth=1.6, label="tolerance")
+    axes.vlines(allowed, tops, bottoms, color=INK, linewidth=1.6, label="tolerance")
 
 
 def tolerated(row: TensorRow) -> float:
@@ -145,8 +161,7 @@ def _limits(rows: Sequence[TensorRow]) -> tuple[float, float]:
 def _label(row: TensorRow) -> str:
     """Module or graph, and name, of letters that the picture's font has; the end is kept."""
     owner = row.module or row.component
-    name = clean(f"{owner}: {row.tensor}").encode("ascii", "backslashreplace").decode()
-    name = " ".join(name.split())
+    name = drawable(f"{owner}: {row.tensor}")
     return name if len(name) <= _MAX_LABEL else f"...{name[3 - _MAX_LABEL :]}"
 
 

@@ -41,15 +41,15 @@ def write_reports(
     """
     check_writable(json=json, junit=junit, markdown=markdown, html=html)
     if json is not None:
-        _write(json, json_format.dumps(report.to_plain(), indent=2, allow_nan=False) + "\n")
+        write_text(json, json_format.dumps(report.to_plain(), indent=2, allow_nan=False) + "\n")
     if junit is not None:
-        _write(junit, to_junit(report))
+        write_text(junit, to_junit(report))
     if markdown is not None:
-        _write(markdown, to_markdown(report))
+        write_text(markdown, to_markdown(report))
     if html is not None:
         from gap_export.parity.report.html import to_html
 
-        _write(html, to_html(report))
+        write_text(html, to_html(report))
 
 
 def check_writable(
@@ -76,14 +76,27 @@ def check_writable(
     """
     if html is not None:
         require_extra("report", "writing a page of HTML")
+    check_places({"JSON": json, "JUnit": junit, "Markdown": markdown, "HTML": html}, outside or {})
+
+
+def check_places(named: Mapping[str, Path | None], outside: Mapping[str, Path]) -> None:
+    """Refuse places where reports could not be written.
+
+    Args:
+        named: Files by the kind of the report; None where it is not asked for.
+        outside: Folders that a report would spoil, by what they are.
+
+    Raises:
+        OutputError: a folder does not exist or cannot be written, something else is in the way, it
+            is one of ``outside``, or two reports would be one file.
+    """
     taken: dict[Path, str] = {}
-    named = {"JSON": json, "JUnit": junit, "Markdown": markdown, "HTML": html}
     for kind, path in named.items():
         if path is None:
             continue
         _check_place(kind, path)
         real = path.resolve()
-        for what, folder in (outside or {}).items():
+        for what, folder in outside.items():
             if real.is_relative_to(folder.resolve()):
                 raise OutputError(
                     f"the {kind} report would be inside {what}, which would then be refused",
@@ -129,7 +142,12 @@ def _refusal(kind: str, what: str, seen: object, *, fix: str = "name another fil
     return OutputError(f"the {kind} report {what}", seen=seen, fix=fix)
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a report; what was there is replaced, and never by half of it.
+
+    Raises:
+        OutputError: it cannot be written; what was there still is.
+    """
     # A link stays one: what it leads to is replaced.
     target = path.resolve()
     part = target.with_name(f".{target.name}.{os.getpid()}.part")

@@ -1,0 +1,75 @@
+"""An evaluation for people at a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from gap_export.cli._terminal import format_table
+from gap_export.parity.report.words import clean
+
+if TYPE_CHECKING:
+    from gap_export.evaluation.results import EvaluationReport, SettingRow
+
+_HEADER = (
+    "pruner",
+    "keep",
+    "tokens",
+    "positions",
+    "Acc@0.5 %",
+    "95 % interval",
+    "recovered %",
+    "IoU %",
+    "no box",
+)
+
+
+def describe_evaluation(report: EvaluationReport) -> str:
+    """What was asked, a table of the rows, and what could not be asked."""
+    first, data = report.rows[0], report.data
+    lines = [
+        f"{report.model} on {clean(data.name)}, {', '.join(data.splits)}, seed {report.seed}: "
+        f"{first.n} expressions, {first.num_images} pictures",
+        f"protocol {report.protocol}: {report.protocol_summary}",
+        "",
+        format_table(_HEADER, [_table_row(row) for row in report.rows]),
+    ]
+    lines += [f"{name}: {what}" for name, what in report.misalignments.items()]
+    return "\n".join([*lines, *_unusable(report)])
+
+
+def _table_row(row: SettingRow) -> list[str]:
+    low, high = row.ci95
+    return [
+        row.pruner,
+        f"{row.keep_ratio:g}",
+        f"{row.mean_visual_tokens:.1f}".removesuffix(".0"),
+        row.positions,
+        f"{100 * row.acc_at_50:.1f}",
+        f"{100 * low:.1f}-{100 * high:.1f}",
+        "-" if row.recovered is None else f"{100 * row.recovered:.1f}",
+        f"{100 * row.mean_iou:.1f}",
+        str(row.parse_failures),
+    ]
+
+
+def _unusable(report: EvaluationReport) -> list[str]:
+    """What was wrong with the data, and what that does to the figures."""
+    lines = []
+    for counted, what in (
+        (True, "could not be asked, and count as wrong"),
+        (False, "are annotated so that no answer could be right, and are left out"),
+    ):
+        reasons = Counter(
+            one.reason for one in report.data.unusable if one.counts_as_wrong is counted
+        )
+        if reasons:
+            told = ", ".join(f"{reason} {number}" for reason, number in reasons.items())
+            lines.append(f"{sum(reasons.values())} expressions {what}: {told}")
+    for row in report.rows:
+        if row.num_unusable:
+            share = "-" if row.acc_at_50_usable is None else f"{100 * row.acc_at_50_usable:.1f} %"
+            lines.append(
+                f"{row.name}: {share} of the others; {row.num_unusable} could not be asked"
+            )
+    return lines

@@ -1,0 +1,200 @@
+"""Options of ``gap-export eval``, and what their values mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gap_export.cli._options import KEEP_HELP, PRUNER_HELP
+from gap_export.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from gap_export.evaluation.settings import MisalignmentKind
+
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|BUNDLE",
+        help="A model is exported at every --pruner and --keep; a bundle is taken as it is.",
+        show_default=False,
+    ),
+]
+KeepsOption = Annotated[
+    list[float] | None,
+    typer.Option("--keep", metavar="SHARE", help=f"{KEEP_HELP} Repeatable.", show_default=False),
+]
+PrunersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pruner",
+        metavar="NAME",
+        help=f"{PRUNER_HELP} Repeatable, or with commas.",
+        show_default=False,
+    ),
+]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="What to measure on: refshapes[:heldout|train], drawn here; refcoco:ROOT:SPLIT, "
+        "refcoco+ or refcocog, in the folder ROOT; or FOLDER[:SPLIT].",
+    ),
+]
+EvaluateSamplesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--samples",
+        metavar="N",
+        min=0,
+        help="How many expressions to ask, the first of each split; 0: all. [default: 500 of "
+        "refshapes, else all]",
+        show_default=False,
+    ),
+]
+ProtocolOption = Annotated[
+    str,
+    typer.Option(
+        "--protocol",
+        metavar="NAME",
+        help="When an answer is right: native (that of the model's family), unpad, lmms, shikra, "
+        "minigpt-v2 or vlm-evaluation.",
+    ),
+]
+PromptOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        metavar="TEMPLATE",
+        help="Ask with this in place of the model's own prompt; it holds the model's image token "
+        "and {expression} once each.",
+        show_default=False,
+    ),
+]
+MisalignedOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--misaligned",
+        metavar="permuted|shifted",
+        help="Measure the unpruned model with wrong positions as well. permuted: visual tokens "
+        "enter in a random order; shifted: ids from the first visual token on are half a row "
+        "higher. Repeatable, or with commas.",
+        show_default=False,
+    ),
+]
+RecordsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--records",
+        metavar="DIR",
+        help="Keep the answers, one file a setting; what is there already is not asked again.",
+        show_default=False,
+    ),
+]
+WorkersOption = Annotated[
+    str,
+    typer.Option(
+        "--workers",
+        metavar="N|auto|ray://HOST:PORT",
+        help="Who answers: 1: this process; a number, or auto for one a CPU: processes of this "
+        "machine; an address: a Ray cluster. All but 1 need the extra `ray`.",
+    ),
+]
+BaselineOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--baseline",
+        metavar="BUNDLE",
+        help="Of a BUNDLE: its model exported with --keep 1. [default: made from its weights]",
+        show_default=False,
+    ),
+]
+PicturesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--pictures",
+        metavar="DIR",
+        help="Draw the first answer of each row: box, kept tokens, heat map of the scores.",
+        show_default=False,
+    ),
+]
+MinRecoveredOption = Annotated[
+    float | None,
+    typer.Option(
+        "--min-recovered",
+        metavar="SHARE",
+        min=0.0,
+        help="Exit 3 where GAP recovers less than this share (0..1) of the unpruned accuracy.",
+        show_default=False,
+    ),
+]
+
+
+def split_names(names: Sequence[str]) -> list[str]:
+    """``["a,b", "c"]`` as ``["a", "b", "c"]``, each once."""
+    parts = [part.strip() for name in names for part in name.split(",")]
+    return list(dict.fromkeys(part for part in parts if part))
+
+
+def parse_misaligned(names: Sequence[str]) -> tuple[MisalignmentKind, ...]:
+    """Each once.
+
+    Raises:
+        UsageError: one that there is not.
+    """
+    from gap_export.evaluation.settings import MISALIGNMENTS
+
+    known = {str(kind): kind for kind in MISALIGNMENTS}
+    wanted = split_names(names)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise UsageError(
+            "--misaligned has no such choice", seen=unknown[0], allowed=", ".join(known)
+        )
+    return tuple(known[name] for name in wanted)
+
+
+def check_outside(folders: Mapping[str, Path | None], bundles: Mapping[str, Path]) -> None:
+    """Refuse folders inside a bundle, which lists all that it holds.
+
+    Args:
+        folders: By option; None was not given.
+        bundles: By what they are.
+
+    Raises:
+        OutputError: one is.
+    """
+    for option, folder in folders.items():
+        for what, bundle in bundles.items():
+            if folder is not None and folder.resolve().is_relative_to(bundle.resolve()):
+                raise OutputError(
+                    f"{option} would be inside {what}, which would then be refused",
+                    seen=folder,
+                    fix="name a folder outside of it",
+                )
+
+
+def check_beside_records(reports: Mapping[str, Path | None], records: Path | None) -> None:
+    """Refuse reports that would be written over files of records.
+
+    Args:
+        reports: By option; None was not given.
+        records: Where records are kept.
+
+    Raises:
+        OutputError: one would.
+    """
+    from gap_export.evaluation.records import SUFFIX
+
+    for option, report in reports.items():
+        if report is None or records is None or report.suffix != SUFFIX:
+            continue
+        if report.resolve().parent == records.resolve():
+            raise OutputError(
+                f"{option} would be written over a file of --records",
+                seen=report,
+                fix="name another file",
+            )

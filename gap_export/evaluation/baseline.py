@@ -1,0 +1,67 @@
+"""The unpruned model that a bundle is measured beside."""
+
+from __future__ import annotations
+
+from gap_export.errors import UsageError
+from gap_export.manifest import Manifest, QuantizationSpec, SourceFile
+from gap_export.pipeline import DTYPES, Dtype
+from gap_export.source import MAIN
+
+
+def check_baseline(manifest: Manifest, baseline: Manifest) -> None:
+    """Refuse a baseline that is not the same model with all its tokens.
+
+    Args:
+        manifest: Of the bundle that is measured.
+        baseline: Of the other.
+
+    Raises:
+        UsageError: another model, other weights, other preparation, or pruned.
+    """
+    mine, theirs = _source_files(manifest), _source_files(baseline)
+    # A pruner that reads the text brings files of its own; what both have must be the same.
+    common = mine.keys() & theirs.keys()
+    other_files = sorted(path for path in common if mine[path].sha256 != theirs[path].sha256)
+    facts = ("model", "grid", "image", "prompt", "box", "decoder", "dtype")
+    other_facts = [name for name in facts if getattr(manifest, name) != getattr(baseline, name)]
+    seen = [
+        *(f"another {name}" for name in other_facts),
+        *(f"another {path}" for path in other_files),
+    ]
+    if quantization_of(manifest) != quantization_of(baseline):
+        seen.append("another quantization")
+    if manifest.source.random_seed != baseline.source.random_seed:
+        seen.append("other random weights")
+    elif manifest.source.random_seed is None and not common:
+        seen.append("no common weights")
+    if baseline.pruning.keep_ratio != 1.0:
+        seen.append(f"keep {baseline.pruning.keep_ratio:g}")
+    if baseline.pruning.order != "raster" or baseline.pruning.positions != "gap":
+        seen.append(f"{baseline.pruning.order} order, {baseline.pruning.positions} positions")
+    if seen:
+        raise UsageError(
+            "the baseline is not the unpruned form of this bundle's model",
+            seen="; ".join(seen),
+            allowed=f"{manifest.model.name} at keep 1, made from the same checkpoint",
+            fix=f"make one with: gap-export {manifest.model.name} --keep 1",
+        )
+
+
+def quantization_of(manifest: Manifest) -> QuantizationSpec | None:
+    """Of those weights that are quantized; None where none are."""
+    return next((graph.quantization for graph in manifest.graphs if graph.quantization), None)
+
+
+def dtype_of(manifest: Manifest) -> Dtype:
+    """What an export of a model in a manifest's dtype is told."""
+    (found,) = [dtype for dtype in DTYPES if dtype == manifest.dtype]
+    return found
+
+
+def _source_files(manifest: Manifest) -> dict[str, SourceFile]:
+    """Files of the checkpoint by ``role/path``; by the path alone in the main part."""
+    return {
+        file.path if part.role == MAIN else f"{part.role}/{file.path}": file
+        for part in manifest.source.parts
+        for file in part.files
+    }

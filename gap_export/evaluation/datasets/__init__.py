@@ -1,0 +1,193 @@
+"""Data sets to evaluate on, by their name.
+
+========================  =========================================================================
+``refshapes[:SPLIT]``     drawn here: ``heldout`` (the default) or ``train``
+``NAME:ROOT[:SPLITS]``    a published one in the folder ROOT. NAME: ``refcoco``, ``refcoco+``,
+                          ``refcocog`` (of its two sets of splits UMD's, whose splits share no
+                          picture), ``refcoco-google``, ``refcocog-google``
+``FOLDER[:SPLITS]``       what is in the folder
+========================  =========================================================================
+
+SPLITS is one, or several with commas; it can be left out where there is only one. ``./refshapes``
+is a folder. The layouts of folders are told by the files in them: see ``refer``, ``per_split``,
+``parquet`` and ``own``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gap_export.errors import UsageError
+from gap_export.evaluation.datasets import own, parquet, per_split, refer
+from gap_export.evaluation.datasets.annotations import assemble, check_box
+from gap_export.evaluation.datasets.refshapes_set import NAME as REFSHAPES
+from gap_export.evaluation.datasets.refshapes_set import open_refshapes
+from gap_export.evaluation.datasets.stored import KNOWN_SETS, KnownSet, StoredSet, unique
+from gap_export.evaluation.questions import Dataset
+
+__all__ = ["check_box", "open_dataset"]
+
+_FINDERS: tuple[Callable[[Path, KnownSet | None], Sequence[StoredSet]], ...] = (
+    refer.find,
+    per_split.find,
+    parquet.find,
+    own.find,
+)
+_SPLITS = re.compile(r"[\w+-]+(,[\w+-]+)*", re.ASCII)
+_MAX_SHOWN = 300
+_ALLOWED = f"{REFSHAPES}[:SPLIT], {'|'.join(KNOWN_SETS)}:ROOT[:SPLITS] or FOLDER[:SPLITS]"
+
+
+def open_dataset(spec: str, *, samples: int | None, seed: int) -> Dataset:
+    """Open a data set.
+
+    Args:
+        spec: Which; see above.
+        samples: Ask the first so many expressions of each split, those that cannot be asked
+            included; None for all.
+        seed: Of the scenes of RefShapes; others have nothing that is drawn.
+
+    Raises:
+        UsageError: no such data set, several, or a split that it has not got; its files cannot be
+            used; none of its expressions can be asked.
+        MissingDependencyError: it needs an extra that is not installed.
+    """
+    if samples is not None and samples < 1:
+        raise UsageError("too few samples", seen=samples, allowed=">= 1")
+    name, _, rest = spec.partition(":")
+    if name == REFSHAPES:
+        return open_refshapes(spec, rest or None, samples=samples, seed=seed)
+    known = KNOWN_SETS.get(name)
+    place, wanted = _place_and_splits(spec if known is None else rest)
+    root = _check_folder(place, spec)
+    stored = _find(root, known)
+    splits = _choose_splits(stored, wanted)
+    return assemble(
+        (annotation for split in splits for annotation in stored.read(split)),
+        spec=spec,
+        name=stored.name,
+        layout=stored.layout,
+        splits=splits,
+        samples=samples,
+        looked_in=stored.looked_in,
+    )
+
+
+def _place_and_splits(text: str) -> tuple[str, str | None]:
+    """Parts of ``FOLDER[:SPLITS]``, where the folder may have colons, as one of a drive has."""
+    if _is_folder(text):
+        return text, None
+    place, colon, last = text.rpartition(":")
+    # What people call splits of their own may be anything.
+    is_split = _SPLITS.fullmatch(last) is not None or (bool(last) and _is_folder(place))
+    return (place, last) if colon and is_split else (text, None)
+
+
+def _is_folder(place: str) -> bool:
+    try:
+        return bool(place) and Path(place).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):
+        # No name of a file; the message is for later.
+        return False
+
+
+def _check_folder(place: str, spec: str) -> Path:
+    try:
+        # A worker may be in another folder.
+        root = Path(place).expanduser().absolute()
+        if place and root.is_dir():
+            return root
+        what = "the data set is not a folder" if place and root.exists() else "no such data set"
+    except (OSError, RuntimeError, ValueError) as err:
+        raise UsageError(
+            "no such data set", seen=f"{spec[:_MAX_SHOWN]!r}: {_reason(err)}", allowed=_ALLOWED
+        ) from err
+    raise UsageError(
+        what,
+        seen=repr(spec),
+        allowed=_ALLOWED,
+        fix=f"there is no folder {place!r}" if place else "say which folder it is in",
+    )
+
+
+def _reason(err: Exception) -> str:
+    """Without the name, which may be what is too long."""
+    return (isinstance(err, OSError) and err.strerror) or str(err)
+
+
+def _find(root: Path, known: KnownSet | None) -> StoredSet:
+    """The one data set that is meant.
+
+    Raises:
+        UsageError: none, or several.
+    """
+    # In a folder, one that is below it under its own name is as good as one that is there.
+    wanted = [known] if known is not None else [None, *KNOWN_SETS.values()]
+    try:
+        found = unique([one for which in wanted for find in _FINDERS for one in find(root, which)])
+    except OSError as err:
+        raise UsageError("a folder cannot be read", seen=f"{root}: {err.strerror or err}") from err
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = [one.name for one in found if one.name in KNOWN_SETS]
+        by_name = known is None and len(set(names)) > 1
+        raise UsageError(
+            "there are several data sets in this folder",
+            seen="; ".join(_describe(one, root) for one in found),
+            fix=f"name one, as in {names[0]}:{root}"
+            if by_name
+            else "give the folder of one of them, or move the others away",
+        )
+    raise _not_found(root, known)
+
+
+def _not_found(root: Path, known: KnownSet | None) -> UsageError:
+    if known is None:
+        looked_for = (refer.LOOKED_FOR, per_split.LOOKED_FOR, parquet.LOOKED_FOR, own.LOOKED_FOR)
+        return UsageError(
+            "this folder holds no data set", seen=root, fix=f"looked for {', '.join(looked_for)}"
+        )
+    files = [f"refs({known.split_by}).p beside instances.json"]
+    if known.is_default:
+        files += [f"{known.folders[0]}_<split>.json", parquet.LOOKED_FOR]
+    below = ", ".join(f"{name}/" for name in known.folders)
+    return UsageError(
+        f"{known.name} is not in this folder",
+        seen=root,
+        fix=f"looked there, and below it in {below}, for {', '.join(files)}",
+    )
+
+
+def _describe(stored: StoredSet, root: Path) -> str:
+    first = stored.files[0]
+    return f"{stored.name} ({stored.layout}: {first.relative_to(root)})"
+
+
+def _choose_splits(stored: StoredSet, wanted: str | None) -> tuple[str, ...]:
+    """The splits asked for, each once.
+
+    Raises:
+        UsageError: it has not got one, or has several and none was named.
+    """
+    there = stored.splits()
+    if wanted is None:
+        if len(there) > 1:
+            raise UsageError(
+                f"{stored.name} has several splits and none was named",
+                allowed=", ".join(there),
+                fix=f"put one at the end, or several: :{','.join(there[:2])}",
+            )
+        return there
+    # One of people's own may have a comma in its name.
+    chosen = (wanted,) if wanted in there else tuple(dict.fromkeys(wanted.split(",")))
+    unknown = [split for split in chosen if split not in there]
+    if unknown:
+        raise UsageError(
+            f"{stored.name} has no such split",
+            seen=", ".join(unknown),
+            allowed=", ".join(there) or "it has none: it is empty",
+        )
+    return chosen

@@ -1,0 +1,211 @@
+"""From what the layouts read to a data set: boxes checked, pictures together, cut to so many."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from gap_export.errors import UsageError
+from gap_export.evaluation.questions import (
+    Dataset,
+    PictureSource,
+    Question,
+    Unusable,
+    UnusableReason,
+)
+from gap_export.parity.metrics import Box
+
+# COCO's own boxes reach over the border by what rounding does.
+BORDER_SLACK = 1.0
+# A thousand times what RefCOCO has; a file made to use up memory has more.
+MAX_EXPRESSIONS = 10_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotation:
+    """One expression as it is stored, its types checked and its values not.
+
+    Attributes:
+        id: Unique in the data set.
+        image_id: Shared by those about one picture.
+        picture: None where the picture is missing.
+        picture_name: What a missing picture is called.
+        expression: What to look for.
+        box: (x1, y1, x2, y2) in pixels, finite.
+        image_size: Width and height in pixels, where they are annotated.
+        kind: Type of the expression, where there are types.
+        split: Which part of the data set it is from.
+    """
+
+    id: str
+    image_id: str
+    picture: PictureSource | None
+    picture_name: str
+    expression: str
+    box: Box
+    image_size: tuple[int, int] | None
+    kind: str | None
+    split: str
+
+
+def assemble(
+    annotations: Iterable[Annotation],
+    *,
+    spec: str,
+    name: str,
+    layout: str,
+    splits: Sequence[str],
+    samples: int | None,
+    looked_in: str,
+) -> Dataset:
+    """Make a data set of annotations.
+
+    Those about one picture are brought together, in the order in which the pictures appear in a
+    split; then the first so many of each split are taken.
+
+    Args:
+        annotations: Split after split.
+        spec: How the user named the data set.
+        name: Of the data set.
+        layout: How it is stored.
+        splits: Those that the annotations are from.
+        samples: How many of each split; None for all.
+        looked_in: Where pictures were looked for, for the message when there are none.
+
+    Raises:
+        UsageError: no expression can be asked, two have the same id, or there are too many.
+    """
+    by_split = _group_by_picture(annotations)
+    chosen: list[Annotation] = []
+    for groups in by_split.values():
+        chosen += [one for group in groups.values() for one in group][:samples]
+    _check_ids(chosen)
+    questions: list[Question] = []
+    unusable: list[Unusable] = []
+    # Rows of one picture may hold a copy of it each: one of them is enough.
+    pictures: dict[str, PictureSource] = {}
+    for one in chosen:
+        if one.picture is not None:
+            pictures.setdefault(one.image_id, one.picture)
+        made = _judge(one, pictures.get(one.image_id))
+        if isinstance(made, Question):
+            questions.append(made)
+        else:
+            unusable.append(made)
+    if not questions:
+        raise _nothing_to_ask(spec, unusable, looked_in)
+    return Dataset(
+        spec=spec,
+        name=name,
+        splits=tuple(splits),
+        layout=layout,
+        fingerprint=_fingerprint(questions, unusable),
+        questions=tuple(questions),
+        unusable=tuple(unusable),
+    )
+
+
+def check_box(box: Box, image_size: tuple[int, int] | None) -> Box | UnusableReason:
+    """A box cut at the picture's border, or what is wrong with it.
+
+    Args:
+        box: (x1, y1, x2, y2) in pixels, finite.
+        image_size: Width and height in pixels; None where nobody knows them, and then only what is
+            left of or above the picture is seen.
+    """
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return "empty box"
+    width, height = (float("inf"), float("inf")) if image_size is None else image_size
+    left, top = max(0.0, box[0]), max(0.0, box[1])
+    right, bottom = min(float(width), box[2]), min(float(height), box[3])
+    cut = max(left - box[0], top - box[1], box[2] - right, box[3] - bottom)
+    if cut > BORDER_SLACK or right <= left or bottom <= top:
+        return "box outside the picture"
+    return left, top, right, bottom
+
+
+def _group_by_picture(
+    annotations: Iterable[Annotation],
+) -> dict[str, dict[str, list[Annotation]]]:
+    """Annotations by split, and in a split by picture."""
+    by_split: dict[str, dict[str, list[Annotation]]] = {}
+    for number, one in enumerate(annotations):
+        if number == MAX_EXPRESSIONS:
+            raise UsageError(
+                "the data set has too many expressions", allowed=f"at most {MAX_EXPRESSIONS:,}"
+            )
+        by_split.setdefault(one.split, {}).setdefault(one.image_id, []).append(one)
+    return by_split
+
+
+def _check_ids(annotations: Sequence[Annotation]) -> None:
+    counts = Counter(one.id for one in annotations)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise UsageError(
+            "expressions of the data set have the same id",
+            seen=f"{', '.join(twice[:5])}{', ...' if len(twice) > 5 else ''}",
+            allowed="one expression for each id",
+        )
+
+
+def _judge(one: Annotation, picture: PictureSource | None) -> Question | Unusable:
+    """A question, or why there is none. What is wrong with the annotation goes first."""
+    checked = check_box(one.box, one.image_size)
+    reason: UnusableReason
+    if isinstance(checked, str):
+        size = (
+            "" if one.image_size is None else f", picture {one.image_size[0]}x{one.image_size[1]}"
+        )
+        reason, detail = checked, f"box {', '.join(f'{edge:g}' for edge in one.box)}{size}"
+    elif not one.expression.strip():
+        reason, detail = "empty expression", repr(one.expression[:20])
+    elif picture is None:
+        reason, detail = "missing picture", one.picture_name
+    else:
+        return Question(
+            id=one.id,
+            image_id=one.image_id,
+            picture=picture,
+            expression=one.expression,
+            box=checked,
+            image_size=one.image_size,
+            kind=one.kind,
+            split=one.split,
+        )
+    return Unusable(
+        question_id=one.id,
+        image_id=one.image_id,
+        split=one.split,
+        kind=one.kind,
+        reason=reason,
+        detail=detail,
+    )
+
+
+def _nothing_to_ask(spec: str, unusable: Sequence[Unusable], looked_in: str) -> UsageError:
+    if not unusable:
+        return UsageError("the data set has no expressions", seen=spec)
+    counts = Counter(one.reason for one in unusable)
+    missing = [one.detail for one in unusable if one.reason == "missing picture"]
+    return UsageError(
+        "none of the data set's expressions can be asked",
+        seen=", ".join(f"{count} with {reason}" for reason, count in counts.most_common()),
+        fix=f"put the pictures, such as {missing[0]}, into one of: {looked_in}"
+        if missing
+        else f"the first is {unusable[0].question_id}: {unusable[0].detail}",
+    )
+
+
+def _fingerprint(questions: Sequence[Question], unusable: Sequence[Unusable]) -> str:
+    """SHA-256 of what is asked. What cannot be asked is part of it: it is in the denominator."""
+    digest = hashlib.sha256()
+    for one in questions:
+        facts = [one.id, one.image_id, one.split, one.kind, one.expression, *one.box]
+        digest.update(json.dumps(facts).encode() + b"\n")
+    for other in unusable:
+        digest.update(json.dumps([other.question_id, other.reason]).encode() + b"\n")
+    return digest.hexdigest()

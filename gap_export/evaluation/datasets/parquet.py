@@ -1,0 +1,168 @@
+"""Parquet files with the fields that lmms-lab uses on the Hugging Face Hub.
+
+They are called ``data/val-00000-of-00004.parquet``. A row is an object: ``image`` (its encoded
+bytes), ``answer`` (the expressions), ``bbox`` [x, y, width, height] in pixels and ``file_name``;
+``question`` is a prompt, and is not read. Each answer is a question, with the id ``<split>-<row of
+the split>-<place in it>``. Pictures stay in their files until they are asked about, and their sizes
+are not annotated.
+
+The split ``val`` of lmms-lab's RefCOCO and RefCOCOg is not that of the papers: it holds Google's
+together with UNC's or UMD's. ``testA``, ``testB`` and RefCOCOg's ``test`` are those of the papers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gap_export.errors import UsageError
+from gap_export.evaluation.datasets.annotations import Annotation
+from gap_export.evaluation.datasets.parquet_pictures import (
+    IMAGE,
+    has_pictures,
+    open_parquet,
+    reading,
+)
+from gap_export.evaluation.datasets.rows import Row
+from gap_export.evaluation.datasets.stored import (
+    KnownSet,
+    is_file,
+    may_be_in,
+    name_after,
+    picture_of,
+)
+from gap_export.evaluation.questions import PictureSource
+from gap_export.extras import require_extra
+
+LOOKED_FOR = "<split>-00000-of-00001.parquet"
+_NAME = re.compile(
+    r"(?P<split>[A-Za-z0-9_]+)(-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.parquet", re.ASCII
+)
+_COLUMNS = ("answer", "bbox", "file_name")
+# Rows read at once, without their pictures.
+_BATCH = 1024
+_MAX_SHOWN = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    file: Path
+    number: int
+    out_of: int
+
+
+class ParquetSet:
+    """A data set with parquet files for each split.
+
+    Args:
+        name: Of the data set.
+        by_split: The files of each split.
+    """
+
+    layout = "parquet"
+    # They are in the files.
+    looked_in = "the parquet files"
+
+    def __init__(self, name: str, by_split: Mapping[str, Sequence[_Part]]) -> None:
+        self.name = name
+        self.files = tuple(part.file for parts in by_split.values() for part in parts)
+        self._by_split = by_split
+
+    def splits(self) -> tuple[str, ...]:
+        """Those that have files."""
+        return tuple(self._by_split)
+
+    def read(self, split: str) -> Iterator[Annotation]:
+        """One annotation for each answer of each row."""
+        require_extra("refcoco", "reading parquet files")
+        parts = self._by_split[split]
+        _check_complete(split, parts)
+        number = 0
+        for part in parts:
+            for row_of_file, row in enumerate(_rows(part.file)):
+                name = row.file_name("file_name")
+                for place, expression in enumerate(row.texts("answer")):
+                    yield Annotation(
+                        id=f"{split}-{number}-{place}",
+                        image_id=picture_of(name),
+                        picture=PictureSource(parquet=(part.file, row_of_file)),
+                        picture_name=name,
+                        expression=expression,
+                        box=row.box("bbox"),
+                        image_size=None,
+                        kind=None,
+                        split=split,
+                    )
+                number += 1
+
+
+def find(root: Path, known: KnownSet | None) -> list[ParquetSet]:
+    """The data sets of this layout in a folder.
+
+    Args:
+        root: Where to look, there and in ``data``.
+        known: Which to look for, also in folders of its name; None: any.
+    """
+    if known is not None and not known.is_default:
+        return []
+    folders = [root, root / "data"]
+    if known is not None:
+        own = [root / name / below for name in known.folders for below in ("data", "")]
+        folders = (folders if may_be_in(root, known) else []) + own
+    found: list[ParquetSet] = []
+    for folder in folders:
+        by_split = _parts_in(folder)
+        if by_split:
+            found.append(ParquetSet(known.name if known else name_after(folder), by_split))
+    return found
+
+
+def _parts_in(folder: Path) -> dict[str, list[_Part]]:
+    by_split: dict[str, list[_Part]] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = _NAME.fullmatch(file.name)
+        if match is not None and is_file(file):
+            part = _Part(file=file, number=int(match["part"] or 0), out_of=int(match["parts"] or 1))
+            by_split.setdefault(match["split"], []).append(part)
+    return by_split
+
+
+def _check_complete(split: str, parts: Sequence[_Part]) -> None:
+    """Refuse a split of which files are missing: its accuracy would be that of another set.
+
+    Raises:
+        UsageError: files are missing, or of two sets.
+    """
+    out_of = parts[0].out_of
+    if [(part.number, part.out_of) for part in parts] != [(n, out_of) for n in range(out_of)]:
+        raise UsageError(
+            f"the files of split {split} are not complete",
+            seen=", ".join(part.file.name for part in parts[:10]),
+            allowed=f"all {out_of} of {out_of}",
+            fix="download those that are missing",
+        )
+
+
+def _rows(file: Path) -> Iterator[Row]:
+    """The rows of a file without their pictures.
+
+    Raises:
+        UsageError: not parquet, damaged, or without the columns.
+    """
+    with reading(file), open_parquet(file) as opened:
+        names = opened.schema_arrow.names
+        missing = [name for name in (IMAGE, *_COLUMNS) if name not in names]
+        if missing or not has_pictures(opened):
+            lacks = ", ".join(missing) or f"bytes in {IMAGE}"
+            raise UsageError(
+                "a parquet file has not got the columns",
+                seen=f"{file}: no {lacks}; it has {', '.join(names)}"[:_MAX_SHOWN],
+                allowed=f"{', '.join((IMAGE, *_COLUMNS))}; {IMAGE} of {{bytes, path}}",
+            )
+        number = 0
+        for batch in opened.iter_batches(batch_size=_BATCH, columns=list(_COLUMNS)):
+            for plain in batch.to_pylist():
+                yield Row.of(plain, f"{file}, row {number}")
+                number += 1

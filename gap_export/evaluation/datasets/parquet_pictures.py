@@ -1,0 +1,103 @@
+"""Pictures out of parquet files, a row group at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gap_export.errors import ImageError, UsageError
+from gap_export.extras import require_extra
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+IMAGE = "image"
+
+
+def read_picture(file: Path, row: int) -> bytes:
+    """The encoded picture of a row.
+
+    The row group it is in is kept until another is read: rows in their order read each one once.
+
+    Args:
+        file: Of parquet, with a column ``image`` of ``{bytes, path}``.
+        row: From 0.
+
+    Raises:
+        ImageError: the file, the row or the picture is not there, or cannot be read.
+        MissingDependencyError: pyarrow is not installed.
+    """
+    require_extra("refcoco", "reading parquet files")
+    try:
+        with reading(file):
+            group, first = _group_of(file, row)
+            encoded = _pictures(file, group)[row - first].as_py()
+    except UsageError as err:
+        raise ImageError(err.what, seen=err.seen) from err
+    if not isinstance(encoded, bytes):
+        raise ImageError("the row holds no picture", seen=f"{file}, row {row}")
+    return encoded
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn what pyarrow raises into ours.
+
+    Raises:
+        UsageError: the file is damaged, or cannot be read.
+    """
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    # An ArrowException may also be one of the others; a file that is gone is an OSError.
+    except (ArrowException, OSError, ValueError, KeyError, IndexError) as err:
+        lines = str(err).splitlines() or [type(err).__name__]
+        raise UsageError(
+            "not a parquet file that can be read", seen=f"{file}: {lines[0][:300]}"
+        ) from err
+
+
+def open_parquet(file: Path) -> ParquetFile:
+    """Open a file, to be closed as a context manager."""
+    from pyarrow.parquet import ParquetFile
+
+    return ParquetFile(file)
+
+
+def has_pictures(opened: ParquetFile) -> bool:
+    """Whether the column ``image``, which is there, holds bytes by that name."""
+    from pyarrow.types import is_binary, is_struct
+
+    kind = opened.schema_arrow.field(IMAGE).type
+    return is_struct(kind) and any(
+        field.name == "bytes" and is_binary(field.type) for field in kind
+    )
+
+
+@lru_cache(maxsize=64)
+def _group_sizes(file: Path) -> tuple[int, ...]:
+    with open_parquet(file) as opened:
+        metadata = opened.metadata
+        return tuple(metadata.row_group(n).num_rows for n in range(metadata.num_row_groups))
+
+
+def _group_of(file: Path, row: int) -> tuple[int, int]:
+    """The row group that a row is in, and the first row of that group."""
+    first = 0
+    for group, size in enumerate(_group_sizes(file)):
+        if row < first + size:
+            return group, first
+        first += size
+    raise IndexError(f"row {row} of {first}")
+
+
+@lru_cache(maxsize=1)
+def _pictures(file: Path, group: int) -> Any:
+    """The encoded pictures of a row group, a pyarrow array of bytes."""
+    with open_parquet(file) as opened:
+        column = opened.read_row_group(group, columns=[f"{IMAGE}.bytes"]).column(IMAGE)
+    return column.combine_chunks().field("bytes")

@@ -1,0 +1,282 @@
+"""Asking a bundle: from a shard of questions to a record for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import groupby
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from gap_export.bundle import Bundle, open_bundle
+from gap_export.errors import ExpressionError, GapExportError, ImageError, UsageError
+from gap_export.evaluation.questions import Question
+from gap_export.evaluation.records import Record
+from gap_export.evaluation.settings import Misalignment, Setting
+from gap_export.evaluation.workers import Shard
+from gap_export.manifest import BoxSpec, GridSpec, Manifest, PromptSpec
+from gap_export.runtime.backend import Backend
+from gap_export.runtime.boxes import parse_answer
+from gap_export.runtime.grounding import Grounding
+from gap_export.runtime.image import ImageInput
+from gap_export.runtime.session import BackendName, GroundingSession
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Expressions about one picture that are asked together, at most. Memory grows with it.
+MAX_BATCH = 16
+_SLOT = "{expression}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerOptions:
+    """How questions are asked, in this process and in every worker.
+
+    Attributes:
+        backend: What runs bundles, where a setting says nothing else.
+        engines: With TensorRT: which of a bundle's engines.
+        num_threads: With ONNX Runtime: threads of one operator; None: it decides.
+        prompt: A template in place of the bundle's; None: the bundle's.
+        seed: Of random orders.
+    """
+
+    backend: BackendName = "onnxruntime"
+    engines: str | None = None
+    num_threads: int | None = None
+    prompt: str | None = None
+    seed: int = 0
+
+
+class Runner:
+    """Answers shards; a context manager.
+
+    One bundle is open at a time, with a session for each setting that asks it: shards of one bundle
+    are best given one after the other.
+    """
+
+    def __init__(self, options: RunnerOptions) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            options: How questions are asked.
+        """
+        self._options = options
+        self._stack = ExitStack()
+        self._opened: _OpenBundle | None = None
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close what is open."""
+        self.close()
+
+    def close(self) -> None:
+        """Close what is open; the next shard opens its bundle again."""
+        self._opened = None
+        self._stack.close()
+
+    def answer(self, shard: Shard) -> list[Record]:
+        """One record for each question, in their order.
+
+        A picture that cannot be read, and an expression that the model refuses, are records with
+        an error.
+
+        Raises:
+            GapExportError: the bundle cannot be run, or what it computes is not numbers.
+        """
+        opened, session = self._open(shard.setting)
+        return [
+            record
+            for _, group in groupby(shard.questions, key=lambda question: question.image_id)
+            for record in _answer_picture(session, list(group), opened.max_batch)
+        ]
+
+    def ground(self, setting: Setting, question: Question) -> Grounding:
+        """The whole answer to one question, to be drawn.
+
+        Raises:
+            GapExportError: the bundle cannot be run, the picture not be read, or the expression not
+                be asked.
+        """
+        _, session = self._open(setting)
+        return session.ground(question.picture.load(), question.expression)
+
+    def check(self, setting: Setting) -> None:
+        """Open what a setting needs.
+
+        Raises:
+            GapExportError: the bundle cannot be run.
+        """
+        self._open(setting)
+
+    def _open(self, setting: Setting) -> tuple[_OpenBundle, GroundingSession]:
+        key = (setting.bundle, setting.backend or self._options.backend)
+        if self._opened is None or self._opened.key != key:
+            self.close()
+            opened = _OpenBundle.open(setting, self._options)
+            self._stack.enter_context(opened.backend)
+            self._opened = opened
+        return self._opened, self._opened.session(setting, self._options)
+
+
+class _OpenBundle:
+    """A bundle with what runs it."""
+
+    def __init__(
+        self, key: tuple[object, BackendName], bundle: Bundle, backend: Backend, max_batch: int
+    ) -> None:
+        self.key = key
+        self.backend = backend
+        self.max_batch = max_batch
+        self._bundle = bundle
+        self._sessions: dict[str, GroundingSession] = {}
+
+    @classmethod
+    def open(cls, setting: Setting, options: RunnerOptions) -> _OpenBundle:
+        bundle = open_bundle(setting.bundle)
+        name = setting.backend or options.backend
+        key = (setting.bundle, name)
+        if name == "tensorrt":
+            from gap_export.runtime.tensorrt_backend import TensorRTBackend
+
+            engines = TensorRTBackend.open(bundle, engines=options.engines)
+            return cls(key, bundle, engines, min(MAX_BATCH, engines.max_batch))
+        from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+
+        return cls(key, bundle, OnnxRuntimeBackend(bundle, None, options.num_threads), MAX_BATCH)
+
+    def session(self, setting: Setting, options: RunnerOptions) -> GroundingSession:
+        if setting.name not in self._sessions:
+            manifest = with_prompt(self._bundle.manifest, options.prompt)
+            misalignment = misalignment_of(setting, manifest, seed=options.seed)
+            self._sessions[setting.name] = GroundingSession(
+                manifest,
+                self._bundle.path,
+                self.backend,
+                positions="compact" if setting.positions == "compact" else "gap",
+                edit_row=None if misalignment is None else misalignment.edit,
+            )
+        return self._sessions[setting.name]
+
+
+def misalignment_of(setting: Setting, manifest: Manifest, *, seed: int) -> Misalignment | None:
+    """What a setting does to positions; None where they are those that pruning leaves.
+
+    Args:
+        setting: Its bundle drops nothing where it misaligns.
+        manifest: Of that bundle.
+        seed: Of random orders.
+    """
+    if setting.positions == "permuted":
+        return Misalignment(kind="permuted", seed=seed)
+    if setting.positions == "shifted":
+        return Misalignment(kind="shifted", shift=default_shift(manifest.grid))
+    return None
+
+
+def default_shift(grid: GridSpec) -> int:
+    """By how much ``shifted`` moves ids: half a row of the grid, at least 1."""
+    return max(1, grid.cols // 2)
+
+
+def with_prompt(manifest: Manifest, template: str | None) -> Manifest:
+    """The manifest with another prompt; itself where there is none."""
+    if template is None:
+        return manifest
+    return replace(manifest, prompt=replace(manifest.prompt, template=template))
+
+
+def check_prompt(template: str, spec: PromptSpec) -> None:
+    """Refuse a template that cannot stand in for a model's own.
+
+    Args:
+        template: The user's.
+        spec: The model's.
+
+    Raises:
+        UsageError: the image token or the expression is not in it once, nothing follows the image,
+            or it is no text.
+    """
+    counts = {name: template.count(name) for name in (spec.image_token, _SLOT)}
+    wrong = [f"{name} {times} times" for name, times in counts.items() if times != 1]
+    if not wrong and template.rstrip().endswith(spec.image_token):
+        wrong = [f"nothing after {spec.image_token}"]
+    if any("\ud800" <= character <= "\udfff" for character in template):
+        wrong.append("half characters (surrogates)")
+    if wrong:
+        raise UsageError(
+            "the prompt cannot be used",
+            seen=f"{', '.join(wrong)} in {template!r}",
+            allowed=f"text that holds {spec.image_token} and {_SLOT} once each, and does not end "
+            f"with the former, e.g. {spec.template!r}",
+        )
+
+
+def _answer_picture(
+    session: GroundingSession, questions: Sequence[Question], max_batch: int
+) -> Iterator[Record]:
+    """Records of the questions about one picture."""
+    try:
+        image = questions[0].picture.load()
+    except ImageError as err:
+        yield from (_failed(question, err) for question in questions)
+        return
+    for start in range(0, len(questions), max_batch):
+        yield from _answer_batch(session, image, questions[start : start + max_batch])
+
+
+def _answer_batch(
+    session: GroundingSession, image: ImageInput, questions: Sequence[Question]
+) -> list[Record]:
+    try:
+        answers = session.ground_batch(image, [question.expression for question in questions])
+    except ImageError as err:
+        return [_failed(question, err) for question in questions]
+    except ExpressionError as err:
+        if len(questions) == 1:
+            return [_failed(questions[0], err)]
+        # One that is refused must not cost the others their answers.
+        return [record for one in questions for record in _answer_batch(session, image, [one])]
+    return [
+        _record(question, answer, len(questions), session.manifest.box)
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+
+
+def _record(question: Question, answer: Grounding, batch_size: int, spec: BoxSpec) -> Record:
+    parsed = parse_answer(answer.text, spec)
+    return Record(
+        question_id=question.id,
+        text=answer.text,
+        fractions=None if parsed is None else parsed.fractions,
+        box=answer.box,
+        image_size=answer.image_size,
+        num_kept_tokens=len(answer.keep_indices),
+        num_visual_tokens=answer.num_visual_tokens,
+        timings_ms={stage: round(value, 3) for stage, value in answer.timings_ms.items()},
+        batch_size=batch_size,
+        backend=answer.backend,
+    )
+
+
+def _failed(question: Question, err: GapExportError) -> Record:
+    return Record(
+        question_id=question.id,
+        text="",
+        fractions=None,
+        box=None,
+        image_size=(0, 0),
+        num_kept_tokens=0,
+        num_visual_tokens=0,
+        error=str(err),
+        fault="broken picture" if isinstance(err, ImageError) else "refused expression",
+    )

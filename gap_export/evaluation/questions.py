@@ -1,0 +1,159 @@
+"""What a data set asks: expressions about pictures, each with the box that is the right answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gap_export.evaluation.refshapes import Split, generate_scene
+from gap_export.parity.metrics import Box
+from gap_export.runtime.image import ImageInput, open_encoded
+
+UnusableReason = Literal[
+    "missing picture",
+    "broken picture",
+    "picture of another size",
+    "box outside the picture",
+    "empty box",
+    "empty expression",
+    "refused expression",
+]
+# An answer to one of these would be right or wrong, so not to have one is wrong. For the others no
+# right answer exists.
+_COUNTED_AS_WRONG: frozenset[UnusableReason] = frozenset(
+    {"missing picture", "broken picture", "picture of another size", "refused expression"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSource:
+    """Where a picture comes from: exactly one of these. Small, so that it can be sent to a worker.
+
+    Attributes:
+        path: A file.
+        encoded: Bytes of a file: PNG, JPEG.
+        parquet: A file of parquet and a row of it, from 0; its column ``image`` holds the picture.
+        scene: Split, seed, index and number of expressions of a RefShapes scene.
+    """
+
+    path: Path | None = None
+    encoded: bytes | None = None
+    parquet: tuple[Path, int] | None = None
+    scene: tuple[Split, int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        given = (self.path, self.encoded, self.parquet, self.scene)
+        assert sum(each is not None for each in given) == 1, "a picture has one source"
+
+    def load(self) -> ImageInput:
+        """The picture, in a form that ``GroundingSession.ground_batch`` takes.
+
+        A file is not opened here: the session does it.
+
+        Returns:
+            A path, a Pillow picture, or uint8 [H, W, 3].
+
+        Raises:
+            ImageError: the bytes are no picture, or the parquet file cannot be read any more.
+            MissingDependencyError: pyarrow is not installed.
+        """
+        if self.path is not None:
+            return self.path
+        if self.encoded is not None:
+            return open_encoded(self.encoded, name="the picture")
+        if self.parquet is not None:
+            # Not at the top: nothing else needs pyarrow.
+            from gap_export.evaluation.datasets.parquet_pictures import read_picture
+
+            file, row = self.parquet
+            return open_encoded(read_picture(file, row), name=f"{file}, row {row}")
+        assert self.scene is not None, "a picture has one source"
+        split, seed, index, num_expressions = self.scene
+        return generate_scene(
+            split=split, seed=seed, index=index, num_expressions=num_expressions
+        ).image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One expression about one picture.
+
+    Attributes:
+        id: Unique in the data set, the same whenever it is opened.
+        image_id: Questions about one picture share it.
+        picture: Where the picture comes from; the same for all questions about one picture.
+        expression: What to look for. As annotated: of any length.
+        box: The right answer (x1, y1, x2, y2) in pixels of the picture as displayed.
+        image_size: Width and height in pixels as annotated; None where they are not.
+        kind: Type of the expression; None in a set without types.
+        split: Which part of the data set it is from.
+    """
+
+    id: str
+    image_id: str
+    picture: PictureSource
+    expression: str
+    box: Box
+    image_size: tuple[int, int] | None
+    kind: str | None
+    split: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unusable:
+    """An expression of the data set that nobody can be asked, and why.
+
+    Attributes:
+        question_id: As the question's would be.
+        image_id: As the question's would be.
+        split: Which part of the data set it is from.
+        kind: Type of the expression; None in a set without types.
+        reason: What is wrong.
+        detail: The value seen: a box, a file that was looked for.
+    """
+
+    question_id: str
+    image_id: str
+    split: str
+    kind: str | None
+    reason: UnusableReason
+    detail: str
+
+    @property
+    def counts_as_wrong(self) -> bool:
+        """Whether it stays in the denominator, as a wrong answer.
+
+        A picture that is not here is the user's lack, and an accuracy over the others would not be
+        that of the data set. An annotation that no answer can match is taken out.
+        """
+        return self.reason in _COUNTED_AS_WRONG
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Questions, and what could not be made one.
+
+    Attributes:
+        spec: How the user named it.
+        name: Of the data set: ``refshapes``, ``refcoco``, a folder's name.
+        splits: Those that were opened.
+        layout: How it is stored.
+        fingerprint: SHA-256, hex, of what is asked: ids, pictures, expressions, boxes, splits. The
+            pictures' bytes and where they are have no part in it.
+        questions: Those about one picture stand together.
+        unusable: Those that were asked for and cannot be.
+    """
+
+    spec: str
+    name: str
+    splits: tuple[str, ...]
+    layout: str
+    fingerprint: str
+    questions: tuple[Question, ...]
+    unusable: tuple[Unusable, ...]
+
+    @property
+    def num_expressions(self) -> int:
+        """All that were asked for, usable or not."""
+        return len(self.questions) + len(self.unusable)

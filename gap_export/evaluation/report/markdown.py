@@ -1,0 +1,21 @@
+"""Markdown for a job's summary, as GitHub's and GitLab's readers take it."""
+
+from __future__ import annotations
+
+from gap_export.evaluation.report.words import facts, headline, page_title, sections
+from gap_export.evaluation.results import EvaluationReport
+from gap_export.parity.report.markdown import escape, table_lines
+
+
+def render_markdown(report: EvaluationReport) -> str:
+    """A report for people, without plots and pictures; of long tables the first rows."""
+    lines = [f"# {escape(page_title(report))}", "", escape(headline(report)), ""]
+    lines += [f"- {name}: {escape(value)}" for name, value in facts(report)]
+    for section in sections(report):
+        lines += ["", f"## {section.title}"]
+        for table in section.tables:
+            lines += ["", f"**{escape(table.title)}**", ""]
+            lines += table_lines(table, range(len(table.rows)))
+            if table.notes:
+                lines += ["", *(f"- {escape(note)}" for note in table.notes)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,79 @@
+"""Writing reports: each file whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from gap_export.evaluation.report.markdown import render_markdown
+from gap_export.evaluation.results import EvaluationReport
+from gap_export.extras import require_extra
+from gap_export.parity.report.writing import check_places, write_text
+
+SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
+
+
+def write_reports(
+    report: EvaluationReport,
+    *,
+    json_path: Path | None = None,
+    markdown_path: Path | None = None,
+    html_path: Path | None = None,
+) -> None:
+    """Write a report into files; what was there is replaced.
+
+    Args:
+        report: What was found.
+        json_path: For programs; see ``SCHEMA_FILE``.
+        markdown_path: For a job's summary.
+        html_path: A page that needs nothing but itself, with plots and pictures.
+
+    Raises:
+        MissingDependencyError: the page is asked for, and the extra ``report`` is not installed.
+        OutputError: a file cannot be written; those before it are there.
+        ValueError: a row is of another model than the report: tables of two would be compared.
+    """
+    check_writable(json_path=json_path, markdown_path=markdown_path, html_path=html_path)
+    _check_one_model(report)
+    if json_path is not None:
+        write_text(json_path, json.dumps(report.to_plain(), indent=2, allow_nan=False) + "\n")
+    if markdown_path is not None:
+        write_text(markdown_path, render_markdown(report))
+    if html_path is not None:
+        from gap_export.evaluation.report.html import render_html
+
+        write_text(html_path, render_html(report))
+
+
+def check_writable(
+    *,
+    json_path: Path | None = None,
+    markdown_path: Path | None = None,
+    html_path: Path | None = None,
+    outside: Mapping[str, Path] | None = None,
+) -> None:
+    """Refuse reports that could not be written, before the work; see :func:`write_reports`.
+
+    Args:
+        json_path: As there.
+        markdown_path: As there.
+        html_path: As there.
+        outside: Folders that a report would spoil, since they list all they hold; by what they are.
+
+    Raises:
+        MissingDependencyError: the page is asked for, and the extra ``report`` is not installed.
+        OutputError: a folder does not exist or cannot be written, something else is in the way, it
+            is one of ``outside``, or two reports would be one file.
+    """
+    if html_path is not None:
+        require_extra("report", "writing a page of HTML")
+    named = {"JSON": json_path, "Markdown": markdown_path, "HTML": html_path}
+    check_places(named, outside or {})
+
+
+def _check_one_model(report: EvaluationReport) -> None:
+    """What was trained to lose tokens is another model: it has no row beside one that was not."""
+    others = sorted({row.model for row in report.rows} - {report.model})
+    if others:
+        raise ValueError(f"rows of {', '.join(others)} in a report of {report.model}")

@@ -1,0 +1,273 @@
+"""What an evaluation found, as plain data that reports are written from.
+
+Shares are 0..1, boxes are (x1, y1, x2, y2) in pixels of the picture, times are milliseconds. The
+names of the fields are the keys of the JSON form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from gap_export.evaluation.questions import PictureSource, Unusable
+from gap_export.evaluation.settings import SettingPositions
+from gap_export.parity.results import plain_values
+from gap_export.version import __version__
+
+SCHEMA = "gap-export-evaluation"
+SCHEMA_VERSION = 1
+
+Interval = tuple[float, float]
+Box = tuple[float, float, float, float]
+GalleryKind = Literal["best", "worst", "flipped by GAP"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """How well some expressions were answered.
+
+    Attributes:
+        n: Expressions, those that could not be asked for want of their picture included.
+        num_images: Pictures they are about.
+        acc_at_50: Share of the n that hit, by the protocol's IoU and its threshold at 0.5.
+        ci95: 95 % interval of it: bootstrap over pictures; where that has no width Wilson's, each
+            picture taken for one question.
+        mean_iou: Over the n; an answer without a box has IoU 0.
+        parse_failures: Answers that hold no box.
+        curve: Share of hits by threshold, ``"0.1"`` to ``"0.9"``.
+    """
+
+    n: int
+    num_images: int
+    acc_at_50: float
+    ci95: Interval
+    mean_iou: float
+    parse_failures: int
+    curve: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingRow(Accuracy):
+    """One measured setting; its accuracy is over all expressions.
+
+    Attributes:
+        name: Of the setting, unique in a report.
+        model: Recipe name.
+        pruner: Its name, or ``none`` where nothing is dropped.
+        keep_ratio: 1.0 where nothing is dropped.
+        positions: ``none`` (nothing is dropped), ``compact``, ``gap``, or with nothing dropped
+            ``permuted`` or ``shifted``.
+        seed: Of the samples, of pruners that draw, and of random orders.
+        protocol: By which answers were judged.
+        recovered: acc_at_50 divided by the unpruned row's; None for that row itself, or if it is 0.
+        mean_visual_tokens: Visual tokens the decoder read of a picture, an extra one included; the
+            mean over the answers.
+        num_unusable: Expressions of the n that could not be asked, and so count as wrong: their
+            picture is missing or broken, or the model refuses them.
+        acc_at_50_usable: As acc_at_50, over the others alone; None where there is none.
+        num_tolerant: Answers whose box is not written in the model's syntax, and was read with
+            tolerance; no parse failures.
+        by_split: Accuracy by split.
+        by_kind: Accuracy by kind of expression; empty where the data has none.
+        latency_ms: By stage its ``median`` and ``p95``, of one batch: expressions about one picture
+            that are asked together.
+        mean_batch_size: Expressions in such a batch.
+        other_protocols: acc_at_50 of the same answers by the other protocols.
+        backend: What ran the model, with its version and device.
+    """
+
+    name: str
+    model: str
+    pruner: str
+    keep_ratio: float
+    positions: SettingPositions
+    seed: int
+    protocol: str
+    recovered: float | None
+    mean_visual_tokens: float
+    num_unusable: int = 0
+    acc_at_50_usable: float | None = None
+    num_tolerant: int = 0
+    by_split: Mapping[str, Accuracy] = field(default_factory=dict)
+    by_kind: Mapping[str, Accuracy] = field(default_factory=dict)
+    latency_ms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    mean_batch_size: float = 1.0
+    other_protocols: Mapping[str, float] = field(default_factory=dict)
+    backend: str = ""
+
+    def to_plain(self) -> dict[str, Any]:
+        """JSON form; what it is comes first, then what was measured."""
+        plain: dict[str, Any] = plain_values(asdict(self))
+        measured = {one.name for one in fields(Accuracy)}
+        named = [one.name for one in fields(SettingRow) if one.name not in measured]
+        # Up to the protocol a row says what it is.
+        split = named.index("protocol") + 1
+        order = [*named[:split], *(one.name for one in fields(Accuracy)), *named[split:]]
+        return {name: plain[name] for name in order}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two settings over the same expressions.
+
+    Attributes:
+        first: Name of a setting.
+        second: Name of another.
+        n: Expressions.
+        both: Expressions that both hit.
+        only_first: Those that the first alone did.
+        only_second: Those that the second alone did.
+        neither: Those that none did.
+        difference: acc_at_50 of the first minus that of the second.
+        ci95: 95 % interval of it (Newcombe 1998, method 10).
+        mcnemar_p: Exact two-sided p-value of McNemar's test.
+    """
+
+    first: str
+    second: str
+    n: int
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+    difference: float
+    ci95: Interval
+    mcnemar_p: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSummary:
+    """What was asked.
+
+    Attributes:
+        spec: As the user named it.
+        name: Of the data set.
+        layout: How it is stored.
+        splits: Of it.
+        num_expressions: All there are, unusable ones included.
+        num_images: Pictures of those that could be asked about.
+        num_excluded: Expressions whose annotation is at fault: no answer could be right, so they
+            are left out of every accuracy.
+        unusable: What could not be asked, and why.
+        fingerprint: SHA-256, hex, of ids, expressions and boxes.
+    """
+
+    spec: str
+    name: str
+    layout: str
+    splits: tuple[str, ...]
+    num_expressions: int
+    num_images: int
+    num_excluded: int = 0
+    unusable: tuple[Unusable, ...] = ()
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryAnswer:
+    """What one setting answered.
+
+    Attributes:
+        setting: Its name.
+        text: The answer.
+        box: None where it has none.
+        iou: By the report's protocol.
+    """
+
+    setting: str
+    text: str
+    box: Box | None
+    iou: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryItem:
+    """A question worth looking at.
+
+    Attributes:
+        kind: Why: where GAP did best, worst, or was right and compact positions were wrong.
+        question_id: Of it.
+        expression: What was asked.
+        picture: The picture; no part of the JSON form.
+        box: The right answer.
+        answers: One for each setting, in the order of the rows.
+    """
+
+    kind: GalleryKind
+    question_id: str
+    expression: str
+    picture: PictureSource
+    box: Box
+    answers: tuple[GalleryAnswer, ...]
+
+    def to_plain(self) -> dict[str, Any]:
+        """JSON form, without the picture."""
+        return {
+            "kind": self.kind,
+            "question_id": self.question_id,
+            "expression": self.expression,
+            "box": list(self.box),
+            "answers": plain_values([asdict(answer) for answer in self.answers]),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """The rows, unpruned first, and all that is needed to understand them.
+
+    Attributes:
+        model: Recipe name.
+        family: Of the model.
+        data: What was asked.
+        protocol: By which answers were judged.
+        protocol_summary: What that is, in one line.
+        prompt: The template that was used.
+        seed: Of the samples, of pruners that draw, and of random orders.
+        backend: ``onnxruntime`` or ``tensorrt``; see also each row's.
+        misalignments: What was done to positions where no token is dropped, in words, by the name
+            of the setting.
+        rows: One for each setting.
+        comparisons: Pairs of them.
+        gallery: Some questions with their answers.
+    """
+
+    model: str
+    family: str
+    data: DataSummary
+    protocol: str
+    protocol_summary: str
+    prompt: str
+    seed: int
+    backend: str
+    rows: tuple[SettingRow, ...]
+    misalignments: Mapping[str, str] = field(default_factory=dict)
+    comparisons: tuple[Comparison, ...] = ()
+    gallery: tuple[GalleryItem, ...] = ()
+
+    def to_plain(self) -> dict[str, Any]:
+        """JSON form; pictures are no part of it."""
+        return {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            "gap_export_version": __version__,
+            "model": self.model,
+            "family": self.family,
+            "data": plain_values(asdict(self.data)),
+            "protocol": self.protocol,
+            "protocol_summary": self.protocol_summary,
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "backend": self.backend,
+            "misalignments": dict(self.misalignments),
+            "rows": [row.to_plain() for row in self.rows],
+            "comparisons": plain_values([asdict(pair) for pair in self.comparisons]),
+            "gallery": [item.to_plain() for item in self.gallery],
+        }
+
+    def worst_recovery(self) -> float | None:
+        """Smallest share of the unpruned accuracy that GAP recovered, over the GAP rows."""
+        shares = [
+            r.recovered for r in self.rows if r.positions == "gap" and r.recovered is not None
+        ]
+        return min(shares, default=None)

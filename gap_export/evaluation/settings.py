@@ -1,0 +1,154 @@
+"""What an evaluation asks of a model: which bundle, and what is done to its positions."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from gap_export.manifest import PruningSpec
+from gap_export.positions import Int64Array, PositionMode
+from gap_export.runtime.generation import PromptRow
+from gap_export.runtime.session import BackendName
+
+MisalignmentKind = Literal["permuted", "shifted"]
+MISALIGNMENTS: tuple[MisalignmentKind, ...] = ("permuted", "shifted")
+_MODES: tuple[PositionMode, ...] = ("compact", "gap")
+SettingPositions = Literal["none", "compact", "gap", "permuted", "shifted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One row of an evaluation.
+
+    Attributes:
+        name: ``unpruned``, ``spatial keep 0.3 gap``, ``permuted``, ...; unique in an evaluation.
+        bundle: The bundle that is asked.
+        pruner: Its pruner; ``none`` where nothing is dropped.
+        keep_ratio: 1.0 where nothing is dropped.
+        positions: ``none``: nothing is dropped and nothing misaligned; ``compact`` or ``gap``: of
+            what pruning left; ``permuted`` or ``shifted``: nothing is dropped, see
+            :class:`Misalignment`.
+        backend: What runs it, where that is not what the runner's options say.
+    """
+
+    name: str
+    bundle: Path
+    pruner: str
+    keep_ratio: float
+    positions: SettingPositions
+    backend: BackendName | None = None
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a file's name; different names have different ones."""
+        plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", self.name)
+        if plain == self.name.replace(" ", "-"):
+            return plain
+        return f"{plain}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
+
+
+def whole_settings(bundle: Path, positions: Sequence[SettingPositions]) -> list[Setting]:
+    """Settings that drop no token.
+
+    Args:
+        bundle: With all its tokens.
+        positions: ``none``, ``permuted``, ``shifted``: one setting for each.
+    """
+    return [
+        Setting(
+            name="unpruned" if mode == "none" else mode,
+            bundle=bundle,
+            pruner="none",
+            keep_ratio=1.0,
+            positions=mode,
+            # An unpruned bundle has no engines of its own.
+            backend="onnxruntime",
+        )
+        for mode in positions
+    ]
+
+
+def pruned_settings(bundle: Path, pruning: PruningSpec) -> tuple[Setting, Setting]:
+    """A pruned bundle with compact positions, and with GAP.
+
+    Args:
+        bundle: Of the pruned model.
+        pruning: Its own.
+    """
+    keep = f"{pruning.keep_ratio:g}"
+    # As short as can be, without two being the same.
+    exact = keep if float(keep) == pruning.keep_ratio else repr(pruning.keep_ratio)
+    compact, gap = (
+        Setting(
+            name=f"{pruning.pruner} keep {exact} {mode}",
+            bundle=bundle,
+            pruner=pruning.pruner,
+            keep_ratio=pruning.keep_ratio,
+            positions=mode,
+        )
+        for mode in _MODES
+    )
+    return compact, gap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misalignment:
+    """Positions that no longer say where a visual token is, though no token is dropped.
+
+    Attributes:
+        kind: ``permuted``: the visual tokens enter in a random order, and ids are given by the
+            order of input; ``shifted``: every id from the first visual token on is moved.
+        seed: Of the random order, which is another one for each expression.
+        shift: By how much ids are moved.
+    """
+
+    kind: MisalignmentKind
+    seed: int = 0
+    shift: int = 0
+
+    def edit(self, expression: str, row: PromptRow) -> PromptRow:
+        """One row of the prompt, misaligned.
+
+        Args:
+            expression: What is asked.
+            row: All of its visual tokens, in raster order.
+        """
+        if self.kind == "shifted":
+            return replace(row, shift=self.shift)
+        return permute(row, random_order(self.seed, expression, len(row.image_features)))
+
+    def describe(self) -> str:
+        """What is done, in words."""
+        if self.kind == "shifted":
+            return (
+                "no token is dropped; every position id from the first visual token on is "
+                f"{self.shift} higher"
+            )
+        return (
+            "no token is dropped; the visual tokens enter in a random order, another one for each "
+            f"expression (seed {self.seed}), and ids are given by the order of input"
+        )
+
+
+def permute(row: PromptRow, order: Int64Array) -> PromptRow:
+    """Let visual tokens enter in another order, ids given by the order of input.
+
+    Args:
+        row: All of its visual tokens, in raster order.
+        order: int64 [N], which token enters first, second, ...
+    """
+    return replace(row, image_features=row.image_features[order])
+
+
+def random_order(seed: int, expression: str, num_visual_tokens: int) -> Int64Array:
+    """A permutation, int64 [N], that seed and expression decide, with every numpy the same."""
+    words = hashlib.sha256(expression.encode("utf-8", "surrogatepass")).digest()
+    # The raw stream does not change between versions, what Generator makes of it may (NEP 19).
+    stream = np.random.PCG64([seed, *np.frombuffer(words, dtype="<u4").tolist()])
+    return np.argsort(stream.random_raw(num_visual_tokens), kind="stable").astype(np.int64)

@@ -1,0 +1,74 @@
+"""Who answers the questions of an evaluation: this process, or the workers of a Ray cluster.
+
+Work is cut into shards the same way whoever does it, so the answers are the same as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+from gap_export.evaluation.questions import Question
+from gap_export.evaluation.records import Record
+from gap_export.evaluation.settings import Setting
+
+__all__ = ["SHARD_SIZE", "Executor", "Shard", "cut_shards"]
+
+# Small enough that little is lost with a worker, large enough that handing it out costs nothing.
+SHARD_SIZE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A piece of work.
+
+    Attributes:
+        setting: What is asked.
+        index: 0, 1, 2, ... within the setting.
+        questions: At least one; all of an image's are in one shard.
+    """
+
+    setting: Setting
+    index: int
+    questions: tuple[Question, ...]
+
+
+class Executor(Protocol):
+    """Gets shards answered."""
+
+    def run(self, shards: Sequence[Shard]) -> Iterator[tuple[Shard, list[Record]]]:
+        """Answer shards, in any order, each exactly once.
+
+        Yields:
+            A shard and one record for each of its questions, in their order.
+
+        Raises:
+            GapExportError: a setting cannot be run at all.
+        """
+        ...
+
+
+def cut_shards(
+    setting: Setting, questions: Sequence[Question], *, size: int = SHARD_SIZE
+) -> list[Shard]:
+    """Cut questions into shards at image borders, whoever will answer them.
+
+    Args:
+        setting: What is asked.
+        questions: Those of one image stand together.
+        size: A shard is closed once it has so many questions.
+    """
+    pieces: list[tuple[Question, ...]] = []
+    current: list[Question] = []
+    for _, group in groupby(questions, key=lambda question: question.image_id):
+        current += group
+        if len(current) >= size:
+            pieces.append(tuple(current))
+            current = []
+    if current:
+        pieces.append(tuple(current))
+    return [
+        Shard(setting=setting, index=index, questions=piece) for index, piece in enumerate(pieces)
+    ]

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gap_export.errors import UsageError
+from gap_export.evaluation.questions import PictureSource
+from gap_export.evaluation.workers import Shard
+from gap_export.evaluation.workers.node_files import check_files, files_of, with_absolute_paths
+from tests.evaluation.workers.fake_runners import make_question, make_shards
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Shard:
+    """Asks a bundle about a picture that is there, one that is not, one in parquet, one drawn."""
+    (tmp_path / "bundle").mkdir()
+    for name in ("bundle/gap.json", "a.png", "pictures.parquet"):
+        (tmp_path / name).write_bytes(name.encode())
+    sources = (
+        PictureSource(path=tmp_path / "a.png"),
+        PictureSource(path=tmp_path / "missing.png"),
+        PictureSource(parquet=(tmp_path / "pictures.parquet", 3)),
+        PictureSource(scene=("heldout", 0, 0, 4)),
+    )
+    (empty,) = make_shards(1)
+    return replace(
+        empty,
+        setting=replace(empty.setting, bundle=tmp_path / "bundle"),
+        questions=tuple(
+            make_question(str(index), index, source) for index, source in enumerate(sources)
+        ),
+    )
+
+
+def test_a_shard_needs_its_manifest_and_the_pictures_that_are_there(shard, tmp_path):
+    assert files_of(shard) == {
+        tmp_path / "bundle/gap.json": hashlib.sha256(b"bundle/gap.json").hexdigest(),
+        tmp_path / "a.png": None,
+        tmp_path / "pictures.parquet": None,
+    }
+
+
+def test_a_node_with_the_same_files_will_do(shard):
+    check_files(files_of(shard), "far (10.0.0.2)")
+
+
+@pytest.mark.parametrize("name", ["bundle/gap.json", "a.png", "pictures.parquet"])
+def test_a_node_without_a_file_is_named_with_it(shard, tmp_path, name):
+    files = files_of(shard)
+    (tmp_path / name).unlink()
+    with pytest.raises(UsageError) as caught:
+        check_files(files, "far (10.0.0.2)")
+    assert "the node far (10.0.0.2) has not got a file" in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_node_with_another_bundle_under_the_path_is_refused(shard, tmp_path):
+    files = files_of(shard)
+    (tmp_path / "bundle/gap.json").write_text("another")
+    with pytest.raises(UsageError, match=r"the node far .* has another file under the same path"):
+        check_files(files, "far (10.0.0.2)")
+
+
+def test_paths_are_made_absolute_for_a_worker_elsewhere(shard, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = replace(
+        shard,
+        setting=replace(shard.setting, bundle=Path("bundle")),
+        questions=tuple(
+            replace(
+                question,
+                picture=PictureSource(path=Path("a.png"))
+                if question.picture.path is not None
+                else question.picture,
+            )
+            for question in shard.questions
+        ),
+    )
+    sent = with_absolute_paths(relative)
+    assert sent.setting == replace(relative.setting, bundle=tmp_path / "bundle")
+    assert [question.picture.path for question in sent.questions] == [
+        tmp_path / "a.png",
+        tmp_path / "a.png",
+        None,
+        None,
+    ]
+    assert sent.questions[2:] == shard.questions[2:]
+    # The other one is yielded.
+    assert relative.setting.bundle == Path("bundle")
