@@ -146,10 +146,20 @@ class PruningDefaults(_Strict):
 
 
 class PublishedFigure(_Strict):
-    """An accuracy somebody published for this model, with its source and protocol."""
+    """An accuracy somebody published for this model, with its source and protocol.
+
+    Attributes:
+        dataset: E.g. ``RefCOCO``.
+        split: Of it.
+        positions: ``none`` where no token was dropped; ``compact`` or ``gap`` where some were.
+        acc_at_50: 0..1.
+        protocol: How an answer was judged, in words.
+        source: Where it stands.
+    """
 
     dataset: str
     split: str
+    positions: Literal["none", "compact", "gap"] = "none"
     acc_at_50: float = Field(ge=0, le=1)
     protocol: str
     source: str

@@ -1,7 +1,13 @@
 #!/usr/bin/env python3
-"""Train `refshapes-llava`, the demo model, from nothing, and write its checkpoint.
+"""Train a demo model and write its checkpoint.
 
-    python tools/train_refshapes.py        about an hour on two cores
+    python tools/train_refshapes.py refshapes-llava         about an hour on two cores
+    python tools/train_refshapes.py refshapes-shikra        about an hour on one core
+    python tools/train_refshapes.py refshapes-minigpt-v2    about an hour and a half on one core
+
+`refshapes-llava` starts from nothing. The others start from its decoder and its vision tower, as
+full-size models start from an LLM and a tower that somebody trained; what they make of them
+(another prompt, other visual tokens, another way to say a box) is theirs.
 
 A killed run goes on where it was when started again. `--export-only` writes the checkpoint from
 whatever has been trained so far.
@@ -25,17 +31,19 @@ from pathlib import Path
 
 import torch
 from refshapes_training.card import write_card
+from refshapes_training.designs import DESIGNS
 from refshapes_training.export import export_checkpoint
 from refshapes_training.language_stage import LanguageStage, train_language
 from refshapes_training.loop import load_state, logger
 from refshapes_training.model import LanguageHeads, RefShapesModel, VisionHeads
 from refshapes_training.vision_stage import VisionStage, train_vision
+from refshapes_training.warm_start import start_from
 
-from gap_export.evaluation.accuracy import evaluate_model
+from gap_export.evaluation.evaluate import evaluate_model
 from gap_export.pipeline import ExportOptions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-RECIPE = REPOSITORY / "models" / "refshapes-llava" / "recipe.yaml"
+MODELS = REPOSITORY / "models"
 PRUNERS = ("spatial", "random", "cls", "fastervlm", "text")
 LOOK_SAMPLES, LOOK_SEED, LOOK_KEEP_RATIO = 128, 1, 0.3
 
@@ -53,7 +61,11 @@ def main() -> None:
         "%s (torch %s, %s, %d threads)",
         " ".join(sys.argv), torch.__version__, device, options.threads,
     )  # fmt: skip
-    model = RefShapesModel().to(device)
+    design = DESIGNS[options.model]
+    model = RefShapesModel(design)
+    if design.starts_from is not None:
+        start_from(model, MODELS)
+    model.to(device)
     if not options.export_only:
         _train(model, options, device)
     _load_latest(model, options.work_dir)
@@ -63,22 +75,25 @@ def main() -> None:
 
 
 def _train(model: RefShapesModel, options: argparse.Namespace, device: torch.device) -> None:
-    """Both stages; one that has used its budget is left at once."""
-    train_vision(
-        model,
-        VisionHeads().to(device),
-        VisionStage(
-            minutes=options.vision_minutes,
-            seed=options.seed,
-            optimizer=options.vision_optimizer,
-            learning_rate=options.vision_learning_rate,
-            checkpoint=options.work_dir / "vision.pt",
-        ),
-        device,
-    )
+    """Both stages; one that has used its budget is left at once, one without is not begun."""
+    if options.vision_minutes:
+        train_vision(
+            model,
+            VisionHeads().to(device),
+            VisionStage(
+                minutes=options.vision_minutes,
+                seed=options.seed,
+                optimizer=options.vision_optimizer,
+                learning_rate=options.vision_learning_rate,
+                checkpoint=options.work_dir / "vision.pt",
+            ),
+            device,
+        )
+    if not options.language_minutes:
+        return
     train_language(
         model,
-        LanguageHeads().to(device),
+        LanguageHeads(model.design).to(device),
         LanguageStage(
             minutes=options.language_minutes,
             seed=options.seed,
@@ -91,7 +106,7 @@ def _train(model: RefShapesModel, options: argparse.Namespace, device: torch.dev
             checkpoint=options.work_dir / "language.pt",
         ),
         device,
-        monitor=_look,
+        monitor=_look if options.look else None,
     )
 
 
@@ -104,10 +119,10 @@ def _look(model: RefShapesModel) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         export_checkpoint(copy.deepcopy(model), folder)
-        shutil.copy(RECIPE, folder)
+        shutil.copy(MODELS / model.design.name / "recipe.yaml", folder)
         report = evaluate_model(
             ExportOptions(model=str(folder), seed=LOOK_SEED),
-            pruners=PRUNERS,
+            pruners=PRUNERS if model.design.has_text_tower else PRUNERS[:-1],
             keep_ratios=(LOOK_KEEP_RATIO,),
             num_samples=LOOK_SAMPLES,
         )
@@ -129,9 +144,14 @@ def _load_latest(model: RefShapesModel, work_dir: Path) -> None:
 
 def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work-dir", type=Path, default=REPOSITORY / ".training")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "models/refshapes-llava")
-    parser.add_argument("--vision-minutes", type=float, default=15.0)
+    parser.add_argument("model", choices=DESIGNS)
+    parser.add_argument("--work-dir", type=Path, help="default: .training/MODEL")
+    parser.add_argument("--output", type=Path, help="default: models/MODEL")
+    parser.add_argument(
+        "--vision-minutes",
+        type=float,
+        help="default: 15, and none where the tower is taken over as it is",
+    )
     parser.add_argument("--language-minutes", type=float, default=48.0)
     parser.add_argument("--vision-optimizer", choices=("adamw", "muon"), default="muon")
     parser.add_argument("--language-optimizer", choices=("adamw", "muon"), default="muon")
@@ -165,8 +185,16 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("--note", help="a remark on the run, for the model card")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-look", dest="look", action="store_false", help="no greedy accuracy")
     parser.add_argument("--export-only", action="store_true", help="train nothing, write files")
-    return parser.parse_args()
+    options = parser.parse_args()
+    design = DESIGNS[options.model]
+    options.work_dir = options.work_dir or REPOSITORY / ".training" / design.name
+    options.output = options.output or MODELS / design.name
+    if options.vision_minutes is None:
+        start = DESIGNS.get(design.starts_from or "")
+        options.vision_minutes = 0.0 if start and start.tower == design.tower else 15.0
+    return options
 
 
 def _log_to(path: Path) -> None:

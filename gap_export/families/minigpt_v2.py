@@ -10,6 +10,7 @@ from gap_export.architecture import Architecture
 from gap_export.errors import RecipeError
 from gap_export.families.checkpoints.configs import select_index
 from gap_export.families.checkpoints.minigpt_v2 import MiniGptV2Layout
+from gap_export.families.checkpoints.whole import WholeLayout
 from gap_export.families.components import (
     assemble,
     decoder_component,
@@ -29,7 +30,13 @@ class MiniGptV2Family:
     """See :class:`gap_export.families.reference.Family`."""
 
     name = "minigpt_v2"
-    layouts: Sequence[Layout] = (MiniGptV2Layout(),)
+    layouts: Sequence[Layout]
+
+    def __init__(self) -> None:
+        self.layouts = (
+            MiniGptV2Layout(),
+            WholeLayout(family=self.name, expected_tensors=self.expected_tensors),
+        )
 
     def readings(self, recipe: Recipe) -> frozenset[Reading]:  # noqa: ARG002
         """No text: EVA's tower was not trained together with a text tower; no layer left behind."""

@@ -6,6 +6,15 @@ Its image stands in mid-sentence, which is a matter of the recipe's prompt.
 from __future__ import annotations
 
 from gap_export.families.checkpoints.shikra_delta import ShikraDeltaLayout, ShikraMergedLayout
+from gap_export.families.checkpoints.whole import WholeLayout
 from gap_export.families.clip_llama import ClipLlamaFamily
+from gap_export.families.modules.expected import expected_clip_llama
 
-SHIKRA = ClipLlamaFamily(name="shikra", layouts=(ShikraDeltaLayout(), ShikraMergedLayout()))
+SHIKRA = ClipLlamaFamily(
+    name="shikra",
+    layouts=(
+        ShikraDeltaLayout(),
+        ShikraMergedLayout(),
+        WholeLayout(family="shikra", expected_tensors=expected_clip_llama),
+    ),
+)

@@ -118,7 +118,9 @@ def test_the_wheel_holds_the_package_the_models_and_nothing_else(wheel):
     ]
     # Of other models there are recipes and no weights.
     models = [n for n in names if n.startswith("gap_export/_models/")]
-    others = [n for n in models if "/refshapes-llava/" not in n]
+    demos = {n.split("/")[2] for n in models if n.endswith("/model.safetensors")}
+    assert demos == {"refshapes-llava", "refshapes-shikra", "refshapes-minigpt-v2"}
+    others = [n for n in models if n.split("/")[2] not in demos]
     assert len(others) == 6
     assert all(n.endswith("/recipe.yaml") for n in others)
     (license_file,) = [n for n in names if n.endswith("licenses/LICENSE")]

@@ -1,6 +1,7 @@
 """Training batches, rendered in a background process so that drawing and training overlap.
 
-Shape letters: B images, N=144 patches, Q questions in the batch, T packed text tokens.
+Shape letters: B images, N cells of a grid (patches in stage 1, visual tokens in stage 2), Q
+questions in the batch, T packed text tokens, A tokens of an answer.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from typing import Generic, Self, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from gap_export.evaluation.refshapes import (
     COLORS,
-    GRID_SIZE,
     IMAGE_SIZE,
     SHAPES,
     SIZES,
@@ -29,14 +30,17 @@ from gap_export.evaluation.refshapes.expressions import (
     random_attribute_use,
 )
 from gap_export.evaluation.refshapes.objects import SceneObject
-from refshapes_training import vocabulary as vocab
+from gap_export.evaluation.refshapes.render import shape_mask
+from refshapes_training.designs import Design
+from refshapes_training.vocabulary import PAD, text_vocabulary, vocabulary_of
 
-NUM_PATCHES = GRID_SIZE * GRID_SIZE
 NO_COLOR = len(COLORS)
 NO_SHAPE = len(SHAPES)
 QUESTIONS_PER_IMAGE = 8
 _PADDING_SEGMENT = -1
 _ABSENT_PHRASE_PROBABILITY = 0.25
+# A cell belongs to an object that covers more than this share of it, as in RefShapes' own maps.
+_MIN_COVERAGE = 7 / 64
 
 BatchT = TypeVar("BatchT", bound="Batch")
 
@@ -50,8 +54,8 @@ class Batch:
         color: int64 [B, N], index into COLORS, `NO_COLOR` on the ground.
         shape: int64 [B, N], index into SHAPES, `NO_SHAPE` on the ground.
         small: int64 [B, N], index into SIZES.
-        boxes: float32 [B, N, 4], box of the patch's object as fractions of the image.
-        covered: bool [B, N], whether a patch shows an object.
+        boxes: float32 [B, N, 4], box of the cell's object as fractions of the image.
+        covered: bool [B, N], whether a cell shows an object.
     """
 
     images: Tensor
@@ -73,7 +77,7 @@ class VisionBatch(Batch):
     Attributes:
         captions: int64 [B, 32], `<s> some of the objects </s>`.
         phrases: int64 [B, 2, 32], a description that may fit nothing, and an expression.
-        phrase_patches: bool [B, 2, N], patches of every object that the phrase mentions.
+        phrase_patches: bool [B, 2, N], cells of every object that the phrase mentions.
     """
 
     captions: Tensor
@@ -86,13 +90,13 @@ class LanguageBatch(Batch):
     """Stage 2: the questions of an image follow one another after one visual prefix.
 
     Attributes:
-        ids: int64 [B, T], expressions, `ASSISTANT:` and the answers but for `</s>`.
+        ids: int64 [B, T], expressions, what follows them, and the answers but for `</s>`.
         offsets: int64 [B, T], place of a token within its own question.
         segments: int64 [B, T], number of the question, -1 for padding.
         rows: int64 [Q], image of each question.
-        asking: int64 [Q], column of its `ASSISTANT:`; the answer follows.
-        answers: int64 [Q, 5], four coordinate ids and `</s>`.
-        target_patches: bool [Q, N], patches of the object meant.
+        asking: int64 [Q], column of the last token before the answer.
+        answers: int64 [Q, A], `</s>` last.
+        target_patches: bool [Q, N], cells of the object meant.
     """
 
     ids: Tensor
@@ -147,41 +151,45 @@ def iter_batches(
     return iter(DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=6))
 
 
-def collate_vision(scenes: list[Scene]) -> VisionBatch:
+def collate_vision(design: Design, scenes: list[Scene]) -> VisionBatch:
     """Captions and phrases for stage 1; the words are drawn from the first scene's number."""
+    vocab, side = text_vocabulary(), design.patch_side
+    maps = [object_map(scene, side, side) for scene in scenes]
     rng = np.random.default_rng([3, scenes[0].seed, scenes[0].index])
     captions, phrases, patches = [], [], []
-    for scene in scenes:
+    for scene, flat in zip(scenes, maps, strict=True):
         captions.append(vocab.encode_for_text_tower(_caption(rng, scene)))
         phrase, mentioned = _description(rng, scene)
         expression = scene.expressions[int(rng.integers(0, len(scene.expressions)))]
         texts = (phrase, expression.text)
         phrases.append(np.stack([vocab.encode_for_text_tower(text) for text in texts]))
-        flat = scene.object_map.reshape(-1)
         patches.append([np.isin(flat, mentioned), np.isin(flat, expression.mentioned)])
     return VisionBatch(
-        **_image_fields(scenes),
+        **_image_fields(scenes, maps),
         captions=torch.from_numpy(np.stack(captions)),
         phrases=torch.from_numpy(np.stack(phrases)),
         phrase_patches=torch.from_numpy(np.asarray(patches)),
     )
 
 
-def collate_language(scenes: list[Scene]) -> LanguageBatch:
+def collate_language(design: Design, scenes: list[Scene]) -> LanguageBatch:
     """Pack the questions of each scene one after another."""
+    vocab = vocabulary_of(design.name)
+    maps = [object_map(scene, *design.grid) for scene in scenes]
     ids, offsets, segments = [], [], []
     rows, asking, answers, targets = [], [], [], []
     for row, scene in enumerate(scenes):
         row_ids: list[int] = []
         row_offsets: list[int] = []
         row_segments: list[int] = []
-        flat = scene.object_map.reshape(-1)
+        flat = maps[row]
         for number, expression in enumerate(scene.expressions):
-            question = [*vocab.encode_words(expression.text), vocab.ASSISTANT]
-            answer = vocab.encode_box(scene.objects[expression.target].box)
+            question = [*vocab.encode_words(expression.text), *vocab.asking]
+            whole = vocab.encode_box(scene.objects[expression.target].box)
+            answer = whole[:-1]
             rows.append(row)
             asking.append(len(row_ids) + len(question) - 1)
-            answers.append([*answer, vocab.EOS])
+            answers.append(whole)
             targets.append(flat == expression.target)
             row_ids += question + answer
             row_offsets += range(len(question) + len(answer))
@@ -190,8 +198,8 @@ def collate_language(scenes: list[Scene]) -> LanguageBatch:
         offsets.append(row_offsets)
         segments.append(row_segments)
     return LanguageBatch(
-        **_image_fields(scenes),
-        ids=_padded(ids, vocab.PAD),
+        **_image_fields(scenes, maps),
+        ids=_padded(ids, PAD),
         offsets=_padded(offsets, 0),
         segments=_padded(segments, _PADDING_SEGMENT),
         rows=torch.tensor(rows),
@@ -220,9 +228,28 @@ def packed_mask(segments: Tensor, prefix: int) -> Tensor:
     return (allowed & causal)[:, None]
 
 
-def _image_fields(scenes: list[Scene]) -> dict[str, Tensor]:
+def object_map(scene: Scene, rows: int, columns: int) -> NDArray[np.int64]:
+    """Index of the object that covers most of each cell, or -1; int64 [rows * columns].
+
+    The rule of :attr:`Scene.object_map`, for any grid whose cells are whole pixels.
+    """
+    height, width = IMAGE_SIZE // rows, IMAGE_SIZE // columns
+    found = np.full((rows, columns), -1, np.int64)
+    most = np.full((rows, columns), _MIN_COVERAGE * height * width, np.float32)
+    for index, item in enumerate(scene.objects):
+        canvas = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
+        alpha = shape_mask(item.shape, item.extent)
+        canvas[item.y : item.y + item.extent, item.x : item.x + item.extent] = alpha
+        covered = canvas.reshape(rows, height, columns, width).sum((1, 3))
+        wins = covered > most
+        found[wins] = index
+        most[wins] = covered[wins]
+    return found.reshape(-1)
+
+
+def _image_fields(scenes: list[Scene], cells: list[NDArray[np.int64]]) -> dict[str, Tensor]:
     """The fields of `Batch`."""
-    maps = np.stack([scene.object_map.reshape(-1) for scene in scenes])
+    maps = np.stack(cells)
     color = np.full(maps.shape, NO_COLOR, np.int64)
     shape = np.full(maps.shape, NO_SHAPE, np.int64)
     small = np.zeros(maps.shape, np.int64)

@@ -13,14 +13,15 @@ import transformers
 
 from gap_export.evaluation.refshapes import (
     IMAGE_SIZE,
-    PATCH_SIZE,
     Scene,
     generate_scene,
     iter_samples,
 )
 from gap_export.evaluation.refshapes.objects import LAYOUT_PROBABILITIES, LAYOUTS
+from refshapes_training.batching import object_map
+from refshapes_training.designs import DESIGNS, LLAVA, MINIGPT_V2, SHIKRA, Design
 from refshapes_training.loop import load_state
-from refshapes_training.model import NUM_PATCHES, RefShapesModel
+from refshapes_training.model import RefShapesModel
 
 _DATA_SAMPLES = 2000
 
@@ -31,7 +32,7 @@ def write_card(
     """Write README.md and training_log.txt beside the weights.
 
     Args:
-        folder: Folder of the checkpoint; its name is the model's.
+        folder: Folder of the checkpoint.
         model: The exported model, for its size.
         work_dir: Folder with the training checkpoints.
         log: Log of the run.
@@ -44,9 +45,9 @@ def write_card(
         if (path := work_dir / f"{stage}.pt").exists()
     }
     parts = [
-        _introduction(folder.name, model, settings),
-        _data_section(),
-        _training_section(settings),
+        _introduction(model, settings),
+        _data_section(model.design),
+        _training_section(model.design, settings),
         *([f"{textwrap.fill(note, 100)}\n"] if note else []),
         _FIGURES,
         _LIMITS,
@@ -54,9 +55,8 @@ def write_card(
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
 
-def _introduction(name: str, model: RefShapesModel, settings: dict[str, dict[str, object]]) -> str:
-    size = sum(p.numel() for p in model.llava.parameters())
-    text_size = sum(p.numel() for p in model.text.parameters())
+def _introduction(model: RefShapesModel, settings: dict[str, dict[str, object]]) -> str:
+    design = model.design
     language = settings.get("language", {})
     dropout = language.get("token_dropout", 0.0)
     if dropout:
@@ -73,36 +73,80 @@ def _introduction(name: str, model: RefShapesModel, settings: dict[str, dict[str
             f"(weight {language.get('background_weight')}) keeps its attention off empty "
             "background, which is always there in training and not always after pruning."
         )
-    patch, picture = f"{PATCH_SIZE}x{PATCH_SIZE}", f"{IMAGE_SIZE}x{IMAGE_SIZE}"
-    return f"""# {name}
-
-A genuine, very small LLaVA (`LlavaForConditionalGeneration`: CLIP vision tower with [CLS], a
-two-layer projector, Llama decoder with RoPE) that answers a referring expression with a box, as
-LLaVA does: `[0.12, 0.34, 0.56, 0.78]`, fractions of the image (x1, y1, x2, y2). {size:,}
-parameters, float32.
-`clip/` holds a `CLIPTextModelWithProjection` ({text_size:,} parameters) and
-`visual_projection.safetensors`, which belong to the same vision tower.
-
-{textwrap.fill(claim, 100)}
-
-Prompt: `<s> USER: <image> {{expression}} ASSISTANT:` with `<image>` repeated {NUM_PATCHES} times,
-one for each {patch} patch of a {picture} picture: visual ids 2..145, text
-from 146. Patch-text similarity: visual_projection(post_layernorm(hidden_states[-2])) of a patch,
-dotted with the text embedding of `<s> {{expression}} </s>`; larger means more alike.
-
-This page is written by `tools/train_refshapes.py` from the run's own files. Trained from nothing on
-synthetic pictures: no third-party weights or data are in it.
-"""
+    parts = (model.vision_tower, model.projector, model.decoder, model.lm_head)
+    size = sum(p.numel() for part in parts for p in part.parameters())
+    paragraphs = [
+        f"{_WHAT[design.name]} {size:,} parameters, float32.",
+        _text_tower(model),
+        claim,
+        _prompt(model),
+        "This page is written by `tools/train_refshapes.py` from the run's own files. "
+        + _origin(design)
+        + " No third-party weights or data are in it.",
+    ]
+    filled = (textwrap.fill(text, 100, break_on_hyphens=False) for text in paragraphs)
+    return f"# {design.name}\n\n" + "\n\n".join(filled) + "\n"
 
 
-def _data_section() -> str:
+def _text_tower(model: RefShapesModel) -> str:
+    if not model.design.has_text_tower:
+        return (
+            "There is no text tower: EVA was not trained together with one. `text`, `trim` and "
+            "`cdpruner` do not apply, and the exporter refuses them."
+        )
+    size = sum(p.numel() for p in model.text.parameters())
+    return (
+        f"`clip/` holds a `CLIPTextModelWithProjection` ({size:,} parameters) and "
+        "`visual_projection.safetensors`, which belong to the same vision tower. Patch-text "
+        "similarity: visual_projection(post_layernorm(hidden_states[-2])) of a patch, dotted with "
+        "the text embedding of `<s> {expression} </s>`; larger means more alike."
+    )
+
+
+def _prompt(model: RefShapesModel) -> str:
+    design = model.design
+    before, behind, asking = (
+        " ".join(part) for part in (design.before, design.behind, design.asking)
+    )
+    words = f"{before} [image] {behind} {{expression}} {asking}".replace("  ", " ")
+    rows, columns = design.grid
+    height, width = IMAGE_SIZE // rows, IMAGE_SIZE // columns
+    return (
+        f"Prompt: `{words}`. The {IMAGE_SIZE}x{IMAGE_SIZE} picture is {design.num_tokens} visual "
+        f"tokens, {rows} rows of {columns}, each {width} px wide and {height} px high: position "
+        f"ids {design.visual_start}..{design.visual_end - 1}, text goes on at {design.visual_end}."
+    )
+
+
+def _origin(design: Design) -> str:
+    if design.starts_from is None:
+        return "Trained from nothing on synthetic pictures."
+    same_tower = DESIGNS[design.starts_from].tower == design.tower
+    tower = (
+        "its vision tower and text tower, which stay as they are (Shikra and LLaVA share CLIP's "
+        "tower too)"
+        if same_tower
+        else "the layers of its vision tower, with patches and positions resized and trained on"
+    )
+    return (
+        f"The run starts from `{design.starts_from}`: its decoder, its words, and {tower}; the "
+        "projector and all tokens that it does not know are new. Everything before that was "
+        "trained from nothing on synthetic pictures."
+    )
+
+
+def _data_section(design: Design) -> str:
+    rows, columns = design.grid
+    height, width = IMAGE_SIZE // rows, IMAGE_SIZE // columns
     samples = list(iter_samples(seed=0, num_samples=_DATA_SAMPLES))
     scenes: dict[int, Scene] = {s.scene.index: s.scene for s in samples}
     kinds = Counter(s.expression.kind for s in samples)
     boxes = np.array([s.box for s in samples])
-    cells = (boxes[:, 2:] - 1) // PATCH_SIZE - boxes[:, :2] // PATCH_SIZE + 1
-    by_box = cells.prod(1) / NUM_PATCHES
-    by_mask = np.array([(s.scene.object_map == s.expression.target).mean() for s in samples])
+    size = np.array([width, height])
+    cells = (boxes[:, 2:] - 1) // size - boxes[:, :2] // size + 1
+    by_box = cells.prod(1) / design.num_tokens
+    maps = {index: object_map(scene, rows, columns) for index, scene in scenes.items()}
+    by_mask = np.array([(maps[s.scene.index] == s.expression.target).mean() for s in samples])
     counts = np.array([len(scene.objects) for scene in scenes.values()])
     small = np.mean([s.scene.objects[s.expression.target].size == "small" for s in samples])
     shares = ", ".join(f"{kind} {n / len(samples):.0%}" for kind, n in kinds.most_common())
@@ -121,13 +165,13 @@ on the held-out questions of seed 0 ({len(samples)} questions,
 - kinds: {shares}
 - objects in a picture: mean {counts.mean():.1f}, from {counts.min()} to {counts.max()};
   {small:.0%} of the targets are small
-- a target's box meets {by_box.mean():.1%} of the {NUM_PATCHES} patches on average (5th to 95th
-  percentile {low:.1%} to {high:.1%}); it is the main content of {by_mask.mean():.1%}
+- a target's box meets {by_box.mean():.1%} of the {design.num_tokens} visual tokens on average (5th
+  to 95th percentile {low:.1%} to {high:.1%}); it is the main content of {by_mask.mean():.1%}
 - for example: {asked}
 """
 
 
-def _training_section(settings: dict[str, dict[str, object]]) -> str:
+def _training_section(design: Design, settings: dict[str, dict[str, object]]) -> str:
     lines = ["## Training", "", "| stage | " + " | ".join(settings) + " |"]
     lines.append("|---" * (len(settings) + 1) + "|")
     names = dict.fromkeys(name for facts in settings.values() for name in facts)
@@ -138,24 +182,52 @@ def _training_section(settings: dict[str, dict[str, object]]) -> str:
         "",
         f"torch {torch.__version__}, transformers {transformers.__version__}, bf16 autocast on "
         f"{'a GPU' if torch.cuda.is_available() else 'the CPU'}. The whole log is in "
-        "`training_log.txt`. The vision stage trains both towers (contrastive, dense patch and "
-        "patch-text losses, the position table shifted at random so that absolute places can only "
-        "come from RoPE); the language stage trains projector and decoder on the frozen tower, "
-        "with losses on attention: off empty background, and, in its second half, spread over "
-        "all patches of the target.",
+        f"`training_log.txt`. {_stages(design)}",
         "",
     ]
     return "\n".join(lines)
+
+
+def _stages(design: Design) -> str:
+    vision = (
+        "The vision stage trains both towers (contrastive, dense patch and patch-text losses, the "
+        "position table shifted at random so that absolute places can only come from RoPE)"
+    )
+    start = DESIGNS.get(design.starts_from or "")
+    if start is not None and start.tower == design.tower:
+        vision = f"There is no vision stage: the towers are those of `{start.name}`"
+    elif not design.has_text_tower:
+        vision += ", of which the text tower is thrown away"
+    return (
+        f"{vision}; the language stage trains projector and decoder on the frozen tower, with "
+        "losses on attention: off empty background, and, in its second half, spread over all "
+        "tokens of the target."
+    )
 
 
 def _format(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+_WHAT = {
+    LLAVA.name: "A genuine, very small LLaVA (`LlavaForConditionalGeneration`: CLIP vision tower "
+    "with [CLS], a two-layer projector, Llama decoder with RoPE) that answers a referring "
+    "expression with a box, as LLaVA does: `[0.12, 0.34, 0.56, 0.78]`, fractions of the image "
+    "(x1, y1, x2, y2).",
+    SHIKRA.name: "A very small Shikra: CLIP vision tower with [CLS], one linear projector, "
+    "the image in mid-sentence between `<im_start>` and `<im_end>`, Llama decoder with RoPE. It "
+    "answers a referring expression with a box as Shikra does: `[0.123,0.345,0.567,0.789]`, "
+    "fractions of the padded square (x1, y1, x2, y2).",
+    MINIGPT_V2.name: "A very small MiniGPT-v2: EVA's vision tower, four patches that follow each "
+    "other in a row joined to one visual token, one linear layer as projector, Llama decoder with "
+    "RoPE. It answers a referring expression with a box as MiniGPT-v2 does: `{<12><34><56><78>}`, "
+    "hundredths of the image (x1, y1, x2, y2).",
+}
+
 _FIGURES = """## Figures
 
 <!-- figures:accuracy -->
-Not measured yet: `tools/readme_figures.py` measures this checkpoint and writes them here.
+Not measured yet: `tools/paper_table.py` measures this checkpoint and writes them here.
 <!-- /figures:accuracy -->
 """
 

@@ -1,21 +1,31 @@
-"""Write what has been trained as Hugging Face files that load without this repository."""
+"""Write what has been trained as files that load without this repository's tools."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from gap_export.evaluation.refshapes import IMAGE_SIZE
-from refshapes_training import vocabulary as vocab
-from refshapes_training.model import PIXEL_MEAN, PIXEL_STD, RefShapesModel
+from gap_export.families.checkpoints.whole import MODEL_TYPE
+from refshapes_training.designs import LLAVA, MINIGPT_V2, SHIKRA
+from refshapes_training.model import RefShapesModel, decoder_config
+from refshapes_training.towers import PIXEL_MEAN, PIXEL_STD, VISION_LAYERS, vision_config
+from refshapes_training.vocabulary import BOS, PAD, text_vocabulary
+
+_FAMILIES = {SHIKRA.name: "shikra", MINIGPT_V2.name: "minigpt_v2"}
+_SELECT_LAYER = -2
 
 
 def export_checkpoint(model: RefShapesModel, folder: Path) -> None:
     """Write model, tokenizer and preprocessing; float32 throughout.
+
+    `refshapes-llava` is written as transformers' own class. The other families' published layouts
+    come in parts, deltas and pickles; theirs is one folder with this package's names.
 
     Args:
         model: Model on any device.
@@ -23,26 +33,89 @@ def export_checkpoint(model: RefShapesModel, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = model.float().cpu()
-    model.llava.generation_config = GenerationConfig(
-        bos_token_id=vocab.BOS,
-        eos_token_id=vocab.EOS,
-        pad_token_id=vocab.PAD,
-        do_sample=False,
-        max_new_tokens=8,
-    )
-    model.llava.save_pretrained(folder)
-    vocab.build_tokenizer().save_pretrained(folder)
-    _write_json(folder / "preprocessor_config.json", _PREPROCESSOR)
-    clip = folder / "clip"
-    model.text.save_pretrained(clip)
-    vocab.build_tokenizer(end_of_text=True).save_pretrained(clip)
-    weight = model.visual_projection.weight.detach().to(torch.float32).contiguous()
-    save_file({"visual_projection.weight": weight}, clip / "visual_projection.safetensors")
+    if model.design is LLAVA:
+        _save_llava(model, folder)
+    else:
+        _save_whole(model, folder)
+    if model.design.has_text_tower:
+        _save_text_tower(model, folder / "clip")
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
 
 
-def _write_json(path: Path, content: dict[str, object]) -> None:
+def _save_llava(model: RefShapesModel, folder: Path) -> None:
+    llava = LlavaForConditionalGeneration(_llava_config(model))
+    inner = llava.model
+    inner.vision_tower.load_state_dict(model.vision_tower.state_dict())
+    inner.language_model.load_state_dict(model.decoder.state_dict())
+    inner.multi_modal_projector.load_state_dict(_projector(model))
+    llava.lm_head.load_state_dict(model.lm_head.state_dict())
+    llava.generation_config = GenerationConfig(
+        bos_token_id=BOS,
+        eos_token_id=model.vocabulary.eos,
+        pad_token_id=PAD,
+        do_sample=False,
+        max_new_tokens=8,
+    )
+    llava.save_pretrained(folder)
+    model.vocabulary.build_tokenizer().save_pretrained(folder)
+    _write_json(folder / "preprocessor_config.json", _PREPROCESSOR)
+
+
+def _save_whole(model: RefShapesModel, folder: Path) -> None:
+    """See `gap_export.families.checkpoints.whole`."""
+    tensors = {
+        **_prefixed("tower.", model.vision_tower.state_dict()),
+        **_prefixed("projector.", _projector(model)),
+        **_prefixed("decoder.", model.decoder.state_dict()),
+        **_prefixed("lm_head.", model.lm_head.state_dict()),
+    }
+    if model.design.tower == "eva":
+        # EVA's keys have no bias; the layers' code, which is CLIP's, adds zeros.
+        for index in range(VISION_LAYERS):
+            key = f"tower.encoder.layers.{index}.self_attn.k_proj.bias"
+            tensors[key] = tensors[key] * 0
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items()}, folder / "model.safetensors"
+    )
+    config = {"model_type": MODEL_TYPE, "family": _FAMILIES[model.design.name]}
+    _write_json(folder / "config.json", config)
+    model.vocabulary.build_tokenizer().save_pretrained(folder)
+
+
+def _save_text_tower(model: RefShapesModel, folder: Path) -> None:
+    model.text.save_pretrained(folder)
+    text_vocabulary().build_tokenizer(end_of_text=True).save_pretrained(folder)
+    weight = model.visual_projection.weight.detach().contiguous()
+    save_file({"visual_projection.weight": weight}, folder / "visual_projection.safetensors")
+
+
+def _projector(model: RefShapesModel) -> dict[str, Tensor]:
+    """The projector by the names of LLaVA's, `linear_1` and, of an MLP, `linear_2`."""
+    state = model.projector.state_dict()
+    if model.design.projector == "linear":
+        return _prefixed("linear_1.", state)
+    return {f"linear_{1 + (key[0] == '2')}.{key[2:]}": value for key, value in state.items()}
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: tensor.detach() for key, tensor in tensors.items()}
+
+
+def _llava_config(model: RefShapesModel) -> LlavaConfig:
+    return LlavaConfig(
+        vision_config=vision_config(model.design),
+        text_config=decoder_config(model.vocabulary),
+        image_token_index=model.vocabulary.ids["<image>"],
+        projector_hidden_act="gelu",
+        vision_feature_layer=_SELECT_LAYER,
+        vision_feature_select_strategy="default",
+        image_seq_length=model.design.num_tokens,
+        tie_word_embeddings=False,
+    )
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

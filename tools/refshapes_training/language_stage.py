@@ -1,10 +1,10 @@
-"""Stage 2: projector and decoder, from scratch on the frozen vision tower.
+"""Stage 2: projector and decoder, on the frozen vision tower.
 
 The questions of one image are packed after one copy of its visual tokens. Three auxiliary losses
 make a decoder this small learn on a CPU; their heads are thrown away afterwards: place probes on
-visual states, pointers from `ASSISTANT:` at the target's patches, and alignment of projected
-patches with the decoder's own word embeddings. Two more shape
-attention: off empty background, and over the whole of the target.
+visual states, pointers from the prompt's last token at the target's tokens, and alignment of
+projected tokens with the decoder's own word embeddings. Two more shape attention: off empty
+background, and over the whole of the target.
 
 Nothing here prunes: without `token_dropout` the decoder sees all visual tokens of every image, so
 what it does with fewer of them is a property it was not trained for.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from gap_export.evaluation.refshapes import COLORS, SHAPES, SIZES
-from refshapes_training import vocabulary as vocab
 from refshapes_training.batching import (
     QUESTIONS_PER_IMAGE,
     LanguageBatch,
@@ -37,15 +37,8 @@ from refshapes_training.loop import (
     build_optimizers,
     take_step,
 )
-from refshapes_training.model import (
-    GRID_SIZE,
-    NUM_PATCHES,
-    POINTER_LAYERS,
-    PREFIX_LENGTH,
-    SELECT_LAYER,
-    LanguageHeads,
-    RefShapesModel,
-)
+from refshapes_training.model import POINTER_LAYERS, LanguageHeads, RefShapesModel
+from refshapes_training.vocabulary import NUM_BINS, Vocabulary
 
 BATCH_SIZE = 32
 # Images of a batch whose attention is looked at: a share of them costs less and says as much.
@@ -106,7 +99,7 @@ def train_language(
     heads: LanguageHeads,
     stage: LanguageStage,
     device: torch.device,
-    monitor: Callable[[RefShapesModel], object],
+    monitor: Callable[[RefShapesModel], object] | None,
 ) -> None:
     """Train until the budget is used; resumes by itself.
 
@@ -115,11 +108,11 @@ def train_language(
         heads: Training-only heads on `device`.
         stage: Settings.
         device: Where to compute.
-        monitor: Called with the model now and then; its time is not counted.
+        monitor: Called with the model now and then, if given; its time is not counted.
     """
     for tower in (model.vision_tower, model.text, model.visual_projection):
         tower.requires_grad_(False)
-    trained = [model.projector, model.decoder, model.llava.lm_head, heads]
+    trained = [model.projector, model.decoder, model.lm_head, heads]
     optimizers = build_optimizers(
         trained, stage.optimizer, hidden=[model.decoder.layers, model.projector]
     )
@@ -145,7 +138,10 @@ def train_language(
     saver.resume()
     averages = Averages()
     batches = iter_batches(
-        collate_language, seed=stage.seed + DATA_SEED_OFFSET, size=BATCH_SIZE, first=clock.step
+        partial(collate_language, model.design),
+        seed=stage.seed + DATA_SEED_OFFSET,
+        size=BATCH_SIZE,
+        first=clock.step,
     )
     next_look = clock.elapsed + MONITOR_EVERY_SECONDS
     clock.skip()
@@ -168,7 +164,7 @@ def train_language(
         if clock.step % REPORT_EVERY == 0:
             averages.report("language", clock, rate)
         saver.save_if_due()
-        if clock.elapsed > next_look:
+        if monitor is not None and clock.elapsed > next_look:
             next_look += MONITOR_EVERY_SECONDS
             monitor(model)
             clock.skip()
@@ -194,30 +190,32 @@ def language_loss(
     Returns:
         A scalar, and figures by name.
     """
-    device = batch.images.device
-    mask = packed_mask(batch.segments, PREFIX_LENGTH)
+    device, design, tower = batch.images.device, model.design, model.vision_tower
+    visual_span = slice(design.visual_start, design.visual_end)
+    mask = packed_mask(batch.segments, design.prefix_length)
     hidden_tokens = None
     with torch.autocast(device.type, torch.bfloat16):
         with torch.no_grad():
-            selected = model.encode_image(batch.images, roll=True)[SELECT_LAYER][:, 1:]
+            shown = tower(batch.images, roll=True, num_layers=tower.num_layers_read)
+            selected = tower.tokens(tower.selected(shown))
         if token_dropout > 0:
             hidden_tokens = _draw_hidden_tokens(selected, token_dropout)
-            mask = _hide(mask, hidden_tokens)
+            mask = _hide(mask, hidden_tokens, visual_span)
         visual = model.projector(selected).float()
         embeds, position_ids = _embed(model, batch, visual)
         states, layers = model.decode(embeds, position_ids, mask)
         watched = slice(0, _WATCHED_IMAGES)
         inputs = [state[watched] for state in (embeds, *layers[:-1])]
         attention = model.attention(inputs, position_ids[watched], mask[watched])
-        places = torch.arange(vocab.ANSWER_LENGTH, device=device)
-        columns = PREFIX_LENGTH + batch.asking[:, None] + places
-        logits = model.llava.lm_head(states[batch.rows[:, None], columns])
-        probes = heads.places(layers[_PROBE_LAYER][:, len(vocab.PREFIX) : PREFIX_LENGTH])
+        asking = design.prefix_length + batch.asking
+        places = torch.arange(batch.answers.shape[1], device=device)
+        logits = model.lm_head(states[batch.rows[:, None], asking[:, None] + places])
+        probes = heads.places(layers[_PROBE_LAYER][:, visual_span])
         pointers = [
             heads.pointer_logits(
                 which,
-                layers[layer][batch.rows, PREFIX_LENGTH + batch.asking],
-                layers[layer][:, len(vocab.PREFIX) : PREFIX_LENGTH],
+                layers[layer][batch.rows, asking],
+                layers[layer][:, visual_span],
                 batch.rows,
             )
             for which, layer in enumerate(POINTER_LAYERS)
@@ -228,16 +226,17 @@ def language_loss(
         usable = seen.sum(1) >= 0.2 * batch.target_patches.sum(1).clamp(min=1)
         pointers = [p.masked_fill(hidden_tokens[batch.rows], -30.0) for p in pointers]
 
-    answer = answer_loss(logits[usable], batch.answers[usable])
+    answer = answer_loss(model.vocabulary, logits[usable], batch.answers[usable])
     pointer = torch.stack([_pointer_loss(p, batch.target_patches, usable) for p in pointers]).sum()
     alignment = _alignment_loss(model, heads, batch, visual)
-    probe = _probe_loss(probes, batch)
+    probe = _probe_loss(model, probes, batch)
     loss = answer + 0.5 * pointer + 0.5 * alignment + weights.probe * probe
-    background = _background_loss(attention, batch)
-    spread = _spread_loss(attention, batch)
+    background = _background_loss(model, attention, batch)
+    spread = _spread_loss(model, attention, batch)
     loss = loss + weights.background * background + weights.spread * spread
     with torch.no_grad():
-        overlap = box_overlap(_boxes(logits.argmax(-1)), _boxes(batch.answers))
+        said, wanted = (_boxes(model.vocabulary, t) for t in (logits.argmax(-1), batch.answers))
+        overlap = box_overlap(said, wanted)
         pointed = batch.target_patches.gather(1, pointers[-1].argmax(1, keepdim=True))
         figures: dict[str, float | Tensor] = {
             "loss": loss.detach(),
@@ -254,24 +253,33 @@ def language_loss(
     return loss, figures
 
 
-def answer_loss(logits: Tensor, answers: Tensor) -> Tensor:
-    """Cross-entropy against a Gaussian over neighbouring values, plain for `</s>`.
+def answer_loss(vocabulary: Vocabulary, logits: Tensor, answers: Tensor) -> Tensor:
+    """Cross-entropy; against a Gaussian over neighbouring values for leading digits.
 
     Args:
-        logits: [Q, 5, V].
-        answers: int64 [Q, 5].
+        vocabulary: Says what each token of an answer can be.
+        logits: [Q, A, V].
+        answers: int64 [Q, A].
 
     Returns:
         Mean over all tokens.
     """
     log_probs = logits.float().log_softmax(-1)
-    bins = torch.arange(vocab.NUM_BINS, device=logits.device)
+    bins = torch.arange(NUM_BINS, device=logits.device)
     kernel = torch.exp(-0.5 * ((bins[:, None] - bins) / ANSWER_SIGMA) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)
-    losses = [-log_probs[:, -1, vocab.EOS]]
-    for place, offset in enumerate(vocab.PLACE_OFFSETS):
-        wanted = kernel[answers[:, place] - offset]
-        losses.append(-(wanted * log_probs[:, place, offset : offset + vocab.NUM_BINS]).sum(-1))
+    smoothed = [slot.is_first for slot in vocabulary.design.answer]
+    losses = []
+    for place, (smooth, offset) in enumerate(
+        zip((*smoothed, False), vocabulary.offsets, strict=True)
+    ):
+        if smooth:
+            wanted = kernel[answers[:, place] - offset]
+            among = log_probs[:, place, offset : offset + NUM_BINS]
+            losses.append(-(wanted * among).sum(-1))
+        else:
+            chosen = answers[:, place, None]
+            losses.append(-log_probs[:, place].gather(1, chosen)[:, 0])
     return torch.stack(losses).mean()
 
 
@@ -285,16 +293,21 @@ def box_overlap(candidate: Tensor, reference: Tensor) -> Tensor:
 
 
 def _embed(model: RefShapesModel, batch: LanguageBatch, visual: Tensor) -> tuple[Tensor, Tensor]:
-    """Input embeddings [B, S, H] and ids [B, S]; every question starts at id 146."""
+    """Input embeddings [B, S, H] and ids [B, S]; every question starts behind the prefix."""
     size, device = batch.images.shape[0], batch.images.device
-    table = model.decoder.embed_tokens
-    prefix = table(torch.tensor(vocab.PREFIX, device=device)).expand(size, -1, -1)
-    embeds = torch.cat([prefix, visual, table(batch.ids)], 1)
-    shared = torch.arange(PREFIX_LENGTH, device=device).expand(size, -1)
-    return embeds, torch.cat([shared, PREFIX_LENGTH + batch.offsets], 1)
+    table, length = model.decoder.embed_tokens, model.design.prefix_length
+    before, behind = (
+        table(torch.tensor(ids, device=device, dtype=torch.int64)).expand(size, -1, -1)
+        for ids in (model.vocabulary.before, model.vocabulary.behind)
+    )
+    embeds = torch.cat([before, visual, behind, table(batch.ids)], 1)
+    shared = torch.arange(length, device=device).expand(size, -1)
+    return embeds, torch.cat([shared, length + batch.offsets], 1)
 
 
-def _background_loss(attention: list[Tensor], batch: LanguageBatch) -> Tensor:
+def _background_loss(
+    model: RefShapesModel, attention: list[Tensor], batch: LanguageBatch
+) -> Tensor:
     """Attention of words and object patches that falls on empty background, -log(1 - share).
 
     A head with nothing to say must look somewhere. An LLM that was pre-trained on text looks at
@@ -302,18 +315,18 @@ def _background_loss(attention: list[Tensor], batch: LanguageBatch) -> Tensor:
     would park on background, which is always there in training and not always after pruning.
     """
     images, _, length, _ = attention[0].shape
-    start = len(vocab.PREFIX)
+    start, end = model.design.visual_start, model.design.visual_end
     background = torch.zeros(images, length, dtype=torch.bool, device=attention[0].device)
-    background[:, start:PREFIX_LENGTH] = ~batch.covered[:images]
+    background[:, start:end] = ~batch.covered[:images]
     asking = ~background
     asking[:, :start] = False
-    asking[:, PREFIX_LENGTH:] = batch.segments[:images] >= 0
+    asking[:, model.design.prefix_length :] = batch.segments[:images] >= 0
     shares = torch.stack([(w * background[:, None, None]).sum(-1) for w in attention])
     loss = -torch.log1p(-shares.clamp(max=0.999))
     return loss.mean((0, 2))[asking].mean()
 
 
-def _spread_loss(attention: list[Tensor], batch: LanguageBatch) -> Tensor:
+def _spread_loss(model: RefShapesModel, attention: list[Tensor], batch: LanguageBatch) -> Tensor:
     """Cross-entropy between what a coordinate's query reads and all patches of the target alike.
 
     Every patch of an object knows the whole box. Left alone, a query reads x1 off the left-most
@@ -321,13 +334,16 @@ def _spread_loss(attention: list[Tensor], batch: LanguageBatch) -> Tensor:
     """
     watched = (batch.rows < attention[0].shape[0]) & batch.target_patches.any(1)
     rows, asking = batch.rows[watched], batch.asking[watched]
-    columns = PREFIX_LENGTH + asking[:, None] + torch.arange(vocab.NUM_PLACES, device=rows.device)
+    design = model.design
+    leading = [place for place, slot in enumerate(design.answer) if slot.is_first]
+    places = torch.tensor(leading, device=rows.device)
+    columns = design.prefix_length + asking[:, None] + places
     wanted = batch.target_patches[watched].float()
     wanted = wanted / wanted.sum(1, keepdim=True)
     total = wanted.new_zeros(())
     for layer in _READING_LAYERS:
         read = attention[layer].mean(1)[rows[:, None], columns]
-        seen = read[..., len(vocab.PREFIX) : PREFIX_LENGTH].clamp(min=1e-6)
+        seen = read[..., design.visual_start : design.visual_end].clamp(min=1e-6)
         total = total - (wanted[:, None] * seen.log()).sum(-1).mean()
     return total / len(_READING_LAYERS)
 
@@ -338,13 +354,16 @@ def _pointer_loss(logits: Tensor, targets: Tensor, usable: Tensor) -> Tensor:
     return -(wanted * logits.log_softmax(-1)).sum(1)[usable].mean()
 
 
-def _probe_loss(probes: tuple[Tensor, Tensor, Tensor], batch: LanguageBatch) -> Tensor:
+def _probe_loss(
+    model: RefShapesModel, probes: tuple[Tensor, Tensor, Tensor], batch: LanguageBatch
+) -> Tensor:
     """Can row, column and the object's box be read from the visual states?"""
     rows, columns, boxes = probes
-    index = torch.arange(NUM_PATCHES, device=rows.device).repeat(rows.shape[0])
+    width = model.design.grid[1]
+    index = torch.arange(model.design.num_tokens, device=rows.device).repeat(rows.shape[0])
     return (
-        functional.cross_entropy(rows.flatten(0, 1), index // GRID_SIZE)
-        + functional.cross_entropy(columns.flatten(0, 1), index % GRID_SIZE)
+        functional.cross_entropy(rows.flatten(0, 1), index // width)
+        + functional.cross_entropy(columns.flatten(0, 1), index % width)
         + 5 * (boxes - batch.boxes)[batch.covered].abs().mean()
     )
 
@@ -361,7 +380,7 @@ def _alignment_loss(
         (SHAPES, batch.shape),
         (SIZES, batch.small),
     ):
-        ids = torch.tensor([vocab.TOKEN_IDS[w] for w in words], device=shown.device)
+        ids = torch.tensor([model.vocabulary.ids[w] for w in words], device=shown.device)
         logits = shown @ functional.normalize(table[ids], dim=-1).T
         total = total + functional.cross_entropy(logits, labels[batch.covered])
     return total
@@ -375,22 +394,25 @@ def _draw_hidden_tokens(selected: Tensor, largest_share: float) -> Tensor:
     size, device = selected.shape[0], selected.device
     direction = torch.randn(size, selected.shape[-1], 1, device=device)
     by_content = (selected.float() @ direction)[..., 0]
-    by_chance = torch.rand(size, NUM_PATCHES, device=device)
+    by_chance = torch.rand_like(by_content)
     score = torch.where(torch.rand(size, 1, device=device) < 0.4, by_content, by_chance)
-    rank = score.argsort(1).argsort(1) / NUM_PATCHES
+    rank = score.argsort(1).argsort(1) / score.shape[1]
     share = torch.rand(size, 1, device=device) * largest_share
     return (rank < share) & (torch.rand(size, 1, device=device) < _DROPOUT_SHARE)
 
 
-def _hide(mask: Tensor, hidden_tokens: Tensor) -> Tensor:
+def _hide(mask: Tensor, hidden_tokens: Tensor, visual_span: slice) -> Tensor:
     """Block the hidden tokens as keys, except for themselves; ids stay what they were."""
     keys = torch.zeros(mask.shape[0], mask.shape[-1], dtype=torch.bool, device=mask.device)
-    keys[:, len(vocab.PREFIX) : PREFIX_LENGTH] = hidden_tokens
+    keys[:, visual_span] = hidden_tokens
     itself = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
     return mask & (~keys[:, None, None, :] | itself)
 
 
-def _boxes(tokens: Tensor) -> Tensor:
-    """Answer ids [Q, 5] to boxes [Q, 4] as fractions; a token of the wrong kind lies outside."""
-    offsets = torch.tensor(vocab.PLACE_OFFSETS, device=tokens.device)
-    return (tokens[:, : vocab.NUM_PLACES] - offsets) / 100
+def _boxes(vocabulary: Vocabulary, tokens: Tensor) -> Tensor:
+    """Answer ids [Q, A] to boxes [Q, 4] as fractions; a token of the wrong kind lies outside."""
+    boxes = tokens.new_zeros((len(tokens), 4), dtype=torch.float32)
+    for place, slot in enumerate(vocabulary.design.answer):
+        if slot.corner is not None:
+            boxes[:, slot.corner] += slot.unit * (tokens[:, place] - vocabulary.offsets[place])
+    return boxes

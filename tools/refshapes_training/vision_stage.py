@@ -2,12 +2,13 @@
 
 Three losses: CLIP's contrastive one between [CLS] and captions; dense ones that ask each patch
 what it shows; and patch-text alignment, so that a pruner may rank patches by a phrase. The last
-two read hidden_states[-2], the layer LLaVA selects and TRIM scores, not the final one.
+two read the patches that the decoder will get, which TRIM scores too, not the final layer's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,13 +24,7 @@ from refshapes_training.loop import (
     build_optimizers,
     take_step,
 )
-from refshapes_training.model import (
-    GRID_SIZE,
-    NUM_PATCHES,
-    SELECT_LAYER,
-    RefShapesModel,
-    VisionHeads,
-)
+from refshapes_training.model import RefShapesModel, VisionHeads
 
 BATCH_SIZE = 64
 HOLD, FLOOR, CLIP = 0.3, 0.03, 2.0
@@ -97,7 +92,10 @@ def train_vision(
     saver.resume()
     averages = Averages()
     batches = iter_batches(
-        collate_vision, seed=stage.seed + DATA_SEED_OFFSET, size=BATCH_SIZE, first=clock.step
+        partial(collate_vision, model.design),
+        seed=stage.seed + DATA_SEED_OFFSET,
+        size=BATCH_SIZE,
+        first=clock.step,
     )
     clock.skip()
     while clock.progress < 1:
@@ -127,13 +125,15 @@ def vision_loss(
     Returns:
         A scalar, and figures by name.
     """
-    size = batch.images.shape[0]
+    size, tower = batch.images.shape[0], model.vision_tower
     with torch.autocast(batch.images.device.type, torch.bfloat16):
-        states = model.encode_image(batch.images, roll=True)
-        selected = states[SELECT_LAYER][:, 1:]
+        states = tower(batch.images, roll=True)
+        selected = tower.selected(states)
         color, shape, offsets = heads(selected)
-        patches = functional.normalize(model.project_patches(selected).float(), dim=-1)
-        cls = functional.normalize(model.project_patches(states[-1][:, 0]).float(), dim=-1)
+        joint = model.visual_projection(tower.comparable(selected))
+        patches = functional.normalize(joint.float(), dim=-1)
+        whole = model.visual_projection(tower.post_layernorm(states[-1][:, 0]))
+        cls = functional.normalize(whole.float(), dim=-1)
         texts = torch.cat([batch.captions, batch.phrases.flatten(0, 1)])
         embeds = functional.normalize(model.encode_text(texts).float(), dim=-1)
     captions, phrases = embeds[:size], embeds[size:].unflatten(0, (size, -1))
@@ -151,7 +151,7 @@ def vision_loss(
 
     color_loss = functional.cross_entropy(color.flatten(0, 1), batch.color.flatten())
     shape_loss = functional.cross_entropy(shape.flatten(0, 1), batch.shape.flatten())
-    wanted = batch.boxes - patch_centers(batch.images.device)
+    wanted = batch.boxes - patch_centers(model.design.patch_side, batch.images.device)
     box_loss = (offsets - wanted)[batch.covered].abs().mean()
     loss = color_loss + 2 * shape_loss + 10 * box_loss + 0.3 * contrastive + 2 * alignment
     with torch.no_grad():
@@ -170,11 +170,11 @@ def vision_loss(
     return loss, figures
 
 
-def patch_centers(device: torch.device) -> Tensor:
-    """Centre of each patch twice over, as (x, y, x, y) fractions; float32 [1, N, 4]."""
-    index = torch.arange(NUM_PATCHES, device=device)
-    x = (index % GRID_SIZE + 0.5) / GRID_SIZE
-    y = (index // GRID_SIZE + 0.5) / GRID_SIZE
+def patch_centers(side: int, device: torch.device) -> Tensor:
+    """Centre of each patch twice over, as (x, y, x, y) fractions; float32 [1, side * side, 4]."""
+    index = torch.arange(side * side, device=device)
+    x = (index % side + 0.5) / side
+    y = (index // side + 0.5) / side
     return torch.stack([x, y, x, y], -1)[None]
 
 

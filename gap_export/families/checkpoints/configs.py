@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.architecture import Architecture, DecoderShape, VisionShape
-from gap_export.errors import CheckpointError
+from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families.checkpoints.limits import require
 from gap_export.recipe import Recipe
 from gap_export.weights import read_json_object
@@ -90,6 +90,21 @@ def clip_vision_shape(vision: Any, file: Path) -> VisionShape:
         image_size=vision.image_size,
         patch_size=vision.patch_size,
     )
+
+
+def recipe_architecture(recipe: Recipe) -> Architecture:
+    """The recipe's sizes, for checkpoints without a config.json that says them.
+
+    Raises:
+        RecipeError: it does not say them either.
+    """
+    if recipe.architecture is None:
+        raise RecipeError(
+            f"recipe {recipe.name} does not say the model's sizes",
+            seen="no architecture",
+            allowed="sizes of vision, projector and decoder: no config.json says them",
+        )
+    return recipe.architecture
 
 
 def check_architecture(recipe: Recipe, architecture: Architecture, where: Path) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gap_export.architecture import Architecture
-from gap_export.errors import CheckpointError, RecipeError
-from gap_export.families.checkpoints.configs import check_architecture
+from gap_export.errors import CheckpointError
+from gap_export.families.checkpoints.configs import check_architecture, recipe_architecture
 from gap_export.families.checkpoints.eva_vit import read_eva_tower
 from gap_export.families.checkpoints.matching import KeyLayout, main_dtype, match_tensors
 from gap_export.families.checkpoints.parts import (
@@ -74,7 +74,7 @@ class MiniGptV2Layout:
 
     def read(self, recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
         """See :class:`gap_export.families.reference.Layout`."""
-        architecture, file = _architecture(recipe), checkpoint.main
+        architecture, file = recipe_architecture(recipe), checkpoint.main
         eos = end_of_answer(recipe)
         check_architecture(recipe, architecture, file)
         trained = _trained(file, architecture)
@@ -104,16 +104,6 @@ class MiniGptV2Layout:
                 (TOWER, tower_file),
             ),
         )
-
-
-def _architecture(recipe: Recipe) -> Architecture:
-    if recipe.architecture is None:
-        raise RecipeError(
-            f"recipe {recipe.name} does not say the model's sizes",
-            seen="no architecture",
-            allowed="sizes of vision, projector and decoder: no config.json says them",
-        )
-    return recipe.architecture
 
 
 def _trained(file: Path, architecture: Architecture) -> dict[str, Weight]:

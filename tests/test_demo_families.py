@@ -1,0 +1,88 @@
+"""The demo models of Shikra's and MiniGPT-v2's families: what they are, and what ids do to them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gap_export.errors import UsageError
+from gap_export.evaluation.refshapes import iter_samples
+from gap_export.families import supported_pruners
+from gap_export.parity.metrics import accuracy_at, intersection_over_union
+from gap_export.parity.question import Question
+from gap_export.pipeline import ExportOptions, resolve_options
+from gap_export.positions import gap_remap
+from gap_export.recipe import find_recipe
+from gap_export.runtime.session import GroundingSession
+from gap_export.source import Checkpoint
+from tests.parity.checking import check_with_torch, level_of
+
+# Name, first visual id, visual tokens, how many of them are kept at 0.3.
+DEMOS = [("refshapes-shikra", 6, 144, 43), ("refshapes-minigpt-v2", 4, 64, 19)]
+NAMES = [name for name, *_ in DEMOS]
+
+
+@pytest.fixture
+def bundle(request, exports):
+    """A demo model at keep 0.3; which one is the test's parameter ``name``."""
+    name = request.getfixturevalue("name")
+    return exports.bundle(model=name, pruner="divprune", keep_ratio=0.3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("number", [6, pytest.param(200, marks=pytest.mark.full)])
+def test_onnx_runtime_gives_pytorchs_tokens_and_boxes(name, number, bundle):
+    recipe, folder = find_recipe(name)
+    questions = [
+        Question(image=sample.image, expression=sample.expression.text)
+        for sample in iter_samples(seed=13, num_samples=number)
+    ]
+    report = check_with_torch(bundle, recipe, Checkpoint.of(folder), questions)
+    assert report.passed, report.to_plain()
+    figures = level_of(report, "token").figures
+    assert figures["equal"] + figures["ties"] == number
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compact_ids_destroy_what_gap_keeps(name, bundle):
+    """48 questions: an interval of some 14 points, and the two are 70 apart."""
+    samples = list(iter_samples(seed=14, num_samples=48))
+    accuracy = {}
+    for positions in ("gap", "compact"):
+        with GroundingSession.open(bundle, positions=positions) as session:
+            boxes = [session.ground(s.image, s.expression.text).box for s in samples]
+        ious = [
+            0.0 if box is None else intersection_over_union(box, sample.box)
+            for box, sample in zip(boxes, samples, strict=True)
+        ]
+        accuracy[positions] = accuracy_at(ious)
+    assert accuracy["gap"] >= 0.8
+    assert accuracy["compact"] <= 0.3
+
+
+@pytest.mark.parametrize(("name", "start", "num_tokens", "num_kept"), DEMOS)
+def test_ids_of_the_prompt_are_those_before_pruning(name, start, num_tokens, num_kept, bundle):
+    seen = []
+    with GroundingSession.open(bundle) as session:
+        decode = session.backend.decode
+
+        def watch(**given):
+            seen.append(gap_remap(given["position_ids"], given["kept_positions"])[0].tolist())
+            return decode(**given)
+
+        session.backend.decode = watch
+        answer = session.ground(np.full((96, 96, 3), 90, np.uint8), "the red circle")
+    prompt = seen[0]
+    assert prompt[:start] == list(range(start))
+    assert prompt[start : start + num_kept] == [start + index for index in answer.keep_indices]
+    rest = prompt[start + num_kept :]
+    assert rest == list(range(start + num_tokens, start + num_tokens + len(rest)))
+    assert [step for (step,) in seen[1:]] == [rest[-1] + 1 + n for n in range(len(seen) - 1)]
+
+
+@pytest.mark.parametrize("pruner", ["text", "trim", "cdpruner"])
+def test_what_reads_the_text_does_not_apply_where_there_is_no_text_tower(pruner):
+    recipe, _ = find_recipe("refshapes-minigpt-v2")
+    assert pruner not in supported_pruners(recipe)
+    with pytest.raises(UsageError, match=pruner):
+        resolve_options(recipe, ExportOptions(model=recipe.name, pruner=pruner, keep_ratio=0.3))
