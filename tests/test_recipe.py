@@ -30,6 +30,7 @@ PAPER_MODELS = (
     "minigpt-v2",
     "shikra-7b",
 )
+DEMO_MODELS = ("refshapes-llava", "refshapes-minigpt-v2", "refshapes-shikra")
 
 
 def write_recipe(tmp_path: Path, source: Path = DEMO, /, **changes: object) -> Path:
@@ -56,7 +57,7 @@ def test_every_shipped_recipe_is_named_as_its_folder_and_found_by_each_alias():
 
 def test_every_model_of_the_paper_has_a_recipe():
     shipped = {recipe.name: recipe for recipe, _ in list_recipes()}
-    assert {*PAPER_MODELS, "refshapes-llava"} == set(shipped)
+    assert {*PAPER_MODELS, *DEMO_MODELS} == set(shipped)
     assert find_recipe("llava")[0].name == "llava-1.5-7b"
     for name in PAPER_MODELS:
         recipe = shipped[name]

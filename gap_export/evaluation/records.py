@@ -158,7 +158,9 @@ class RecordsFile:
             if not line.endswith(b"\n"):
                 break
             found.append((start, self._parse_record(line, len(found) + 2)))
-        have = {record.question_id for _, record in found}
+        # A picture that could not be read may have been mended since; what is asked again is added
+        # at the end, and of two answers the later one counts.
+        have = {record.question_id for _, record in found if record.fault != "broken picture"}
         complete = {one for piece in self._pieces if have.issuperset(piece) for one in piece}
         while found and found[-1][1].question_id not in complete:
             start = found.pop()[0]

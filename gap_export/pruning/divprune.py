@@ -27,7 +27,10 @@ class DivPrunePruner(ChoosingPruner):
         """int64 [B, K]."""
         assert state.image_embeds is not None
         embeds = unit(state.image_embeds)
-        distance = 1 - torch.matmul(embeds, embeds.transpose(1, 2))
+        cosine = torch.matmul(embeds, embeds.transpose(1, 2))
+        # A product of matrices may round its two halves differently. Tokens that are each other's
+        # nearest must tie, or the first choice would be another one in another runtime.
+        distance = 1 - (cosine + cosine.transpose(1, 2)) / 2
         index = torch.arange(embeds.shape[1], device=embeds.device)
         nearest = torch.where(index[:, None] == index, _FAR, distance).amin(dim=2)
 

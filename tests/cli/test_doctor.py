@@ -28,6 +28,8 @@ def test_versions_and_providers_are_those_that_import(run_cli):
         "gpu",
         "optimum",
         "patch",
+        "ray",
+        "refcoco",
         "report",
         "trt",
         "trt-rtx",

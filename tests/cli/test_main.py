@@ -78,7 +78,7 @@ def test_a_bug_is_one_line_and_a_traceback_only_with_v(run_cli, monkeypatch):
         (("refshapes-llava", "--keep", "much"), ["--keep", "number"]),
         (("refshapes-llava", "--positions", "gaps"), ["--positions", "gaps", "compact"]),
         (("ground", "bundle"), ["IMAGE"]),
-        (("eval", "refshapes-llava", "--samples", "0"), ["--samples", "1"]),
+        (("eval", "refshapes-llava", "--samples", "-1"), ["--samples", "0"]),
     ],
 )
 def test_wrong_usage_exits_2_and_says_what(run_cli, argv, words):

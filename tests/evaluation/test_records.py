@@ -171,3 +171,16 @@ def test_a_header_of_brackets_alone_is_something_else(path):
     path.write_text("[" * 100_000 + "\n")
     with pytest.raises(OutputError, match="something else is"):
         open_file(path)
+
+
+def test_a_picture_that_could_not_be_read_is_asked_about_again(path):
+    broken = record("b", error="b.png is damaged", fault="broken picture", backend="")
+    with open_file(path) as file:
+        file.add([record("a"), broken])
+        file.add([record("c", error="too long", fault="refused expression", backend="")])
+    with open_file(path) as file:
+        assert file.records.keys() == {"c"}
+        file.add([record("a"), record("b")])
+    with open_file(path) as file:
+        assert file.records["b"] == record("b")
+        assert file.records.keys() == {"a", "b", "c"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gap_export.manifest import GridSpec, PruningSpec
@@ -99,6 +99,8 @@ READING = [name for name, preset in PRESETS.items() if preset.pruner.reads]
 
 @pytest.mark.parametrize("name", [n for n in READING if n != "cdpruner"])
 @settings(max_examples=200, deadline=None)
+# Tokens 0 and 4 are each other's nearest, and a product of matrices rounds that differently.
+@example(case=(2891, 5, 0.0, False), sign=1)
 @given(case=CASES, sign=st.sampled_from([1, -1]))
 def test_choice_equals_the_slow_one(name, case, sign):
     seed, num_tokens, share, ties = case
