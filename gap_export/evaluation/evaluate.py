@@ -47,7 +47,7 @@ from gap_export.evaluation.settings import (
 )
 from gap_export.evaluation.summary import Answered, Judging
 from gap_export.evaluation.workers import Executor
-from gap_export.manifest import Manifest, PromptSpec
+from gap_export.manifest import BoxSpec, Manifest, PromptSpec
 from gap_export.pipeline import (
     ExportOptions,
     GraphCache,
@@ -130,7 +130,8 @@ def evaluate_model(
             pruning = resolve_options(found, run)
             runs.setdefault((pruning.pruner, pruning.keep_ratio), run)
     runner = RunnerOptions(prompt=asking.prompt, seed=options.seed)
-    job = _Job.prepare(asking, runner, found.family, found.prompt, num_samples, progress)
+    asked = _Asked(family=found.family, prompt=found.prompt, box=found.box)
+    job = _Job.prepare(asking, runner, asked, num_samples, progress)
     with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
         cache = GraphCache()
         # Whatever order the others have: with all tokens in raster order nothing is pruned.
@@ -186,8 +187,8 @@ def evaluate_bundle(
     progress = progress or SilentProgress()
     manifest = open_bundle(bundle).manifest
     runner = RunnerOptions(backend=backend, engines=engines, prompt=asking.prompt, seed=seed)
-    family = manifest.model.family
-    job = _Job.prepare(asking, runner, family, manifest.prompt, num_samples, progress)
+    asked = _Asked(family=manifest.model.family, prompt=manifest.prompt, box=manifest.box)
+    job = _Job.prepare(asking, runner, asked, num_samples, progress)
     # What cannot run here is refused before the unpruned model is made and measured.
     with Runner(runner) as attempt:
         attempt.check(pruned_settings(bundle, manifest.pruning)[-1])
@@ -210,6 +211,15 @@ def evaluate_bundle(
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What a recipe and a manifest both say of a model."""
+
+    family: str
+    prompt: PromptSpec
+    box: BoxSpec
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Job:
     """All that is known before anything is exported or asked."""
 
@@ -224,8 +234,7 @@ class _Job:
         cls,
         asking: Asking,
         runner: RunnerOptions,
-        family: str,
-        prompt: PromptSpec,
+        asked: _Asked,
         num_samples: int | None,
         progress: Progress,
     ) -> _Job:
@@ -237,9 +246,9 @@ class _Job:
             raise UsageError(
                 "no such misalignment", seen=", ".join(unknown), allowed=", ".join(MISALIGNMENTS)
             )
-        protocol = resolve_protocol(asking.protocol, family)
+        protocol = resolve_protocol(asking.protocol, asked.family, asked.box)
         if asking.prompt is not None:
-            check_prompt(asking.prompt, prompt)
+            check_prompt(asking.prompt, asked.prompt)
         executor = open_executor(asking.workers, runner, progress)
         if num_samples is None and asking.data.partition(":")[0] == REFSHAPES:
             num_samples = DEFAULT_SAMPLES

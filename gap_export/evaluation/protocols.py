@@ -26,7 +26,7 @@ from gap_export.manifest import BoxSpec
 from gap_export.parity.metrics import Box, intersection_over_union
 from gap_export.runtime.geometry import Frame, ImageGeometry
 
-__all__ = ["NATIVE", "PROTOCOLS", "Protocol", "resolve_protocol"]
+__all__ = ["NATIVE", "PROTOCOLS", "Protocol", "applicable", "resolve_protocol"]
 
 NATIVE = "native"
 
@@ -40,6 +40,7 @@ class Protocol:
         summary: One line for reports.
         source: Where it is from.
         families: Model families whose authors report under it.
+        syntaxes: Ways to write a box that its program reads.
         read: An answer's box as the protocol takes it, in 0..1 of the model's frame; None where it
             finds none.
         compare: IoU of what was read with the true box.
@@ -50,6 +51,7 @@ class Protocol:
     summary: str
     source: str
     families: tuple[str, ...] = ()
+    syntaxes: tuple[str, ...] = ("bracketed", "angled")
     read: Callable[[Record], Box | None]
     compare: Callable[[Box, Record, Question, BoxSpec], float]
     reaches: Callable[[float, float], bool]
@@ -70,15 +72,16 @@ class Protocol:
         return self.reaches(iou, threshold)
 
 
-def resolve_protocol(name: str, family: str) -> Protocol:
+def resolve_protocol(name: str, family: str, box_spec: BoxSpec) -> Protocol:
     """The protocol of a name; ``native`` is the one that the family's authors use, else ``unpad``.
 
     Args:
         name: One of ``PROTOCOLS``, or ``native``.
         family: The model's family.
+        box_spec: How the model writes boxes.
 
     Raises:
-        UsageError: no protocol of that name.
+        UsageError: no protocol of that name, or one that does not read the model's boxes.
     """
     if name == NATIVE:
         theirs = [protocol for protocol in PROTOCOLS.values() if family in protocol.families]
@@ -87,7 +90,19 @@ def resolve_protocol(name: str, family: str) -> Protocol:
         raise UsageError(
             "there is no such protocol", seen=repr(name), allowed=", ".join([NATIVE, *PROTOCOLS])
         )
-    return PROTOCOLS[name]
+    protocol = PROTOCOLS[name]
+    if box_spec.syntax not in protocol.syntaxes:
+        raise UsageError(
+            "the protocol does not read this model's boxes, so every answer would be wrong",
+            seen=f"{name}, and boxes that are {box_spec.syntax}",
+            allowed=", ".join([NATIVE, *(one.name for one in applicable(box_spec))]),
+        )
+    return protocol
+
+
+def applicable(box_spec: BoxSpec) -> tuple[Protocol, ...]:
+    """The protocols that read boxes written so."""
+    return tuple(one for one in PROTOCOLS.values() if box_spec.syntax in one.syntaxes)
 
 
 def _fractions(record: Record) -> Box | None:
@@ -188,6 +203,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 summary="IoU >= 0.5 in fractions of the picture, padding not taken off: answers "
                 "about a padded square are under-counted; only [x1, y1, x2, y2] is read",
                 source="lmms-eval, tasks/refcoco/utils_rec.py",
+                syntaxes=("bracketed",),
                 read=_first_four_floats,
                 compare=_as_fractions_of_the_picture,
                 reaches=operator.ge,

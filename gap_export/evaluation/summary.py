@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.evaluation.protocols import PROTOCOLS, Protocol
+from gap_export.evaluation.protocols import Protocol, applicable
 from gap_export.evaluation.questions import Question, Unusable
 from gap_export.evaluation.records import Record
 from gap_export.evaluation.results import (
@@ -231,15 +231,15 @@ class Judging:
 
     def _other_protocols(self, answered: Answered, n: int) -> dict[str, float]:
         return {
-            name: sum(
+            protocol.name: sum(
                 score.hit
                 for score in score_records(
                     answered.records, self.questions, protocol, self.box_spec
                 )
             )
             / n
-            for name, protocol in PROTOCOLS.items()
-            if name != self.protocol.name
+            for protocol in applicable(self.box_spec)
+            if protocol.name != self.protocol.name
         }
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gap_export.errors import UsageError
-from gap_export.evaluation.protocols import PROTOCOLS, resolve_protocol
+from gap_export.evaluation.protocols import PROTOCOLS, applicable, resolve_protocol
 from gap_export.evaluation.records import Record
 from gap_export.manifest import BoxSpec
 from tests.evaluation.answers import ANGLED, PADDED, WHOLE, question, record
@@ -241,17 +241,26 @@ def test_overlap_is_a_share_under_every_protocol(size, answer, truth, spec):
     ],
 )
 def test_native_protocol_is_that_of_the_family_s_authors(family, name):
-    assert resolve_protocol("native", family).name == name
+    assert resolve_protocol("native", family, WHOLE).name == name
 
 
 @EVERY
 def test_named_protocol_is_taken_whatever_the_family(name):
-    assert resolve_protocol(name, "shikra") is PROTOCOLS[name]
+    assert resolve_protocol(name, "shikra", PADDED) is PROTOCOLS[name]
 
 
 def test_unknown_protocol_is_refused_with_those_there_are():
     with pytest.raises(UsageError, match="'coco'; allowed: native, unpad, lmms, shikra"):
-        resolve_protocol("coco", "llava")
+        resolve_protocol("coco", "llava", PADDED)
+
+
+def test_a_protocol_that_does_not_read_the_models_boxes_is_refused():
+    with pytest.raises(
+        UsageError, match=r"does not read this model's boxes.*allowed: native, unpad"
+    ):
+        resolve_protocol("lmms", "minigpt_v2", ANGLED)
+    assert {one.name for one in applicable(ANGLED)} == PROTOCOLS.keys() - {"lmms"}
+    assert {one.name for one in applicable(PADDED)} == PROTOCOLS.keys()
 
 
 @EVERY
