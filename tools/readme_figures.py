@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure every figure of the README and of the demo model's card, and write it there.
+"""Measure the demo model's figures in the README, and write them there.
 
 Runs the commands a reader could run, and puts what they print between the markers
 ``<!-- figures:NAME -->`` and ``<!-- /figures:NAME -->``. Nothing is typed in by hand.
@@ -25,20 +25,17 @@ from gap_export.evaluation.refshapes import generate_scene
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "refshapes-llava"
 README = ROOT / "README.md"
-CARD = ROOT / "models" / MODEL / "README.md"
 PICTURES = ROOT / "models" / MODEL / "pictures"
 PRUNERS = ("spatial", "random", "cls", "fastervlm", "text")
 
 
 def main(samples: int = 2000, parity_samples: int = 500, seed: int = 0) -> None:
-    """Measure, and rewrite the README and the card."""
+    """Measure, and rewrite the README."""
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Path(scratch) / "bundle"
         gap_export("export", MODEL, "--keep", "0.3", "--out", str(bundle), "-q")
         draw_pictures(bundle, Path(scratch))
-        accuracy = measure_accuracy(samples, seed)
-        write_section(README, "accuracy", accuracy)
-        write_section(CARD, "accuracy", accuracy)
+        write_section(README, "accuracy", measure_accuracy(samples, seed))
         write_section(README, "parity", measure_parity(bundle, parity_samples, seed))
 
 

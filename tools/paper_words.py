@@ -1,0 +1,210 @@
+"""What tools/paper_table.py writes in words: tables in Markdown, and what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from readme_figures import interval, percent
+
+from gap_export.recipe import PublishedFigure, list_recipes
+
+if TYPE_CHECKING:
+    from paper_table import Measured
+
+Row = dict[str, Any]
+KEEPS = (1.0, 0.5, 0.3, 0.1)
+SHOWN_AT = 0.3
+# What the paper is held to: what is left without GAP, what GAP brings back.
+COLLAPSED, RECOVERED = 0.1, 0.9
+PAPER = "arXiv 2506.21873"
+
+
+def format_model(measured: Measured) -> str:
+    """Every row of one model: what it is, and its interval."""
+    lines = [
+        "| model | protocol | seed | pruner | keep | tokens | positions | n | Acc@0.5 "
+        "| 95 % interval | of the unpruned |",
+        "|---" * 11 + "|",
+    ]
+    for row in measured.rows():
+        keep = "adaptive" if row["budget"] == "adaptive" else f"{row['keep_ratio']:g}"
+        share = "" if row["recovered"] is None else percent(row["recovered"])
+        lines.append(
+            f"| {row['model']} | {row['protocol']} | {row['seed']} | {row['pruner']} | {keep} "
+            f"| {row['mean_visual_tokens']:.1f} | {row['positions']} | {row['n']} "
+            f"| {percent(row['acc_at_50'])} | {interval(row['ci95'])} | {share} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def format_card(measured: Measured, *, command: str) -> str:
+    """Section of a model's card."""
+    return "\n".join(
+        [
+            f"`{command}`; every row with its interval is in `accuracy.csv`.",
+            "",
+            *_matrix(measured),
+            "",
+            "![Acc@0.5 by share of tokens](pictures/accuracy.png)",
+        ]
+    )
+
+
+def format_summary(measured: Sequence[Measured], *, command: str) -> str:
+    """Section of the README: a matrix for each model, and the paper's figures beside."""
+    lines = [f"`{command}`", ""]
+    for one in measured:
+        lines += [f"**{one.recipe.name}**", "", *_matrix(one), "", *_verdict(one), ""]
+    lines += _paper()
+    return "\n".join(lines)
+
+
+def _matrix(measured: Measured) -> list[str]:
+    """Pruners by shares; a cell is compact, then GAP with its interval."""
+    rows = measured.rows()
+    whole = next(row for row in rows if row["positions"] == "none")
+    data = measured.report["data"]
+    lines = [
+        f"{whole['n']} held-out expressions on {whole['num_images']} pictures ({data['spec']}, "
+        f"seed {whole['seed']}), greedy, protocol {whole['protocol']}; intervals are 95 %. "
+        f"Unpruned, {whole['mean_visual_tokens']:.0f} visual tokens: "
+        f"**{percent(whole['acc_at_50'])}** ({interval(whole['ci95'])}).",
+        "",
+        "| no token dropped | Acc@0.5 | 95 % interval |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {row['positions']} | {percent(row['acc_at_50'])} | {interval(row['ci95'])} |"
+        for row in rows
+        if row["positions"] in ("permuted", "shifted")
+    ]
+    heads = " | ".join(f"keep {keep:g}: compact | GAP" for keep in KEEPS[1:])
+    lines += ["", f"| pruner | {heads} |", "|---" * (1 + 2 * len(KEEPS[1:])) + "|"]
+    for pruner in dict.fromkeys(row["pruner"] for row in rows if row["pruner"] != "none"):
+        cells = []
+        for keep in KEEPS[1:]:
+            compact, gap = (_find(rows, pruner, keep, mode) for mode in ("compact", "gap"))
+            cells += [
+                percent(compact["acc_at_50"]),
+                f"**{percent(gap['acc_at_50'])}** ({interval(gap['ci95'])})",
+            ]
+        lines.append(f"| `{pruner}` | {' | '.join(cells)} |")
+    return [*lines, *_all_kept(rows), *_adaptive(rows)]
+
+
+def _all_kept(rows: list[Row]) -> list[str]:
+    """Pruners that rank reorder tokens at keep 1 already; the others change nothing there."""
+    kept = [row for row in rows if row["pruner"] != "none" and row["keep_ratio"] == 1.0]
+    found = [row for row in kept if row["budget"] == "fixed"]
+    if not found:
+        return []
+    lines = [
+        "",
+        "Keep 1 drops nothing. In raster order it is the unpruned model, with either ids; pruners "
+        "that let tokens enter by score permute them:",
+        "",
+        "| pruner | keep 1: compact | GAP |",
+        "|---|---|---|",
+    ]
+    for pruner in dict.fromkeys(row["pruner"] for row in found):
+        compact, gap = (_find(found, pruner, 1.0, mode) for mode in ("compact", "gap"))
+        lines.append(
+            f"| `{pruner}` | {percent(compact['acc_at_50'])} | **{percent(gap['acc_at_50'])}** |"
+        )
+    return lines
+
+
+def _adaptive(rows: list[Row]) -> list[str]:
+    found = [row for row in rows if row["budget"] == "adaptive"]
+    if not found:
+        return []
+    lines = [
+        "",
+        "With `--budget adaptive` each picture, and each expression, decides how many tokens stay:",
+        "",
+        "| pruner | tokens, on average | compact | GAP |",
+        "|---|---|---|---|",
+    ]
+    for pruner in dict.fromkeys(row["pruner"] for row in found):
+        compact, gap = (
+            next(r for r in found if r["pruner"] == pruner and r["positions"] == mode)
+            for mode in ("compact", "gap")
+        )
+        lines.append(
+            f"| `{pruner}` | {gap['mean_visual_tokens']:.1f} | {percent(compact['acc_at_50'])} "
+            f"| **{percent(gap['acc_at_50'])}** |"
+        )
+    return lines
+
+
+def _verdict(measured: Measured) -> list[str]:
+    """What the rows at keep 0.3 show, and what they do not."""
+    rows = [row for row in measured.rows() if row["budget"] == "fixed"]
+    at = [row for row in rows if row["keep_ratio"] == SHOWN_AT]
+    compact, gap = ([r for r in at if r["positions"] == mode] for mode in ("compact", "gap"))
+    worst = max(compact, key=lambda row: row["recovered"])
+    best = max(gap, key=lambda row: row["recovered"])
+    pairs = [(c, g) for g in gap for c in compact if c["pruner"] == g["pruner"]]
+    apart = sum(g["ci95"][0] > c["ci95"][1] for c, g in pairs)
+    reached = [row["pruner"] for row in gap if row["recovered"] >= RECOVERED]
+    lines = [
+        f"At keep {SHOWN_AT:g} compact ids leave at most {percent(worst['recovered'])} of the "
+        f"unpruned accuracy (`{worst['pruner']}`; "
+        f"{'not more' if worst['recovered'] <= COLLAPSED else 'more'} than a tenth). GAP brings "
+        f"back {percent(best['recovered'])} with the best pruner (`{best['pruner']}`), and at "
+        f"least {percent(RECOVERED)} with {len(reached)} of {len(gap)}"
+        + (f" ({', '.join(f'`{name}`' for name in reached)})" if reached else "")
+        + f"; the intervals of compact and GAP do not overlap for {apart} of {len(pairs)} pruners.",
+    ]
+    behind = [
+        f"`{row['pruner']}` at keep {row['keep_ratio']:g}"
+        for row in rows
+        if row["positions"] == "gap"
+        and row["keep_ratio"] in KEEPS[1:]
+        and row["acc_at_50"]
+        <= _find(rows, row["pruner"], row["keep_ratio"], "compact")["acc_at_50"]
+    ]
+    lines.append(
+        "GAP is ahead of compact ids in every row and column."
+        if not behind
+        else f"GAP is not ahead of compact ids for {', '.join(behind)}."
+    )
+    return lines
+
+
+def _paper() -> list[str]:
+    """The paper's figures, where its text or notes on it give them."""
+    lines = [
+        "Beside them the paper's figures, of full-size models on RefCOCO; which pruner and how "
+        "many tokens they are of is not known:",
+        "",
+        "| model | data | unpruned | compact | GAP | compact, of the unpruned | GAP, of it "
+        "| source |",
+        "|---" * 8 + "|",
+    ]
+    for recipe, _ in list_recipes():
+        found: dict[str, PublishedFigure] = {
+            figure.positions: figure for figure in recipe.published if PAPER in figure.source
+        }
+        if set(found) != {"none", "compact", "gap"}:
+            continue
+        whole, compact, gap = (found[key].acc_at_50 for key in ("none", "compact", "gap"))
+        first = found["gap"]
+        lines.append(
+            f"| {recipe.name} | {first.dataset} {first.split} | {percent(whole)} "
+            f"| {percent(compact)} | **{percent(gap)}** | {percent(compact / whole)} "
+            f"| {percent(gap / whole)} | {first.source} |"
+        )
+    return lines
+
+
+def _find(rows: list[Row], pruner: str, keep: float, positions: str) -> Row:
+    return next(
+        row
+        for row in rows
+        if row["pruner"] == pruner
+        and row["keep_ratio"] == keep
+        and row["positions"] == positions
+        and row["budget"] == "fixed"
+    )
