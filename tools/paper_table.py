@@ -19,13 +19,13 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from paper_plots import draw_table
-from paper_words import format_card, format_model, format_summary
+from paper_report.measured import Measured, Row
+from paper_report.plots import draw_table
+from paper_report.words import format_card, format_model, format_summary
 from readme_figures import write_section
 
 from gap_export.cli._progress import TerminalProgress
@@ -34,7 +34,7 @@ from gap_export.evaluation.settings import MISALIGNMENTS
 from gap_export.families import supported_pruners
 from gap_export.pipeline import ExportOptions
 from gap_export.pruning import find_preset
-from gap_export.recipe import Recipe, find_recipe
+from gap_export.recipe import find_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -45,31 +45,6 @@ COLUMNS = (
     *("mean_visual_tokens", "n", "num_images", "acc_at_50", "ci95_low", "ci95_high"),
     *("mean_iou", "parse_failures", "recovered"),
 )
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One model's results.
-
-    Attributes:
-        recipe: What it is.
-        report: JSON form of the evaluation with fixed shares.
-        adaptive: The same with budgets that each picture decides; None where no pruner has one.
-    """
-
-    recipe: Recipe
-    report: Row
-    adaptive: Row | None
-
-    def rows(self) -> list[Row]:
-        """All rows, each with its ``budget``."""
-        rows = [{**row, "budget": "fixed"} for row in self.report["rows"]]
-        if self.adaptive is not None:
-            pruned = (r for r in self.adaptive["rows"] if r["positions"] in ("compact", "gap"))
-            rows += [{**row, "budget": "adaptive"} for row in pruned]
-        return rows
 
 
 def main(

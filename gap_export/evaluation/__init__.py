@@ -1,1 +1,1 @@
-"""Accuracy: how well a model still grounds, on data made here."""
+"""Accuracy: how well a model still grounds, on RefShapes, RefCOCO or pictures of one's own."""

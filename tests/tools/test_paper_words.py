@@ -16,10 +16,10 @@ def words(monkeypatch):
     """The module, which lies beside the tool."""
     pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
     monkeypatch.syspath_prepend(str(TOOLS))
-    import paper_words
+    from paper_report import words as paper_words
 
     yield paper_words
-    for name in ("paper_words", "readme_figures"):
+    for name in ("paper_report.words", "paper_report.measured", "paper_report", "readme_figures"):
         sys.modules.pop(name, None)
 
 

@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from gap_export.parity.report.plots import BLUE, GRID, INK, STYLE, VERMILLION
+from paper_report.measured import Row
 
-Row = dict[str, Any]
 _COLUMNS = 5
 _COLORS = {"gap": BLUE, "compact": VERMILLION}
 _NAMES = {"gap": "GAP", "compact": "compact ids"}
@@ -22,7 +22,7 @@ def draw_table(rows: list[Row], path: Path, *, title: str) -> None:
     """One small panel a pruner: Acc@0.5 by share of tokens, with 95 % intervals.
 
     Args:
-        rows: As `Measured.rows` of paper_table gives them.
+        rows: As `Measured.rows` gives them.
         path: A PNG that is written.
         title: Of the whole picture.
     """

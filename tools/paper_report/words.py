@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from readme_figures import interval, percent
 
 from gap_export.recipe import PublishedFigure, list_recipes
+from paper_report.measured import Measured, Row
 
-if TYPE_CHECKING:
-    from paper_table import Measured
-
-Row = dict[str, Any]
 KEEPS = (1.0, 0.5, 0.3, 0.1)
 SHOWN_AT = 0.3
 # What the paper is held to: what is left without GAP, what GAP brings back.

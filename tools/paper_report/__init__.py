@@ -1,0 +1,1 @@
+"""Parts of tools/paper_table.py."""
