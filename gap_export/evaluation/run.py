@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def make_folder(folder: Path, what: str) -> None:
         what: It is for, in words.
 
     Raises:
-        OutputError: it cannot be made, or is a file.
+        OutputError: it cannot be made, is a file, or nothing can be put in it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,6 +73,12 @@ def make_folder(folder: Path, what: str) -> None:
             seen=f"{folder}: {err}",
             fix="name another one",
         ) from err
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"nothing can be put into the folder for {what}",
+            seen=folder,
+            fix="make it writable, or name another one",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

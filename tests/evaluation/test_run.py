@@ -137,3 +137,11 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
             make_folder(folder, "records")
     make_folder(tmp_path / "a" / "b", "records")
     assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_folder_that_nothing_can_be_put_into_is_refused(tmp_path, monkeypatch):
+    # Whoever runs the tests may be root, who can write anywhere.
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(OutputError, match="nothing can be put into the folder for pictures"):
+        make_folder(tmp_path, "pictures")
+    make_folder(tmp_path / "below", "pictures")
