@@ -133,22 +133,37 @@ MinRecoveredOption = Annotated[
 ]
 
 
-def split_names(names: Sequence[str]) -> list[str]:
-    """``["a,b", "c"]`` as ``["a", "b", "c"]``, each once."""
+def split_names(option: str, names: Sequence[str]) -> list[str]:
+    """``["a,b", "c"]`` as ``["a", "b", "c"]``, each once.
+
+    Args:
+        option: Which names they are given to.
+        names: As given.
+
+    Raises:
+        UsageError: it was given, and names nothing: the default would be taken in its place.
+    """
     parts = [part.strip() for name in names for part in name.split(",")]
-    return list(dict.fromkeys(part for part in parts if part))
+    found = list(dict.fromkeys(part for part in parts if part))
+    if names and not found:
+        raise UsageError(
+            f"{option} names nothing",
+            seen=repr(",".join(names)),
+            fix="name one, or leave the option out",
+        )
+    return found
 
 
 def parse_misaligned(names: Sequence[str]) -> tuple[MisalignmentKind, ...]:
     """Each once.
 
     Raises:
-        UsageError: one that there is not.
+        UsageError: one that there is not, or none.
     """
     from gap_export.evaluation.settings import MISALIGNMENTS
 
     known = {str(kind): kind for kind in MISALIGNMENTS}
-    wanted = split_names(names)
+    wanted = split_names("--misaligned", names)
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise UsageError(

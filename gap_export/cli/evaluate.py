@@ -153,7 +153,7 @@ def evaluate(
                     quantization=quantization,
                     seed=seed,
                 ),
-                pruners=split_names(pruner or []),
+                pruners=split_names("--pruner", pruner or []),
                 keep_ratios=keep or (),
                 num_samples=samples,
                 asking=asking,

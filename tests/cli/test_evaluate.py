@@ -267,6 +267,15 @@ def test_a_misalignment_that_there_is_not_is_refused(run_cli, calls):
     assert "sideways; allowed: permuted, shifted" in outcome.err
 
 
+@pytest.mark.parametrize("option", ["--pruner", "--misaligned"])
+@pytest.mark.parametrize("names", ["", " , "])
+def test_an_option_that_names_nothing_is_not_the_default(run_cli, calls, option, names):
+    outcome = run_cli("eval", "demo", option, names)
+    assert (outcome.code, calls) == (2, [])
+    assert f"{option} names nothing: {names!r}; name one" in outcome.err
+    assert run_cli("eval", "demo", option, names, option, "permuted").code == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
