@@ -187,7 +187,7 @@ def _choose_splits(stored: StoredSet, wanted: str | None) -> tuple[str, ...]:
     if unknown:
         raise UsageError(
             f"{stored.name} has no such split",
-            seen=", ".join(unknown),
+            seen=", ".join(split or "one without a name" for split in unknown),
             allowed=", ".join(there) or "it has none: it is empty",
         )
     return chosen

@@ -18,6 +18,7 @@ from gap_export.parity.metrics import Box
 MAX_JSON_BYTES = 512 << 20
 _MAX_LINE_BYTES = 1 << 20
 _MAX_LABEL = 200
+_MAX_SHOWN = 300
 _DRIVE = re.compile("[A-Za-z]:")
 # What other programs take for a whole number; a pickle may hold one of a million digits.
 _MAX_INTEGER = 2**63 - 1
@@ -181,10 +182,12 @@ def is_inside(name: str) -> bool:
 def shorten(value: object) -> str:
     """A value in words, whatever it is, and not many of them."""
     try:
-        return reprlib.repr(value)
+        text = reprlib.repr(value)
     except ValueError:
         # Python writes no number of more than some thousand digits.
         return "a number too large to be written"
+    # Of lists in lists, six deep, there are many.
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def read_bytes(file: Path, *, max_bytes: int) -> bytes:

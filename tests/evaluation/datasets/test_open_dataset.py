@@ -75,6 +75,11 @@ def test_two_splits_and_none_named(tmp_path: Path) -> None:
         opened(f"refcoco:{root}")
 
 
+def test_split_without_a_name_is_told_of(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such split: one without a name; allowed: val, testA"):
+        opened(f"refcoco:{write_refer(tmp_path)}:val,")
+
+
 def test_splits_are_asked_once_and_in_their_order(tmp_path: Path) -> None:
     data = opened(f"refcoco:{write_refer(tmp_path)}:testA,val,testA")
     assert data.splits == ("testA", "val")

@@ -191,3 +191,11 @@ def test_value_that_python_does_not_write_is_told_of() -> None:
         row(10**5000).text("key")
     with pytest.raises(UsageError, match="too large to be written"):
         Row.of(10**5000, "refs.p, reference 0")
+
+
+def test_value_of_many_lists_is_told_of_in_a_line() -> None:
+    knot: list[object] = []
+    knot.extend([knot] * 6)
+    with pytest.raises(UsageError) as refused:
+        Row.of(knot, "refs.p, reference 0")
+    assert len(str(refused.value)) < 500
