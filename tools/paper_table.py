@@ -19,8 +19,9 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from paper_report.measured import Measured, Row
@@ -28,8 +29,10 @@ from paper_report.plots import draw_table
 from paper_report.words import format_card, format_model, format_summary
 from readme_figures import write_section
 
+from gap_export.cli import main as run
 from gap_export.cli._progress import TerminalProgress
 from gap_export.evaluation.evaluate import Asking, evaluate_model
+from gap_export.evaluation.run import make_folder
 from gap_export.evaluation.settings import MISALIGNMENTS
 from gap_export.families import supported_pruners
 from gap_export.pipeline import ExportOptions
@@ -56,10 +59,12 @@ def main(
     publish: bool = True,
 ) -> None:
     """Measure what is not measured yet, and write tables and plots."""
+    # A slip in the last name must not cost the hours of those before it.
+    names = dict.fromkeys(find_recipe(name)[0].name for name in model or MODELS)
     measured = []
-    for name in model or MODELS:
+    for name in names:
         folder = results / f"{name}-{samples}-{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "results")
         one = measure(name, folder, samples=samples, seed=seed, workers=workers)
         measured.append(one)
         write_csv(folder / "accuracy.csv", one.rows())
@@ -159,5 +164,12 @@ def write_csv(path: Path, rows: list[Row]) -> None:
             writer.writerow({**row, "ci95_low": low, "ci95_high": high})
 
 
+def build_command() -> Any:
+    """The command that reads the arguments."""
+    app = typer.Typer(add_completion=False)
+    app.command()(main)
+    return typer.main.get_command(app)
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(run(command=build_command, program="paper_table.py"))
