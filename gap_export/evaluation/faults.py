@@ -42,10 +42,14 @@ def compare_with_pictures(questions: Sequence[Question], answers: Answers) -> Se
     given_to = {one.id: [records[one.id] for records in answers.values()] for one in questions}
     if all(record.error is not None for given in given_to.values() for record in given):
         question = questions[0]
+        failed = given_to[question.id][0]
         raise UsageError(
             "none of the expressions could be asked",
-            seen=f"{question.id}: {given_to[question.id][0].error}",
-            fix="mend the pictures or the expressions; with --records into another folder",
+            seen=f"{question.id}: {failed.error}",
+            # Other expressions are another data set; a picture that was broken is asked again.
+            fix="mend the expressions; with --records name another folder then"
+            if failed.fault == "refused expression"
+            else "mend the pictures",
         )
     fitting: list[Question] = []
     unusable: list[Unusable] = []

@@ -90,3 +90,17 @@ def test_questions_none_of_which_could_be_asked_are_refused_with_the_first_cause
         compare_with_pictures(asked, failed)
     failed["gap"] = answers(asked)["gap"]
     assert compare_with_pictures(asked, failed).questions == tuple(asked)
+
+
+@pytest.mark.parametrize(
+    ("fault", "fix"),
+    [
+        ("broken picture", "; mend the pictures"),
+        ("refused expression", "; mend the expressions; with --records name another folder then"),
+    ],
+)
+def test_what_is_to_be_mended_is_said(fault, fix):
+    asked = two()
+    with pytest.raises(UsageError) as refused:
+        compare_with_pictures(asked, answers(asked, (0, 0), error="cannot be", fault=fault))
+    assert str(refused.value).endswith(fix)
