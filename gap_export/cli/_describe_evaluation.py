@@ -57,15 +57,16 @@ def _unusable(report: EvaluationReport) -> list[str]:
     """What was wrong with the data, and what that does to the figures."""
     lines = []
     for counted, what in (
-        (True, "could not be asked, and count as wrong"),
-        (False, "are annotated so that no answer could be right, and are left out"),
+        (True, "not asked, and counted as wrong"),
+        (False, "left out, annotated so that no answer could be right"),
     ):
         reasons = Counter(
             one.reason for one in report.data.unusable if one.counts_as_wrong is counted
         )
         if reasons:
-            told = ", ".join(f"{reason} {number}" for reason, number in reasons.items())
-            lines.append(f"{sum(reasons.values())} expressions {what}: {told}")
+            told = ", ".join(f"{reason} {times}" for reason, times in reasons.items())
+            number = sum(reasons.values())
+            lines.append(f"{number} expression{'s' if number > 1 else ''} {what}: {told}")
     for row in report.rows:
         if row.num_unusable:
             share = "-" if row.acc_at_50_usable is None else f"{100 * row.acc_at_50_usable:.1f} %"

@@ -149,6 +149,7 @@ class Run:
             "setting": setting.name,
             "data": self.dataset.name,
             "splits": ", ".join(self.dataset.splits),
+            "expressions": str(len(self.dataset.questions)),
             "questions": self.dataset.fingerprint,
             "prompt": manifest.prompt.template,
             "seed": str(self.options.seed),

@@ -229,8 +229,8 @@ def test_what_could_not_be_asked_is_told(run_cli, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluate_model", lambda *a, **k: report)
     out = run_cli("eval", "demo").out
     assert "refshapes-llava on refcoco, val" in out
-    assert "2 expressions could not be asked, and count as wrong: missing picture 2\n" in out
-    assert "1 expressions are annotated so that no answer could be right" in out
+    assert "2 expressions not asked, and counted as wrong: missing picture 2\n" in out
+    assert "1 expression left out, annotated so that no answer could be right" in out
     assert "unpruned: 50.5 % of the others; 5 could not be asked\n" in out
     assert "shifted: ids are 6 higher" in out
 
