@@ -37,8 +37,11 @@ class CdPruner(ChoosingPruner):
         def follow(
             merits: torch.Tensor, left: torch.Tensor, chosen: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            row = rows_at(left, chosen)
             own = merits.amax(dim=1, keepdim=True).clamp(min=_NOTHING_LEFT)
+            # No element is larger than the root of its two on the diagonal. Where nothing is left
+            # rounding makes one so, and it would grow from choice to choice until it is no number.
+            most = (own * merits.clamp(min=0)).sqrt()
+            row = torch.minimum(torch.maximum(rows_at(left, chosen), -most), most)
             left = left - row[:, :, None] * (row / own)[:, None, :]
             return merits - row * (row / own), left
 

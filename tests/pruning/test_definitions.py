@@ -253,3 +253,20 @@ def test_what_is_emitted_is_survivors_then_extra(name, extra, order):
         weights = scores[row].numpy() if extra == "weighted" else None
         seen = slow.extra_token(state.patch_features[row].numpy(), wanted[row].tolist(), weights)
         assert np.abs(features[row, 5].numpy() - 2 * seen).max() < 1e-5
+
+
+@pytest.mark.parametrize("rank", [1, 8, 30])
+@pytest.mark.parametrize("noise", [0.0, 1e-4])
+def test_cdpruner_keeps_different_tokens_where_nothing_is_left_to_tell_them_apart(rank, noise):
+    rng = np.random.default_rng(rank)
+    embeds = rng.normal(size=(2, 144, rank)) @ rng.normal(size=(rank, 160))
+    embeds += noise * rng.normal(size=embeds.shape)
+    state = VisionState(
+        patch_features=torch.zeros(2, 144, 1),
+        image_embeds=torch.from_numpy(embeds).float(),
+        patch_embeds=torch.from_numpy(rng.normal(size=(2, 144, 4))).float(),
+        text_embeds=torch.from_numpy(rng.normal(size=(2, 4))).float(),
+    )
+    for count in (43, 144):
+        for row in chosen("cdpruner", state, count):
+            assert len(set(row)) == count and min(row) >= 0 and max(row) < 144
