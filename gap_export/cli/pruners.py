@@ -47,12 +47,13 @@ def pruners(
 
     terminal = terminal_of(ctx)
     require_extra("export", "listing the pruners")
-    from gap_export.pruning import LEFT_OUT, all_presets
+    from gap_export.pruning import LEFT_OUT, all_presets, broken_presets
 
     served = None if model is None else _served(model)
     plain = [_describe(preset, served) for preset in all_presets().values()]
+    broken = {name: str(err) for name, err in broken_presets().items()}
     if as_json:
-        terminal.json({"pruners": plain, "left_out": LEFT_OUT})
+        terminal.json({"pruners": plain, "left_out": dict(LEFT_OUT), "broken": broken})
         return
     header = ["name", "order", "extra token", "budget", "needs"]
     header += [] if served is None else [f"on {model}"]
@@ -63,6 +64,8 @@ def pruners(
         lines.insert(place, f"  {item['summary']}{paper}")
     left_out = "\n".join(f"  {name}: {why}" for name, why in LEFT_OUT.items())
     terminal.result("\n".join([*lines, "", "not offered:", left_out, _WHY]))
+    for why in broken.values():
+        terminal.warning(why)
 
 
 def _served(model: str) -> frozenset[str]:

@@ -8,6 +8,7 @@ from gap_export.pruning.presets import (
     LEFT_OUT,
     PRESETS,
     all_presets,
+    broken_presets,
     find_preset,
     find_pruner,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "ScoringPruner",
     "VisionState",
     "all_presets",
+    "broken_presets",
     "find_preset",
     "find_pruner",
 ]

@@ -7,6 +7,7 @@ whose name is the preset's and whose object is a :class:`Preset`.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -14,6 +15,7 @@ from types import MappingProxyType
 
 from gap_export.errors import GapExportError, UsageError
 from gap_export.pruning.cdpruner import CdPruner
+from gap_export.pruning.check_preset import check_preset
 from gap_export.pruning.cls import ClsPruner
 from gap_export.pruning.dart import DartPruner
 from gap_export.pruning.divprune import DivPrunePruner
@@ -91,13 +93,17 @@ LEFT_OUT: Mapping[str, str] = MappingProxyType(
 
 
 def all_presets() -> Mapping[str, Preset]:
-    """Our own, then those of other packages that can be loaded.
+    """Our own, then those of other packages that can be used.
 
-    Raises:
-        GapExportError: one of another package cannot be used.
+    Nobody who does not ask for a broken one is stopped by it; see :func:`broken_presets`.
     """
-    others = {name: _load(entry) for name, entry in sorted(_entry_points().items())}
+    others = {name: one for name, one in _others().items() if isinstance(one, Preset)}
     return MappingProxyType({**PRESETS, **others})
+
+
+def broken_presets() -> Mapping[str, GapExportError]:
+    """Those of other packages that cannot be used, and why."""
+    return MappingProxyType({n: one for n, one in _others().items() if not isinstance(one, Preset)})
 
 
 def find_preset(name: str) -> Preset:
@@ -113,16 +119,15 @@ def find_preset(name: str) -> Preset:
     if name in others:
         return _load(others[name])
     names = [*PRESETS, *sorted(others)]
-    if name in LEFT_OUT:
+    lower = name.lower()
+    if lower in LEFT_OUT:
         raise UsageError(
-            f"pruner {name} is not offered: it {LEFT_OUT[name]}",
-            seen=name,
-            allowed=", ".join(names),
+            f"pruner {lower} is not offered: it {LEFT_OUT[lower]}", allowed=", ".join(names)
         )
-    near = difflib.get_close_matches(name, names, n=2, cutoff=0.4)
+    near = difflib.get_close_matches(lower, names, n=2, cutoff=0.4)
     raise UsageError(
         "no pruner of that name",
-        seen=name,
+        seen=reprlib.repr(name),
         allowed=", ".join(names),
         fix=f"did you mean {' or '.join(near)}?" if near else None,
     )
@@ -136,6 +141,7 @@ def find_pruner(name: str) -> Pruner:
 def forget_entry_points() -> None:
     """Look anew for other packages' pruners, where packages came or went in this process."""
     _entry_points.cache_clear()
+    _others.cache_clear()
 
 
 @cache
@@ -144,14 +150,26 @@ def _entry_points() -> Mapping[str, EntryPoint]:
     return {entry.name: entry for entry in found if entry.name not in PRESETS}
 
 
+@cache
+def _others() -> Mapping[str, Preset | GapExportError]:
+    """Presets of other packages by name, or what is wrong with them."""
+    found: dict[str, Preset | GapExportError] = {}
+    for name, entry in sorted(_entry_points().items()):
+        try:
+            found[name] = _load(entry)
+        except GapExportError as err:
+            found[name] = err
+    return found
+
+
 def _load(entry: EntryPoint) -> Preset:
     where = f"pruner {entry.name}, which {entry.value} should define,"
     try:
         preset = entry.load()
-    except (ImportError, AttributeError) as err:
+    except (Exception, SystemExit) as err:  # whatever another package's code does
         raise GapExportError(
             f"{where} cannot be loaded",
-            seen=err,
+            seen=f"{type(err).__name__}: {err}",
             fix=f"mend or uninstall the package that declares {ENTRY_POINT_GROUP}",
         ) from err
     if not isinstance(preset, Preset) or preset.name != entry.name:
@@ -160,4 +178,5 @@ def _load(entry: EntryPoint) -> Preset:
             seen=preset,
             allowed=f"gap_export.pruning.Preset(name={entry.name!r}, ...)",
         )
+    check_preset(preset, where)
     return preset

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 
 from gap_export.errors import GapExportError
 from gap_export.keep_indices import check_keep_indices
 from gap_export.manifest import PruningSpec
-from gap_export.pruning.pruner import ChoosingPruner, Pruner, ScoringPruner, VisionState
+from gap_export.pruning.pruner import ChoosingPruner, Pruner, Reading, ScoringPruner, VisionState
 
 _ROWS, _WIDTH = 2, 8
 
@@ -15,69 +20,120 @@ _ROWS, _WIDTH = 2, 8
 def probe_pruner(pruner: Pruner, pruning: PruningSpec) -> None:
     """Let a pruner choose from random tokens, and check what it chooses.
 
-    A graph cannot say no when it runs, so what it would do wrong is looked for here.
+    A graph cannot say no when it runs, so what it would do wrong is looked for here. It is shown
+    what it reads and nothing else, as in the graph.
 
     Args:
         pruner: Not a fixed one, whose places are checked themselves.
         pruning: How many of how many.
 
     Raises:
-        GapExportError: it does not choose K different tokens of 0..N-1, or scores that are no
-            numbers.
+        GapExportError: it does not choose K different tokens of 0..N-1, gives scores that are no
+            numbers, merges into another shape, chooses otherwise each time, or raises.
     """
     with torch.device("cpu"), torch.inference_mode():
-        state = _random_state(pruning.num_visual_tokens)
-        count = pruning.num_kept_tokens
-        if isinstance(pruner, ChoosingPruner):
+        state = _random_state(pruning.num_visual_tokens, pruner.reads)
+        chosen = _choose(pruner, state, pruning)
+        for row in chosen.numpy():
+            check_keep_indices(
+                row,
+                num_visual_tokens=pruning.num_visual_tokens,
+                num_kept_tokens=pruning.num_kept_tokens,
+                ascending=False,
+                error=GapExportError,
+                who=f"pruner {pruning.pruner}",
+            )
+        if not torch.equal(chosen, _choose(pruner, state, pruning)):
+            raise GapExportError(
+                f"pruner {pruning.pruner} chooses otherwise each time, from the same tokens",
+                allowed="a choice that follows from what it reads",
+                fix="draw places once, in a FixedPruner with uses_seed",
+            )
+
+
+def _choose(pruner: Pruner, state: VisionState, pruning: PruningSpec) -> torch.Tensor:
+    """int64 [B, K], of a scoring pruner what its scores make of it."""
+    name, count = pruning.pruner, pruning.num_kept_tokens
+    if isinstance(pruner, ChoosingPruner):
+        with _blaming(name):
             chosen = pruner.choose(state, num_kept_tokens=count)
-        else:
-            assert isinstance(pruner, ScoringPruner)
-            scores = pruner.scores(state)
-            _check_scores(scores, pruning)
-            priorities = pruner.priorities(scores, num_kept_tokens=count)
-            chosen = torch.topk(priorities, count, dim=1, largest=False).indices
-    if chosen.ndim != 2 or chosen.shape[0] != _ROWS:
+        _check_tensor(name, "tokens", chosen, (_ROWS, count))
+        if chosen.dtype != torch.int64:
+            raise GapExportError(
+                f"pruner {name} gives tokens of another type", seen=chosen.dtype, allowed="int64"
+            )
+        return chosen
+    assert isinstance(pruner, ScoringPruner)
+    with _blaming(name):
+        scores = pruner.scores(state)
+    _check_numbers(name, "scores", scores, (_ROWS, pruning.num_visual_tokens))
+    with _blaming(name):
+        priorities = pruner.priorities(scores, num_kept_tokens=count)
+        chosen = torch.topk(priorities, count, dim=1, largest=False).indices
+        merged = pruner.merge(state, scores, chosen)
+    _check_numbers(name, "merged features", merged, (_ROWS, count, _WIDTH))
+    if pruning.extra_token == "weighted":
+        with _blaming(name):
+            weights = pruner.weights(scores)
+        _check_numbers(name, "weights", weights, (_ROWS, pruning.num_visual_tokens))
+    return chosen
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """What another package's code raises is its own, and no bug of ours."""
+    try:
+        yield
+    except Exception as err:
+        torch_folder = Path(torch.__file__).parent
+        frames = traceback.extract_tb(err.__traceback__)
+        own = [at for at in frames if not Path(at.filename).is_relative_to(torch_folder)]
+        said = (str(err).splitlines() or [""])[0]
         raise GapExportError(
-            f"pruner {pruning.pruner} does not choose for each row",
-            seen=f"shape {list(chosen.shape)}",
-            allowed=f"[B, {count}]",
-        )
-    for row in chosen.numpy():
-        check_keep_indices(
-            row,
-            num_visual_tokens=pruning.num_visual_tokens,
-            num_kept_tokens=count,
-            ascending=False,
-            error=GapExportError,
-            who=f"pruner {pruning.pruner}",
-        )
+            f"pruner {name} raises {type(err).__name__} when it is tried on random tokens",
+            seen=f"{said} ({own[-1].filename}, line {own[-1].lineno})",
+            fix="mend it; parts of the state that its reads does not name are None",
+        ) from err
 
 
-def _check_scores(scores: torch.Tensor, pruning: PruningSpec) -> None:
-    wanted = (_ROWS, pruning.num_visual_tokens)
-    fits = tuple(scores.shape) == wanted
-    if not fits or not bool(torch.isfinite(scores).all()):
+def _check_tensor(name: str, what: str, tensor: object, wanted: tuple[int, ...]) -> None:
+    shape = list(tensor.shape) if isinstance(tensor, torch.Tensor) else None
+    if shape != list(wanted):
         raise GapExportError(
-            f"pruner {pruning.pruner} gives no score for each token",
-            seen=f"shape {list(scores.shape)}" if not fits else "values that are no numbers",
-            allowed=f"finite numbers, [B, {wanted[1]}]",
+            f"pruner {name} gives no {what} for each row and token",
+            seen=f"a {type(tensor).__name__}" if shape is None else f"shape {shape}",
+            allowed=f"a tensor [B, {', '.join(map(str, wanted[1:]))}]",
         )
 
 
-def _random_state(num_tokens: int) -> VisionState:
+def _check_numbers(name: str, what: str, tensor: object, wanted: tuple[int, ...]) -> None:
+    _check_tensor(name, what, tensor, wanted)
+    assert isinstance(tensor, torch.Tensor)
+    if not bool(torch.isfinite(tensor).all()):
+        raise GapExportError(
+            f"pruner {name} gives {what} that are no numbers",
+            seen="NaN or infinity",
+            allowed="finite numbers, whatever the tokens",
+        )
+
+
+def _random_state(num_tokens: int, reads: frozenset[Reading]) -> VisionState:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(_ROWS, *shape, generator=generator)
 
+    def show(reading: Reading, part: torch.Tensor) -> torch.Tensor | None:
+        return part if reading in reads else None
+
     return VisionState(
         patch_features=draw(num_tokens, _WIDTH),
-        cls_features=draw(_WIDTH),
-        cls_attention=draw(num_tokens).softmax(dim=-1),
-        keys=draw(num_tokens, _WIDTH),
-        next_attention=draw(num_tokens).softmax(dim=-1),
-        next_keys=draw(num_tokens, _WIDTH),
-        image_embeds=draw(num_tokens, _WIDTH),
-        patch_embeds=draw(num_tokens, _WIDTH),
-        text_embeds=draw(_WIDTH),
+        cls_features=show("cls_features", draw(_WIDTH)),
+        cls_attention=show("cls_attention", draw(num_tokens).softmax(dim=-1)),
+        keys=show("keys", draw(num_tokens, _WIDTH)),
+        next_attention=show("next_layer", draw(num_tokens).softmax(dim=-1)),
+        next_keys=show("next_layer", draw(num_tokens, _WIDTH)),
+        image_embeds=show("image_embeds", draw(num_tokens, _WIDTH)),
+        patch_embeds=show("text", draw(num_tokens, _WIDTH)),
+        text_embeds=show("text", draw(_WIDTH)),
     )

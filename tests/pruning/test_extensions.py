@@ -13,7 +13,7 @@ from gap_export.bundle import open_bundle
 from gap_export.errors import GapExportError, UsageError
 from gap_export.families import supported_pruners
 from gap_export.pipeline import ExportOptions, export_model
-from gap_export.pruning import FixedPruner, Preset, find_preset, presets
+from gap_export.pruning import FixedPruner, Preset, broken_presets, find_preset, presets
 from gap_export.runtime.session import GroundingSession
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -75,7 +75,7 @@ def test_our_own_names_are_not_taken_over(install):
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        ("lost = no_such_module:X", "cannot be loaded: No module named 'no_such_module'"),
+        ("lost = no_such_module:X", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("gone = my_pruners:GONE", "cannot be loaded"),
         ("quiet = my_pruners:LOUDEST", "is not a preset of that name"),
         ("bare = my_pruners:LoudestPruner", "is not a preset of that name"),
@@ -92,6 +92,16 @@ def test_an_unknown_name_lists_the_installed_ones(install):
     install(*readme_example())
     with pytest.raises(UsageError, match=r"loudset.*dart, loudest.*did you mean loudest"):
         find_preset("loudset")
+
+
+def test_a_name_in_capitals_is_understood_and_a_long_one_cut_short():
+    with pytest.raises(UsageError, match="did you mean cls"):
+        find_preset("CLS")
+    with pytest.raises(UsageError, match="pruner fastv is not offered: it ranks inside the LLM"):
+        find_preset("FastV")
+    with pytest.raises(UsageError) as caught:
+        find_preset("x" * 5000)
+    assert len(str(caught.value)) < 300
 
 
 class Places(FixedPruner):
@@ -148,3 +158,83 @@ def test_chosen_tokens_that_are_none_are_refused_when_they_are_chosen(
     with pytest.raises(GapExportError, match="does not keep what it should") as caught:
         export_model(options)
     assert says in str(caught.value)
+
+
+SCORING = """
+import torch
+from gap_export.pruning import Preset, ScoringPruner
+
+class Mine(ScoringPruner):
+    summary = "for tests"
+
+    def scores(self, state):
+        loud = state.patch_features.pow(2).sum(dim=-1)
+        return SCORES
+
+MINE = Preset(name="mine", pruner=Mine())
+"""
+
+
+def refusal(install, module: str, checkpoint, tmp_path) -> str:
+    """What an export with pruner ``mine`` of a module says."""
+    install(module, "mine = my_pruners:MINE")
+    options = ExportOptions(
+        model=str(checkpoint), pruner="mine", keep_ratio=0.3, out=tmp_path / "bundle"
+    )
+    with pytest.raises(GapExportError) as caught:
+        export_model(options)
+    assert not (tmp_path / "bundle").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scores", "says"),
+    [
+        ("loud * float('nan')", "gives scores that are no numbers: NaN or infinity"),
+        ("loud[:, 1:]", "gives no scores for each row and token: shape [2, 15]"),
+        ("loud.numpy()", "gives no scores for each row and token: a ndarray"),
+        ("None", "gives no scores for each row and token: a NoneType"),
+        ("1 / 0", "raises ZeroDivisionError when it is tried on random tokens: division by zero"),
+        ("state.cls_features.sum(dim=-1)", "its reads does not name are None"),
+        ("torch.rand_like(loud)", "chooses otherwise each time"),
+    ],
+)
+def test_scores_that_are_none_are_refused(install, tiny_checkpoint, tmp_path, scores, says):
+    module = SCORING.replace("SCORES", scores)
+    said = refusal(install, module, tiny_checkpoint, tmp_path)
+    assert said.startswith("pruner mine ") and says in said
+
+
+@pytest.mark.parametrize(
+    ("chosen", "says"),
+    [
+        ("index.to(torch.int32)", "tokens of another type: torch.int32; allowed: int64"),
+        ("torch.cat([index, index[:1] + 9])", "shape [2, 6]; allowed: a tensor [B, 5]"),
+    ],
+)
+def test_chosen_tokens_of_another_shape_or_type(install, tiny_checkpoint, tmp_path, chosen, says):
+    module = CHOOSING.replace("CHOSEN", chosen)
+    assert says in refusal(install, module, tiny_checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("preset", "says"),
+    [
+        ("pruner=Mine(), order='sideways'", "order is not what it may be: 'sideways'"),
+        ("pruner=Mine(), extra_token='all'", "extra_token is not what it may be: 'all'"),
+        ("pruner=Mine(), budget='free'", "budget is not what it may be: 'free'"),
+        ("pruner=Mine", "has no pruner"),
+    ],
+)
+def test_presets_that_no_manifest_could_hold(install, tiny_checkpoint, tmp_path, preset, says):
+    module = SCORING.replace("SCORES", "loud").replace("pruner=Mine()", preset)
+    assert says in refusal(install, module, tiny_checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize("says", ["raise ValueError('no')", "def (", "import sys; sys.exit(0)"])
+def test_a_package_that_breaks_stops_those_alone_who_ask_for_it(install, tiny_recipe, says):
+    install(says, "mine = my_pruners:MINE")
+    assert "mine" not in supported_pruners(tiny_recipe)
+    assert list(broken_presets()) == ["mine"]
+    with pytest.raises(GapExportError, match="pruner mine, which my_pruners:MINE should define"):
+        find_preset("mine")

@@ -1,0 +1,32 @@
+"""``gap-export pruners``."""
+
+from __future__ import annotations
+
+import pytest
+
+from gap_export.errors import GapExportError
+from gap_export.pruning import LEFT_OUT, PRESETS, presets
+
+
+@pytest.fixture
+def one_is_broken(monkeypatch):
+    error = GapExportError("pruner lost, which lost:X should define, cannot be loaded")
+    monkeypatch.setattr(presets, "_others", lambda: {"lost": error})
+
+
+def test_the_list_is_json_for_programs(run_cli):
+    outcome = run_cli("pruners", "--json", "--model", "refshapes-minigpt-v2")
+    assert outcome.code == 0
+    served = {each["name"]: each["served"] for each in outcome.plain["pruners"]}
+    assert list(served) == list(PRESETS)
+    assert (served["spatial"], served["text"]) == (True, False)
+    assert outcome.plain["left_out"] == dict(LEFT_OUT)
+    assert outcome.plain["broken"] == {}
+
+
+def test_one_that_is_broken_is_told_and_stops_nobody(run_cli, one_is_broken):
+    outcome = run_cli("pruners")
+    assert outcome.code == 0
+    assert "warning: pruner lost, which lost:X should define, cannot be loaded" in outcome.err
+    assert all(name in outcome.out for name in PRESETS)
+    assert list(run_cli("pruners", "--json").plain["broken"]) == ["lost"]
