@@ -81,7 +81,7 @@ def _choose(folder: Path, component: str, variant: str | None) -> Path:
             f"the export has no {component} that can be patched",
             seen=_names(folder, others) or f"none in {folder} and {folder / _SUBFOLDER}",
             allowed=" or ".join(f"{component}{ending}.onnx" for ending in endings),
-            fix=None if not others else "quantized graphs are not handled: take fp32 or fp16",
+            fix=_how_to_mend(others, wanted),
         )
     endings_found = {path.stem.removeprefix(component) for path in found}
     choices = [name for name, ends in VARIANTS.items() if endings_found & set(ends)]
@@ -93,6 +93,14 @@ def _choose(folder: Path, component: str, variant: str | None) -> Path:
         if len(choices) > 1
         else "move the others away",
     )
+
+
+def _how_to_mend(others: list[Path], wanted: list[Path]) -> str | None:
+    if not others:
+        return None
+    if set(others) & set(wanted):
+        return "it is a folder, or a link to what is not there: get the export again"
+    return "quantized graphs are not handled: take fp32 or fp16"
 
 
 def _names(folder: Path, paths: list[Path]) -> str:

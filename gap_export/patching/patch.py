@@ -33,7 +33,7 @@ from gap_export.patching.model_facts import (
 )
 from gap_export.patching.options import PatchOptions, PatchReport
 from gap_export.patching.position_reach import PositionReach, find_position_reach
-from gap_export.patching.prune_features import FEATURES
+from gap_export.patching.prune_features import FEATURES, check_opset
 from gap_export.patching.read_graph import ForeignGraph, all_nodes, read_graph, save_patched
 from gap_export.pipeline.describe import check_prompt, describe_source
 from gap_export.progress import Progress, SilentProgress
@@ -171,6 +171,8 @@ def _check_vision(model: ir.Model, recipe: Recipe) -> None:
     The number of tokens is worked out from the graph: indices of another grid would select
     something, and nobody would notice.
     """
+    # First, since shapes of another opset's operators cannot be worked out.
+    check_opset(model)
     for value in model.graph.inputs:
         height, width = static_dim(value, 2), static_dim(value, 3)
         image = recipe.image

@@ -78,6 +78,21 @@ class PruneFeatures(GraphPass):
         """[I, K, H]."""
 
 
+def check_opset(model: ir.Model) -> None:
+    """Refuse an opset whose reductions take their axes another way.
+
+    Raises:
+        PassError: it is too old, or none is declared.
+    """
+    opset = model.opset_imports.get("")
+    if opset is None or opset < _MIN_OPSET:
+        raise PassError(
+            "the model's opset is too old for pruning",
+            seen="none declared" if opset is None else opset,
+            allowed=f">= {_MIN_OPSET}",
+        )
+
+
 def check_features(model: ir.Model, *, num_visual_tokens: int) -> ir.Value:
     """The output ``image_features`` [I, N, H].
 
@@ -85,11 +100,7 @@ def check_features(model: ir.Model, *, num_visual_tokens: int) -> ir.Value:
         PassError: see :meth:`PruneFeatures.apply`.
     """
     graph = model.graph
-    opset = model.opset_imports.get("")
-    if opset is None or opset < _MIN_OPSET:
-        raise PassError(
-            "the model's opset is too old for pruning", seen=opset, allowed=f">= {_MIN_OPSET}"
-        )
+    check_opset(model)
     inputs = [str(value.name) for value in graph.inputs]
     outputs = {str(value.name): value for value in graph.outputs}
     if KEEP_INDICES in outputs:

@@ -159,6 +159,31 @@ def _find_fault(model: ir.Model) -> str | None:
     for value in read:
         if value.producer() is None and not (value.is_graph_input() or value.is_initializer()):
             return f"{str(value.name)[:100]} is read, and nothing gives it"
+    return _find_disorder(model.graph) or _find_torn_tensor(model)
+
+
+def _find_disorder(graph: ir.Graph) -> str | None:
+    """A node that reads what comes behind it: nodes out of order, or in a circle."""
+    passed: set[int] = set()
+    for node in graph:
+        for value in node.inputs:
+            giver = None if value is None else value.producer()
+            if giver is not None and giver.graph is graph and id(giver) not in passed:
+                return f"node {str(node.name)[:100]} reads what a node behind it gives"
+        passed.add(id(node))
+    return None
+
+
+def _find_torn_tensor(model: ir.Model) -> str | None:
+    """Weights in the file itself whose bytes are not those of their shape."""
+    for tensor in _all_tensors(model):
+        sizes = list(tensor.shape.numpy())
+        if any(size < 0 for size in sizes):
+            return f"{str(tensor.name)[:100]} has shape {sizes}"
+        if isinstance(tensor, ir.TensorProtoTensor) and tensor.raw.HasField("raw_data"):
+            held = len(tensor.raw.raw_data)
+            if held != tensor.nbytes:
+                return f"{str(tensor.name)[:100]} of shape {sizes} has {held} bytes"
     return None
 
 

@@ -97,3 +97,10 @@ def test_a_bundle_is_refused(folder):
 def test_an_unknown_variant_is_refused(folder):
     with pytest.raises(UsageError, match="no such variant: q4; allowed: fp32, fp16"):
         find_export(folder, variant="q4")
+
+
+def test_a_link_to_nothing_is_not_called_quantized(folder):
+    put(folder, "", components=COMPONENTS[:2])
+    (folder / f"{COMPONENTS[2]}.onnx").symlink_to("blobs/lost")
+    with pytest.raises(UsageError, match="or a link to what is not there: get the export again"):
+        find_export(folder)

@@ -181,3 +181,22 @@ def test_a_graph_without_float_weights_is_refused(path):
     node = helper.make_node("Identity", ["x"], ["y"])
     message = refusal(write(path, weight=constant("w", np.array([1])), nodes=[node]))
     assert "no weights in floating point" in message
+
+
+@pytest.mark.parametrize("circle", [False, True])
+def test_nodes_out_of_order_or_in_a_circle(path, circle):
+    write(path, nodes=[
+        helper.make_node("MatMul", ["x", "w"] if not circle else ["z", "w"], ["y"], name="first"),
+        helper.make_node("Relu", ["y"], ["z"], name="second"),
+    ][:: 1 if circle else -1])  # fmt: skip
+    reader = "first" if circle else "second"
+    assert f"node {reader} reads what a node behind it gives" in refusal(path)
+
+
+@pytest.mark.parametrize("dims", [(1 << 62, 4), (5, 4), (0,)])
+def test_weights_inside_that_are_not_of_their_shape(path, dims):
+    weight = constant("w", np.eye(4, dtype=np.float32))
+    del weight.dims[:]
+    weight.dims.extend(dims)
+    write(path, weight=weight)
+    assert f"w of shape {list(dims)} has 64 bytes" in refusal(path)
