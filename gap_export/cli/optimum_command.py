@@ -60,6 +60,10 @@ class _OptimumExport(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the flags, a bare ``--trt`` among them."""
+        if args and not args[0].startswith("-"):
+            raise typer.BadParameter(
+                f"Missing option '--model' / '-m': here the model has a flag, --model {args[0]}"
+            )
         with plain_messages():
             return super().parse_args(ctx, fill_bare(args, BARE_TRT, AUTO))
 

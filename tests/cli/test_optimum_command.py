@@ -194,3 +194,9 @@ def test_the_folder_of_the_stub_is_not_taken_for_optimum(monkeypatch):
     assert missing_modules("optimum") == ["optimum.commands.optimum_cli"]
     for name in [name for name in sys.modules if name.partition(".")[0] == "optimum"]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_model_without_its_flag_is_told_which(run_gap):
+    code, out, err = run_gap("refshapes-llava", "--keep", "0.3")
+    assert (code, out) == (2, "")
+    assert "here the model has a flag, --model refshapes-llava" in err
