@@ -53,6 +53,14 @@ class ReferenceOptions:
         return asked + [Question(image=i, expression=s.expression.text) for i, s in extra]
 
 
+def golden_folder(value: str) -> str:
+    """What ``--against`` names; of a golden's file the golden, which is its folder."""
+    from gap_export.parity.golden.format import NAMES
+
+    path = Path(value)
+    return str(path.parent) if path.name in NAMES and path.is_file() else value
+
+
 def find_reference(bundle: Bundle, options: ReferenceOptions, *, needed: bool) -> Truth | None:
     """A golden or PyTorch; None where no level needs one and none is named.
 

@@ -29,7 +29,12 @@ from gap_export.cli._check_options import (
     parse_levels,
     refuse_ignored,
 )
-from gap_export.cli._check_reference import ReferenceOptions, find_original, find_reference
+from gap_export.cli._check_reference import (
+    ReferenceOptions,
+    find_original,
+    find_reference,
+    golden_folder,
+)
 from gap_export.cli._options import (
     BundleArgument,
     CheckpointOption,
@@ -97,7 +102,7 @@ def check(
         "--markdown": markdown, "--html": html, "--json": as_json,
     }  # fmt: skip
     options = ReferenceOptions(
-        against=against or (),
+        against=[golden_folder(each) for each in against or ()],
         checkpoint=checkpoint or (),
         samples=samples,
         seed=seed,
@@ -133,7 +138,7 @@ def check(
         from gap_export.cli._describe_check import describe_check
 
         terminal.result(describe_check(report))
-    _raise_failure(report)
+    _raise_failure(report, judging)
 
 
 def _check(
@@ -215,7 +220,7 @@ def _record(
     )
 
 
-def _raise_failure(report: CheckReport) -> None:
+def _raise_failure(report: CheckReport, judging: _Judging) -> None:
     """End with the exit code of the verdict.
 
     Raises:
@@ -232,13 +237,18 @@ def _raise_failure(report: CheckReport) -> None:
     raise ParityError(
         "the bundle did not pass the check",
         seen=failures,
-        fix=_advice(report),
+        fix=_advice(report, judging),
     )
 
 
-def _advice(report: CheckReport) -> str:
+def _advice(report: CheckReport, judging: _Judging) -> str:
     """What to do about a report that did not pass."""
-    statuses = {level.status for backend in report.backends for level in backend.levels}
-    if "failed" not in statuses:
+    levels = [level for backend in report.backends for level in backend.levels]
+    failed = {level.level for level in levels if level.status == "failed"}
+    if not failed:
         return "run the check where that backend can be run, or leave out --require"
+    if failed == {"task"} and "task" in judging["fail_under"]:
+        return (
+            "Acc@0.5 is not what was asked for: keep more tokens, take another pruner, or ask less"
+        )
     return "see the report above; export the bundle again, and report it if it stays"

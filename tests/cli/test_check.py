@@ -270,3 +270,44 @@ def test_a_golden_without_its_first_file_is_a_damaged_golden(run_cli, tiny_bundl
     (golden / "golden.json").unlink()
     outcome = run_cli("check", tiny_bundle, "--against", golden, "-q")
     assert outcome.code == 2 and "golden.json is missing" in outcome.err
+
+
+def test_a_file_of_a_golden_stands_for_its_folder(run_cli, tiny_bundle, tmp_path):
+    golden = tmp_path / "golden"
+    assert run_cli("check", tiny_bundle, "--record", golden, "--samples", "1", "-q").code == 0
+    flags = ["--level", "tensor", "-q", "--json"]
+    outcome = run_cli("check", tiny_bundle, "--against", golden / "golden.json", *flags)
+    assert outcome.code == 0, outcome.err
+    assert outcome.plain["reference"].startswith("golden of PyTorch")
+    inside = ["--against", golden / "golden.json", "--markdown", golden / "summary.md"]
+    assert "inside the golden" in run_cli("check", tiny_bundle, *inside).err
+
+
+def test_accuracy_below_the_bar_is_no_reason_to_export_again(run_cli, tiny_bundle):
+    flags = ["--level", "task", "--fail-under", "task=1", "--samples", "2", "-q"]
+    outcome = run_cli("check", tiny_bundle, *flags)
+    assert outcome.code == 3
+    assert "export the bundle again" not in outcome.err
+    assert "keep more tokens, take another pruner, or ask less" in outcome.err
+
+
+def test_checks_of_one_github_step_share_its_summary(run_cli, tiny_bundle, tmp_path, monkeypatch):
+    summary = tmp_path / "summary.md"
+    check = ["check", tiny_bundle, "--level", "positions", "-q", "--markdown", summary]
+    assert run_cli(*check).code == 0
+    one = summary.read_text()
+    assert run_cli(*check).code == 0
+    assert summary.read_text() == one
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    assert run_cli(*check).code == 0
+    assert summary.read_text() == f"{one}\n{one}"
+
+
+@pytest.mark.parametrize("flag", ["--report-json", "--junit", "--markdown"])
+def test_a_report_named_like_standard_output_is_refused(
+    run_cli, tiny_bundle, tmp_path, monkeypatch, flag
+):
+    monkeypatch.chdir(tmp_path)
+    outcome = run_cli("check", tiny_bundle, "--level", "positions", flag, "-")
+    assert outcome.code == 2 and "- is standard output to most programs" in outcome.err
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,8 @@ from gap_export.parity.report.junit import to_junit
 from gap_export.parity.report.markdown import to_markdown
 from gap_export.parity.results import CheckReport
 
+# Where GitHub Actions says which file a step's summary is.
+_SUMMARY = "GITHUB_STEP_SUMMARY"
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 
 
@@ -26,7 +28,7 @@ def write_reports(
     markdown: Path | None = None,
     html: Path | None = None,
 ) -> None:
-    """Write a report into files; what was there is replaced.
+    """Write a report into files; what was there is replaced, but for the summary of a GitHub job.
 
     Args:
         report: What was found.
@@ -45,11 +47,27 @@ def write_reports(
     if junit is not None:
         write_text(junit, to_junit(report))
     if markdown is not None:
-        write_text(markdown, to_markdown(report))
+        write_text(markdown, _kept_summary(markdown) + to_markdown(report))
     if html is not None:
         from gap_export.parity.report.html import to_html
 
         write_text(html, to_html(report))
+
+
+def _kept_summary(path: Path) -> str:
+    """What other commands of a GitHub step wrote into its summary; of any other file nothing.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
+    summary = os.environ.get(_SUMMARY)
+    if not summary or path.resolve() != Path(summary).resolve() or not path.exists():
+        return ""
+    try:
+        before = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as err:
+        raise _refusal("Markdown", "is to follow what cannot be read", f"{path}: {err}") from err
+    return before + "\n" if before else ""
 
 
 def check_writable(
@@ -113,6 +131,9 @@ def check_places(named: Mapping[str, Path | None], outside: Mapping[str, Path]) 
 
 
 def _check_place(kind: str, path: Path) -> None:
+    if str(path) == "-":
+        what = "goes to a file, and - is standard output to most programs"
+        raise _refusal(kind, what, path, fix="name a file; --json prints the report as JSON")
     parent = path.absolute().parent
     try:
         mode: int | None = path.stat().st_mode
