@@ -127,7 +127,7 @@ def find_preset(name: str) -> Preset:
     near = difflib.get_close_matches(lower, names, n=2, cutoff=0.4)
     raise UsageError(
         "no pruner of that name",
-        seen=reprlib.repr(name),
+        seen=reprlib.repr(name).strip("'") or "''",
         allowed=", ".join(names),
         fix=f"did you mean {' or '.join(near)}?" if near else None,
     )
