@@ -12,8 +12,14 @@ import onnx_ir as ir
 
 from gap_export.bundle import BundleDraft, write_bundle
 from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME
-from gap_export.errors import CheckpointError, PassError, UsageError
-from gap_export.manifest import MANIFEST_NAME, DecoderSpec, Manifest, SourceSpec
+from gap_export.errors import BundleError, CheckpointError, PassError, UsageError
+from gap_export.manifest import (
+    MANIFEST_NAME,
+    DecoderSpec,
+    Manifest,
+    SourceSpec,
+    parse_manifest,
+)
 from gap_export.passes import InsertGapRemap, run_pipeline
 from gap_export.passes.graph_pass import GraphPass
 from gap_export.passes.insert_gap_remap import DOMAIN as GAP_DOMAIN
@@ -96,7 +102,9 @@ def patch_export(options: PatchOptions, *, progress: Progress | None = None) -> 
             _write_graph(draft, each, copy=options.copy_weights)
         with progress.stage("hashing"):
             source = _describe_source(draft, found, graphs)
-            manifest = draft.commit(replace(manifest, source=source))
+            manifest = replace(manifest, source=source)
+            _check_readable(manifest, found.folder)
+            manifest = draft.commit(manifest)
     return PatchReport(
         bundle=out,
         manifest=manifest,
@@ -216,6 +224,19 @@ def _check_weight_names(graphs: Iterable[ForeignGraph]) -> None:
                     seen=f"{location}, read by {graph.path}",
                     fix="export the model again with other names",
                 )
+
+
+def _check_readable(manifest: Manifest, export: Path) -> None:
+    """See that a bundle of these sizes would be read, before it gets its name."""
+    try:
+        parse_manifest(manifest.to_json())
+    except BundleError as err:
+        raise UsageError(
+            f"{export} cannot be patched: {err.what.removeprefix('gap.json: ')}",
+            seen=err.seen,
+            allowed=err.allowed,
+            fix="its graphs or its configs say so; get the export again, or export the model again",
+        ) from err
 
 
 def _refuse_inside(out: Path, export: Path) -> None:

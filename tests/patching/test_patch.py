@@ -244,6 +244,14 @@ def test_wrong_options_are_refused(tiny_export, patch, options, message):
         patch(tiny_export, **options)
 
 
+def test_values_that_no_bundle_may_hold_are_refused_before_there_is_one(own_export, tmp_path):
+    (own_export / "generation_config.json").write_text('{"eos_token_id": 99999999999999999999}')
+    out = tmp_path / "bundle"
+    with pytest.raises(UsageError, match=r"cannot be patched: decoder.eos_token_ids\[0\]"):
+        patch_export(PatchOptions(export=own_export, out=out))
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
 def test_a_tokenizer_without_the_image_token_is_refused(own_export, patch):
     path = own_export / "tokenizer.json"
     plain = json.loads(path.read_text().replace("<image>", "<picture>"))
