@@ -120,7 +120,13 @@ def _trace(component: Component, opset: int) -> ir.Model:
                 program, dynamo=True, optimize=False, opset_version=opset, verbose=False
             )
         except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as err:
-            raise ExportError(f"torch cannot export {component.name}", seen=err) from err
+            logger.debug("%s: %s", component.name, err)
+            raise ExportError(
+                f"torch cannot export {component.name}",
+                # Torch explains itself at length.
+                seen=(str(err).splitlines() or [type(err).__name__])[0],
+                fix="run with -v for all that torch says",
+            ) from err
     assert traced is not None
     model: ir.Model = traced.model
     return model

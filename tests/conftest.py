@@ -232,7 +232,7 @@ class TinyGraphs:
         seed: int = 0,
         extra_token: Any = None,
         budget: Any = None,
-        extra_position: Any = "last",
+        extra_position: Any = None,
     ) -> PruningSpec:
         from gap_export.families import resolve_pruning
 

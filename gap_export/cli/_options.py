@@ -90,11 +90,12 @@ ExtraTokenOption = Annotated[
     ),
 ]
 ExtraPositionOption = Annotated[
-    ExtraPosition,
+    ExtraPosition | None,
     typer.Option(
         "--extra-position",
         help="Position id of the extra token: the last visual token's, or the centre's of all that "
-        "is dropped.",
+        "is dropped. [default: last]",
+        show_default=False,
     ),
 ]
 BudgetOption = Annotated[

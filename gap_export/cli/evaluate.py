@@ -61,7 +61,7 @@ def evaluate(
     pruner: PrunersOption = None,
     order: OrderOption = None,
     extra_token: ExtraTokenOption = None,
-    extra_position: ExtraPositionOption = "last",
+    extra_position: ExtraPositionOption = None,
     budget: BudgetOption = None,
     misaligned: MisalignedOption = None,
     seed: SeedOption = 0,
@@ -112,7 +112,7 @@ def evaluate(
         _refuse(
             "a bundle is pruned already",
             **{"keep": keep, "pruner": pruner, "order": order, "extra-token": extra_token},
-            **{"budget": budget, "extra-position": None if extra_position == "last" else 1},
+            **{"budget": budget, "extra-position": extra_position},
         )
         _refuse("a bundle says that itself", recipe=recipe, dtype=dtype)
         if BACKENDS[backend] == "onnxruntime":

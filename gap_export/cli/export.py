@@ -54,7 +54,7 @@ def export(
     ] = None,
     order: OrderOption = None,
     extra_token: ExtraTokenOption = None,
-    extra_position: ExtraPositionOption = "last",
+    extra_position: ExtraPositionOption = None,
     budget: BudgetOption = None,
     positions: PositionsOption = "gap",
     seed: SeedOption = 0,

@@ -48,6 +48,7 @@ from gap_export.evaluation.settings import (
 from gap_export.evaluation.summary import Answered, Judging
 from gap_export.evaluation.workers import Executor
 from gap_export.manifest import BoxSpec, Manifest, PromptSpec
+from gap_export.parity.patched.check import was_patched
 from gap_export.pipeline import (
     ExportOptions,
     GraphCache,
@@ -140,6 +141,7 @@ def evaluate_model(
             keep_ratio=1.0,
             order="raster",
             extra_token=None,
+            extra_position=None,
             budget=None,
             out=Path(scratch) / "unpruned",
         )
@@ -186,6 +188,12 @@ def evaluate_bundle(
     """
     progress = progress or SilentProgress()
     manifest = open_bundle(bundle).manifest
+    if baseline is None and was_patched(manifest):
+        raise UsageError(
+            "the bundle was patched from an ONNX export: no checkpoint gives its unpruned model",
+            seen="no baseline",
+            fix="patch that export once more with --keep 1, and name the bundle: --baseline",
+        )
     runner = RunnerOptions(backend=backend, engines=engines, prompt=asking.prompt, seed=seed)
     asked = _Asked(family=manifest.model.family, prompt=manifest.prompt, box=manifest.box)
     job = _Job.prepare(asking, runner, asked, num_samples, progress)

@@ -88,7 +88,7 @@ def resolve_pruning(
     positions: PositionMode,
     seed: int,
     extra_token: ExtraToken | None = None,
-    extra_position: ExtraPosition = "last",
+    extra_position: ExtraPosition | None = None,
     budget: Budget | None = None,
 ) -> PruningSpec:
     """Check a pruning request against a model and settle its numbers.
@@ -102,13 +102,14 @@ def resolve_pruning(
         positions: Which ids they get.
         seed: Of the pruners that draw.
         extra_token: What stands for the dropped ones; None for the preset's.
-        extra_position: Which id it gets.
+        extra_position: Which id it gets; None for ``last``.
         budget: Whether every picture keeps as many; None for the preset's where no keep ratio is
             given, else fixed.
 
     Raises:
         UsageError: no such pruner, a keep ratio outside (0, 1], a seed outside 0..2**63 - 1, more
-            tokens than can be ranked, or an order, extra token or budget the pruner has not got.
+            tokens than can be ranked, an order, extra token or budget the pruner has not got, or a
+            position of an extra token that is not there.
         UnsupportedPrunerError: the model lacks what the pruner reads.
         RecipeError: the recipe's default pruner does not exist, or does not fit its model.
     """
@@ -133,6 +134,12 @@ def resolve_pruning(
         budget=budget,
         has_keep_ratio=keep_ratio is not None,
     )
+    if extra_position is not None and choices.extra_token == "none":
+        raise UsageError(
+            f"pruner {pruner} as it is used here adds no extra token that could have a position",
+            seen=extra_position,
+            fix="choose an extra token (--extra-token), or leave out --extra-position",
+        )
     num_visual = recipe.grid.num_visual_tokens
     if num_visual > MAX_RANKED_TOKENS and not isinstance(chosen, FixedPruner):
         raise UsageError(
@@ -160,7 +167,7 @@ def resolve_pruning(
         num_kept_tokens=num_kept,
         num_emitted_tokens=num_kept + int(extra != "none"),
         text_similarity_sign=sign if "text" in chosen.reads else None,
-        extra_position=extra_position if extra != "none" else "last",
+        extra_position=(extra_position or "last") if extra != "none" else "last",
         budget=choices.budget,
         kept_buckets=_buckets(num_kept) if adaptive else (),
     )

@@ -29,7 +29,7 @@ from gap_export.families.reference import Component, ModelSource
 from gap_export.keep_indices import check_keep_indices
 from gap_export.manifest import GridSpec, PruningSpec, TensorSpec
 from gap_export.pruning import PRESETS, FixedPruner, ScoringPruner, find_pruner
-from gap_export.pruning.probe import probe_pruner
+from gap_export.pruning.probe import fixed_places, probe_pruner
 from gap_export.recipe import Recipe
 from gap_export.weights import Weight
 
@@ -206,12 +206,12 @@ def _fixed_places(
     """Places of the pruners whose places are a constant of the graph.
 
     Raises:
-        GapExportError: they are no K different ones of 0..N-1.
+        GapExportError: they are no K different ones of 0..N-1, or the pruner raises.
     """
     if not isinstance(module.pruner, FixedPruner):
         return {}
     pruning = module.pruning
-    places = module.pruner.places(grid, num_kept_tokens=pruning.num_kept_tokens, seed=pruning.seed)
+    places = fixed_places(module.pruner, pruning, grid)
     ordered = np.sort(places) if pruning.order == "raster" else places
     check_keep_indices(
         ordered,

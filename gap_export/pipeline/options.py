@@ -43,7 +43,8 @@ class ExportOptions:
         order: ``raster``: kept tokens ascend; ``score``: best first; None for the pruner's.
         extra_token: What stands for the dropped tokens: ``none``, their ``mean``, or their sum
             ``weighted`` by score; None for the pruner's.
-        extra_position: Its id: that of the ``last`` visual token, or of the ``centroid``.
+        extra_position: Its id: that of the ``last`` visual token, which None is, or of the
+            ``centroid``; meant for an extra token alone.
         budget: ``fixed``: the share of every picture; ``adaptive``: what stands out of each, that
             share at most; None for the pruner's where no share is given, else fixed.
         positions: ``gap``, or ``compact`` for the naive baseline.
@@ -71,7 +72,7 @@ class ExportOptions:
     pruner: str | None = None
     order: Order | None = None
     extra_token: ExtraToken | None = None
-    extra_position: ExtraPosition = "last"
+    extra_position: ExtraPosition | None = None
     budget: Budget | None = None
     positions: PositionMode = "gap"
     seed: int = 0

@@ -7,12 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gap_export.errors import GapExportError
 from gap_export.keep_indices import check_keep_indices
-from gap_export.manifest import PruningSpec
-from gap_export.pruning.pruner import ChoosingPruner, Pruner, Reading, ScoringPruner, VisionState
+from gap_export.manifest import GridSpec, PruningSpec
+from gap_export.pruning.pruner import (
+    ChoosingPruner,
+    FixedPruner,
+    Pruner,
+    Reading,
+    ScoringPruner,
+    VisionState,
+)
 
 _ROWS, _WIDTH = 2, 8
 
@@ -49,6 +58,21 @@ def probe_pruner(pruner: Pruner, pruning: PruningSpec) -> None:
                 allowed="a choice that follows from what it reads",
                 fix="draw places once, in a FixedPruner with uses_seed",
             )
+    with torch.inference_mode():
+        nowhere = _random_state(pruning.num_visual_tokens, pruner.reads, device="meta")
+        _run_without_values(pruner, nowhere, pruning)
+
+
+def _run_without_values(pruner: Pruner, state: VisionState, pruning: PruningSpec) -> None:
+    """Run it as a trace does, where no value is there to decide by."""
+    count = pruning.num_kept_tokens
+    with _blaming(pruning.pruner, "traced, without values"):
+        if isinstance(pruner, ChoosingPruner):
+            pruner.choose(state, num_kept_tokens=count)
+        elif isinstance(pruner, ScoringPruner):
+            scores = pruner.scores(state)
+            priorities = pruner.priorities(scores, num_kept_tokens=count)
+            pruner.merge(state, scores, torch.topk(priorities, count, dim=1).indices)
 
 
 def _choose(pruner: Pruner, state: VisionState, pruning: PruningSpec) -> torch.Tensor:
@@ -79,8 +103,33 @@ def _choose(pruner: Pruner, state: VisionState, pruning: PruningSpec) -> torch.T
     return chosen
 
 
+def fixed_places(pruner: FixedPruner, pruning: PruningSpec, grid: GridSpec) -> NDArray[np.int64]:
+    """Where a fixed pruner keeps tokens, as it gives them; that they fit is not looked at.
+
+    Args:
+        pruner: It.
+        pruning: How many of how many.
+        grid: Of the visual tokens.
+
+    Raises:
+        GapExportError: it raises, or gives anything but an array of whole numbers.
+    """
+    with _blaming(pruning.pruner, "asked for its places"):
+        places: object = pruner.places(
+            grid, num_kept_tokens=pruning.num_kept_tokens, seed=pruning.seed
+        )
+    if isinstance(places, np.ndarray) and places.dtype.kind in "iu":
+        return places.astype(np.int64)
+    kind = f" of {places.dtype}" if isinstance(places, np.ndarray) else ""
+    raise GapExportError(
+        f"pruner {pruning.pruner} gives no places",
+        seen=f"a {type(places).__name__}{kind}",
+        allowed=f"a numpy array int64 [{pruning.num_kept_tokens}]",
+    )
+
+
 @contextmanager
-def _blaming(name: str) -> Iterator[None]:
+def _blaming(name: str, when: str = "tried on random tokens") -> Iterator[None]:
     """What another package's code raises is its own, and no bug of ours."""
     try:
         yield
@@ -90,7 +139,7 @@ def _blaming(name: str) -> Iterator[None]:
         own = [at for at in frames if not Path(at.filename).is_relative_to(torch_folder)]
         said = (str(err).splitlines() or [""])[0]
         raise GapExportError(
-            f"pruner {name} raises {type(err).__name__} when it is tried on random tokens",
+            f"pruner {name} raises {type(err).__name__} when it is {when}",
             seen=f"{said} ({own[-1].filename}, line {own[-1].lineno})",
             fix="mend it; parts of the state that its reads does not name are None",
         ) from err
@@ -117,11 +166,11 @@ def _check_numbers(name: str, what: str, tensor: object, wanted: tuple[int, ...]
         )
 
 
-def _random_state(num_tokens: int, reads: frozenset[Reading]) -> VisionState:
+def _random_state(num_tokens: int, reads: frozenset[Reading], device: str = "cpu") -> VisionState:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(_ROWS, *shape, generator=generator)
+        return torch.randn(_ROWS, *shape, generator=generator).to(device)
 
     def show(reading: Reading, part: torch.Tensor) -> torch.Tensor | None:
         return part if reading in reads else None

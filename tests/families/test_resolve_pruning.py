@@ -152,3 +152,16 @@ def test_a_tower_without_a_layer_behind_the_select_layer_has_no_prumerge(tiny_re
     with pytest.raises(UnsupportedPrunerError, match=r"prumerge.*lacks: next_layer"):
         resolve(recipe, pruner="prumerge", order=None)
     assert resolve(recipe, pruner="visionzip", order=None).pruner == "visionzip"
+
+
+def test_a_position_is_for_an_extra_token_alone(tiny_recipe):
+    placed = resolve(tiny_recipe, pruner="prumerge", order=None, extra_position="centroid")
+    assert placed.extra_position == "centroid"
+    assert resolve(tiny_recipe, pruner="prumerge", order=None).extra_position == "last"
+    for other in ({"pruner": "spatial"}, {"pruner": "prumerge", "extra_token": "none"}):
+        with pytest.raises(UsageError, match="no extra token that could have a position: last"):
+            resolve(tiny_recipe, **other, extra_position="last")
+    # Nothing is dropped that it could stand for; of all shares that are measured one may be 1.
+    assert (
+        resolve(tiny_recipe, pruner="trim", keep_ratio=1.0, extra_position="last").keep_ratio == 1
+    )

@@ -18,6 +18,7 @@ import yaml
 from gap_export import GroundingSession
 from gap_export.bundle import open_bundle
 from gap_export.errors import OutputError, UsageError
+from gap_export.evaluation.evaluate import evaluate_bundle
 from gap_export.manifest import GridSpec
 from gap_export.parity.patched.masked_oracle import compare_with_unpatched
 from gap_export.patching import PatchOptions, patch_export
@@ -299,3 +300,12 @@ def test_an_export_without_tokenizer_is_refused(own_export, patch):
     (own_export / "tokenizer.json").unlink()
     with pytest.raises(UsageError, match="the export has no tokenizer"):
         patch(own_export)
+
+
+def test_a_patched_bundle_is_measured_beside_its_export_patched_with_all_tokens(tiny_export, patch):
+    bundle = patch(tiny_export).bundle
+    with pytest.raises(UsageError, match="patch that export once more with --keep 1"):
+        evaluate_bundle(bundle, num_samples=4)
+    baseline = patch(tiny_export, keep_ratio=1.0).bundle
+    rows = evaluate_bundle(bundle, baseline=baseline, num_samples=4).rows
+    assert [row.positions for row in rows] == ["none", "compact", "gap"]

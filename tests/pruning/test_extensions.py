@@ -130,6 +130,30 @@ def test_places_that_are_none_stop_the_export(monkeypatch, tiny_checkpoint, tmp_
     assert not options.out.exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (lambda: 1 / 0, "raises ZeroDivisionError when it is asked for its places"),
+        (lambda: None, "gives no places: a NoneType; allowed: a numpy array"),
+        (lambda: np.array([0.5, 1, 2, 3, 4]), "gives no places: a ndarray of float64"),
+    ],
+)
+def test_what_a_fixed_pruner_gives_is_looked_at(
+    monkeypatch, tiny_checkpoint, tmp_path, given, says
+):
+    pruner = Places([])
+    monkeypatch.setattr(pruner, "places", lambda *_, **__: given())
+    monkeypatch.setattr(
+        presets, "PRESETS", {**presets.PRESETS, "mine": Preset(name="mine", pruner=pruner)}
+    )
+    options = ExportOptions(
+        model=str(tiny_checkpoint), pruner="mine", keep_ratio=0.3, out=tmp_path / "bundle"
+    )
+    with pytest.raises(GapExportError) as caught:
+        export_model(options)
+    assert str(caught.value).startswith("pruner mine ") and says in str(caught.value)
+
+
 CHOOSING = """
 import torch
 from gap_export.pruning import ChoosingPruner, Preset
@@ -197,12 +221,20 @@ def refusal(install, module: str, checkpoint, tmp_path) -> str:
         ("1 / 0", "raises ZeroDivisionError when it is tried on random tokens: division by zero"),
         ("state.cls_features.sum(dim=-1)", "its reads does not name are None"),
         ("torch.rand_like(loud)", "chooses otherwise each time"),
+        ("loud if loud[0, 0] > 0 else -loud", "when it is traced, without values"),
     ],
 )
 def test_scores_that_are_none_are_refused(install, tiny_checkpoint, tmp_path, scores, says):
     module = SCORING.replace("SCORES", scores)
     said = refusal(install, module, tiny_checkpoint, tmp_path)
     assert said.startswith("pruner mine ") and says in said
+
+
+def test_what_torch_cannot_trace_is_said_in_a_line(install, tiny_checkpoint, tmp_path):
+    module = SCORING.replace("SCORES", "loud + torch.arange(16.0)")
+    said = refusal(install, module, tiny_checkpoint, tmp_path)
+    assert said.startswith("torch cannot export vision_encoder: Tensor on device cpu")
+    assert len(said) < 200 and "\n" not in said
 
 
 @pytest.mark.parametrize(
