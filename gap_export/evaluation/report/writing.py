@@ -9,7 +9,7 @@ from pathlib import Path
 from gap_export.evaluation.report.markdown import render_markdown
 from gap_export.evaluation.results import EvaluationReport
 from gap_export.extras import require_extra
-from gap_export.parity.report.writing import check_places, write_text
+from gap_export.parity.report.writing import check_places, write_markdown, write_text
 
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 
@@ -39,7 +39,7 @@ def write_reports(
     if json_path is not None:
         write_text(json_path, json.dumps(report.to_plain(), indent=2, allow_nan=False) + "\n")
     if markdown_path is not None:
-        write_text(markdown_path, render_markdown(report))
+        write_markdown(markdown_path, render_markdown(report))
     if html_path is not None:
         from gap_export.evaluation.report.html import render_html
 

@@ -47,11 +47,20 @@ def write_reports(
     if junit is not None:
         write_text(junit, to_junit(report))
     if markdown is not None:
-        write_text(markdown, _kept_summary(markdown) + to_markdown(report))
+        write_markdown(markdown, to_markdown(report))
     if html is not None:
         from gap_export.parity.report.html import to_html
 
         write_text(html, to_html(report))
+
+
+def write_markdown(path: Path, text: str) -> None:
+    """Write a report in Markdown; to the summary of a GitHub step it is added.
+
+    Raises:
+        OutputError: the file cannot be written, or what is in the summary not be read.
+    """
+    write_text(path, _kept_summary(path) + text)
 
 
 def _kept_summary(path: Path) -> str:

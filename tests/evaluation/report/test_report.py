@@ -281,6 +281,15 @@ def test_places_that_cannot_be_written_are_refused(tmp_path):
         check_writable(json_path=tmp_path / "a.json", outside={"the bundle": tmp_path})
 
 
+def test_a_report_is_added_to_the_summary_of_a_github_step(tmp_path, monkeypatch):
+    summary = tmp_path / "summary.md"
+    write_reports(evaluation_report(), markdown_path=summary)
+    one = summary.read_text()
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    write_reports(evaluation_report(), markdown_path=summary)
+    assert summary.read_text() == f"{one}\n{one}"
+
+
 def test_a_page_without_its_extra_is_refused_with_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(extras, "_is_installed", lambda name: name != "jinja2")
     with pytest.raises(MissingDependencyError, match=r"jinja2; .*gap-export\[report\]"):
