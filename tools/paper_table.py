@@ -4,7 +4,7 @@
 Every pruner that a family supports, at each share of tokens, with compact ids and with GAP, and the
 paper's two misalignments with no token dropped at all (permuted and shifted, its figure 2(b)).
 
-    tools/paper_table.py                      all demo models, about two hours on two cores
+    tools/paper_table.py                      all demo models, about an hour on two cores
     tools/paper_table.py --samples 200        quicker and coarser
     tools/paper_table.py --workers 2          sharded over local workers, needs the extra [ray]
     tools/paper_table.py --no-publish         everything below --results, README and cards untouched
