@@ -15,6 +15,9 @@ def in_words(tolerance: Tolerance) -> str:
         parts.append(f"{100 * tolerance.share:.2g} % of the largest value")
     if tolerance.others:
         parts.append(f"{100 * tolerance.others:g} % of the tokens may be others, or one")
+    if tolerance.margin:
+        parts = parts or ["none"]
+        parts.append(f"chosen one by one with a margin of {tolerance.margin:.2g} or less, any")
     return "; ".join(parts) or "none"
 
 

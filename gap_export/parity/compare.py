@@ -194,10 +194,9 @@ def compare_selections(
     allowed = max(1, int(others * reference.shape[1]))
     worst = 0
     for truth, judged in zip(reference, candidate, strict=True):
-        if len(np.unique(judged)) != len(judged):
-            return _refuse("a token is kept twice")
-        if (np.diff(truth) > 0).all() and not (np.diff(judged) > 0).all():
-            return _refuse("the kept tokens are not in raster order")
+        fault = _fault_of_selection(truth, judged)
+        if fault:
+            return _refuse(fault)
         worst = max(worst, len(np.setdiff1d(truth, judged)))
     return Comparison(
         max_abs_diff=float(worst),
@@ -207,6 +206,45 @@ def compare_selections(
         if worst <= allowed
         else f"{worst} of {reference.shape[1]} kept tokens are others",
     )
+
+
+def find_excused(
+    reference: NDArray[Any],
+    candidate: NDArray[Any],
+    margins: NDArray[np.float32] | None,
+    *,
+    margin: float,
+) -> NDArray[np.bool_]:
+    """Which rows of kept tokens are others because rounding decided.
+
+    Args:
+        reference: int64 [B, K], the truth.
+        candidate: What is judged.
+        margins: float32 [B], by how much the reference's closest choice was decided; None where
+            that is not known.
+        margin: What rounding can decide.
+
+    Returns:
+        bool [B]: the reference's own choice hung on rounding, and the candidate chose otherwise, in
+        a way that holds together.
+    """
+    excused = np.zeros(len(reference), dtype=np.bool_)
+    if margins is None or margins.shape != excused.shape or reference.shape != candidate.shape:
+        return excused
+    for row in np.flatnonzero(margins <= margin):
+        truth, judged = reference[row], candidate[row]
+        other = not np.array_equal(truth, judged)
+        excused[row] = other and not _fault_of_selection(truth, judged)
+    return excused
+
+
+def _fault_of_selection(truth: NDArray[Any], judged: NDArray[Any]) -> str:
+    """Why a row of kept tokens does not hold together, whichever they are; empty if it does."""
+    if len(np.unique(judged)) != len(judged):
+        return "a token is kept twice"
+    if (np.diff(truth) > 0).all() and not (np.diff(judged) > 0).all():
+        return "the kept tokens are not in raster order"
+    return ""
 
 
 def pair_features(

@@ -6,6 +6,7 @@ own and not one inherited from an earlier stage. Only the KV cache is the candid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -22,11 +23,21 @@ Int64Array = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One call of a backend: which method, with what, and the outputs by name."""
+    """One call of a backend.
+
+    Attributes:
+        method: Which.
+        inputs: With what.
+        outputs: What it gave, by name.
+        margins: Where tokens were chosen one by one, by how much the closest choice was decided,
+            float32 [B]: of two that rounding alone tells apart another backend may choose the
+            other. None where that is not known.
+    """
 
     method: str
     inputs: dict[str, NDArray[Any] | None]
     outputs: dict[str, NDArray[Any]]
+    margins: NDArray[np.float32] | None = None
 
     @property
     def is_decode(self) -> bool:
@@ -36,10 +47,14 @@ class Call:
 
 @dataclass
 class RecordingBackend:
-    """Passes every call on to ``inner`` and keeps it in ``calls``."""
+    """Passes every call on to ``inner`` and keeps it in ``calls``.
+
+    ``margins`` gives those of a call, from pixels and texts; None: they are not asked for.
+    """
 
     inner: Backend
     calls: list[Call] = field(default_factory=list)
+    margins: Callable[[FloatArray, FloatArray | None], NDArray[np.float32] | None] | None = None
 
     @property
     def name(self) -> str:
@@ -82,7 +97,8 @@ class RecordingBackend:
         """See Backend."""
         encoded = EncodedImage(*self.inner.encode_image(pixel_values, text_embeds))
         given = {"pixel_values": pixel_values, "text_embeds": text_embeds}
-        self._keep("encode_image", given, _present(encoded))
+        margins = None if self.margins is None else self.margins(pixel_values, text_embeds)
+        self._keep("encode_image", given, _present(encoded), margins)
         return encoded
 
     def score_tokens(self, pixel_values: FloatArray, text_embeds: FloatArray | None) -> ScoredImage:
@@ -147,10 +163,11 @@ class RecordingBackend:
         method: str,
         inputs: dict[str, Any],
         outputs: dict[str, Any],
+        margins: NDArray[np.float32] | None = None,
     ) -> None:
         copied = {k: None if v is None else np.array(v) for k, v in inputs.items()}
         kept = {k: np.array(v) for k, v in outputs.items()}
-        self.calls.append(Call(method=method, inputs=copied, outputs=kept))
+        self.calls.append(Call(method=method, inputs=copied, outputs=kept, margins=margins))
 
 
 def _present(parts: EncodedImage | ScoredImage) -> dict[str, NDArray[Any]]:

@@ -64,6 +64,8 @@ class TensorRow:
         why: Where that tolerance is from.
         passed: Every call was within tolerance.
         reason: The first failure, in words.
+        ties: Of kept tokens: calls of which some picture is left out, since other tokens were kept
+            and the reference's own choice hung on rounding.
     """
 
     component: str
@@ -84,6 +86,7 @@ class TensorRow:
     why: str
     passed: bool
     reason: str
+    ties: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

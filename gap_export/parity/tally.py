@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from gap_export.parity.compare import (
     Comparison,
     compare_arrays,
     compare_selections,
+    find_excused,
     measure_differences,
     measure_selections,
     pair_features,
@@ -23,6 +24,8 @@ from gap_export.parity.tolerances import Tolerance
 
 Arrays = Mapping[str, NDArray[Any]]
 Pair = tuple[NDArray[Any], NDArray[Any]]
+
+_KEPT, _FEATURES = "keep_indices", "image_features"
 
 COMPONENTS: Mapping[str, str] = {
     "encode_text": "text_encoder",
@@ -82,7 +85,12 @@ class Tally:
             tolerances: By name of output.
         """
         return tuple(
-            tensor_row(component, label, _pairs(label, found, tolerances), _of(label, tolerances))
+            replace(
+                tensor_row(
+                    component, label, _pairs(label, found, tolerances), _of(label, tolerances)
+                ),
+                ties=_count_ties(label, found, tolerances),
+            )
             for (component, label), found in self._found.items()
         )
 
@@ -160,11 +168,31 @@ def _compare(pairs: Sequence[Pair], tolerance: Tolerance) -> list[Comparison]:
 def _pairs(
     label: str, found: Sequence[Compared], tolerances: Mapping[str, Tolerance]
 ) -> list[Pair]:
-    name = _name(label)
-    if name == "image_features" and tolerances["keep_indices"].others > 0:
-        # Features of tokens that only one side kept have nothing to be compared with.
-        return [pair_features(one.call.outputs, one.outputs) for one in found]
-    return [(one.call.outputs[name], one.outputs[name]) for one in found]
+    name, selected = _name(label), tolerances[_KEPT]
+    pairs = [(one.call.outputs[name], one.outputs[name]) for one in found]
+    if name not in {_KEPT, _FEATURES}:
+        return pairs
+    for place, one in enumerate(found):
+        excused = _excused(one, selected)
+        if name == _FEATURES and (selected.others > 0 or excused.any()):
+            # Features of tokens that only one side kept have nothing to be compared with.
+            pairs[place] = pair_features(one.call.outputs, one.outputs)
+        elif name == _KEPT and excused.any():
+            truth, judged = pairs[place]
+            pairs[place] = truth, np.where(excused[:, None], truth, judged)
+    return pairs
+
+
+def _excused(one: Compared, selected: Tolerance) -> NDArray[np.bool_]:
+    return find_excused(
+        one.call.outputs[_KEPT], one.outputs[_KEPT], one.call.margins, margin=selected.margin
+    )
+
+
+def _count_ties(label: str, found: Sequence[Compared], tolerances: Mapping[str, Tolerance]) -> int:
+    if _name(label) != _KEPT:
+        return 0
+    return sum(bool(_excused(one, tolerances[_KEPT]).any()) for one in found)
 
 
 def _of(label: str, tolerances: Mapping[str, Tolerance]) -> Tolerance:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from gap_export.families import Reference
+from gap_export.families.modules.pruned_vision import PrunedVisionEncoder
 from gap_export.manifest import QuantizationSpec
 from gap_export.parity.quantized import describe_quantized
 from gap_export.positions import gap_remap
@@ -111,14 +112,30 @@ class TorchBackend:
         scores, *parts = (_tensor(part) for part in scored if part is not None)
         return EncodedImage(*_run(pruner, slots, scores, *(part.to(self._dtype) for part in parts)))
 
+    def margins(
+        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
+    ) -> NDArray[np.float32] | None:
+        """By how much the closest choice of tokens was decided, float32 [B]; None if unknown."""
+        encoder = self._reference.vision_encoder
+        if not isinstance(encoder, PrunedVisionEncoder):
+            return None
+        with torch.inference_mode():
+            found = encoder.margins(*self._seen(pixel_values, text_embeds))
+        return None if found is None else _array(found.to(torch.float32))
+
     def _see(
         self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
     ) -> list[NDArray[Any]]:
+        return _run(self._reference.vision_encoder, *self._seen(pixel_values, text_embeds))
+
+    def _seen(
+        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
+    ) -> list[torch.Tensor]:
         # Pixels are float32 in any case: casting them is the module's first step.
         given = [_tensor(pixel_values)]
         if text_embeds is not None:
             given.append(_tensor(text_embeds).to(self._dtype))
-        return _run(self._reference.vision_encoder, *given)
+        return given
 
     def image_newline(self) -> FloatArray:
         """See Backend."""

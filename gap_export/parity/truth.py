@@ -176,7 +176,8 @@ class TorchTruth:
             shared = use_quantized_weights(
                 self._reference, bundle.path, quantization, progress=progress
             )
-        recorder = RecordingBackend(TorchBackend(self._reference, quantization=quantization))
+        backend = TorchBackend(self._reference, quantization=quantization)
+        recorder = RecordingBackend(backend, margins=backend.margins)
         # What a picture, a prompt and a box are to be is the recipe's to say; what the bundle says
         # of it is part of what is checked.
         recipe = self._recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gap_export.pruning.greedy import Choices, GreedyPruner
 from gap_export.pruning.preset import Preset
 from gap_export.pruning.presets import (
     ENTRY_POINT_GROUP,
@@ -25,8 +26,10 @@ __all__ = [
     "ENTRY_POINT_GROUP",
     "LEFT_OUT",
     "PRESETS",
+    "Choices",
     "ChoosingPruner",
     "FixedPruner",
+    "GreedyPruner",
     "Preset",
     "Pruner",
     "Reading",

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from gap_export.pruning.greedy import choose_one_by_one, rows_at
-from gap_export.pruning.pruner import ChoosingPruner, Reading, VisionState, unit
+from gap_export.pruning.greedy import Choices, GreedyPruner, rows_at
+from gap_export.pruning.pruner import Reading, VisionState, unit
 
 # Keeps the kernel positive where a token fits least.
 _LEAST_RELEVANCE = 1e-6
@@ -15,7 +15,7 @@ _LEAST_RELEVANCE = 1e-6
 _NOTHING_LEFT = 1e-12
 
 
-class CdPruner(ChoosingPruner):
+class CdPruner(GreedyPruner):
     """Determinantal point process, its most probable set found greedily (arXiv 1709.05135).
 
     The kernel is r_i cos(P x_i, P x_j) r_j, where r is the cosine of patch and text in CLIP's joint
@@ -26,8 +26,8 @@ class CdPruner(ChoosingPruner):
     summary: ClassVar[str] = "patches that fit the expression, as unlike each other as can be"
     reads: ClassVar[frozenset[Reading]] = frozenset({"text", "image_embeds"})
 
-    def choose(self, state: VisionState, *, num_kept_tokens: int) -> torch.Tensor:
-        """int64 [B, K]."""
+    def start(self, state: VisionState) -> Choices:
+        """See GreedyPruner; merits are what is left of relevance squared, at most about 1."""
         assert state.image_embeds is not None
         embeds, relevance = unit(state.image_embeds), _relevance(state)
         similarity = torch.matmul(embeds, embeds.transpose(1, 2))
@@ -46,7 +46,7 @@ class CdPruner(ChoosingPruner):
             return merits - row * (row / own), left
 
         diagonal = torch.where(index[:, None] == index, kernel, 0.0).sum(dim=2)
-        return choose_one_by_one(diagonal, kernel, follow, num_choices=num_kept_tokens)
+        return Choices(diagonal, kernel, follow)
 
 
 def _relevance(state: VisionState) -> torch.Tensor:

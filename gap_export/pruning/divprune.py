@@ -6,14 +6,14 @@ from typing import ClassVar
 
 import torch
 
-from gap_export.pruning.greedy import choose_one_by_one, rows_at
-from gap_export.pruning.pruner import ChoosingPruner, Reading, VisionState, unit
+from gap_export.pruning.greedy import Choices, GreedyPruner, rows_at
+from gap_export.pruning.pruner import Reading, VisionState, unit
 
 # Above any distance of two directions, which is at most 2.
 _FAR = 4.0
 
 
-class DivPrunePruner(ChoosingPruner):
+class DivPrunePruner(GreedyPruner):
     """Max-min distance, greedily, where distance is 1 - cosine of what the decoder reads.
 
     First the token whose nearest neighbour is farthest; then, again and again, the one that is
@@ -23,8 +23,8 @@ class DivPrunePruner(ChoosingPruner):
     summary: ClassVar[str] = "patches as unlike each other as can be"
     reads: ClassVar[frozenset[Reading]] = frozenset({"image_embeds"})
 
-    def choose(self, state: VisionState, *, num_kept_tokens: int) -> torch.Tensor:
-        """int64 [B, K]."""
+    def start(self, state: VisionState) -> Choices:
+        """See GreedyPruner; merits are distances, 0..2."""
         assert state.image_embeds is not None
         embeds = unit(state.image_embeds)
         cosine = torch.matmul(embeds, embeds.transpose(1, 2))
@@ -43,4 +43,4 @@ class DivPrunePruner(ChoosingPruner):
             return closest, closest.clone()
 
         far = torch.full_like(nearest, _FAR)
-        return choose_one_by_one(nearest, far, follow, num_choices=num_kept_tokens)
+        return Choices(nearest, far, follow)

@@ -236,8 +236,8 @@ def test_a_golden_of_another_version_is_refused(recorded, copied):
     rewrite(copied, lambda plain: plain["tools"].update({"gap-export": "9.8"}))
     with pytest.raises(UsageError, match=rf"version of gap-export: 9.8; allowed: {__version__}"):
         open_golden(copied, given["manifest"])
-    rewrite(copied, lambda plain: plain.update(format_version=2))
-    with pytest.raises(UsageError, match=r"format_version that is not supported: 2; allowed: 1"):
+    rewrite(copied, lambda plain: plain.update(format_version=1))
+    with pytest.raises(UsageError, match=r"format_version that is not supported: 1; allowed: 2"):
         open_golden(copied, given["manifest"])
 
 
@@ -369,3 +369,18 @@ def test_numbers_and_empty_arrays_are_kept_with_their_shape(recorded, tmp_path):
     assert read[0].inputs["batch_size"].shape == ()
     assert read[1].inputs["input_ids"].shape == (1, 0)
     assert read[1].outputs["inputs_embeds"].tolist() == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_margins_of_a_choice_are_kept(recorded, tmp_path):
+    _, given = recorded
+    (seen, *others), *_ = given["calls"]
+    close = replace(seen, margins=np.asarray([1e-7], np.float32))
+    one = {**given, "questions": given["questions"][:1], "answers": given["answers"][:1]}
+    record_golden(tmp_path / "golden", **{**one, "calls": [[close, *others]]})
+    (read,) = open_golden(tmp_path / "golden", given["manifest"]).calls
+    assert read[0].margins.tolist() == close.margins.tolist()
+    assert all(call.margins is None for call in read[1:])
+    for wrong in ("array_no", "array_0"):
+        rewrite(tmp_path / "golden", lambda plain, w=wrong: plain["calls"][0][0].update(margins=w))
+        with pytest.raises(UsageError, match=f"margins of encode_image are '{wrong}'"):
+            open_golden(tmp_path / "golden", given["manifest"])

@@ -199,3 +199,51 @@ def test_every_dtype_has_a_tolerance_for_every_output() -> None:
     for outputs in TOLERANCES.values():
         for name in ("inputs_embeds", "image_newline"):
             assert (outputs[name].atol, outputs[name].rtol, outputs[name].share) == (0, 0, 0)
+
+
+def judge_choices(
+    margins: list[float] | None, keep: np.ndarray, features: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Two pictures, of which the reference kept KEEP, in float32."""
+    truth = np.repeat(KEEP, 2, axis=0)
+    vectors = np.repeat(FEATURES, 2, axis=0)
+    call = Call(
+        method="encode_image",
+        inputs={},
+        outputs={"image_features": vectors, "keep_indices": truth},
+        margins=None if margins is None else np.asarray(margins, np.float32),
+    )
+    tally = Tally()
+    given = {"image_features": vectors if features is None else features, "keep_indices": keep}
+    tally.add([call], [given])
+    tolerances = TOLERANCES["float32"]
+    rows = {row.tensor: row for row in tally.rows(tolerances)}
+    assert bool(tally.first_failures(tolerances)) is not all(row.passed for row in rows.values())
+    return rows
+
+
+def test_other_tokens_pass_where_rounding_decided_the_choice_of_that_picture() -> None:
+    other = np.concatenate([with_others(30), KEEP])
+    features = np.repeat(FEATURES, 2, axis=0).copy()
+    features[0, -30:] = 99
+    row = judge_choices([1e-7, 1.0], other, features)
+    assert row["keep_indices"].passed and row["image_features"].passed
+    assert row["keep_indices"].ties == 1 and row["image_features"].ties == 0
+    for margins in ([1.0, 1e-7], [1e-5, 1e-5], [1e-7], None):
+        row = judge_choices(margins, other, features)
+        assert not row["keep_indices"].passed and row["keep_indices"].ties == 0
+    # Nothing differs: nothing is left out.
+    same = judge_choices([1e-7, 1e-7], np.repeat(KEEP, 2, axis=0))["keep_indices"]
+    assert same.passed and same.ties == 0
+
+
+def test_an_open_choice_excuses_neither_nonsense_nor_features() -> None:
+    twice = np.repeat(KEEP, 2, axis=0)
+    twice[0, 1] = twice[0, 0]
+    assert not judge_choices([1e-7, 1.0], twice)["keep_indices"].passed
+    turned = np.concatenate([KEEP[:, ::-1], KEEP])
+    assert not judge_choices([1e-7, 1.0], turned)["keep_indices"].passed
+    other = np.concatenate([with_others(30), KEEP])
+    wrong = np.repeat(FEATURES, 2, axis=0) + np.float16(1)
+    row = judge_choices([1e-7, 1.0], other, wrong)
+    assert row["keep_indices"].passed and not row["image_features"].passed

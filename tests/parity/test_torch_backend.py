@@ -102,3 +102,24 @@ def test_newline_is_an_output_like_others(dtype: str) -> None:
     assert (call.outputs["image_newline"] == newline).all()
     (replayed,) = replay(recorder.calls, TorchBackend(reference(dtype)))
     assert (replayed["image_newline"] == newline).all()
+
+
+@pytest.mark.parametrize("pruner", ["divprune", "cdpruner", "spatial", "cls"])
+def test_margins_of_a_choice_are_those_of_pruners_that_choose_one_by_one(tiny_graphs, pruner):
+    built = tiny_graphs.reference(pruner)
+    rng = np.random.default_rng(0)
+    image = tiny_graphs.recipe.image
+    pixels = rng.normal(size=(1, 3, image.height, image.width)).astype(np.float32)
+    given: list[Any] = [pixels, None]
+    if pruner == "cdpruner":
+        ids = np.arange(1, 4, dtype=np.int64)[None]
+        given[1] = TorchBackend(built).encode_text(ids)
+    backend = TorchBackend(built)
+    recorder = RecordingBackend(backend, margins=backend.margins)
+    recorder.encode_image(*given)
+    (call,) = recorder.calls
+    if pruner in {"spatial", "cls"}:
+        assert call.margins is None
+    else:
+        assert call.margins.dtype == np.float32 and call.margins.shape == (1,)
+        assert 0 <= call.margins[0] < 2

@@ -15,6 +15,7 @@ from gap_export.manifest import GridSpec, PruningSpec
 from gap_export.pruning import (
     ChoosingPruner,
     FixedPruner,
+    GreedyPruner,
     Pruner,
     Reading,
     ScoringPruner,
@@ -180,8 +181,7 @@ class PrunedVisionEncoder(_VisionReader):
             image_features [B, K', H], keep_indices int64 [B, K'] and, of a pruner that has scores,
             token_scores float32 [B, N] (B = I without text).
         """
-        projects_all = "image_embeds" in self.pruner.reads
-        state = self._state(pixel_values, text_embeds, self.projector if projects_all else None)
+        state = self._state(pixel_values, text_embeds, self._projector_of_all())
         pruning = self.pruning
         if isinstance(self.pruner, ScoringPruner):
             scores = self.pruner.scores(state)
@@ -201,6 +201,28 @@ class PrunedVisionEncoder(_VisionReader):
         else:
             keep = self.fixed_places.expand(state.patch_features.shape[0], -1)
         return emit_kept(state, keep, pruning=pruning, grid=self.grid, project=self.projector)
+
+    def margins(
+        self, pixel_values: torch.Tensor, text_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """By how much the closest choice of a greedy pruner was decided; no part of the graph.
+
+        Args:
+            pixel_values: As of :meth:`forward`.
+            text_embeds: Likewise.
+
+        Returns:
+            float [B]; None of another pruner.
+        """
+        pruner = self.pruner
+        if not isinstance(pruner, GreedyPruner):
+            return None
+        state = self._state(pixel_values, text_embeds, self._projector_of_all())
+        return pruner.margins(state, num_kept_tokens=self.pruning.num_kept_tokens)
+
+    def _projector_of_all(self) -> nn.Module | None:
+        """The projector, where the pruner reads all tokens projected."""
+        return self.projector if "image_embeds" in self.pruner.reads else None
 
 
 class ScoredVisionEncoder(_VisionReader):

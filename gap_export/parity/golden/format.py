@@ -26,7 +26,7 @@ HASH_NAME = f"{GOLDEN_NAME}.sha256"
 TENSORS_NAME = "golden.safetensors"
 NAMES = frozenset({GOLDEN_NAME, HASH_NAME, TENSORS_NAME})
 FORMAT = "gap-export-golden"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECORD_AGAIN = "record it again: gap-export check BUNDLE --record DIR"
 
 # A golden's dtypes by their names in a safetensors file.
@@ -88,11 +88,12 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredCall:
-    """A call of the reference; arrays by their names in the golden."""
+    """A call of the reference; arrays by their names in the golden. See ``replay.Call``."""
 
     method: str
     inputs: Mapping[str, str | None]
     outputs: Mapping[str, str]
+    margins: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

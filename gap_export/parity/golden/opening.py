@@ -281,6 +281,10 @@ def _call_problem(spec: GoldenSpec, call: StoredCall) -> str:
             return f"{name} of {call.method} is {key!r}, which is not in the golden"
         if name in SCALARS and (tensor.dtype, tensor.shape) != ("int64", ()):
             return f"{name} of {call.method} is not one integer"
+    if call.margins is not None:
+        margins = spec.tensors.get(call.margins)
+        if margins is None or margins.dtype != "float32" or len(margins.shape) != 1:
+            return f"margins of {call.method} are {call.margins!r}, which is no row of float32"
     return ""
 
 
@@ -314,6 +318,7 @@ class _Calls(Sequence[list[Call]]):
                 method=call.method,
                 inputs={n: None if k is None else read(k) for n, k in call.inputs.items()},
                 outputs={name: read(key) for name, key in call.outputs.items()},
+                margins=None if call.margins is None else read(call.margins),
             )
             for call in calls
         ]

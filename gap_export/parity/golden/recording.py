@@ -240,6 +240,7 @@ def _store_call(arrays: _Arrays, call: Call) -> StoredCall:
         method=call.method,
         inputs={n: None if a is None else arrays.add(a) for n, a in call.inputs.items()},
         outputs={name: arrays.add(array) for name, array in call.outputs.items()},
+        margins=None if call.margins is None else arrays.add(call.margins),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -29,6 +30,7 @@ class AnswerPair:
             finding and not a failed check.
         logits: The reference's [V] at each step.
         tolerances: By name of output, of the dtype both compute in.
+        is_open_choice: Whether the reference's own choice of tokens hung on rounding.
     """
 
     question: Question
@@ -36,6 +38,7 @@ class AnswerPair:
     given: Grounding | GapExportError
     logits: Sequence[NDArray[Any]]
     tolerances: Mapping[str, Tolerance]
+    is_open_choice: bool = False
 
     @classmethod
     def of_calls(
@@ -46,13 +49,15 @@ class AnswerPair:
         calls: Sequence[Call],
         tolerances: Mapping[str, Tolerance],
     ) -> AnswerPair:
-        """With the logits of the reference's recorded calls."""
+        """With the logits and margins of the reference's recorded calls."""
+        margins = [float(call.margins.min()) for call in calls if call.margins is not None]
         return cls(
             question=question,
             expected=expected,
             given=given,
             logits=[call.outputs["logits"][0] for call in calls if call.is_decode],
             tolerances=tolerances,
+            is_open_choice=min(margins, default=math.inf) <= tolerances["keep_indices"].margin,
         )
 
     @property
@@ -109,12 +114,14 @@ class AnswerPair:
 
     @property
     def _saw_others(self) -> bool:
-        """The two part after they saw other visual tokens, as few as is allowed."""
+        """The two part after they saw other visual tokens, where and as few as is allowed."""
         if not isinstance(self.given, Grounding) or self.same_tokens:
             return False
         allowed = self.tolerances["keep_indices"].others
         mine, other = set(self.expected.keep_indices), set(self.given.keep_indices)
         number = max(len(mine - other), len(other - mine))
+        if self.is_open_choice:
+            return number > 0
         return allowed > 0 and 0 < number <= max(1, int(allowed * len(mine)))
 
 

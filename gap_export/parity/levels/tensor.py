@@ -28,6 +28,9 @@ def judge_tensors(rows: Sequence[TensorRow], *, broken: str = "", note: str = ""
         "failed": len(failed),
         "calls": sum(row.calls for row in outputs),
     }
+    ties = sum(row.ties for row in outputs)
+    if ties:
+        figures["ties"] = ties
     if len(outputs) < len(rows):
         layers = [row for row in rows if row.module]
         figures |= {"layers": len(layers), "layers_off": sum(not row.passed for row in layers)}

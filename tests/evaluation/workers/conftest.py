@@ -21,8 +21,10 @@ def ray_cluster(**head: Any) -> Iterator[Any]:
     from ray import cloudpickle
     from ray.cluster_utils import Cluster
 
-    # Workers do not see the tests: what is in there is sent along.
-    cloudpickle.register_pickle_by_value(fake_runners)
+    # Workers do not see the tests: what is in there is sent along. One cluster may lie in another.
+    is_sent = fake_runners.__name__ in cloudpickle.list_registry_pickle_by_value()
+    if not is_sent:
+        cloudpickle.register_pickle_by_value(fake_runners)
     # Names of sockets are short, and so is this folder's.
     folder = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
     with folder as scratch, pytest.MonkeyPatch.context() as patch:
@@ -39,7 +41,8 @@ def ray_cluster(**head: Any) -> Iterator[Any]:
         cluster = Cluster(initialize_head=True, head_node_args=arguments)
         yield cluster
         cluster.shutdown()
-    cloudpickle.unregister_pickle_by_value(fake_runners)
+    if not is_sent:
+        cloudpickle.unregister_pickle_by_value(fake_runners)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 
 from gap_export.errors import GapExportError
+from gap_export.parity.levels.answers import AnswerPair
+from gap_export.parity.question import Question
+from gap_export.parity.replay import Call
+from gap_export.parity.tolerances import TOLERANCES
 from tests.parity.levels.pairs import EOS, answer, pair
 
 
@@ -60,6 +64,27 @@ def test_a_candidate_without_an_answer_differs_from_the_first_token_on():
 def test_another_selection_is_a_tie_only_where_it_may_be_another(dtype, keep, is_tie):
     logits = [[9.0, 1.0, 0.0]]
     assert pair(answer(), answer((1, EOS), keep), logits, dtype=dtype).is_tie is is_tie
+
+
+def test_any_other_selection_is_a_tie_where_rounding_decided_it():
+    logits = np.asarray([9.0, 1.0, 0.0])
+    for margins, is_tie in (([1e-7], True), ([1.0, 1e-7], True), ([1e-5], False), (None, False)):
+        seen = Call(
+            method="encode_image",
+            inputs={},
+            outputs={},
+            margins=None if margins is None else np.asarray(margins, np.float32),
+        )
+        calls = [seen, Call(method="decode", inputs={}, outputs={"logits": logits[None]})]
+        for keep, differs in (((5, 4), True), ((0, 3), False)):
+            found = AnswerPair.of_calls(
+                Question(image=np.zeros((96, 96, 3), np.uint8), expression="the dog"),
+                answer(),
+                answer((1, EOS), keep),
+                calls,
+                TOLERANCES["float32"],
+            )
+            assert found.is_tie is (is_tie and differs)
 
 
 def test_another_selection_with_the_same_answer_needs_no_excuse():
