@@ -26,7 +26,14 @@ COMPONENTS = ("vision_encoder", "text_encoder", "embed_tokens", "decoder_model_m
 DECODER = COMPONENTS[-1]
 
 
-@pytest.fixture(scope="module", params=[None, INT4], ids=["fp16", "int4"])
+# INT4 decoders are built by default at their true shape.
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(None, id="fp16"),
+        pytest.param(INT4, id="int4", marks=pytest.mark.full),
+    ],
+)
 def exported(request: pytest.FixtureRequest, exports: SharedExports) -> Bundle:
     """The demo model for a desktop card, built by the export itself, and for an Orin, prepared."""
     return open_bundle(

@@ -114,7 +114,11 @@ def changed(bundle: Path, out: Path, change: Callable[[Path], None]) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "dtype"),
-    [("rtn", "float32"), ("awq", "float32"), ("awq", "float16")],
+    [
+        ("rtn", "float32"),
+        pytest.param("awq", "float32", marks=pytest.mark.full),
+        ("awq", "float16"),
+    ],
 )
 def test_an_honest_bundle_passes_and_the_report_says_whose_weights(export, check, method, dtype):
     report = check(export(method, dtype))
