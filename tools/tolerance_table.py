@@ -17,7 +17,10 @@ def in_words(tolerance: Tolerance) -> str:
         parts.append(f"{100 * tolerance.others:g} % of the tokens may be others, or one")
     if tolerance.margin:
         parts = parts or ["none"]
-        parts.append(f"chosen one by one with a margin of {tolerance.margin:.2g} or less, any")
+        parts.append(
+            f"chosen one by one with a margin of {tolerance.margin:.2g} or less, "
+            f"{100 * tolerance.others_if_open:g} % of the tokens, or one"
+        )
     return "; ".join(parts) or "none"
 
 

@@ -214,6 +214,7 @@ def find_excused(
     margins: NDArray[np.float32] | None,
     *,
     margin: float,
+    most: int,
 ) -> NDArray[np.bool_]:
     """Which rows of kept tokens are others because rounding decided.
 
@@ -223,18 +224,25 @@ def find_excused(
         margins: float32 [B], by how much the reference's closest choice was decided; None where
             that is not known.
         margin: What rounding can decide.
+        most: Tokens of a row that may be others; 0 for none.
 
     Returns:
         bool [B]: the reference's own choice hung on rounding, and the candidate chose otherwise, in
-        a way that holds together.
+        a way that holds together, and not too far off.
     """
     excused = np.zeros(len(reference), dtype=np.bool_)
-    if margins is None or margins.shape != excused.shape or reference.shape != candidate.shape:
+    if (
+        most == 0
+        or margins is None
+        or margins.shape != excused.shape
+        or reference.shape != candidate.shape
+    ):
         return excused
     for row in np.flatnonzero(margins <= margin):
         truth, judged = reference[row], candidate[row]
-        other = not np.array_equal(truth, judged)
-        excused[row] = other and not _fault_of_selection(truth, judged)
+        if np.array_equal(truth, judged) or _fault_of_selection(truth, judged):
+            continue
+        excused[row] = len(np.setdiff1d(truth, judged)) <= most
     return excused
 
 

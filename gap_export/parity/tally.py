@@ -184,8 +184,13 @@ def _pairs(
 
 
 def _excused(one: Compared, selected: Tolerance) -> NDArray[np.bool_]:
+    kept = one.call.outputs[_KEPT]
     return find_excused(
-        one.call.outputs[_KEPT], one.outputs[_KEPT], one.call.margins, margin=selected.margin
+        kept,
+        one.outputs[_KEPT],
+        one.call.margins,
+        margin=selected.margin,
+        most=selected.most_if_open(kept.shape[-1]),
     )
 
 

@@ -223,9 +223,9 @@ def judge_choices(
 
 
 def test_other_tokens_pass_where_rounding_decided_the_choice_of_that_picture() -> None:
-    other = np.concatenate([with_others(30), KEEP])
+    other = np.concatenate([with_others(12), KEEP])
     features = np.repeat(FEATURES, 2, axis=0).copy()
-    features[0, -30:] = 99
+    features[0, -12:] = 99
     row = judge_choices([1e-7, 1.0], other, features)
     assert row["keep_indices"].passed and row["image_features"].passed
     assert row["keep_indices"].ties == 1 and row["image_features"].ties == 0
@@ -243,7 +243,25 @@ def test_an_open_choice_excuses_neither_nonsense_nor_features() -> None:
     assert not judge_choices([1e-7, 1.0], twice)["keep_indices"].passed
     turned = np.concatenate([KEEP[:, ::-1], KEEP])
     assert not judge_choices([1e-7, 1.0], turned)["keep_indices"].passed
-    other = np.concatenate([with_others(30), KEEP])
+    other = np.concatenate([with_others(12), KEEP])
     wrong = np.repeat(FEATURES, 2, axis=0) + np.float16(1)
     row = judge_choices([1e-7, 1.0], other, wrong)
     assert row["keep_indices"].passed and not row["image_features"].passed
+
+
+def test_an_open_choice_excuses_a_share_of_the_tokens_and_no_more() -> None:
+    for number, passed in ((12, True), (13, False), (100, False)):
+        other = np.concatenate([with_others(number), KEEP])
+        row = judge_choices([0.0, 1.0], other)["keep_indices"]
+        assert row.passed is passed and row.ties == int(passed)
+
+
+def test_in_half_precision_no_margin_excuses_anything() -> None:
+    """Some choice is close in every picture there: whatever was kept would pass."""
+    tally = Tally()
+    truth = {"image_features": FEATURES, "keep_indices": KEEP}
+    close = np.zeros(1, np.float32)
+    call = Call(method="encode_image", inputs={}, outputs=truth, margins=close)
+    tally.add([call], [{**truth, "keep_indices": with_others(3)}])
+    rows = {row.tensor: row for row in tally.rows(TOLERANCES["float16"])}
+    assert not rows["keep_indices"].passed and rows["keep_indices"].ties == 0

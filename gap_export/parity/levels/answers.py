@@ -121,7 +121,7 @@ class AnswerPair:
         mine, other = set(self.expected.keep_indices), set(self.given.keep_indices)
         number = max(len(mine - other), len(other - mine))
         if self.is_open_choice:
-            return number > 0
+            return 0 < number <= self.tolerances["keep_indices"].most_if_open(len(mine))
         return allowed > 0 and 0 < number <= max(1, int(allowed * len(mine)))
 
 
