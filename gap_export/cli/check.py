@@ -91,7 +91,7 @@ def check(
 
     Position ids, every output, every token, every box, and Acc@0.5; exit code 3 where one fails.
     """
-    from gap_export.bundle import open_bundle
+    from gap_export.engines.folder import open_whole
     from gap_export.parity.report import check_writable, write_reports
 
     terminal = terminal_of(ctx)
@@ -110,7 +110,7 @@ def check(
     )
     if record is not None:
         refuse_ignored("--record judges nothing", given)
-        opened = open_bundle(bundle, verify="full")
+        opened = open_whole(bundle)
         terminal.result(str(_record(opened, options, record, backends, force, terminal.progress())))
         return
     refuse_ignored("it is for --record", {"--force": force})
@@ -129,7 +129,7 @@ def check(
         per_layer=per_layer,
         required=parse_backends(require or [], "--require"),
     )
-    opened = open_bundle(bundle, verify="full")
+    opened = open_whole(bundle)
     report = _check(opened, options, judging, terminal.progress())
     write_reports(report, json=report_json, junit=junit, markdown=markdown, html=html)
     if as_json:

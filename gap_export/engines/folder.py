@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gap_export.bundle import Bundle, Verify
+from gap_export.bundle import Bundle, Verify, open_bundle
 from gap_export.bundle.files import ENGINES_FOLDER, walk_files
 from gap_export.bundle.stamps import verify_hashes
 from gap_export.engines.graph_hash import hash_weights, listed_file
@@ -66,6 +66,29 @@ def engine_folders(bundle: Bundle) -> tuple[str, ...]:
     if not parent.is_dir():
         return ()
     return tuple(sorted(p.name for p in parent.iterdir() if not p.name.startswith(".")))
+
+
+def open_whole(path: str | Path) -> Bundle:
+    """Check every byte of a bundle, and of all engines in it, whether they can run here or not.
+
+    Args:
+        path: The bundle's folder.
+
+    Raises:
+        BundleError: as of :func:`gap_export.bundle.open_bundle` and :func:`read_engine_folder`, or
+            a plain file among the folders of engines.
+    """
+    bundle = open_bundle(path, verify="full")
+    for name in engine_folders(bundle):
+        if not (bundle.path / ENGINES_FOLDER / name).is_dir():
+            raise BundleError(
+                f"{ENGINES_FOLDER}/ holds something that is no folder of engines",
+                seen=name,
+                allowed="what gap-export build made",
+                fix="move it out of the bundle",
+            )
+        read_engine_folder(bundle, name, verify="full")
+    return bundle
 
 
 def read_plan(bundle: Bundle, folder: str) -> EnginePlan:
@@ -248,6 +271,29 @@ def _check_graph(bundle: Bundle, plan: EnginePlan, engine: EngineSpec) -> None:
             allowed=engine.weights_sha256,
             fix=_build_again(plan),
         )
+    forms = [
+        (spec.component, spec.lowering, spec.dtype, spec.quantization, spec.kv_contract)
+        for spec in bundle.manifest.graphs
+        if spec.file == engine.graph
+    ]
+    form = (
+        engine.component,
+        engine.lowering,
+        engine.dtype,
+        engine.quantization,
+        engine.kv_contract,
+    )
+    if form not in forms:
+        raise BundleError(
+            f"{PLAN_NAME} does not say of engine {engine.file} what the bundle says of its graph",
+            seen=f"{engine.graph}: {_form_words(form)}",
+            allowed=" or ".join(map(_form_words, forms)) or "a graph of the bundle",
+            fix=_build_again(plan),
+        )
+
+
+def _form_words(form: tuple[object, ...]) -> str:
+    return ", ".join(str(part) for part in form if part is not None)
 
 
 def _check_bytes(path: Path, plan: EnginePlan, raw_plan: bytes, verify: Verify) -> None:

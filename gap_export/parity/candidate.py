@@ -77,7 +77,7 @@ def open_candidate(
     """Load what runs a bundle.
 
     Args:
-        bundle: Opened with ``verify="full"``; so are its engines.
+        bundle: From :func:`gap_export.engines.folder.open_whole`.
         key: Which.
         engines: With TensorRT: which of the bundle's engines.
         reference: What it is to be compared with.
@@ -174,7 +174,7 @@ def _open_ort(bundle: Bundle, engines: str | None) -> _Loaded:
 def _open_trt(bundle: Bundle, engines: str | None) -> _Loaded:
     from gap_export.runtime.tensorrt_backend import TensorRTBackend
 
-    backend = TensorRTBackend.open(bundle, engines=engines, verify="full")
+    backend = TensorRTBackend.open(bundle, engines=engines)
     (file,) = (spec.graph for spec in backend.engines if spec.component == _DECODER)
     return backend, file, f"read from {file}, which the engine was built from"
 

@@ -60,7 +60,8 @@ def check_bundle(
     The reference is asked once for all backends that compute in one dtype.
 
     Args:
-        bundle: Opened with ``verify="full"``: what is damaged must not be judged.
+        bundle: From :func:`gap_export.engines.folder.open_whole`: what is damaged must not be
+            judged.
         reference: Asks the questions; None where no level needs one.
         backends: What runs the bundle.
         levels: What to compare.

@@ -29,7 +29,7 @@ def record_truth(
     """Ask a reference, and keep what it gives as a golden.
 
     Args:
-        bundle: Opened with ``verify="full"``.
+        bundle: From :func:`gap_export.engines.folder.open_whole`.
         reference: What to ask.
         folder: The golden's.
         backend: What will be compared with it: that decides the dtype.

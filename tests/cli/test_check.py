@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from xml.etree import ElementTree
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from gap_export.parity import check as parity_check
 from gap_export.parity.results import LEVELS, BackendResult, CheckReport, LevelResult
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from tests.engines.conftest import *  # noqa: F403 - its fixtures
 from tests.patching.conftest import *  # noqa: F403 - its fixtures
 
 
@@ -173,7 +175,6 @@ def test_what_cannot_run_is_told_and_is_a_failure_only_where_required(run_cli, t
 
 
 def test_a_damaged_bundle_is_refused_before_anything_runs(run_cli, tiny_bundle, asked, tmp_path):
-    import shutil
 
     damaged = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, damaged)
@@ -248,7 +249,6 @@ def test_a_patched_bundle_is_compared_with_its_export(run_cli, tiny_export, patc
 
 
 def test_nothing_is_written_into_a_bundle_or_a_golden(run_cli, tiny_bundle, tmp_path):
-    import shutil
 
     bundle, golden = tmp_path / "bundle", tmp_path / "golden"
     shutil.copytree(tiny_bundle, bundle)
@@ -315,3 +315,59 @@ def test_a_report_named_like_standard_output_is_refused(
     outcome = run_cli("check", tiny_bundle, "--level", "positions", flag, "-")
     assert outcome.code == 2 and "- is standard output to most programs" in outcome.err
     assert not list(tmp_path.iterdir())
+
+
+def _flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def _edit_plan(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+_ENGINE, _PLAN = "embed_tokens.engine", "engine.json"
+DAMAGE = {
+    "a bit": (lambda f: _flip(f / _ENGINE), "engine embed_tokens.engine is not what was built"),
+    "cut short": (lambda f: (f / _ENGINE).write_bytes(b"x"), "is cut short or was changed"),
+    "missing": (lambda f: (f / _ENGINE).unlink(), "not complete, missing: embed_tokens.engine"),
+    "unlisted": (lambda f: (f / "x").touch(), "holds files that engine.json does not list: x"),
+    "a link": (
+        lambda f: ((f / _ENGINE).unlink(), (f / _ENGINE).symlink_to(f / _PLAN)),
+        "a symbolic link",
+    ),
+    "no plan": (lambda f: (f / _PLAN).unlink(), "engine.json is missing"),
+    "no JSON": (lambda f: (f / _PLAN).write_text("{"), "engine.json"),
+    "other dtype": (
+        lambda f: _edit_plan(f / _PLAN, '"dtype": "float32"', '"dtype": "float16"'),
+        "what the bundle says of its graph",
+    ),
+    "other graph": (
+        lambda f: _edit_plan(f / _PLAN, '"graph_sha256": "', '"graph_sha256": "0'),
+        "engine.json",
+    ),
+    "a file of no build": (lambda f: (f.parent / "notes").touch(), "no folder of engines: notes"),
+    "another target": (lambda f: (f.parent / "orin").mkdir(), "engine.json is missing"),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_engines_are_refused_whatever_can_run(
+    run_cli, built_bundle, asked, tmp_path, damage, words
+):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(built_bundle.path, bundle)
+    (folder,) = (bundle / "engines").iterdir()
+    damage(folder)
+    for flags in (["--level", "positions"], ["--record", tmp_path / "golden"]):
+        outcome = run_cli("check", bundle, *flags)
+        assert (outcome.code, asked) == (2, []) and words in outcome.err
+    assert not (tmp_path / "golden").exists()
+
+
+def test_whole_engines_do_not_keep_a_bundle_from_its_check(run_cli, built_bundle):
+    outcome = run_cli("check", built_bundle.path, "--level", "positions")
+    assert outcome.code == 0, outcome.err

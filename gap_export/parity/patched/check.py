@@ -51,7 +51,7 @@ def check_patched(
     """Compare logits with those of the unpruned export, dropped tokens masked out.
 
     Args:
-        bundle: Opened with ``verify="full"``.
+        bundle: From :func:`gap_export.engines.folder.open_whole`.
         original: The export's folder.
         questions: At least one.
         backends: Those that are not ONNX Runtime are not run.
