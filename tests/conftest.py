@@ -40,6 +40,9 @@ PROMPT_TOKENS = ["USER:", "ASSISTANT:", "[", "]", ","]
 COORDINATES = [f"{n / 100:.2f}" for n in range(100)]
 VOCABULARY = [*SPECIAL_TOKENS, *PROMPT_TOKENS, *WORDS, *COORDINATES]
 
+# Some tests import ONNX Runtime themselves; it reports nothing from there either.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 CheckpointFactory = Callable[..., Path]
 
 

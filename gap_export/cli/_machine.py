@@ -71,10 +71,10 @@ def _version(name: str) -> str | None:
 
 def _execution_providers() -> list[str]:
     try:
-        import onnxruntime
+        from gap_export.runtime.quiet_onnxruntime import ort
     except (ImportError, OSError):  # not installed, or a library that it links is missing
         return []
-    return list(onnxruntime.get_available_providers())
+    return list(ort.get_available_providers())
 
 
 def _torch_cuda() -> dict[str, Any] | None:

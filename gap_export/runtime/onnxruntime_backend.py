@@ -16,9 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from gap_export.bundle import Bundle
 from gap_export.bundle.tensors import read_place
@@ -27,6 +25,7 @@ from gap_export.manifest import GraphSpec, QuantizationSpec
 from gap_export.positions import Int64Array
 from gap_export.runtime.backend import EncodedImage, FloatArray, KVCache, ScoredImage
 from gap_export.runtime.onnxruntime_options import session_options, spare_memory
+from gap_export.runtime.quiet_onnxruntime import ort, ort_errors
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import onnxruntime as ort
-
 from gap_export.errors import UsageError
+from gap_export.runtime.quiet_onnxruntime import ort
 
 # Its errors reach the user as ours; it need not write them to stderr as well.
 _FATAL_ONLY = 4
@@ -23,7 +22,7 @@ def session_options(num_threads: int | None) -> ort.SessionOptions:
     Raises:
         UsageError: a number of threads out of range.
     """
-    # Some builds report use to their maker, and complain where they cannot write their notes.
+    # For a program that had imported ONNX Runtime itself before, see quiet_onnxruntime.
     ort.disable_telemetry_events()
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL_ONLY

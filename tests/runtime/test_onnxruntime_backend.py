@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -193,25 +194,72 @@ def test_failing_gpu_is_not_blamed_on_the_bundle(
         assert "CPUExecutionProvider" in session.backend.name
 
 
-def test_telemetry_is_off_and_nothing_is_written_to_stderr_without_a_home(
-    tiny_bundle: Path,
+OPEN_AND_WAIT = (
+    "import sys, time; from gap_export import GroundingSession\n"
+    "with GroundingSession.open(sys.argv[1]): time.sleep(float(sys.argv[2]))\n"
+)
+
+
+def without_switch(**variables: str) -> dict[str, str]:
+    """The environment of a user who has never heard of ONNX Runtime's telemetry."""
+    inherited = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    return {**inherited, "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": "", **variables}
+
+
+@pytest.mark.parametrize("home", ["empty", "missing"])
+def test_session_stores_no_device_id_and_says_nothing(
+    tiny_bundle: Path, tmp_path: Path, home: str
 ) -> None:
-    code = (
-        "import sys, onnxruntime as ort; calls = []; real = ort.disable_telemetry_events\n"
-        "ort.disable_telemetry_events = lambda: (calls.append(1), real())\n"
-        "from gap_export import GroundingSession\n"
-        "assert not calls\n"
-        "with GroundingSession.open(sys.argv[1]): assert calls\n"
-    )
+    folder = tmp_path / "home"
+    if home == "empty":
+        folder.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tiny_bundle)],
-        env={**os.environ, "HOME": "/nonexistent", "XDG_CACHE_HOME": ""},
+        [sys.executable, "-c", OPEN_AND_WAIT, str(tiny_bundle), "0"],
+        env=without_switch(HOME=str(folder)),
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    left = [path for path in folder.rglob("*") if path.is_file()]
+    assert [path for path in left if "gap-export" not in path.parts] == []
+
+
+def _can_trace() -> bool:
+    tool = shutil.which("strace")
+    return tool is not None and subprocess.run([tool, "-qq", "true"], check=False).returncode == 0
+
+
+def test_session_that_stays_open_looks_up_no_host(tiny_bundle: Path, tmp_path: Path) -> None:
+    if not _can_trace():
+        pytest.skip("strace, which shows name look-ups, is not installed or not permitted here")
+    trace = tmp_path / "trace"
+    tracing = ["strace", "-f", "-qq", "-e", "trace=connect,sendto,sendmmsg", "-o", str(trace)]
+    # Without the switch ONNX Runtime 1.32 asks DNS after 9.4 s.
+    waiting = [sys.executable, "-c", OPEN_AND_WAIT, str(tiny_bundle), "12"]
+    subprocess.run(
+        [*tracing, *waiting], env=without_switch(HOME=str(tmp_path)), check=True, timeout=120
+    )
+    calls = trace.read_text(encoding="utf-8", errors="replace").splitlines()
+    assert [line for line in calls if "AF_UNIX" not in line and "exited with" not in line] == []
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_switch_that_the_user_has_set_is_left_alone(value: str) -> None:
+    code = (
+        "import os; from gap_export.runtime.quiet_onnxruntime import TELEMETRY_SWITCH\n"
+        "print(os.environ[TELEMETRY_SWITCH])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=without_switch(ORT_DISABLE_TELEMETRY=value, HOME="/nonexistent"),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == value
 
 
 def test_dtype_that_numpy_lacks_is_refused(rebuild: Rebuild) -> None:

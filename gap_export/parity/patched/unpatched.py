@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from gap_export.bundle.files import sha256_of
@@ -16,6 +15,7 @@ from gap_export.manifest import Manifest, SourcePart
 from gap_export.runtime.backend import FloatArray
 from gap_export.runtime.onnxruntime_backend import ORT_ERRORS
 from gap_export.runtime.onnxruntime_options import session_options, spare_memory
+from gap_export.runtime.quiet_onnxruntime import ort
 
 _DTYPES: Mapping[str, type] = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64,
