@@ -14,6 +14,7 @@
     |-- ExportError                     1  tracing or a graph pass failed
     |   `-- PassError                      a pass declined or broke its contract
     |-- EngineError                     1  TensorRT did not take a graph, or could not build it
+    |-- ComputationError                1  a graph gave NaN, infinity, or one number everywhere
     `-- ParityError                     3  the candidate does not agree with the reference
 
 An error's text says what is wrong, the value seen, what is allowed and what to do.
@@ -117,6 +118,10 @@ class PassError(ExportError):
 
 class EngineError(GapExportError):
     """TensorRT did not take a graph, or could not build its engine."""
+
+
+class ComputationError(GapExportError):
+    """A graph gave floats that nothing can be read from: NaN, infinity, one number everywhere."""
 
 
 class ParityError(GapExportError):

@@ -10,7 +10,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from gap_export.bundle import Bundle, open_bundle
-from gap_export.errors import ExpressionError, GapExportError, ImageError, UsageError
+from gap_export.errors import (
+    ComputationError,
+    ExpressionError,
+    GapExportError,
+    ImageError,
+    UsageError,
+)
 from gap_export.evaluation.questions import Question
 from gap_export.evaluation.records import Record
 from gap_export.evaluation.settings import Misalignment, Setting
@@ -241,6 +247,11 @@ def _answer_batch(
         answers = session.ground_batch(image, [question.expression for question in questions])
     except ImageError as err:
         return [_failed(question, err) for question in questions]
+    except ComputationError as err:
+        # It ends the evaluation: a model that computes this has no accuracy.
+        raise ComputationError(
+            err.what, seen=f"{err.seen}; asked {questions[0].id}", allowed=err.allowed, fix=err.fix
+        ) from err
     except ExpressionError as err:
         if len(questions) == 1:
             return [_failed(questions[0], err)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gap_export.errors import GapExportError, UsageError
+from gap_export.errors import UsageError
 from gap_export.positions import (
     Int64Array,
     PositionMode,
@@ -19,6 +19,7 @@ from gap_export.positions import (
     stack_kept_positions,
 )
 from gap_export.runtime.backend import Backend, FloatArray
+from gap_export.runtime.computed import check_computed, choose_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,8 @@ def generate(
 
     Raises:
         UsageError: no step to do, or forced tokens of another batch size.
-        GapExportError: the decoder gave logits that are not numbers.
+        ComputationError: the decoder gave logits that choose nothing, or the word embeddings are
+            not finite.
     """
     num_rows = len(prompt.inputs_embeds)
     if forced_tokens is not None and len(forced_tokens) != num_rows:
@@ -155,7 +157,12 @@ def generate(
             kept_positions=prompt.kept_positions,
             cache=cache,
         )
-        tokens = _argmax(logits, step=step)
+        # Forced tokens come with somebody who looks at the logits, whatever they are.
+        tokens = (
+            choose_tokens(logits, step=step)
+            if forced_tokens is None
+            else logits.argmax(axis=-1).astype(np.int64)
+        )
         chosen.append(tokens)
         if keep_logits:
             kept_logits.append(logits)
@@ -167,6 +174,7 @@ def generate(
         # Finished rows go on being fed their own choices; nobody reads what they say.
         fed = tokens if forced_tokens is None else forced_tokens[:, step]
         embeds = backend.embed_tokens(fed[:, None])
+        check_computed(embeds, graph="embed_tokens", output="inputs_embeds", may_be_constant=True)
         mask = np.concatenate([mask, np.ones((num_rows, 1), dtype=np.int64)], axis=1)
         slots = slots[:, -1:] + 1
     ended = time.perf_counter()
@@ -192,18 +200,6 @@ def _position_table(row: PromptRow, positions: PositionMode) -> Int64Array:
     table = table if positions == "gap" else compact_positions(len(table))
     table[start:] += row.shift
     return table
-
-
-def _argmax(logits: FloatArray, *, step: int) -> Int64Array:
-    tokens: Int64Array = logits.argmax(axis=-1).astype(np.int64)
-    # numpy's argmax stops at the first NaN, so looking at the winners finds any.
-    if np.isnan(np.take_along_axis(logits, tokens[:, None], axis=-1)).any():
-        raise GapExportError(
-            "the decoder's logits are not numbers",
-            seen=f"NaN at step {step}",
-            fix="check the bundle with: gap-export check BUNDLE",
-        )
-    return tokens
 
 
 def _until_eos(row: Int64Array, eos_token_ids: Sequence[int]) -> tuple[int, ...]:

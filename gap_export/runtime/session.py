@@ -21,6 +21,7 @@ from gap_export.manifest import BoxSpec, Manifest
 from gap_export.positions import PositionMode
 from gap_export.runtime.backend import Backend, FloatArray
 from gap_export.runtime.boxes import parse_answer, to_pixels
+from gap_export.runtime.computed import check_computed
 from gap_export.runtime.generation import (
     DecoderPrompt,
     Generation,
@@ -245,6 +246,7 @@ class GroundingSession:
         embeds: dict[int, FloatArray] = {}
         for rows in rows_by_length.values():
             batch = self.backend.encode_text(np.stack([texts[row] for row in rows]))
+            check_computed(batch, graph="text_encoder", output="text_embeds")
             embeds.update(zip(rows, batch, strict=True))
         return np.stack([embeds[row] for row in range(len(texts))])
 
@@ -258,7 +260,8 @@ class GroundingSession:
         for row, tokens in zip(encoded, visual, strict=True):
             start = len(row.prefix_ids)
             ids = np.concatenate([row.prefix_ids, row.suffix_ids])
-            embeds = self.backend.embed_tokens(ids[None])[0]
+            (embeds,) = found = self.backend.embed_tokens(ids[None])
+            check_computed(found, graph="embed_tokens", output="inputs_embeds")
             rows.append(
                 PromptRow(
                     prefix_embeds=embeds[:start],

@@ -14,6 +14,7 @@ from gap_export.manifest import Manifest
 from gap_export.positions import Int64Array, TiledTokens, TileLayout, TileTokens, arrange_tiles
 from gap_export.runtime.backend import Backend, EncodedImage, FloatArray, ScoredImage
 from gap_export.runtime.budget import count_outliers, snap_to_buckets
+from gap_export.runtime.computed import check_computed
 from gap_export.runtime.geometry import ImageGeometry
 from gap_export.runtime.grounding import TokenGrid
 
@@ -64,6 +65,7 @@ def encode_picture(
 
     Raises:
         BundleError: the vision encoder's outputs are not of the shape the manifest says.
+        ComputationError: they are not finite, or hold the same number everywhere.
     """
     layout = geometry.tile_layout(manifest.image, manifest.grid)
     if layout is None:
@@ -75,6 +77,9 @@ def encode_picture(
         ]
     else:
         newline = backend.image_newline()
+        check_computed(
+            newline, graph="the checkpoint", output="image_newline", may_be_constant=True
+        )
         per_tile = (
             [None]
             if text_embeds is None
@@ -102,7 +107,8 @@ def _encode(
 ) -> list[EncodedImage]:
     """What is kept of each of ``images`` rows, without their dimension."""
     encoded = EncodedImage(*backend.encode_image(pixel_values, text_embeds))
-    return _rows(encoded, manifest, images, num_kept=manifest.pruning.num_kept_tokens)
+    num_kept = manifest.pruning.num_kept_tokens
+    return _rows(encoded, manifest, images, num_kept=num_kept, graph="vision_encoder")
 
 
 def _encode_adaptively(
@@ -116,21 +122,21 @@ def _encode_adaptively(
     pruning = manifest.pruning
     scored = backend.score_tokens(pixel_values, text_embeds)
     _check_shape("token_scores", scored.token_scores, (images, pruning.num_visual_tokens))
+    _check_floats("vision_encoder", scored)
     numbers = snap_to_buckets(count_outliers(scored.token_scores), pruning.kept_buckets)
     found: dict[int, EncodedImage] = {}
     for number in sorted(set(numbers.tolist())):
         rows = np.flatnonzero(numbers == number)
         some = ScoredImage(*(None if part is None else part[rows] for part in scored))  # type: ignore[arg-type]
         pruned = backend.prune_tokens(some, num_kept_tokens=number)
-        for row, kept in zip(
-            rows, _rows(pruned, manifest, len(rows), num_kept=number), strict=True
-        ):
+        each = _rows(pruned, manifest, len(rows), num_kept=number, graph="token_pruner")
+        for row, kept in zip(rows, each, strict=True):
             found[int(row)] = kept._replace(token_scores=scored.token_scores[row])
     return [found[row] for row in range(images)]
 
 
 def _rows(
-    encoded: EncodedImage, manifest: Manifest, images: int, *, num_kept: int
+    encoded: EncodedImage, manifest: Manifest, images: int, *, num_kept: int, graph: str
 ) -> list[EncodedImage]:
     """Each row by itself, of the shape the manifest says."""
     pruning = manifest.pruning
@@ -138,6 +144,7 @@ def _rows(
     features, keep, scores = encoded
     _check_shape("image_features", features, (images, emitted, manifest.decoder.hidden_size))
     _check_shape("keep_indices", keep, (images, emitted))
+    _check_floats(graph, encoded)
     for row in keep:
         check_keep_indices(
             row,
@@ -151,6 +158,14 @@ def _rows(
         EncodedImage(features[row], keep[row], None if scores is None else scores[row])
         for row in range(images)
     ]
+
+
+def _check_floats(graph: str, given: EncodedImage | ScoredImage) -> None:
+    for output, values in given._asdict().items():
+        if values is not None and values.dtype.kind == "f":
+            # Where a pruner finds all tokens equal, those of the lowest indices are kept.
+            may_be_constant = output == "token_scores"
+            check_computed(values, graph=graph, output=output, may_be_constant=may_be_constant)
 
 
 def _check_shape(name: str, seen: NDArray[Any], wanted: tuple[int, ...]) -> None:

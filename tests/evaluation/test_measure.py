@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gap_export.bundle import open_bundle
-from gap_export.errors import UsageError
+from gap_export.errors import ComputationError, UsageError
 from gap_export.evaluation import measure
 from gap_export.evaluation.datasets import open_dataset
 from gap_export.evaluation.measure import Runner, RunnerOptions, check_prompt, default_shift
@@ -18,6 +18,7 @@ from gap_export.evaluation.settings import pruned_settings, whole_settings
 from gap_export.evaluation.workers import Shard, cut_shards
 from gap_export.manifest import GridSpec, PromptSpec
 from gap_export.runtime import session as session_module
+from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.session import GroundingSession
 
 QUESTIONS = open_dataset("refshapes", samples=6, seed=0).questions
@@ -74,6 +75,14 @@ def test_answers_have_boxes_with_their_fractions(gap, monkeypatch):
     (record,) = answer(gap, QUESTIONS[:1])
     assert record.fractions == (0.5, 0.25, 0.1, 0.75)
     assert record.box == pytest.approx((9.6, 24, 48, 72))
+
+
+def test_what_nothing_can_be_read_from_ends_the_evaluation_and_names_the_question(gap, monkeypatch):
+    monkeypatch.setattr(
+        OnnxRuntimeBackend, "decode", lambda self, *, inputs_embeds, **_: inputs_embeds[:, 0] * 0
+    )
+    with pytest.raises(ComputationError, match=f"logits .* asked {QUESTIONS[0].id}; allowed"):
+        answer(gap, QUESTIONS)
 
 
 def test_compact_and_gap_feed_the_same_tokens_with_other_positions(tiny_bundle, prompts):
