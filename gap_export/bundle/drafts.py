@@ -7,6 +7,7 @@ which the kernel releases when the process dies, so a living draft is never swep
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import secrets
 import shutil
@@ -14,7 +15,10 @@ from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 
+from gap_export.bundle.exchange import exchange
 from gap_export.errors import OutputError
+
+logger = logging.getLogger(__name__)
 
 DRAFT_MARK = ".gap-draft-"
 REPLACED_MARK = ".gap-replaced-"
@@ -73,13 +77,70 @@ def sweep_drafts(final: Path) -> None:
 def put_in_place(folder: Path, final: Path) -> None:
     """Give the draft its final name; a folder in the way is removed after that, or put back.
 
+    A folder in the way changes names with the draft in one step: killed at any point, there is a
+    whole folder under the name. Where the file system has no such step, the old one is set aside
+    first, and :func:`find_standing` finds it there until the next writer puts it back.
+
     Raises:
         OutputError: somebody else took the name meanwhile.
         OSError: the parent cannot be written.
     """
     taken = final.is_dir() and any(final.iterdir())
-    replaced = final.parent / f".{final.name}{REPLACED_MARK}{secrets.token_hex(4)}"
     lock = _try_lock(final) if taken else None
+    try:
+        old = _exchange(folder, final) if taken else None
+        if old is None:
+            old = _rename_in_two_steps(folder, final, taken=taken)
+    finally:
+        if lock is not None:
+            os.close(lock)
+    sync(final.parent)
+    if taken:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def find_standing(final: Path) -> Path:
+    """The folder of that name, or where it is missing the one that a killed writer had set aside.
+
+    Returns:
+        ``final`` where nothing, or more than one folder, was set aside.
+    """
+    prefix = f".{final.name}{REPLACED_MARK}"
+    if os.path.lexists(final):
+        return final
+    with suppress(OSError):
+        aside = [p for p in final.parent.iterdir() if p.name.startswith(prefix)]
+        if len(aside) == 1 and aside[0].is_dir() and not aside[0].is_symlink():
+            logger.warning(
+                "%s is missing: whoever was replacing it was killed; read is the old one, %s. "
+                "Give it its name back, or write %s again",
+                final, aside[0], final.name,
+            )  # fmt: skip
+            return aside[0]
+    return final
+
+
+def _exchange(folder: Path, final: Path) -> Path | None:
+    """Change the two names in one step; where the old folder then is, None where that cannot be."""
+    before = final.stat()
+    draft = folder.stat()
+    try:
+        if not exchange(folder, final):
+            return None
+    except BaseException:
+        # Ctrl+C or a signal, which may come right after it.
+        if os.path.samestat(final.stat(), draft):
+            exchange(folder, final)
+        raise
+    if not os.path.samestat(folder.stat(), before):
+        exchange(folder, final)
+        raise _taken(final)
+    return folder
+
+
+def _rename_in_two_steps(folder: Path, final: Path, *, taken: bool) -> Path:
+    """Set the old folder aside, if there is one, and give the draft its name; where the old is."""
+    replaced = final.parent / f".{final.name}{REPLACED_MARK}{secrets.token_hex(4)}"
     try:
         if taken:
             final.rename(replaced)
@@ -87,22 +148,21 @@ def put_in_place(folder: Path, final: Path) -> None:
     except OSError as err:
         _put_back(folder, final, replaced)
         if err.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise OutputError(
-                "the output folder was taken by somebody else meanwhile",
-                seen=final,
-                fix="try again, or choose another place",
-            ) from err
+            raise _taken(final) from err
         raise
     except BaseException:
         # Ctrl+C or a signal, which may come right after either rename.
         _put_back(folder, final, replaced)
         raise
-    finally:
-        if lock is not None:
-            os.close(lock)
-    sync(final.parent)
-    if taken:
-        shutil.rmtree(replaced, ignore_errors=True)
+    return replaced
+
+
+def _taken(final: Path) -> OutputError:
+    return OutputError(
+        "the output folder was taken by somebody else meanwhile",
+        seen=final,
+        fix="try again, or choose another place",
+    )
 
 
 def sync_tree(folder: Path, *, leave_out: Container[Path]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from gap_export.bundle.drafts import find_standing
 from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME, hash_line, walk_files
 from gap_export.bundle.stamps import Verify, verify_hashes
 from gap_export.errors import BundleError
@@ -39,6 +40,9 @@ class Bundle:
 def open_bundle(path: str | Path, *, verify: Verify = "stamp") -> Bundle:
     """Check a bundle and read its manifest.
 
+    Where a writer was killed while it replaced the bundle, the old one is opened, see
+    :func:`gap_export.bundle.drafts.find_standing`.
+
     Hard links are accepted: a bundle may hold its weights that way, and the hash speaks for the
     bytes however they are held.
 
@@ -51,7 +55,7 @@ def open_bundle(path: str | Path, *, verify: Verify = "stamp") -> Bundle:
         BundleError: not a bundle, damaged, incomplete, with files nobody listed, with links, of a
             newer version, or with a path that leaves its folder.
     """
-    folder = Path(path).resolve()
+    folder = find_standing(Path(path).resolve())
     try:
         raw = _read_manifest_bytes(folder)
         manifest = parse_manifest(raw)

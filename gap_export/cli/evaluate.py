@@ -192,10 +192,11 @@ def _telling_how_to_go_on(terminal: Terminal, records: Path | None) -> Iterator[
 
 
 def _is_bundle(target: str) -> bool:
+    from gap_export.bundle.drafts import find_standing
     from gap_export.manifest import MANIFEST_NAME
 
     try:
-        return (Path(target) / MANIFEST_NAME).exists()
+        return (find_standing(Path(target).absolute()) / MANIFEST_NAME).exists()
     except (OSError, ValueError):
         # No name of a file.
         return False

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gap_export.bundle import Bundle, Verify, open_bundle
+from gap_export.bundle.drafts import find_standing
 from gap_export.bundle.files import ENGINES_FOLDER, walk_files
 from gap_export.bundle.stamps import verify_hashes
 from gap_export.engines.graph_hash import hash_weights, listed_file
@@ -196,7 +197,7 @@ def _locate(bundle: Bundle, folder: str) -> Path:
             seen=repr(folder),
             allowed=f"a plain folder of the bundle's {ENGINES_FOLDER}/, no link",
         )
-    path = parent / folder
+    path = find_standing(parent / folder)
     if not path.is_dir():
         raise BundleError(
             "the bundle has no such engines",

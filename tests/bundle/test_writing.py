@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gap_export.bundle import BundleDraft, open_bundle, write_bundle, writing
+from gap_export.bundle import BundleDraft, drafts, open_bundle, write_bundle, writing
+from gap_export.bundle.exchange import exchange
 from gap_export.errors import BundleError, CheckpointError, OutputError
 from gap_export.manifest import Manifest
 
@@ -97,6 +98,7 @@ def test_interrupt_right_after_a_rename_puts_the_old_bundle_back(
     place: Path, write_sample: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
     renames: int, error: BaseException,
 ) -> None:  # fmt: skip
+    monkeypatch.setattr(drafts, "exchange", lambda one, other: False)
     out = write_sample(place / "out")
     before = contents(out)
     done: list[Path] = []
@@ -132,6 +134,112 @@ def test_interrupt_right_after_the_rename_of_a_first_write_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         write_sample(place / "out")
     assert names(place) == set()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "broken")])
+def test_interrupt_right_after_the_exchange_puts_the_old_bundle_back(
+    place: Path, write_sample: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:  # fmt: skip
+    out = write_sample(place / "out")
+    before = contents(out)
+    calls: list[Path] = []
+
+    def interrupted(one: Path, other: Path) -> bool:
+        done = exchange(one, other)
+        calls.append(one)
+        if len(calls) == 1:
+            raise error
+        return done
+
+    monkeypatch.setattr(drafts, "exchange", interrupted)
+    with pytest.raises(type(error)):
+        write_sample(out, force=True, graph=b"another graph")
+    assert contents(out) == before
+    assert names(place) == {"out"}
+
+
+def test_folder_that_takes_the_name_at_the_last_moment_is_given_it_back(
+    place: Path, foreign_folder: Path, write_sample: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = write_sample(place / "out")
+
+    def late(one: Path, other: Path) -> bool:
+        if foreign_folder.exists():
+            out.rename(place / "moved")
+            foreign_folder.rename(out)
+        return exchange(one, other)
+
+    monkeypatch.setattr(drafts, "exchange", late)
+    with pytest.raises(OutputError, match="taken by somebody else meanwhile"):
+        write_sample(out, force=True)
+    assert contents(out) == {"diary.txt": b"dear diary"}
+    assert names(place) == {"out", "moved"}
+
+
+# Kills itself before or after the n-th call that changes names, or in the middle of the removal.
+KILLED_REPLACER = """
+import os, shutil, signal, sys
+from pathlib import Path
+from gap_export.bundle import drafts, open_bundle, write_bundle
+out, way, point = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+def dying(real, name):
+    def call(*args, **options):
+        if point == f"before {name}": die()
+        done = real(*args, **options)
+        if point == f"after {name}": die()
+        return done
+    return call
+drafts.exchange = dying(drafts.exchange, "exchange") if way == "exchange" else lambda *_: False
+renames = []
+real = Path.rename
+def rename(self, target):
+    renames.append(target)
+    return dying(real, f"rename {len(renames)}")(self, target)
+Path.rename = rename
+def remove(folder, **options):
+    (Path(folder) / "gap.json").unlink()
+    die()
+if point == "in removal": shutil.rmtree = remove
+manifest = open_bundle(out).manifest
+with write_bundle(out, force=True) as draft:
+    for file in manifest.files:
+        draft.place(out / file.path, file.path, hold="copy")
+    (draft.folder / "embed_tokens.onnx").write_bytes(b"another graph")
+    draft.commit(manifest)
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "point", "stands"),
+    [
+        ("exchange", "before exchange", "old"),
+        ("exchange", "after exchange", "new"),
+        ("exchange", "in removal", "new"),
+        ("two steps", "before rename 1", "old"),
+        ("two steps", "after rename 1", "old, set aside"),
+        ("two steps", "after rename 2", "new"),
+        ("two steps", "in removal", "new"),
+    ],
+)
+def test_bundle_that_is_replaced_stands_whenever_its_writer_is_killed(
+    place: Path, write_sample: Callable[..., Path], caplog: pytest.LogCaptureFixture,
+    way: str, point: str, stands: str,
+) -> None:  # fmt: skip
+    out = write_sample(place / "out")
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_REPLACER, str(out), way, point], check=False, timeout=60
+    )
+    assert killed.returncode == -signal.SIGKILL
+    opened = open_bundle(out, verify="full")
+    graph = opened.file("embed_tokens.onnx").read_bytes()
+    assert graph == (b"another graph" if stands == "new" else b"a graph")
+    assert (opened.path == out) == (stands != "old, set aside")
+    assert ("out is missing" in caplog.text) == (stands == "old, set aside")
+    write_sample(out, force=True)
+    assert names(place) == {"out"}
 
 
 KILLED_WRITER = """

@@ -13,6 +13,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from gap_export.bundle.drafts import find_standing
 from gap_export.bundle.files import sha256_of
 from gap_export.bundle.tensors import read_place
 from gap_export.errors import UsageError
@@ -111,7 +112,8 @@ class Golden:
 
 def is_golden(path: str | Path) -> bool:
     """Whether a path is a golden's folder, be it whole or damaged."""
-    return any(os.path.lexists(Path(path) / name) for name in NAMES)
+    folder = find_standing(Path(path).absolute())
+    return any(os.path.lexists(folder / name) for name in NAMES)
 
 
 def open_golden(folder: str | Path, manifest: Manifest) -> Golden:
@@ -125,7 +127,7 @@ def open_golden(folder: str | Path, manifest: Manifest) -> Golden:
         UsageError: no golden, a damaged or truncated one, of another version, or of another model,
             pruner or dtype than the bundle; the message names the field and both values.
     """
-    path = Path(folder).absolute()
+    path = find_standing(Path(folder).absolute())
     try:
         spec = parse_golden(_read_json_bytes(path))
         _check_identity(spec, manifest)
