@@ -109,9 +109,6 @@ RecordOption = Annotated[
         show_default=False,
     ),
 ]
-ForceOption = Annotated[
-    bool, typer.Option("--force", help="With --record: replace a golden that is there.")
-]
 ReportJsonOption = Annotated[
     Path | None,
     typer.Option(

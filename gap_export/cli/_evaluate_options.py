@@ -172,44 +172,31 @@ def parse_misaligned(names: Sequence[str]) -> tuple[MisalignmentKind, ...]:
     return tuple(known[name] for name in wanted)
 
 
-def check_outside(folders: Mapping[str, Path | None], bundles: Mapping[str, Path]) -> None:
-    """Refuse folders inside a bundle, which lists all that it holds.
-
-    Args:
-        folders: By option; None was not given.
-        bundles: By what they are.
-
-    Raises:
-        OutputError: one is.
-    """
-    for option, folder in folders.items():
-        for what, bundle in bundles.items():
-            if folder is not None and folder.resolve().is_relative_to(bundle.resolve()):
-                raise OutputError(
-                    f"{option} would be inside {what}, which would then be refused",
-                    seen=folder,
-                    fix="name a folder outside of it",
-                )
-
-
-def check_beside_records(reports: Mapping[str, Path | None], records: Path | None) -> None:
-    """Refuse reports that would be written over files of records.
+def check_beside_folders(
+    reports: Mapping[str, Path | None], *, records: Path | None, pictures: Path | None
+) -> None:
+    """Refuse reports that would be written over files of records, drawings or their folders.
 
     Args:
         reports: By option; None was not given.
         records: Where records are kept.
+        pictures: Where drawings go.
 
     Raises:
         OutputError: one would.
     """
     from gap_export.evaluation.records import SUFFIX
 
+    folders = (("--records", records, SUFFIX), ("--pictures", pictures, ".png"))
     for option, report in reports.items():
-        if report is None or records is None or report.suffix != SUFFIX:
-            continue
-        if report.resolve().parent == records.resolve():
+        for other, folder, suffix in folders:
+            if report is None or folder is None:
+                continue
+            real, within = report.resolve(), report.resolve().parent == folder.resolve()
+            if real != folder.resolve() and not (within and report.suffix == suffix):
+                continue
             raise OutputError(
-                f"{option} would be written over a file of --records",
+                f"{option} would be written over a file of {other}",
                 seen=report,
                 fix="name another file",
             )

@@ -14,7 +14,6 @@ from gap_export.cli._check_options import (
     CheckSamplesOption,
     CheckSeedOption,
     FailUnderOption,
-    ForceOption,
     HtmlOption,
     ImagesOption,
     JunitOption,
@@ -44,6 +43,7 @@ from gap_export.cli._options import (
     VerboseOption,
     terminal_of,
 )
+from gap_export.cli._outputs import ForceOption, output_rule, with_sources
 from gap_export.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
@@ -61,6 +61,15 @@ class _Judging(TypedDict):
     fail_under: dict[Level, float]
     per_layer: bool
     required: Sequence[BackendKey]
+
+
+class _Places(TypedDict):
+    """Where reports go."""
+
+    json: Path | None
+    junit: Path | None
+    markdown: Path | None
+    html: Path | None
 
 
 def check(
@@ -108,19 +117,24 @@ def check(
         seed=seed,
         images=image or (),
     )
+    rule = output_rule(
+        force=force,
+        inputs={
+            "--image": [*options.images],
+            "--checkpoint": [*options.checkpoint],
+            "--against": [*options.against],
+        },
+        outside={"the bundle": bundle, **options.goldens()},
+    )
     if record is not None:
         refuse_ignored("--record judges nothing", given)
         opened = open_whole(bundle)
         terminal.result(str(_record(opened, options, record, backends, force, terminal.progress())))
         return
-    refuse_ignored("it is for --record", {"--force": force})
-    check_writable(
-        json=report_json,
-        junit=junit,
-        markdown=markdown,
-        html=html,
-        outside={"the bundle": bundle, **options.goldens()},
-    )
+    places = _Places(json=report_json, junit=junit, markdown=markdown, html=html)
+    if force and not any(places.values()):
+        refuse_ignored("no file is to be written", {"--force": force})
+    check_writable(**places, rule=rule)
     judging = _Judging(
         backends=backends or ["ort"],
         levels=parse_levels(level or []),
@@ -131,7 +145,7 @@ def check(
     )
     opened = open_whole(bundle)
     report = _check(opened, options, judging, terminal.progress())
-    write_reports(report, json=report_json, junit=junit, markdown=markdown, html=html)
+    write_reports(report, **places, rule=with_sources(rule, opened.manifest))
     if as_json:
         terminal.json(report.to_plain())
     else:

@@ -25,8 +25,7 @@ from gap_export.cli._evaluate_options import (
     RecordsOption,
     TargetArgument,
     WorkersOption,
-    check_beside_records,
-    check_outside,
+    check_beside_folders,
     parse_misaligned,
     split_names,
 )
@@ -46,6 +45,7 @@ from gap_export.cli._options import (
     VerboseOption,
     terminal_of,
 )
+from gap_export.cli._outputs import ForceOption, output_rule
 from gap_export.errors import ParityError, UsageError
 from gap_export.stop_signals import Stopped
 
@@ -82,6 +82,7 @@ def evaluate(
     report_json: ReportJsonOption = None,
     markdown: MarkdownOption = None,
     html: HtmlOption = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -95,10 +96,17 @@ def evaluate(
     terminal = terminal_of(ctx)
     parts = parse_parts(checkpoint or [])
     bundles = _bundles(target, baseline)
-    check_outside({"--records": records, "--pictures": pictures}, bundles)
-    check_writable(json_path=report_json, markdown_path=markdown, html_path=html, outside=bundles)
+    rule = output_rule(
+        force=force,
+        inputs={"MODEL": [target], "--data": [data], "--checkpoint": checkpoint or []},
+        outside=bundles,
+    )
+    for option, folder in {"--records": records, "--pictures": pictures}.items():
+        if folder is not None:
+            rule.check_outside(option, folder)
+    check_writable(json_path=report_json, markdown_path=markdown, html_path=html, rule=rule)
     reports = {"--report-json": report_json, "--markdown": markdown, "--html": html}
-    check_beside_records(reports, records)
+    check_beside_folders(reports, records=records, pictures=pictures)
     asking = Asking(
         data=data,
         protocol=protocol,
@@ -107,6 +115,7 @@ def evaluate(
         records=records,
         workers=workers,
         pictures=pictures,
+        rule=rule,
     )
     if _is_bundle(target):
         _refuse(
@@ -159,7 +168,7 @@ def evaluate(
                 asking=asking,
                 progress=terminal.progress(),
             )
-    write_reports(report, json_path=report_json, markdown_path=markdown, html_path=html)
+    write_reports(report, json_path=report_json, markdown_path=markdown, html_path=html, rule=rule)
     if as_json:
         terminal.json(report.to_plain())
     else:

@@ -16,7 +16,8 @@ from gap_export.cli._options import (
     VerboseOption,
     terminal_of,
 )
-from gap_export.errors import OutputError
+from gap_export.cli._outputs import ForceOption, output_rule
+from gap_export.errors import UsageError
 
 
 def ground(
@@ -37,6 +38,7 @@ def ground(
             "--save", metavar="FILE", help="Write the picture with the box and the kept tokens."
         ),
     ] = None,
+    force: ForceOption = False,
     verify: Annotated[
         Literal["stamp", "full"],
         typer.Option(
@@ -65,11 +67,15 @@ def ground(
     verbose: VerboseOption = False,
 ) -> None:
     """Find something in a picture; prints JSON."""
+    from gap_export.runtime.drawing import check_drawing_path, draw_grounding, save_drawing
     from gap_export.runtime.session import GroundingSession
 
     terminal = terminal_of(ctx)
+    rule = output_rule(force=force, inputs={"IMAGE": [image]}, outside={"the bundle": bundle})
     if save is not None:
-        _check_drawing_path(save, image, bundle)
+        check_drawing_path(save, rule)
+    elif force:
+        raise UsageError("--force cannot be used here: no file is to be written")
     with GroundingSession.open(
         bundle,
         backend=BACKENDS[backend],
@@ -84,30 +90,5 @@ def ground(
         terminal.warning(text)
     terminal.json({"image": str(image), **grounding.to_plain()})
     if save is not None:
-        from gap_export.runtime.drawing import draw_grounding, save_drawing
-
-        save_drawing(draw_grounding(image, grounding, pad_color=pad_color), save)
+        save_drawing(draw_grounding(image, grounding, pad_color=pad_color), save, rule=rule)
         terminal.message(f"wrote {save}")
-
-
-def _check_drawing_path(save: Path, image: Path, bundle: Path) -> None:
-    """Refuse a drawing that could not be written, before the work, or that would cost the picture.
-
-    Raises:
-        OutputError: unknown suffix, no such folder, inside the bundle, or the input picture itself.
-    """
-    from gap_export.runtime.drawing import check_drawing_path
-
-    check_drawing_path(save)
-    if save.resolve().is_relative_to(bundle.resolve()):
-        raise OutputError(
-            "the drawing would be inside the bundle, which would then be refused",
-            seen=save,
-            fix="choose a --save outside of it",
-        )
-    if save.exists() and image.exists() and save.samefile(image):
-        raise OutputError(
-            "the drawing would replace the picture it is made from",
-            seen=save,
-            fix="choose another --save",
-        )

@@ -48,6 +48,7 @@ from gap_export.evaluation.settings import (
 from gap_export.evaluation.summary import Answered, Judging
 from gap_export.evaluation.workers import Executor
 from gap_export.manifest import BoxSpec, Manifest, PromptSpec
+from gap_export.outputs import NO_RULE, OutputRule
 from gap_export.parity.patched.check import was_patched
 from gap_export.pipeline import (
     ExportOptions,
@@ -80,6 +81,7 @@ class Asking:
         workers: Who answers, see :func:`gap_export.evaluation.run.open_executor`.
         pictures: A folder that is made, for a drawing of each setting's first answer: box, kept
             tokens and, where the pruner has scores, their heat map.
+        rule: What those drawings must stay away from.
     """
 
     data: str = REFSHAPES
@@ -89,6 +91,7 @@ class Asking:
     records: Path | None = None
     workers: str = IN_PROCESS
     pictures: Path | None = None
+    rule: OutputRule = NO_RULE
 
 
 def evaluate_model(
@@ -276,6 +279,9 @@ class _Job:
         unpruned = whole_settings(whole, ("none", *dict.fromkeys(self.asking.misaligned)))
         pairs = [pruned_settings(path, open_bundle(path).manifest.pruning) for path in pruned]
         settings = [*unpruned, *(setting for pair in pairs for setting in pair)]
+        if self.asking.pictures is not None:
+            drawings = _drawing_paths(settings, self.asking.pictures)
+            self.asking.rule.check({f"the drawing of {name}": p for name, p in drawings.items()})
         with _folder(self.asking.records) as folder:
             run = Run(settings=settings, dataset=self.dataset, options=self.runner, folder=folder)
             answers = run.answers(self.executor, progress)
@@ -333,13 +339,19 @@ class _Job:
         first = next((one for one in self.dataset.questions if given[one.id].error is None), None)
         if first is None:
             return
+        paths = _drawing_paths(settings, folder)
         with Runner(self.runner) as runner:
             for setting in settings:
                 answer = runner.ground(setting, first)
                 drawing = draw_grounding(
                     first.picture.load(), answer, pad_color=manifest.image.pad_color
                 )
-                save_drawing(drawing, folder / f"{setting.slug}.png")
+                save_drawing(drawing, paths[setting.name], rule=self.asking.rule)
+
+
+def _drawing_paths(settings: Sequence[Setting], folder: Path) -> dict[str, Path]:
+    """Where a drawing of each setting goes, by its name."""
+    return {setting.name: folder / f"{setting.slug}.png" for setting in settings}
 
 
 @contextmanager

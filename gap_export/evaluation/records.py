@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,8 @@ SUFFIX = ".jsonl"
 Fault = Literal["broken picture", "refused expression"]
 _FAULTS: tuple[Fault, ...] = ("broken picture", "refused expression")
 _MAX_COUNT = 2**31
+# Links are not written through, and a pipe must not be waited for; Windows has neither.
+_NO_LINK, _NO_WAIT = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
 # Far above any real line; a file of something else is not read to its end.
 _MAX_LINE_BYTES = 1 << 20
 
@@ -97,9 +100,12 @@ class RecordsFile:
         self._pieces = [tuple(piece) for piece in pieces]
         try:
             # Not "a": what was cut off is written over.
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK | _NO_WAIT, 0o666)
         except OSError as err:
             raise _unusable(path, err) from err
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise _something_else(path)
         self._file: BinaryIO = os.fdopen(handle, "r+b")
         try:
             _lock(self._file, path)
@@ -240,12 +246,16 @@ def _parse_header(path: Path, line: bytes) -> dict[str, object]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise OutputError(
-            "a file of records is to be where something else is",
-            seen=path,
-            fix="name another folder for the records",
-        )
+        raise _something_else(path)
     return found
+
+
+def _something_else(path: Path) -> OutputError:
+    return OutputError(
+        "a file of records is to be where something else is",
+        seen=path,
+        fix="name another folder for the records",
+    )
 
 
 def _check_header(path: Path, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:

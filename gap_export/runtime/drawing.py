@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
+import io
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from gap_export.errors import OutputError
+from gap_export.outputs import DRAWING_SOFTWARE, NO_RULE, OutputRule
 from gap_export.runtime.geometry import Box, Frame
 from gap_export.runtime.grounding import Grounding, TokenGrid
 from gap_export.runtime.image import ImageInput, load_image
 
+DRAWING = "the drawing"
+# EXIF 2.32, table 4.
+_SOFTWARE_TAG = 0x0131
 _SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 # Output pixels of the longer side; smaller pictures are enlarged, larger ones shrunk.
 _MIN_SIDE, _MAX_SIDE = 512, 2048
@@ -65,54 +68,43 @@ def draw_grounding(
     return _with_caption(drawing, _caption(grounding))
 
 
-def save_drawing(drawing: Image.Image, path: str | Path) -> Path:
-    """Write a drawing; a file of that name is replaced, but never left half-written.
+def save_drawing(drawing: Image.Image, path: str | Path, *, rule: OutputRule = NO_RULE) -> Path:
+    """Write a drawing, by the rule of :mod:`gap_export.outputs`; an earlier one is replaced.
 
     Args:
         drawing: From :func:`draw_grounding`.
         path: Ends in .png, .jpg, .jpeg or .webp.
+        rule: What the file must stay away from.
 
     Returns:
         The path.
 
     Raises:
-        OutputError: another suffix, or the place cannot be written.
+        OutputError: another suffix, or the file cannot, or must not, be written.
     """
     target = Path(path)
-    kind = check_drawing_path(target)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        drawing.save(part, format=kind)
-        part.replace(target)
-    except OSError as err:
-        raise OutputError(
-            "the picture cannot be saved",
-            seen=f"{target}: {err.strerror or err}",
-            fix="choose another place",
-        ) from err
-    finally:
-        with suppress(OSError):
-            part.unlink()
+    kind = check_drawing_path(target, rule)
+    exif = Image.Exif()
+    exif[_SOFTWARE_TAG] = DRAWING_SOFTWARE
+    stream = io.BytesIO()
+    drawing.save(stream, format=kind, exif=exif)
+    rule.write(DRAWING, target, stream.getvalue())
     return target
 
 
-def check_drawing_path(path: Path) -> str:
+def check_drawing_path(path: Path, rule: OutputRule = NO_RULE) -> str:
     """Pillow's name of the format a drawing would be saved in.
 
     Raises:
-        OutputError: another suffix than those of :func:`save_drawing`, or no such folder.
+        OutputError: another suffix than those of :func:`save_drawing`, or the file could not, or
+            must not, be written.
     """
     kind = _SUFFIXES.get(path.suffix.lower())
     if kind is None:
         raise OutputError(
             "pictures are not saved in that format", seen=path, allowed=", ".join(_SUFFIXES)
         )
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise OutputError(
-            "the picture cannot be saved",
-            seen=f"{path}: a folder, or in no folder",
-            fix="choose another place",
-        )
+    rule.check({DRAWING: path})
     return kind
 
 

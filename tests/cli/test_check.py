@@ -142,7 +142,7 @@ def test_repeated_options_are_handed_on(run_cli, tiny_bundle, asked):
         (["--fail-under", "box=98"], "box=98"),
         (["--samples", "0"], "--samples"),
         (["--engines", "x"], "--engines cannot be used here"),
-        (["--force"], "--force cannot be used here: it is for --record"),
+        (["--force"], "--force cannot be used here: no file is to be written"),
         (["--report-json", "/nowhere/report.json"], "JSON report"),
         (["--level", "positions", "--samples", "9"], "--samples cannot be used here"),
         (["--level", "positions", "--seed", "0"], "--seed cannot be used here"),

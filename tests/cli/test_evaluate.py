@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from gap_export.evaluation import evaluate
 from gap_export.evaluation.evaluate import Asking
 from gap_export.evaluation.questions import Unusable
 from gap_export.evaluation.results import DataSummary, EvaluationReport, SettingRow
+from gap_export.outputs import NO_RULE
 from gap_export.pipeline import ExportOptions
 from gap_export.stop_signals import Stopped
 
@@ -144,7 +146,11 @@ def test_every_flag_of_a_bundle_reaches_the_evaluation(run_cli, calls, bundle, t
         "backend": "tensorrt",
         "engines": "rtx-sm89",
     }
-    assert calls == [(bundle, arguments)]
+    ((asked, given),) = calls
+    rule = given["asking"].rule
+    assert rule.outside == {"the bundle": bundle, "the baseline": Path("whole")}
+    given["asking"] = replace(given["asking"], rule=NO_RULE)
+    assert (asked, given) == (bundle, arguments)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +318,41 @@ def test_a_report_over_a_file_of_records_is_refused(run_cli, calls, tmp_path):
     assert (outcome.code, calls) == (2, [])
     assert "--report-json would be written over a file of --records" in outcome.err
     assert run_cli("eval", "demo", "--records", tmp_path, "--report-json", tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("option", ["--report-json", "--markdown", "--html"])
+@pytest.mark.parametrize("spec", ["{}", "{}:val", "refcoco:{}:val", "refcoco:{}"])
+def test_annotations_that_are_read_are_never_replaced(run_cli, calls, tmp_path, option, spec):
+    questions = tmp_path / "set" / "questions.jsonl"
+    questions.parent.mkdir()
+    questions.write_text("{}\n")
+    os.link(questions, tmp_path / "elsewhere")
+    data = ["--data", spec.format(questions.parent)]
+    for path in (questions, tmp_path / "elsewhere"):
+        for force in ([], ["--force"]):
+            outcome = run_cli("eval", "demo", *data, option, path, *force)
+            assert (outcome.code, calls) == (2, [])
+            assert "would replace a file that the command reads: --data" in outcome.err
+    assert questions.read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("option", ["--report-json", "--markdown", "--html"])
+def test_a_file_of_the_user_s_is_replaced_only_with_force(run_cli, calls, tmp_path, option):
+    notes = tmp_path / "notes"
+    notes.write_text("mine")
+    outcome = run_cli("eval", "demo", option, notes)
+    assert (outcome.code, calls) == (2, [])
+    assert "that gap-export did not write" in outcome.err and "--force" in outcome.err
+    assert notes.read_text() == "mine"
+    assert run_cli("eval", "demo", option, notes, "--force").code == 0
+    assert run_cli("eval", "demo", option, notes).code == 0
+
+
+@pytest.mark.parametrize("option", ["--records", "--pictures"])
+def test_a_report_in_the_place_of_a_folder_of_results_is_refused(run_cli, calls, tmp_path, option):
+    outcome = run_cli("eval", "demo", option, tmp_path / "x", "--html", tmp_path / "x")
+    assert (outcome.code, calls) == (2, [])
+    assert f"--html would be written over a file of {option}" in outcome.err
 
 
 def test_a_folder_s_name_cannot_write_to_the_terminal(run_cli, monkeypatch):

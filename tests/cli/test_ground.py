@@ -114,8 +114,22 @@ def test_save_never_replaces_the_picture_it_is_made_from(run_cli, tiny_bundle, p
     before = picture.read_bytes()
     outcome = run_cli("ground", tiny_bundle, picture, EXPRESSION, "--save", picture)
     assert (outcome.code, outcome.out) == (2, "")
-    assert "replace the picture" in outcome.err
+    assert "would replace a file that the command reads: IMAGE" in outcome.err
     assert picture.read_bytes() == before
+
+
+def test_save_replaces_another_picture_only_with_force(run_cli, tiny_bundle, picture, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (30, 20)).save(photo)
+    before = photo.read_bytes()
+    ground = ["ground", tiny_bundle, picture, EXPRESSION, "--save", photo]
+    outcome = run_cli(*ground)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "that gap-export did not write" in outcome.err
+    assert photo.read_bytes() == before
+    assert run_cli(*ground, "--force").code == 0
+    assert run_cli(*ground).code == 0
+    assert run_cli(*ground[:-2], "--force").code == 2
 
 
 def test_a_drawing_that_cannot_be_saved_is_refused_before_the_work(

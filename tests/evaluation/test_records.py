@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -109,6 +110,18 @@ def test_a_file_of_something_else_is_refused_and_left_alone(path, content):
     with pytest.raises(OutputError, match="something else"):
         open_file(path)
     assert path.read_text() == content
+
+
+def test_records_are_not_written_through_a_link_nor_into_a_pipe(path, tmp_path):
+    (tmp_path / "empty").touch()
+    path.symlink_to(tmp_path / "empty")
+    with pytest.raises(OutputError, match=r"cannot be read or written.*symbolic links"):
+        open_file(path)
+    assert (tmp_path / "empty").read_bytes() == b""
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OutputError, match="something else"):
+        open_file(path)
 
 
 @pytest.mark.parametrize(

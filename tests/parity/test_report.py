@@ -216,19 +216,16 @@ def test_markdown_says_what_is_wrong_and_leaves_out_layers_that_are_right(writte
     assert "# gap-export check: passed" in written(passing_report())["markdown"]
 
 
-def test_reports_replace_what_was_there_and_leave_nothing_else(tmp_path):
-    for name in ("report.json", "report.xml"):
-        (tmp_path / name).write_text("old")
-    (tmp_path / "link.md").symlink_to(tmp_path / "report.md")
-    (tmp_path / "report.md").write_text("old")
-    write_reports(
-        passing_report(),
-        json=tmp_path / "report.json",
-        junit=tmp_path / "report.xml",
-        markdown=tmp_path / "link.md",
-    )
-    assert names_in(tmp_path) == ["link.md", "report.json", "report.md", "report.xml"]
-    assert (tmp_path / "link.md").is_symlink()
+def test_reports_replace_earlier_ones_and_leave_nothing_else(tmp_path):
+    places = {
+        "json": tmp_path / "report.json",
+        "junit": tmp_path / "report.xml",
+        "markdown": tmp_path / "report.md",
+        "html": tmp_path / "report.html",
+    }
+    for report in (check_report(), passing_report()):
+        write_reports(report, **places)
+    assert names_in(tmp_path) == ["report.html", "report.json", "report.md", "report.xml"]
     assert (tmp_path / "report.md").read_text().startswith("# gap-export check: passed")
     write_reports(passing_report())
 
@@ -246,7 +243,7 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(tmp_path, mon
     ):
         with pytest.raises(OutputError, match=message):
             check_writable(json=path)
-    with pytest.raises(OutputError, match="two reports would be one file: JSON and Markdown"):
+    with pytest.raises(OutputError, match="two outputs would be one file: the JSON report and"):
         check_writable(json=tmp_path / "a", markdown=tmp_path / "x" / ".." / "a")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(OutputError, match="in a folder that cannot be written"):
@@ -254,17 +251,18 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(tmp_path, mon
 
 
 def test_a_disk_that_is_full_leaves_the_old_report(tmp_path, monkeypatch):
-    (tmp_path / "report.json").write_text("old")
+    write_reports(check_report(), json=tmp_path / "report.json")
+    before = (tmp_path / "report.json").read_bytes()
     full = OSError(28, "No space left on device")
 
     def fail(*args, **options):
         raise full
 
-    monkeypatch.setattr(Path, "write_text", fail)
-    with pytest.raises(OutputError, match=r"a report cannot be written: .*No space left"):
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OutputError, match=r"the JSON report cannot be written: .*No space left"):
         write_reports(passing_report(), json=tmp_path / "report.json")
     assert names_in(tmp_path) == ["report.json"]
-    assert (tmp_path / "report.json").read_bytes() == b"old"
+    assert (tmp_path / "report.json").read_bytes() == before
 
 
 def test_a_page_without_its_extra_is_refused_with_what_to_install(tmp_path, monkeypatch):

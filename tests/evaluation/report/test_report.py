@@ -21,6 +21,7 @@ from gap_export.evaluation.report import (
     write_reports,
 )
 from gap_export.evaluation.report.words import p_value, panels
+from gap_export.outputs import MARKDOWN_END, OutputRule
 from gap_export.parity.report.words import clean
 from tests.evaluation.report.made_up import (
     evaluation_report,
@@ -262,23 +263,26 @@ def test_rows_of_another_model_are_refused_and_nothing_is_written(tmp_path):
     assert names_in(tmp_path) == []
 
 
-def test_reports_replace_what_was_there_and_are_not_changed_by_writing(tmp_path):
+def test_reports_replace_earlier_ones_and_are_not_changed_by_writing(tmp_path):
     report = evaluation_report()
     before = copy.deepcopy(report.to_plain())
-    (tmp_path / "report.md").write_text("old")
+    write_reports(report, markdown_path=tmp_path / "report.md")
     write_reports(report, json_path=tmp_path / "report.json", markdown_path=tmp_path / "report.md")
     assert names_in(tmp_path) == ["report.json", "report.md"]
-    assert (tmp_path / "report.md").read_text(encoding="utf-8") == render_markdown(report)
+    written = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert written == render_markdown(report) + MARKDOWN_END
     assert report.to_plain() == before
 
 
 def test_places_that_cannot_be_written_are_refused(tmp_path):
     with pytest.raises(OutputError, match="the HTML report is to be in a folder that does not"):
         check_writable(html_path=tmp_path / "no" / "report.html")
-    with pytest.raises(OutputError, match="two reports would be one file: JSON and Markdown"):
+    with pytest.raises(OutputError, match="two outputs would be one file: the JSON report and"):
         check_writable(json_path=tmp_path / "a", markdown_path=tmp_path / "a")
     with pytest.raises(OutputError, match="would be inside the bundle"):
-        check_writable(json_path=tmp_path / "a.json", outside={"the bundle": tmp_path})
+        check_writable(
+            json_path=tmp_path / "a.json", rule=OutputRule(outside={"the bundle": tmp_path})
+        )
 
 
 def test_a_report_is_added_to_the_summary_of_a_github_step(tmp_path, monkeypatch):
