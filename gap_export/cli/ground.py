@@ -39,6 +39,13 @@ def ground(
         ),
     ] = None,
     force: ForceOption = False,
+    allow_damaged: Annotated[
+        bool,
+        typer.Option(
+            "--allow-damaged",
+            help="Use what can be decoded of a damaged image, with a warning. [default: refuse it]",
+        ),
+    ] = False,
     verify: Annotated[
         Literal["stamp", "full"],
         typer.Option(
@@ -85,10 +92,11 @@ def ground(
         verify=verify,
     ) as session:
         pad_color = session.manifest.image.pad_color
-        grounding = session.ground(image, expression)
+        grounding = session.ground(image, expression, allow_damaged=allow_damaged)
     for text in grounding.warnings:
         terminal.warning(text)
     terminal.json({"image": str(image), **grounding.to_plain()})
     if save is not None:
-        save_drawing(draw_grounding(image, grounding, pad_color=pad_color), save, rule=rule)
+        drawing = draw_grounding(image, grounding, pad_color=pad_color, allow_damaged=allow_damaged)
+        save_drawing(drawing, save, rule=rule)
         terminal.message(f"wrote {save}")

@@ -344,7 +344,10 @@ class _Job:
             for setting in settings:
                 answer = runner.ground(setting, first)
                 drawing = draw_grounding(
-                    first.picture.load(), answer, pad_color=manifest.image.pad_color
+                    first.picture.load(),
+                    answer,
+                    pad_color=manifest.image.pad_color,
+                    frame=first.picture.frame,
                 )
                 save_drawing(drawing, paths[setting.name], rule=self.asking.rule)
 

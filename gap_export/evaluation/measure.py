@@ -114,7 +114,8 @@ class Runner:
                 be asked.
         """
         _, session = self._open(setting)
-        return session.ground(question.picture.load(), question.expression)
+        picture = question.picture
+        return session.ground(picture.load(), question.expression, frame=picture.frame)
 
     def check(self, setting: Setting) -> None:
         """Open what a setting needs.
@@ -244,7 +245,11 @@ def _answer_batch(
     session: GroundingSession, image: ImageInput, questions: Sequence[Question]
 ) -> list[Record]:
     try:
-        answers = session.ground_batch(image, [question.expression for question in questions])
+        answers = session.ground_batch(
+            image,
+            [question.expression for question in questions],
+            frame=questions[0].picture.frame,
+        )
     except ImageError as err:
         return [_failed(question, err) for question in questions]
     except ComputationError as err:
@@ -271,6 +276,7 @@ def _record(question: Question, answer: Grounding, batch_size: int, spec: BoxSpe
         fractions=None if parsed is None else parsed.fractions,
         box=answer.box,
         image_size=answer.image_size,
+        orientation=answer.orientation,
         num_kept_tokens=len(answer.keep_indices),
         num_visual_tokens=answer.num_visual_tokens,
         timings_ms={stage: round(value, 3) for stage, value in answer.timings_ms.items()},

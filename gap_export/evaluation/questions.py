@@ -8,7 +8,8 @@ from typing import Literal
 
 from gap_export.evaluation.refshapes import Split, generate_scene
 from gap_export.parity.metrics import Box
-from gap_export.runtime.image import ImageInput, open_encoded
+from gap_export.runtime.image import ImageFrame, ImageInput
+from gap_export.runtime.image_files import EncodedImage
 
 UnusableReason = Literal[
     "missing picture",
@@ -28,19 +29,24 @@ _COUNTED_AS_WRONG: frozenset[UnusableReason] = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class PictureSource:
-    """Where a picture comes from: exactly one of these. Small, so that it can be sent to a worker.
+    """Where a picture comes from, and the frame that boxes on it are in.
+
+    Small, so that it can be sent to a worker. Exactly one of the first four is given.
 
     Attributes:
         path: A file.
         encoded: Bytes of a file: PNG, JPEG.
         parquet: A file of parquet and a row of it, from 0; its column ``image`` holds the picture.
         scene: Split, seed, index and number of expressions of a RefShapes scene.
+        frame: ``raw``: boxes are of the image as stored; ``upright``: as displayed, turned as EXIF
+            says.
     """
 
     path: Path | None = None
     encoded: bytes | None = None
     parquet: tuple[Path, int] | None = None
     scene: tuple[Split, int, int, int] | None = None
+    frame: ImageFrame = "upright"
 
     def __post_init__(self) -> None:
         given = (self.path, self.encoded, self.parquet, self.scene)
@@ -52,22 +58,22 @@ class PictureSource:
         A file is not opened here: the session does it.
 
         Returns:
-            A path, a Pillow picture, or uint8 [H, W, 3].
+            A path, the bytes of a file, or uint8 [H, W, 3].
 
         Raises:
-            ImageError: the bytes are no picture, or the parquet file cannot be read any more.
+            ImageError: the parquet file cannot be read any more.
             MissingDependencyError: pyarrow is not installed.
         """
         if self.path is not None:
             return self.path
         if self.encoded is not None:
-            return open_encoded(self.encoded, name="the picture")
+            return EncodedImage(data=self.encoded, name="the image")
         if self.parquet is not None:
             # Not at the top: nothing else needs pyarrow.
             from gap_export.evaluation.datasets.parquet_pictures import read_picture
 
             file, row = self.parquet
-            return open_encoded(read_picture(file, row), name=f"{file}, row {row}")
+            return EncodedImage(data=read_picture(file, row), name=f"{file}, row {row}")
         assert self.scene is not None, "a picture has one source"
         split, seed, index, num_expressions = self.scene
         return generate_scene(
@@ -84,7 +90,7 @@ class Question:
         image_id: Questions about one picture share it.
         picture: Where the picture comes from; the same for all questions about one picture.
         expression: What to look for. As annotated: of any length.
-        box: The right answer (x1, y1, x2, y2) in pixels of the picture as displayed.
+        box: The right answer (x1, y1, x2, y2) in pixels of the picture, in its frame.
         image_size: Width and height in pixels as annotated; None where they are not.
         kind: Type of the expression; None in a set without types.
         split: Which part of the data set it is from.

@@ -48,6 +48,7 @@ class Record:
         box: In pixels of the picture, corners in order, clipped; None where the answer holds no box
             or one without area in the picture.
         image_size: Width and height of the picture as loaded; (0, 0) with an error.
+        orientation: EXIF orientation that the image carries, 1..8.
         num_kept_tokens: Visual tokens the decoder read, an extra one included.
         num_visual_tokens: Those there were.
         timings_ms: Milliseconds by stage, of the whole batch.
@@ -67,6 +68,7 @@ class Record:
     num_visual_tokens: int
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     batch_size: int = 1
+    orientation: int = 1
     error: str | None = None
     fault: Fault | None = None
     backend: str = ""
@@ -220,6 +222,8 @@ def _to_record(plain: dict[str, Any]) -> Record:
     smallest = 1 if plain["error"] is None else 0
     for count in (width, height, plain["batch_size"]):
         _check_count(count, smallest)
+    if plain.get("orientation", 1) not in range(1, 9):
+        raise ValueError("no such orientation")
     for key in ("num_kept_tokens", "num_visual_tokens"):
         _check_count(plain[key], 0)
     return Record(**plain)

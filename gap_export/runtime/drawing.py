@@ -11,7 +11,7 @@ from gap_export.errors import OutputError
 from gap_export.outputs import DRAWING_SOFTWARE, NO_RULE, OutputRule
 from gap_export.runtime.geometry import Box, Frame
 from gap_export.runtime.grounding import Grounding, TokenGrid
-from gap_export.runtime.image import ImageInput, load_image
+from gap_export.runtime.image import ColorOrder, ImageFrame, ImageInput, load_image
 
 DRAWING = "the drawing"
 # EXIF 2.32, table 4.
@@ -33,7 +33,13 @@ _HEAT = 0.65
 
 
 def draw_grounding(
-    image: ImageInput, grounding: Grounding, *, pad_color: tuple[int, int, int] = _WHITE
+    image: ImageInput,
+    grounding: Grounding,
+    *,
+    pad_color: tuple[int, int, int] = _WHITE,
+    frame: ImageFrame = "upright",
+    allow_damaged: bool = False,
+    color: ColorOrder = "rgb",
 ) -> Image.Image:
     """The picture with what was dropped dimmed, kept tokens outlined, and the box.
 
@@ -46,7 +52,10 @@ def draw_grounding(
     Args:
         image: The picture that was asked about.
         grounding: The answer.
-        pad_color: RGB 0..255, shown where the picture is transparent.
+        pad_color: RGB 0..255, shown where the image is transparent.
+        frame: As it was asked about, and likewise the others.
+        allow_damaged: Likewise.
+        color: Likewise.
 
     Returns:
         RGB, with the expression and the number of tokens written below.
@@ -54,7 +63,9 @@ def draw_grounding(
     Raises:
         ImageError: the picture cannot be used.
     """
-    picture = load_image(image, pad_color=pad_color)
+    picture = load_image(
+        image, pad_color=pad_color, frame=frame, allow_damaged=allow_damaged, color=color
+    )
     longest = max(picture.size)
     scale = min(max(longest, _MIN_SIDE), _MAX_SIDE) / longest
     # An extremely thin picture has tiles that show nothing of it.

@@ -61,15 +61,16 @@ class Grounding:
 
     Attributes:
         expression: What was asked.
-        box: (x1, y1, x2, y2) in pixels of the picture as displayed; None where the answer holds
-            no box, or one without area in the picture.
+        box: (x1, y1, x2, y2) in pixels of the image as displayed, or as stored where the frame
+            ``raw`` was asked for; None where the answer holds no box, or one without area.
         text: The model's answer.
         token_ids: Its tokens, the one that ended it included.
         keep_indices: Index in the unpruned visual sequence of each visual token that the model saw;
             of a picture cut into tiles newlines are part of both.
         num_visual_tokens: Length of the unpruned visual sequence.
         tokens: The same by what the tokens look at: one grid, or two of a picture cut into tiles.
-        image_size: Width and height as displayed, in pixels.
+        image_size: Width and height in pixels, as displayed (or stored, as the box).
+        orientation: The EXIF orientation that the image carries, 1..8; 1 where it carries none.
         timings_ms: Milliseconds by stage, only those that ran, and ``total``; answers of one batch
             share them.
         backend: What ran the model, with its version and device.
@@ -87,6 +88,7 @@ class Grounding:
     timings_ms: Mapping[str, float]
     backend: str
     warnings: tuple[str, ...]
+    orientation: int = 1
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON knows it; the box to a hundredth of a pixel."""
@@ -99,6 +101,7 @@ class Grounding:
             "num_visual_tokens": self.num_visual_tokens,
             "tokens": [grid.to_plain() for grid in self.tokens],
             "image_size": list(self.image_size),
+            "orientation": self.orientation,
             "timings_ms": dict(self.timings_ms),
             "backend": self.backend,
             "warnings": list(self.warnings),

@@ -1,87 +1,152 @@
-"""From whatever picture a user has to what the vision encoder reads."""
+"""From whatever image a user has to what the vision encoder reads."""
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import struct
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile
 
-from gap_export.errors import ImageError
+from gap_export.errors import ImageError, UsageError
 from gap_export.manifest import ImageSpec
 from gap_export.runtime.geometry import ImageGeometry, Size, choose_canvas, fitted_size
+from gap_export.runtime.image_files import (
+    DAMAGED,
+    MAX_MEMORY,
+    MAX_PIXELS,
+    EncodedImage,
+    OpenedImage,
+    check_size,
+    damaged,
+    open_encoded,
+    read_file,
+    too_large,
+)
+from gap_export.runtime.tiff import ORIENTATION
 
-ImageInput = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
+ImageInput = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | EncodedImage
+# As displayed, or as stored: EXIF may say that a stored image is to be turned.
+ImageFrame = Literal["upright", "raw"]
+ColorOrder = Literal["rgb", "bgr"]
 
-MAX_PIXELS = 64_000_000
-# Named, since Pillow would start other programs for some formats, such as EPS.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_ALLOWED = f"a picture of at most {MAX_PIXELS // 1_000_000} megapixels ({', '.join(_FORMATS)})"
-# What Pillow's readers raise on damaged files.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)
 _MAX_16_BIT = 65_535
-# A thin picture padded to a square could be huge, and so could what Pillow keeps between the two
-# passes of a resize. Above this side a picture is shrunk first: a square then is no larger than the
-# largest picture.
+# A thin image padded to a square could be huge, and so could what Pillow keeps between the two
+# passes of a resize. Above this side an image is shrunk first: a square then is no larger than the
+# largest image.
 _MAX_SIDE = math.isqrt(MAX_PIXELS)
+# Pixels that are converted at once: what a conversion takes beside its result is next to nothing.
+_PIECE = 1 << 20
 _RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
 }
+# EXIF 2.32, table 6: what turns a stored image upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Those that exchange width and height.
+TURNED_ON_ITS_SIDE = (5, 6, 7, 8)
 
 
-def load_image(image: ImageInput, *, pad_color: tuple[int, int, int]) -> Image.Image:
-    """A picture as displayed: upright, RGB, opaque.
+@dataclass(frozen=True, kw_only=True)
+class LoadedImage:
+    """An image, decoded.
 
-    EXIF rotation is applied; grey, palette, CMYK and 16-bit pictures are converted, also where 32
-    bits hold 16-bit values; transparent parts show ``pad_color``; of an animation the first (or
-    current) frame is taken.
+    Attributes:
+        image: RGB, opaque.
+        orientation: The EXIF orientation it carries, 1..8; 1 where it carries none.
+        warnings: What the user should know.
+    """
+
+    image: Image.Image
+    orientation: int = 1
+    warnings: tuple[str, ...] = ()
+
+
+def load_image(
+    image: ImageInput,
+    *,
+    pad_color: tuple[int, int, int],
+    frame: ImageFrame = "upright",
+    allow_damaged: bool = False,
+    color: ColorOrder = "rgb",
+) -> Image.Image:
+    """An image as displayed: upright, RGB, opaque; see :func:`read_image`."""
+    return read_image(
+        image, pad_color=pad_color, frame=frame, allow_damaged=allow_damaged, color=color
+    ).image
+
+
+def read_image(
+    image: ImageInput,
+    *,
+    pad_color: tuple[int, int, int],
+    frame: ImageFrame = "upright",
+    allow_damaged: bool = False,
+    color: ColorOrder = "rgb",
+) -> LoadedImage:
+    """Decode an image and bring it to RGB without transparency.
+
+    Grey, palette, CMYK and 16-bit images are converted, also where 32 bits hold 16-bit values;
+    transparent parts show ``pad_color``; of an animation the first (or current) frame is taken.
+
+    A file is damaged where its decoder would have to recover from something. What cannot be seen: a
+    changed byte that leaves a valid file, which only PNG rules out by checksums (and deflated TIFF
+    for its pixels). Of an image that Pillow has decoded already nothing can be said.
 
     Args:
-        image: A file, a Pillow picture, or uint8 [H, W], [H, W, 3] (RGB) or [H, W, 4] (RGBA).
+        image: A file, the bytes of one, a Pillow image, or uint8 [H, W], [H, W, 3] or [H, W, 4].
         pad_color: RGB 0..255.
+        frame: ``upright``: turned as EXIF says, as displayed; ``raw``: as stored.
+        allow_damaged: Use what can be decoded of a damaged image, and of one that cannot be checked
+            for damage, with a warning.
+        color: Order of an array's channels: ``rgb`` (then alpha), or ``bgr``, as OpenCV has it.
 
     Raises:
-        ImageError: missing, not a picture, damaged, empty, too large, or with pixels whose range
-            nobody can know (floating point, 32-bit integers beyond 16 bits).
+        ImageError: missing, not an image, damaged, empty, too large, or with pixels whose range
+            is not known (floating point, 32-bit integers beyond 16 bits).
+        UsageError: another value of ``frame`` or ``color``, or ``bgr`` without channels.
     """
+    _check_choice("frame", frame, get_args(ImageFrame))
+    _check_choice("color", color, get_args(ColorOrder))
+    if color == "bgr" and not (isinstance(image, np.ndarray) and image.ndim == 3):
+        raise UsageError(
+            "color is the order of an array's channels",
+            seen=f"bgr for {_kind_of(image)}",
+            allowed="bgr for uint8 [H, W, 3] or [H, W, 4] alone",
+        )
     if isinstance(image, np.ndarray):
-        return _to_rgb(_from_array(image), pad_color=pad_color, name="the array")
-    if isinstance(image, Image.Image):
-        return _to_rgb(image, pad_color=pad_color, name="the picture")
-    if not isinstance(image, (str, os.PathLike)):
+        opened, name = None, "the array"
+        image = _from_array(image, color)
+    elif isinstance(image, Image.Image):
+        opened, name = _reopen(image), "the image"
+    elif isinstance(image, EncodedImage):
+        opened, name = open_encoded(image), image.name
+    elif isinstance(image, (str, os.PathLike)):
+        opened, name = open_encoded(read_file(Path(image))), str(image)
+    else:
         raise ImageError(
-            "not a picture",
+            "not an image",
             seen=type(image).__name__,
             allowed="a path, a PIL.Image.Image, or a uint8 array [H, W, 3]",
         )
-    path = Path(image)
-    _check_file(path)
-    opened = _open(path, name=str(path))
-    with opened:
-        return _to_rgb(opened, pad_color=pad_color, name=str(path))
-
-
-def open_encoded(encoded: bytes, *, name: str) -> Image.Image:
-    """A picture out of the bytes of its file, not decoded yet; :func:`load_image` does that.
-
-    Args:
-        encoded: What a file of one of the formats allowed holds.
-        name: What errors call it.
-
-    Raises:
-        ImageError: not a picture, too large, or damaged at its beginning.
-    """
-    return _open(io.BytesIO(encoded), name=name)
+    if opened is None:
+        assert isinstance(image, Image.Image), "all others are opened above"
+        check_size(image, name=name)
+        opened = OpenedImage(image=image, orientation=_orientation_of(image))
+    return _decode(opened, pad_color, frame=frame, allow_damaged=allow_damaged, name=name)
 
 
 def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[NDArray[np.float32], ImageGeometry]:
@@ -92,8 +157,8 @@ def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[NDArray[np.float
         spec: What the vision encoder reads.
 
     Returns:
-        pixel_values float32 [I, 3, height, width] and the picture's geometry. I is 1, but for
-        ``anyres``: the squashed picture, then its tiles row by row.
+        pixel_values float32 [I, 3, height, width] and the image's geometry. I is 1, but for
+        ``anyres``: the squashed image, then its tiles row by row.
     """
     picture = (image.height, image.width)
     image = _shrink_thin(image)
@@ -113,85 +178,114 @@ def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[NDArray[np.float
     return pixel_values, ImageGeometry(width=picture[1], height=picture[0], canvas=canvas)
 
 
-def _open(file: Path | io.BytesIO, *, name: str) -> ImageFile.ImageFile:
-    try:
-        with _quiet():
-            return Image.open(file, formats=_FORMATS)
-    except Image.DecompressionBombError as err:
-        raise ImageError("the picture is too large", seen=name, allowed=_ALLOWED) from err
-    except UnidentifiedImageError as err:
-        raise ImageError("not a picture that can be read", seen=name, allowed=_ALLOWED) from err
-    except _DAMAGED as err:
-        raise ImageError("the picture is damaged", seen=f"{name}: {err}", allowed=_ALLOWED) from err
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"no such {name}", seen=repr(value), allowed=", ".join(allowed))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Pillow warns of large sizes, which we refuse ourselves, and of metadata we do not read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _kind_of(image: object) -> str:
+    if isinstance(image, np.ndarray):
+        return f"an array {list(image.shape)}"
+    return "a Pillow image, which knows its order" if isinstance(image, Image.Image) else "a file"
 
 
-def _check_file(path: Path) -> None:
-    try:
-        if path.is_file():
-            if path.stat().st_size == 0:
-                raise ImageError("the picture is an empty file", seen=path, allowed=_ALLOWED)
-            return
-        what = "this is a folder, not a picture" if path.is_dir() else "no such picture"
-        if path.exists() and not path.is_dir():
-            what = "not a plain file"
-    except (OSError, ValueError) as err:
-        raise ImageError("the picture cannot be read", seen=f"{path!r}: {err}") from err
-    raise ImageError(what, seen=path, allowed=_ALLOWED, fix="check the path")
-
-
-def _from_array(array: NDArray[Any]) -> Image.Image:
+def _from_array(array: NDArray[Any], color: ColorOrder) -> Image.Image:
     shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
     if array.dtype != np.uint8 or not shaped or 0 in array.shape:
         raise ImageError(
-            "an array that is not a picture",
+            "an array that is not an image",
             seen=f"{array.dtype} {list(array.shape)}",
             allowed="uint8 [H, W], [H, W, 3] or [H, W, 4], not empty",
         )
+    if color == "bgr":
+        array = array[..., [2, 1, 0, 3][: array.shape[2]]]
     return Image.fromarray(array)
 
 
-def _to_rgb(image: Image.Image, *, pad_color: tuple[int, int, int], name: str) -> Image.Image:
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ImageError("the picture has no pixels", seen=f"{name}: {width}x{height}")
-    if width * height > MAX_PIXELS:
-        raise ImageError(
-            "the picture is too large",
-            seen=f"{name}: {width}x{height} pixels",
-            allowed=_ALLOWED,
-            fix="make it smaller first",
-        )
+def _reopen(image: Image.Image) -> OpenedImage | None:
+    """An image that Pillow has opened and not decoded, from its file; None for all others."""
+    file = getattr(image, "fp", None)
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile or file is None:
+        return None
+    if image.tell():
+        # Of an animation the current frame is taken.
+        return None
     try:
-        with _quiet():
+        place = file.tell()
+        file.seek(0)
+        data = file.read(MAX_MEMORY + 1)
+        file.seek(place)
+    except (OSError, ValueError) as err:
+        raise damaged("the image", err) from err
+    if len(data) > MAX_MEMORY:
+        raise too_large(f"the image's file: more than {MAX_MEMORY:,} bytes")
+    opened = open_encoded(EncodedImage(data=data, name="the image"))
+    # It may have been asked for at a smaller size.
+    return opened if opened.image.size == image.size else None
+
+
+def _orientation_of(image: Image.Image) -> int:
+    """The orientation that a Pillow image carries; 1 where it carries none."""
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except DAMAGED:
+        return 1
+    return found if found in _TURNS else 1
+
+
+def _decode(
+    opened: OpenedImage,
+    pad_color: tuple[int, int, int],
+    *,
+    frame: ImageFrame,
+    allow_damaged: bool,
+    name: str,
+) -> LoadedImage:
+    damage = opened.find_damage()
+    image = opened.image
+    if damage is None or allow_damaged:
+        try:
             image.load()
-            return _flatten(ImageOps.exif_transpose(image), pad_color, name)
-    except (*_DAMAGED, Image.DecompressionBombError, MemoryError) as err:
-        raise ImageError(
-            "the picture is damaged or not complete",
-            seen=f"{name}: {err}",
-            allowed=_ALLOWED,
-            fix="save it again, or get it again",
-        ) from err
+        except DAMAGED as err:
+            damage = damage or str(err)
+            if isinstance(image, ImageFile.ImageFile):
+                # It keeps what was decoded; without tiles there is nothing left to do.
+                image.tile = []
+    if damage is not None and not allow_damaged:
+        raise damaged(name, damage)
+    try:
+        rgb = _flatten(image, pad_color, name)
+    except DAMAGED as err:
+        raise damaged(name, err) from err
+    if frame == "upright" and opened.orientation in _TURNS:
+        rgb = rgb.transpose(_TURNS[opened.orientation])
+    odd = () if damage is None else (f"the image is damaged, and was used all the same: {damage}",)
+    return LoadedImage(image=rgb, orientation=opened.orientation, warnings=(*opened.warnings, *odd))
 
 
 def _flatten(image: Image.Image, pad_color: tuple[int, int, int], name: str) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16 bits a pixel, whatever the byte order; Pillow's own conversion would clip them. Pillow
-        # holds some 16-bit files in 32 bits ("I"); real 32-bit values have no agreed white.
-        wide = np.asarray(image).astype(np.int64)
-        if wide.min() < 0 or wide.max() > _MAX_16_BIT:
-            raise _unknown_range(f"{name}: 32-bit integers, {wide.min()} to {wide.max()}")
-        return Image.fromarray((wide // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise _unknown_range(f"{name}: floating-point pixels")
+    if image.mode == "I":
+        # Pillow holds some 16-bit files in 32 bits; real 32-bit values have no agreed white.
+        low, high = (int(value) for value in np.ravel(image.getextrema()))
+        if low < 0 or high > _MAX_16_BIT:
+            raise _unknown_range(f"{name}: 32-bit integers, {low} to {high}")
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    flat = Image.new("RGB", image.size)
+    rows = max(1, _PIECE // image.width)
+    for top in range(0, image.height, rows):
+        piece = image.crop((0, top, image.width, min(top + rows, image.height)))
+        flat.paste(_flatten_piece(piece, pad_color), (0, top))
+    return flat
+
+
+def _flatten_piece(image: Image.Image, pad_color: tuple[int, int, int]) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16 bits a pixel, whatever the byte order; Pillow's own conversion would clip them.
+        wide = np.asarray(image).astype(np.int64)
+        return Image.fromarray((wide // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         canvas = Image.new("RGBA", layer.size, (*pad_color, 255))
@@ -202,7 +296,7 @@ def _flatten(image: Image.Image, pad_color: tuple[int, int, int], name: str) -> 
 
 def _unknown_range(seen: str) -> ImageError:
     return ImageError(
-        "the picture's pixel format has no agreed range of brightness",
+        "the image's pixel format has no agreed range of brightness",
         seen=seen,
         allowed="8 or 16 bits a channel",
         fix="save it with 8 bits a channel",
@@ -226,7 +320,7 @@ def _pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Ima
 def _cut_tiles(
     image: Image.Image, canvas: Size, fitted: Size, spec: ImageSpec
 ) -> list[Image.Image]:
-    """Tiles row by row of the picture, resized to ``fitted``, in the middle of its canvas."""
+    """Tiles row by row of the image, resized to ``fitted``, in the middle of its canvas."""
     resized = image.resize((fitted[1], fitted[0]), _RESAMPLE[spec.resample])
     whole = _center(resized, canvas, spec.pad_color)
     return [

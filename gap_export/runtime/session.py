@@ -31,7 +31,14 @@ from gap_export.runtime.generation import (
 )
 from gap_export.runtime.geometry import Box, ImageGeometry
 from gap_export.runtime.grounding import Grounding
-from gap_export.runtime.image import ImageInput, load_image, prepare_image
+from gap_export.runtime.image import (
+    ColorOrder,
+    ImageFrame,
+    ImageInput,
+    LoadedImage,
+    prepare_image,
+    read_image,
+)
 from gap_export.runtime.prompt import EncodedExpression, PromptEncoder
 from gap_export.runtime.visual_tokens import VisualTokens, encode_picture
 
@@ -163,29 +170,58 @@ class GroundingSession:
             self._closed = True
             self.backend.__exit__(kind, error, trace)
 
-    def ground(self, image: ImageInput, expression: str) -> Grounding:
+    def ground(
+        self,
+        image: ImageInput,
+        expression: str,
+        *,
+        frame: ImageFrame = "upright",
+        allow_damaged: bool = False,
+        color: ColorOrder = "rgb",
+    ) -> Grounding:
         """Find one object.
 
         Args:
-            image: A file, a Pillow picture, or a uint8 array [H, W, 3].
+            image: A file, a Pillow image, or a uint8 array [H, W, 3] in the order ``color``.
             expression: What to look for.
+            frame: ``upright``: the image is turned as EXIF says, and the box is of what is
+                displayed; ``raw``: both are of the image as stored.
+            allow_damaged: Use what can be decoded of a damaged image; ``Grounding.warnings`` says
+                so. By default it is refused.
+            color: Of an array: ``rgb``, or ``bgr`` as OpenCV has it.
 
         Raises:
-            ImageError: the picture cannot be used.
+            ImageError: the image cannot be used.
+            UsageError: no such ``frame`` or ``color``.
             ExpressionError: the expression cannot be used.
             GapExportError: the session is closed.
         """
-        return self.ground_batch(image, [expression])[0]
+        return self.ground_batch(
+            image, [expression], frame=frame, allow_damaged=allow_damaged, color=color
+        )[0]
 
-    def ground_batch(self, image: ImageInput, expressions: Sequence[str]) -> list[Grounding]:
+    def ground_batch(
+        self,
+        image: ImageInput,
+        expressions: Sequence[str],
+        *,
+        frame: ImageFrame = "upright",
+        allow_damaged: bool = False,
+        color: ColorOrder = "rgb",
+    ) -> list[Grounding]:
         """Find several objects in one picture; the vision encoder sees the picture once.
 
         Only where the picture is cut into tiles and the pruner reads the text does it see it once
         for each expression.
 
         Args:
-            image: A file, a Pillow picture, or a uint8 array [H, W, 3].
+            image: A file, a Pillow image, or a uint8 array [H, W, 3] in the order ``color``.
             expressions: What to look for; each answer is the same as if asked alone.
+            frame: ``upright``: the image is turned as EXIF says, and the box is of what is
+                displayed; ``raw``: both are of the image as stored.
+            allow_damaged: Use what can be decoded of a damaged image; ``Grounding.warnings`` says
+                so. By default it is refused.
+            color: Of an array: ``rgb``, or ``bgr`` as OpenCV has it.
 
         Raises:
             ImageError: the picture cannot be used.
@@ -200,8 +236,14 @@ class GroundingSession:
         clock = _Clock()
         with clock.stage("preprocess"):
             encoded = [self._prompts.encode(expression) for expression in expressions]
-            picture = load_image(image, pad_color=self.manifest.image.pad_color)
-            pixel_values, geometry = prepare_image(picture, self.manifest.image)
+            loaded = read_image(
+                image,
+                pad_color=self.manifest.image.pad_color,
+                frame=frame,
+                allow_damaged=allow_damaged,
+                color=color,
+            )
+            pixel_values, geometry = prepare_image(loaded.image, self.manifest.image)
             layout = geometry.tile_layout(self.manifest.image, self.manifest.grid)
             if layout is not None:
                 # Its size decides how long the prompt is.
@@ -230,7 +272,7 @@ class GroundingSession:
         )
         clock.add("prefill", answer.prefill_ms)
         clock.add("decode", answer.decode_ms)
-        return self._answers(expressions, encoded, answer, visual, geometry, clock)
+        return self._answers(expressions, encoded, answer, visual, geometry, clock, loaded)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -283,6 +325,7 @@ class GroundingSession:
         visual: Sequence[VisualTokens],
         geometry: ImageGeometry,
         clock: _Clock,
+        loaded: LoadedImage,
     ) -> list[Grounding]:
         manifest = self.manifest
         texts = [self._prompts.decode(token_ids) for token_ids in answer.token_ids]
@@ -302,7 +345,8 @@ class GroundingSession:
                     image_size=(geometry.width, geometry.height),
                     timings_ms=timings,
                     backend=self._backend_name,
-                    warnings=(*encoded[row].warnings, *problems),
+                    orientation=loaded.orientation,
+                    warnings=(*loaded.warnings, *encoded[row].warnings, *problems),
                 )
             )
         return found

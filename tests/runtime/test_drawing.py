@@ -140,7 +140,7 @@ def test_place_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None
 
 
 def test_picture_that_cannot_be_used_is_refused(answer: Grounding, tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="no such picture"):
+    with pytest.raises(ImageError, match="no such image"):
         draw_grounding(tmp_path / "missing.png", answer)
 
 

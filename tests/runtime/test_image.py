@@ -131,10 +131,10 @@ def png_header(width: int, height: int) -> bytes:
     ("content", "message"),
     [
         (b"", "an empty file"),
-        (b"hello, I am text\n" * 50, "not a picture that can be read"),
-        (b"\x89PNG\r\n\x1a\n", "not a picture|damaged"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture that can be read"),
-        (png_header(8001, 8001), "too large: .*8001x8001 pixels.*at most 64 megapixels"),
+        (b"hello, I am text\n" * 50, "not an image that can be read"),
+        (b"\x89PNG\r\n\x1a\n", "not an image|damaged"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image that can be read"),
+        (png_header(8001, 8001), "too large: .*8001x8001 pixels.*at most 64,000,000"),
         (png_header(10000, 10000), "too large"),
         (png_header(100_000, 100_000), "too large"),
         (png_header(10, 10), "damaged or not complete"),
@@ -156,7 +156,7 @@ def test_truncated_file_is_refused(tmp_path: Path, suffix: str) -> None:
     Image.fromarray(noise).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ImageError, match=r"damaged|not a picture"):
+    with pytest.raises(ImageError, match=r"damaged|not an image"):
         load(path)
 
 
@@ -181,7 +181,7 @@ def test_damaged_file_is_refused_or_read_but_never_a_traceback(
 def test_missing_folder_and_pipe_are_told_apart(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name, message in [
-        ("missing.png", "no such picture"),
+        ("missing.png", "no such image"),
         ("", "this is a folder"),
         ("pipe", "not a plain file"),
     ]:
@@ -191,7 +191,7 @@ def test_missing_folder_and_pipe_are_told_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["a\0b.png", "x" * 5000])
 def test_impossible_path_is_refused(path: str) -> None:
-    with pytest.raises(ImageError, match=r"cannot be read|no such picture"):
+    with pytest.raises(ImageError, match=r"cannot be read|no such image"):
         load(path)
 
 
@@ -207,7 +207,7 @@ def test_impossible_path_is_refused(path: str) -> None:
     ],
 )
 def test_array_that_is_no_picture_is_refused(array: Any) -> None:
-    with pytest.raises(ImageError, match="an array that is not a picture"):
+    with pytest.raises(ImageError, match="an array that is not an image"):
         load(array)
 
 
@@ -219,7 +219,7 @@ def test_picture_without_pixels_is_refused(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("thing", [None, 5, b"bytes", [[0]], open])
 def test_thing_that_is_no_picture_is_refused(thing: Any) -> None:
-    with pytest.raises(ImageError, match="not a picture: "):
+    with pytest.raises(ImageError, match="not an image: "):
         load(thing)
 
 

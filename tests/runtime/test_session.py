@@ -217,7 +217,7 @@ def test_batch_that_is_no_list_is_refused(
 def test_bad_input_is_refused_before_anything_runs(
     session: GroundingSession, picture: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(ImageError, match="no such picture"):
+    with pytest.raises(ImageError, match="no such image"):
         session.ground(tmp_path / "missing.png", "the star")
     with pytest.raises(ExpressionError, match="empty"):
         session.ground_batch(picture, ["the star", " "])

@@ -4,9 +4,11 @@ Each line is a JSON object::
 
     {"image": "pictures/yard.jpg", "expression": "the dog on the left", "box": [12, 40, 118, 203]}
 
-``image`` is a path below the folder, ``box`` [x1, y1, x2, y2] in pixels of the picture as
-displayed. Optional: ``kind`` (a type of expression, reported by itself), ``split`` (in every line
-or in none) and ``id`` (else the number of the line, from 0).
+``image`` is a path below the folder, ``box`` [x1, y1, x2, y2] in pixels of the image. Optional:
+``frame`` (``upright``, the default: boxes are of the image as displayed, turned as EXIF says;
+``raw``: of the image as stored; the same in all lines about one image), ``kind`` (a type of
+expression, reported by itself), ``split`` (in every line or in none) and ``id`` (else the number of
+the line, from 0).
 """
 
 from __future__ import annotations
@@ -14,20 +16,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 from gap_export.errors import ImageError
 from gap_export.evaluation.datasets.annotations import Annotation
 from gap_export.evaluation.datasets.rows import Row, read_json_lines
 from gap_export.evaluation.datasets.stored import KnownSet, is_file, name_after
 from gap_export.evaluation.questions import PictureSource
-from gap_export.runtime.image import open_encoded
+from gap_export.runtime.image import TURNED_ON_ITS_SIDE, ImageFrame
+from gap_export.runtime.image_files import open_encoded, read_file
 
 LOOKED_FOR = "questions.jsonl"
 ONLY_SPLIT = "all"
-_KEYS = frozenset({"image", "expression", "box", "kind", "split", "id"})
-_ORIENTATION = 0x0112
-# EXIF's orientations that turn a picture on its side.
-_ON_ITS_SIDE = (5, 6, 7, 8)
+_KEYS = frozenset({"image", "expression", "box", "kind", "split", "id", "frame"})
+_FRAMES: tuple[ImageFrame, ...] = get_args(ImageFrame)
 
 
 class OwnSet:
@@ -52,18 +54,22 @@ class OwnSet:
     def read(self, split: str) -> Iterator[Annotation]:
         """One annotation for each line."""
         sizes: dict[str, tuple[int, int] | None] = {}
+        frames: dict[str, ImageFrame] = {}
         for number, row in enumerate(self._rows):
             if _split_of(row) != split:
                 continue
             name = row.file_name("image")
             path = self._folder / name
             there = is_file(path)
+            frame = _frame_of(row)
+            if frames.setdefault(name, frame) != frame:
+                raise row.refuse("frame", f"{frames[name]}, as in the lines before about {name}")
             if name not in sizes:
-                sizes[name] = _displayed_size(path) if there else None
+                sizes[name] = _size(path, frame) if there else None
             yield Annotation(
                 id=row.label("id") if "id" in row.values else str(number),
                 image_id=name,
-                picture=PictureSource(path=path) if there else None,
+                picture=PictureSource(path=path, frame=frame) if there else None,
                 picture_name=name,
                 expression=row.text("expression"),
                 box=row.corners("box"),
@@ -98,12 +104,20 @@ def _split_of(row: Row) -> str:
     return row.label("split") if "split" in row.values else ONLY_SPLIT
 
 
-def _displayed_size(path: Path) -> tuple[int, int] | None:
-    """Width and height of a picture, upright; None for a broken one, which is met when asked."""
+def _frame_of(row: Row) -> ImageFrame:
+    value = row.values.get("frame", "upright")
+    for frame in _FRAMES:
+        if value == frame:
+            return frame
+    raise row.refuse("frame", ", ".join(_FRAMES))
+
+
+def _size(path: Path, frame: ImageFrame) -> tuple[int, int] | None:
+    """Width and height of an image; None for a broken one, which is met when asked."""
     try:
-        with open_encoded(path.read_bytes(), name=str(path)) as picture:
-            turned = picture.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
-            width, height = picture.size
-    except (ImageError, OSError, SyntaxError, ValueError):
+        opened = open_encoded(read_file(path))
+    except ImageError:
         return None
+    width, height = opened.image.size
+    turned = frame == "upright" and opened.orientation in TURNED_ON_ITS_SIDE
     return (height, width) if turned else (width, height)

@@ -4,7 +4,7 @@ They are called ``data/val-00000-of-00004.parquet``. A row is an object: ``image
 bytes), ``answer`` (the expressions), ``bbox`` [x, y, width, height] in pixels and ``file_name``;
 ``question`` is a prompt, and is not read. Each answer is a question, with the id ``<split>-<row of
 the split>-<place in it>``. Pictures stay in their files until they are asked about, and their sizes
-are not annotated.
+are not annotated. Boxes are of the images as stored, as COCO's are.
 
 The split ``val`` of lmms-lab's RefCOCO and RefCOCOg is not that of the papers: it holds Google's
 together with UNC's or UMD's. ``testA``, ``testB`` and RefCOCOg's ``test`` are those of the papers.
@@ -87,7 +87,7 @@ class ParquetSet:
                     yield Annotation(
                         id=f"{split}-{number}-{place}",
                         image_id=picture_of(name),
-                        picture=PictureSource(parquet=(part.file, row_of_file)),
+                        picture=PictureSource(parquet=(part.file, row_of_file), frame="raw"),
                         picture_name=name,
                         expression=expression,
                         box=row.box("bbox"),

@@ -117,7 +117,8 @@ class Pictures:
         """A picture by its name, which may have folders in it; None where it is missing."""
         for place in self._there:
             if is_file(place / name):
-                return PictureSource(path=place / name)
+                # COCO annotates images as they are stored.
+                return PictureSource(path=place / name, frame="raw")
         return None
 
 

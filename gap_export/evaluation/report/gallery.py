@@ -213,7 +213,7 @@ def _answer(answer: GalleryAnswer, strokes: dict[str, Stroke]) -> Answer:
 def _embed(item: GalleryItem) -> tuple[str, str, tuple[int, int]]:
     """The picture as a ``data:`` URI, or what is wrong with it; and its size as loaded."""
     try:
-        picture = load_image(item.picture.load(), pad_color=_WHITE)
+        picture = load_image(item.picture.load(), pad_color=_WHITE, frame=item.picture.frame)
     except (ImageError, MissingDependencyError) as err:
         # The answers are still worth showing; the picture was there when they were given.
         return "", clean(str(err)), (1, 1)

@@ -12,6 +12,7 @@ from PIL import Image
 from gap_export.errors import ImageError, MissingDependencyError, UsageError
 from gap_export.evaluation.datasets import open_dataset, parquet_pictures
 from gap_export.evaluation.questions import Dataset, PictureSource
+from gap_export.runtime.image import load_image
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
@@ -59,8 +60,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def shade(source: PictureSource) -> int:
-    picture = source.load()
-    assert isinstance(picture, Image.Image)
+    picture = load_image(source.load(), pad_color=(0, 0, 0))
     return int(np.asarray(picture)[0, 0, 0])
 
 
@@ -160,7 +160,7 @@ def test_broken_picture_is_found_when_loaded(tmp_path: Path, content: Any) -> No
     data = opened(f"{tmp_path}:val")
     assert data.num_expressions == 2
     with pytest.raises(ImageError):
-        data.questions[1].picture.load()
+        load_image(data.questions[1].picture.load(), pad_color=(0, 0, 0))
 
 
 def test_file_that_is_gone_or_cut_is_a_picture_that_cannot_be_read(tmp_path: Path) -> None:

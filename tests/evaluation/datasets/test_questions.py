@@ -26,8 +26,9 @@ def test_encoded_bytes_become_the_picture(tmp_path: Path) -> None:
 
 
 def test_encoded_bytes_of_an_unlisted_format_are_refused() -> None:
-    with pytest.raises(ImageError, match="not a picture that can be read"):
-        PictureSource(encoded=b"%!PS-Adobe-3.0 EPSF-3.0\n").load()
+    source = PictureSource(encoded=b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    with pytest.raises(ImageError, match="not an image that can be read"):
+        load_image(source.load(), pad_color=(0, 0, 0))
 
 
 @pytest.mark.parametrize("cut", [0, 10, 60])

@@ -94,7 +94,7 @@ def test_page_says_what_was_measured_and_how(sources):
         "Acc@0.5 of the same answers by other protocols",
         "5.4e-138",
         "right with GAP, wrong with compact positions",
-        "no such picture: /no/the red circle.jpg",
+        "no such image: /no/the red circle.jpg",
         "spatial keep 0.3 gap: IoU 0.84",
     ):
         assert told in text
@@ -278,4 +278,4 @@ def test_a_picture_that_cannot_be_loaded_any_more_leaves_its_answers(tmp_path):
     (tmp_path / "text.jpg").write_text("no picture")
     _, card = card_of(gallery_item(picture=PictureSource(path=tmp_path / "text.jpg")))
     assert (card.uri, len(card.answers)) == ("", 5)
-    assert "not a picture" in card.problem
+    assert "not an image" in card.problem
