@@ -19,7 +19,9 @@ def describe_tokens(manifest: Manifest) -> str:
     pruning, tiles = manifest.pruning, manifest.image.tiles
     text = f"{pruning.num_kept_tokens} of {pruning.num_visual_tokens} visual tokens"
     if pruning.budget == "adaptive":
-        text = f"what stands out, at most {text}"
+        text = f"as many as stand out, 1 to {text}"
+        if pruning.kept_buckets:
+            text += f" (rounded up to one of {', '.join(map(str, pruning.kept_buckets))})"
     if pruning.extra_token != "none":
         text += f" and an extra one, {pruning.extra_token} of the others"
     if tiles is None:

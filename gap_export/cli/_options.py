@@ -102,7 +102,8 @@ BudgetOption = Annotated[
     Budget | None,
     typer.Option(
         "--budget",
-        help="fixed: --keep of every picture; adaptive: what stands out in each, --keep at most. "
+        help="fixed: --keep of every image; adaptive: exactly as many as stand out in each (by "
+        "the pruner's scores), at least 1 and at most --keep. "
         "[default: the pruner's where --keep is not given, else fixed]",
         show_default=False,
     ),

@@ -95,6 +95,9 @@ def ground(
         grounding = session.ground(image, expression, allow_damaged=allow_damaged)
     for text in grounding.warnings:
         terminal.warning(text)
+    for grid in grounding.tokens:
+        if grid.stood_out is not None:
+            terminal.message(f"stood out {grid.stood_out}, kept {len(grid.kept)} visual tokens")
     terminal.json({"image": str(image), **grounding.to_plain()})
     if save is not None:
         drawing = draw_grounding(image, grounding, pad_color=pad_color, allow_damaged=allow_damaged)

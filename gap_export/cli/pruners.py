@@ -21,6 +21,11 @@ _READINGS = {
     "text": "a CLIP text tower",
     "image_embeds": "the projected tokens",
 }
+_ADAPTIVE = (
+    "adaptive: an image keeps exactly as many tokens as have scores above Q3 + 1.5 (Q3 - Q1), at "
+    "least 1 and at most --keep, in ONNX Runtime, TensorRT and PyTorch alike; the default where "
+    "--keep is not given."
+)
 _WHY = (
     "In-LLM methods need a decoder cut into several graphs whose KV caches differ in length, and "
     "attention weights that fused attention does not give. GAP is about what is dropped before it."
@@ -63,7 +68,7 @@ def pruners(
         paper = f" ({item['paper']})" if item["paper"] else ""
         lines.insert(place, f"  {item['summary']}{paper}")
     left_out = "\n".join(f"  {name}: {why}" for name, why in LEFT_OUT.items())
-    terminal.result("\n".join([*lines, "", "not offered:", left_out, _WHY]))
+    terminal.result("\n".join([*lines, "", _ADAPTIVE, "", "not offered:", left_out, _WHY]))
     for why in broken.values():
         terminal.warning(why)
 

@@ -97,8 +97,9 @@ def _plain_sizes(manifest: Manifest, graph: GraphSpec, limits: EngineLimits) -> 
 
 
 def _kept_sizes(pruning: PruningSpec) -> Sizes:
-    buckets = pruning.kept_buckets or (pruning.num_kept_tokens,)
-    return buckets[0], buckets[len(buckets) // 2], buckets[-1]
+    # The number is an input, so that one profile takes every one of its range.
+    most = pruning.num_kept_tokens
+    return 1, max(1, most // 2), most
 
 
 def _prefill_sizes(limits: EngineLimits) -> dict[str, Sizes]:

@@ -41,7 +41,6 @@ __all__ = [
 MAX_SEED = 2**63 - 1
 # TensorRT's TopK takes no more.
 MAX_RANKED_TOKENS = 3840
-_NUM_BUCKETS = 16
 # Of a folder that nobody recognises; each may be opened.
 _MAX_FILES_TRIED = 16
 
@@ -169,14 +168,7 @@ def resolve_pruning(
         text_similarity_sign=sign if "text" in chosen.reads else None,
         extra_position=(extra_position or "last") if extra != "none" else "last",
         budget=choices.budget,
-        kept_buckets=_buckets(num_kept) if adaptive else (),
     )
-
-
-def _buckets(most: int) -> tuple[int, ...]:
-    """Some sixteen even steps up to the most, so that runtimes meet few different shapes."""
-    step = -(-most // _NUM_BUCKETS)
-    return (*range(step, most, step), most)
 
 
 def _default_pruner(recipe: Recipe) -> str:

@@ -1,7 +1,8 @@
 """What a bundle is: the typed form of ``gap.json``.
 
 Plain frozen dataclasses on the standard library alone, so that a bundle can be read on a device
-that has nothing else. Unknown keys, missing keys and wrong types are errors.
+that has nothing else. Unknown keys, missing keys (but for those that came later) and wrong types
+are errors.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 
 from gap_export.errors import BundleError
-from gap_export.manifest.plain import from_plain, to_plain
+from gap_export.manifest.plain import ADDED_LATER, from_plain, to_plain
 from gap_export.manifest.specs import (
     FORMAT,
     FORMAT_VERSION,
@@ -42,6 +43,7 @@ from gap_export.manifest.specs import (
 from gap_export.manifest.values import check_member_path, check_values
 
 __all__ = [
+    "ADDED_LATER",
     "FORMAT",
     "FORMAT_VERSION",
     "MANIFEST_NAME",

@@ -13,6 +13,9 @@ from gap_export.errors import BundleError
 
 T = TypeVar("T")
 
+# Metadata of a field that came later: where it is missing, its default is what was meant then.
+ADDED_LATER: Mapping[str, bool] = types.MappingProxyType({"added_later": True})
+
 
 def to_plain(value: Any) -> Any:
     """Dataclasses, tuples and mappings as what JSON knows."""
@@ -28,6 +31,8 @@ def to_plain(value: Any) -> Any:
 def from_plain(cls: type[T], plain: Any, *, where: str) -> T:
     """Build a frozen dataclass from JSON data, checking every key and type.
 
+    Only a field whose metadata is ``ADDED_LATER`` may be missing.
+
     Args:
         cls: The dataclass.
         plain: What ``json.loads`` gave.
@@ -39,16 +44,20 @@ def from_plain(cls: type[T], plain: Any, *, where: str) -> T:
     if not isinstance(plain, dict):
         raise BundleError(f"{where} must be an object", seen=type(plain).__name__)
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    found = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = [f.name for f in found]
     unknown = sorted(set(plain) - set(names))
-    missing = [n for n in names if n not in plain]
+    missing = [
+        f.name for f in found if f.name not in plain and f.metadata.get("added_later") is None
+    ]
     if unknown or missing:
         raise BundleError(
             f"{where}: wrong keys",
             seen=f"unknown {unknown or 'none'}, missing {missing or 'none'}",
             allowed=", ".join(names),
         )
-    return cls(**{n: _convert(hints[n], plain[n], f"{where}: {n}") for n in names})
+    given = [n for n in names if n in plain]
+    return cls(**{n: _convert(hints[n], plain[n], f"{where}: {n}") for n in given})
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

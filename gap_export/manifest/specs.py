@@ -164,7 +164,8 @@ class PruningSpec(_Strict):
         extra_position: Index of the extra token: that of the ``last`` visual token, or of the cell
             at the ``centroid`` of what was dropped.
         budget: ``fixed``: K of every picture; ``adaptive``: as many as stand out by their scores.
-        kept_buckets: The numbers an adaptive one may be, ascending, K the last; else empty.
+        kept_buckets: Of bundles made before every number of 1..K could be kept: those an adaptive
+            one is rounded up to, ascending, K the last. Else empty.
     """
 
     pruner: str

@@ -128,8 +128,8 @@ def _check_extra(pruning: PruningSpec) -> None:
             f"num_kept_tokens, and one more with an extra token ({pruning.extra_token})",
         )
     buckets = pruning.kept_buckets
-    if (pruning.budget == "adaptive") != bool(buckets):
-        raise _refuse("pruning.kept_buckets", buckets, "there with an adaptive budget, only there")
+    if buckets and pruning.budget != "adaptive":
+        raise _refuse("pruning.kept_buckets", buckets, "empty without an adaptive budget")
     if buckets and (
         list(buckets) != sorted(set(buckets))
         or buckets[0] < 1

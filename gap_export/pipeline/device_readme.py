@@ -99,8 +99,9 @@ def _shapes(profile: ProfileSpec, which: str, fixed: Collection[str]) -> str:
 
 def _head(manifest: Manifest) -> str:
     pruning = manifest.pruning
+    least = "1 to " if pruning.budget == "adaptive" else ""
     return (
-        f"# {manifest.model.name}, pruned to {pruning.num_kept_tokens} of "
+        f"# {manifest.model.name}, pruned to {least}{pruning.num_kept_tokens} of "
         f"{pruning.num_visual_tokens} visual tokens\n\n"
         f"Made by gap-export {__version__}. TensorRT engines fit the device they were built on and "
         "no other, so they are built there, from what is in this folder. Nothing below was run on "

@@ -7,12 +7,12 @@ expression, has its own, so that an answer does not depend on what else is asked
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gap_export.manifest import PruningSpec
 from gap_export.positions import Int64Array
 
 _WHISKER = 1.5
@@ -36,16 +36,20 @@ def count_outliers(token_scores: NDArray[np.floating[Any]]) -> Int64Array:
     return found
 
 
-def snap_to_buckets(wanted: Int64Array, buckets: Sequence[int]) -> Int64Array:
-    """The next larger bucket of each number, or the largest there is.
+def settle_numbers(standing_out: Int64Array, pruning: PruningSpec) -> Int64Array:
+    """How many tokens are kept of each row: as many as stand out, at least one, K at most.
+
+    Bundles that name buckets were made to round that number up to one of them, and still do.
 
     Args:
-        wanted: int64 [B].
-        buckets: Ascending, at least one.
+        standing_out: int64 [B], from :func:`count_outliers`.
+        pruning: Of the bundle.
 
     Returns:
         int64 [B].
     """
-    ends = np.asarray(buckets, dtype=np.int64)
-    places = np.searchsorted(ends, wanted, side="left")
-    return ends[np.minimum(places, len(ends) - 1)]
+    numbers = np.clip(standing_out, 1, pruning.num_kept_tokens)
+    if not pruning.kept_buckets:
+        return numbers
+    ends = np.asarray(pruning.kept_buckets, dtype=np.int64)
+    return ends[np.searchsorted(ends, numbers, side="left")]

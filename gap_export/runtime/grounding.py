@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from gap_export.manifest import ADDED_LATER
 from gap_export.positions import TileTokens
 from gap_export.runtime.geometry import Box, Frame
 
@@ -27,6 +28,8 @@ class TokenGrid:
         tiles: The account of each tile, row by row; one entry for ``image`` and ``base``.
         scores: What the pruner ranked the cells by, in raster order; None where it has no scores,
             and for tiles. No part of the JSON form.
+        stood_out: How many cells' scores stand out, where that decides how many are kept; at least
+            one is, and at most the bundle's K. Else None.
     """
 
     view: View
@@ -36,6 +39,7 @@ class TokenGrid:
     kept: tuple[int, ...]
     tiles: tuple[TileTokens, ...]
     scores: tuple[float, ...] | None = None
+    stood_out: int | None = field(default=None, metadata=ADDED_LATER)
 
     @property
     def is_whole(self) -> bool:
@@ -51,6 +55,7 @@ class TokenGrid:
             "cols": self.cols,
             "frame": [round(value, 2) for value in frame],
             "kept": list(self.kept),
+            "stood_out": self.stood_out,
             "tiles": [asdict(tile) for tile in self.tiles],
         }
 

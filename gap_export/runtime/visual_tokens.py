@@ -13,7 +13,7 @@ from gap_export.keep_indices import check_keep_indices
 from gap_export.manifest import Manifest
 from gap_export.positions import Int64Array, TiledTokens, TileLayout, TileTokens, arrange_tiles
 from gap_export.runtime.backend import Backend, EncodedImage, FloatArray, ScoredImage
-from gap_export.runtime.budget import count_outliers, snap_to_buckets
+from gap_export.runtime.budget import count_outliers, settle_numbers
 from gap_export.runtime.computed import check_computed
 from gap_export.runtime.geometry import ImageGeometry
 from gap_export.runtime.grounding import TokenGrid
@@ -123,7 +123,7 @@ def _encode_adaptively(
     scored = backend.score_tokens(pixel_values, text_embeds)
     _check_shape("token_scores", scored.token_scores, (images, pruning.num_visual_tokens))
     _check_floats("vision_encoder", scored)
-    numbers = snap_to_buckets(count_outliers(scored.token_scores), pruning.kept_buckets)
+    numbers = settle_numbers(count_outliers(scored.token_scores), pruning)
     found: dict[int, EncodedImage] = {}
     for number in sorted(set(numbers.tolist())):
         rows = np.flatnonzero(numbers == number)
@@ -184,6 +184,10 @@ def _of_whole(encoded: EncodedImage, manifest: Manifest, geometry: ImageGeometry
     extra = pruning.num_emitted_tokens - pruning.num_kept_tokens
     # An extra token looks at no place of its own.
     survivors = keep[: len(keep) - extra]
+    stood_out = None
+    if pruning.budget == "adaptive":
+        assert scores is not None, "a picture decides by scores"
+        stood_out = int(count_outliers(scores[None])[0])
     view = TokenGrid(
         view="image",
         rows=grid.rows,
@@ -194,6 +198,7 @@ def _of_whole(encoded: EncodedImage, manifest: Manifest, geometry: ImageGeometry
             TileTokens(num_visual_tokens=pruning.num_visual_tokens, num_kept_tokens=len(survivors)),
         ),
         scores=None if scores is None else tuple(scores.tolist()),
+        stood_out=stood_out,
     )
     return VisualTokens(
         features=encoded.image_features,

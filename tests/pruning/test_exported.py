@@ -77,7 +77,6 @@ def request(name, order, extra, position="last", budget="fixed") -> PruningSpec:
         num_visual_tokens=N, num_kept_tokens=KEPT, num_emitted_tokens=KEPT + (extra != "none"),
         text_similarity_sign=-1 if "text" in find_preset(name).pruner.reads else None,
         extra_position=position, budget=budget,
-        kept_buckets=(4, 8, KEPT) if budget == "adaptive" else (),
     )  # fmt: skip
 
 

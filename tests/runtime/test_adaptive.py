@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from gap_export.bundle import open_bundle
+from gap_export.bundle.files import HASH_NAME, hash_line
+from gap_export.cli._describe import describe_tokens
+from gap_export.engines.profiles import make_profiles
 from gap_export.errors import BundleError, UsageError
-from gap_export.manifest import EngineLimits
+from gap_export.manifest import MANIFEST_NAME, EngineLimits
 from gap_export.parity.question import Question
 from gap_export.runtime.backend import EncodedImage
-from gap_export.runtime.budget import count_outliers
 from gap_export.runtime.session import GroundingSession
 from gap_export.source import Checkpoint
 from tests.parity.checking import check_with_torch, outputs
+from tests.pruning import slow
 from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 EXPRESSIONS = ["the star", "a small red circle", "the big object left of a square", "blue"]
@@ -29,11 +34,11 @@ def picture(seed: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (40, 40, 3)).astype(np.uint8)
 
 
-def test_the_manifest_says_what_numbers_there_may_be(bundle):
+def test_the_manifest_says_how_many_there_may_be(bundle):
     manifest = open_bundle(bundle).manifest
     pruning = manifest.pruning
     assert (pruning.budget, pruning.extra_token, pruning.keep_ratio) == ("adaptive", "mean", 1.0)
-    assert pruning.kept_buckets == tuple(range(1, 16)) and pruning.num_kept_tokens == 15
+    assert pruning.kept_buckets == () and pruning.num_kept_tokens == 15
     graph = manifest.graph("token_pruner")
     assert (graph.inputs[0].name, graph.inputs[0].shape) == ("num_kept_tokens", (1,))
     outputs = {value.name for value in manifest.graph("vision_encoder").outputs}
@@ -54,16 +59,60 @@ def test_each_row_keeps_its_own_number_and_padding_changes_nothing(bundle):
     pytest.fail("no picture gave rows of different numbers: the test shows nothing")
 
 
-def test_as_many_survive_as_stand_out(bundle):
+@pytest.mark.parametrize(
+    ("pruner", "how"),
+    [
+        ("trim", {}),
+        ("trim", {"keep_ratio": 0.1, "budget": "adaptive"}),
+        ("prumerge", {}),
+        ("prumerge-select", {}),
+    ],
+)
+def test_exactly_as_many_survive_as_stand_out(exports, tiny_checkpoint, pruner, how):
+    bundle = exports.bundle(model=str(tiny_checkpoint), pruner=pruner, **how)
+    most = open_bundle(bundle).manifest.pruning.num_kept_tokens
+    seen = set()
     with GroundingSession.open(bundle, num_threads=1) as session:
-        answer = session.ground(picture(), EXPRESSIONS[0])
-    (grid,) = answer.tokens
-    scores = np.array(grid.scores)
-    wanted = max(1, int(count_outliers(scores[None])[0]))
-    best = np.sort(np.argsort(-scores, kind="stable")[:wanted])
-    assert grid.kept == tuple(best.tolist())
-    # The extra token is fed as well, at the last visual token's place.
-    assert answer.keep_indices == (*grid.kept, 15)
+        for seed in range(6):
+            for answer in session.ground_batch(picture(seed), EXPRESSIONS[:2]):
+                (grid,) = answer.tokens
+                wanted = slow.outliers(grid.scores)
+                assert grid.stood_out == wanted
+                assert len(grid.kept) == min(max(wanted, 1), most)
+                best = np.argsort(-np.array(grid.scores), kind="stable")[: len(grid.kept)]
+                assert sorted(grid.kept) == sorted(best.tolist())
+                assert grid.to_plain()["stood_out"] == wanted
+                # The extra token is fed as well, at the last visual token's place.
+                extra = () if pruner == "prumerge-select" else (15,)
+                assert answer.keep_indices == (*grid.kept, *extra)
+                seen.add(wanted)
+    assert len(seen) > 1, "one number alone shows nothing"
+
+
+def test_a_bundle_that_names_buckets_rounds_up_to_one_and_says_so(bundle, tmp_path):
+    copied = copy_bundle(bundle, tmp_path / "bundle")
+    pruning = dataclasses.replace(copied.manifest.pruning, kept_buckets=(6, 15))
+    raw = dataclasses.replace(copied.manifest, pruning=pruning).to_json()
+    (copied.path / MANIFEST_NAME).write_bytes(raw)
+    (copied.path / HASH_NAME).write_bytes(hash_line(raw))
+    with GroundingSession.open(copied.path, num_threads=1) as session:
+        (grid,) = session.ground(picture(), EXPRESSIONS[0]).tokens
+    assert grid.stood_out == slow.outliers(grid.scores) < len(grid.kept) == 6
+    assert "rounded up to one of 6, 15" in describe_tokens(open_bundle(copied.path).manifest)
+
+
+def test_a_fixed_budget_says_nothing_of_what_stands_out(tiny_bundle):
+    with GroundingSession.open(tiny_bundle, num_threads=1) as session:
+        (grid,) = session.ground(picture(), EXPRESSIONS[0]).tokens
+    assert grid.stood_out is None
+
+
+def test_engines_take_every_number_there_may_be(bundle):
+    manifest = open_bundle(bundle).manifest
+    limits = EngineLimits(max_prompt=40, max_new_tokens=8, max_batch=4, max_images=4)
+    (profile,) = make_profiles(manifest, manifest.graph("token_pruner"), limits)
+    taken = profile.values["num_kept_tokens"]
+    assert (taken.min, taken.max) == ((1,), (15,))
 
 
 def test_parity_holds_through_both_graphs(bundle, tiny_checkpoint, tiny_recipe):

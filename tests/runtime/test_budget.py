@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gap_export.runtime.budget import count_outliers, snap_to_buckets
+from gap_export.runtime.budget import count_outliers, settle_numbers
 from tests.pruning import slow
 
 
@@ -35,8 +37,30 @@ def test_each_row_has_quartiles_of_its_own():
     assert alone.tolist() == [3]
 
 
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 10_000), size=st.sampled_from([144, 256, 576]))
+def test_outliers_are_those_of_prumerge_and_trim(seed, size):
+    """What both papers' code does to the float32 scores of one image."""
+    logits = np.random.default_rng(seed).normal(scale=2, size=size).astype(np.float32)
+    scores = np.exp(logits) / np.exp(logits).sum()
+    first, third = np.percentile(scores, 25), np.percentile(scores, 75)
+    theirs = len(np.where(scores > third + 1.5 * (third - first))[0])
+    assert count_outliers(scores[None]).tolist() == [theirs]
+
+
 @pytest.mark.parametrize(
-    ("wanted", "snapped"), [(0, 4), (1, 4), (4, 4), (5, 8), (8, 8), (9, 13), (99, 13)]
-)
-def test_numbers_are_snapped_up_to_what_there_is(wanted, snapped):
-    assert snap_to_buckets(np.array([wanted]), (4, 8, 13)).tolist() == [snapped]
+    ("standing_out", "most", "buckets", "kept"),
+    [
+        # Exactly as many, at least one, K at most.
+        (0, 576, (), 1), (1, 576, (), 1), (122, 576, (), 122), (119, 576, (), 119),
+        (90, 576, (), 90), (576, 576, (), 576), (50, 43, (), 43), (7, 1, (), 1),
+        # Bundles that name buckets round up to one of them, as they did when they were made.
+        (0, 13, (4, 8, 13), 4), (4, 13, (4, 8, 13), 4), (5, 13, (4, 8, 13), 8),
+        (9, 13, (4, 8, 13), 13), (99, 13, (4, 8, 13), 13),
+    ],
+)  # fmt: skip
+def test_as_many_are_kept_as_stand_out(sample_manifest, standing_out, most, buckets, kept):
+    pruning = dataclasses.replace(
+        sample_manifest.pruning, budget="adaptive", num_kept_tokens=most, kept_buckets=buckets
+    )
+    assert settle_numbers(np.array([standing_out]), pruning).tolist() == [kept]
