@@ -260,6 +260,11 @@ class Recipe(_Strict):
             raise ValueError(f"prompt.image_token must not be part of {_SLOT!r}")
         if not _is_text(self.prompt.template):
             raise ValueError("prompt.template must be text: it holds half a character (surrogate)")
+        if self.prompt.question is not None and self.prompt.question_template() is None:
+            raise ValueError(
+                "prompt.question must be found in prompt.template: start, the expression, end, and "
+                "the image, which holds prompt.image_token"
+            )
         return self
 
     @model_validator(mode="after")

@@ -458,6 +458,7 @@ def _write_recipe(path: Path, *, grid: int, size: int) -> None:
         },
         "prompt": {
             "template": "USER: <image> {expression} ASSISTANT:",
+            "question": {"start": "USER:", "end": "ASSISTANT:", "image": "<image>"},
             "image_token": "<image>",
             "max_expression_tokens": 16,
             "max_new_tokens": 8,

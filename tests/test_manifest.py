@@ -18,8 +18,10 @@ from gap_export.manifest import (
     FORMAT_VERSION,
     FileSpec,
     Manifest,
+    QuestionSpec,
     TensorPlace,
     TensorSpec,
+    TextEncoderSpec,
     TilesSpec,
     check_member_path,
     from_plain,
@@ -241,12 +243,81 @@ def test_decoder_graph_has_a_key_and_a_value_per_layer(
         parse_manifest(manifest.to_json())
 
 
+# Keys that older manifests do not have.
+LATER = ("question", "pruner_text", "long_texts")
+
+
+def test_a_manifest_from_before_there_was_a_choice_of_text_is_of_the_expression(
+    sample_manifest: Manifest,
+) -> None:
+    tower = TextEncoderSpec(template="{expression}", tokenizer_file="t.json", max_tokens=77)
+    plain = plain_of(dataclasses.replace(sample_manifest, text_encoder=tower))
+    for part, key in (("prompt", LATER[0]), ("pruning", LATER[1]), ("text_encoder", LATER[2])):
+        del plain[part][key]
+    found = parse_manifest(raw_of(plain))
+    assert (found.prompt.question, found.pruning.pruner_text) == (None, "expression")
+    assert found.text_encoder == tower and tower.long_texts == "cut"
+
+
+@pytest.mark.parametrize(
+    ("marks", "template", "refused"),
+    [
+        (("USER:", "ASSISTANT:", "<image>"), "{expression}", False),
+        # The declaration and what the tower reads must be one.
+        (("USER:", "ASSISTANT:", "<image>"), "a photo of {expression}", True),
+        (("HUMAN:", "ASSISTANT:", "<image>"), "{expression}", True),
+        (None, "{expression}", True),
+    ],
+)
+def test_a_manifest_that_says_question_holds_the_question(
+    sample_manifest: Manifest, marks: tuple[str, str, str] | None, template: str, refused: bool
+) -> None:
+    question = None
+    if marks is not None:
+        question = QuestionSpec(**dict(zip(("start", "end", "image"), marks, strict=True)))
+    manifest = dataclasses.replace(
+        sample_manifest,
+        prompt=dataclasses.replace(sample_manifest.prompt, question=question),
+        pruning=dataclasses.replace(sample_manifest.pruning, pruner_text="question"),
+        text_encoder=TextEncoderSpec(template=template, tokenizer_file="t.json", max_tokens=77),
+    )
+    if not refused:
+        assert parse_manifest(manifest.to_json()) == manifest
+        return
+    with pytest.raises(BundleError, match=r"pruning\.pruner_text.*question.*allowed: expression"):
+        parse_manifest(manifest.to_json())
+
+
+@pytest.mark.parametrize(
+    ("template", "image", "question"),
+    [
+        ("USER: <image>\nWhere is {expression}? ASSISTANT:", "<image>", "Where is {expression}?"),
+        ("A USER: <image> {expression} ASSISTANT: A ASSISTANT:", "<image>",
+         "{expression} ASSISTANT: A"),
+        ("USER: In the<i><image></i>find {expression} . ASSISTANT:", "<i><image></i>",
+         "In the find {expression} ."),
+        ("<image> {expression}", "<image>", None),
+        ("USER: <image> {expression}", "<image>", None),
+        ("{expression} USER: <image> what? ASSISTANT:", "<image>", None),
+        ("USER: <image> {expression} ASSISTANT:", "<picture>", None),
+    ],
+)  # fmt: skip
+def test_the_question_is_what_the_user_says_without_the_image(
+    sample_manifest: Manifest, template: str, image: str, question: str | None
+) -> None:
+    marks = QuestionSpec(start="USER:", end="ASSISTANT:", image=image)
+    prompt = dataclasses.replace(sample_manifest.prompt, template=template, question=marks)
+    assert prompt.question_template() == question
+    assert dataclasses.replace(prompt, question=None).question_template() is None
+
+
 @sharing
 @given(st.data())
 def test_missing_key_is_refused_by_name(sample_manifest: Manifest, data: st.DataObject) -> None:
     plain = plain_of(sample_manifest)
     named = [p for p in places_of(plain) if isinstance(p[-1], str) and p[0] != "tools"]
-    place = data.draw(st.sampled_from([p for p in named if p[0] not in ("format",)]))
+    must = [p for p in named if p[0] != "format" and p[-1] not in LATER]
+    place = data.draw(st.sampled_from(must))
     node = plain
     for key in place[:-1]:
         node = node[key]  # type: ignore[index]

@@ -132,6 +132,21 @@ def test_prompts_are_exactly_those_the_models_were_trained_with():
     assert found == wanted
 
 
+def test_the_question_is_what_trim_and_cdpruner_are_fed():
+    """The user's message alone, its image left out, as their authors' scripts take it."""
+    ask = "Please provide the bounding box coordinate of the region this sentence describes: "
+    wanted = {
+        "llava-1.5-7b": f"{ask}{{expression}}",
+        "llava-1.5-13b": f"{ask}{{expression}}",
+        "llava-1.6-vicuna-7b": f"{ask}{{expression}}",
+        "llava-1.6-mistral-7b": f"{ask}{{expression}}",
+        "shikra-7b": "Can you point out {expression} in the image and provide the coordinates of "
+        "its location?",
+        "refshapes-llava": "{expression}",
+    }
+    assert {name: find_recipe(name)[0].prompt.question_template() for name in wanted} == wanted
+
+
 def test_names_and_aliases_are_unique():
     names = [n for recipe, _ in list_recipes() for n in (recipe.name, *recipe.aliases)]
     assert len(names) == len(set(names))
@@ -153,6 +168,7 @@ def test_unknown_model_suggests_the_nearest_names():
         ({"prompt__template": "USER: <image> ASSISTANT:"}, "{expression}"),
         ({"prompt__template": "<image> <image> {expression}"}, "<image>"),
         ({"prompt__template": "{expression} <image>"}, "after the image"),
+        ({"prompt__template": "HUMAN: <image> {expression} ASSISTANT:"}, "prompt.question must be"),
         ({"text_tower__similarity_sign": 0}, "similarity_sign"),
         ({"text_tower__template": "a photo"}, "text_tower.template"),
         ({"text_tower__folder": "../clip"}, "text_tower.folder"),

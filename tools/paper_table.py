@@ -8,6 +8,7 @@ paper's two misalignments with no token dropped at all (permuted and shifted, it
     tools/paper_table.py --samples 200        quicker and coarser
     tools/paper_table.py --workers 2          sharded over local workers, needs the extra [ray]
     tools/paper_table.py --no-publish         everything below --results, README and cards untouched
+    tools/paper_table.py --pruner trim        trim alone; the other rows stay as they were published
 
 Answers are kept below ``--results`` as they come: started again, it asks what is not answered yet.
 Each model gets a CSV, a Markdown table and plots; ``--publish`` puts them beside the model, and the
@@ -16,17 +17,24 @@ summary into the README.
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
-from paper_report.measured import Measured, Row
+from paper_report.measured import (
+    Measured,
+    Row,
+    asks_bare,
+    merge_rows,
+    read_csv,
+    with_budget,
+    write_csv,
+)
 from paper_report.plots import draw_table
-from paper_report.words import format_card, format_model, format_summary
+from paper_report.words import TEXT_KEEPS, format_card, format_model, format_summary
 from readme_figures import write_section
 
 from gap_export.cli import main as run
@@ -35,6 +43,7 @@ from gap_export.evaluation.evaluate import Asking, evaluate_model
 from gap_export.evaluation.run import make_folder
 from gap_export.evaluation.settings import MISALIGNMENTS
 from gap_export.families import supported_pruners
+from gap_export.manifest import PrunerText
 from gap_export.pipeline import ExportOptions
 from gap_export.pruning import find_preset
 from gap_export.recipe import find_recipe
@@ -43,15 +52,15 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 MODELS = ("refshapes-llava", "refshapes-shikra", "refshapes-minigpt-v2")
 KEEPS = (0.5, 0.3, 0.1)
-COLUMNS = (
-    *("model", "protocol", "seed", "pruner", "budget", "keep_ratio", "positions"),
-    *("mean_visual_tokens", "n", "num_images", "acc_at_50", "ci95_low", "ci95_high"),
-    *("mean_iou", "parse_failures", "recovered"),
-)
+DATA = "refshapes"
 
 
 def main(
     model: Annotated[list[str] | None, typer.Option(help="Repeatable; all demo models.")] = None,
+    pruner: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable; all. With it only what these prune is measured anew."),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Expressions per setting.")] = 1000,
     seed: int = 0,
     workers: Annotated[str, typer.Option(help="As of gap-export eval.")] = "1",
@@ -61,13 +70,14 @@ def main(
     """Measure what is not measured yet, and write tables and plots."""
     # A slip in the last name must not cost the hours of those before it.
     names = dict.fromkeys(find_recipe(name)[0].name for name in model or MODELS)
+    only = [find_preset(name).name for name in pruner or []]
     measured = []
     for name in names:
         folder = results / f"{name}-{samples}-{seed}"
         make_folder(folder, "results")
-        one = measure(name, folder, samples=samples, seed=seed, workers=workers)
+        one = measure(name, folder, only, samples=samples, seed=seed, workers=workers)
         measured.append(one)
-        write_csv(folder / "accuracy.csv", one.rows())
+        write_csv(folder / "accuracy.csv", one.all_rows)
         draw_table(one.rows(), folder / "accuracy.png", title=one.recipe.name)
         (folder / "accuracy.md").write_text(format_model(one), encoding="utf-8")
         typer.echo(f"wrote {folder}", err=True)
@@ -88,52 +98,52 @@ def main(
         write_section(README, "paper", summary)
 
 
-def measure(name: str, folder: Path, *, samples: int, seed: int, workers: str) -> Measured:
-    """Ask one model everything that ``folder`` has no answer to."""
+def measure(
+    name: str, folder: Path, only: list[str], *, samples: int, seed: int, workers: str
+) -> Measured:
+    """Ask one model everything that ``folder`` has no answer to.
+
+    With ``only`` what other pruners do is as it was published.
+    """
     recipe, _ = find_recipe(name)
-    pruners = supported_pruners(recipe)
-    report = ask(
-        folder / "fixed",
-        ExportOptions(model=name, seed=seed),
-        pruners=pruners,
-        keeps=KEEPS,
-        samples=samples,
-        asking=Asking(misaligned=MISALIGNMENTS, workers=workers, records=folder / "fixed"),
-    )
+    served = supported_pruners(recipe)
+    pruners = [one for one in served if not only or one in only]
+    published = read_csv(ROOT / "models" / name / "accuracy.csv") if only else []
+
+    def run(part: str, some: list[str], keeps: tuple[float, ...], **how: Any) -> list[Row]:
+        if not some:
+            return []
+        misaligned = MISALIGNMENTS if part == "fixed" and not only else ()
+        report = ask(
+            folder / part,
+            ExportOptions(model=name, seed=seed, **how),
+            pruners=some,
+            keeps=keeps,
+            samples=samples,
+            asking=Asking(misaligned=misaligned, workers=workers, records=folder / part),
+        )
+        rows = with_budget(recipe, report, "adaptive" if part == "adaptive" else "fixed")
+        return rows if part == "fixed" and not only else [r for r in rows if r["pruner"] != "none"]
+
+    presets = {one: find_preset(one) for one in pruners}
+    rows = run("fixed", pruners, KEEPS)
     # What they rank enters in another order even where nothing is dropped.
-    reordering = [one for one in pruners if find_preset(one).order == "score"]
-    if reordering:
-        whole = ask(
-            folder / "all-kept",
-            ExportOptions(model=name, seed=seed),
-            pruners=reordering,
-            keeps=(1.0,),
-            samples=samples,
-            asking=Asking(workers=workers, records=folder / "all-kept"),
-        )
-        report = {**report, "rows": [*report["rows"], *whole["rows"][1:]]}
-    adaptive = [one for one in pruners if "adaptive" in find_preset(one).budgets]
-    return Measured(
-        recipe=recipe,
-        report=report,
-        adaptive=ask(
-            folder / "adaptive",
-            ExportOptions(model=name, seed=seed, budget="adaptive"),
-            pruners=adaptive,
-            keeps=(1.0,),
-            samples=samples,
-            asking=Asking(workers=workers, records=folder / "adaptive"),
-        )
-        if adaptive
-        else None,
-    )
+    rows += run("all-kept", [one for one in pruners if presets[one].order == "score"], (1.0,))
+    adaptive = [one for one in pruners if "adaptive" in presets[one].budgets]
+    rows += run("adaptive", adaptive, (1.0,), budget="adaptive")
+    if not asks_bare(recipe):
+        reading = [one for one in pruners if "text" in presets[one].pruner.reads]
+        for text in get_args(PrunerText):
+            others = [one for one in reading if presets[one].pruner_text != text]
+            rows += run(text, others, TEXT_KEEPS, pruner_text=text)
+    return Measured(recipe=recipe, spec=DATA, all_rows=merge_rows(published, rows))
 
 
 def ask(
     folder: Path,
     options: ExportOptions,
     *,
-    pruners: tuple[str, ...] | list[str],
+    pruners: list[str],
     keeps: tuple[float, ...],
     samples: int,
     asking: Asking,
@@ -152,16 +162,6 @@ def ask(
     part.write_text(json.dumps(plain, indent=1), encoding="utf-8")
     part.rename(folder / "report.json")
     return plain
-
-
-def write_csv(path: Path, rows: list[Row]) -> None:
-    """One line a setting; shares 0..1."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            low, high = row["ci95"]
-            writer.writerow({**row, "ci95_low": low, "ci95_high": high})
 
 
 def build_command() -> Any:

@@ -34,6 +34,8 @@ def describe_evaluation(report: EvaluationReport) -> str:
         "",
         format_table(_HEADER, [_table_row(row) for row in report.rows]),
     ]
+    texts = {row.pruner: row.pruner_text for row in report.rows if row.pruner_text is not None}
+    lines += [f"{clean(name)}: the text tower reads the {text}" for name, text in texts.items()]
     lines += [f"{name}: {what}" for name, what in report.misalignments.items()]
     return "\n".join([*lines, *_unusable(report)])
 

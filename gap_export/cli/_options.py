@@ -18,6 +18,7 @@ Order: TypeAlias = Literal["raster", "score"]
 ExtraToken: TypeAlias = Literal["none", "mean", "weighted"]
 ExtraPosition: TypeAlias = Literal["last", "centroid"]
 Budget: TypeAlias = Literal["fixed", "adaptive"]
+PrunerText: TypeAlias = Literal["expression", "question"]
 Positions: TypeAlias = Literal["gap", "compact"]
 Backend: TypeAlias = Literal["ort", "trt"]
 
@@ -105,6 +106,15 @@ BudgetOption = Annotated[
         help="fixed: --keep of every image; adaptive: exactly as many as stand out in each (by "
         "the pruner's scores), at least 1 and at most --keep. "
         "[default: the pruner's where --keep is not given, else fixed]",
+        show_default=False,
+    ),
+]
+PrunerTextOption = Annotated[
+    PrunerText | None,
+    typer.Option(
+        "--pruner-text",
+        help="What a pruner that reads the text reads: the expression alone, or the whole question "
+        "that the model is asked. [default: as the pruner's authors have it]",
         show_default=False,
     ),
 ]

@@ -39,6 +39,7 @@ from gap_export.cli._options import (
     ExtraTokenOption,
     JsonOption,
     OrderOption,
+    PrunerTextOption,
     QuietOption,
     RecipeOption,
     SeedOption,
@@ -63,6 +64,7 @@ def evaluate(
     extra_token: ExtraTokenOption = None,
     extra_position: ExtraPositionOption = None,
     budget: BudgetOption = None,
+    pruner_text: PrunerTextOption = None,
     misaligned: MisalignedOption = None,
     seed: SeedOption = 0,
     recipe: RecipeOption = None,
@@ -121,7 +123,7 @@ def evaluate(
         _refuse(
             "a bundle is pruned already",
             **{"keep": keep, "pruner": pruner, "order": order, "extra-token": extra_token},
-            **{"budget": budget, "extra-position": extra_position},
+            **{"budget": budget, "extra-position": extra_position, "pruner-text": pruner_text},
         )
         _refuse("a bundle says that itself", recipe=recipe, dtype=dtype)
         if BACKENDS[backend] == "onnxruntime":
@@ -158,6 +160,7 @@ def evaluate(
                     extra_token=extra_token,
                     extra_position=extra_position,
                     budget=budget,
+                    pruner_text=pruner_text,
                     dtype=graph_dtype,
                     quantization=quantization,
                     seed=seed,

@@ -122,10 +122,18 @@ def _describe_model(bundle: Bundle) -> str:
         f"extra token {pruning.extra_token}"
         + ("" if pruning.seed is None else f", seed {pruning.seed}"),
         f"positions  {pruning.positions}",
+        *_describe_text(manifest),
         *_describe_source(manifest),
         "made with  " + ", ".join(f"{name} {text}" for name, text in manifest.tools.items()),
     ]
     return "\n".join(lines)
+
+
+def _describe_text(manifest: Manifest) -> list[str]:
+    tower = manifest.text_encoder
+    if tower is None:
+        return []
+    return [f"text       the tower reads the {manifest.pruning.pruner_text}: {tower.template!r}"]
 
 
 def _describe_source(manifest: Manifest) -> list[str]:

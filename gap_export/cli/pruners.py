@@ -26,6 +26,10 @@ _ADAPTIVE = (
     "least 1 and at most --keep, in ONNX Runtime, TensorRT and PyTorch alike; the default where "
     "--keep is not given."
 )
+_TEXTS = (
+    "(expression), (question): what the text tower reads by default, as the pruner's authors have "
+    "it; --pruner-text chooses."
+)
 _WHY = (
     "In-LLM methods need a decoder cut into several graphs whose KV caches differ in length, and "
     "attention weights that fused attention does not give. GAP is about what is dropped before it."
@@ -68,7 +72,7 @@ def pruners(
         paper = f" ({item['paper']})" if item["paper"] else ""
         lines.insert(place, f"  {item['summary']}{paper}")
     left_out = "\n".join(f"  {name}: {why}" for name, why in LEFT_OUT.items())
-    terminal.result("\n".join([*lines, "", _ADAPTIVE, "", "not offered:", left_out, _WHY]))
+    terminal.result("\n".join([*lines, "", _ADAPTIVE, _TEXTS, "", "not offered:", left_out, _WHY]))
     for why in broken.values():
         terminal.warning(why)
 
@@ -93,12 +97,15 @@ def _describe(preset: Preset, served: frozenset[str] | None) -> dict[str, Any]:
         "budget": preset.budget,
         "budgets": list(preset.budgets),
         "reads": sorted(pruner.reads),
+        "pruner_text": preset.pruner_text if "text" in pruner.reads else None,
     }
     return found if served is None else {**found, "served": preset.name in served}
 
 
 def _table_row(item: dict[str, Any]) -> list[str]:
     needs = list(dict.fromkeys(_READINGS[part] for part in item["reads"]))
+    if item["pruner_text"] is not None:
+        needs = [f"{one} ({item['pruner_text']})" if "text" in one else one for one in needs]
     row = [item["name"], item["order"], item["extra_token"], item["budget"]]
     row.append(", ".join(needs) or "nothing")
     return row if "served" not in item else [*row, "yes" if item["served"] else "no"]

@@ -127,14 +127,18 @@ def evaluate_model(
     found, _ = resolve_model(options.model, recipe=options.recipe, parts=options.checkpoint)
     base = replace(options, pruner=None, keep_ratio=None, positions="gap", out=None)
     runs: dict[tuple[str, float], ExportOptions] = {}
+    reads_question = False
     for keep_ratio in keep_ratios or (found.defaults.keep_ratio,):
         for pruner in pruners or (found.defaults.pruner,):
             run = replace(base, pruner=pruner, keep_ratio=keep_ratio)
             # All of them now: a slip in the last must not cost the measuring of those before it.
             pruning = resolve_options(found, run)
             runs.setdefault((pruning.pruner, pruning.keep_ratio), run)
+            reads_question |= pruning.pruner_text == "question"
     runner = RunnerOptions(prompt=asking.prompt, seed=options.seed)
-    asked = _Asked(family=found.family, prompt=found.prompt, box=found.box)
+    asked = _Asked(
+        family=found.family, prompt=found.prompt, box=found.box, reads_question=reads_question
+    )
     job = _Job.prepare(asking, runner, asked, num_samples, progress)
     with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
         cache = GraphCache()
@@ -146,6 +150,7 @@ def evaluate_model(
             extra_token=None,
             extra_position=None,
             budget=None,
+            pruner_text=None,
             out=Path(scratch) / "unpruned",
         )
         whole = export_model(unpruned, progress=progress, cache=cache).bundle
@@ -198,7 +203,12 @@ def evaluate_bundle(
             fix="patch that export once more with --keep 1, and name the bundle: --baseline",
         )
     runner = RunnerOptions(backend=backend, engines=engines, prompt=asking.prompt, seed=seed)
-    asked = _Asked(family=manifest.model.family, prompt=manifest.prompt, box=manifest.box)
+    asked = _Asked(
+        family=manifest.model.family,
+        prompt=manifest.prompt,
+        box=manifest.box,
+        reads_question=manifest.pruning.pruner_text == "question",
+    )
     job = _Job.prepare(asking, runner, asked, num_samples, progress)
     # What cannot run here is refused before the unpruned model is made and measured.
     with Runner(runner) as attempt:
@@ -223,11 +233,12 @@ def evaluate_bundle(
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """What a recipe and a manifest both say of a model."""
+    """What a recipe and a manifest both say of a model, and whether a pruner reads the question."""
 
     family: str
     prompt: PromptSpec
     box: BoxSpec
+    reads_question: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +270,7 @@ class _Job:
             )
         protocol = resolve_protocol(asking.protocol, asked.family, asked.box)
         if asking.prompt is not None:
-            check_prompt(asking.prompt, asked.prompt)
+            check_prompt(asking.prompt, asked.prompt, reads_question=asked.reads_question)
         executor = open_executor(asking.workers, runner, progress)
         if num_samples is None and asking.data.partition(":")[0] == REFSHAPES:
             num_samples = DEFAULT_SAMPLES

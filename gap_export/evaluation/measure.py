@@ -196,22 +196,31 @@ def default_shift(grid: GridSpec) -> int:
 
 
 def with_prompt(manifest: Manifest, template: str | None) -> Manifest:
-    """The manifest with another prompt; itself where there is none."""
+    """The manifest with another prompt; itself where there is none.
+
+    A pruner that reads the question reads that of the other prompt; see :func:`check_prompt`.
+    """
     if template is None:
         return manifest
-    return replace(manifest, prompt=replace(manifest.prompt, template=template))
+    prompt, tower = replace(manifest.prompt, template=template), manifest.text_encoder
+    if tower is not None and manifest.pruning.pruner_text == "question":
+        question = prompt.question_template()
+        assert question is not None, "check_prompt has seen to it"
+        tower = replace(tower, template=question)
+    return replace(manifest, prompt=prompt, text_encoder=tower)
 
 
-def check_prompt(template: str, spec: PromptSpec) -> None:
+def check_prompt(template: str, spec: PromptSpec, *, reads_question: bool = False) -> None:
     """Refuse a template that cannot stand in for a model's own.
 
     Args:
         template: The user's.
         spec: The model's.
+        reads_question: Whether a pruner has to find the question in it.
 
     Raises:
         UsageError: the image token or the expression is not in it once, nothing follows the image,
-            or it is no text.
+            it is no text, or a pruner does not find the question.
     """
     counts = {name: template.count(name) for name in (spec.image_token, _SLOT)}
     wrong = [f"{name} {times} times" for name, times in counts.items() if times != 1]
@@ -225,6 +234,15 @@ def check_prompt(template: str, spec: PromptSpec) -> None:
             seen=f"{', '.join(wrong)} in {template!r}",
             allowed=f"text that holds {spec.image_token} and {_SLOT} once each, and does not end "
             f"with the former, e.g. {spec.template!r}",
+        )
+    marks = spec.question
+    if reads_question and marks and replace(spec, template=template).question_template() is None:
+        raise UsageError(
+            "the pruner reads the question, which is not found in this prompt",
+            seen=repr(template),
+            allowed=f"the expression between {marks.start!r} and {marks.end!r}, and the image as "
+            f"{marks.image!r}",
+            fix="write the prompt so, or use --pruner-text expression",
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from gap_export.evaluation.questions import PictureSource, Unusable
 from gap_export.evaluation.settings import SettingPositions
+from gap_export.manifest import PrunerText
 from gap_export.parity.results import plain_values
 from gap_export.version import __version__
 
@@ -60,6 +61,8 @@ class SettingRow(Accuracy):
             ``permuted`` or ``shifted``.
         seed: Of the samples, of pruners that draw, and of random orders.
         protocol: By which answers were judged.
+        pruner_text: What the pruner reads of the text, ``expression`` or ``question``; None where
+            it reads none.
         recovered: acc_at_50 divided by the unpruned row's; None for that row itself, or if it is 0.
         mean_visual_tokens: Visual tokens the decoder read of a picture, an extra one included; the
             mean over the answers.
@@ -95,6 +98,7 @@ class SettingRow(Accuracy):
     mean_batch_size: float = 1.0
     other_protocols: Mapping[str, float] = field(default_factory=dict)
     backend: str = ""
+    pruner_text: PrunerText | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """JSON form; what it is comes first, then what was measured."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from gap_export.manifest import PruningSpec
+from gap_export.manifest import PrunerText, PruningSpec
 from gap_export.positions import Int64Array, PositionMode
 from gap_export.runtime.generation import PromptRow
 from gap_export.runtime.session import BackendName
@@ -35,6 +35,8 @@ class Setting:
             what pruning left; ``permuted`` or ``shifted``: nothing is dropped, see
             :class:`Misalignment`.
         backend: What runs it, where that is not what the runner's options say.
+        pruner_text: What the pruner reads of the text: the ``expression`` or the ``question``; None
+            where it reads none.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Setting:
     keep_ratio: float
     positions: SettingPositions
     backend: BackendName | None = None
+    pruner_text: PrunerText | None = None
 
     @property
     def slug(self) -> str:
@@ -91,6 +94,7 @@ def pruned_settings(bundle: Path, pruning: PruningSpec) -> tuple[Setting, Settin
             pruner=pruning.pruner,
             keep_ratio=pruning.keep_ratio,
             positions=mode,
+            pruner_text=None if pruning.text_similarity_sign is None else pruning.pruner_text,
         )
         for mode in _MODES
     )

@@ -98,6 +98,7 @@ class Judging:
             model=self.model,
             pruner=setting.pruner,
             keep_ratio=setting.keep_ratio,
+            pruner_text=setting.pruner_text,
             positions=setting.positions,
             seed=self.seed,
             protocol=self.protocol.name,

@@ -6,17 +6,18 @@ import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Unpack
 
 from gap_export.errors import CheckpointError, RecipeError, UnsupportedPrunerError, UsageError
 from gap_export.families.checkpoints.matching import check_config_readable, look_at
 from gap_export.families.checkpoints.random_weights import random_source
-from gap_export.families.choices import settle_choices
+from gap_export.families.choices import AskedChoices, settle_choices
 from gap_export.families.llava import LLAVA
 from gap_export.families.llava_next import LLAVA_NEXT
 from gap_export.families.minigpt_v2 import MiniGptV2Family
 from gap_export.families.reference import Component, Device, Family, ModelSource, Reference
 from gap_export.families.shikra import SHIKRA
-from gap_export.manifest import Budget, ExtraPosition, ExtraToken, Order, PruningSpec
+from gap_export.manifest import PruningSpec
 from gap_export.positions import PositionMode, num_kept_tokens
 from gap_export.pruning import FixedPruner, all_presets, find_preset
 from gap_export.recipe import Recipe
@@ -83,12 +84,9 @@ def resolve_pruning(
     *,
     pruner: str | None,
     keep_ratio: float | None,
-    order: Order | None,
     positions: PositionMode,
     seed: int,
-    extra_token: ExtraToken | None = None,
-    extra_position: ExtraPosition | None = None,
-    budget: Budget | None = None,
+    **asked: Unpack[AskedChoices],
 ) -> PruningSpec:
     """Check a pruning request against a model and settle its numbers.
 
@@ -97,18 +95,15 @@ def resolve_pruning(
         pruner: Name of its preset; None for the recipe's default.
         keep_ratio: In (0, 1]; None for the recipe's default. With an adaptive budget the most that
             is kept; None for no bound.
-        order: In which order kept tokens are fed; None for the preset's.
         positions: Which ids they get.
         seed: Of the pruners that draw.
-        extra_token: What stands for the dropped ones; None for the preset's.
-        extra_position: Which id it gets; None for ``last``.
-        budget: Whether every picture keeps as many; None for the preset's where no keep ratio is
-            given, else fixed.
+        **asked: The other choices, see :class:`AskedChoices`.
 
     Raises:
         UsageError: no such pruner, a keep ratio outside (0, 1], a seed outside 0..2**63 - 1, more
-            tokens than can be ranked, an order, extra token or budget the pruner has not got, or a
-            position of an extra token that is not there.
+            tokens than can be ranked, an order, extra token or budget the pruner has not got, a
+            position of an extra token that is not there, a text where none is read, or a question
+            that the recipe does not mark.
         UnsupportedPrunerError: the model lacks what the pruner reads.
         RecipeError: the recipe's default pruner does not exist, or does not fit its model.
     """
@@ -125,14 +120,8 @@ def resolve_pruning(
         )
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise UsageError("seed out of range", seen=reprlib.repr(seed), allowed=f"0..{MAX_SEED}")
-    choices = settle_choices(
-        recipe,
-        preset,
-        order=order,
-        extra_token=extra_token,
-        budget=budget,
-        has_keep_ratio=keep_ratio is not None,
-    )
+    choices = settle_choices(recipe, preset, asked, has_keep_ratio=keep_ratio is not None)
+    extra_position = asked.get("extra_position")
     if extra_position is not None and choices.extra_token == "none":
         raise UsageError(
             f"pruner {pruner} as it is used here adds no extra token that could have a position",
@@ -168,6 +157,7 @@ def resolve_pruning(
         text_similarity_sign=sign if "text" in chosen.reads else None,
         extra_position=(extra_position or "last") if extra != "none" else "last",
         budget=choices.budget,
+        pruner_text=choices.pruner_text,
     )
 
 

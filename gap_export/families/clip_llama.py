@@ -82,7 +82,15 @@ class ClipLlamaFamily:
                 embedding_component(source, dtype=dtype),
                 decoder_component(source, dtype=dtype),
             ]
-        return assemble(components, source, text=text, dtype=dtype, device=device)
+        return assemble(
+            components,
+            source,
+            recipe=recipe,
+            pruning=pruning,
+            text=text,
+            dtype=dtype,
+            device=device,
+        )
 
 
 def _check_tiles(recipe: Recipe, source: ModelSource) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gap_export.architecture import DecoderShape
-from gap_export.errors import CheckpointError
+from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families.checkpoints.clip_text_tower import TextTowerSource
 from gap_export.families.modules.clip_text import ClipTextEncoder
 from gap_export.families.modules.expected import NEWLINE_KEY, decoder_key
@@ -18,7 +18,9 @@ from gap_export.families.modules.llama_decoder import (
     rope_frequencies,
 )
 from gap_export.families.reference import Component, Device, ModelSource, Reference
-from gap_export.manifest import DecoderSpec, TensorSpec, TextEncoderSpec
+from gap_export.manifest import DecoderSpec, PruningSpec, TensorSpec, TextEncoderSpec
+from gap_export.pruning import find_preset
+from gap_export.recipe import Recipe
 from gap_export.weights import SAFETENSORS_NAMES, TORCH_DTYPES, cast
 
 _TOKENIZER = "tokenizer.json"
@@ -118,6 +120,8 @@ def assemble(
     components: Sequence[Component],
     source: ModelSource,
     *,
+    recipe: Recipe,
+    pruning: PruningSpec,
     text: TextTowerSource | None,
     dtype: str,
     device: Device,
@@ -126,6 +130,7 @@ def assemble(
 
     Raises:
         CheckpointError: a tokenizer is missing, or a weight cannot be read.
+        RecipeError: the pruner reads the question, and the recipe does not say where it stands.
     """
     files = source.files
     assets = {_TOKENIZER: _existing(source.tokenizer)}
@@ -134,9 +139,10 @@ def assemble(
         assets[_TEXT_TOKENIZER] = _existing(text.tokenizer)
         files = (*files, *text.files)
         text_spec = TextEncoderSpec(
-            template=text.tower.template,
+            template=_read_template(recipe, pruning, text),
             tokenizer_file=_TEXT_TOKENIZER,
             max_tokens=text.shape.max_tokens,
+            long_texts=find_preset(pruning.pruner).long_texts,
         )
     torch_dtype = TORCH_DTYPES[SAFETENSORS_NAMES[dtype]]
     for component in components:
@@ -157,6 +163,19 @@ def assemble(
         assets=assets,
         checkpoint_files=tuple(dict.fromkeys(files)),
     )
+
+
+def _read_template(recipe: Recipe, pruning: PruningSpec, text: TextTowerSource) -> str:
+    """What the text tower reads."""
+    if pruning.pruner_text == "expression":
+        return text.tower.template
+    question = recipe.prompt.question_template()
+    if question is None:
+        raise RecipeError(
+            f"recipe {recipe.name} does not say where the question stands in its prompt",
+            allowed="prompt.question: start, end and image, as they are in prompt.template",
+        )
+    return question
 
 
 def _fill_module(component: Component, dtype: str) -> None:

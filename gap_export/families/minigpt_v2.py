@@ -68,7 +68,15 @@ class MiniGptV2Family:
                 embedding_component(source, dtype=dtype),
                 decoder_component(source, dtype=dtype),
             ]
-        return assemble(components, source, text=None, dtype=dtype, device=device)
+        return assemble(
+            components,
+            source,
+            recipe=recipe,
+            pruning=pruning,
+            text=None,
+            dtype=dtype,
+            device=device,
+        )
 
 
 def _tower(architecture: Architecture, *, num_layers: int) -> EvaVisionTower:

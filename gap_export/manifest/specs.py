@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from gap_export.errors import BundleError
-from gap_export.manifest.plain import to_plain
+from gap_export.manifest.plain import ADDED_LATER, to_plain
 
 FORMAT = "gap-export-bundle"
 FORMAT_VERSION = 1
@@ -17,6 +17,8 @@ Order = Literal["raster", "score"]
 ExtraToken = Literal["none", "mean", "weighted"]
 ExtraPosition = Literal["last", "centroid"]
 Budget = Literal["fixed", "adaptive"]
+PrunerText = Literal["expression", "question"]
+LongTexts = Literal["cut", "segments"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,21 @@ class ImageSpec(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuestionSpec(_Strict):
+    """Where the user's question stands in a prompt template.
+
+    Attributes:
+        start: The question begins behind the first of these, e.g. ``USER:``.
+        end: It ends before the last of these, e.g. ``ASSISTANT:``.
+        image: What stands for the image, its markers included; no part of the question.
+    """
+
+    start: str
+    end: str
+    image: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptSpec(_Strict):
     """How an expression becomes token ids.
 
@@ -88,6 +105,7 @@ class PromptSpec(_Strict):
             sequence, and the tokenizer never sees the image token.
         max_expression_tokens: A longer expression is refused.
         max_new_tokens: Upper bound of the answer's length, in tokens.
+        question: Where the question stands; None where that is not known.
     """
 
     template: str
@@ -95,6 +113,25 @@ class PromptSpec(_Strict):
     tokenization: Literal["whole", "segments"] = "whole"
     max_expression_tokens: int
     max_new_tokens: int
+    question: QuestionSpec | None = field(default=None, metadata=ADDED_LATER)
+
+    def question_template(self) -> str | None:
+        """The question as TRIM's and CDPruner's authors feed it to the text tower.
+
+        That is what the user says, without the conversation around it and without the image, which
+        leaves a space. It holds ``{expression}`` once.
+
+        Returns:
+            None where the template does not say where the question stands.
+        """
+        marks = self.question
+        if marks is None or not (marks.start and marks.end and marks.image):
+            return None
+        _, start, rest = self.template.partition(marks.start)
+        said, end, _ = rest.rpartition(marks.end)
+        question = " ".join(said.replace(marks.image, " ").split())
+        found = start and end and self.image_token not in question
+        return question if found and question.count("{expression}") == 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +154,18 @@ class TextEncoderSpec(_Strict):
     """The CLIP text tower that text-aware pruners read.
 
     Attributes:
-        template: Holds ``{expression}`` once.
+        template: What it reads; holds ``{expression}`` once. See ``PruningSpec.pruner_text``.
         tokenizer_file: In the bundle: which tokenizer the tower reads.
-        max_tokens: Longer texts are cut, keeping the last token (CLIP's end-of-text).
+        max_tokens: How many the tower reads at a time.
+        long_texts: What becomes of a longer one: ``cut``: its end is left out, the last token
+            (CLIP's end-of-text) kept; ``segments``: it is read in pieces of so many tokens, whose
+            unit vectors are averaged.
     """
 
     template: str
     tokenizer_file: str
     max_tokens: int
+    long_texts: LongTexts = field(default="cut", metadata=ADDED_LATER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +207,8 @@ class PruningSpec(_Strict):
         budget: ``fixed``: K of every picture; ``adaptive``: as many as stand out by their scores.
         kept_buckets: Of bundles made before every number of 1..K could be kept: those an adaptive
             one is rounded up to, ascending, K the last. Else empty.
+        pruner_text: What a pruner that reads the text reads: the ``expression`` alone, or the whole
+            ``question`` that the decoder is asked.
     """
 
     pruner: str
@@ -181,6 +224,7 @@ class PruningSpec(_Strict):
     extra_position: ExtraPosition = "last"
     budget: Budget = "fixed"
     kept_buckets: tuple[int, ...] = ()
+    pruner_text: PrunerText = field(default="expression", metadata=ADDED_LATER)
 
 
 @dataclass(frozen=True, kw_only=True)

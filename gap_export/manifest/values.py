@@ -192,6 +192,14 @@ def _check_texts(manifest: Manifest) -> None:
             raise _refuse(name, template, f"a text that holds {_SLOT} once")
         if any("\ud800" <= character <= "\udfff" for character in template):
             raise _refuse(name, template, "text without half characters (surrogates)")
+    if manifest.pruning.pruner_text == "question":
+        question, tower = prompt.question_template(), manifest.text_encoder
+        if question is None or tower is None or tower.template != question:
+            raise _refuse(
+                "pruning.pruner_text",
+                "question",
+                "expression, unless text_encoder.template is the question of prompt.template",
+            )
 
 
 def _check_decoder(manifest: Manifest) -> None:

@@ -17,6 +17,7 @@ from gap_export.manifest import (
     ExtraToken,
     Manifest,
     Order,
+    PrunerText,
     PruningSpec,
     QuantizationSpec,
 )
@@ -47,6 +48,8 @@ class ExportOptions:
             ``centroid``; meant for an extra token alone.
         budget: ``fixed``: the share of every picture; ``adaptive``: what stands out of each, that
             share at most; None for the pruner's where no share is given, else fixed.
+        pruner_text: What a pruner that reads the text reads: the ``expression``, or the whole
+            ``question``; None for the pruner's.
         positions: ``gap``, or ``compact`` for the naive baseline.
         seed: For pruners that draw, and for random weights.
         out: Bundle folder; None for ``./<model>-<pruner>-<keep>``.
@@ -74,6 +77,7 @@ class ExportOptions:
     extra_token: ExtraToken | None = None
     extra_position: ExtraPosition | None = None
     budget: Budget | None = None
+    pruner_text: PrunerText | None = None
     positions: PositionMode = "gap"
     seed: int = 0
     out: Path | None = None
@@ -194,4 +198,5 @@ def resolve_options(recipe: Recipe, options: ExportOptions) -> PruningSpec:
         extra_token=options.extra_token,
         extra_position=options.extra_position,
         budget=options.budget,
+        pruner_text=options.pruner_text,
     )

@@ -1,4 +1,4 @@
-"""``cdpruner``: tokens that fit the expression and differ (CDPruner, arXiv 2506.10967)."""
+"""``cdpruner``: tokens that fit the question and differ (CDPruner, arXiv 2506.10967)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class CdPruner(GreedyPruner):
 
     The kernel is r_i cos(P x_i, P x_j) r_j, where r is the cosine of patch and text in CLIP's joint
     space times the recipe's sign, brought to 0..1 within a picture. Each choice takes the largest
-    diagonal element and leaves the Schur complement.
+    diagonal element and leaves the Schur complement. The text is the whole question; of one longer
+    than CLIP reads the cosines with its segments are averaged.
     """
 
-    summary: ClassVar[str] = "patches that fit the expression, as unlike each other as can be"
+    summary: ClassVar[str] = "patches that fit the question, as unlike each other as can be"
     reads: ClassVar[frozenset[Reading]] = frozenset({"text", "image_embeds"})
 
     def start(self, state: VisionState) -> Choices:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import get_args
 
 from gap_export.errors import GapExportError
-from gap_export.manifest import Budget, ExtraToken, Order
+from gap_export.manifest import Budget, ExtraToken, LongTexts, Order, PrunerText
 from gap_export.pruning.preset import Preset
 from gap_export.pruning.pruner import ChoosingPruner, FixedPruner, Reading, ScoringPruner
 
@@ -42,6 +42,8 @@ def check_preset(preset: Preset, where: str) -> None:
     # Checked by itself first: ``budgets`` follows from it.
     _check(where, "budget", [preset.budget], get_args(Budget))
     _check(where, "budget", [preset.budget], preset.budgets)
+    _check(where, "pruner_text", [preset.pruner_text], get_args(PrunerText))
+    _check(where, "long_texts", [preset.long_texts], get_args(LongTexts))
 
 
 def _check(where: str, field: str, seen: Iterable[str], allowed: Iterable[str]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gap_export.manifest import Budget, ExtraToken, Order
+from gap_export.manifest import Budget, ExtraToken, LongTexts, Order, PrunerText
 from gap_export.pruning.pruner import Pruner, ScoringPruner
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What ``--pruner NAME`` means; order, extra token and budget may be chosen otherwise.
+    """What ``--pruner NAME`` means; order, extra token, budget and text may be chosen otherwise.
 
     Attributes:
         name: What the command line and the manifest call it.
@@ -18,6 +18,8 @@ class Preset:
         order: As published.
         extra_token: As published.
         budget: As published: ``adaptive`` where the picture decides how many survive.
+        pruner_text: As published: what the text tower reads, of a pruner that reads the text.
+        long_texts: As published: what becomes of a text that is too long for the tower.
         paper: Where it is from.
     """
 
@@ -26,6 +28,8 @@ class Preset:
     order: Order = "raster"
     extra_token: ExtraToken = "none"
     budget: Budget = "fixed"
+    pruner_text: PrunerText = "expression"
+    long_texts: LongTexts = "cut"
     paper: str = ""
 
     @property

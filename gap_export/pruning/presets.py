@@ -68,6 +68,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 pruner=TrimPruner(),
                 extra_token="mean",
                 budget="adaptive",
+                pruner_text="question",
                 paper="arXiv 2409.10994",
             ),
             Preset(name="fastervlm", pruner=FasterVlmPruner(), paper="arXiv 2412.01818"),
@@ -75,7 +76,13 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 name="visionzip", pruner=VisionZipPruner(), order="score", paper="arXiv 2412.04467"
             ),
             Preset(name="divprune", pruner=DivPrunePruner(), paper="arXiv 2503.02175"),
-            Preset(name="cdpruner", pruner=CdPruner(), paper="arXiv 2506.10967"),
+            Preset(
+                name="cdpruner",
+                pruner=CdPruner(),
+                pruner_text="question",
+                long_texts="segments",
+                paper="arXiv 2506.10967",
+            ),
             Preset(name="dart", pruner=DartPruner(), paper="arXiv 2502.11494"),
         )
     }

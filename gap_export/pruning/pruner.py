@@ -35,7 +35,7 @@ class VisionState:
         next_keys: float [B, N, D], the keys of that layer, all heads side by side.
         image_embeds: float [B, N, H], the patches projected to what the decoder reads.
         patch_embeds: float [B, N, E], patches in CLIP's joint space.
-        text_embeds: float [B, E], the expression in CLIP's joint space.
+        text_embeds: float [B, E], the expression or question in CLIP's joint space.
         text_similarity_sign: +1 or -1; -1 where patch-text similarity is inverted.
     """
 

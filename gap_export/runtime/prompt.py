@@ -32,13 +32,14 @@ class EncodedExpression:
     Attributes:
         prefix_ids: int64 [s], tokens before the image, beginning-of-sequence included.
         suffix_ids: int64 [t], tokens after the image.
-        text_ids: int64 [T'] for the text tower; None where the pruner reads no text.
+        text_ids: int64 [T'] each, for the text tower: one text, or the segments of a long one;
+            empty where the pruner reads no text.
         warnings: What the user should know, e.g. words the tokenizer does not.
     """
 
     prefix_ids: Int64Array
     suffix_ids: Int64Array
-    text_ids: Int64Array | None
+    text_ids: tuple[Int64Array, ...]
     warnings: tuple[str, ...]
 
 
@@ -205,15 +206,17 @@ class PromptEncoder:
             )
         return prefix, _tokenize(self._tokenizer, behind, add_special_tokens=False).ids
 
-    def _encode_for_text_tower(self, text: str) -> Int64Array | None:
+    def _encode_for_text_tower(self, text: str) -> tuple[Int64Array, ...]:
         spec = self._manifest.text_encoder
         if spec is None or self._text_tokenizer is None:
-            return None
+            return ()
+        most = spec.max_tokens
         ids = _tokenize(self._text_tokenizer, spec.template.replace(_SLOT, text)).ids
-        if len(ids) > spec.max_tokens:
+        if len(ids) > most and spec.long_texts == "cut":
             # The last token is the end of text, which the tower reads its answer from.
-            ids = [*ids[: spec.max_tokens - 1], ids[-1]]
-        return np.asarray(ids, dtype=np.int64)
+            ids = [*ids[: most - 1], ids[-1]]
+        whole = np.asarray(ids, dtype=np.int64)
+        return tuple(whole[start : start + most] for start in range(0, len(whole), most))
 
     def _warn_of_unknown_words(self, text: str, encoding: Any) -> tuple[str, ...]:
         if self._unknown_id is None:

@@ -50,6 +50,8 @@ __all__ = ["BackendName", "Grounding", "GroundingSession"]
 BackendName = Literal["onnxruntime", "tensorrt"]
 # What is asked and its row of the prompt; gives the row that is fed.
 EditRow = Callable[[str, PromptRow], PromptRow]
+# As that of the pruners: a zero vector stays one.
+_LEAST_NORM = 1e-8
 
 
 class GroundingSession:
@@ -279,18 +281,24 @@ class GroundingSession:
             raise GapExportError("the session is closed", fix="open the bundle again")
 
     def _encode_texts(self, encoded: Sequence[EncodedExpression]) -> FloatArray:
-        """Text embeddings [B, D]; texts of one length go together, so none is ever padded."""
-        rows_by_length: dict[int, list[int]] = {}
-        texts = [row.text_ids for row in encoded if row.text_ids is not None]
-        assert len(texts) == len(encoded), "a prompt encoder with a text tower gives text ids"
-        for row, ids in enumerate(texts):
-            rows_by_length.setdefault(len(ids), []).append(row)
-        embeds: dict[int, FloatArray] = {}
-        for rows in rows_by_length.values():
-            batch = self.backend.encode_text(np.stack([texts[row] for row in rows]))
-            check_computed(batch, graph="text_encoder", output="text_embeds")
-            embeds.update(zip(rows, batch, strict=True))
-        return np.stack([embeds[row] for row in range(len(texts))])
+        """Text embeddings [B, D]; texts of one length go together, so none is ever padded.
+
+        That of a text in several segments is the mean of their unit vectors, as CDPruner's mean of
+        cosines has it.
+        """
+        segments: list[list[FloatArray]] = [[] for _ in encoded]
+        for place in range(max(len(row.text_ids) for row in encoded)):
+            rows_by_length: dict[int, list[int]] = {}
+            for index, row in enumerate(encoded):
+                if place < len(row.text_ids):
+                    rows_by_length.setdefault(len(row.text_ids[place]), []).append(index)
+            for rows in rows_by_length.values():
+                ids = np.stack([encoded[index].text_ids[place] for index in rows])
+                batch = self.backend.encode_text(ids)
+                check_computed(batch, graph="text_encoder", output="text_embeds")
+                for index, embeds in zip(rows, batch, strict=True):
+                    segments[index].append(embeds)
+        return np.stack([_join_segments(parts) for parts in segments])
 
     def _assemble(
         self,
@@ -350,6 +358,16 @@ class GroundingSession:
                 )
             )
         return found
+
+
+def _join_segments(parts: Sequence[FloatArray]) -> FloatArray:
+    """One text's embedding [D]: as it is, or the mean of unit vectors."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = np.stack(parts).astype(np.float64)
+    units = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _LEAST_NORM)
+    joined: FloatArray = np.mean(units, axis=0).astype(parts[0].dtype)
+    return joined
 
 
 class _Clock:

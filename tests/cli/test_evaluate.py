@@ -95,7 +95,7 @@ def bundle(tmp_path):
 
 def test_every_flag_of_a_model_reaches_the_evaluation(run_cli, calls):
     flags = "--pruner cls,spatial --pruner cls --keep 0.3 --keep 0.5 --order score --seed 3 "
-    flags += "--extra-token mean --extra-position centroid --budget fixed "
+    flags += "--extra-token mean --extra-position centroid --budget fixed --pruner-text question "
     flags += "--checkpoint weights --checkpoint base=llm --dtype float16 --recipe llava"
     flags += " --pictures drawn --data refcoco:coco:val --samples 20 --protocol lmms --records kept"
     flags += " --misaligned shifted,permuted --misaligned shifted --workers auto"
@@ -109,6 +109,7 @@ def test_every_flag_of_a_model_reaches_the_evaluation(run_cli, calls):
         extra_token="mean",
         extra_position="centroid",
         budget="fixed",
+        pruner_text="question",
         seed=3,
     )
     arguments = {
@@ -154,7 +155,14 @@ def test_every_flag_of_a_bundle_reaches_the_evaluation(run_cli, calls, bundle, t
 
 
 @pytest.mark.parametrize(
-    "flag", [["--keep", "0.3"], ["--pruner", "cls"], ["--order", "raster"], ["--budget", "fixed"]]
+    "flag",
+    [
+        ["--keep", "0.3"],
+        ["--pruner", "cls"],
+        ["--order", "raster"],
+        ["--budget", "fixed"],
+        ["--pruner-text", "question"],
+    ],
 )
 def test_flags_of_a_model_are_refused_for_a_bundle(run_cli, calls, bundle, flag):
     outcome = run_cli("eval", bundle, *flag)

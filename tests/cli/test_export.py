@@ -18,6 +18,7 @@ from gap_export.pipeline import ExportOptions, ExportReport
 def test_every_flag_reaches_the_export(run_cli, seen_options, tmp_path):
     flags = "--keep 0.5 --pruner cls --order score --positions compact --seed 7 --recipe demo "
     flags += "--extra-token weighted --extra-position centroid --budget adaptive "
+    flags += "--pruner-text question "
     flags += "--checkpoint weights --checkpoint base=llm --dtype float16 --copy-weights"
     run_cli("export", "some/folder", *flags.split(), "--out", tmp_path, "--force")
     assert seen_options == [
@@ -29,6 +30,7 @@ def test_every_flag_reaches_the_export(run_cli, seen_options, tmp_path):
             extra_token="weighted",
             extra_position="centroid",
             budget="adaptive",
+            pruner_text="question",
             positions="compact",
             seed=7,
             recipe="demo",

@@ -12,11 +12,23 @@ from gap_export.bundle import open_bundle
 from gap_export.errors import ComputationError, UsageError
 from gap_export.evaluation import measure
 from gap_export.evaluation.datasets import open_dataset
-from gap_export.evaluation.measure import Runner, RunnerOptions, check_prompt, default_shift
+from gap_export.evaluation.measure import (
+    Runner,
+    RunnerOptions,
+    check_prompt,
+    default_shift,
+    with_prompt,
+)
 from gap_export.evaluation.questions import PictureSource
 from gap_export.evaluation.settings import pruned_settings, whole_settings
 from gap_export.evaluation.workers import Shard, cut_shards
-from gap_export.manifest import GridSpec, PromptSpec
+from gap_export.manifest import (
+    GridSpec,
+    PromptSpec,
+    QuestionSpec,
+    TextEncoderSpec,
+    parse_manifest,
+)
 from gap_export.runtime import session as session_module
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.session import GroundingSession
@@ -216,6 +228,38 @@ def test_a_prompt_without_its_places_is_refused(template, message):
         check_prompt(template, SPEC)
     assert message in str(caught.value.seen)
     check_prompt("Where is {expression} in <image>?", SPEC)
+
+
+@pytest.fixture
+def question_manifest(sample_manifest):
+    """A pruner's text tower reads the question."""
+    marks = QuestionSpec(start="USER:", end="ASSISTANT:", image="<image>")
+    return replace(
+        sample_manifest,
+        prompt=replace(sample_manifest.prompt, question=marks),
+        pruning=replace(sample_manifest.pruning, pruner_text="question"),
+        text_encoder=TextEncoderSpec(
+            template="{expression}", tokenizer_file="tokenizer.json", max_tokens=7
+        ),
+    )
+
+
+def test_another_prompt_is_another_question_for_the_pruner_too(question_manifest):
+    asked = "USER: <image>\nWhere is {expression}? ASSISTANT:"
+    found = with_prompt(question_manifest, asked)
+    assert found.prompt.template == asked
+    assert found.text_encoder.template == "Where is {expression}?"
+    assert parse_manifest(found.to_json()) == found
+    of_expressions = replace(question_manifest.pruning, pruner_text="expression")
+    kept = with_prompt(replace(question_manifest, pruning=of_expressions), asked)
+    assert kept.text_encoder.template == "{expression}"
+
+
+def test_a_prompt_whose_question_the_pruner_cannot_find_is_refused(question_manifest):
+    spec = question_manifest.prompt
+    check_prompt("<image> {expression}?", spec)
+    with pytest.raises(UsageError, match="the pruner reads the question, which is not found"):
+        check_prompt("<image> {expression}?", spec, reads_question=True)
 
 
 @pytest.mark.parametrize(("cols", "shift"), [(1, 1), (4, 2), (24, 12), (7, 3)])

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 
 from gap_export.errors import ExitCode, RecipeError, UnsupportedPrunerError, UsageError
@@ -165,3 +168,40 @@ def test_a_position_is_for_an_extra_token_alone(tiny_recipe):
     assert (
         resolve(tiny_recipe, pruner="trim", keep_ratio=1.0, extra_position="last").keep_ratio == 1
     )
+
+
+@pytest.mark.parametrize(
+    ("pruner", "asked", "reads"),
+    [
+        # As the authors of each have it.
+        ("text", None, "expression"),
+        ("trim", None, "question"),
+        ("cdpruner", None, "question"),
+        ("text", "question", "question"),
+        ("trim", "expression", "expression"),
+        ("cdpruner", "expression", "expression"),
+        ("spatial", None, "expression"),
+    ],
+)
+def test_what_is_read_of_the_text_is_the_authors_choice_or_ones_own(
+    tiny_recipe, pruner, asked, reads
+):
+    assert resolve(tiny_recipe, pruner=pruner, pruner_text=asked).pruner_text == reads
+
+
+@pytest.mark.parametrize(
+    ("marked", "changes", "says"),
+    [
+        (True, {"pruner": "cls", "pruner_text": "expression"}, "cls reads no text"),
+        (True, {"pruner": "trim", "pruner_text": "title"}, "title; allowed: expression, question"),
+        (False, {"pruner": "trim"}, "or use --pruner-text expression"),
+        (False, {"pruner": "text", "pruner_text": "question"}, "prompt.question missing"),
+    ],
+)
+def test_a_text_that_is_not_read_or_not_marked_is_refused(tiny_recipe, marked, changes, says):
+    if not marked:
+        prompt = dataclasses.replace(tiny_recipe.prompt, question=None)
+        tiny_recipe = tiny_recipe.model_copy(update={"prompt": prompt})
+    with pytest.raises(UsageError, match=re.escape(says)):
+        resolve(tiny_recipe, **changes)
+    assert resolve(tiny_recipe, pruner="trim", pruner_text="expression").pruner == "trim"

@@ -64,6 +64,7 @@ def plain_recipe() -> dict[str, Any]:
         },
         "prompt": {
             "template": "USER: <image> {expression} ASSISTANT:",
+            "question": {"start": "USER:", "end": "ASSISTANT:", "image": "<image>"},
             "image_token": "<image>",
             "max_expression_tokens": 16,
             "max_new_tokens": 8,

@@ -255,6 +255,8 @@ def test_chosen_tokens_of_another_shape_or_type(install, tiny_checkpoint, tmp_pa
         ("pruner=Mine(), order='sideways'", "order is not what it may be: 'sideways'"),
         ("pruner=Mine(), extra_token='all'", "extra_token is not what it may be: 'all'"),
         ("pruner=Mine(), budget='free'", "budget is not what it may be: 'free'"),
+        ("pruner=Mine(), pruner_text='title'", "pruner_text is not what it may be: 'title'"),
+        ("pruner=Mine(), long_texts='sum'", "long_texts is not what it may be: 'sum'"),
         ("pruner=Mine", "has no pruner"),
     ],
 )

@@ -46,7 +46,7 @@ def test_prompt_is_split_at_the_image(encoder: PromptEncoder, tokenizer: Tokeniz
         "the", "small", "red", "circle", "ASSISTANT:",
     ]  # fmt: skip
     assert encoded.prefix_ids.dtype == encoded.suffix_ids.dtype == np.int64
-    assert encoded.text_ids is None
+    assert encoded.text_ids == ()
     assert encoded.warnings == ()
 
 
@@ -150,12 +150,43 @@ def test_words_for_the_text_tower_keep_its_end_when_cut(
     text_encoder: PromptEncoder, tokenizer: Tokenizer
 ) -> None:
     spell = tokenizer.id_to_token
-    short = text_encoder.encode("the star").text_ids
-    long = text_encoder.encode("the small red circle above the star").text_ids
-    assert short is not None
-    assert long is not None
+    (short,) = text_encoder.encode("the star").text_ids
+    (long,) = text_encoder.encode("the small red circle above the star").text_ids
     assert [spell(i) for i in short] == ["<s>", "the", "star", "</s>"]
     assert [spell(i) for i in long] == ["<s>", "the", "small", "red", "circle", "above", "</s>"]
+
+
+def test_words_for_the_text_tower_go_on_in_segments_where_the_pruner_has_it_so(
+    text_manifest: Manifest, tokenizer_folder: Path, tokenizer: Tokenizer
+) -> None:
+    assert text_manifest.text_encoder is not None
+    tower = dataclasses.replace(text_manifest.text_encoder, long_texts="segments")
+    encoder = PromptEncoder(
+        dataclasses.replace(text_manifest, text_encoder=tower), tokenizer_folder
+    )
+    spell = tokenizer.id_to_token
+    long = "<s> the small red circle above the"
+    for words, segments in (
+        ("the star", ["<s> the star </s>"]),
+        ("the small red circle above", ["<s> the small red circle above </s>"]),
+        ("the small red circle above the", [long, "</s>"]),
+        ("the small red circle above the star", [long, "star </s>"]),
+    ):
+        found = encoder.encode(words).text_ids
+        assert [" ".join(map(spell, ids.tolist())) for ids in found] == segments
+
+
+def test_the_text_tower_reads_the_declared_template(
+    text_manifest: Manifest, tokenizer_folder: Path, tokenizer: Tokenizer
+) -> None:
+    assert text_manifest.text_encoder is not None
+    tower = dataclasses.replace(text_manifest.text_encoder, template="above {expression} ?")
+    encoder = PromptEncoder(
+        dataclasses.replace(text_manifest, text_encoder=tower), tokenizer_folder
+    )
+    (ids,) = encoder.encode("the star").text_ids
+    words = [tokenizer.id_to_token(i) for i in ids]
+    assert words == ["<s>", "above", "the", "star", "<unk>", "</s>"]
 
 
 def test_context_counts_pruned_tokens(sample_manifest: Manifest, tokenizer_folder: Path) -> None:

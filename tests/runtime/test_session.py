@@ -16,6 +16,7 @@ from gap_export.errors import BundleError, ExpressionError, GapExportError, Imag
 from gap_export.manifest import BoxSpec, Manifest
 from gap_export.positions import TileTokens
 from gap_export.runtime.geometry import Frame
+from gap_export.runtime.prompt import PromptEncoder
 from gap_export.runtime.session import GroundingSession
 
 MakeBackend = Callable[[Manifest], Any]
@@ -72,6 +73,7 @@ def test_answer_is_plain_json(session: GroundingSession, picture: Any) -> None:
             "cols": 4,
             "frame": [0, -8, 40, 40],
             "kept": [0, 3, 6, 9, 12],
+            "stood_out": None,
             "tiles": [
                 {
                     "num_visual_tokens": 16,
@@ -97,6 +99,32 @@ def test_batch_equals_its_rows_alone_and_sees_the_picture_once(
     for one, other in zip(alone, together, strict=True):
         assert (one.token_ids, one.box, one.text) == (other.token_ids, other.box, other.text)
     assert len({answer.token_ids for answer in together}) > 1
+
+
+def test_a_text_in_segments_is_fed_as_the_mean_of_their_unit_vectors(
+    text_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any
+) -> None:
+    """CDPruner averages the cosines of a patch with each segment; nothing else is read of them."""
+    assert text_manifest.text_encoder is not None
+    tower = dataclasses.replace(text_manifest.text_encoder, long_texts="segments")
+    manifest = dataclasses.replace(text_manifest, text_encoder=tower)
+    backend = make_backend(manifest)
+    fed: list[Any] = []
+    encode_image = backend.encode_image
+    backend.encode_image = lambda pixels, texts: fed.append(texts) or encode_image(pixels, texts)  # type: ignore[method-assign,func-returns-value]
+    long = "the small red circle above the star"
+    session = GroundingSession(manifest, tokenizer_folder, backend)
+    session.ground_batch(picture, [long, "the star", long])
+    # Segments of one length go together, one of each text at a time.
+    assert backend.calls[:3] == ["encode_text [2, 7]", "encode_text [1, 4]", "encode_text [2, 2]"]
+    encoder = PromptEncoder(manifest, tokenizer_folder)
+    parts = [backend.encode_text(ids[None])[0] for ids in encoder.encode(long).text_ids]
+    patches = np.random.default_rng(2).normal(size=(9, len(parts[0])))
+    cosines = [patches @ part / np.linalg.norm(part) for part in parts]
+    (texts,) = fed
+    assert len(parts) == 2 and np.allclose(patches @ texts[0], np.mean(cosines, axis=0), atol=1e-5)
+    (alone,) = encoder.encode("the star").text_ids
+    assert np.array_equal(texts[1], backend.encode_text(alone[None])[0])
 
 
 def test_batch_of_a_text_reading_pruner_equals_its_rows_alone(

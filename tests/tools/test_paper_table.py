@@ -21,8 +21,8 @@ def run_tool(monkeypatch, capsys, tmp_path):
 
     measured = []
 
-    def measure(name, folder, **options):
-        measured.append((name, folder.name))
+    def measure(name, folder, only, **options):
+        measured.append((name, folder.name, *only))
         raise UsageError("nothing is measured here")
 
     monkeypatch.setattr(paper_table, "measure", measure)
@@ -56,3 +56,10 @@ def test_results_are_kept_under_a_model_s_own_name_and_errors_are_one_line(run_t
     code, said, measured = run_tool("--model", "demo", "--samples", 20)
     assert (code, measured) == (2, [("refshapes-llava", "refshapes-llava-20-0")])
     assert said == "error: nothing is measured here\n"
+
+
+def test_some_pruners_alone_are_named_and_a_slip_is_refused(run_tool):
+    code, said, measured = run_tool("--pruner", "trm")
+    assert (code, measured) == (2, []) and "did you mean trim" in said
+    code, _, measured = run_tool("--model", "demo", "--pruner", "trim", "--pruner", "text")
+    assert measured == [("refshapes-llava", "refshapes-llava-1000-0", "trim", "text")]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+
+from gap_export.recipe import find_recipe
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -29,6 +30,7 @@ def row(pruner: str, keep: float, positions: str, accuracy: float, *, width: flo
         "protocol": "unpad",
         "seed": 0,
         "pruner": pruner,
+        "pruner_text": None,
         "budget": "fixed",
         "keep_ratio": keep,
         "positions": positions,
@@ -37,6 +39,8 @@ def row(pruner: str, keep: float, positions: str, accuracy: float, *, width: flo
         "num_images": 25,
         "acc_at_50": accuracy,
         "ci95": (accuracy - width, accuracy + width),
+        "mean_iou": accuracy,
+        "parse_failures": 0,
         "recovered": None if positions == "none" else accuracy / 0.9,
     }
 
@@ -49,13 +53,13 @@ def measured(compact: float, gap: float, **options):
             row("spatial", keep, "compact", compact, **options),
             row("spatial", keep, "gap", gap, **options),
         ]
-    report = {"rows": rows, "data": {"spec": "refshapes"}}
-    return SimpleNamespace(
-        recipe=SimpleNamespace(name="tiny", published=()),
-        report=report,
-        adaptive=None,
-        rows=lambda: rows,
-    )
+    return found_of(rows, "refshapes-llava")
+
+
+def found_of(rows: list[dict], model: str):
+    from paper_report.measured import Measured
+
+    return Measured(recipe=find_recipe(model)[0], spec="refshapes", all_rows=rows)
 
 
 def test_a_collapse_and_a_recovery_are_told(words):
@@ -98,3 +102,56 @@ def test_every_row_of_a_model_says_what_it_is(words):
         "| tiny | unpad | 0 | spatial | 0.3 | 43.2 | gap | 100 | 88.0 % | 86.0-90.0 % |"
         in (lines[-3])
     )
+
+
+def texts(model: str) -> list[dict]:
+    """Pruners that read the text, by what they read and how many they keep."""
+    accuracies = {"expression": {0.3: 0.9, 0.1: 0.5}, "question": {0.3: 0.8, 0.1: 0.4}}
+    return [
+        {**row(pruner, keep, positions, accuracy), "model": model, "pruner_text": text}
+        for pruner in ("text", "trim")
+        for text, by_keep in accuracies.items()
+        for keep, accuracy in by_keep.items()
+        for positions in ("compact", "gap")
+    ]
+
+
+def test_both_texts_are_told_and_the_authors_is_the_default(words):
+    rows = [row("none", 1.0, "none", 0.9), *texts("refshapes-shikra")]
+    found = found_of(rows, "refshapes-shikra")
+    # Tables of pruners have each as its authors do.
+    defaults = {(r["pruner"], r["pruner_text"]) for r in found.rows() if r["pruner"] != "none"}
+    assert defaults == {("text", "expression"), ("trim", "question")}
+    lines = words._texts(found)
+    assert '"In the given could you find and tell me the coordinates of {expression} ?"' in lines[1]
+    assert lines[-2:] == [
+        "| `text` | **90.0 %** (88.0-92.0 %) | **50.0 %** (48.0-52.0 %) | 80.0 % (78.0-82.0 %) "
+        "| 40.0 % (38.0-42.0 %) |",
+        "| `trim` | 90.0 % (88.0-92.0 %) | 50.0 % (48.0-52.0 %) | **80.0 %** (78.0-82.0 %) "
+        "| **40.0 %** (38.0-42.0 %) |",
+    ]
+
+
+def test_where_the_question_is_the_expression_nothing_is_compared(words):
+    rows = [{**r, "pruner_text": "expression"} for r in texts("refshapes-llava")]
+    (_, line) = words._texts(found_of(rows, "refshapes-llava"))
+    assert line.startswith("The question is the expression itself: `text`, `trim`")
+
+
+def test_rows_measured_anew_replace_those_of_before(words, tmp_path):
+    from paper_report.measured import merge_rows, read_csv, write_csv
+
+    before = [row("none", 1.0, "none", 0.9), *texts("m")]
+    write_csv(tmp_path / "a.csv", before)
+    read = read_csv(tmp_path / "a.csv")
+    assert [r["acc_at_50"] for r in read] == [r["acc_at_50"] for r in before]
+    anew = {**row("trim", 0.3, "gap", 0.7), "pruner_text": "question"}
+    merged = merge_rows(read, [anew])
+    assert len(merged) == len(before) and merged[0]["pruner"] == "none"
+    assert [r["acc_at_50"] for r in merged if r["acc_at_50"] == 0.7] == [0.7]
+    # What was published before there was a choice was of the expression.
+    old = (tmp_path / "a.csv").read_text().splitlines()
+    place = old[0].split(",").index("pruner_text")
+    cut = [",".join(part for n, part in enumerate(line.split(",")) if n != place) for line in old]
+    (tmp_path / "old.csv").write_text("\n".join(cut))
+    assert {r["pruner_text"] for r in read_csv(tmp_path / "old.csv")} == {None, "expression"}

@@ -10,6 +10,7 @@ from gap_export.recipe import PublishedFigure, list_recipes
 from paper_report.measured import Measured, Row
 
 KEEPS = (1.0, 0.5, 0.3, 0.1)
+TEXT_KEEPS = (0.3, 0.1)
 SHOWN_AT = 0.3
 # What the paper is held to: what is left without GAP, what GAP brings back.
 COLLAPSED, RECOVERED = 0.1, 0.9
@@ -23,11 +24,11 @@ def format_model(measured: Measured) -> str:
         "| 95 % interval | of the unpruned |",
         "|---" * 11 + "|",
     ]
-    for row in measured.rows():
+    for row in measured.all_rows:
         keep = "adaptive" if row["budget"] == "adaptive" else f"{row['keep_ratio']:g}"
         share = "" if row["recovered"] is None else percent(row["recovered"])
         lines.append(
-            f"| {row['model']} | {row['protocol']} | {row['seed']} | {row['pruner']} | {keep} "
+            f"| {row['model']} | {row['protocol']} | {row['seed']} | {_name(row)} | {keep} "
             f"| {row['mean_visual_tokens']:.1f} | {row['positions']} | {row['n']} "
             f"| {percent(row['acc_at_50'])} | {interval(row['ci95'])} | {share} |"
         )
@@ -60,9 +61,8 @@ def _matrix(measured: Measured) -> list[str]:
     """Pruners by shares; a cell is compact, then GAP with its interval."""
     rows = measured.rows()
     whole = next(row for row in rows if row["positions"] == "none")
-    data = measured.report["data"]
     lines = [
-        f"{whole['n']} held-out expressions on {whole['num_images']} pictures ({data['spec']}, "
+        f"{whole['n']} held-out expressions on {whole['num_images']} pictures ({measured.spec}, "
         f"seed {whole['seed']}), greedy, protocol {whole['protocol']}; intervals are 95 %. "
         f"Unpruned, {whole['mean_visual_tokens']:.0f} visual tokens: "
         f"**{percent(whole['acc_at_50'])}** ({interval(whole['ci95'])}).",
@@ -86,7 +86,7 @@ def _matrix(measured: Measured) -> list[str]:
                 f"**{percent(gap['acc_at_50'])}** ({interval(gap['ci95'])})",
             ]
         lines.append(f"| `{pruner}` | {' | '.join(cells)} |")
-    return [*lines, *_all_kept(rows), *_adaptive(rows)]
+    return [*lines, *_all_kept(rows), *_adaptive(rows), *_texts(measured)]
 
 
 def _all_kept(rows: list[Row]) -> list[str]:
@@ -132,6 +132,46 @@ def _adaptive(rows: list[Row]) -> list[str]:
             f"| **{percent(gap['acc_at_50'])}** |"
         )
     return lines
+
+
+def _texts(measured: Measured) -> list[str]:
+    """What pruners that read the text make of the expression, and of the whole question."""
+    pairs = {
+        (row["pruner"], row["pruner_text"], row["keep_ratio"]): row
+        for row in measured.all_rows
+        if row["pruner_text"] and row["budget"] == "fixed" and row["positions"] == "gap"
+    }
+    pruners = list(dict.fromkeys(name for name, _, _ in pairs))
+    if measured.asks_bare:
+        names = ", ".join(f"`{name}`" for name in pruners)
+        return ["", f"The question is the expression itself: {names} read the same by either name."]
+    cells = [(text, keep) for text in ("expression", "question") for keep in TEXT_KEEPS]
+    if not all((name, *cell) in pairs for name in pruners for cell in cells) or not pruners:
+        return []
+    question = measured.recipe.prompt.question_template()
+    heads = " | ".join(f"{text}: keep {keep:g}" for text, keep in cells)
+    lines = [
+        "",
+        f"What the text tower reads (`--pruner-text`), GAP: the expression, or the question "
+        f'"{question}". Bold is the default, as the authors of the pruner have it; the tower of '
+        "this model was trained on expressions alone:",
+        "",
+        f"| pruner | {heads} |",
+        "|---" * (1 + len(cells)) + "|",
+    ]
+    for name in pruners:
+        told = []
+        for cell in cells:
+            row = pairs[name, cell[0], cell[1]]
+            mark = "**" if row["pruner_text"] == measured.text_of(row) else ""
+            told.append(f"{mark}{percent(row['acc_at_50'])}{mark} ({interval(row['ci95'])})")
+        lines.append(f"| `{name}` | {' | '.join(told)} |")
+    return lines
+
+
+def _name(row: Row) -> str:
+    text = row["pruner_text"]
+    return row["pruner"] if text is None else f"{row['pruner']} ({text})"
 
 
 def _verdict(measured: Measured) -> list[str]:

@@ -170,8 +170,9 @@ def panels(rows: Sequence[SettingRow]) -> tuple[Panel, ...]:
 
 
 def configuration(row: SettingRow) -> str:
-    """Pruner and keep ratio."""
-    return f"{clean(row.pruner)} keep {row.keep_ratio:g}"
+    """Pruner, keep ratio and, of a pruner that reads it, the question."""
+    reads = " (reads the question)" if row.pruner_text == "question" else ""
+    return f"{clean(row.pruner)} keep {row.keep_ratio:g}{reads}"
 
 
 def names_of(tables: Iterable[Mapping[str, object]]) -> tuple[str, ...]:
