@@ -79,7 +79,8 @@ class Grounding:
         timings_ms: Milliseconds by stage, only those that ran, and ``total``; answers of one batch
             share them.
         backend: What ran the model, with its version and device.
-        warnings: What the user should know, e.g. words the tokenizer does not.
+        warnings: What the user should know: words that the tokenizer does not know; an answer that
+            was cut off, holds no box, is read with tolerance, or is out of the model's scale.
     """
 
     expression: str

@@ -2,10 +2,14 @@
 
 with GroundingSession.open("refshapes-llava-spatial-0.3") as session:
     print(session.ground("scene.png", "the small red circle").box)
+
+Without ``with``, :meth:`GroundingSession.close` ends it. Threads may share a session that runs in
+ONNX Runtime.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +32,7 @@ from gap_export.runtime.generation import (
     PromptRow,
     assemble_prompt,
     generate,
+    has_ended,
 )
 from gap_export.runtime.geometry import Box, ImageGeometry
 from gap_export.runtime.grounding import Grounding
@@ -97,6 +102,8 @@ class GroundingSession:
         self._edit_row = edit_row
         self._backend_name = backend.name
         self._closed = False
+        self._num_running = 0
+        self._lock = threading.RLock()
 
     @classmethod
     def open(
@@ -167,10 +174,20 @@ class GroundingSession:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the backend."""
-        if not self._closed:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Free what runs the model; a second time nothing happens.
+
+        It does not wait: calls that run in other threads finish, and the last of them frees it. A
+        call that comes later is refused.
+        """
+        with self._lock:
+            is_last = not self._closed and not self._num_running
             self._closed = True
-            self.backend.__exit__(kind, error, trace)
+        if is_last:
+            self.backend.__exit__(None, None, None)
 
     def ground(
         self,
@@ -230,7 +247,10 @@ class GroundingSession:
             ExpressionError: there are no expressions, or one cannot be used.
             GapExportError: the session is closed.
         """
-        self._check_open()
+        with self._running():
+            return self._ground_batch(image, expressions)
+
+    def _ground_batch(self, image: ImageInput, expressions: Sequence[str]) -> list[Grounding]:
         if isinstance(expressions, str) or not expressions:
             raise ExpressionError(
                 "no list of expressions", seen=repr(expressions), allowed="at least one, in a list"
@@ -279,6 +299,21 @@ class GroundingSession:
     def _check_open(self) -> None:
         if self._closed:
             raise GapExportError("the session is closed", fix="open the bundle again")
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Keep the backend open for a call."""
+        with self._lock:
+            self._check_open()
+            self._num_running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_running -= 1
+                is_last = self._closed and not self._num_running
+            if is_last:
+                self.backend.__exit__(None, None, None)
 
     def _encode_texts(self, encoded: Sequence[EncodedExpression]) -> FloatArray:
         """Text embeddings [B, D]; texts of one length go together, so none is ever padded.
@@ -341,6 +376,12 @@ class GroundingSession:
         found = []
         for row, text in enumerate(texts):
             box, problems = _read_box(text, manifest.box, geometry)
+            if not has_ended(answer.token_ids[row], manifest.decoder.eos_token_ids):
+                limit = manifest.prompt.max_new_tokens
+                problems = (
+                    *problems,
+                    f"the answer was cut off after {limit} tokens, before it ended: {text!r}",
+                )
             found.append(
                 Grounding(
                     expression=expressions[row],

@@ -24,12 +24,15 @@ def describe_api() -> str:
     lines = []
     for name in sorted(gap_export.__all__):
         value = getattr(gap_export, name)
+        if typing.get_origin(value) is not None:
+            lines.append(f"{name} = {value}")
+            continue
         if not inspect.isclass(value):
             lines.append(f"{name}{inspect.signature(value) if callable(value) else ''}")
             continue
         lines.append(f"class {name}{inspect.signature(value)}")
         for method, function in sorted(inspect.getmembers(value, inspect.isroutine)):
-            if not method.startswith("_"):
+            if not method.startswith("_") and not hasattr(BaseException, method):
                 lines.append(f"    {method}{inspect.signature(function)}")
     return "\n".join(lines) + "\n"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +268,86 @@ def test_closed_session_says_so(session: GroundingSession, picture: Any) -> None
         session.ground(picture, "the star")
     with pytest.raises(GapExportError, match="the session is closed"), session:
         pass
+
+
+def test_close_without_with_frees_the_backend_once(session: GroundingSession) -> None:
+    backend: Any = session.backend
+    closes: list[object] = []
+    backend.__class__ = type("Counting", (type(backend),), {"__exit__": closes_into(closes)})
+    session.close()
+    session.close()
+    with pytest.raises(GapExportError, match="closed"), session:
+        pass
+    assert len(closes) == 1
+
+
+def closes_into(closes: list[object]) -> Any:
+    def close(self: Any, *_: object) -> None:
+        closes.append(self)
+
+    return close
+
+
+def test_calls_that_run_when_the_session_is_closed_finish(
+    session: GroundingSession, picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend: Any = session.backend
+    expected = session.ground(picture, "the star").token_ids
+    inside, go_on = threading.Event(), threading.Event()
+    encode_image = backend.encode_image
+
+    def slowly(*given: Any) -> Any:
+        inside.set()
+        assert go_on.wait(30)
+        assert not backend.closed
+        return encode_image(*given)
+
+    monkeypatch.setattr(backend, "encode_image", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(session.ground, picture, "the star") for _ in range(2)]
+        assert inside.wait(30)
+        session.close()
+        assert not backend.closed
+        with pytest.raises(GapExportError, match="the session is closed; open the bundle again"):
+            session.ground(picture, "the star")
+        go_on.set()
+        assert [call.result(30).token_ids for call in running] == [expected] * 2
+    assert backend.closed
+
+
+@pytest.mark.parametrize(("limit", "is_cut"), [(9, True), (10, False), (11, False)])
+def test_an_answer_that_did_not_end_says_so(
+    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any,
+    limit: int, is_cut: bool,
+) -> None:  # fmt: skip
+    session = answering(
+        sample_manifest, make_backend(sample_manifest), tokenizer_folder,
+        "[ 0.25 , 0.50 , 0.75 , 0.60 ]",
+    )  # fmt: skip
+    prompt = dataclasses.replace(session.manifest.prompt, max_new_tokens=limit)
+    session.manifest = dataclasses.replace(session.manifest, prompt=prompt)
+    warnings = session.ground(picture, "the star").warnings
+    cut = f"the answer was cut off after {limit} tokens, before it ended: '[ 0.25 , 0.50"
+    assert [text.startswith(cut) for text in warnings] == [True] * is_cut
+
+
+def test_rows_of_a_batch_are_cut_off_one_by_one(
+    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any
+) -> None:
+    backend = make_backend(sample_manifest)
+    decode, steps = backend.decode, iter(range(100))
+
+    def decode_(**given: Any) -> Any:
+        logits = np.zeros_like(decode(**given))
+        logits[0, 2 if next(steps) == 3 else 9] = logits[1, 9] = 1.0  # 2 ends the first alone
+        return logits
+
+    backend.decode = decode_  # type: ignore[method-assign]
+    session = GroundingSession(sample_manifest, tokenizer_folder, backend)
+    first, second = session.ground_batch(picture, ["the star", "blue square"])
+    assert [any("cut off" in text for text in one.warnings) for one in (first, second)] == [
+        False, True,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
