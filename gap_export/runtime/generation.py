@@ -190,11 +190,6 @@ def generate(
     )
 
 
-def has_ended(token_ids: Sequence[int], eos_token_ids: Sequence[int]) -> bool:
-    """Whether a row ended by itself, and was not cut off at ``max_new_tokens``."""
-    return token_ids[-1] in eos_token_ids
-
-
 def _position_table(row: PromptRow, positions: PositionMode) -> Int64Array:
     start = len(row.prefix_embeds)
     span = VisualSpan(

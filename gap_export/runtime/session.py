@@ -10,21 +10,21 @@ ONNX Runtime.
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, TypeVar
 
 import numpy as np
 
 from gap_export.bundle import Verify, open_bundle
 from gap_export.errors import BundleError, ExpressionError, GapExportError, UsageError
-from gap_export.manifest import BoxSpec, Manifest
+from gap_export.manifest import Manifest
 from gap_export.positions import PositionMode
+from gap_export.runtime.answers import read_answer
 from gap_export.runtime.backend import Backend, FloatArray
-from gap_export.runtime.boxes import parse_answer, to_pixels
+from gap_export.runtime.clock import StageClock
 from gap_export.runtime.computed import check_computed
 from gap_export.runtime.generation import (
     DecoderPrompt,
@@ -32,9 +32,8 @@ from gap_export.runtime.generation import (
     PromptRow,
     assemble_prompt,
     generate,
-    has_ended,
 )
-from gap_export.runtime.geometry import Box, ImageGeometry
+from gap_export.runtime.geometry import ImageGeometry
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.image import (
     ColorOrder,
@@ -45,18 +44,42 @@ from gap_export.runtime.image import (
     read_image,
 )
 from gap_export.runtime.prompt import EncodedExpression, PromptEncoder
+from gap_export.runtime.texts import encode_texts
 from gap_export.runtime.visual_tokens import VisualTokens, encode_picture
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 __all__ = ["BackendName", "Grounding", "GroundingSession"]
 
 BackendName = Literal["onnxruntime", "tensorrt"]
 # What is asked and its row of the prompt; gives the row that is fed.
 EditRow = Callable[[str, PromptRow], PromptRow]
-# As that of the pruners: a zero vector stays one.
-_LEAST_NORM = 1e-8
+
+
+def _keeps_open(
+    method: Callable[Concatenate[GroundingSession, _P], _R],
+) -> Callable[Concatenate[GroundingSession, _P], _R]:
+    """A call that is refused by a closed session, and keeps the backend while it runs."""
+
+    @wraps(method)
+    def call(self: GroundingSession, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with self._lock:
+            self._check_open()
+            self._num_running += 1
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            with self._lock:
+                self._num_running -= 1
+                is_last = self._closed and not self._num_running
+            if is_last:
+                self.backend.__exit__(None, None, None)
+
+    return call
 
 
 class GroundingSession:
@@ -219,6 +242,7 @@ class GroundingSession:
             image, [expression], frame=frame, allow_damaged=allow_damaged, color=color
         )[0]
 
+    @_keeps_open
     def ground_batch(
         self,
         image: ImageInput,
@@ -247,15 +271,11 @@ class GroundingSession:
             ExpressionError: there are no expressions, or one cannot be used.
             GapExportError: the session is closed.
         """
-        with self._running():
-            return self._ground_batch(image, expressions)
-
-    def _ground_batch(self, image: ImageInput, expressions: Sequence[str]) -> list[Grounding]:
         if isinstance(expressions, str) or not expressions:
             raise ExpressionError(
                 "no list of expressions", seen=repr(expressions), allowed="at least one, in a list"
             )
-        clock = _Clock()
+        clock = StageClock()
         with clock.stage("preprocess"):
             encoded = [self._prompts.encode(expression) for expression in expressions]
             loaded = read_image(
@@ -274,7 +294,7 @@ class GroundingSession:
         text_embeds: FloatArray | None = None
         if self.manifest.text_encoder is not None:
             with clock.stage("text_encoder"):
-                text_embeds = self._encode_texts(encoded)
+                text_embeds = encode_texts(self.backend, encoded)
         with clock.stage("vision_encoder"):
             visual = encode_picture(
                 self.backend,
@@ -299,41 +319,6 @@ class GroundingSession:
     def _check_open(self) -> None:
         if self._closed:
             raise GapExportError("the session is closed", fix="open the bundle again")
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Keep the backend open for a call."""
-        with self._lock:
-            self._check_open()
-            self._num_running += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._num_running -= 1
-                is_last = self._closed and not self._num_running
-            if is_last:
-                self.backend.__exit__(None, None, None)
-
-    def _encode_texts(self, encoded: Sequence[EncodedExpression]) -> FloatArray:
-        """Text embeddings [B, D]; texts of one length go together, so none is ever padded.
-
-        That of a text in several segments is the mean of their unit vectors, as CDPruner's mean of
-        cosines has it.
-        """
-        segments: list[list[FloatArray]] = [[] for _ in encoded]
-        for place in range(max(len(row.text_ids) for row in encoded)):
-            rows_by_length: dict[int, list[int]] = {}
-            for index, row in enumerate(encoded):
-                if place < len(row.text_ids):
-                    rows_by_length.setdefault(len(row.text_ids[place]), []).append(index)
-            for rows in rows_by_length.values():
-                ids = np.stack([encoded[index].text_ids[place] for index in rows])
-                batch = self.backend.encode_text(ids)
-                check_computed(batch, graph="text_encoder", output="text_embeds")
-                for index, embeds in zip(rows, batch, strict=True):
-                    segments[index].append(embeds)
-        return np.stack([_join_segments(parts) for parts in segments])
 
     def _assemble(
         self,
@@ -367,21 +352,14 @@ class GroundingSession:
         answer: Generation,
         visual: Sequence[VisualTokens],
         geometry: ImageGeometry,
-        clock: _Clock,
+        clock: StageClock,
         loaded: LoadedImage,
     ) -> list[Grounding]:
-        manifest = self.manifest
         texts = [self._prompts.decode(token_ids) for token_ids in answer.token_ids]
         timings = clock.read()
         found = []
         for row, text in enumerate(texts):
-            box, problems = _read_box(text, manifest.box, geometry)
-            if not has_ended(answer.token_ids[row], manifest.decoder.eos_token_ids):
-                limit = manifest.prompt.max_new_tokens
-                problems = (
-                    *problems,
-                    f"the answer was cut off after {limit} tokens, before it ended: {text!r}",
-                )
+            box, problems = read_answer(text, answer.token_ids[row], self.manifest, geometry)
             found.append(
                 Grounding(
                     expression=expressions[row],
@@ -401,34 +379,6 @@ class GroundingSession:
         return found
 
 
-def _join_segments(parts: Sequence[FloatArray]) -> FloatArray:
-    """One text's embedding [D]: as it is, or the mean of unit vectors."""
-    if len(parts) == 1:
-        return parts[0]
-    rows = np.stack(parts).astype(np.float64)
-    units = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _LEAST_NORM)
-    joined: FloatArray = np.mean(units, axis=0).astype(parts[0].dtype)
-    return joined
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._stages: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.add(name, 1e3 * (time.perf_counter() - started))
-
-    def add(self, name: str, milliseconds: float) -> None:
-        self._stages[name] = milliseconds
-
-    def read(self) -> dict[str, float]:
-        return {**self._stages, "total": 1e3 * (time.perf_counter() - self._started)}
-
-
 def _refuse_arguments(backend: str, arguments: Mapping[str, object]) -> None:
     """An argument that would be ignored is an error.
 
@@ -438,19 +388,3 @@ def _refuse_arguments(backend: str, arguments: Mapping[str, object]) -> None:
     given = [name for name, value in arguments.items() if value is not None]
     if given:
         raise UsageError(f"{', '.join(given)} cannot be used with {backend}")
-
-
-def _read_box(
-    text: str, spec: BoxSpec, geometry: ImageGeometry
-) -> tuple[Box | None, tuple[str, ...]]:
-    """An answer's box in pixels and what is odd about it; where there is none, why."""
-    parsed = parse_answer(text, spec)
-    if parsed is None:
-        return None, (f"the answer holds no box: {text!r}",)
-    box = to_pixels(parsed.fractions, spec, geometry)
-    if box is not None:
-        odd = f"the box is not written as the model should, and was read with tolerance: {text!r}"
-        return box, () if parsed.exact else (odd,)
-    x1, y1, x2, y2 = parsed.fractions
-    what = "has no area" if x1 == x2 or y1 == y2 else "lies outside the picture"
-    return None, (f"the answer {what}: {text!r}",)
