@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from gap_export.cli._terminal import format_table
+from gap_export.evaluation.report.words import describe_frame
 from gap_export.parity.report.words import clean
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def describe_evaluation(report: EvaluationReport) -> str:
         f"{report.model} on {clean(data.name)}, {', '.join(data.splits)}, seed {report.seed}: "
         f"{first.n} expressions, {first.num_images} pictures",
         f"protocol {report.protocol}: {report.protocol_summary}",
+        f"frame: {describe_frame(report)}",
         "",
         format_table(_HEADER, [_table_row(row) for row in report.rows]),
     ]

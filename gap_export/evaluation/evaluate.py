@@ -319,7 +319,9 @@ class _Job:
         return EvaluationReport(
             model=manifest.model.name,
             family=manifest.model.family,
-            data=_summarize(self.dataset, (*unusable, *failed_questions(seen.questions, answers))),
+            data=_summarize(
+                self.dataset, (*unusable, *failed_questions(seen.questions, answers)), answers
+            ),
             protocol=self.protocol.name,
             protocol_summary=self.protocol.summary,
             prompt=with_prompt(manifest, self.asking.prompt).prompt.template,
@@ -391,7 +393,15 @@ def _compare(
     return tuple(comparisons), judging.gallery(judged, compact=compact, gap=gap)
 
 
-def _summarize(dataset: Dataset, unusable: tuple[Unusable, ...]) -> DataSummary:
+def _summarize(
+    dataset: Dataset, unusable: tuple[Unusable, ...], answers: Mapping[str, Mapping[str, Record]]
+) -> DataSummary:
+    turned = {
+        name
+        for given in answers.values()
+        for name, record in given.items()
+        if record.orientation != 1
+    }
     return DataSummary(
         spec=dataset.spec,
         name=dataset.name,
@@ -399,6 +409,8 @@ def _summarize(dataset: Dataset, unusable: tuple[Unusable, ...]) -> DataSummary:
         splits=dataset.splits,
         num_expressions=dataset.num_expressions,
         num_images=len({question.image_id for question in dataset.questions}),
+        frame=dataset.frame,
+        num_turned=len({one.image_id for one in dataset.questions if one.id in turned}),
         num_excluded=sum(not one.counts_as_wrong for one in unusable),
         unusable=unusable,
         fingerprint=dataset.fingerprint,

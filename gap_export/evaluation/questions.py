@@ -163,3 +163,8 @@ class Dataset:
     def num_expressions(self) -> int:
         """All that were asked for, usable or not."""
         return len(self.questions) + len(self.unusable)
+
+    @property
+    def frame(self) -> str:
+        """The frame of its boxes; where it has both of them, both."""
+        return ", ".join(sorted({question.picture.frame for question in self.questions}))

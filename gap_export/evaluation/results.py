@@ -151,6 +151,8 @@ class DataSummary:
         splits: Of it.
         num_expressions: All there are, unusable ones included.
         num_images: Pictures of those that could be asked about.
+        frame: That boxes are in: ``raw``: of images as stored, ``upright``: as displayed.
+        num_turned: Images that carry an EXIF orientation other than 1.
         num_excluded: Expressions whose annotation is at fault: no answer could be right, so they
             are left out of every accuracy.
         unusable: What could not be asked, and why.
@@ -163,6 +165,8 @@ class DataSummary:
     splits: tuple[str, ...]
     num_expressions: int
     num_images: int
+    frame: str = "upright"
+    num_turned: int = 0
     num_excluded: int = 0
     unusable: tuple[Unusable, ...] = ()
     fingerprint: str = ""

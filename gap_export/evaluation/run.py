@@ -151,6 +151,7 @@ class Run:
             "splits": ", ".join(self.dataset.splits),
             "expressions": str(len(self.dataset.questions)),
             "questions": self.dataset.fingerprint,
+            "frame": self.dataset.frame,
             "prompt": manifest.prompt.template,
             "seed": str(self.options.seed),
             "backend": setting.backend or self.options.backend,

@@ -221,7 +221,7 @@ def _reopen(image: Image.Image) -> OpenedImage | None:
         raise too_large(f"the image's file: more than {MAX_MEMORY:,} bytes")
     opened = open_encoded(EncodedImage(data=data, name="the image"))
     # It may have been asked for at a smaller size.
-    return opened if opened.image.size == image.size else None
+    return opened if sorted(opened.image.size) == sorted(image.size) else None
 
 
 def _orientation_of(image: Image.Image) -> int:

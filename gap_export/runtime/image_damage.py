@@ -55,7 +55,7 @@ def tiff_damage(directory: Directory) -> str | None:
     if compression in _DEFLATE:
         damage = (_deflate_damage(strip) for strip in _strips(directory))
     elif compression == _JPEG:
-        tables = directory.bytes(_JPEG_TABLES)
+        tables = directory.content(_JPEG_TABLES)
         damage = (jpeg_damage(_with_tables(strip, tables)) for strip in _strips(directory))
     else:
         return f"TIFF compression {compression}, which cannot be checked for damage"

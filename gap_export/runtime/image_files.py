@@ -148,6 +148,9 @@ def open_encoded(encoded: EncodedImage) -> OpenedImage:
         broken = str(err)
     # Of a JPEG file Pillow sees what pixels depend on: nothing else of it can do harm.
     decoded = data if jpeg is None else jpeg.pixels_only
+    if directory is not None:
+        # Pillow would turn it, and say no more that it did.
+        decoded = directory.with_integer(ORIENTATION, 1)
     try:
         image = _OPENERS[kind](io.BytesIO(decoded))
     except DAMAGED as err:

@@ -49,9 +49,9 @@ class Directory:
             return ()
         if count > _MAX_VALUES:
             raise ValueError(f"tag {tag} has {count} values; allowed: {_MAX_VALUES}")
-        return struct.unpack(f"{self.order}{count}{code}", self.bytes(tag))
+        return struct.unpack(f"{self.order}{count}{code}", self.content(tag))
 
-    def bytes(self, tag: int) -> bytes:
+    def content(self, tag: int) -> bytes:
         """The bytes of a tag's values; empty where it is missing.
 
         Raises:
@@ -62,6 +62,19 @@ class Directory:
         if len(found) < count * _SIZES[kind]:
             raise ValueError(f"tag {tag} lies outside the file")
         return found
+
+    def with_integer(self, tag: int, value: int) -> bytes:
+        """The file with another value of a tag; itself where it has no such tag.
+
+        Raises:
+            ValueError: the tag lies outside the file.
+        """
+        kind, count, place = self.tags.get(tag, (0, 0, 0))
+        if kind not in _UNSIGNED or count != 1:
+            return self.data
+        size = len(self.content(tag))
+        changed = struct.pack(f"{self.order}{_UNSIGNED[kind]}", value)
+        return self.data[:place] + changed + self.data[place + size :]
 
     def check(self) -> None:
         """Refuse tags that lie outside the file, or name more data than it has.
@@ -74,7 +87,7 @@ class Directory:
             total += count * _SIZES[kind]
             if total > len(self.data):
                 raise ValueError(f"tags up to {tag} hold more bytes than the file")
-            self.bytes(tag)
+            self.content(tag)
             if kind in _UNSIGNED and kind != 1 and count > _MAX_VALUES:
                 raise ValueError(f"tag {tag} has {count} values; allowed: {_MAX_VALUES}")
 

@@ -190,7 +190,7 @@ def test_the_table_prints_percent_and_json_shares(run_cli, calls):
     lines = run_cli("eval", "demo").out.splitlines()
     assert "500 expressions, 125 pictures" in lines[0]
     assert lines[1] == "protocol unpad: IoU > 0.5"
-    table = [line.split() for line in lines[5:]]
+    table = [line.split() for line in lines[6:]]
     assert table[0] == ["none", "1", "144", "none", "96.0", "94.0-98.0", "-", "50.0", "3"]
     assert table[2] == ["spatial", "0.3", "43", "gap", "91.2", "89.2-93.2", "95.0", "50.0", "3"]
     assert len(table) == 5

@@ -25,6 +25,10 @@ GALLERY_TITLES: Mapping[str, str] = MappingProxyType(
     }
 )
 _TOTAL = "total"
+_FRAMES = {
+    "raw": "boxes of images as stored",
+    "upright": "boxes of images as displayed, turned as EXIF says",
+}
 _INTERVALS = (
     "95 %. Of an accuracy: percentile bootstrap over pictures, since expressions about one picture "
     "are not independent; where that has no width Wilson's, each picture taken for one question. "
@@ -100,6 +104,7 @@ def facts(report: EvaluationReport) -> tuple[tuple[str, str], ...]:
         ("data", f"{clean(data.name)}, split {splits}"),
         ("read from", f"{clean(data.spec)} (layout: {clean(data.layout)})"),
         ("expressions", f"{counted.n} about {counted.num_images} pictures"),
+        ("frame", describe_frame(report)),
         ("could not be asked", _describe_unusable(report)),
         ("protocol", f"{clean(report.protocol)}: {clean(report.protocol_summary)}"),
         ("prompt", clean(report.prompt)),
@@ -107,6 +112,15 @@ def facts(report: EvaluationReport) -> tuple[tuple[str, str], ...]:
         ("seed", str(report.seed)),
         ("backend", "; ".join(backends) or clean(report.backend)),
         ("intervals", _INTERVALS),
+    )
+
+
+def describe_frame(report: EvaluationReport) -> str:
+    """What boxes are coordinates of, and how many images that makes a difference for."""
+    data = report.data
+    images = "image carries" if data.num_turned == 1 else "images carry"
+    return f"{clean(data.frame)} ({_FRAMES.get(data.frame, 'both are declared')}); " + (
+        f"{data.num_turned} {images} an EXIF orientation"
     )
 
 
