@@ -24,6 +24,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from gap_export.visible import visible
+
 
 class ExitCode(IntEnum):
     """Exit codes of the command line."""
@@ -63,7 +65,8 @@ class GapExportError(Exception):
             parts.append(f"allowed: {allowed}")
         if fix is not None:
             parts.append(fix)
-        super().__init__("; ".join(parts))
+        # Much of it is text of others; an error is one line.
+        super().__init__(visible("; ".join(parts)))
 
 
 class UsageError(GapExportError):

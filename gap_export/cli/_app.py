@@ -26,10 +26,13 @@ from gap_export.cli.patch import patch
 from gap_export.cli.pruners import pruners
 from gap_export.engines.targets import AUTO
 from gap_export.version import __version__
+from gap_export.visible import visible
 
 DEFAULT_COMMAND = "export"
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 _ANYWHERE = {"-q", "--quiet", "-v", "--verbose"}
+# Base of all that is said about wrong usage, which typer does not name in public.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 _GROUP_ONLY = {"-h", "--help", "--version"}
 
 
@@ -38,6 +41,10 @@ class DefaultCommandGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Insert the default command where none is named."""
+        with plain_messages():
+            return self._parse(ctx, args)
+
+    def _parse(self, ctx: Any, args: list[str]) -> list[str]:
         args = fill_bare(args, BARE_TRT, AUTO)
         place = next((n for n, arg in enumerate(args) if arg not in _ANYWHERE), None)
         if place is not None and args[place] not in {*self.commands, *_GROUP_ONLY}:
@@ -59,11 +66,17 @@ class DefaultCommandGroup(TyperGroup):
 
 @contextmanager
 def plain_messages() -> Iterator[None]:
-    """What is said about a wrong value, without the prefix that some versions of typer leave."""
+    """What is said about wrong usage, cleaned of the user's and the prefix of typer's own.
+
+    A shell puts names of files into arguments, which may hold anything.
+    """
     try:
         yield
-    except typer.BadParameter as err:
-        err.message = err.message.removeprefix("Value error, ")
+    except _USAGE_ERROR as err:
+        for name in ("message", "option_name", "param_hint"):
+            text = getattr(err, name, None)
+            if isinstance(text, str):
+                setattr(err, name, visible(text.removeprefix("Value error, ")))
         raise
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gap_export.cli._terminal import format_table
 from gap_export.evaluation.report.words import describe_frame
-from gap_export.parity.report.words import clean
+from gap_export.visible import visible, visible_strings
 
 if TYPE_CHECKING:
     from gap_export.evaluation.results import EvaluationReport, SettingRow
@@ -27,9 +28,16 @@ _HEADER = (
 
 def describe_evaluation(report: EvaluationReport) -> str:
     """What was asked, a table of the rows, and what could not be asked."""
+    report = replace(
+        report,
+        data=visible_strings(report.data),
+        rows=visible_strings(report.rows),
+        misalignments=visible_strings(report.misalignments),
+        model=visible(report.model),
+    )
     first, data = report.rows[0], report.data
     lines = [
-        f"{report.model} on {clean(data.name)}, {', '.join(data.splits)}, seed {report.seed}: "
+        f"{report.model} on {data.name}, {', '.join(data.splits)}, seed {report.seed}: "
         f"{first.n} expressions, {first.num_images} pictures",
         f"protocol {report.protocol}: {report.protocol_summary}",
         f"frame: {describe_frame(report)}",
@@ -37,7 +45,7 @@ def describe_evaluation(report: EvaluationReport) -> str:
         format_table(_HEADER, [_table_row(row) for row in report.rows]),
     ]
     texts = {row.pruner: row.pruner_text for row in report.rows if row.pruner_text is not None}
-    lines += [f"{clean(name)}: the text tower reads the {text}" for name, text in texts.items()]
+    lines += [f"{name}: the text tower reads the {text}" for name, text in texts.items()]
     lines += [f"{name}: {what}" for name, what in report.misalignments.items()]
     return "\n".join([*lines, *_unusable(report)])
 

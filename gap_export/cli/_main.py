@@ -6,7 +6,6 @@ import errno
 import io
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from gap_export.cli._app import build_command
 from gap_export.cli._terminal import Terminal
 from gap_export.errors import ExitCode, GapExportError
 from gap_export.stop_signals import Stopped, stop_signals
+from gap_export.visible import visible
 
 PROGRAM = "gap-export"
 
@@ -74,9 +74,9 @@ def _prepare_streams() -> None:
 
 def _report_bug(err: Exception, terminal: Terminal) -> int:
     if terminal.verbose:
-        traceback.print_exc()
+        terminal.trace(err)
     hint = "" if terminal.verbose else "; run with -v for the traceback"
-    terminal.error(f"{type(err).__name__}: {err}\nthis is a bug{hint}")
+    terminal.error(f"{type(err).__name__}: {visible(str(err))}\nthis is a bug{hint}")
     return int(ExitCode.FAILED)
 
 

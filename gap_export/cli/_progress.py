@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from gap_export.progress import Advance
+from gap_export.visible import visible
 
 LONG_S = 2.0
 
@@ -35,6 +36,7 @@ class TerminalProgress:
     @contextmanager
     def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
         """Draw a bar of ``total`` steps (None: unknown) while the stage lasts."""
+        title = visible(title)
         outermost = self._bars is None
         bars = self._bars = self._bars or self._start_bars()
         task = bars.add_task(title, total=total)

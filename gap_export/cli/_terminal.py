@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from gap_export.progress import Progress, SilentProgress
+from gap_export.visible import visible
 
 
 class Terminal:
@@ -27,18 +29,19 @@ class Terminal:
         """Show the package's log on stderr."""
         self.verbose = True
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        handler.setFormatter(_VisibleFormatter("%(name)s: %(message)s"))
         logger = logging.getLogger("gap_export")
         logger.handlers[:] = [handler]
         logger.setLevel(logging.DEBUG)
 
     def result(self, text: str) -> None:
         """Print the result of a command."""
-        print(text)
+        print(visible(text, lines=True))
 
     def json(self, plain: Any) -> None:
         """Print the result of a command as JSON; NaN and infinity are not JSON and refused."""
-        print(format_json(plain))
+        # The one control that JSON lets pass in ASCII.
+        print(format_json(plain).replace("\x7f", "\\u007f"))
 
     def message(self, text: str) -> None:
         """Tell the user something that is not the result."""
@@ -47,7 +50,11 @@ class Terminal:
 
     def warning(self, text: str) -> None:
         """Tell the user that something may not be what they think."""
-        self.message(f"warning: {text}")
+        self.message(f"warning: {visible(text)}")
+
+    def trace(self, err: BaseException) -> None:
+        """Show where an error came from."""
+        _print_error("".join(traceback.format_exception(err)).rstrip("\n"))
 
     def error(self, text: str) -> None:
         """Say what went wrong, in quiet mode too."""
@@ -62,17 +69,15 @@ class Terminal:
         return TerminalProgress()
 
 
+class _VisibleFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record), lines=True)
+
+
 def _print_error(text: str) -> None:
     # Closed, it is None, which print would take for stdout, among the results.
     if sys.stderr is not None:
-        print(_visible(text), file=sys.stderr)
-
-
-def _visible(text: str) -> str:
-    """Text whose control characters are spelt out: names from files may hold a terminal's."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
-    )
+        print(visible(text, lines=True), file=sys.stderr)
 
 
 def format_json(plain: Any, indent: str = "") -> str:
@@ -92,6 +97,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     The same on a screen and in a file, whatever the width, so that it can be read by either.
     """
+    header, *rows = [[visible(cell) for cell in row] for row in (header, *rows)]
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     numeric = [all(_is_number(cell) for cell in column[1:]) for column in columns]

@@ -14,6 +14,7 @@ from gap_export.cli._options import (
     terminal_of,
 )
 from gap_export.cli._terminal import format_size, format_table
+from gap_export.visible import visible
 
 if TYPE_CHECKING:
     from gap_export.engines.folder import EngineFolder
@@ -134,7 +135,7 @@ def _describe(folders: list[EngineFolder]) -> str:
     rows = [_row(entry) for entry in describe_folders(folders)]
     header = ["target", "component", "size", "build s", "peak memory"]
     lines = [format_table(header, rows)]
-    lines += [f"in {folder.path}" for folder in folders]
+    lines += [f"in {visible(str(folder.path))}" for folder in folders]
     return "\n".join(lines)
 
 

@@ -39,6 +39,7 @@ from gap_export.cli._options import (
     terminal_of,
 )
 from gap_export.cli._terminal import format_size, format_table
+from gap_export.visible import visible, visible_strings
 
 if TYPE_CHECKING:
     from gap_export.pipeline import ExportReport
@@ -141,7 +142,7 @@ def export(
     if as_json:
         terminal.json(report.to_plain())
         return
-    terminal.result(str(report.bundle))
+    terminal.result(visible(str(report.bundle)))
     terminal.message("\n".join([_summarise(report), *_describe_engines(report)]))
     if report.manifest.dtype == "bfloat16":
         terminal.warning(
@@ -153,7 +154,8 @@ def export(
 
 
 def _summarise(report: ExportReport) -> str:
-    manifest, pruning = report.manifest, report.manifest.pruning
+    manifest = visible_strings(report.manifest)
+    pruning = manifest.pruning
     size = format_size(sum(file.size for file in manifest.files))
     held = describe_holding(manifest)
     return (

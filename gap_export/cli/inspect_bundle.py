@@ -16,6 +16,7 @@ from gap_export.cli._options import (
     terminal_of,
 )
 from gap_export.cli._terminal import format_size, format_table
+from gap_export.visible import visible, visible_strings
 
 if TYPE_CHECKING:
     from gap_export.bundle import Bundle
@@ -52,13 +53,14 @@ def inspect_bundle(
             }
         )
         return
+    shown = visible_strings(opened.manifest)
     sections = [
-        _describe_model(opened),
-        _describe_tokens(tokens, opened.manifest),
-        _describe_graphs(opened.manifest),
-        _describe_remaps(remaps),
-        *describe_targets(opened.manifest),
-        *describe_engines(engines),
+        _describe_model(opened, shown),
+        _describe_tokens(tokens, shown),
+        _describe_graphs(shown),
+        _describe_remaps(visible_strings(remaps)),
+        *describe_targets(shown),
+        *describe_engines(visible_strings(engines)),
         _describe_files(opened),
     ]
     terminal.result("\n\n".join(sections))
@@ -108,14 +110,14 @@ def _find_remaps(bundle: Bundle) -> list[dict[str, Any]]:
     return found
 
 
-def _describe_model(bundle: Bundle) -> str:
-    manifest = bundle.manifest
+def _describe_model(bundle: Bundle, manifest: Manifest) -> str:
+    """Of a bundle; the manifest is its own, cleaned to be shown."""
     model, pruning = manifest.model, manifest.pruning
     size = format_size(_total_size(manifest))
-    shared = describe_shared(file for file in manifest.files if not _is_copy(bundle, file))
+    shared = describe_shared(file for file in bundle.manifest.files if not _is_copy(bundle, file))
     lines = [
         f"{model.name} (family {model.family}, {model.license}): {model.summary}",
-        f"bundle     {bundle.path}",
+        f"bundle     {visible(str(bundle.path))}",
         f"size       {size}, of which {shared or 'nothing shared'}",
         f"graphs     {manifest.dtype}, opset {manifest.opset}",
         f"pruning    {pruning.pruner}, keep {pruning.keep_ratio:g}, order {pruning.order}, "

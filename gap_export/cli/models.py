@@ -10,6 +10,7 @@ import typer
 
 from gap_export.cli._options import JsonOption, QuietOption, VerboseOption, terminal_of
 from gap_export.cli._terminal import format_table
+from gap_export.visible import visible_strings
 
 if TYPE_CHECKING:
     from gap_export.recipe import CheckpointPart, Recipe
@@ -31,6 +32,7 @@ def models(
     if as_json:
         terminal.json({"models": plain})
         return
+    plain = visible_strings(plain)
     header = ["name", "aliases", "family", "visual tokens", "weights"]
     lines = format_table(header, [_table_row(item) for item in plain]).splitlines()
     # The first row is below the header and its rule; from the end, so that no place moves.

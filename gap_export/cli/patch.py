@@ -18,6 +18,7 @@ from gap_export.cli._options import (
     terminal_of,
 )
 from gap_export.cli._terminal import format_size
+from gap_export.visible import visible, visible_strings
 
 if TYPE_CHECKING:
     from gap_export.patching import PatchReport
@@ -109,20 +110,21 @@ def patch(
     if as_json:
         terminal.json(report.to_plain())
     else:
-        terminal.result(str(report.bundle))
+        terminal.result(visible(str(report.bundle)))
         terminal.message(_summarise(report))
     for warning in report.warnings:
         terminal.warning(warning)
 
 
 def _summarise(report: PatchReport) -> str:
-    manifest, pruning = report.manifest, report.manifest.pruning
+    manifest, rotary = visible_strings((report.manifest, report.rotary))
+    pruning = manifest.pruning
     size = format_size(sum(file.size for file in manifest.files))
     held = describe_holding(manifest)
     return (
         f"{manifest.model.name}: {describe_tokens(manifest)} ({pruning.pruner}, "
         f"{pruning.positions} positions), {manifest.dtype}, opset {manifest.opset}, {size}"
         f"{f' ({held})' if held else ''}\n"
-        f"GapRemap feeds {len(report.rotary)} nodes of RoPE: {', '.join(report.rotary[:2])}"
-        f"{', ...' if len(report.rotary) > 2 else ''}"
+        f"GapRemap feeds {len(rotary)} nodes of RoPE: {', '.join(rotary[:2])}"
+        f"{', ...' if len(rotary) > 2 else ''}"
     )

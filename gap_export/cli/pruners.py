@@ -8,6 +8,7 @@ import typer
 
 from gap_export.cli._options import JsonOption, QuietOption, VerboseOption, terminal_of
 from gap_export.cli._terminal import format_table
+from gap_export.visible import visible_strings
 
 if TYPE_CHECKING:
     from gap_export.pruning import Preset
@@ -64,6 +65,7 @@ def pruners(
     if as_json:
         terminal.json({"pruners": plain, "left_out": dict(LEFT_OUT), "broken": broken})
         return
+    plain = visible_strings(plain)
     header = ["name", "order", "extra token", "budget", "needs"]
     header += [] if served is None else [f"on {model}"]
     lines = format_table(header, [_table_row(item) for item in plain]).splitlines()

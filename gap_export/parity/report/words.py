@@ -6,7 +6,6 @@ All text is plain here; each format escapes it in its own way.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -22,6 +21,7 @@ from gap_export.parity.results import (
     TokenRow,
 )
 from gap_export.runtime.geometry import Box
+from gap_export.visible import visible
 
 STATUS_WORDS: Mapping[str, str] = MappingProxyType(
     {"passed": "passed", "failed": "FAILED", "not_run": "not run"}
@@ -40,12 +40,6 @@ _FIGURES: Mapping[str, str] = MappingProxyType(
 )
 # Figures that are no share of anything.
 _PLAIN_FIGURES = frozenset({"mean_iou"})
-# Not in XML 1.0, or not to be seen and able to turn around what is: controls, half characters,
-# marks of direction.
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-    "\ufff9-\ufffb\ufffe\uffff\ud800-\udfff]"
-)
 _MAX_TEXT = 2_000
 
 
@@ -69,8 +63,8 @@ class Table:
 
 
 def clean(text: str) -> str:
-    """Text in which escapes stand for what cannot be seen; not without end."""
-    shown = _INVISIBLE.sub(lambda found: ascii(found.group())[1:-1], text)
+    """Text in one line in which escapes stand for what cannot be seen; not without end."""
+    shown = visible(text)
     return shown if len(shown) <= _MAX_TEXT else f"{shown[:_MAX_TEXT]}..."
 
 

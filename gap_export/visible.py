@@ -1,0 +1,59 @@
+"""The one place that cleans text of others before it is shown.
+
+Names, strings of manifests and recipes, expressions, answers and messages of other programs may
+hold a terminal's escapes, marks that turn text around or hide it, and line ends that pass for lines
+of ours, which GitHub Actions even runs as commands where they begin with ``::``.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+_Value = TypeVar("_Value")
+
+# Letters by Unicode that show nothing: Hangul fillers and the empty Braille pattern.
+_BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800")
+
+
+def visible(text: str, *, lines: bool = False) -> str:
+    r"""Text in which escapes such as ``\x1b`` stand for what cannot be seen or moves the rest.
+
+    Args:
+        text: Of others, or ours with theirs in it.
+        lines: Leave line feeds and tabs, for text that was put together of clean lines.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    kept = "\n\t" if lines else ""
+    return "".join(c if c in kept or _is_seen(c) else ascii(c)[1:-1] for c in text)
+
+
+def visible_strings(value: _Value) -> _Value:
+    """The same data, each string in it as :func:`visible` shows it.
+
+    Args:
+        value: Strings, or what holds them: dataclasses, mappings, lists and tuples.
+    """
+    return _cleaned(value)  # type: ignore[no-any-return]
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return visible(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        named = [one.name for one in fields(value) if one.init]
+        return replace(value, **{name: _cleaned(getattr(value, name)) for name in named})
+    if isinstance(value, Mapping):
+        return {_cleaned(key): _cleaned(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_cleaned, value))
+    return value
+
+
+def _is_seen(character: str) -> bool:
+    # To Python a space that is not ASCII's is nothing to be printed.
+    shown = character.isprintable() or unicodedata.category(character) == "Zs"
+    return shown and character not in _BLANK
