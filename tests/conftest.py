@@ -45,6 +45,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 CheckpointFactory = Callable[..., Path]
 
+pytest_plugins = ["tests.limits"]
+
 
 def pytest_collection_finish() -> None:
     """Save all later tests work that gives the same each time."""

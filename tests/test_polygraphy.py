@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from gap_export.bundle import open_bundle
 from gap_export.engines.profiles import make_profiles
 from gap_export.pipeline.device_readme import compare_line
 from tests.engines.bundles import SKIP_RTX, for_engines
+from tests.programs import Finished, run_program
 
 PROGRAM = Path(sys.executable).with_name("polygraphy")
 
@@ -29,17 +29,10 @@ def manifest(bundle):
     return for_engines(bundle.manifest)
 
 
-def run(*argv: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*argv: object, cwd: Path, **environment: str) -> Finished:
     if not PROGRAM.exists():
         pytest.skip("polygraphy is not installed: it comes with the extra export")
-    return subprocess.run(
-        [PROGRAM, *map(str, argv)],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_program([PROGRAM, *map(str, argv)], cwd=cwd, env={**os.environ, **environment})
 
 
 def graph_of(manifest, component: str):

@@ -30,13 +30,13 @@ def main(runs: int = 10) -> int:
 
 def _run_once() -> float:
     start = time.perf_counter()
-    subprocess.run(COMMAND, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(COMMAND, check=True, stdout=subprocess.DEVNULL, timeout=60)
     return time.perf_counter() - start
 
 
 def _slowest_imports(count: int) -> list[tuple[int, str]]:
     command = [COMMAND[0], "-X", "importtime", *COMMAND[1:]]
-    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    log = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stderr
     rows = []
     for line in log.splitlines():
         cells = line.removeprefix("import time:").split("|")

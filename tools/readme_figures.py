@@ -25,6 +25,8 @@ from gap_export.evaluation.refshapes import generate_scene
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "refshapes-llava"
 README = ROOT / "README.md"
+# What any one command may take.
+LIMIT_S = 4 * 3600.0
 PICTURES = ROOT / "models" / MODEL / "pictures"
 PRUNERS = ("spatial", "random", "cls", "fastervlm", "text")
 
@@ -144,7 +146,7 @@ def write_section(path: Path, name: str, content: str) -> None:
 def gap_export(*words: str) -> str:
     """Run the command line as a user would; its standard output."""
     command = [sys.executable, "-m", "gap_export", *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=LIMIT_S)
     if done.returncode != 0:
         raise SystemExit(f"{shlex.join(command)} ended with exit code {done.returncode}")
     return done.stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ import pytest
 from gap_export.bundle import hashing
 from gap_export.bundle.hashing import FileHasher
 from gap_export.errors import CheckpointError, OutputError
+from tests.programs import start_program
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 70_000])
@@ -105,13 +105,10 @@ def test_ctrl_c_while_waiting_for_a_hash_ends_the_process(tmp_path: Path) -> Non
     # Sparse: a terabyte that takes no room and minutes to hash.
     with (tmp_path / "huge").open("wb") as stream:
         stream.truncate(1 << 40)
-    with subprocess.Popen(
-        [sys.executable, "-c", WAITING, str(tmp_path / "huge"), str(tmp_path / "out")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as process:
+    command = [sys.executable, "-c", WAITING, tmp_path / "huge", tmp_path / "out"]
+    with start_program(command) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"hashing\n"
+        assert process.stdout.readline() == "hashing\n"
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         assert process.wait(5) != 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from gap_export.bundle import BundleDraft, drafts, open_bundle, write_bundle, wr
 from gap_export.bundle.exchange import exchange
 from gap_export.errors import BundleError, CheckpointError, OutputError
 from gap_export.manifest import Manifest
+from tests.programs import run_program, start_program
 
 
 def names(folder: Path) -> set[str]:
@@ -50,9 +50,7 @@ def test_bundle_appears_under_its_name_and_nothing_beside_it(
 
 def test_hash_file_is_what_sha256sum_reads(place: Path, write_sample: Callable[..., Path]) -> None:
     out = write_sample(place / "out")
-    done = subprocess.run(
-        ["sha256sum", "-c", "gap.json.sha256"], cwd=out, capture_output=True, check=False
-    )
+    done = run_program(["sha256sum", "-c", "gap.json.sha256"], cwd=out)
     assert done.returncode == 0, done.stderr
 
 
@@ -256,18 +254,15 @@ with write_bundle(Path(sys.argv[1])) as draft:
 def test_kill_9_in_the_middle_leaves_no_bundle_and_the_next_write_sweeps(
     place: Path, write_sample: Callable[..., Path]
 ) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", KILLED_WRITER, str(place / "out")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as writer:
+    with start_program([sys.executable, "-c", KILLED_WRITER, place / "out"]) as writer:
         assert writer.stdout is not None
-        assert writer.stdout.readline() == b"writing\n"
+        assert writer.stdout.readline() == "writing\n"
         # A living writer's draft is not swept by another one.
         (draft,) = names(place)
         write_sample(place / "out")
         assert names(place) == {"out", draft}
         writer.send_signal(signal.SIGKILL)
+        writer.wait(10)
     assert (place / draft / "half.onnx").exists()
     assert open_bundle(place / "out").path == place / "out"
     write_sample(place / "out", force=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from gap_export.bundle import Bundle, open_bundle
 from gap_export.engines import build as build_module
 from gap_export.engines.folder import read_engine_folder
 from tests.engines.bundles import SKIP_RTX, copy_for_engines
+from tests.programs import start_program
 
 rtx = pytest.importorskip("tensorrt_rtx", reason=SKIP_RTX)
 
@@ -100,20 +100,15 @@ def test_a_bundle_not_made_for_engines_is_refused(run_cli, tiny_bundle):
 
 def test_a_stopped_build_says_so_and_leaves_nothing(bundle):
     """A signal to the program, while TensorRT works."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gap_export", "build", bundle.path, "--target", "rtx:sm89"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
     engines = bundle.path / "engines"
-    for _ in range(6000):
-        if process.poll() is not None or list(engines.glob("*/*.engine")):
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
+    with start_program(
+        [sys.executable, "-m", "gap_export", "build", bundle.path, "--target", "rtx:sm89"],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:
+        while process.poll() is None and not list(engines.glob("*/*.engine")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "error: terminated" in err
     assert not engines.exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from gap_export import __version__, pipeline
 from gap_export.errors import ExportError, ParityError, UsageError
 from gap_export.stop_signals import Stopped, stop_signals
+from tests.programs import run_program, start_program
 
 
 @pytest.mark.parametrize(
@@ -129,14 +129,15 @@ def test_a_signal_unwinds_open_contexts_and_is_one_line(
     assert signal.getsignal(signum) is before
 
 
-def test_an_ignored_signal_stays_ignored():
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_ignored_signal_stays_ignored(signum):
+    before = signal.signal(signum, signal.SIG_IGN)
     try:
         with stop_signals():
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+            os.kill(os.getpid(), signum)
+        assert signal.getsignal(signum) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signum, before)
 
 
 def test_stopped_is_not_caught_as_an_ordinary_exception():
@@ -149,18 +150,16 @@ def test_a_reader_that_leaves_is_no_error_message():
         "import sys; from gap_export.cli import _main, models;"
         "models.format_table = lambda *a: 'x' * 1_000_000; sys.exit(_main.main(['models']))"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with start_program([sys.executable, "-c", code]) as process:
         process.stdout.read(1)
         process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 1
+        assert process.stderr.read() == ""
+        assert process.wait(10) == 1
 
 
 def test_python_m_runs_the_same_program():
     command = [sys.executable, "-m", "gap_export", "--version"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    answer = run_program(command)
     assert answer.stdout == f"gap-export {__version__}\n"
 
 
@@ -174,7 +173,7 @@ def test_python_m_runs_the_same_program():
 )
 def test_a_stdout_that_takes_nothing_is_no_bug(redirection, code, words):
     command = f"{sys.executable} -m gap_export models {redirection}"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    done = run_program(["sh", "-c", command])
     assert done.returncode == code, done.stderr
     assert "bug" not in done.stderr
     assert words in done.stderr
@@ -182,16 +181,13 @@ def test_a_stdout_that_takes_nothing_is_no_bug(redirection, code, words):
 
 def test_with_stderr_closed_messages_do_not_land_among_the_results():
     command = f"{sys.executable} -m gap_export no-such-model 2>&-"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    done = run_program(["sh", "-c", command])
     assert (done.returncode, done.stdout) == (2, "")
 
 
 def test_characters_the_terminal_lacks_are_escaped():
-    done = subprocess.run(
+    done = run_program(
         [sys.executable, "-m", "gap_export", "módel"],
-        capture_output=True,
-        text=True,
-        check=False,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
     assert done.returncode == 2

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 
 import pytest
 
 from gap_export import hub_cache, recipe
+from tests.programs import run_program
 
 
 @pytest.fixture
@@ -125,5 +125,5 @@ def test_listing_models_imports_no_export_package():
         "bad = {'torch', 'transformers', 'onnx', 'numpy', 'safetensors'} & set(sys.modules);"
         "sys.exit(str(bad) if bad else code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_program([sys.executable, "-c", code])
     assert (done.returncode, done.stderr) == (0, "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import typing
 from pathlib import Path
@@ -19,6 +18,7 @@ from gap_export.cli.optimum_command import build_optimum_command, run_export
 from gap_export.errors import ParityError
 from gap_export.extras import missing_modules
 from gap_export.pipeline import ExportOptions
+from tests.programs import Finished, run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ROOT / "gap_export" / "optimum_plugin"
@@ -61,15 +61,13 @@ def run_optimum(own_log, capsys, monkeypatch):
     return run
 
 
-def run_process(*argv: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_process(*argv: str, path: Path | None = None) -> Finished:
     """A fresh optimum-cli, which prints the modules that it has imported to stderr."""
     report = "import sys; print('\\n'.join(sys.modules), file=sys.stderr)"
     code = f"import atexit, sys\natexit.register(lambda: exec({report!r}))\n"
     code += f"sys.argv = {['optimum-cli', *argv]}\n{RUN_OPTIMUM}"
     environment = {**os.environ, "PYTHONPATH": str(path)} if path else None
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
-    )
+    return run_program([sys.executable, "-c", code], env=environment)
 
 
 def describe(command: Any) -> list[dict[str, Any]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pkgutil
-import subprocess
 import sys
 
 import pytest
 
 import gap_export
+from tests.programs import run_program
 
 # Anything slow, large, or from an extra. (pydantic is not here: typer itself imports it.)
 HEAVY = {
@@ -65,11 +65,8 @@ BASE_MODULES = (
 def modules_after(code: str) -> set[str]:
     """Top-level modules that a fresh interpreter holds after running some code."""
     report = "import sys; print('\\n'.join(sys.modules), file=sys.stderr)"
-    answer = subprocess.run(
-        [sys.executable, "-c", f"import atexit\natexit.register(lambda: exec({report!r}))\n{code}"],
-        capture_output=True,
-        text=True,
-        check=False,
+    answer = run_program(
+        [sys.executable, "-c", f"import atexit\natexit.register(lambda: exec({report!r}))\n{code}"]
     )
     assert answer.returncode == 0, answer.stderr
     return {name.partition(".")[0] for name in answer.stderr.split()}
@@ -125,10 +122,5 @@ def test_reading_a_bundle_needs_the_standard_library_and_numpy():
 def test_importing_every_module_prints_nothing_and_leaves_the_environment_alone():
     imports = "\n".join(f"import {name}" for name in all_modules())
     code = f"import os\nbefore = dict(os.environ)\n{imports}\nassert dict(os.environ) == before"
-    answer = subprocess.run(
-        [sys.executable, "-c", f"import torch, transformers\n{code}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    answer = run_program([sys.executable, "-c", f"import torch, transformers\n{code}"])
     assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")

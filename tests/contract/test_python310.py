@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import gap_export
+from tests.programs import run_program
 
 ROOT = Path(gap_export.__file__).parent
 # On the device: building needs the first line, running the second as well.
@@ -182,13 +182,7 @@ def import_under(interpreter: Path | str, *, parts, blocked, may_stand_in) -> st
     code = _IMPORT.format(
         names=module_names(parts), blocked=tuple(blocked), may_stand_in=tuple(may_stand_in)
     )
-    done = subprocess.run(
-        [interpreter, "-W", "error", "-c", code],
-        cwd=ROOT.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_program([interpreter, "-W", "error", "-c", code], cwd=ROOT.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -219,12 +213,7 @@ def python310() -> str:
     candidates = [shutil.which("python3.10"), *map(str, folders)]
     for candidate in filter(None, candidates):
         # A version manager's shim may be there for a version that is not.
-        asked = subprocess.run(
-            [candidate, "-c", "import sys; print(sys.version_info[:2])"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        asked = run_program([candidate, "-c", "import sys; print(sys.version_info[:2])"])
         if asked.stdout.strip() == "(3, 10)":
             return candidate
     pytest.skip("no Python 3.10 on this machine, which is what JetPack 6 has")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import sysconfig
 import venv
@@ -18,6 +17,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from gap_export.evaluation.refshapes import generate_scene
+from tests.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,7 +66,7 @@ def run_python(python: Path, *args: object) -> str:
 
 
 def run(command: list[object]) -> str:
-    answer = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    answer = run_program(command, seconds=600)
     assert answer.returncode == 0, answer.stderr
     return answer.stdout
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import gap_export
 from gap_export.engines.folder import read_engine_folder
 from tests.engines.bundles import copy_with_fixed_cache
+from tests.programs import Finished, run_program
 
 ROOT = Path(gap_export.__file__).parent.parent
 STUB = Path(__file__).parent / "stub"
@@ -55,7 +55,7 @@ def python310() -> str | None:
     found = [shutil.which("python3.10"), *map(str, folders)]
     for candidate in filter(None, found):
         asked = [candidate, "-c", "import sys; print(sys.version_info[:2] == (3, 10))"]
-        answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+        answer = run_program(asked)
         if answer.stdout.strip() == "True":
             return candidate
     return None
@@ -71,15 +71,11 @@ def python(request: pytest.FixtureRequest) -> str:
     return found
 
 
-def run(python: str, *arguments: str, stub: bool = True) -> subprocess.CompletedProcess[str]:
+def run(python: str, *arguments: str, stub: bool = True) -> Finished:
     """The bare entry, with everything blocked that a board has not got."""
     paths = [str(ROOT), *([str(STUB)] if stub else [])]
-    return subprocess.run(
-        # -S leaves out what is installed, numpy as well: nothing here needs it.
+    return run_program(
         [python, "-B", "-S", "-c", PREAMBLE, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
         env={
             "PATH": os.environ["PATH"],
             "HOME": os.environ.get("HOME", "/"),

@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import os
 import signal
-import subprocess
 import sys
 from typing import Any
 
@@ -20,6 +19,7 @@ from gap_export.engines.folder import read_engine_folder
 from gap_export.engines.log import log_of
 from gap_export.errors import BundleError, EngineError, OutputError
 from tests.engines.bundles import SKIP_RTX, SM89, Recorder, contents, one_node_model
+from tests.programs import run_program
 
 trt = pytest.importorskip("tensorrt_rtx", reason=SKIP_RTX)
 
@@ -171,9 +171,7 @@ try:
 except EngineError as err:
     print(err)
 """
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    answer = run_program([sys.executable, "-c", code])
     assert "out of memory while building the engine of" in answer.stdout, answer.stderr
     assert "--max-prompt" in answer.stdout
     assert not list((bundle.path / "engines").iterdir())

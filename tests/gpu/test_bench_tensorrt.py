@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+
+from tests.programs import run_program
 
 TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "bench_tensorrt.py"
 
 
 def test_what_is_refused_is_written_down_beside_what_ran(tiny_bundle: Path, tmp_path: Path) -> None:
     flags = "--with-cpu --runs 1 --warm-ups 0 --new-tokens 2 --text-tokens 5".split()
-    done = subprocess.run(
-        [sys.executable, TOOL, tiny_bundle, *flags, "--out", tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_program([sys.executable, TOOL, tiny_bundle, *flags, "--out", tmp_path / "out"])
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "out" / "bench_tensorrt.json").read_text())
     rows = {row["runner"]: row for row in facts["rows"]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -31,6 +30,7 @@ from gap_export.parity.replay import Call, RecordingBackend
 from gap_export.parity.torch_backend import TorchBackend
 from gap_export.runtime.session import GroundingSession
 from gap_export.version import __version__
+from tests.programs import run_program
 
 FILES = {"golden.json", "golden.json.sha256", "golden.safetensors"}
 
@@ -157,14 +157,11 @@ sys.modules.update(dict.fromkeys(blocked))
 from gap_export.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-    done = subprocess.run(
+    done = run_program(
         [
             *(sys.executable, "-c", code, "check", tiny_bundle, "--against", recorded[0]),
             *("--report-json", tmp_path / "report.json"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
+        ]
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())

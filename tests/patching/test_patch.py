@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from gap_export.manifest import GridSpec
 from gap_export.parity.patched.masked_oracle import compare_with_unpatched
 from gap_export.patching import PatchOptions, patch_export
 from gap_export.places import lattice_places
+from tests.programs import run_program
 
 EXPRESSIONS = ["the red circle", "the small blue star above the circle"]
 
@@ -184,9 +184,7 @@ def test_patching_needs_neither_torch_nor_transformers(tiny_export, tmp_path):
         f"sys.exit(main(['patch', {str(tiny_export)!r}, '--keep', '0.3', '--pruner', 'cls',\n"
         f"               '--out', {str(tmp_path / 'out')!r}, '-q']))\n"
     )
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    answer = run_program([sys.executable, "-c", code])
     assert (answer.returncode, answer.stderr) == (0, "")
     assert open_bundle(tmp_path / "out", verify="full").manifest.pruning.pruner == "cls"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from gap_export.bundle import open_bundle, write_bundle
 from gap_export.errors import BundleError, UsageError
 from gap_export.manifest import GraphSpec, Manifest, TensorPlace, TensorSpec
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from tests.programs import run_program
 
 CPU = ["CPUExecutionProvider"]
 HIDDEN, VOCAB, KEPT = 8, 32, 5
@@ -293,7 +293,8 @@ def test_half_precision_weights_stay_in_their_file(tmp_path: Path) -> None:
 
     def run(how: str) -> tuple[int, float]:
         command = [sys.executable, "-c", MEASURE, str(tmp_path / "chain.onnx"), how, str(WIDTH)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        done = run_program(command)
+        assert done.returncode == 0, done.stderr
         megabytes, total = done.stdout.split()
         return int(megabytes), float(total)
 

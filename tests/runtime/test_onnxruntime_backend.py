@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from gap_export.runtime import onnxruntime_backend
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.onnxruntime_options import session_options
 from gap_export.runtime.session import GroundingSession
+from tests.programs import run_program
 from tests.shared import SharedExports
 
 EXPRESSIONS = [
@@ -213,13 +213,9 @@ def test_session_stores_no_device_id_and_says_nothing(
     folder = tmp_path / "home"
     if home == "empty":
         folder.mkdir()
-    done = subprocess.run(
+    done = run_program(
         [sys.executable, "-c", OPEN_AND_WAIT, str(tiny_bundle), "0"],
         env=without_switch(HOME=str(folder)),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     left = [path for path in folder.rglob("*") if path.is_file()]
@@ -228,7 +224,7 @@ def test_session_stores_no_device_id_and_says_nothing(
 
 def _can_trace() -> bool:
     tool = shutil.which("strace")
-    return tool is not None and subprocess.run([tool, "-qq", "true"], check=False).returncode == 0
+    return tool is not None and run_program([tool, "-qq", "true"]).returncode == 0
 
 
 def test_session_that_stays_open_looks_up_no_host(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -238,9 +234,8 @@ def test_session_that_stays_open_looks_up_no_host(tiny_bundle: Path, tmp_path: P
     tracing = ["strace", "-f", "-qq", "-e", "trace=connect,sendto,sendmmsg", "-o", str(trace)]
     # Without the switch ONNX Runtime 1.32 asks DNS after 9.4 s.
     waiting = [sys.executable, "-c", OPEN_AND_WAIT, str(tiny_bundle), "12"]
-    subprocess.run(
-        [*tracing, *waiting], env=without_switch(HOME=str(tmp_path)), check=True, timeout=120
-    )
+    done = run_program([*tracing, *waiting], env=without_switch(HOME=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
     calls = trace.read_text(encoding="utf-8", errors="replace").splitlines()
     assert [line for line in calls if "AF_UNIX" not in line and "exited with" not in line] == []
 
@@ -251,13 +246,9 @@ def test_switch_that_the_user_has_set_is_left_alone(value: str) -> None:
         "import os; from gap_export.runtime.quiet_onnxruntime import TELEMETRY_SWITCH\n"
         "print(os.environ[TELEMETRY_SWITCH])"
     )
-    done = subprocess.run(
+    done = run_program(
         [sys.executable, "-c", code],
         env=without_switch(ORT_DISABLE_TELEMETRY=value, HOME="/nonexistent"),
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
     )
     assert done.stdout.strip() == value
 
@@ -420,12 +411,8 @@ def test_session_runs_where_the_export_packages_cannot_be_imported(
     request: pytest.FixtureRequest, tmp_path: Path, fixture: str
 ) -> None:
     bundle: Path = request.getfixturevalue(fixture)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", BARE_SESSION, str(bundle), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
+    done = run_program(
+        [sys.executable, "-W", "error", "-c", BARE_SESSION, str(bundle), str(tmp_path)]
     )
     assert done.returncode == 0, done.stderr
     with GroundingSession.open(bundle) as session:

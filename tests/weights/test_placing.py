@@ -6,7 +6,6 @@ import errno
 import gc
 import json
 import os
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -31,6 +30,7 @@ from gap_export.weights import (
     store_weights,
     weight,
 )
+from tests.programs import run_program
 
 
 def made(tensor: torch.Tensor, dtype: str = "F32", origin: str = "made") -> DerivedWeight:
@@ -182,10 +182,7 @@ except OutputError as err:
 
 
 def test_disk_that_does_not_take_the_file_is_one_clear_error(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path / "out")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_program([sys.executable, "-c", FULL_DISK, str(tmp_path / "out")])
     assert done.returncode == 0, done.stderr
     assert "the bundle cannot be written" in done.stdout
     assert "does not take files of that size" in done.stdout
@@ -253,9 +250,7 @@ print(peak() - before, 2048 * 4096 * 2)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs a Linux /proc")
 def test_peak_of_memory_is_that_of_one_weight_and_its_sources(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    done = run_program([sys.executable, "-c", PEAK, str(tmp_path)])
     assert done.returncode == 0, done.stderr
     grown, one = map(int, done.stdout.split())
     # Result and both sources, plus pieces in float32; all twelve would be 192 MB.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -31,6 +30,7 @@ from gap_export.weights import (
     store_quantized,
     weight,
 )
+from tests.programs import run_program
 
 
 def made(tensor: torch.Tensor, dtype: str = "F32") -> DerivedWeight:
@@ -314,9 +314,7 @@ print(peak() - before, 2048 * 4096 * 2)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs a Linux /proc")
 def test_peak_of_memory_is_that_of_one_weight_and_some_pieces(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    done = run_program([sys.executable, "-c", PEAK, str(tmp_path)])
     assert done.returncode == 0, done.stderr
     grown, one = map(int, done.stdout.split())
     # All six are 100 MB, and one in float32 another 34.

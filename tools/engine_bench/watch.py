@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _POLL_S = 0.05
+_LIMIT_S = 4 * 3600
 # Free memory at which a command is asked to end, which a builder does at its next step only, and at
 # which it is made to: the machine would soon end processes of its own choice.
 _ASK_BYTES, _KILL_BYTES = 2 << 30, 1 << 30
@@ -62,6 +63,9 @@ def watch(command: Sequence[str]) -> Watched:
                     )
                     process.terminate()
                 if left < _KILL_BYTES:
+                    process.kill()
+                if time.perf_counter() - start > _LIMIT_S and not stopped:
+                    stopped = f"stopped: not done after {_LIMIT_S} s"
                     process.kill()
                 time.sleep(_POLL_S)
         seconds = time.perf_counter() - start

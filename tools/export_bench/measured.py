@@ -21,6 +21,8 @@ with open("/proc/self/status") as status:
     peak = next(line for line in status if line.startswith("VmHWM"))
 print("\\n" + json.dumps({{"value": value, "peak_kb": int(peak.split()[1])}}))
 """
+# For the largest of models on the slowest of disks.
+LIMIT_S = 4 * 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ def measure(module: str, function: str, **arguments: Any) -> Measured:
     )
     start = time.perf_counter()
     command = [sys.executable, "-c", code, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
     seconds = time.perf_counter() - start
     if done.returncode != 0:
         raise RuntimeError(f"{module}.{function} failed:\n{done.stderr}")

@@ -118,7 +118,7 @@ def test_an_interruption_ends_the_workers_and_leaves_the_cluster(cluster, tmp_pa
     thread.start()
     with pytest.raises(Stopped), stop_signals():
         list(executor.run(make_shards(3)))
-    thread.join()
+    thread.join(60)
     assert signal.getsignal(signal.SIGTERM) is before
     assert not ray.is_initialized()
     (pid,) = tmp_path.iterdir()
