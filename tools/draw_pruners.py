@@ -10,20 +10,18 @@ import tempfile
 from pathlib import Path
 
 import typer
-from PIL import Image, ImageDraw, ImageFont
+from image_sheet import Tile, draw_answer, make_sheet
 
 from gap_export.evaluation.refshapes import generate_scene
 from gap_export.families import supported_pruners
 from gap_export.pipeline import ExportOptions, GraphCache, export_model
 from gap_export.recipe import find_recipe
-from gap_export.runtime.drawing import draw_grounding
 from gap_export.runtime.session import GroundingSession
 
 MODEL = "refshapes-llava"
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "models" / MODEL / "pictures" / "pruners.png"
-COLUMNS = 5
-WIDTH, HEIGHT, GAP, TITLE = 300, 452, 8, 26
+COLUMNS, WIDTH = 5, 360
 
 
 def main(
@@ -31,28 +29,23 @@ def main(
 ) -> None:
     """Export every pruner, ask each the same, and put the drawings side by side."""
     shown = generate_scene(split="heldout", seed=seed, index=scene)
-    text = shown.expressions[expression].text
-    names = supported_pruners(find_recipe(MODEL)[0])
-    rows = -(-len(names) // COLUMNS)
-    sheet = Image.new(
-        "RGB", (COLUMNS * (WIDTH + GAP) - GAP, rows * (HEIGHT + TITLE + GAP) - GAP), "white"
-    )
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=TITLE - 8)
+    asked = shown.expressions[expression]
+    tiles = []
     cache = GraphCache()
     with tempfile.TemporaryDirectory() as scratch:
-        for number, name in enumerate(names):
+        for number, name in enumerate(supported_pruners(find_recipe(MODEL)[0])):
             bundle = Path(scratch) / str(number)
             options = ExportOptions(model=MODEL, pruner=name, keep_ratio=keep, out=bundle)
             export_model(options, cache=cache)
             with GroundingSession.open(bundle) as session:
-                drawing = draw_grounding(shown.image, session.ground(shown.image, text))
-            left = number % COLUMNS * (WIDTH + GAP)
-            top = number // COLUMNS * (HEIGHT + TITLE + GAP)
-            pen.text((left, top), name, font=font, fill="black")
-            drawing.thumbnail((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
-            sheet.paste(drawing, (left, top + TITLE))
+                drawing, answer, _ = draw_answer(session, shown, asked)
+            tiles.append(Tile(drawing=drawing, title=f"{name}: {len(answer.keep_indices)} tokens"))
             typer.echo(f"drew {name}", err=True)
-    sheet.quantize(128).save(out, optimize=True)
+    rows = [("", tiles[start : start + COLUMNS]) for start in range(0, len(tiles), COLUMNS)]
+    heading = (
+        f"\N{LEFT DOUBLE QUOTATION MARK}{asked.text}\N{RIGHT DOUBLE QUOTATION MARK}, keep {keep:g}"
+    )
+    make_sheet(rows, width=WIDTH, heading=heading, heat=True).quantize(192).save(out, optimize=True)
 
 
 if __name__ == "__main__":

@@ -66,11 +66,21 @@ def main(
     workers: Annotated[str, typer.Option(help="As of gap-export eval.")] = "1",
     results: Path = Path("paper-results"),
     publish: bool = True,
+    redraw: Annotated[
+        bool, typer.Option(help="The plots alone, of models/*/accuracy.csv.")
+    ] = False,
 ) -> None:
     """Measure what is not measured yet, and write tables and plots."""
     # A slip in the last name must not cost the hours of those before it.
     names = dict.fromkeys(find_recipe(name)[0].name for name in model or MODELS)
     only = [find_preset(name).name for name in pruner or []]
+    if redraw:
+        for name in names:
+            home = ROOT / "models" / name
+            rows = read_csv(home / "accuracy.csv")
+            one = Measured(recipe=find_recipe(name)[0], spec="", all_rows=rows)
+            draw_table(one.rows(), home / "pictures" / "accuracy.png", title=name)
+        return
     measured = []
     for name in names:
         folder = results / f"{name}-{samples}-{seed}"

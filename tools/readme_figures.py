@@ -6,6 +6,7 @@ Runs the commands a reader could run, and puts what they print between the marke
 
     tools/readme_figures.py                 everything, about ten minutes on two cores
     tools/readme_figures.py --samples 200   quicker and coarser
+    tools/readme_figures.py --images-only   the image of GAP above compact ids alone
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import tempfile
 from pathlib import Path
 
 import typer
-from PIL import Image
+from image_sheet import Tile, draw_answer, make_sheet
 
 from gap_export.evaluation.refshapes import generate_scene
+from gap_export.runtime.session import GroundingSession
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "refshapes-llava"
@@ -31,12 +33,16 @@ PICTURES = ROOT / "models" / MODEL / "pictures"
 PRUNERS = ("spatial", "random", "cls", "fastervlm", "text")
 
 
-def main(samples: int = 2000, parity_samples: int = 500, seed: int = 0) -> None:
+def main(
+    samples: int = 2000, parity_samples: int = 500, seed: int = 0, images_only: bool = False
+) -> None:
     """Measure, and rewrite the README."""
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Path(scratch) / "bundle"
         gap_export("export", MODEL, "--keep", "0.3", "--out", str(bundle), "-q")
         draw_pictures(bundle, Path(scratch))
+        if images_only:
+            return
         write_section(README, "accuracy", measure_accuracy(samples, seed))
         write_section(README, "parity", measure_parity(bundle, parity_samples, seed))
 
@@ -106,30 +112,26 @@ def measure_parity(bundle: Path, samples: int, seed: int) -> str:
 
 
 def draw_pictures(bundle: Path, scratch: Path) -> None:
-    """Draw a few held-out scenes with box and kept tokens, GAP above compact."""
+    """Draw a few held-out scenes with both boxes and kept tokens, GAP above compact."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     compact = scratch / "compact"
     gap_export(
         "export", MODEL, "--keep", "0.3", "--positions", "compact", "--out", str(compact), "-q"
     )
-    tiles: list[list[Image.Image]] = [[], []]
-    for index in range(4):
-        scene = generate_scene(split="heldout", seed=1, index=index)
-        picture = scratch / f"scene{index}.png"
-        Image.fromarray(scene.image).save(picture)
-        for row, folder in zip(tiles, (bundle, compact), strict=True):
-            drawing = scratch / "drawing.png"
-            text = scene.expressions[0].text
-            gap_export("ground", str(folder), str(picture), text, "--save", str(drawing))
-            with Image.open(drawing) as opened:
-                row.append(opened.convert("RGB"))
-    width = max(tile.width for row in tiles for tile in row)
-    height = max(tile.height for row in tiles for tile in row)
-    sheet = Image.new("RGB", (4 * width + 24, 2 * height + 8), "white")
-    for y, row in enumerate(tiles):
-        for x, tile in enumerate(row):
-            sheet.paste(tile, (x * (width + 8), y * (height + 8)))
-    sheet.quantize(128).save(PICTURES / "gap-and-compact.png", optimize=True)
+    rows = []
+    for label, folder in (
+        ("GAP: kept tokens have the position ids they had before pruning", bundle),
+        ("compact ids: kept tokens are numbered anew", compact),
+    ):
+        with GroundingSession.open(folder) as session:
+            tiles = []
+            for index in range(4):
+                scene = generate_scene(split="heldout", seed=1, index=index)
+                drawing, answer, iou = draw_answer(session, scene, scene.expressions[0])
+                text = answer.expression
+                tiles.append(Tile(drawing=drawing, title=text, note=f"IoU {iou:.2f}"))
+            rows.append((label, tiles))
+    make_sheet(rows, width=400).quantize(192).save(PICTURES / "gap-and-compact.png", optimize=True)
 
 
 def write_section(path: Path, name: str, content: str) -> None:

@@ -23,8 +23,9 @@ _BOX_COLOR = (255, 225, 0)
 _HALO_COLOR = (0, 0, 0)
 _OUTLINE_COLOR = (255, 255, 255)
 _CAPTION_COLOR, _CAPTION_BACKGROUND = (235, 235, 235), (24, 24, 24)
-# How much of a dropped token's brightness is taken away.
-_DIMMING = 0.65
+# Dropped parts are grey and near this brightness, by this share: a dark image must not end in black
+# and a bright one not in white, so that what was dropped can still be told.
+_DROPPED_COLOR, _DROPPED_SHARE = (104, 104, 104), 0.6
 _WHITE = (255, 255, 255)
 # Of a picture cut into tiles the base tile is a picture beside it, of this share of its size.
 _ASIDE = 0.4
@@ -40,11 +41,12 @@ def draw_grounding(
     frame: ImageFrame = "upright",
     allow_damaged: bool = False,
     color: ColorOrder = "rgb",
+    caption: bool = True,
 ) -> Image.Image:
-    """The picture with what was dropped dimmed, kept tokens outlined, and the box.
+    """The picture with what was dropped in pale grey, kept tokens outlined, and the box.
 
     Where the pruner ranks by scores, a heat map of them stands beside or below: black is the lowest
-    of this picture, then red, yellow, and white the highest.
+    of this picture, then red, yellow, and white the highest; the caption has its scale.
 
     A picture that was cut into tiles shows the tokens of the tiles; where some were dropped, those
     of the base tile are shown on a smaller copy beside or below it.
@@ -56,9 +58,10 @@ def draw_grounding(
         frame: As it was asked about, and likewise the others.
         allow_damaged: Likewise.
         color: Likewise.
+        caption: Write the expression, the number of tokens and the scale of the heat map below.
 
     Returns:
-        RGB, with the expression and the number of tokens written below.
+        RGB; without the caption the upper left corner is that of the picture, enlarged or shrunk.
 
     Raises:
         ImageError: the picture cannot be used.
@@ -71,12 +74,14 @@ def draw_grounding(
     # An extremely thin picture has tiles that show nothing of it.
     *others, main = [grid for grid in grounding.tokens if grid.rows * grid.cols > 0]
     drawing = _draw_view(picture, main, grounding, scale)
+    scores = None
     if not all(grid.is_whole for grid in (*others, main)):
+        scores = main.scores
         for grid in others:
             drawing = _put_aside(drawing, _draw_view(picture, grid, grounding, scale * _ASIDE))
-        if main.scores is not None:
-            drawing = _put_aside(drawing, _draw_scores(picture, main, main.scores, scale * _ASIDE))
-    return _with_caption(drawing, _caption(grounding))
+        if scores is not None:
+            drawing = _put_aside(drawing, _draw_scores(picture, main, scores, scale * _ASIDE))
+    return _with_caption(drawing, _caption(grounding), scores) if caption else drawing
 
 
 def save_drawing(drawing: Image.Image, path: str | Path, *, rule: OutputRule = NO_RULE) -> Path:
@@ -158,8 +163,8 @@ def _show_tokens(drawing: Image.Image, grid: TokenGrid, scale: float) -> Image.I
     for cell in cells:
         mask_pen.rectangle(_inclusive(cell), fill=255)
     grey = drawing.convert("L").convert("RGB")
-    dimmed = Image.blend(grey, Image.new("RGB", drawing.size), _DIMMING)
-    shown = Image.composite(drawing, dimmed, mask)
+    even = Image.new("RGB", drawing.size, _DROPPED_COLOR)
+    shown = Image.composite(drawing, Image.blend(grey, even, _DROPPED_SHARE), mask)
     pen = ImageDraw.Draw(shown)
     for cell in cells:
         pen.rectangle(_inclusive(cell), outline=_OUTLINE_COLOR)
@@ -223,12 +228,14 @@ def _caption(grounding: Grounding) -> list[str]:
     return lines
 
 
-def _with_caption(drawing: Image.Image, lines: list[str]) -> Image.Image:
+def _with_caption(
+    drawing: Image.Image, lines: list[str], scores: tuple[float, ...] | None
+) -> Image.Image:
     font = ImageFont.load_default(size=max(14, drawing.width // 34))
     pad = max(4, drawing.width // 64)
     upper, lower = font.getbbox("Ag")[1::2]
     line_height = round(lower - upper) + pad
-    strip = len(lines) * line_height + pad
+    strip = (len(lines) + (scores is not None)) * line_height + pad
     canvas = Image.new("RGB", (drawing.width, drawing.height + strip), _CAPTION_BACKGROUND)
     canvas.paste(drawing)
     pen = ImageDraw.Draw(canvas)
@@ -239,7 +246,25 @@ def _with_caption(drawing: Image.Image, lines: list[str]) -> Image.Image:
             text = f"{text[:-2]}\N{HORIZONTAL ELLIPSIS}"
         top = drawing.height + pad + number * line_height - upper
         pen.text((pad, top), text, font=font, fill=_CAPTION_COLOR)
+    if scores is not None:
+        top = drawing.height + pad + len(lines) * line_height
+        least, most = f"scores from {min(scores):.3g}", f"to {max(scores):.3g}"
+        scale, left = heat_scale(line_height - pad), 2 * pad + round(font.getlength(least))
+        pen.text((pad, top - upper), least, font=font, fill=_CAPTION_COLOR)
+        canvas.paste(scale, (left, top))
+        right = left + scale.width + pad
+        pen.text((right, top - upper), most, font=font, fill=_CAPTION_COLOR)
     return canvas
+
+
+def heat_scale(height: int) -> Image.Image:
+    """The colours of a heat map from the lowest score at the left to the highest at the right."""
+    scale = Image.new("RGB", (8 * height, height))
+    pen = ImageDraw.Draw(scale)
+    for x in range(scale.width):
+        pen.line((x, 0, x, height), fill=heat_color(x / (scale.width - 1)))
+    pen.rectangle((0, 0, scale.width - 1, height - 1), outline=_CAPTION_COLOR)
+    return scale
 
 
 def _scaled(box: Box, scale: float) -> Box:

@@ -74,7 +74,21 @@ def test_kept_tokens_are_bright_and_dropped_ones_dim_and_grey(answer: Grounding)
     assert drawing[450, 200].tolist() == [200, 40, 40]
     red, green, blue = drawing[60, 450]
     assert red == green == blue
-    assert red < 60
+    assert 60 < red < 140
+
+
+@pytest.mark.parametrize(
+    "shades", [(5, 60), (110, 150), (200, 250)], ids="dark even bright".split()
+)
+def test_what_was_dropped_can_still_be_told(answer: Grounding, shades: tuple[int, int]) -> None:
+    pixels = np.full((64, 64, 3), shades[0], np.uint8)
+    pixels[32:] = shades[1]
+    drawing = np.asarray(draw_grounding(pixels, dataclasses.replace(answer, box=None))).astype(int)
+    upper, lower = drawing[64, 450, 0], drawing[450, 450, 0]
+    assert 60 <= upper < lower <= 165
+    assert lower - upper >= 0.35 * (shades[1] - shades[0])
+    # What was kept is as it was.
+    assert drawing[[64, 450], 60, 0].tolist() == list(shades)
 
 
 def test_kept_tokens_are_outlined(answer: Grounding) -> None:
@@ -205,6 +219,11 @@ def test_scores_are_a_heat_map_aside(answer: Grounding) -> None:
     side = round(512 * 0.4) / 4
     first = heat[top + round(side / 2), round(side / 2)]
     last = heat[top + round(3.5 * side), round(3.5 * side)]
+    # Its scale is in the caption: from black at the left to white.
+    strip = heat[heat.shape[0] - 30 :]
+    scale = (strip[..., 0] > 200) & (strip[..., 1] < 60)
+    assert scale.sum() > 100
+    assert not ((plain[512:, :, 0] > 200) & (plain[512:, :, 1] < 60)).any()
     assert first.tolist() == [0, 0, 0]
     assert last.tolist() == [int(0.65 * 255)] * 3
 

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from gap_export.parity.report.plots import BLUE, GRID, INK, STYLE, VERMILLION
 from paper_report.measured import Row
 
-_COLUMNS = 5
+# A README shows 1,400 pixels about half as large: four panels keep their letters legible.
+_COLUMNS, _DPI = 4, 150
 _COLORS = {"gap": BLUE, "compact": VERMILLION}
 _NAMES = {"gap": "GAP", "compact": "compact ids"}
 _MARKERS = {"gap": "o", "compact": "s"}
@@ -38,11 +39,15 @@ def draw_table(rows: list[Row], path: Path, *, title: str) -> None:
             f"{title}: Acc@0.5 by share of visual tokens kept, n = {whole['n']}", color=INK
         )
         _draw_misaligned(panels[0], rows)
+        every_keep = sorted({row["keep_ratio"] for row in fixed})
         for panel, pruner in zip(panels[1:], pruners, strict=False):
             _draw_pruner(panel, [row for row in fixed if row["pruner"] == pruner])
             panel.set_title(pruner, fontsize=10)
+            panel.set_xticks(every_keep)
+            panel.set_xlabel("share of tokens kept", fontsize=9)
+        unpruned = {"color": INK, "linewidth": 0.8, "linestyle": ":", "label": "unpruned"}
         for panel in panels[: len(pruners) + 1]:
-            panel.axhline(100 * whole["acc_at_50"], color=INK, linewidth=0.8, linestyle=":")
+            panel.axhline(100 * whole["acc_at_50"], **unpruned)
             panel.set_ylim(-3, 103)
             panel.grid(axis="y", color=GRID, linewidth=0.6)
             panel.set_axisbelow(True)
@@ -51,8 +56,8 @@ def draw_table(rows: list[Row], path: Path, *, title: str) -> None:
         for panel in panels[::_COLUMNS]:
             panel.set_ylabel("Acc@0.5, %")
         handles, labels = panels[1].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-        figure.savefig(path, dpi=110)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        figure.savefig(path, dpi=_DPI)
 
 
 def _draw_pruner(panel: Any, rows: list[Row]) -> None:
@@ -68,7 +73,6 @@ def _draw_pruner(panel: Any, rows: list[Row]) -> None:
             keeps, shares, yerr=spread, color=_COLORS[mode], marker=_MARKERS[mode],
             markersize=4, linewidth=1.4, capsize=2, label=_NAMES[mode],
         )  # fmt: skip
-        panel.set_xticks(keeps)
 
 
 def _draw_misaligned(panel: Any, rows: list[Row]) -> None:

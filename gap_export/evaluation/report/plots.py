@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GREEN, PURPLE = "#009E73", "#CC79A7"
-# Inches; the page scales a figure to its width.
+# Inches.
 _WIDTH, _ROW, _FRAME, _PANEL = 11.5, 0.3, 1.2, 2.9
+# Of figures with one, two and three panels side by side.
+_WIDTHS = (5.75, 9.0, _WIDTH)
 # Beyond these a picture tells no more than its table.
 _MAX_ROWS, _MAX_PANELS, _MAX_GROUPS, _MAX_STAGES = 100, 12, 8, 12
 _COLUMNS = 3
@@ -247,8 +249,7 @@ def _draw_panels(
                 axes.set_ylabel(label)
         _add_legend(figure, [row for panel in panels for row in panel.rows])
 
-    # A single panel as wide as three would be hard to read.
-    return _drawn(draw, (_WIDTH if columns > 1 else _WIDTH / 2, 0.5 + _PANEL * lines), mark)
+    return _drawn(draw, (_WIDTHS[columns - 1], 0.5 + _PANEL * lines), mark)
 
 
 def _drawn(draw: Callable[[Figure], None], size: tuple[float, float], mark: str) -> str:
@@ -289,7 +290,8 @@ def _add_legend(figure: Figure, rows: Sequence[SettingRow]) -> None:
         Line2D([], [], color=look.color, marker=look.marker, linestyle=look.line, label=look.label)
         for look in looks
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
+    columns = 5 if figure.get_figwidth() > _WIDTHS[0] else 3
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def _short(name: str, limit: int = _MAX_LABEL) -> str:

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, VERMILLION, INK, GRID = "#0072B2", "#D55E00", "#222222", "#dddddd"
-# Inches; the page scales a figure to its width.
+# Inches.
 _WIDTH, _ROW, _FRAME = 11.5, 0.24, 1.35
+_PIXELS_PER_POINT = 96 / 72
+# Of its width, that a figure shrinks to where there is less room: letters stay legible.
+_SMALLEST = 0.62
 # Beyond this many tensors a picture tells no more than its table.
 _MAX_ROWS = 500
 _MAX_LABEL = 56
@@ -166,12 +169,22 @@ def _label(row: TensorRow) -> str:
 
 
 def _embeddable(svg: str, mark: str) -> str:
-    """The element alone, with ids of its own, as wide as there is room for."""
+    """The element alone, with ids of its own, and not larger than it was drawn to be."""
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     # Names of tensors; they are in the picture, and in the table below it.
     element = re.sub(r"<!--.*?-->", "", element, flags=re.DOTALL)
     element = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{mark}-", element)
     return re.sub(
-        r'^<svg([^>]*?) width="[^"]*"', r'<svg\1 role="img"', element, count=1, flags=re.DOTALL
+        r'^<svg([^>]*?) width="([0-9.]+)pt" height="[^"]*"',
+        _sized,
+        element,
+        count=1,
+        flags=re.DOTALL,
     )
+
+
+def _sized(tag: re.Match[str]) -> str:
+    width = float(tag[2]) * _PIXELS_PER_POINT
+    style = f"max-width:{width:.0f}px;min-width:{_SMALLEST * width:.0f}px"
+    return f'<svg{tag[1]} role="img" style="{style}"'

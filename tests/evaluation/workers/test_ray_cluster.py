@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import tempfile
 import threading
 from dataclasses import replace
 from itertools import groupby
@@ -16,7 +17,7 @@ from gap_export.errors import BundleError, GapExportError, UsageError
 from gap_export.evaluation.measure import Runner, RunnerOptions
 from gap_export.evaluation.records import Record
 from gap_export.evaluation.settings import Setting
-from gap_export.evaluation.workers import Shard, cut_shards, ray_crew
+from gap_export.evaluation.workers import Shard, cut_shards, ray_connection, ray_crew
 from gap_export.evaluation.workers.ray_cluster import RayExecutor
 from gap_export.evaluation.workers.ray_worker import AnswersShards
 from gap_export.stop_signals import Stopped, stop_signals
@@ -142,20 +143,27 @@ def test_an_error_raised_on_purpose_comes_back_as_itself_and_another_version_is_
         list(executor.run(make_shards(1)))
 
 
-def test_a_cluster_of_this_machine_ends_with_the_evaluation(cluster, capfd):
+@pytest.fixture
+def ray_folder(monkeypatch):
+    """Where a cluster of this machine has its folder; nobody else's is in there."""
+    with tempfile.TemporaryDirectory(prefix="g", dir="/tmp") as folder:
+        monkeypatch.setattr(ray_connection, "_SHORT_FOLDER", folder)
+        yield Path(folder)
+
+
+def test_a_cluster_of_this_machine_ends_with_the_evaluation(cluster, capfd, ray_folder):
     import ray
 
     del cluster  # it must not be taken for the one to be started, nor that for it
     environment = dict(os.environ)
-    before = set(Path("/tmp").glob("gap-ray-*"))
     answers = RayExecutor(None, 1, OPTIONS, runner_factory=Fake()).run(make_shards(3))
     first = next(answers)
-    assert ray.is_initialized()
+    assert ray.is_initialized() and len(list(ray_folder.iterdir())) == 1
     assert len(by_question(iter([first, *answers]))) == 6
     assert not ray.is_initialized()
     assert dict(os.environ) == environment
     wait_for(lambda: not Path(f"/proc/{first[1][0].text}").exists())
-    assert set(Path("/tmp").glob("gap-ray-*")) <= before
+    assert list(ray_folder.iterdir()) == []
     assert capfd.readouterr() == ("", "")
 
 
