@@ -227,9 +227,7 @@ def test_bundle_that_is_replaced_stands_whenever_its_writer_is_killed(
     way: str, point: str, stands: str,
 ) -> None:  # fmt: skip
     out = write_sample(place / "out")
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_REPLACER, str(out), way, point], check=False, timeout=60
-    )
+    killed = run_program([sys.executable, "-c", KILLED_REPLACER, out, way, point])
     assert killed.returncode == -signal.SIGKILL
     opened = open_bundle(out, verify="full")
     graph = opened.file("embed_tokens.onnx").read_bytes()
