@@ -32,6 +32,7 @@ from gap_export.manifest import (
     ImageSpec,
     PromptSpec,
 )
+from gap_export.manifest.sizes import image_sizes, prompt_sizes
 
 RECIPE_NAME = "recipe.yaml"
 
@@ -43,6 +44,13 @@ _MAX_GRID_SIDE = 4096
 _MAX_IMAGE_SIDE = 1 << 14
 _MAX_TOKEN_ID = 1 << 24
 _MAX_WIDTH = 1 << 20
+_MAX_SIZES = {
+    "num_layers": 1_000,
+    "vocab_size": _MAX_TOKEN_ID,
+    "max_position_embeddings": _MAX_TOKEN_ID,
+}
+# One matrix of each layer's MLP; in a 70B model they have 19e9.
+_MAX_WEIGHTS = 1 << 38
 _SLOT = "{expression}"
 HUB_ID = r"^[\w-][\w.-]*/[\w-][\w.-]*$"
 # A name becomes part of a folder's name, and must not lead out of the current folder.
@@ -277,6 +285,16 @@ class Recipe(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _sizes_are_sensible_together(self) -> Recipe:
+        sizes = [*image_sizes(self.image, self.grid)]
+        if self.architecture is not None:
+            hidden = self.architecture.decoder.hidden_size
+            sizes += prompt_sizes(self.image, self.grid, self.prompt, hidden)
+        for name, seen, most in sizes:
+            _in_range(f"{name} ({seen})", seen, 1, most)
+        return self
+
+    @model_validator(mode="after")
     def _sizes_agree(self) -> Recipe:
         if self.architecture is not None:
             _check_sizes(self.architecture, self.image, self.grid)
@@ -293,13 +311,13 @@ class Recipe(_Strict):
 def _check_sizes(architecture: Architecture, image: ImageSpec, grid: GridSpec) -> None:
     """Refuse a grid that no model of these sizes has, and modules that do not fit each other."""
     vision, projector, decoder = architecture.vision, architecture.projector, architecture.decoder
-    for key, size in (
-        *(("vision.width", vision.width), ("vision.patch_size", vision.patch_size)),
-        *(("vision.num_heads", vision.num_heads), ("projector.width", projector.width)),
-        *(("decoder.num_heads", decoder.num_heads), ("decoder.head_dim", decoder.head_dim)),
-        ("decoder.num_key_value_heads", decoder.num_key_value_heads),
-    ):
-        _in_range(f"architecture.{key}", size, 1, _MAX_WIDTH)
+    for name, module in vars(architecture).items():
+        for key, size in vars(module).items():
+            if isinstance(size, int) and not isinstance(size, bool):
+                most = _MAX_SIZES.get(key, _MAX_WIDTH)
+                _in_range(f"architecture.{name}.{key}", size, 1, most)
+    weights = decoder.num_layers * decoder.hidden_size * decoder.intermediate_size
+    _in_range(f"weights of architecture.decoder's layers ({weights})", weights, 1, _MAX_WEIGHTS)
     if (image.height, image.width) != (vision.image_size,) * 2:
         raise ValueError(f"image must be {vision.image_size} px, architecture.vision.image_size")
     if projector.width % vision.width or projector.hidden_size != decoder.hidden_size:

@@ -181,6 +181,74 @@ def test_value_that_makes_no_sense_is_refused(
         parse_manifest(raw)
 
 
+# Sizes that are sensible one by one.
+TOGETHER: list[tuple[dict[str, Any], str]] = [
+    ({"image.height": 16_384, "image.width": 16_384}, "pixels of image.height x image.width"),
+    ({"image.height": 1, "image.width": 16_385}, "image.width is not"),
+    (
+        {"grid": {"rows": 600, "cols": 600}, "pruning.num_visual_tokens": 360_000},
+        "tokens of grid.rows x grid.cols",
+    ),
+    (
+        {"decoder.num_layers": 2_000, "decoder.num_key_value_heads": 64, "decoder.head_dim": 128},
+        "cache of a token",
+    ),
+    (
+        {
+            "prompt.max_new_tokens": 100_000,
+            "decoder.num_layers": 100,
+            "decoder.num_key_value_heads": 100,
+            "decoder.head_dim": 128,
+        },
+        "cache of a prompt and its answer",
+    ),
+    (
+        {"prompt.max_expression_tokens": 100_000, "decoder.hidden_size": 1 << 20},
+        "slots of a prompt x decoder.hidden_size",
+    ),
+    ({"decoder.vocab_size": (1 << 24) + 1}, "decoder.vocab_size"),
+    ({"decoder.max_position_embeddings": (1 << 24) + 1}, "decoder.max_position_embeddings"),
+    ({"graphs.0.outputs.0.shape": [65_536, 65_536]}, "numbers of shape of"),
+    ({"graphs.0.outputs.0.shape": [1] * 9}, "rank of shape of"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), TOGETHER)
+def test_sizes_that_no_machine_holds_together_are_refused(
+    sample_manifest: Manifest, changes: dict[str, Any], message: str
+) -> None:
+    plain = plain_of(sample_manifest)
+    for where, value in changes.items():
+        place = tuple(int(key) if key.isdigit() else key for key in where.split("."))
+        plain = replaced(plain, place, value)
+    with pytest.raises(BundleError, match=message):
+        parse_manifest(raw_of(plain))
+
+
+def test_tiles_and_engines_count_among_the_sizes(sample_manifest: Manifest) -> None:
+    plain = plain_of(sample_manifest)
+    side = 2048
+    plain["image"] |= {"height": side, "width": side, "preparation": "anyres"}
+    plain["newline"] = {"file": "w", "offset": 0, "dtype": "float32", "shape": [8]}
+    plain["image"]["tiles"] = {"resolutions": [[2 * side, 2 * side]]}
+    with pytest.raises(BundleError, match=f"tiles .*: {5 * side * side}; allowed: 1..16777216"):
+        parse_manifest(raw_of(plain))
+    plain = plain_of(sample_manifest)
+    plain["targets"] = [
+        {"name": "rtx", "lowering": "portable", "dtype": "float32", "preflight": []}
+    ]
+    plain["graphs"] = []
+    limits = {"max_prompt": 1000, "max_new_tokens": 100, "max_batch": 1, "max_images": 1}
+    plain["decoder"] |= {"num_layers": 80, "num_key_value_heads": 64, "head_dim": 128}
+    parse_manifest(raw_of({**plain, "engine_limits": limits}))
+    for name in ("max_batch", "max_images"):
+        changed = {**plain, "engine_limits": {**limits, name: 100_000}}
+        if name == "max_images":
+            changed["image"] = {**plain["image"], "height": 336, "width": 336}
+        with pytest.raises(BundleError, match="engine_limits"):
+            parse_manifest(raw_of(changed))
+
+
 TILED_NONSENSE: list[tuple[str, Any]] = [
     ("newline", None),
     ("newline.shape", [9]),

@@ -6,6 +6,7 @@ Folders of engines are read and checked by :mod:`gap_export.engines.folder`.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_DIMENSION = (1 << 31) - 1
 _MAX_BYTES = (1 << 63) - 1
 _MAX_LIMIT = 100_000
+_MAX_NUMBERS = 1 << 36
 _AGAIN = "build the engines again: gap-export build"
 
 
@@ -255,6 +257,8 @@ def _check_range(name: str, shapes: ShapeRange, rank: int) -> None:
     for low, usual, high in zip(*three, strict=True):
         if not 0 <= low <= usual <= high <= _MAX_DIMENSION:
             raise _refuse(name, three, "0 <= min <= opt <= max")
+    # A buffer of this size is allocated.
+    _between(f"numbers of the largest shape of {name}", math.prod(shapes.max), 0, _MAX_NUMBERS)
 
 
 def _refuse(name: str, seen: object, allowed: str) -> BundleError:

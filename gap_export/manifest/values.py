@@ -6,17 +6,19 @@ computes or allocates with it.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import PurePosixPath
 
 from gap_export.errors import BundleError
+from gap_export.manifest.sizes import decoder_sizes, engine_sizes, image_sizes
 from gap_export.manifest.specs import GraphSpec, ImageSpec, Manifest, PruningSpec
 
 DTYPES = ("float32", "float16", "bfloat16")
 _DECODER = "decoder_model_merged"
 _SLOT = "{expression}"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MAX_SIDE = 65_536
+_MAX_SIDE = 1 << 14
 _MAX_VISUAL_TOKENS = 1_000_000
 _MAX_CANVASES = 1_000
 _MAX_TILES = 256
@@ -25,7 +27,11 @@ _MAX_OPSET = 26
 # Far above any model there is; they keep arithmetic and allocations sane, no more.
 _MAX_LAYERS = 10_000
 _MAX_WIDTH = 1 << 20
-_MAX_VOCABULARY = 1 << 31
+_MAX_VOCABULARY = 1 << 24
+# Ids are turned into float32 for RoPE, which holds integers exactly up to here.
+_MAX_POSITIONS = 1 << 24
+_MAX_DIMENSION = 1 << 31
+_MAX_RANK = 8
 _MAX_INT64 = (1 << 63) - 1
 
 
@@ -39,6 +45,7 @@ def check_values(manifest: Manifest) -> None:
     _check_image(manifest)
     _check_texts(manifest)
     _check_decoder(manifest)
+    _check_sizes(manifest)
     _check_newline(manifest)
     _check_graphs(manifest)
     _check_engines(manifest)
@@ -210,13 +217,23 @@ def _check_decoder(manifest: Manifest) -> None:
         ("head_dim", spec.head_dim, _MAX_WIDTH),
         ("hidden_size", spec.hidden_size, _MAX_WIDTH),
         ("vocab_size", spec.vocab_size, _MAX_VOCABULARY),
-        ("max_position_embeddings", spec.max_position_embeddings, _MAX_VOCABULARY),
+        ("max_position_embeddings", spec.max_position_embeddings, _MAX_POSITIONS),
     ):
         _between(f"decoder.{name}", value, 1, most)
     if not spec.eos_token_ids:
         raise _refuse("decoder.eos_token_ids", [], "at least one id")
     for index, token in enumerate(spec.eos_token_ids):
         _between(f"decoder.eos_token_ids[{index}]", token, 0, _MAX_VOCABULARY)
+
+
+def _check_sizes(manifest: Manifest) -> None:
+    """Refuse sizes that are sensible one by one and not together."""
+    image, grid, decoder = manifest.image, manifest.grid, manifest.decoder
+    products = [*image_sizes(image, grid), *decoder_sizes(image, grid, manifest.prompt, decoder)]
+    if manifest.engine_limits is not None:
+        products += engine_sizes(manifest.engine_limits, image, decoder)
+    for name, seen, most in products:
+        _between(name, seen, 1, most)
 
 
 def _check_graphs(manifest: Manifest) -> None:
@@ -228,9 +245,12 @@ def _check_graphs(manifest: Manifest) -> None:
             block = graph.quantization.block_size
             _between(f"quantization.block_size of {graph.file}", block, 2, _MAX_WIDTH)
         for tensor in (*graph.inputs, *graph.outputs):
-            for size in tensor.shape:
-                if isinstance(size, int):
-                    _between(f"shape of {tensor.name} in {graph.file}", size, 0, _MAX_INT64)
+            where = f"shape of {tensor.name} in {graph.file}"
+            _between(f"rank of {where}", len(tensor.shape), 0, _MAX_RANK)
+            fixed = [size for size in tensor.shape if isinstance(size, int)]
+            for size in fixed:
+                _between(where, size, 0, _MAX_DIMENSION)
+            _between(f"numbers of {where}", math.prod(fixed), 0, _MAX_DIMENSION)
         if graph.component == _DECODER:
             _check_cache(graph, num_layers=manifest.decoder.num_layers)
 
