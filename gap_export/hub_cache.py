@@ -22,7 +22,7 @@ _INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"(\w+)-(\d{1,5})-of-(\d{1,5})(\.safetensors|\.bin)", re.ASCII)
 _TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
 # Beside it lies what was trained of a model whose tokenizer is another part's.
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _MAX_INDEX_BYTES = 16 << 20
 
 Parts = Mapping[str, CheckpointPart]
@@ -143,7 +143,7 @@ def _missing_files(place: Path, role: str, parts: Parts) -> list[str]:
     names = {path.name for path in place.iterdir() if path.is_file()}
     missing = _missing_weights(place, names)
     alone = not any(other.required for name, other in parts.items() if name != role)
-    has_tokenizer = role == _MAIN and alone and _ADAPTER_CONFIG not in names
+    has_tokenizer = role == _MAIN and alone and ADAPTER_CONFIG not in names
     if has_tokenizer and not names.intersection(_TOKENIZER_NAMES):
         missing.append(" or ".join(_TOKENIZER_NAMES))
     return missing

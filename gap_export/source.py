@@ -20,7 +20,7 @@ from gap_export.checkpoint import (
     parse_parts,
 )
 from gap_export.errors import CheckpointError, RecipeError, UnknownModelError, UsageError
-from gap_export.hub_cache import find_part
+from gap_export.hub_cache import ADAPTER_CONFIG, find_part
 from gap_export.manifest import MANIFEST_NAME, Manifest, SourcePart
 from gap_export.recipe import (
     HUB_ID,
@@ -347,4 +347,10 @@ def _verified(part: SourcePart, place: Path, recipe: Recipe) -> Path:
                 fix=f"give the right one with --checkpoint {part.role}=PATH, or export the bundle "
                 "again",
             )
+    if (place / ADAPTER_CONFIG).is_file() and ADAPTER_CONFIG not in {f.path for f in part.files}:
+        raise CheckpointError(
+            "the checkpoint has an adapter that the bundle was made without",
+            seen=place / ADAPTER_CONFIG,
+            fix="export the bundle again, or move the adapter away",
+        )
     return place

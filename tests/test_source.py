@@ -409,6 +409,16 @@ def test_source_is_found_where_the_manifest_says(tiny_bundle, tiny_checkpoint):
     assert (recipe.name, checkpoint.main) == ("tiny-llava", tiny_checkpoint.resolve())
 
 
+def test_an_adapter_that_came_after_the_export_is_not_passed_over(
+    tiny_bundle, tiny_checkpoint, tmp_path
+):
+    manifest, copy = open_bundle(tiny_bundle).manifest, tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, copy)
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="an adapter that the bundle was made without"):
+        resolve_source(manifest, {"main": copy})
+
+
 def test_a_checkpoint_with_a_changed_byte_is_not_the_source(tiny_bundle, tiny_checkpoint, tmp_path):
     manifest = open_bundle(tiny_bundle).manifest
     copy = tmp_path / "copy"

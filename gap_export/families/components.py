@@ -10,6 +10,7 @@ import torch
 from gap_export.architecture import DecoderShape
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families.checkpoints.clip_text_tower import TextTowerSource
+from gap_export.families.checkpoints.unread import look_for_unread
 from gap_export.families.modules.clip_text import ClipTextEncoder
 from gap_export.families.modules.expected import NEWLINE_KEY, decoder_key
 from gap_export.families.modules.llama_decoder import (
@@ -162,6 +163,7 @@ def assemble(
         newline_weight=source.weights.get(NEWLINE_KEY),
         assets=assets,
         checkpoint_files=tuple(dict.fromkeys(files)),
+        notes=(*source.notes, *look_for_unread(files)),
     )
 
 

@@ -35,6 +35,7 @@ class ModelSource:
         image_token_id: What stands for the image in a prompt; None where nothing does.
         tokenizer: A tokenizer.json, or the content of one.
         files: Every file that was read, with the part it belongs to.
+        notes: What the user should know of how it was read, a sentence each.
     """
 
     layout: str
@@ -45,6 +46,7 @@ class ModelSource:
     image_token_id: int | None
     tokenizer: Path | bytes
     files: tuple[tuple[str, Path], ...]
+    notes: tuple[str, ...] = ()
 
 
 class Layout(Protocol):
@@ -114,6 +116,7 @@ class Reference:
         newline_weight: [H], ends each row of a tiled picture; None without tiles.
         assets: For each name in a bundle a file to copy, or what to write: the tokenizers.
         checkpoint_files: Every file of the checkpoint that was read, with its part.
+        notes: What the user should know of how it was read, a sentence each.
     """
 
     components: tuple[Component, ...]
@@ -124,6 +127,7 @@ class Reference:
     newline_weight: Weight | None
     assets: Mapping[str, Path | bytes]
     checkpoint_files: tuple[tuple[str, Path], ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def vision_encoder(self) -> nn.Module:

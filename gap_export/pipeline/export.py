@@ -50,7 +50,7 @@ def export_model(
         options: What to export, and how.
         progress: Told what is done.
         cache: Share one between exports of the same checkpoint to trace its decoder once.
-        warn: Told what may go wrong while engines are built, for want of memory.
+        warn: Told what is odd about the checkpoint, and what may go wrong while engines are built.
 
     Raises:
         UsageError: an option, the recipe, the checkpoint or the output folder is not usable.
@@ -83,7 +83,7 @@ def export_checkpoint(
         options: How; ``model``, ``recipe`` and ``checkpoint`` in it are not read.
         progress: Told what is done.
         cache: Shared between exports.
-        warn: Told what may go wrong while engines are built, for want of memory.
+        warn: Told what is odd about the checkpoint, and what may go wrong while engines are built.
 
     Raises:
         UsageError: an option, the recipe, the checkpoint or the output folder is not usable.
@@ -108,6 +108,7 @@ def export_checkpoint(
             progress=progress,
             cache=cache or GraphCache(),
             seconds=seconds,
+            warn=warn or _ignore,
         ).run()
         with timed(seconds, "commit"):
             manifest = draft.commit(manifest)
@@ -131,10 +132,13 @@ class _Job:
     progress: Progress
     cache: GraphCache
     seconds: dict[str, float] = field(repr=False)
+    warn: Callable[[str], None] = field(repr=False)
 
     def run(self) -> Manifest:
         """Everything but the commit; the manifest lists no files yet."""
         reference = self._reference(self.options.dtype)
+        for note in reference.notes:
+            self.warn(note)
         for _, path in reference.checkpoint_files:
             # In the background: gigabytes are hashed while graphs are traced.
             self.draft.hasher.start(path)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gap_export.errors import CheckpointError
 from gap_export.families import Reference, build_reference, resolve_pruning
@@ -16,6 +17,7 @@ from gap_export.parity.torch_backend import TorchBackend
 from gap_export.recipe import load_recipe
 from gap_export.source import Checkpoint
 from tests.families import rewriting
+from tests.families.llava_layouts import write_state
 from tests.families.tiny_llava_next import write_llava_next
 
 HALF = {"": torch.float16}
@@ -197,3 +199,14 @@ def test_newline_that_overflows_the_dtype_is_refused(tmp_path):
     ref = reference(folder, dtype="float16")
     with pytest.raises(CheckpointError, match=r"not fit float16.*image_newline"):
         _ = ref.newline
+
+
+@pytest.mark.parametrize("form", ["bin", "bin-sharded"])
+def test_pickles_are_read_like_safetensors(original, tmp_path, form):
+    folder = rewriting.rewrite(original, tmp_path / "c", dict)
+    file = folder / "model.safetensors"
+    write_state(folder, load_file(file), form)
+    file.unlink()
+    ref = reference(folder)
+    assert equal(ref, reference(original))
+    assert {p.suffix for _, p in ref.checkpoint_files if p.name.startswith("pytorch")} == {".bin"}

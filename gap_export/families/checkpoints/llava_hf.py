@@ -16,6 +16,7 @@ from gap_export.families.checkpoints.configs import (
     decoder_shape,
     eos_token_ids,
 )
+from gap_export.families.checkpoints.lora import with_adapter
 from gap_export.families.checkpoints.matching import (
     KeyLayout,
     main_dtype,
@@ -23,12 +24,12 @@ from gap_export.families.checkpoints.matching import (
     parse_config,
     peek_config,
 )
+from gap_export.families.checkpoints.parts import index_folder
 from gap_export.families.checkpoints.tokenizers import read_tokenizer
 from gap_export.families.modules.expected import NEWLINE_KEY, expected_clip_llama
 from gap_export.families.reference import ModelSource
 from gap_export.recipe import Recipe
-from gap_export.source import Checkpoint
-from gap_export.weights import index_checkpoint
+from gap_export.source import MAIN, Checkpoint
 
 # transformers has written three layouts: 4.x, 4.52 and later in memory, and 5.x.
 _KEYS = KeyLayout(
@@ -72,7 +73,7 @@ class LlavaHfLayout:
     def read(self, recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
         """See :class:`gap_export.families.reference.Layout`."""
         folder = checkpoint.main
-        found = index_checkpoint(folder)
+        found = index_folder(folder)
         # Its annotations leave the nested configs open.
         file = folder / "config.json"
         config: Any = parse_config(self.config_class, file, num_tensors=len(found))
@@ -90,7 +91,7 @@ class LlavaHfLayout:
         generation = folder / "generation_config.json"
         files = [file, *([generation] if generation.is_file() else [])]
         files += sorted({ref.file for ref in found.values()})
-        return ModelSource(
+        source = ModelSource(
             layout=self.name,
             architecture=architecture,
             weights=weights,
@@ -98,8 +99,9 @@ class LlavaHfLayout:
             eos_token_ids=eos_token_ids(recipe, config.text_config, generation),
             image_token_id=config.image_token_index,
             tokenizer=read_tokenizer(folder, recipe),
-            files=tuple(("main", path) for path in files),
+            files=tuple((MAIN, path) for path in files),
         )
+        return with_adapter(source, folder, _KEYS)
 
 
 def _check_selection(recipe: Recipe, config: Any, folder: Path) -> None:

@@ -24,6 +24,7 @@ from gap_export.families.checkpoints.configs import (
     eos_token_ids,
 )
 from gap_export.families.checkpoints.limits import require
+from gap_export.families.checkpoints.lora import with_adapter
 from gap_export.families.checkpoints.matching import (
     KeyLayout,
     build_config,
@@ -31,7 +32,7 @@ from gap_export.families.checkpoints.matching import (
     match_tensors,
     peek_config,
 )
-from gap_export.families.checkpoints.parts import index_folder, read_clip_tower
+from gap_export.families.checkpoints.parts import has_weights, index_folder, read_clip_tower
 from gap_export.families.checkpoints.tokenizers import has_tokenizer, read_tokenizer
 from gap_export.families.modules.expected import (
     NEWLINE_KEY,
@@ -39,13 +40,14 @@ from gap_export.families.modules.expected import (
     expected_clip_tower,
 )
 from gap_export.families.reference import ModelSource
+from gap_export.hub_cache import ADAPTER_CONFIG
 from gap_export.recipe import Recipe
 from gap_export.source import MAIN, Checkpoint
 from gap_export.weights import Weight, read_json_object
 
 TOWER = "tower"
-# Of adapters to a language model, which are another layout.
-ADAPTER_CONFIG = "adapter_config.json"
+# What was trained beside the adapters to a language model, which are another layout.
+TRAINED_FILE = "non_lora_trainables.bin"
 KEYS = KeyLayout(
     prefixes=(
         ("model.mm_projector.0.", "projector.linear_1."),
@@ -84,14 +86,14 @@ class LlavaOriginalLayout:
     def recognises(self, checkpoint: Checkpoint) -> bool:
         """By the keys of config.json: transformers' own LLaVA calls itself ``llava`` as well."""
         folder = checkpoint.main
-        return is_original(folder, newline=self.newline) and not (folder / ADAPTER_CONFIG).exists()
+        return is_original(folder, newline=self.newline) and not is_adapter(folder)
 
     def read(self, recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
         """See :class:`gap_export.families.reference.Layout`."""
         folder = checkpoint.main
         found = index_folder(folder)
         config = read_original_config(recipe, folder, num_tensors=len(found), newline=self.newline)
-        return assemble_original(
+        source = assemble_original(
             recipe,
             checkpoint,
             config,
@@ -100,6 +102,7 @@ class LlavaOriginalLayout:
             files=[(MAIN, file) for file in sorted({ref.file for ref in found.values()})],
             tokenizers=[folder],
         )
+        return with_adapter(source, folder, KEYS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +135,12 @@ def is_original(folder: Path, *, newline: bool) -> bool:
     ours = str(plain.get("model_type")).startswith("llava") and "mm_vision_tower" in plain
     tiled = str(plain.get("mm_patch_merge_type", _FLAT)) != _FLAT
     return ours and "vision_config" not in plain and tiled == newline
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds adapters to a language model that is elsewhere."""
+    apart = (folder / TRAINED_FILE).is_file() or not has_weights(folder)
+    return (folder / ADAPTER_CONFIG).is_file() and apart
 
 
 def read_original_config(

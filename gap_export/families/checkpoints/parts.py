@@ -83,6 +83,12 @@ class VisionTower:
     files: tuple[Path, ...]
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds a whole model's weights, or the index of their files."""
+    names = (WEIGHTS_NAME, INDEX_NAME, PICKLE_NAME, PICKLE_INDEX_NAME)
+    return any((folder / name).is_file() for name in names)
+
+
 def index_folder(folder: Path) -> Mapping[str, Stored]:
     """Every tensor of a folder: its safetensors files or, without those, its PyTorch pickles.
 
@@ -90,10 +96,9 @@ def index_folder(folder: Path) -> Mapping[str, Stored]:
         CheckpointError: there are neither, or they are incomplete or damaged.
     """
     has_safetensors = (folder / WEIGHTS_NAME).is_file() or (folder / INDEX_NAME).is_file()
-    has_pickles = (folder / PICKLE_NAME).is_file() or (folder / PICKLE_INDEX_NAME).is_file()
     if has_safetensors or not folder.is_dir():
         return index_checkpoint(folder)
-    if has_pickles:
+    if has_weights(folder):
         return index_pickles(folder)
     raise CheckpointError(
         "no weights in the checkpoint folder",
