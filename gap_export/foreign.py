@@ -7,6 +7,7 @@ the formats of other programs, a folder with a part of a model only.
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ _WHOLE = (
     "model.safetensors", "model.safetensors.index.json",
     "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
+# Shards without their index, and variants that from_pretrained has to be asked for.
+_WEIGHTS = re.compile(r"(pytorch_)?model[.-].+\.(safetensors|bin)", re.DOTALL)
 _MAX_JSON_BYTES = 16 << 20
 _MAX_NAMES = 10_000
 # AutoGPTQ's and AutoAWQ's first versions wrote these beside config.json.
@@ -64,6 +67,15 @@ def refuse_foreign(place: Path) -> None:
         found = sorted(name for name in names if holds(name))
         if found:
             raise _wrong(what, place, ", ".join(found[:3]), fix)
+    weights = sorted(name for name in names if _WEIGHTS.fullmatch(name))
+    if weights and "config.json" in names and ADAPTER_CONFIG not in names:
+        raise _wrong(
+            "the folder has weights, and none by the names that are read",
+            place,
+            ", ".join(weights[:3]),
+            f"name them {_WHOLE[0]} or {_WHOLE[2]}, or get the index of the files, "
+            f"{_WHOLE[1]} or {_WHOLE[3]}",
+        )
     if names and names <= _PROCESSOR_FILES:
         raise _wrong(
             "this folder has a tokenizer or a processor and no model",
@@ -77,7 +89,7 @@ def describe_config(folder: Path) -> str | None:
     """The model that a folder's config.json says it is, in words; None where it says nothing."""
     config = _read(folder / "config.json")
     kind, classes = config.get("model_type"), config.get("architectures")
-    words = [f"model_type {reprlib.repr(kind)}"] if kind is not None else []
+    words = [f"model_type {reprlib.repr(kind)}"] if config else []
     if isinstance(classes, list) and classes:
         words.append(f"architecture {reprlib.repr(classes[0])}")
     if words and config.get("auto_map"):
@@ -87,7 +99,9 @@ def describe_config(folder: Path) -> str | None:
 
 def quantizer_of(names: list[str]) -> str | None:
     """What quantized a checkpoint, judged by the names of tensors that do not belong in it."""
-    found = {_QUANTIZED_TENSORS[end] for n in names for end in _QUANTIZED_TENSORS if n.endswith(end)}
+    found = {
+        _QUANTIZED_TENSORS[end] for n in names for end in _QUANTIZED_TENSORS if n.endswith(end)
+    }
     return " or ".join(sorted(found)) or None
 
 
@@ -114,7 +128,9 @@ def _refuse_quantized(place: Path, names: set[str], config: Mapping[str, Any]) -
             found = owner.get(key) if isinstance(owner, dict) else None
             if isinstance(found, dict) and found:
                 raise quantized(
-                    _method(key, found), f"{place / 'config.json'}: {key}", original=_original(config)
+                    _method(key, found),
+                    f"{place / 'config.json'}: {key}",
+                    original=_original(config),
                 )
     for name, method in _QUANTIZER_FILES.items():
         if name in names:
@@ -199,13 +215,6 @@ _FORMATS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
         _ends("consolidated.00.pth", "consolidated.safetensors", "params.json"),
         "these are weights as Meta or Mistral publish them for their own code",
         "download the model as converted for transformers",
-    ),
-    (_ends(".engine", ".plan", ".trt"), "these are TensorRT engines and no checkpoint", _CONVERT),
-    (
-        _ends(".safetensors", ".bin", ".pth", ".pt"),
-        "the folder has weights, and none by the names that are read",
-        f"name them {_WHOLE[0]} or {_WHOLE[2]}, or get the index of its files, "
-        f"{_WHOLE[1]} or {_WHOLE[3]}",
     ),
 )
 

@@ -20,6 +20,7 @@ from gap_export.checkpoint import (
     parse_parts,
 )
 from gap_export.errors import CheckpointError, RecipeError, UnknownModelError, UsageError
+from gap_export.foreign import describe_config, refuse_foreign
 from gap_export.hub_cache import ADAPTER_CONFIG, find_part
 from gap_export.manifest import MANIFEST_NAME, Manifest, SourcePart
 from gap_export.recipe import (
@@ -208,9 +209,11 @@ def _find_model(
         return find_recipe(recipe)[0], place
     if _recipe_file(place).is_file():
         return load_recipe(_recipe_file(place)), place
+    refuse_foreign(place)
+    kind = describe_config(place)
     raise CheckpointError(
         f"the checkpoint has no {RECIPE_NAME}",
-        seen=place,
+        seen=place if kind is None else f"{place}, {kind}",
         fix="say which recipe it follows: --recipe NAME (names: gap-export models)",
     )
 

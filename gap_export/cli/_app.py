@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from gap_export.cli.models import models
 from gap_export.cli.patch import patch
 from gap_export.cli.pruners import pruners
 from gap_export.engines.targets import AUTO
+from gap_export.errors import UnknownModelError
 from gap_export.version import __version__
 from gap_export.visible import visible
 
@@ -33,6 +35,8 @@ CONTEXT = {"help_option_names": ["-h", "--help"]}
 _ANYWHERE = {"-q", "--quiet", "-v", "--verbose"}
 # Base of all that is said about wrong usage, which typer does not name in public.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+# What may be meant as a command; a path or a hub id of this form has other characters in it.
+_WORD = re.compile(r"\w[\w+-]*", re.ASCII)
 _GROUP_ONLY = {"-h", "--help", "--version"}
 
 
@@ -58,10 +62,25 @@ class DefaultCommandGroup(TyperGroup):
             return super().invoke(ctx)
 
     def _refuse_near_miss(self, word: str) -> None:
-        """A mistyped command must not become a puzzling message about a model."""
-        near = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75)
-        if near and not Path(word).exists():
-            raise typer.BadParameter(f"no command '{word}'. Did you mean '{near[0]}'?")
+        """A mistyped or unknown command must not become a puzzling message about a model."""
+        if not _WORD.fullmatch(word) or Path(word).exists():
+            return
+        commands = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75)
+        if commands:
+            raise typer.BadParameter(f"no command '{word}'. Did you mean '{commands[0]}'?")
+        from gap_export.recipe import find_recipe
+
+        try:
+            find_recipe(word)
+        except UnknownModelError as err:
+            # What is like a model's name is left to the message about models.
+            if difflib.get_close_matches(word, (err.allowed or "").split(", "), cutoff=0.6):
+                return
+            raise UnknownModelError(
+                "there is no command and no model of that name",
+                seen=word,
+                allowed=f"a command: {', '.join(self.commands)}; or a model: {err.allowed}",
+            ) from None
 
 
 @contextmanager

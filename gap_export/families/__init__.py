@@ -17,6 +17,7 @@ from gap_export.families.llava_next import LLAVA_NEXT
 from gap_export.families.minigpt_v2 import MiniGptV2Family
 from gap_export.families.reference import Component, Device, Family, ModelSource, Reference
 from gap_export.families.shikra import SHIKRA
+from gap_export.foreign import refuse_foreign
 from gap_export.manifest import PruningSpec
 from gap_export.positions import PositionMode, num_kept_tokens
 from gap_export.pruning import FixedPruner, all_presets, find_preset
@@ -219,6 +220,8 @@ def read_source(recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
         )
         return random_source(recipe, expected, seed=checkpoint.random_seed)
     check_named_parts(recipe, checkpoint)
+    for place in checkpoint.parts.values():
+        refuse_foreign(place)
     if MAIN not in checkpoint.parts:
         check_required_parts(recipe, checkpoint)
     for layout in family.layouts:

@@ -167,7 +167,9 @@ class TorchTruth:
         from gap_export.families import build_reference
         from gap_export.parity.quantized import use_quantized_weights
         from gap_export.parity.torch_backend import TorchBackend
+        from gap_export.pruning import check_pruner_installed
 
+        check_pruner_installed(bundle.manifest.pruning.pruner, bundle.manifest.tools)
         self._reference = build_reference(
             self._recipe, self._checkpoint, bundle.manifest.pruning, device="cpu", dtype=dtype
         )

@@ -92,6 +92,14 @@ def _find(inputs: Mapping[str, ir.Value], name: str, *dtypes: ir.DataType, rank:
             else None,
         )
     value = inputs[name]
+    if name == POSITION_IDS and value.shape is not None and value.shape.rank() == 3:
+        raise PassError(
+            "the decoder has M-RoPE: three ids a token, of time, row and column, which are not "
+            "handled",
+            seen=f"{name} {value.shape}",
+            allowed=allowed,
+            fix="patch an export of a model with one id a token, e.g. LLaVA",
+        )
     if value.dtype not in dtypes or value.shape is None or value.shape.rank() != rank:
         raise PassError(
             f"the decoder's input {name} is not what is fed",

@@ -18,6 +18,26 @@ VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"fp32": ("", "_fp32"), "fp16": ("_fp16",)}
 )
 _MAX_SHOWN = 6
+_GRAPHS = (".onnx", ".xml", ".pte", ".pt2")
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+_FROM_CHECKPOINT = "export the checkpoint itself: gap-export export DIR"
+# (a file of its, what made it, what to do)
+_OTHER_LAYOUTS = (
+    (
+        "export.json",
+        "by transformers' own exporter (language_model, lm_head, decode)",
+        f"{_FROM_CHECKPOINT}; of LLaVA that exporter may leave out the vision tower",
+    ),
+    ("genai_config.json", "for onnxruntime-genai", _FROM_CHECKPOINT),
+    ("openvino_model.xml", "for OpenVINO", _FROM_CHECKPOINT),
+    ("openvino_language_model.xml", "for OpenVINO", _FROM_CHECKPOINT),
+    (
+        "decoder_with_past_model.onnx",
+        "one with a decoder in two graphs",
+        "export it with a merged decoder",
+    ),
+    ("model.onnx", "one graph of the whole model", _FROM_CHECKPOINT),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +84,36 @@ def find_export(folder: str | Path, *, variant: str | None = None) -> FoundExpor
             allowed="an ONNX export as its maker left it",
             fix="patch the folder it was made from; what takes a bundle: gap-export check, ground",
         )
+    _refuse_other_layout(place)
     graphs = {name: _choose(place, name, variant) for name in COMPONENTS}
     return FoundExport(folder=place, graphs=MappingProxyType(graphs))
+
+
+def _refuse_other_layout(place: Path) -> None:
+    """Name the maker of an export that has other graphs than these.
+
+    Raises:
+        UsageError: one that is known, or a checkpoint.
+    """
+    found = [path for folder in (place, place / _SUBFOLDER) for path in sorted(folder.glob("*"))]
+    names = {path.name for path in found if path.is_file()}
+    if any(name.startswith(COMPONENTS) for name in names if name.endswith(".onnx")):
+        return
+    graphs = [path for path in found if path.name.endswith(_GRAPHS)]
+    for mark, maker, fix in _OTHER_LAYOUTS:
+        if mark in names and (graphs or mark.endswith(_GRAPHS)):
+            raise UsageError(
+                f"this export is {maker}, which patch does not handle",
+                seen=f"{place}: {_names(place, [p for p in found if p.name == mark] + graphs)}",
+                allowed=f"graphs {', '.join(f'{name}.onnx' for name in COMPONENTS)}",
+                fix=fix,
+            )
+    if "config.json" in names and any(name.endswith(_WEIGHTS) for name in names) and not graphs:
+        raise UsageError(
+            "this is a checkpoint and no ONNX export",
+            seen=place,
+            fix="export it with: gap-export export DIR",
+        )
 
 
 def _choose(folder: Path, component: str, variant: str | None) -> Path:

@@ -61,7 +61,7 @@ def describe_bundle(
         opset=_OPSET_QUANTIZED if is_quantized else _OPSET,
         graphs=(),
         files=(),
-        tools=tool_versions(),
+        tools={**tool_versions(), **_pruner_version(pruning.pruner)},
     )
 
 
@@ -136,6 +136,14 @@ def _newline_place(reference: Reference, placed: PlacedWeights) -> TensorPlace |
     return TensorPlace(
         file=place.location, offset=place.offset, dtype=reference.dtype, shape=place.shape
     )
+
+
+def _pruner_version(pruner: str) -> dict[str, str]:
+    """The package that the pruner is of, where it is not ours: ``check`` needs it again."""
+    from gap_export.pruning import PACKAGE_MARK, package_of
+
+    package = package_of(pruner)
+    return {f"{PACKAGE_MARK}{package}": version(package)} if package is not None else {}
 
 
 def tool_versions(names: Sequence[str] = _TOOLS) -> dict[str, str]:

@@ -7,11 +7,14 @@ from gap_export.pruning.preset import Preset
 from gap_export.pruning.presets import (
     ENTRY_POINT_GROUP,
     LEFT_OUT,
+    PACKAGE_MARK,
     PRESETS,
     all_presets,
     broken_presets,
+    check_pruner_installed,
     find_preset,
     find_pruner,
+    package_of,
 )
 from gap_export.pruning.pruner import (
     ChoosingPruner,
@@ -25,6 +28,7 @@ from gap_export.pruning.pruner import (
 __all__ = [
     "ENTRY_POINT_GROUP",
     "LEFT_OUT",
+    "PACKAGE_MARK",
     "PRESETS",
     "Choices",
     "ChoosingPruner",
@@ -37,6 +41,8 @@ __all__ = [
     "VisionState",
     "all_presets",
     "broken_presets",
+    "check_pruner_installed",
     "find_preset",
     "find_pruner",
+    "package_of",
 ]

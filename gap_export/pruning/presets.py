@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 
-from gap_export.errors import GapExportError, UsageError
+from gap_export.errors import GapExportError, MissingDependencyError, UsageError
 from gap_export.pruning.cdpruner import CdPruner
 from gap_export.pruning.check_preset import check_preset
 from gap_export.pruning.cls import ClsPruner
@@ -30,6 +30,8 @@ from gap_export.pruning.uniform_random import RandomPruner
 from gap_export.pruning.visionzip import VisionZipPruner
 
 ENTRY_POINT_GROUP = "gap_export.pruners"
+# Before the name of a pruner's package, among the tools that a bundle was made with.
+PACKAGE_MARK = "pruner: "
 
 _GAP = "arXiv 2506.21873"
 _PRUMERGE = "arXiv 2403.15388"
@@ -137,6 +139,33 @@ def find_preset(name: str) -> Preset:
         seen=reprlib.repr(name).strip("'") or "''",
         allowed=", ".join(names),
         fix=f"did you mean {' or '.join(near)}?" if near else None,
+    )
+
+
+def package_of(name: str) -> str | None:
+    """The package that a preset of somebody else's comes with, where its maker says it."""
+    entry = _entry_points().get(name)
+    return entry.dist.name if entry is not None and entry.dist is not None else None
+
+
+def check_pruner_installed(name: str, tools: Mapping[str, str]) -> None:
+    """See that the pruner of a bundle is here.
+
+    Args:
+        name: Its preset.
+        tools: What the bundle was made with: versions by package.
+
+    Raises:
+        MissingDependencyError: it is of another package, which is not installed.
+    """
+    if name in PRESETS or name in _entry_points():
+        return
+    package = next((tool for tool in tools if tool.startswith(PACKAGE_MARK)), None)
+    named = package.removeprefix(PACKAGE_MARK) if package is not None else None
+    raise MissingDependencyError(
+        f"the pruner of this bundle, {reprlib.repr(name)}, is of a package that is not installed",
+        seen=f"{named} {tools[package]}" if package is not None else "a package that is not known",
+        fix=f"install {named or 'it'}, or check against a golden, which needs no pruner: --against",
     )
 
 

@@ -42,12 +42,21 @@ def test_no_position_ids_is_refused_naming_the_inputs():
 
 
 @pytest.mark.parametrize(
-    "ids", [value("position_ids", INT64, [3, "batch", "sequence"]),
+    "ids", [value("position_ids", INT64, ["sequence"]),
             value("position_ids", FLOAT, ["batch", "sequence"])],
 )  # fmt: skip
 def test_ids_of_another_kind_are_refused(ids):
     inputs, outputs = interface()
     assert "position_ids is not what is fed" in refusal([ids, *inputs], outputs)
+
+
+@pytest.mark.parametrize("axes", [3, 4, "axes"])
+def test_ids_of_three_axes_are_called_by_their_name(axes):
+    inputs, outputs = interface()
+    ids = value("position_ids", INT64, [axes, "batch", "sequence"])
+    message = refusal([ids, *inputs], outputs)
+    assert "M-RoPE: three ids a token, of time, row and column" in message
+    assert f"[{axes},batch,sequence]" in message
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,25 @@ def test_a_variant_that_is_named_is_taken(folder, variant, ending):
     assert names(folder, variant=variant) == wanted
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ("export.json language_model.onnx lm_head.onnx decode.onnx", "transformers' own exporter"),
+        ("genai_config.json vision.onnx embedding.onnx text.onnx", "onnxruntime-genai"),
+        ("openvino_language_model.xml openvino_language_model.bin", "OpenVINO"),
+        ("decoder_model.onnx decoder_with_past_model.onnx", "a decoder in two graphs"),
+        ("onnx/model.onnx config.json", "one graph of the whole model"),
+        ("config.json model.safetensors", "this is a checkpoint and no ONNX export"),
+    ],
+)
+def test_the_maker_of_another_layout_is_named(folder, files, said):
+    for name in files.split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    with pytest.raises(UsageError, match=said):
+        find_export(folder)
+
+
 def test_two_candidates_are_refused_naming_both(folder):
     put(folder, "", "_fp16")
     with pytest.raises(UsageError) as caught:

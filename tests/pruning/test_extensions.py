@@ -10,10 +10,17 @@ import numpy as np
 import pytest
 
 from gap_export.bundle import open_bundle
-from gap_export.errors import GapExportError, UsageError
+from gap_export.errors import GapExportError, MissingDependencyError, UsageError
 from gap_export.families import supported_pruners
 from gap_export.pipeline import ExportOptions, export_model
-from gap_export.pruning import FixedPruner, Preset, broken_presets, find_preset, presets
+from gap_export.pruning import (
+    FixedPruner,
+    Preset,
+    broken_presets,
+    check_pruner_installed,
+    find_preset,
+    presets,
+)
 from gap_export.runtime.session import GroundingSession
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -58,7 +65,12 @@ def test_the_readmes_pruner_is_exported_and_grounds(
         model=str(tiny_checkpoint), pruner="loudest", keep_ratio=0.3, out=tmp_path / "bundle"
     )
     bundle = export_model(options, cache=exports.graphs(options.model)).bundle
-    assert open_bundle(bundle).manifest.pruning.pruner == "loudest"
+    manifest = open_bundle(bundle).manifest
+    assert manifest.pruning.pruner == "loudest"
+    assert manifest.tools["pruner: my_pruners"] == "1.0"
+    check_pruner_installed("loudest", manifest.tools)
+    with pytest.raises(MissingDependencyError, match=r"'lost', is of .*: my_pruners 1\.0; install"):
+        check_pruner_installed("lost", manifest.tools)
     picture = np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)
     with GroundingSession.open(bundle) as session:
         answer = session.ground(picture, "the star")

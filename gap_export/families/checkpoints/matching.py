@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from gap_export.errors import CheckpointError
 from gap_export.families.checkpoints.limits import check_extent, check_values
+from gap_export.foreign import describe_config, quantized, quantizer_of
 from gap_export.weights import FLOAT_DTYPES, Weight, read_json_object
 
 ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
@@ -138,7 +139,7 @@ def look_at(folder: Path) -> str:
         return f"config.json that cannot be read: {err.seen}"
     try:
         if file.is_file():
-            return f"model_type {reprlib.repr(peek_config(folder).get('model_type'))}"
+            return describe_config(folder) or "a config.json that names no model"
         names = sorted(path.name for path in folder.iterdir())
     except OSError as err:
         return str(err)
@@ -212,6 +213,9 @@ def _check_keys(refs: Iterable[str], expected: Iterable[str], where: Path, sizes
     unexpected = sorted(set(refs) - set(expected))
     if not missing and not unexpected:
         return
+    quantizer = quantizer_of(unexpected)
+    if quantizer is not None:
+        raise quantized(quantizer, f"{where}: {_some(unexpected)}")
     parts = [
         f"{word} {_some(keys)}"
         for word, keys in (("missing", missing), ("unexpected", unexpected))
@@ -243,6 +247,8 @@ def _check_tensors(
             fix=f"check that {sizes_of} belongs to these weights",
         )
     dtypes = sorted({refs[key].dtype for key in expected} - set(FLOAT_DTYPES))
+    if any(dtype.startswith(("F8", "U8")) for dtype in dtypes):
+        raise quantized("8 bits", f"{where}: weights of dtype {', '.join(dtypes)}")
     if dtypes:
         raise CheckpointError(
             f"{where}: weights of a dtype that is not supported",
