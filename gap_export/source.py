@@ -22,7 +22,7 @@ from gap_export.checkpoint import (
 from gap_export.errors import CheckpointError, RecipeError, UnknownModelError, UsageError
 from gap_export.foreign import describe_config, refuse_foreign
 from gap_export.hub_cache import ADAPTER_CONFIG, find_part
-from gap_export.manifest import MANIFEST_NAME, Manifest, SourcePart
+from gap_export.manifest import MANIFEST_NAME, Manifest, SourcePart, differing_fields
 from gap_export.recipe import (
     HUB_ID,
     RECIPE_NAME,
@@ -287,13 +287,17 @@ def _recipe_of(
 
 def _check_unchanged(manifest: Manifest, recipe: Recipe) -> None:
     """See that a recipe says what it said when the bundle was exported."""
-    changed = [name for name in _KEPT_FACTS if getattr(manifest, name) != getattr(recipe, name)]
+    changed = [
+        f"{name}{path}: {seen} in the recipe, {held} in the bundle"
+        for name in _KEPT_FACTS
+        for path, seen, held in differing_fields(getattr(recipe, name), getattr(manifest, name))
+    ]
     if manifest.model.family != recipe.family:
-        changed.insert(0, "family")
+        changed.insert(0, f"family: {recipe.family}, {manifest.model.family} in the bundle")
     if changed:
         raise CheckpointError(
-            "the recipe changed since the bundle was exported",
-            seen=f"{recipe.name}: another {', '.join(changed)}",
+            "the recipe changed since the bundle was exported, or the bundle is not of it",
+            seen=f"{recipe.name}: {'; '.join(changed)}",
             fix="export the bundle again, or restore the recipe",
         )
 

@@ -26,8 +26,14 @@ from gap_export.parity.question import Question  # noqa: E402
 from gap_export.parity.results import LEVELS, CheckReport  # noqa: E402
 from gap_export.parity.truth import TorchTruth  # noqa: E402
 from gap_export.pipeline import Dtype, ExportOptions, export_model  # noqa: E402
-from gap_export.source import resolve_model  # noqa: E402
-from tests.parity.mutants import CAUGHT_AT, MUTANTS, with_long_context  # noqa: E402
+from gap_export.recipe import Recipe  # noqa: E402
+from gap_export.source import Checkpoint, resolve_model  # noqa: E402
+from tests.parity.mutants import (  # noqa: E402
+    CAUGHT_AT,
+    MUTANTS,
+    checkpoint_with_long_context,
+    with_long_context,
+)
 
 SEEDS = range(5)
 # In float32 nothing overflows.
@@ -39,6 +45,10 @@ def main(samples: int = 12, pruner: str = "spatial", write_readme: bool = False)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         honest: dict[str, Path] = {}
+        recipe, shipped = resolve_model(MODEL, recipe=None, parts={})
+        checkpoint = Checkpoint.of(
+            checkpoint_with_long_context(shipped.parts["main"], Path(scratch) / "checkpoint")
+        )
         for dtype in ("float32", "float16"):
             out = Path(scratch) / dtype
             export_model(
@@ -48,7 +58,7 @@ def main(samples: int = 12, pruner: str = "spatial", write_readme: bool = False)
         for name, mutate in MUTANTS.items():
             dtype = DTYPES.get(name, "float32")
             faulty = mutate(honest[dtype], Path(scratch) / name.replace(" ", "-"))
-            report = check(faulty, seed=0, samples=samples)
+            report = check(faulty, recipe, checkpoint, seed=0, samples=samples)
             failed = [lv.level for lv in report.backends[0].levels if lv.status == "failed"]
             first = failed[0] if failed else "nobody"
             if first != CAUGHT_AT[name]:
@@ -56,7 +66,7 @@ def main(samples: int = 12, pruner: str = "spatial", write_readme: bool = False)
             rows.append([name, *marks(report), where(report)])
             typer.echo(f"{name}: {first}", err=True)
         for seed in SEEDS:
-            report = check(honest["float32"], seed=seed, samples=samples)
+            report = check(honest["float32"], recipe, checkpoint, seed=seed, samples=samples)
             if not report.passed:
                 raise SystemExit(f"the honest bundle fails with seed {seed}")
             rows.append([f"none (seed {seed})", *marks(report), ""])
@@ -75,15 +85,16 @@ def main(samples: int = 12, pruner: str = "spatial", write_readme: bool = False)
         write_section(README, "mutants", table)
 
 
-def check(bundle: Path, *, seed: int, samples: int) -> CheckReport:
+def check(
+    bundle: Path, recipe: Recipe, checkpoint: Checkpoint, *, seed: int, samples: int
+) -> CheckReport:
     """All levels, in ONNX Runtime, against PyTorch."""
     opened = open_bundle(bundle, verify="full")
-    recipe, source = resolve_model(MODEL, recipe=None, parts={})
     questions = [
         Question(image=sample.image, expression=sample.expression.text, box=sample.box)
         for sample in iter_samples(seed=seed, num_samples=samples)
     ]
-    return check_bundle(opened, reference=TorchTruth(recipe, source, questions, seed=seed))
+    return check_bundle(opened, reference=TorchTruth(recipe, checkpoint, questions, seed=seed))
 
 
 def marks(report: CheckReport) -> list[str]:

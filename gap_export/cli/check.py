@@ -261,6 +261,11 @@ def _advice(report: CheckReport, judging: _Judging) -> str:
     failed = {level.level for level in levels if level.status == "failed"}
     if not failed:
         return "run the check where that backend can be run, or leave out --require"
+    if any(found.kind == "overflows" for each in report.backends for found in each.divergences):
+        return (
+            "see the report above; export it with --dtype float32, or take a checkpoint whose "
+            "numbers fit its dtype"
+        )
     if failed == {"task"} and "task" in judging["fail_under"]:
         return (
             "Acc@0.5 is not what was asked for: keep more tokens, take another pruner, or ask less"

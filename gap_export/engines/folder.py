@@ -273,17 +273,11 @@ def _check_graph(bundle: Bundle, plan: EnginePlan, engine: EngineSpec) -> None:
             fix=_build_again(plan),
         )
     forms = [
-        (spec.component, spec.lowering, spec.dtype, spec.quantization, spec.kv_contract)
+        (spec.component, spec.lowering, spec.quantization, spec.kv_contract)
         for spec in bundle.manifest.graphs
         if spec.file == engine.graph
     ]
-    form = (
-        engine.component,
-        engine.lowering,
-        engine.dtype,
-        engine.quantization,
-        engine.kv_contract,
-    )
+    form = (engine.component, engine.lowering, engine.quantization, engine.kv_contract)
     if form not in forms:
         raise BundleError(
             f"{PLAN_NAME} does not say of engine {engine.file} what the bundle says of its graph",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 
 from gap_export.errors import BundleError
-from gap_export.manifest.plain import ADDED_LATER, from_plain, to_plain
+from gap_export.manifest.plain import ADDED_LATER, differing_fields, from_plain, to_plain
 from gap_export.manifest.specs import (
     FORMAT,
     FORMAT_VERSION,
@@ -79,6 +79,7 @@ __all__ = [
     "TextEncoderSpec",
     "TilesSpec",
     "check_member_path",
+    "differing_fields",
     "from_plain",
     "parse_manifest",
     "to_plain",

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from gap_export.errors import BundleError
@@ -26,6 +26,23 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [to_plain(v) for v in value]
     return value
+
+
+def differing_fields(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where two values differ: the path of each leaf that does, such as ``.mean``, and both.
+
+    Args:
+        one: A dataclass, a mapping, or what either may hold.
+        other: Likewise.
+    """
+    one, other = to_plain(one), to_plain(other)
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        if one != other:
+            yield "", one, other
+        return
+    for name in dict.fromkeys([*one, *other]):
+        for path, seen, allowed in differing_fields(one.get(name), other.get(name)):
+            yield f".{name}{path}", seen, allowed
 
 
 def from_plain(cls: type[T], plain: Any, *, where: str) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from gap_export.bundle import Bundle
@@ -25,7 +25,7 @@ from gap_export.parity.results import (
     Level,
     LevelResult,
 )
-from gap_export.parity.truth import Recorded, TorchTruth, Truth
+from gap_export.parity.truth import Recorded, ReferenceOverflowError, TorchTruth, Truth
 from gap_export.positions import Int64Array
 from gap_export.progress import Progress, SilentProgress
 
@@ -194,12 +194,15 @@ def _judge(bundle: Bundle, candidate: Candidate, plan: _Plan) -> _Judged:
     note = candidate.note
     if plan.reference is None or not needs_reference(plan.levels):
         return (judge_positions(bundle, candidate.decoder_graph, note=note),), (), ""
-    recorded = plan.reference.record(
-        bundle,
-        dtype=candidate.backend.dtype,
-        quantization=candidate.backend.quantization,
-        progress=plan.progress,
-    )
+    try:
+        recorded = plan.reference.record(
+            bundle,
+            dtype=candidate.backend.dtype,
+            quantization=candidate.backend.quantization,
+            progress=plan.progress,
+        )
+    except ReferenceOverflowError as err:
+        return _without_reference(bundle, candidate, plan, err)
     answered = ask_candidate(
         candidate,
         plan.reference.questions,
@@ -230,7 +233,34 @@ def _judge(bundle: Bundle, candidate: Candidate, plan: _Plan) -> _Judged:
         "box": lambda: judge_boxes(answered.pairs, bar=bars.get("box", 1.0)),
         "task": lambda: judge_task(answered.pairs, bar=bars.get("task")),
     }
-    return tuple(judges[level]() for level in plan.levels), inside.divergences, recorded.name
+    levels = tuple(judges[level]() for level in plan.levels)
+    return _with_facts(levels, recorded.other_facts), inside.divergences, recorded.name
+
+
+def _without_reference(
+    bundle: Bundle, candidate: Candidate, plan: _Plan, err: ReferenceOverflowError
+) -> _Judged:
+    """All fails that compares: what PyTorch does not compute is not what was to be exported."""
+    levels = tuple(
+        judge_positions(bundle, candidate.decoder_graph, note=candidate.note)
+        if level == "positions"
+        else LevelResult(level=level, status="failed", reason=f"{err.what}: {err.seen}")
+        for level in plan.levels
+    )
+    return levels, () if err.found is None else (err.found,), err.name
+
+
+def _with_facts(levels: tuple[LevelResult, ...], others: Sequence[str]) -> tuple[LevelResult, ...]:
+    """The first level that compares with the reference fails for what the bundle says wrongly.
+
+    Whichever is asked for: that some questions are answered alike all the same excuses nothing.
+    """
+    if not others:
+        return levels
+    first = next(level for level in levels if level.level != "positions")
+    reason = "; ".join(filter(None, (*others, first.reason)))
+    failed = replace(first, status="failed", reason=reason)
+    return tuple(failed if level is first else level for level in levels)
 
 
 def _tables(recorded: Recorded) -> list[Int64Array]:

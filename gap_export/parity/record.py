@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gap_export.bundle import Bundle
-from gap_export.errors import OutputError, UsageError
+from gap_export.errors import OutputError, ParityError, UsageError
 from gap_export.manifest import GraphSpec, Manifest
 from gap_export.parity.golden import ReferenceFacts, check_golden_place, record_golden
 from gap_export.parity.results import BackendKey
@@ -40,6 +40,7 @@ def record_truth(
         The golden's folder, absolute.
 
     Raises:
+        ParityError: what both sides would have alike is wrong.
         OutputError: the folder is taken, inside the bundle, or cannot be written.
         UsageError: no questions, nothing could be compared with it, or the checkpoint or a picture
             cannot be used.
@@ -59,6 +60,13 @@ def record_truth(
         quantization=graph.quantization,
         progress=progress or SilentProgress(),
     )
+    wrong = [*recorded.other_facts, *(row.reason for row in recorded.shared if not row.passed)]
+    if wrong:
+        raise ParityError(
+            "a golden is not recorded of a bundle that is wrong already",
+            seen="; ".join(wrong),
+            fix="export the bundle again",
+        )
     return record_golden(
         folder,
         manifest=bundle.manifest,

@@ -100,10 +100,11 @@ class Divergence:
         operator: What computes it.
         node: The node's name.
         module: The module of the model it belongs to.
-        max_abs_diff: How far it is off.
-        allowed: How far it may be.
+        max_abs_diff: How far it is off; of an overflow the largest number, in float32.
+        allowed: How far it may be; of an overflow the largest number of the dtype.
         last_agreeing: The last tensor before it that is right; empty if it is the first of all.
         cause: What is wrong there, in words, as far as it could be told.
+        kind: ``differs`` from the reference, or ``overflows`` its dtype, as the reference may, too.
     """
 
     component: str
@@ -116,6 +117,7 @@ class Divergence:
     allowed: float
     last_agreeing: str
     cause: str = ""
+    kind: Literal["differs", "overflows"] = "differs"
 
 
 @dataclass(frozen=True, kw_only=True)

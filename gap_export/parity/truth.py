@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol
 
 from gap_export.bundle import Bundle
+from gap_export.errors import ComputationError, ParityError
 from gap_export.extras import require_extra
-from gap_export.manifest import QuantizationSpec
+from gap_export.manifest import Manifest, QuantizationSpec
 from gap_export.parity.question import Question
 from gap_export.parity.replay import Call, RecordingBackend
-from gap_export.parity.results import TensorRow
+from gap_export.parity.results import Divergence, TensorRow
+from gap_export.parity.tolerances import tolerances_of
+from gap_export.parity.uncached import decode_uncached, uncached_row
 from gap_export.progress import Progress
 from gap_export.recipe import Recipe
 from gap_export.runtime.grounding import Grounding
@@ -32,13 +37,37 @@ class Recorded:
         name: What it is, for reports.
         calls: Of each question what its backend was asked and gave.
         answers: To each question.
-        shared: Of what it has from the bundle, whether that is right: a row for quantized weights.
+        shared: Of what both sides have alike, whether that is right: a row for quantized weights,
+            and one for decoding with a cache.
+        other_facts: What the bundle says of the model, and recipe and checkpoint do not.
     """
 
     name: str
     calls: Sequence[Sequence[Call]]
     answers: Sequence[Grounding]
     shared: tuple[TensorRow, ...] = ()
+    other_facts: tuple[str, ...] = ()
+
+
+class ReferenceOverflowError(ParityError):
+    """The reference itself gives no numbers: there is nothing to compare with.
+
+    Args:
+        name: What was asked.
+        err: What it gave.
+        found: Where that begins; None where that is not known.
+    """
+
+    def __init__(self, name: str, err: ComputationError, found: Divergence | None) -> None:
+        super().__init__(
+            f"{name} itself does not compute this model in numbers",
+            seen=f"{err.what}: {err.seen}",
+            fix="export it in another dtype: --dtype float32"
+            if found is not None
+            else "see that the checkpoint is whole",
+        )
+        self.name = name
+        self.found = found
 
 
 class Truth(Protocol):
@@ -84,6 +113,7 @@ class Truth(Protocol):
             progress: Told what is done.
 
         Raises:
+            ReferenceOverflowError: it gives NaN or infinity.
             UsageError: the checkpoint or a picture cannot be used.
         """
         ...
@@ -149,6 +179,7 @@ class TorchTruth:
 
         Raises:
             MissingDependencyError: PyTorch is not installed.
+            ReferenceOverflowError: it gives NaN or infinity.
             UsageError: the checkpoint or a picture cannot be used.
         """
         if self._recorded is None or self._kind != (dtype, quantization):
@@ -165,6 +196,7 @@ class TorchTruth:
     ) -> Recorded:
         require_extra("export", "checking against PyTorch")
         from gap_export.families import build_reference
+        from gap_export.parity.facts import find_other_facts, write_assets
         from gap_export.parity.quantized import use_quantized_weights
         from gap_export.parity.torch_backend import TorchBackend
         from gap_export.pruning import check_pruner_installed
@@ -180,28 +212,58 @@ class TorchTruth:
             )
         backend = TorchBackend(self._reference, quantization=quantization)
         recorder = RecordingBackend(backend, margins=backend.margins)
-        # What a picture, a prompt and a box are to be is the recipe's to say; what the bundle says
-        # of it is part of what is checked.
+        manifest = self._own_facts(bundle.manifest, self._reference)
+        calls: list[list[Call]] = []
+        answers: list[Grounding] = []
+        with TemporaryDirectory() as assets:
+            write_assets(self._reference, Path(assets))
+            session = GroundingSession(manifest, assets, recorder)
+        with session, progress.stage("asking PyTorch", total=len(self.questions)) as advance:
+            for question in self.questions:
+                recorder.calls = []
+                try:
+                    answers.append(session.ground(question.image, question.expression))
+                except ComputationError as err:
+                    raise self._not_numbers(bundle, recorder, err) from err
+                calls.append(recorder.calls)
+                advance(1)
+        # Of one question: it costs a prefill.
+        pair = next((pair for each in calls if (pair := decode_uncached(backend, each))), None)
+        if pair is not None:
+            shared = (*shared, uncached_row([pair], tolerances_of(dtype)["logits"]))
+        return Recorded(
+            name=recorder.name,
+            calls=calls,
+            answers=answers,
+            shared=shared,
+            other_facts=tuple(find_other_facts(bundle, self._reference)),
+        )
+
+    def _not_numbers(
+        self, bundle: Bundle, recorder: RecordingBackend, err: ComputationError
+    ) -> ReferenceOverflowError:
+        """Where the call that was the last begins to give what is no number."""
+        from gap_export.parity.inside.overflow import find_overflow
+
+        call = recorder.calls[-1]
+        found = find_overflow(bundle, call, self.taps(bundle), calls=recorder.calls)
+        return ReferenceOverflowError(recorder.name, err, found)
+
+    def _own_facts(self, manifest: Manifest, reference: Reference) -> Manifest:
+        """What a picture, a prompt and a box are to be, as recipe and checkpoint say.
+
+        What the bundle says of it is part of what is checked.
+        """
         recipe = self._recipe
-        manifest = replace(
-            bundle.manifest,
+        return replace(
+            manifest,
             image=recipe.image,
             grid=recipe.grid,
             prompt=recipe.prompt,
             box=recipe.box,
+            decoder=reference.decoder_spec,
+            text_encoder=reference.text_encoder_spec,
         )
-        calls: list[list[Call]] = []
-        answers: list[Grounding] = []
-        with (
-            GroundingSession(manifest, bundle.path, recorder) as session,
-            progress.stage("asking PyTorch", total=len(self.questions)) as advance,
-        ):
-            for question in self.questions:
-                recorder.calls = []
-                answers.append(session.ground(question.image, question.expression))
-                calls.append(recorder.calls)
-                advance(1)
-        return Recorded(name=recorder.name, calls=calls, answers=answers, shared=shared)
 
 
 class GoldenTruth:
@@ -213,6 +275,7 @@ class GoldenTruth:
 
     def __init__(self, golden: Golden) -> None:
         self._golden = golden
+        self._holds_together = False
 
     @property
     def name(self) -> str:
@@ -248,8 +311,13 @@ class GoldenTruth:
         """See Truth: it was asked when the golden was recorded.
 
         Raises:
-            UsageError: it was recorded in another dtype.
+            UsageError: it was recorded in another dtype, or contradicts itself.
         """
-        del bundle, progress  # opened with it, and read from the disk as it is asked for
+        from gap_export.parity.golden.playback import check_holds_together
+
         self.check_dtype(dtype, quantization)
+        if not self._holds_together:
+            with progress.stage("reading the golden"):
+                check_holds_together(self._golden, bundle)
+            self._holds_together = True
         return Recorded(name=self.name, calls=self._golden.calls, answers=self._golden.answers)

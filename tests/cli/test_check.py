@@ -341,8 +341,8 @@ DAMAGE = {
     ),
     "no plan": (lambda f: (f / _PLAN).unlink(), "engine.json is missing"),
     "no JSON": (lambda f: (f / _PLAN).write_text("{"), "engine.json"),
-    "other dtype": (
-        lambda f: _edit_plan(f / _PLAN, '"dtype": "float32"', '"dtype": "float16"'),
+    "other form": (
+        lambda f: _edit_plan(f / _PLAN, '"lowering": "', '"lowering": "un'),
         "what the bundle says of its graph",
     ),
     "other graph": (

@@ -6,6 +6,7 @@ the faulty bundle there, its manifest and hashes in order, and returns that fold
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -237,6 +238,15 @@ def with_long_context(bundle: Path, out: Path) -> Path:
         return replace(manifest, decoder=replace(manifest.decoder, max_position_embeddings=4096))
 
     return rewrite(bundle, out, edit_manifest=edit)
+
+
+def checkpoint_with_long_context(checkpoint: Path, out: Path) -> Path:
+    """The checkpoint that such bundles are of."""
+    shutil.copytree(checkpoint, out)
+    config = json.loads((out / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 4096
+    (out / "config.json").write_text(json.dumps(config))
+    return out
 
 
 def rewrite(

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gap_export.bundle import open_bundle
-from gap_export.errors import BundleError, GapExportError, ImageError, UsageError
+from gap_export.errors import (
+    BundleError,
+    GapExportError,
+    ImageError,
+    ParityError,
+    UsageError,
+)
 from gap_export.manifest import EngineLimits
 from gap_export.parity import check as check_module
 from gap_export.parity.check import check_bundle, needs_reference
@@ -89,7 +96,7 @@ def test_an_honest_bundle_passes_at_every_level(tiny_bundle, truth):
     report = run(tiny_bundle, truth)
     assert report.passed and statuses(report) == ALL_PASSED
     assert {row.tensor for row in outputs(report)} == {
-        "image_features", "keep_indices", "inputs_embeds", *DECODER,
+        "image_features", "keep_indices", "inputs_embeds", "logits (cached)", *DECODER,
     }  # fmt: skip
     assert all(row.why for row in outputs(report))
     assert level_of(report, "token").figures["equal"] == report.questions == 3
@@ -353,7 +360,8 @@ def test_a_golden_stands_for_pytorch(tiny_bundle, engine_bundle, truth, tmp_path
     assert report.reference.startswith("golden of PyTorch")
     assert report.questions == 3
     again = run(tiny_bundle, truth)
-    assert outputs(report) == outputs(again)
+    # Whether PyTorch agrees with itself was asked before the golden was recorded.
+    assert outputs(report) == [row for row in outputs(again) if row.tensor != "logits (cached)"]
 
     # Of another dtype, it has nothing to say of these engines.
     use_fakes(monkeypatch)
@@ -427,3 +435,81 @@ def test_no_true_box_leaves_the_task_out(tiny_bundle, tiny_recipe, tiny_checkpoi
     own = TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), plain)
     report = run(tiny_bundle, own, levels=("task",))
     assert statuses(report) == {"task": "not_run"} and not report.passed
+
+
+def _keys_for_values(values):
+    values[0], values[1] = values[1], values[0]
+
+
+def _another_layers(values):
+    values[2] = values[0]
+
+
+def _heads_turned(values):
+    values[0] = values[0].flip(1)
+
+
+@pytest.mark.parametrize("spoil", [_keys_for_values, _another_layers, _heads_turned, None])
+def test_a_reference_that_decodes_wrongly_from_its_cache_is_noticed(
+    tiny_bundle, tiny_recipe, tiny_checkpoint, questions, monkeypatch, tmp_path, spoil
+):
+    """What is compared step by step would be wrong on both sides alike."""
+    honest = TorchBackend.decode
+
+    def decode(self, *, position_ids, cache, **given):
+        if spoil is None and cache.length:
+            # Ids that a step does not read.
+            position_ids = np.zeros_like(position_ids)
+        logits = honest(self, position_ids=position_ids, cache=cache, **given)
+        if spoil is not None:
+            spoil(cache.values)
+        return logits
+
+    monkeypatch.setattr(TorchBackend, "decode", decode)
+    truth = TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), questions[:1])
+    report = run(tiny_bundle, truth, levels=("tensor",))
+    assert "logits (cached)" in failed_outputs(report)
+    with pytest.raises(ParityError, match="decoding with a cache is not its prefill without"):
+        record_truth(open_bundle(tiny_bundle), truth, tmp_path / "golden")
+
+
+def _other_tokenizer(folder):
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace('"red"', '"rad"'))
+
+
+def _decoder(**changes):
+    return lambda m: replace(m, decoder=replace(m.decoder, **changes))
+
+
+FACTS = {
+    "tokenizer": ({"edit_folder": _other_tokenizer}, "tokenizer.json is not the tokenizer that"),
+    "end of an answer": (
+        {"edit_manifest": _decoder(eos_token_ids=(7,))},
+        "gap.json says decoder.eos_token_ids is [7], and recipe and checkpoint give",
+    ),
+    "context": (
+        {"edit_manifest": _decoder(max_position_embeddings=9999)},
+        "decoder.max_position_embeddings is 9999, and recipe and checkpoint give",
+    ),
+}
+
+
+@pytest.mark.usefixtures("blind")
+@pytest.mark.parametrize("level", ["tensor", "box"])
+@pytest.mark.parametrize("name", FACTS)
+def test_what_the_bundle_says_of_its_model_is_held_against_the_checkpoint(
+    tiny_bundle, truth, tmp_path, name, level
+):
+    edits, words = FACTS[name]
+    bundle = mutants.rewrite(tiny_bundle, tmp_path / "wrong", **edits)
+    fresh = TorchTruth(truth._recipe, truth._checkpoint, truth.questions)
+    report = run(
+        bundle,
+        fresh,
+        levels=("positions", level),
+        fail_under={} if level == "tensor" else {"box": 0.0},
+    )
+    assert statuses(report)[level] == "failed" and words in level_of(report, level).reason
+    with pytest.raises(ParityError, match="wrong already"):
+        record_truth(open_bundle(bundle), fresh, tmp_path / "golden")

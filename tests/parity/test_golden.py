@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -25,11 +26,13 @@ from gap_export.parity.golden import (
     open_golden,
     record_golden,
 )
+from gap_export.parity.golden.playback import check_holds_together
 from gap_export.parity.question import Question
 from gap_export.parity.replay import Call, RecordingBackend
 from gap_export.parity.torch_backend import TorchBackend
 from gap_export.runtime.session import GroundingSession
 from gap_export.version import __version__
+from tests.cli.conftest import *  # noqa: F403 - its fixtures
 from tests.programs import run_program
 
 FILES = {"golden.json", "golden.json.sha256", "golden.safetensors"}
@@ -234,7 +237,7 @@ def test_a_golden_of_another_version_is_refused(recorded, copied):
     with pytest.raises(UsageError, match=rf"version of gap-export: 9.8; allowed: {__version__}"):
         open_golden(copied, given["manifest"])
     rewrite(copied, lambda plain: plain.update(format_version=1))
-    with pytest.raises(UsageError, match=r"format_version that is not supported: 1; allowed: 2"):
+    with pytest.raises(UsageError, match=r"format_version that is not supported: 1; allowed: 3"):
         open_golden(copied, given["manifest"])
 
 
@@ -286,7 +289,14 @@ HOSTILE = {
     "an unknown key": lambda p: p.update(run="rm -rf"),
     "a wrong type": lambda p: p.update(seed="0"),
     "another format": lambda p: p.update(format="gap-export-bundle"),
-    "a box of five": lambda p: p["questions"][0].update(box=[0, 0, 1, 1, 1]),
+    "a box that is text": lambda p: p["questions"][0].update(box=[0, 0, 1, 1]),
+    "a box that is a picture": lambda p: p["questions"][0].update(box=p["questions"][0]["image"]),
+    "another picture's hash": lambda p: p["questions"][0].update(image_sha256="0" * 64),
+    "arrays that change places": lambda p: p["tensors"]["array_1"].update(
+        offset=p["tensors"]["array_0"]["offset"]
+    ),
+    "other colours": lambda p: p["facts"]["image"].update(mean=[0.5, 0.5, 0.5]),
+    "another tokenizer": lambda p: p["facts"]["tokenizers"].update({"tokenizer.json": "0"}),
 }
 
 
@@ -295,6 +305,85 @@ def test_a_golden_that_does_not_hold_together_is_refused(recorded, copied, chang
     rewrite(copied, change)
     with pytest.raises(UsageError):
         open_golden(copied, recorded[1]["manifest"])
+
+
+def leaves(plain, path=()):
+    """Path and value of everything that is no object and no list."""
+    if not isinstance(plain, dict | list):
+        yield path, plain
+        return
+    for key, inner in plain.items() if isinstance(plain, dict) else enumerate(plain):
+        yield from leaves(inner, (*path, key))
+
+
+def put(plain, path, value):
+    for key in path[:-1]:
+        plain = plain[key]
+    plain[path[-1]] = value
+
+
+def test_a_number_that_is_changed_is_refused_or_decides_nothing(recorded, copied, tiny_bundle):
+    """One of each kind, such as the third token of an answer; hashes are made to fit."""
+    _, given = recorded
+    bundle, before = open_bundle(tiny_bundle), (copied / "golden.json").read_text()
+    check_holds_together(open_golden(copied, given["manifest"]), bundle)
+    kinds = {}
+    for path, value in leaves(json.loads(before)):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            kind = ".".join(
+                "*" if isinstance(key, int) else re.sub(r"\d+", "*", key) for key in path
+            )
+            kinds.setdefault(kind, []).append((path, value))
+    accepted = set()
+    for kind, found in kinds.items():
+        path, value = found[len(found) // 2]
+        (copied / "golden.json").write_text(before)
+        rewrite(copied, lambda plain, at=path, new=value + 1: put(plain, at, new))
+        try:
+            check_holds_together(open_golden(copied, given["manifest"]), bundle)
+        except UsageError:
+            continue
+        accepted.add(kind)
+    assert {"answers.*.token_ids.*", "tensors.array_*.offset"} <= kinds.keys()
+    assert {kind for kind in accepted if ".timings_ms." not in kind} == {
+        "seed",
+        "source.*.files.*.size",
+    }
+
+
+EDITED = {
+    "a token": (
+        lambda p: p["answers"][0]["token_ids"].__setitem__(0, 7), "token_ids of the answer"
+    ),
+    "a text": (lambda p: p["answers"][1].update(text="[0,0,1,1]"), "text of the answer"),
+    "a box": (lambda p: p["answers"][2].update(box=[1.0, 2.0, 3.0, 4.0]), "box of the answer"),
+    "a kept token": (
+        lambda p: p["answers"][0]["keep_indices"].__setitem__(0, 1), "keep_indices of the answer"
+    ),
+    "another expression": (
+        lambda p: p["questions"][0].update(expression="the big blue square"), "input_ids is not"
+    ),
+    "a warning": (lambda p: p["answers"][0].update(warnings=["x"]), "warnings of the answer"),
+    "what was asked": (lambda p: p.update(reference="PyTorch 9"), "backend of the answer"),
+    "a call less": (lambda p: p["calls"][0].pop(), "where a session asks for decode"),
+    "a call more": (lambda p: p["calls"][0].append(p["calls"][0][-1]), "is one more"),
+    "pixels of another picture": (
+        lambda p: first_call(p, "encode_image")["inputs"].update(
+            pixel_values=p["calls"][2][0]["inputs"]["pixel_values"]
+        ),
+        "pixel_values is not",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "words"), EDITED.values(), ids=EDITED)
+def test_a_golden_that_contradicts_its_own_arrays_is_refused(
+    recorded, copied, tiny_bundle, run_cli, change, words
+):
+    rewrite(copied, change)
+    outcome = run_cli("check", tiny_bundle, "--against", copied, "--fail-under", "token=0.1")
+    assert outcome.code == 2 and "the golden does not hold together" in outcome.err
+    assert words in outcome.err
 
 
 @pytest.mark.parametrize("raw", [b"", b"[1]", b"{", b'{"a": NaN}', b"[" * 100_000, b"\xff"])

@@ -11,7 +11,12 @@ from gap_export.parity.question import Question
 from gap_export.parity.results import LEVELS
 from gap_export.source import Checkpoint
 from tests.parity.checking import check_with_torch, statuses
-from tests.parity.mutants import CAUGHT_AT, MUTANTS, with_long_context
+from tests.parity.mutants import (
+    CAUGHT_AT,
+    MUTANTS,
+    checkpoint_with_long_context,
+    with_long_context,
+)
 
 EXPRESSIONS = ("the star", "a small red circle", "the big object left of a square")
 
@@ -40,8 +45,9 @@ def test_a_fault_is_caught_at_its_level(tiny_bundle, tiny_recipe, tiny_checkpoin
     bundle = MUTANTS[name](honest, tmp_path / "mutant")
     level = CAUGHT_AT[name]
     levels = LEVELS[: LEVELS.index(level) + 1]
+    checkpoint = checkpoint_with_long_context(tiny_checkpoint, tmp_path / "checkpoint")
     report = check_with_torch(
-        bundle, tiny_recipe, Checkpoint.of(tiny_checkpoint), questions(0), levels=levels
+        bundle, tiny_recipe, Checkpoint.of(checkpoint), questions(0), levels=levels
     )
     found = statuses(report)
     assert found[level] == "failed"

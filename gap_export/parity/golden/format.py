@@ -5,28 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
 from gap_export.errors import UsageError
 from gap_export.manifest import (
+    BoxSpec,
+    DecoderSpec,
+    GridSpec,
+    ImageSpec,
     Manifest,
+    PromptSpec,
     PruningSpec,
     QuantizationSpec,
     SourceFile,
+    TextEncoderSpec,
     from_plain,
     to_plain,
 )
-from gap_export.runtime.geometry import Box
 from gap_export.runtime.grounding import Grounding
+from gap_export.runtime.prompt import TOKENIZER_FILE
 
 GOLDEN_NAME = "golden.json"
 HASH_NAME = f"{GOLDEN_NAME}.sha256"
 TENSORS_NAME = "golden.safetensors"
 NAMES = frozenset({GOLDEN_NAME, HASH_NAME, TENSORS_NAME})
 FORMAT = "gap-export-golden"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 RECORD_AGAIN = "record it again: gap-export check BUNDLE --record DIR"
 
 # A golden's dtypes by their names in a safetensors file.
@@ -104,13 +110,52 @@ class StoredQuestion:
         image: Array of the picture: uint8 [H, W, 3], upright, RGB.
         image_sha256: Of that array's bytes.
         expression: What was asked.
-        box: The true one, in pixels, where it is known.
+        box: Array of the true one, float64 [4] in pixels, where it is known.
     """
 
     image: str
     image_sha256: str
     expression: str
-    box: Box | None
+    box: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFacts:
+    """What turns a question into inputs and tokens into a box; as in the bundle's manifest.
+
+    Attributes:
+        grid: Visual tokens before pruning.
+        image: How a picture is prepared.
+        prompt: How an expression is asked.
+        box: How an answer is read.
+        decoder: Sizes, and what ends an answer.
+        text_encoder: Of the pruner's text tower; None for none.
+        tokenizers: SHA-256 of their files, by name.
+    """
+
+    grid: GridSpec
+    image: ImageSpec
+    prompt: PromptSpec
+    box: BoxSpec
+    decoder: DecoderSpec
+    text_encoder: TextEncoderSpec | None
+    tokenizers: Mapping[str, str]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> StoredFacts:
+        """A bundle's."""
+        names = {TOKENIZER_FILE}
+        if manifest.text_encoder is not None:
+            names.add(manifest.text_encoder.tokenizer_file)
+        return cls(
+            grid=manifest.grid,
+            image=manifest.image,
+            prompt=manifest.prompt,
+            box=manifest.box,
+            decoder=manifest.decoder,
+            text_encoder=manifest.text_encoder,
+            tokenizers={file.path: file.sha256 for file in manifest.files if file.path in names},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +189,7 @@ class GoldenSpec:
         dtype: What the reference computed in.
         quantization: Of the decoder's weights, which were the bundle's own; None for none.
         pruning: What was pruned, and how.
+        facts: What else decides inputs and answers.
         tensors_size: Of the safetensors file, in bytes.
         tensors_sha256: Of its bytes.
         tensors: Arrays by name.
@@ -163,6 +209,7 @@ class GoldenSpec:
     dtype: str
     quantization: QuantizationSpec | None
     pruning: PruningSpec
+    facts: StoredFacts
     tensors_size: int
     tensors_sha256: str
     tensors: Mapping[str, StoredTensor]
@@ -202,6 +249,11 @@ def parse_golden(raw: bytes) -> GoldenSpec:
         )
     fields = {k: v for k, v in plain.items() if k not in ("format", "format_version")}
     return from_plain(GoldenSpec, fields, where=GOLDEN_NAME)
+
+
+def without_scores(answer: Grounding) -> Grounding:
+    """Scores are for pictures, and as outputs of a graph they are among the calls."""
+    return replace(answer, tokens=tuple(replace(grid, scores=None) for grid in answer.tokens))
 
 
 def hash_line(raw: bytes) -> bytes:

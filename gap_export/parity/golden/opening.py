@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import stat
@@ -17,7 +18,7 @@ from gap_export.bundle.drafts import find_standing
 from gap_export.bundle.files import sha256_of
 from gap_export.bundle.tensors import read_place
 from gap_export.errors import UsageError
-from gap_export.manifest import Manifest, QuantizationSpec, TensorPlace
+from gap_export.manifest import Manifest, QuantizationSpec, TensorPlace, differing_fields
 from gap_export.parity.golden.format import (
     GOLDEN_NAME,
     HASH_NAME,
@@ -30,13 +31,16 @@ from gap_export.parity.golden.format import (
     TENSORS_NAME,
     GoldenSpec,
     StoredCall,
+    StoredFacts,
     StoredTensor,
     hash_line,
     parse_golden,
     source_of,
 )
+from gap_export.parity.golden.layout import read_layout
 from gap_export.parity.question import Question
 from gap_export.parity.replay import Call
+from gap_export.runtime.geometry import Box
 from gap_export.runtime.grounding import Grounding
 from gap_export.version import __version__
 
@@ -181,11 +185,10 @@ def _check_identity(spec: GoldenSpec, manifest: Manifest) -> None:
         if seen != allowed:
             raise _other(field, seen, f"{allowed}, the bundle's")
     _check_source(spec, manifest)
-    for each in fields(manifest.pruning):
-        seen = getattr(spec.pruning, each.name)
-        allowed = getattr(manifest.pruning, each.name)
-        if seen != allowed:
-            raise _other(f"pruning.{each.name}", str(seen), f"{allowed}, the bundle's")
+    here = {"pruning": manifest.pruning, **_parts_of(StoredFacts.of(manifest))}
+    for part, known in {"pruning": spec.pruning, **_parts_of(spec.facts)}.items():
+        for name, seen, allowed in differing_fields(known, here[part]):
+            raise _other(f"{part}{name}", str(seen), f"{allowed}, the bundle's")
     forms = {(g.dtype, g.quantization) for g in manifest.graphs if g.component == _DECODER}
     if (spec.dtype, spec.quantization) not in forms:
         raise _other(
@@ -193,6 +196,10 @@ def _check_identity(spec: GoldenSpec, manifest: Manifest) -> None:
             _dtype_words(spec.dtype, spec.quantization),
             f"{' or '.join(sorted(_dtype_words(*form) for form in forms))}, the bundle's",
         )
+
+
+def _parts_of(facts: StoredFacts) -> dict[str, object]:
+    return {each.name: getattr(facts, each.name) for each in fields(facts)}
 
 
 def _check_source(spec: GoldenSpec, manifest: Manifest) -> None:
@@ -227,6 +234,8 @@ def _check_tensors(path: Path, spec: GoldenSpec) -> None:
     seen = sha256_of(path / TENSORS_NAME)
     if seen != spec.tensors_sha256:
         raise _damaged(path, f"{TENSORS_NAME} has SHA-256 {seen} instead of {spec.tensors_sha256}")
+    if read_layout(path / TENSORS_NAME) != dict(spec.tensors):
+        raise _damaged(path, f"{GOLDEN_NAME} and {TENSORS_NAME} disagree on where arrays lie")
 
 
 def _check_calls(spec: GoldenSpec) -> None:
@@ -239,14 +248,18 @@ def _check_calls(spec: GoldenSpec) -> None:
             fix=RECORD_AGAIN,
         )
     for question in spec.questions:
-        picture = spec.tensors.get(question.image)
-        if picture is None or not _is_picture(picture):
-            raise UsageError(
-                f"{GOLDEN_NAME}: not a picture",
-                seen=f"{question.image!r} for {question.expression!r}",
-                allowed="uint8 [H, W, 3]",
-                fix=RECORD_AGAIN,
-            )
+        for what, name, fits, allowed in (
+            ("picture", question.image, _is_picture, "uint8 [H, W, 3]"),
+            ("box", question.box, _is_box, "float64 [4]"),
+        ):
+            tensor = None if name is None else spec.tensors.get(name)
+            if name is not None and (tensor is None or not fits(tensor)):
+                raise UsageError(
+                    f"{GOLDEN_NAME}: not a {what}",
+                    seen=f"{name!r} for {question.expression!r}",
+                    allowed=allowed,
+                    fix=RECORD_AGAIN,
+                )
     for index, calls in enumerate(spec.calls):
         for call in calls:
             problem = _call_problem(spec, call)
@@ -260,6 +273,10 @@ def _check_calls(spec: GoldenSpec) -> None:
 
 def _is_picture(tensor: StoredTensor) -> bool:
     return tensor.dtype == "uint8" and len(tensor.shape) == 3 and tensor.shape[2] == 3
+
+
+def _is_box(tensor: StoredTensor) -> bool:
+    return (tensor.dtype, tensor.shape) == ("float64", (4,))
 
 
 def _call_problem(spec: GoldenSpec, call: StoredCall) -> str:
@@ -331,10 +348,22 @@ def _read_questions(path: Path, spec: GoldenSpec) -> tuple[Question, ...]:
     for question in spec.questions:
         if question.image not in pictures:
             pictures[question.image] = _read_array(path, spec.tensors[question.image])
+            seen = hashlib.sha256(pictures[question.image].tobytes()).hexdigest()
+            if seen != question.image_sha256:
+                raise _damaged(path, f"the picture {question.image} has SHA-256 {seen}")
     return tuple(
-        Question(image=pictures[q.image], expression=q.expression, box=q.box)
+        Question(
+            image=pictures[q.image],
+            expression=q.expression,
+            box=None if q.box is None else _read_box(path, spec.tensors[q.box]),
+        )
         for q in spec.questions
     )
+
+
+def _read_box(path: Path, tensor: StoredTensor) -> Box:
+    x1, y1, x2, y2 = map(float, _read_array(path, tensor))
+    return x1, y1, x2, y2
 
 
 def _read_array(path: Path, tensor: StoredTensor) -> NDArray[Any]:

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,10 +30,12 @@ from gap_export.parity.golden.format import (
     TENSORS_NAME,
     GoldenSpec,
     StoredCall,
+    StoredFacts,
     StoredPart,
     StoredQuestion,
     StoredTensor,
     hash_line,
+    without_scores,
 )
 from gap_export.parity.question import Question
 from gap_export.parity.replay import Call
@@ -117,12 +119,13 @@ def record_golden(
             dtype=reference.dtype,
             quantization=reference.quantization,
             pruning=manifest.pruning,
+            facts=StoredFacts.of(manifest),
             tensors_size=(draft / TENSORS_NAME).stat().st_size,
             tensors_sha256=sha256_of(draft / TENSORS_NAME),
             tensors=tensors,
             questions=asked,
             calls=called,
-            answers=tuple(_without_scores(answer) for answer in answers),
+            answers=tuple(without_scores(answer) for answer in answers),
         )
         raw = spec.to_json()
         (draft / GOLDEN_NAME).write_bytes(raw)
@@ -231,7 +234,8 @@ def _store_question(arrays: _Arrays, question: Question, manifest: Manifest) -> 
         image=arrays.add(pixels),
         image_sha256=hashlib.sha256(_bytes_of(pixels)).hexdigest(),
         expression=question.expression,
-        box=question.box,
+        # Not as text: what is hit is judged by it, and only arrays are vouched for twice.
+        box=None if question.box is None else arrays.add(np.asarray(question.box, np.float64)),
     )
 
 
@@ -242,11 +246,6 @@ def _store_call(arrays: _Arrays, call: Call) -> StoredCall:
         outputs={name: arrays.add(array) for name, array in call.outputs.items()},
         margins=None if call.margins is None else arrays.add(call.margins),
     )
-
-
-def _without_scores(answer: Grounding) -> Grounding:
-    """Scores are for pictures, and as outputs of a graph they are among the calls."""
-    return replace(answer, tokens=tuple(replace(grid, scores=None) for grid in answer.tokens))
 
 
 def _source(manifest: Manifest) -> tuple[StoredPart, ...]:

@@ -70,7 +70,7 @@ def find_divergence(
         where = place
     return Divergence(
         component=component,
-        call=_name_of(call, component),
+        call=name_of_call(call, component),
         tensor=where.tensor,
         operator=where.operator,
         node=where.node,
@@ -103,7 +103,7 @@ def compare_layers(
     """
     search = Search.of(bundle, component, call, truth, calls)
     taps = [tap for tap in find_taps(search.graph, ()) if tap.side == "output"]
-    suffix = f" ({_name_of(call, component).split(' ')[0]})" if call.is_decode else ""
+    suffix = f" ({name_of_call(call, component).split(' ')[0]})" if call.is_decode else ""
     rows = []
     for start in range(0, len(taps), CHUNK):
         for tap, expected, seen in search.pairs(taps[start : start + CHUNK]):
@@ -137,7 +137,8 @@ def _bisect(search: Search, taps: Sequence[Tap]) -> tuple[Look, Tap | None, list
     raise AssertionError("a chunk that is off has a tap that is off")
 
 
-def _name_of(call: Call, component: str) -> str:
+def name_of_call(call: Call, component: str) -> str:
+    """``prefill``, ``decode 1``, ..., or the component's name."""
     if not call.is_decode:
         return component
     embeds, mask, table = (

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gap_export.bundle import Bundle
 from gap_export.errors import GapExportError
@@ -67,6 +71,7 @@ def look_inside(
     if not failures and not per_layer:
         return Inside()
     from gap_export.parity.inside.divergence import compare_layers, find_divergence
+    from gap_export.parity.inside.overflow import find_overflow
 
     taps = reference.taps(bundle)
     found: list[Divergence] = []
@@ -76,6 +81,11 @@ def look_inside(
         for component, one in failures.items():
             try:
                 place = find_divergence(bundle, component, one.call, taps, calls=one.calls)
+                overflow = (
+                    None
+                    if _are_numbers(one.outputs)
+                    else find_overflow(bundle, one.call, taps, calls=one.calls)
+                )
             except GapExportError as err:
                 notes.append(f"where {component} begins to be off could not be found: {err}")
             else:
@@ -86,6 +96,8 @@ def look_inside(
                     )
                 else:
                     found.append(place)
+                if overflow is not None:
+                    found.append(overflow)
             advance(1)
         if per_layer:
             calls = recorded.calls[0]
@@ -96,6 +108,12 @@ def look_inside(
         layers=tuple(layers),
         divergences=tuple(found),
         note="; ".join(notes),
+    )
+
+
+def _are_numbers(outputs: Mapping[str, NDArray[Any]]) -> bool:
+    return all(
+        bool(np.isfinite(output).all()) for output in outputs.values() if output.dtype.kind == "f"
     )
 
 

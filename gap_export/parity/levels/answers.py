@@ -107,10 +107,19 @@ class AnswerPair:
 
     @property
     def _is_undecided(self) -> bool:
-        """The reference's two logits are no further apart than two logits may be off."""
+        """The reference's two logits are no further apart than two logits may be off.
+
+        A token that its own logits do not prefer it did not choose: that is no tie.
+        """
+        step = self.first_other_step
+        if step is None or self.margin is None:
+            return False
+        at_that_step = self.logits[step - 1]
+        if at_that_step[self.expected.token_ids[step - 1]] != np.max(at_that_step):
+            return False
         largest = max((float(np.abs(logits).max()) for logits in self.logits), default=0.0)
         undecided = 2 * self.tolerances["logits"].absolute(largest)
-        return self.margin is not None and self.margin <= undecided
+        return self.margin <= undecided
 
     @property
     def _saw_others(self) -> bool:

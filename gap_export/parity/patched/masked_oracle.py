@@ -6,6 +6,9 @@ query may attend to a dropped visual token. Weights need not be trained for it. 
 
 Shape letters: N visual tokens, K kept, L prompt tokens before pruning, P after, H hidden size,
 V vocabulary, T steps.
+
+Both sides decode with the same cache. Whether that cache is right is asked of the unpruned run: its
+last step gives what one prefill of all tokens gives, without a cache.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from gap_export.parity.patched.unpatched import UnpatchedGraphs
 from gap_export.parity.results import TensorRow, plain_values
 from gap_export.parity.tally import tensor_row
 from gap_export.parity.tolerances import Tolerance, tolerances_of
+from gap_export.parity.uncached import uncached_row
 from gap_export.positions import Int64Array, compact_positions
 from gap_export.progress import Progress, SilentProgress
 from gap_export.runtime.backend import FloatArray
@@ -44,7 +48,8 @@ class MaskedOracleReport:
         bundle: Its folder.
         candidate: What ran both, with its version.
         reference: The export it was compared with, in words.
-        outputs: One row for the features, and one each for logits of prefill and of decode steps.
+        outputs: One row for the features, one each for logits of prefill and of decode steps, and
+            one for the last step beside a prefill without a cache.
         num_questions: Pictures with their expressions.
         compact_max_abs_diff: How far logits are off with re-numbered positions, in the question
             where that shows least; None where nothing was dropped.
@@ -157,6 +162,8 @@ class _Found:
         features: [K, H].
         prefill: Logits [1, V].
         decode: Logits [T - 1, V].
+        uncached: Logits [1, V] of a prefill of all tokens, and of the last step; both the
+            reference's.
         compact: How far logits are off with re-numbered positions, where something was dropped.
     """
 
@@ -164,6 +171,7 @@ class _Found:
         self.features: _Pairs = []
         self.prefill: _Pairs = []
         self.decode: _Pairs = []
+        self.uncached: _Pairs = []
         self.compact: list[float] = []
 
     def add(self, question: _Question, num_steps: int) -> None:
@@ -174,6 +182,7 @@ class _Found:
         self.prefill.append((truth[:1], judged[:1]))
         if num_steps > 1:
             self.decode.append((truth[1:], judged[1:]))
+            self.uncached.append((question.uncached_logits(tokens), truth[-1:]))
         if question.drops:
             renumbered = question.pruned_logits(question.renumbered(), tokens)
             self.compact.append(float(np.abs(renumbered - truth).max()))
@@ -189,6 +198,7 @@ class _Found:
         ]
         if self.decode:
             rows.append(tensor_row(decoder, "logits (decode)", self.decode, logits))
+            rows.append(uncached_row(self.uncached, logits))
         return tuple(rows)
 
 
@@ -282,6 +292,18 @@ class _Question:
             mask = np.concatenate([mask, np.ones((1, 1), dtype=np.int64)], axis=1)
             slots = np.array([[length + step]], dtype=np.int64)
         return np.stack(every), np.array(tokens, dtype=np.int64)
+
+    def uncached_logits(self, tokens: Int64Array) -> FloatArray:
+        """The unpatched decoder's [1, V] behind all but the last of these tokens int64 [T]."""
+        fed = self._candidate.embed_tokens(tokens[None, :-1])
+        embeds = np.concatenate([self._full, fed], axis=1)
+        mask = np.concatenate([self._mask(), np.ones(fed.shape[:2], dtype=np.int64)], axis=1)
+        return self._reference.decode(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=compact_positions(embeds.shape[1])[None],
+            cache=self._reference.new_cache(),
+        )[0]
 
     def _mask(self) -> Int64Array:
         """int64 [1, L], 0 for dropped tokens."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.bundle.files import sha256_of
-from gap_export.errors import GapExportError, UsageError
+from gap_export.errors import GapExportError, ParityError, UsageError
 from gap_export.manifest import Manifest, SourcePart
 from gap_export.runtime.backend import FloatArray
 from gap_export.runtime.onnxruntime_backend import ORT_ERRORS
@@ -20,7 +20,7 @@ from gap_export.runtime.quiet_onnxruntime import ort
 _DTYPES: Mapping[str, type] = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64,
 }  # fmt: skip
-_MAIN = "main"
+_MAIN, _EMBEDDING = "main", "embed_tokens"
 _CPU = ["CPUExecutionProvider"]
 
 Cache = dict[str, NDArray[Any]]
@@ -39,9 +39,11 @@ class UnpatchedGraphs:
 
         Raises:
             UsageError: they are not, or cannot be loaded; or the bundle was not patched.
+            ParityError: the bundle has another tokenizer, word embedding or weights than they have.
         """
         part = _source(manifest)
         _check_unchanged(part, folder)
+        _check_taken_over(part, manifest)
         half = manifest.dtype == "float16"
         self._vision = _load(folder / _graph_file(part, "vision_encoder"), half=half)
         self._decoder = _load(folder / _graph_file(part, "decoder_model_merged"), half=half)
@@ -125,6 +127,23 @@ def _check_unchanged(part: SourcePart, folder: Path) -> None:
                 seen=f"{path} differs",
                 allowed=f"sha256 {file.sha256}",
                 fix="name the folder that was patched, or patch this one",
+            )
+
+
+def _check_taken_over(part: SourcePart, manifest: Manifest) -> None:
+    """What patching leaves as it is, and both sides of the comparison read, is the export's."""
+    held = {file.path: file.sha256 for file in manifest.files}
+    embedding = manifest.graph(_EMBEDDING).file
+    for file in part.files:
+        name = Path(file.path).name
+        if name.endswith(".onnx"):
+            name = embedding if name.startswith(_EMBEDDING) else ""
+        if held.get(name, file.sha256) != file.sha256:
+            raise ParityError(
+                "the bundle has not got the export's own file",
+                seen=f"{name}: SHA-256 {held[name]}",
+                allowed=f"{file.sha256}, that of {file.path}",
+                fix="patch the export again",
             )
 
 

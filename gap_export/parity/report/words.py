@@ -120,6 +120,13 @@ def describe_divergence(found: Divergence) -> str:
     where = f"{clean(found.component)} ({clean(found.call)})"
     what = f"{clean(found.operator)} {clean(found.node)}".strip()
     module = f" of module {clean(found.module)}" if found.module else ""
+    if found.kind == "overflows":
+        text = (
+            f"{where} first overflows in {what or 'an input'}{module}"
+            f"{f', which gives {clean(found.tensor)}' if found.tensor else ''}: "
+            f"{found.max_abs_diff:.4g} in float32, where {found.allowed:.5g} is the largest number."
+        )
+        return f"{text} {clean(found.cause)}".rstrip()
     text = (
         f"{where} first diverges at {clean(found.tensor)}, which {what or 'an input'}{module} "
         f"gives: off by {number(found.max_abs_diff)}, allowed {number(found.allowed)}."

@@ -30,6 +30,16 @@ def test_half_precision_margin_grows_with_the_logits():
     assert not pair(answer((0, EOS)), answer((2, EOS)), logits, dtype="float16").is_tie
 
 
+@pytest.mark.parametrize(
+    ("chosen", "other"), [(1, 0), (1, 2)], ids=["the preferred one", "a third one"]
+)
+def test_a_token_that_the_logits_do_not_prefer_is_no_tie(chosen, other):
+    """Whoever changes a recorded token makes the margin negative, or one to some other token."""
+    logits = [np.asarray([9.0, 8.0, 8.0 - 1e-6], np.float64)]
+    found = pair(answer((chosen, EOS)), answer((other, EOS)), logits)
+    assert found.margin < 1e-4 and not found.is_tie
+
+
 def test_equal_answers_are_no_tie():
     logits = [np.asarray([1.0, 1.0, 0.0])]
     found = pair(answer(), answer(), logits)

@@ -6,14 +6,18 @@ Here: that it can fail, and refuses where there is nothing to compare with.
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 
-from gap_export.errors import UsageError
+from gap_export.errors import ParityError, UsageError
 from gap_export.parity.patched import masked_oracle
 from gap_export.parity.patched.masked_oracle import compare_with_unpatched
 from gap_export.parity.patched.unpatched import UnpatchedGraphs
 from gap_export.passes import insert_gap_remap
+from gap_export.patching import patch as patching
 from gap_export.patching.prune_at_places import PruneAtPlaces
+from tests.parity.mutants import rewrite
+from tests.patching.cache_faults import FAULTS, break_cache
 from tests.patching.conftest import *  # noqa: F403 - its fixtures
 from tests.patching.graphs import write_gqa_decoder
 
@@ -36,6 +40,7 @@ def test_a_report_has_a_row_for_each_output(tiny_export, patch, compare):
     report = compare(patch(tiny_export).bundle)
     assert rows(report) == {
         "image_features": True, "logits (prefill)": True, "logits (decode)": True,
+        "logits (cached)": True,
     }  # fmt: skip
     plain = report.to_plain()
     assert plain["passed"] and plain["is_sensitive"] and plain["num_questions"] == 1
@@ -58,6 +63,7 @@ def test_compact_positions_are_noticed(tiny_export, patch, compare, monkeypatch)
     report = compare(patch(tiny_export).bundle)
     assert rows(report) == {
         "image_features": True, "logits (prefill)": False, "logits (decode)": False,
+        "logits (cached)": True,
     }  # fmt: skip
 
 
@@ -78,8 +84,40 @@ def test_a_lost_node_is_noticed(tiny_export, patch, compare, monkeypatch):
     report = compare(patch(tiny_export).bundle)
     assert rows(report) == {
         "image_features": True, "logits (prefill)": False, "logits (decode)": False,
+        "logits (cached)": True,
     }  # fmt: skip
     assert not report.passed
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_cache_that_is_wrong_on_both_sides_is_noticed(
+    own_export, patch, compare, monkeypatch, fault
+):
+    """Where the look at the graph, which refuses most of them, saw nothing."""
+    monkeypatch.setattr(patching, "check_cache_roles", lambda graph, num_layers: None)
+    break_cache(own_export / "decoder_model_merged.onnx", fault)
+    report = compare(patch(own_export).bundle, own_export)
+    # Both decode from one cache alike.
+    assert rows(report)["logits (decode)"] and rows(report)["logits (prefill)"]
+    assert not rows(report)["logits (cached)"] and not report.passed
+    assert "decoding with a cache is not its prefill without" in report.outputs[-1].reason
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "embed_tokens.onnx"])
+def test_what_both_sides_read_is_the_exports_own(tiny_export, patch, compare, tmp_path, name):
+    def edit(folder):
+        file = folder / name
+        raw = file.read_bytes()
+        if name == "tokenizer.json":
+            file.write_bytes(raw.replace(b'"red"', b'"rad"'))
+            return
+        model = onnx.load(file)
+        model.graph.initializer[0].raw_data = model.graph.initializer[0].raw_data[::-1]
+        onnx.save(model, file)
+
+    wrong = rewrite(patch(tiny_export).bundle, tmp_path / "wrong", edit_folder=edit)
+    with pytest.raises(ParityError, match=f"has not got the export's own file: {name}"):
+        compare(wrong)
 
 
 def test_indices_of_other_tokens_are_noticed(tiny_export, patch, compare, monkeypatch):

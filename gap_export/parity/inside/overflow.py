@@ -1,0 +1,269 @@
+"""Where numbers begin to be none: the first operation whose result does not fit its dtype.
+
+float16 ends at 65504: what is above becomes infinity, and then NaN. That is so in PyTorch and in a
+graph alike; the first place is looked for in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gap_export.bundle import Bundle
+from gap_export.parity.inside.divergence import name_of_call
+from gap_export.parity.inside.graph_search import CHUNK, largest_of
+from gap_export.parity.inside.module_taps import find_taps
+from gap_export.parity.inside.reference_taps import ReferenceCall, ReferenceTaps
+from gap_export.parity.inside.taps import Arrays, Graph, run_taps
+from gap_export.parity.replay import Call
+from gap_export.parity.results import Divergence
+from gap_export.parity.tally import COMPONENTS
+
+# Their results are whatever was in the memory.
+_UNFILLED = ("empty", "new_empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _InReference:
+    """An operation of PyTorch's.
+
+    Attributes:
+        operator: PyTorch's name of it.
+        module: The innermost one it is part of, dotted.
+        largest_input: Of what it was given.
+        value: Largest of its result, worked out in float32.
+    """
+
+    operator: str
+    module: str
+    largest_input: float
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _InGraph:
+    """A node of a graph, and the largest number it was given."""
+
+    tensor: str
+    operator: str
+    node: str
+    largest_input: float
+
+
+def find_overflow(
+    bundle: Bundle, call: Call, truth: ReferenceTaps, *, calls: Sequence[Call] = ()
+) -> Divergence | None:
+    """The first operation of a call that gives NaN or infinity for numbers.
+
+    Args:
+        bundle: A checked one; its base graph is run, without optimisations, where it has the
+            reference's dtype.
+        call: A recorded call, on either side of which something is not finite.
+        truth: The reference.
+        calls: All calls of the same question; a decode step needs those before it.
+
+    Returns:
+        None where all is finite on both sides.
+
+    Raises:
+        UsageError: a decode step without those before it.
+        GapExportError: ONNX Runtime cannot run the graph.
+    """
+    component = COMPONENTS[call.method]
+    replayed = truth.replay(component, call, calls)
+    inside = _in_reference(replayed)
+    spec = bundle.manifest.graph(component)
+    graph = Graph.read(bundle.file(spec.file)) if spec.dtype == truth.reference.dtype else None
+    outside = None if graph is None else _in_graph(graph, replayed.feed)
+    if inside is None and outside is None:
+        return None
+    named = outside
+    if named is None and inside is not None and graph is not None:
+        named = _node_of(graph, inside.module)
+    return Divergence(
+        kind="overflows",
+        component=component,
+        call=name_of_call(call, component),
+        tensor="" if named is None else named.tensor,
+        operator=inside.operator if named is None and inside is not None else _operator(named),
+        node="" if named is None else named.node,
+        module="" if inside is None else inside.module,
+        max_abs_diff=float("inf") if inside is None else inside.value,
+        allowed=float(np.finfo(np.float32 if spec.dtype == "float32" else np.float16).max)
+        if spec.dtype != "bfloat16"
+        else float(torch.finfo(torch.bfloat16).max),
+        last_agreeing="",
+        cause=_words(inside, outside, has_graph=graph is not None),
+    )
+
+
+def _operator(named: _InGraph | None) -> str:
+    return "" if named is None else named.operator
+
+
+def _words(inside: _InReference | None, outside: _InGraph | None, *, has_graph: bool) -> str:
+    if inside is None:
+        assert outside is not None, "one of the two was found"
+        return (
+            f"The largest number it is given is {outside.largest_input:.4g}. PyTorch computes the "
+            "same call in finite numbers."
+        )
+    text = (
+        f"The largest number it is given is {inside.largest_input:.4g}; so it is in PyTorch "
+        f"({inside.operator})"
+    )
+    if outside is not None:
+        return f"{text} and in the bundle's graph."
+    return f"{text}, while the bundle's graph ends in finite numbers." if has_graph else f"{text}."
+
+
+class _FirstOverflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation, and keeps the first whose result is not finite while its inputs are."""
+
+    def __init__(self, running: Sequence[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: _InReference | None = None
+        self._running = running
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and look at what it gives."""
+        del types
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = str(func.overloadpacket).rpartition(".")[2]
+        if self.found is None and name not in _UNFILLED and not _all_finite(result):
+            given = _floats((args, kwargs))
+            if all(map(_is_finite, given)):
+                wide = func(*tree_map(_widen, args), **tree_map(_widen, kwargs))
+                self.found = _InReference(
+                    operator=name,
+                    module=self._running[-1] if self._running else "",
+                    largest_input=max((_largest(value) for value in given), default=0.0),
+                    value=max(map(_largest, _floats(wide)), default=float("inf")),
+                )
+        return result
+
+
+def _in_reference(replayed: ReferenceCall) -> _InReference | None:
+    module, running = replayed.component.module, list[str]()
+    for name, parameter in module.named_parameters():
+        if not _is_finite(parameter):
+            return _InReference(
+                operator=f"the weight {name}",
+                module=name.rpartition(".")[0],
+                largest_input=float("inf"),
+                value=float("inf"),
+            )
+    seen = _FirstOverflow(running)
+    with _tracked(module, running), seen:
+        replayed.modules(())
+    return seen.found
+
+
+@contextmanager
+def _tracked(module: torch.nn.Module, running: list[str]) -> Iterator[None]:
+    """Keep the names of the modules that are being run, innermost last."""
+    handles = []
+    for name, part in module.named_modules():
+
+        def enter(part: Any, args: Any, name: str = name) -> None:
+            del part, args
+            running.append(name)
+
+        def leave(part: Any, args: Any, output: Any) -> None:
+            del part, args, output
+            running.pop()
+
+        handles += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _in_graph(graph: Graph, feed: Arrays) -> _InGraph | None:
+    """By bisection: what is not finite stays so, down to an output."""
+    if not _any_nonfinite(run_taps(graph, graph.outputs, feed)):
+        return None
+    names = [name for node in graph.nodes for name in node.outputs if name]
+    chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
+    low, high = 0, len(chunks) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if _any_nonfinite(run_taps(graph, chunks[middle], feed)):
+            high = middle
+        else:
+            low = middle + 1
+    seen = run_taps(graph, chunks[low], feed)
+    for name in chunks[low]:
+        if not _is_number(seen[name]):
+            return _named(graph, name, feed)
+    return None
+
+
+def _named(graph: Graph, name: str, feed: Arrays) -> _InGraph:
+    node = graph.nodes[graph.producers[name]]
+    given = run_taps(graph, [value for value in node.inputs if value], feed).values()
+    return _InGraph(
+        tensor=name,
+        operator=node.op_type,
+        node=node.name,
+        largest_input=max(
+            (largest_of(value) for value in given if value.dtype.kind == "f"), default=0
+        ),
+    )
+
+
+def _node_of(graph: Graph, module: str) -> _InGraph | None:
+    """The node that gives what a module gives."""
+    for tap in find_taps(graph, ()):
+        if tap.module == module and tap.side == "output" and tap.value in graph.producers:
+            node = graph.nodes[graph.producers[tap.value]]
+            return _InGraph(
+                tensor=tap.value, operator=node.op_type, node=node.name, largest_input=0.0
+            )
+    return None
+
+
+def _any_nonfinite(values: Arrays) -> bool:
+    return not all(map(_is_number, values.values()))
+
+
+def _is_number(values: NDArray[Any]) -> bool:
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
+
+
+def _floats(values: Any) -> list[torch.Tensor]:
+    return [
+        leaf
+        for leaf in tree_leaves(values)
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+    ]
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    return bool(torch.isfinite(value).all())
+
+
+def _all_finite(values: Any) -> bool:
+    return all(map(_is_finite, _floats(values)))
+
+
+def _largest(value: torch.Tensor) -> float:
+    return float(value.abs().max()) if value.numel() else 0.0
+
+
+def _widen(leaf: Any) -> Any:
+    """A tensor, or a dtype that is asked for, in float32."""
+    if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+        return leaf.to(torch.float32)
+    return torch.float32 if leaf in (torch.float16, torch.bfloat16) else leaf
