@@ -24,6 +24,7 @@ from gap_export.passes import InsertGapRemap, run_pipeline
 from gap_export.passes.graph_pass import GraphPass
 from gap_export.passes.insert_gap_remap import DOMAIN as GAP_DOMAIN
 from gap_export.passes.matching import static_dim
+from gap_export.patching.cache_roles import check_cache_roles
 from gap_export.patching.choose_pruner import PASSES, settle_pruning
 from gap_export.patching.decoder_interface import DecoderFacts, read_decoder_interface
 from gap_export.patching.describe import PatchedGraph, check_special_tokens, describe_patch
@@ -160,6 +161,7 @@ def _look_at_decoder(graph: ForeignGraph) -> tuple[DecoderFacts, PositionReach]:
             fix="patch the export as its maker left it",
         )
     facts = read_decoder_interface(graph.model.graph)
+    check_cache_roles(graph.model.graph, facts.num_layers)
     return facts, find_position_reach(graph.model, facts.position_ids)
 
 
