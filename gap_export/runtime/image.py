@@ -252,7 +252,11 @@ def _decode(
                 # It keeps what was decoded; without tiles there is nothing left to do.
                 image.tile = []
     if damage is not None and not allow_damaged:
-        raise damaged(name, damage)
+        raise damaged(
+            name,
+            damage,
+            fix="get it again; --allow-damaged (allow_damaged=True) uses what can be decoded",
+        )
     try:
         rgb = _flatten(image, pad_color, name)
     except DAMAGED as err:

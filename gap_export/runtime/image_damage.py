@@ -1,6 +1,6 @@
 """Damage that an image library passes over: what a decoder recovers from is not the image that was.
 
-Pillow reports files that end early, checksums of PNG and data that cannot be decoded at all. Each
+Pillow reports files that end early and data that cannot be decoded at all. Each
 check here finds what it decodes without a word. What no check can find is in the README, "Damaged
 images": most formats have no checksum, and a changed byte of theirs is another valid image.
 """
@@ -83,6 +83,25 @@ def gif_damage(data: bytes, num_pixels: int) -> str | None:
         more = "more" if found > num_pixels else "fewer"
         return f"GIF data for {more} pixels than the {num_pixels} of the image"
     return None
+
+
+def png_damage(data: bytes) -> str | None:
+    """What Pillow passes over in a PNG file, whose chunks' checksums it does not all read.
+
+    Args:
+        data: The file.
+    """
+    place = 8
+    while place < len(data):
+        size = int.from_bytes(data[place : place + 4], "big")
+        end = place + 8 + size
+        kind = data[place + 4 : place + 8]
+        if zlib.crc32(data[place + 4 : end]).to_bytes(4, "big") != data[end : end + 4]:
+            return f"a PNG chunk at byte {place} whose checksum is wrong"
+        if kind == b"IEND":
+            return None
+        place = end + 4
+    return "the PNG file ends before its image does"
 
 
 def _strips(directory: Directory) -> Iterator[bytes]:

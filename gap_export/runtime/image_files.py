@@ -1,4 +1,8 @@
-"""Image files, opened with nothing taken on trust: limits first, then damage, then the pixels."""
+"""Image files, opened with nothing taken on trust: limits first, then damage, then the pixels.
+
+Time is limited by scans and pixels, not by a clock: what serves many users has to stop a decoder
+that takes too long from outside of its process.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ from PIL import (
 )
 
 from gap_export.errors import ImageError
-from gap_export.runtime.image_damage import gif_damage, jpeg_damage, tiff_damage
+from gap_export.runtime.image_damage import gif_damage, jpeg_damage, png_damage, tiff_damage
 from gap_export.runtime.jpeg import JpegFile, read_jpeg
 from gap_export.runtime.tiff import ORIENTATION, SIGNATURES, Directory, read_directory
 
@@ -217,13 +221,15 @@ def too_large(seen: str) -> ImageError:
     )
 
 
-def damaged(name: str, reason: object) -> ImageError:
+def damaged(
+    name: str, reason: object, *, fix: str = "save it again, or get it again"
+) -> ImageError:
     """The error of an image that cannot be used."""
     return ImageError(
         "the image is damaged or not complete",
         seen=f"{name}: {reason}",
         allowed=ALLOWED,
-        fix="save it again, or get it again",
+        fix=fix,
     )
 
 
@@ -241,6 +247,8 @@ def _find_damage(
 ) -> str | None:
     if kind == "JPEG":
         return jpeg_damage(data)
+    if kind == "PNG":
+        return png_damage(data)
     if kind == "GIF":
         # A first frame may be smaller than the animation.
         left, top, right, bottom = (image.tile[0][1] if image.tile else None) or (0, 0, 0, 0)

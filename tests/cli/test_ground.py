@@ -110,6 +110,23 @@ def test_a_backend_that_cannot_run_is_one_message_and_exit_2(
     assert words in outcome.err
 
 
+def test_a_damaged_image_is_refused_unless_it_is_allowed(run_cli, tiny_bundle, tmp_path):
+    path = tmp_path / "damaged.jpg"
+    Image.new("RGB", (64, 48), "red").save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-12] + whole[-2:])
+    outcome = run_cli("ground", tiny_bundle, path, EXPRESSION)
+    assert outcome.code == 2
+    assert "damaged or not complete" in outcome.err and "--allow-damaged" in outcome.err
+    assert not outcome.out
+    out = tmp_path / "found.png"
+    outcome = run_cli("ground", tiny_bundle, path, EXPRESSION, "--allow-damaged", "--save", out)
+    assert outcome.code == 0
+    assert "warning: the image is damaged, and was used all the same: " in outcome.err
+    assert "the image is damaged" in outcome.plain["warnings"][0]
+    assert out.exists()
+
+
 def test_save_never_replaces_the_picture_it_is_made_from(run_cli, tiny_bundle, picture):
     before = picture.read_bytes()
     outcome = run_cli("ground", tiny_bundle, picture, EXPRESSION, "--save", picture)

@@ -114,10 +114,12 @@ def test_damage_that_decoders_recover_from_is_refused(
         (GOOD["restarts"].replace(b"\xff\xd1", b"\xff\xd4", 1), "[Cc]orrupt"),
         (GOOD["jpeg"][:2] + b"\x12\x34" + GOOD["jpeg"][2:], "not an image"),
         (GOOD["jpeg"][:20] + b"\0\0" + GOOD["jpeg"][20:], "no JPEG marker at byte 20"),
+        (GOOD["png"][:-12], "the PNG file ends before its image does"),
+        (GOOD["png"][:-20] + bytes(20), "a PNG chunk at byte .* whose checksum is wrong"),
         (encode("TIFF", scene().convert("1"), compression="group4"), "cannot be checked"),
         (encode("TIFF", scene().convert("1"), compression="group3"), "cannot be checked"),
     ],
-    ids=["no end", "short", "surplus", "restart", "start", "segment", "fax 4", "fax 3"],
+    ids="end short surplus restart start segment png-end png-crc fax-4 fax-3".split(),
 )
 def test_reason_of_a_refusal_is_named(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError, match=reason):
