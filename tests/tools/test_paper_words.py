@@ -122,7 +122,7 @@ def test_both_texts_are_told_and_the_authors_is_the_default(words):
     # Tables of pruners have each as its authors do.
     defaults = {(r["pruner"], r["pruner_text"]) for r in found.rows() if r["pruner"] != "none"}
     assert defaults == {("text", "expression"), ("trim", "question")}
-    lines = words._texts(found)
+    lines = words._texts(found, {"n": 100})
     assert '"In the given could you find and tell me the coordinates of {expression} ?"' in lines[1]
     assert lines[-2:] == [
         "| `text` | **90.0 %** (88.0-92.0 %) | **50.0 %** (48.0-52.0 %) | 80.0 % (78.0-82.0 %) "
@@ -132,9 +132,18 @@ def test_both_texts_are_told_and_the_authors_is_the_default(words):
     ]
 
 
+def test_a_row_of_fewer_expressions_than_the_table_says_so(words):
+    rows = measured(0.03, 0.88).rows()
+    fewer = [{**r, "n": 25} if r["keep_ratio"] == 0.3 else r for r in rows]
+    text = words.format_card(found_of(fewer, "refshapes-llava"), command="x")
+    (line,) = [line for line in text.splitlines() if line.startswith("| `spatial`")]
+    whole, few = "**88.0 %** (86.0-90.0 %)", "**88.0 %** (86.0-90.0 %; n 25)"
+    assert line == f"| `spatial` | 3.0 % | {whole} | 3.0 % | {few} | 3.0 % | {whole} |"
+
+
 def test_where_the_question_is_the_expression_nothing_is_compared(words):
     rows = [{**r, "pruner_text": "expression"} for r in texts("refshapes-llava")]
-    (_, line) = words._texts(found_of(rows, "refshapes-llava"))
+    (_, line) = words._texts(found_of(rows, "refshapes-llava"), {"n": 100})
     assert line.startswith("The question is the expression itself: `text`, `trim`")
 
 
@@ -155,3 +164,20 @@ def test_rows_measured_anew_replace_those_of_before(words, tmp_path):
     cut = [",".join(part for n, part in enumerate(line.split(",")) if n != place) for line in old]
     (tmp_path / "old.csv").write_text("\n".join(cut))
     assert {r["pruner_text"] for r in read_csv(tmp_path / "old.csv")} == {None, "expression"}
+
+
+def test_what_was_not_measured_as_the_authors_have_it_says_what_it_read(words):
+    rows = [row("none", 1.0, "none", 0.9)]
+    for keep, text in (
+        (0.5, "expression"),
+        (0.3, "expression"),
+        (0.3, "question"),
+        (0.1, "question"),
+    ):
+        pair = (row("trim", keep, positions, 0.6) for positions in ("compact", "gap"))
+        rows += [{**one, "pruner_text": text} for one in pair]
+    lines = words.format_card(found_of(rows, "refshapes-shikra"), command="x").splitlines()
+    main, texts_read = (line for line in lines if line.startswith("| `trim`"))
+    assert main.count("read the") == 1
+    assert main.startswith("| `trim` | 60.0 % | **60.0 %** (58.0-62.0 %; read the expression) |")
+    assert texts_read.count("not measured") == 1

@@ -42,8 +42,16 @@ class Measured:
     all_rows: Sequence[Row]
 
     def rows(self) -> list[Row]:
-        """Rows of pruners as their authors have them, read by all tables but that of the texts."""
-        return [row for row in self.all_rows if row["pruner_text"] in (None, self.text_of(row))]
+        """Rows of pruners as their authors have them, read by all tables but that of the texts.
+
+        What was not measured so yet is as it was measured.
+        """
+        found: dict[tuple[Any, ...], Row] = {}
+        for row in self.all_rows:
+            key = tuple(row[name] for name in _WHAT if name != "pruner_text")
+            if key not in found or row["pruner_text"] == self.text_of(row):
+                found[key] = row
+        return list(found.values())
 
     def text_of(self, row: Row) -> str | None:
         """What the pruner of a row reads of the text by default; None of one that reads none."""

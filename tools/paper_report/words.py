@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from readme_figures import interval, percent
 
@@ -75,6 +75,10 @@ def _matrix(measured: Measured) -> list[str]:
         for row in rows
         if row["positions"] in ("permuted", "shifted")
     ]
+
+    def note(row: Row) -> str:
+        return _of(row, whole, measured.text_of(row))
+
     heads = " | ".join(f"keep {keep:g}: compact | GAP" for keep in KEEPS[1:])
     lines += ["", f"| pruner | {heads} |", "|---" * (1 + 2 * len(KEEPS[1:])) + "|"]
     for pruner in dict.fromkeys(row["pruner"] for row in rows if row["pruner"] != "none"):
@@ -83,10 +87,16 @@ def _matrix(measured: Measured) -> list[str]:
             compact, gap = (_find(rows, pruner, keep, mode) for mode in ("compact", "gap"))
             cells += [
                 percent(compact["acc_at_50"]),
-                f"**{percent(gap['acc_at_50'])}** ({interval(gap['ci95'])})",
+                f"**{percent(gap['acc_at_50'])}** ({interval(gap['ci95'])}{note(gap)})",
             ]
         lines.append(f"| `{pruner}` | {' | '.join(cells)} |")
-    return [*lines, *_all_kept(rows), *_adaptive(rows), *_texts(measured)]
+    return [*lines, *_all_kept(rows), *_adaptive(rows, note), *_texts(measured, whole)]
+
+
+def _of(row: Row, whole: Row, default: str | None) -> str:
+    """How many expressions a row is of, and what it read, where that is not what a table says."""
+    number = "" if row["n"] == whole["n"] else f"; n {row['n']}"
+    return number if row["pruner_text"] == default else f"{number}; read the {row['pruner_text']}"
 
 
 def _all_kept(rows: list[Row]) -> list[str]:
@@ -111,13 +121,14 @@ def _all_kept(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _adaptive(rows: list[Row]) -> list[str]:
+def _adaptive(rows: list[Row], note: Callable[[Row], str]) -> list[str]:
     found = [row for row in rows if row["budget"] == "adaptive"]
     if not found:
         return []
     lines = [
         "",
-        "With `--budget adaptive` each picture, and each expression, decides how many tokens stay:",
+        "With `--budget adaptive` each image, and each expression, decides how many tokens stay, "
+        "which are as many as stand out, and an extra one of pruners that have one:",
         "",
         "| pruner | tokens, on average | compact | GAP |",
         "|---|---|---|---|",
@@ -129,12 +140,12 @@ def _adaptive(rows: list[Row]) -> list[str]:
         )
         lines.append(
             f"| `{pruner}` | {gap['mean_visual_tokens']:.1f} | {percent(compact['acc_at_50'])} "
-            f"| **{percent(gap['acc_at_50'])}** |"
+            f"| **{percent(gap['acc_at_50'])}** ({interval(gap['ci95'])}{note(gap)}) |"
         )
     return lines
 
 
-def _texts(measured: Measured) -> list[str]:
+def _texts(measured: Measured, whole: Row) -> list[str]:
     """What pruners that read the text make of the expression, and of the whole question."""
     pairs = {
         (row["pruner"], row["pruner_text"], row["keep_ratio"]): row
@@ -146,7 +157,7 @@ def _texts(measured: Measured) -> list[str]:
         names = ", ".join(f"`{name}`" for name in pruners)
         return ["", f"The question is the expression itself: {names} read the same by either name."]
     cells = [(text, keep) for text in ("expression", "question") for keep in TEXT_KEEPS]
-    if not all((name, *cell) in pairs for name in pruners for cell in cells) or not pruners:
+    if not pruners:
         return []
     question = measured.recipe.prompt.question_template()
     heads = " | ".join(f"{text}: keep {keep:g}" for text, keep in cells)
@@ -162,9 +173,13 @@ def _texts(measured: Measured) -> list[str]:
     for name in pruners:
         told = []
         for cell in cells:
-            row = pairs[name, cell[0], cell[1]]
+            row = pairs.get((name, *cell))
+            if row is None:
+                told.append("not measured")
+                continue
             mark = "**" if row["pruner_text"] == measured.text_of(row) else ""
-            told.append(f"{mark}{percent(row['acc_at_50'])}{mark} ({interval(row['ci95'])})")
+            span = f"{interval(row['ci95'])}{_of(row, whole, row['pruner_text'])}"
+            told.append(f"{mark}{percent(row['acc_at_50'])}{mark} ({span})")
         lines.append(f"| `{name}` | {' | '.join(told)} |")
     return lines
 
