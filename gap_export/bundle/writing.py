@@ -195,6 +195,15 @@ def _as_output_error(final: Path) -> Iterator[None]:
         ) from err
 
 
+def check_output(out: str | Path, *, force: bool) -> None:
+    """Refuse a place for a bundle beforehand, as :func:`write_bundle` would.
+
+    Raises:
+        OutputError: the folder is taken.
+    """
+    _check_final(_absolute(Path(out)), force=force)
+
+
 def _absolute(path: Path) -> Path:
     """The path without ``..``; a link as its last part is kept, so that it can be refused."""
     return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name

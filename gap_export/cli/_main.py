@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gap_export.cli._app import build_command
-from gap_export.cli._terminal import Terminal
+from gap_export.cli._terminal import Terminal, process_started
 from gap_export.errors import ExitCode, GapExportError
 from gap_export.stop_signals import Stopped, stop_signals
 from gap_export.visible import visible
@@ -35,14 +35,18 @@ def main(
         The exit code, see :class:`gap_export.errors.ExitCode`; 128 + n after signal n.
     """
     _prepare_streams()
-    terminal = Terminal()
+    # A list of arguments may come from a process that did other things before.
+    terminal = Terminal(started=process_started() if argv is None else None)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with stop_signals():
             code = _run(command(), arguments, terminal, program)
+        terminal.end()
         if sys.stdout is not None:
             sys.stdout.flush()
     except GapExportError as err:
+        if err.exit_code != ExitCode.USAGE:
+            terminal.end()
         terminal.error(str(err))
         code = int(err.exit_code)
     except Stopped as stop:

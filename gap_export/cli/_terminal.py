@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from gap_export.progress import Progress, SilentProgress
@@ -21,9 +24,16 @@ class Terminal:
         verbose: Log messages of the package, and tracebacks of unexpected errors.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, started: float | None = None) -> None:
+        """Start the clock.
+
+        Args:
+            started: When the command began, by ``time.monotonic()``; None: now.
+        """
         self.quiet = False
         self.verbose = False
+        self._started = time.monotonic() if started is None else started
+        self._is_long = False
 
     def set_verbose(self) -> None:
         """Show the package's log on stderr."""
@@ -42,6 +52,16 @@ class Terminal:
         """Print the result of a command as JSON; NaN and infinity are not JSON and refused."""
         # The one control that JSON lets pass in ASCII.
         print(format_json(plain).replace("\x7f", "\\u007f"))
+
+    def begin(self, text: str) -> None:
+        """Say what is being done, before the imports that take seconds; the first sign of life."""
+        self._is_long = True
+        self.message(f"{text} ...")
+
+    def end(self) -> None:
+        """Say how long the whole command took, where :meth:`begin` said that it may be long."""
+        if self._is_long:
+            self.message(f"took {time.monotonic() - self._started:.1f} s in all")
 
     def message(self, text: str) -> None:
         """Tell the user something that is not the result."""
@@ -72,6 +92,23 @@ class Terminal:
 class _VisibleFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record), lines=True)
+
+
+def process_started() -> float:
+    """When this process began, by ``time.monotonic()``; now where the system does not tell.
+
+    What a user waits for begins there, and not where our first line runs: starting Python is part
+    of it.
+    """
+    age = 0.0
+    try:
+        # Behind the name, which may hold anything, in brackets: field 3 and those that follow.
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+        age = since_boot - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (AttributeError, IndexError, OSError, ValueError):
+        pass
+    return time.monotonic() - max(age, 0.0)
 
 
 def _print_error(text: str) -> None:

@@ -105,11 +105,12 @@ def build(
 
     For rtx on any machine; for the other targets on the GPU they are for.
     """
+    terminal = terminal_of(ctx)
+    terminal.begin(f"building engines for {', '.join(target)} in {bundle}")
     from gap_export.engines.build import LimitOverrides
     from gap_export.engines.command import describe_folders, run_build
     from gap_export.engines.compile import BuildOptions
 
-    terminal = terminal_of(ctx)
     folders = run_build(
         bundle,
         target,

@@ -100,10 +100,11 @@ def check(
 
     Position ids, every output, every token, every box, and Acc@0.5; exit code 3 where one fails.
     """
+    terminal = terminal_of(ctx)
+    terminal.begin(f"checking {bundle}")
     from gap_export.engines.folder import open_whole
     from gap_export.parity.report import check_writable, write_reports
 
-    terminal = terminal_of(ctx)
     backends = parse_backends(backend or [], "--backend")
     given = {
         "--level": level, "--fail-under": fail_under, "--per-layer": per_layer,

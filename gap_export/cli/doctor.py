@@ -25,9 +25,10 @@ def doctor(
     verbose: VerboseOption = False,
 ) -> None:
     """Say what this machine can do, and what is missing."""
+    terminal = terminal_of(ctx)
+    terminal.begin("looking at this machine")
     from gap_export.cli._machine import describe_machine
 
-    terminal = terminal_of(ctx)
     machine = describe_machine()
     machine["packages"] = {k: v for k, v in machine["packages"].items() if k not in _NOT_SHOWN}
     machine["problems"] = _problems(machine)

@@ -90,12 +90,13 @@ def evaluate(
     verbose: VerboseOption = False,
 ) -> None:
     """Measure Acc@0.5 unpruned, compact and with GAP."""
+    terminal = terminal_of(ctx)
+    terminal.begin(f"measuring {target}")
     from gap_export.evaluation.evaluate import Asking, evaluate_bundle, evaluate_model
     from gap_export.evaluation.report import check_writable, write_reports
     from gap_export.pipeline import ExportOptions
     from gap_export.source import parse_parts
 
-    terminal = terminal_of(ctx)
     parts = parse_parts(checkpoint or [])
     bundles = _bundles(target, baseline)
     rule = output_rule(

@@ -100,10 +100,11 @@ def export(
     verbose: VerboseOption = False,
 ) -> None:
     """Export a pruned model; the default command."""
+    terminal = terminal_of(ctx)
+    terminal.begin(f"exporting {model}")
     from gap_export.pipeline import ExportOptions, export_model
     from gap_export.source import parse_parts
 
-    terminal = terminal_of(ctx)
     graph_dtype, quantization = split_dtype(
         dtype, block_size=block_size, quantizer=quantizer, lm_head=quantize_lm_head
     )
@@ -161,7 +162,7 @@ def _summarise(report: ExportReport) -> str:
     return (
         f"{manifest.model.name}: {describe_tokens(manifest)} ({pruning.pruner}, "
         f"{pruning.positions} positions), {len(manifest.graphs)} graphs, {manifest.dtype}, {size}"
-        f"{f' ({held})' if held else ''}, {sum(report.seconds.values()):.1f} s"
+        f"{f' ({held})' if held else ''}"
     )
 
 

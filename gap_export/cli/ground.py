@@ -74,10 +74,11 @@ def ground(
     verbose: VerboseOption = False,
 ) -> None:
     """Find something in a picture; prints JSON."""
+    terminal = terminal_of(ctx)
+    terminal.begin(f"opening {bundle}")
     from gap_export.runtime.drawing import check_drawing_path, draw_grounding, save_drawing
     from gap_export.runtime.session import GroundingSession
 
-    terminal = terminal_of(ctx)
     rule = output_rule(force=force, inputs={"IMAGE": [image]}, outside={"the bundle": bundle})
     if save is not None:
         check_drawing_path(save, rule)

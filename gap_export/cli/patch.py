@@ -86,12 +86,10 @@ def patch(
     verbose: VerboseOption = False,
 ) -> None:
     """Prune an ONNX export that somebody else made; needs no PyTorch."""
-    from gap_export.extras import require_extra
-
-    require_extra("patch", "patching an ONNX export")
+    terminal = terminal_of(ctx)
+    terminal.begin(f"patching {export}")
     from gap_export.patching import PatchOptions, patch_export
 
-    terminal = terminal_of(ctx)
     report = patch_export(
         PatchOptions(
             export=export,

@@ -53,10 +53,7 @@ def pruners(
     verbose: VerboseOption = False,
 ) -> None:
     """List the pruners, what each reads, and what it means by default."""
-    from gap_export.extras import require_extra
-
     terminal = terminal_of(ctx)
-    require_extra("export", "listing the pruners")
     from gap_export.pruning import LEFT_OUT, all_presets, broken_presets
 
     served = None if model is None else _served(model)

@@ -1,28 +1,35 @@
-"""Families of models. A new one is a file and a line here; nothing else names a family."""
+"""Families of models. A new one is a file and a line here; nothing else names a family.
+
+Families are built on torch and transformers, whose imports take seconds. What is asked of a model
+before anything is built (its pruners, what an option means for it) needs neither, so that a slip is
+told at once.
+"""
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gap_export.errors import CheckpointError, RecipeError, UnsupportedPrunerError, UsageError
-from gap_export.families.checkpoints.matching import check_config_readable, look_at
-from gap_export.families.checkpoints.random_weights import random_source
 from gap_export.families.choices import AskedChoices, settle_choices
-from gap_export.families.llava import LLAVA
-from gap_export.families.llava_next import LLAVA_NEXT
-from gap_export.families.minigpt_v2 import MiniGptV2Family
-from gap_export.families.reference import Component, Device, Family, ModelSource, Reference
-from gap_export.families.shikra import SHIKRA
+from gap_export.families.readings import clip_readings, eva_readings
 from gap_export.foreign import refuse_foreign
 from gap_export.manifest import PruningSpec
 from gap_export.positions import PositionMode, num_kept_tokens
-from gap_export.pruning import FixedPruner, all_presets, find_preset
+from gap_export.progress import Progress
+from gap_export.pruning import FixedPruner, Reading, all_presets, find_preset
 from gap_export.recipe import Recipe
 from gap_export.source import MAIN, Checkpoint, check_named_parts, check_required_parts
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from gap_export.families.reference import Component, Device, Family, ModelSource, Reference
 
 __all__ = [
     "FAMILIES",
@@ -34,6 +41,8 @@ __all__ = [
     "Reference",
     "build_reference",
     "find_family",
+    "find_readings",
+    "load_family",
     "read_source",
     "resolve_pruning",
     "supported_pruners",
@@ -46,17 +55,73 @@ MAX_RANKED_TOKENS = 3840
 # Of a folder that nobody recognises; each may be opened.
 _MAX_FILES_TRIED = 16
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
+
+class _Entry(NamedTuple):
+    """A family before it is imported: where it is, and what pruners may read from its models."""
+
+    module: str
+    variable: str
+    readings: Callable[[Recipe], frozenset[Reading]]
+
+
+_ENTRIES: Mapping[str, _Entry] = MappingProxyType(
     {
-        f.name: f
-        for f in (
-            LLAVA,
-            LLAVA_NEXT,
-            SHIKRA,
-            MiniGptV2Family(),
-        )
+        "llava": _Entry("gap_export.families.llava", "LLAVA", clip_readings),
+        "llava_next": _Entry("gap_export.families.llava_next", "LLAVA_NEXT", clip_readings),
+        "shikra": _Entry("gap_export.families.shikra", "SHIKRA", clip_readings),
+        "minigpt_v2": _Entry("gap_export.families.minigpt_v2", "MINIGPT_V2", eva_readings),
     }
 )
+
+
+class _Families(Mapping[str, "Family"]):
+    """All families by name; one is imported when it is taken."""
+
+    def __getitem__(self, name: str) -> Family:
+        entry = _ENTRIES[name]
+        family: Family = getattr(import_module(entry.module), entry.variable)
+        return family
+
+    def __contains__(self, name: object) -> bool:
+        return name in _ENTRIES
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_ENTRIES)
+
+    def __len__(self) -> int:
+        return len(_ENTRIES)
+
+
+FAMILIES: Mapping[str, Family] = _Families()
+# Names of this package that are imported when somebody takes them.
+_LATE = ("Component", "Device", "Family", "Reference")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(import_module("gap_export.families.reference"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def find_readings(recipe: Recipe) -> frozenset[Reading]:
+    """What a pruner may read from a recipe's model; imports no family.
+
+    Raises:
+        RecipeError: there is no family of the name it gives.
+    """
+    _check_family(recipe)
+    return _ENTRIES[recipe.family].readings(recipe)
+
+
+def load_family(recipe: Recipe, progress: Progress) -> None:
+    """Import a recipe's family beforehand, and say so where that takes seconds.
+
+    Raises:
+        RecipeError: there is none of the name it gives.
+    """
+    if "torch" not in sys.modules:
+        with progress.stage("loading PyTorch"):
+            find_family(recipe)
 
 
 def find_family(recipe: Recipe) -> Family:
@@ -65,18 +130,22 @@ def find_family(recipe: Recipe) -> Family:
     Raises:
         RecipeError: there is none of that name.
     """
+    _check_family(recipe)
+    return FAMILIES[recipe.family]
+
+
+def _check_family(recipe: Recipe) -> None:
     if recipe.family not in FAMILIES:
         raise RecipeError(
             f"recipe {recipe.name} names an unknown family",
             seen=recipe.family,
             allowed=", ".join(FAMILIES),
         )
-    return FAMILIES[recipe.family]
 
 
 def supported_pruners(recipe: Recipe) -> tuple[str, ...]:
     """Names of the pruners this model can serve."""
-    readings = find_family(recipe).readings(recipe)
+    readings = find_readings(recipe)
     return tuple(name for name, preset in all_presets().items() if preset.pruner.reads <= readings)
 
 
@@ -112,7 +181,7 @@ def resolve_pruning(
         pruner = _default_pruner(recipe)
     preset = find_preset(pruner)
     chosen = preset.pruner
-    lacking = chosen.reads - find_family(recipe).readings(recipe)
+    lacking = chosen.reads - find_readings(recipe)
     if lacking:
         raise UnsupportedPrunerError(
             f"model {recipe.name} cannot serve pruner {pruner}, it lacks",
@@ -213,6 +282,8 @@ def read_source(recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
         RecipeError: the recipe names an unknown family.
         UsageError: random weights of a recipe that does not say its sizes.
     """
+    from gap_export.families.checkpoints.random_weights import random_source
+
     family = find_family(recipe)
     if checkpoint.random_seed is not None:
         expected = (
@@ -237,6 +308,8 @@ def _not_recognised(recipe: Recipe, family: Family, main: Path) -> CheckpointErr
     Raises:
         CheckpointError: already its config cannot be read.
     """
+    from gap_export.families.checkpoints.matching import check_config_readable, look_at
+
     check_config_readable(main)
     declared = recipe.checkpoint.parts.get(MAIN)
     file = declared.file if declared is not None else None

@@ -14,7 +14,7 @@ import torch
 from gap_export.architecture import Architecture
 from gap_export.errors import RecipeError
 from gap_export.families.checkpoints.clip_text_tower import TextTowerSource, read_text_tower
-from gap_export.families.checkpoints.configs import has_next_layer, select_index
+from gap_export.families.checkpoints.configs import select_index
 from gap_export.families.checkpoints.random_weights import random_text_tower
 from gap_export.families.components import (
     assemble,
@@ -27,7 +27,7 @@ from gap_export.families.modules.expected import NEWLINE_KEY, expected_clip_llam
 from gap_export.families.reference import Device, Layout, ModelSource, Reference
 from gap_export.families.vision_components import vision_components
 from gap_export.manifest import PruningSpec
-from gap_export.pruning import Reading, find_pruner
+from gap_export.pruning import find_pruner
 from gap_export.recipe import Recipe
 from gap_export.source import Checkpoint
 
@@ -43,15 +43,6 @@ class ClipLlamaFamily:
     name: str
     layouts: Sequence[Layout]
     newline: bool = False
-
-    def readings(self, recipe: Recipe) -> frozenset[Reading]:
-        """CLS is always there, the text tower where the recipe names one."""
-        found: set[Reading] = {"cls_features", "cls_attention", "keys", "image_embeds"}
-        if has_next_layer(recipe):
-            found.add("next_layer")
-        if recipe.text_tower is not None:
-            found.add("text")
-        return frozenset(found)
 
     def expected_tensors(self, architecture: Architecture) -> Mapping[str, tuple[int, ...]]:
         """Tower, projector, decoder, and the newline where there is one."""

@@ -21,7 +21,6 @@ from gap_export.families.modules.expected import expected_language, prefixed
 from gap_export.families.reference import Device, Layout, ModelSource, Reference
 from gap_export.families.vision_components import vision_components
 from gap_export.manifest import GridSpec, PruningSpec
-from gap_export.pruning import Reading
 from gap_export.recipe import Recipe
 from gap_export.source import Checkpoint
 
@@ -37,10 +36,6 @@ class MiniGptV2Family:
             MiniGptV2Layout(),
             WholeLayout(family=self.name, expected_tensors=self.expected_tensors),
         )
-
-    def readings(self, recipe: Recipe) -> frozenset[Reading]:  # noqa: ARG002
-        """No text: EVA's tower was not trained together with a text tower; no layer left behind."""
-        return frozenset({"cls_features", "cls_attention", "keys", "image_embeds"})
 
     def expected_tensors(self, architecture: Architecture) -> Mapping[str, tuple[int, ...]]:
         """Tower (``ln_vision`` is ``tower.post_layernorm``), projector, decoder."""
@@ -77,6 +72,9 @@ class MiniGptV2Family:
             dtype=dtype,
             device=device,
         )
+
+
+MINIGPT_V2 = MiniGptV2Family()
 
 
 def _tower(architecture: Architecture, *, num_layers: int) -> EvaVisionTower:

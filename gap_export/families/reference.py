@@ -13,7 +13,6 @@ from torch import nn
 
 from gap_export.architecture import Architecture
 from gap_export.manifest import DecoderSpec, PruningSpec, TensorSpec, TextEncoderSpec
-from gap_export.pruning import Reading
 from gap_export.recipe import Recipe
 from gap_export.source import Checkpoint
 from gap_export.weights import SAFETENSORS_NAMES, Weight, cast
@@ -180,10 +179,6 @@ class Family(Protocol):
     @property
     def layouts(self) -> Sequence[Layout]:
         """How its checkpoints are stored; the first that recognises one reads it."""
-        ...
-
-    def readings(self, recipe: Recipe) -> frozenset[Reading]:
-        """What a pruner may read from this model."""
         ...
 
     def expected_tensors(self, architecture: Architecture) -> Mapping[str, tuple[int, ...]]:

@@ -195,7 +195,9 @@ class TorchTruth:
         progress: Progress,
     ) -> Recorded:
         require_extra("export", "checking against PyTorch")
-        from gap_export.families import build_reference
+        from gap_export.families import build_reference, load_family
+
+        load_family(self._recipe, progress)
         from gap_export.parity.facts import find_other_facts, write_assets
         from gap_export.parity.quantized import use_quantized_weights
         from gap_export.parity.torch_backend import TorchBackend

@@ -2,7 +2,48 @@
 
 from __future__ import annotations
 
-from gap_export.patching.options import PatchOptions, PatchReport
-from gap_export.patching.patch import patch_export
+from gap_export.bundle.writing import check_output
+from gap_export.extras import require_extra
+from gap_export.patching.find_export import find_export
+from gap_export.patching.options import (
+    DEFAULT_PRUNER,
+    PatchOptions,
+    PatchReport,
+    check_pruner,
+)
+from gap_export.positions import check_keep_ratio
+from gap_export.progress import Progress, SilentProgress
+from gap_export.recipe import find_recipe
 
 __all__ = ["PatchOptions", "PatchReport", "patch_export"]
+
+
+def patch_export(options: PatchOptions, *, progress: Progress | None = None) -> PatchReport:
+    """Put a pruner and the GapRemap node into an ONNX export that somebody else made.
+
+    By graph passes alone: no PyTorch, and no weight is read. The export stays as it is; the bundle
+    appears when complete, or not at all.
+
+    Args:
+        options: What to patch, and how.
+        progress: Told what is done.
+
+    Raises:
+        UsageError: the export cannot be patched, and why; an option or the output folder is not
+            usable.
+        MissingDependencyError: the ``patch`` extra is not installed.
+    """
+    require_extra("patch", "patching an ONNX export")
+    progress = progress or SilentProgress()
+    # Before onnx is imported, which takes seconds.
+    found = find_export(options.export, variant=options.variant)
+    check_pruner(DEFAULT_PRUNER if options.pruner is None else options.pruner, options.seed)
+    if options.keep_ratio is not None:
+        check_keep_ratio(options.keep_ratio)
+    if options.recipe is not None:
+        find_recipe(options.recipe)
+    if options.out is not None:
+        check_output(options.out, force=options.force)
+    with progress.stage("loading onnx"):
+        from gap_export.patching.patch import patch_found
+    return patch_found(found, options, progress)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from gap_export.errors import UnsupportedPrunerError, UsageError
 from gap_export.manifest import GridSpec, PruningSpec
+from gap_export.patching.options import DEFAULT_PRUNER, check_pruner
 from gap_export.patching.prune_at_places import PruneAtPlaces
 from gap_export.patching.prune_by_attention import PruneByAttention
 from gap_export.patching.prune_by_cls import PruneByCls
 from gap_export.patching.prune_features import PruneFeatures
 from gap_export.places import drawn_places, lattice_places
 from gap_export.positions import PositionMode, num_kept_tokens
-
-DEFAULT_PRUNER = "spatial"
-# What a signed 64-bit integer holds, in JSON readers of other languages too.
-_MAX_SEED = 2**63 - 1
 
 
 def _spatial(grid: GridSpec, pruning: PruningSpec) -> PruneFeatures:
@@ -75,16 +70,7 @@ def settle_pruning(
         UsageError: a keep ratio or a seed out of range.
     """
     name = DEFAULT_PRUNER if pruner is None else pruner
-    if name not in PASSES:
-        raise UnsupportedPrunerError(
-            "this pruner cannot be put into a graph that is exported already",
-            seen=reprlib.repr(name),
-            allowed=", ".join(PASSES),
-            fix="others read what such a graph does not give, as text does a text tower; for them "
-            "export the model from its checkpoint: gap-export MODEL --pruner NAME",
-        )
-    if not 0 <= seed <= _MAX_SEED:
-        raise UsageError("seed out of range", seen=reprlib.repr(seed), allowed=f"0..{_MAX_SEED}")
+    check_pruner(name, seed)
     num_kept = num_kept_tokens(keep_ratio, grid.num_visual_tokens)
     return PruningSpec(
         pruner=name,

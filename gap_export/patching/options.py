@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gap_export.errors import UnsupportedPrunerError, UsageError
 from gap_export.manifest import Manifest
 from gap_export.positions import PositionMode
+
+DEFAULT_PRUNER = "spatial"
+# Those that a graph pass can put into a graph as it is.
+PRUNERS = (DEFAULT_PRUNER, "random", "cls", "fastervlm")
+# What a signed 64-bit integer holds, in JSON readers of other languages too.
+_MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,3 +79,22 @@ class PatchReport:
             "rotary": list(self.rotary),
             "warnings": list(self.warnings),
         }
+
+
+def check_pruner(name: str, seed: int) -> None:
+    """Refuse what no pass puts into a foreign graph; needs no onnx.
+
+    Raises:
+        UnsupportedPrunerError: another pruner.
+        UsageError: a seed out of range.
+    """
+    if name not in PRUNERS:
+        raise UnsupportedPrunerError(
+            "this pruner cannot be put into a graph that is exported already",
+            seen=reprlib.repr(name),
+            allowed=", ".join(PRUNERS),
+            fix="others read what such a graph does not give, as text does a text tower; for them "
+            "export the model from its checkpoint: gap-export MODEL --pruner NAME",
+        )
+    if not 0 <= seed <= _MAX_SEED:
+        raise UsageError("seed out of range", seen=reprlib.repr(seed), allowed=f"0..{_MAX_SEED}")

@@ -28,7 +28,7 @@ from gap_export.patching.cache_roles import check_cache_roles
 from gap_export.patching.choose_pruner import PASSES, settle_pruning
 from gap_export.patching.decoder_interface import DecoderFacts, read_decoder_interface
 from gap_export.patching.describe import PatchedGraph, check_special_tokens, describe_patch
-from gap_export.patching.find_export import COMPONENTS, FoundExport, find_export
+from gap_export.patching.find_export import COMPONENTS, FoundExport
 from gap_export.patching.infer_shapes import with_shapes
 from gap_export.patching.model_facts import (
     CONFIG,
@@ -43,7 +43,7 @@ from gap_export.patching.position_reach import PositionReach, find_position_reac
 from gap_export.patching.prune_features import FEATURES, check_opset
 from gap_export.patching.read_graph import ForeignGraph, all_nodes, read_graph, save_patched
 from gap_export.pipeline.describe import check_prompt, describe_source
-from gap_export.progress import Progress, SilentProgress
+from gap_export.progress import Progress
 from gap_export.recipe import Recipe
 from gap_export.source import MAIN, Checkpoint
 
@@ -53,22 +53,15 @@ TOKENIZER = "tokenizer.json"
 _MIN_IR_VERSION = 8
 
 
-def patch_export(options: PatchOptions, *, progress: Progress | None = None) -> PatchReport:
-    """Put a pruner and the GapRemap node into an ONNX export that somebody else made.
+def patch_found(found: FoundExport, options: PatchOptions, progress: Progress) -> PatchReport:
+    """Patch an export whose files are found and whose options are no slip.
 
-    By graph passes alone: no PyTorch, and no weight is read. The export stays as it is; the bundle
-    appears when complete, or not at all.
-
-    Args:
-        options: What to patch, and how.
-        progress: Told what is done.
+    See :func:`gap_export.patching.patch_export`.
 
     Raises:
         UsageError: the export cannot be patched, and why; an option or the output folder is not
             usable.
     """
-    progress = progress or SilentProgress()
-    found = find_export(options.export, variant=options.variant)
     graphs = _read_graphs(found, progress)
     vision, embed, decoder = (graphs[component] for component in COMPONENTS)
     facts = read_facts(found.folder)

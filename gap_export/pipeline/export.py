@@ -164,8 +164,9 @@ class _Job:
         return replace(manifest, source=source)
 
     def _reference(self, dtype: str | None) -> Reference:
-        from gap_export.families import build_reference
+        from gap_export.families import build_reference, load_family
 
+        load_family(self.recipe, self.progress)
         with timed(self.seconds, "reference"):
             return build_reference(
                 self.recipe, self.checkpoint, self.pruning, device="meta", dtype=dtype

@@ -21,6 +21,7 @@ from gap_export.manifest import (
     PruningSpec,
     QuantizationSpec,
 )
+from gap_export.manifest.block_sizes import check_block_size
 from gap_export.positions import PositionMode
 from gap_export.recipe import Recipe
 
@@ -180,6 +181,15 @@ def resolve_options(recipe: Recipe, options: ExportOptions) -> PruningSpec:
             seen=f"{len(options.calibration or ())} calibration samples",
             allowed="at least one for method awq, none otherwise",
         )
+    if options.quantization is not None:
+        check_block_size(options.quantization.block_size)
+    for flag, number in (
+        ("--max-prompt", options.max_prompt),
+        ("--max-new-tokens", options.max_new_tokens),
+        ("--batch", options.max_batch),
+    ):
+        if number is not None and number < 1:
+            raise UsageError(f"no such {flag}", seen=number, allowed=">= 1")
     if options.random_weights and options.checkpoint:
         raise UsageError(
             "random weights need no checkpoint",

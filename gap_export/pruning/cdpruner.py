@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from gap_export.pruning.greedy import Choices, GreedyPruner, rows_at
 from gap_export.pruning.pruner import Reading, VisionState, unit
+
+if TYPE_CHECKING:
+    import torch
 
 # Keeps the kernel positive where a token fits least.
 _LEAST_RELEVANCE = 1e-6
@@ -29,6 +30,8 @@ class CdPruner(GreedyPruner):
 
     def start(self, state: VisionState) -> Choices:
         """See GreedyPruner; merits are what is left of relevance squared, at most about 1."""
+        import torch
+
         assert state.image_embeds is not None
         embeds, relevance = unit(state.image_embeds), _relevance(state)
         similarity = torch.matmul(embeds, embeds.transpose(1, 2))
@@ -52,6 +55,8 @@ class CdPruner(GreedyPruner):
 
 def _relevance(state: VisionState) -> torch.Tensor:
     """Float [B, N] above 0, at most about 1."""
+    import torch
+
     assert state.patch_embeds is not None
     assert state.text_embeds is not None
     text = unit(state.text_embeds)[:, :, None]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from gap_export.pruning.pruner import Reading, ScoringPruner, VisionState, dot, unit
+
+if TYPE_CHECKING:
+    import torch
 
 
 class ClsPruner(ScoringPruner):

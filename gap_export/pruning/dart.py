@@ -6,12 +6,13 @@ embeddings before the LLM, and so does this: the pivots are the picture's alone.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from gap_export.pruning.pruner import ChoosingPruner, Reading, VisionState, unit, wide
 from gap_export.pruning.select import gather_tokens, rank_tokens
+
+if TYPE_CHECKING:
+    import torch
 
 _NUM_PIVOTS = 4
 
@@ -28,6 +29,8 @@ class DartPruner(ChoosingPruner):
 
     def choose(self, state: VisionState, *, num_kept_tokens: int) -> torch.Tensor:
         """int64 [B, K]."""
+        import torch
+
         assert state.image_embeds is not None
         embeds = unit(state.image_embeds)
         num_tokens = embeds.shape[1]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from gap_export.pruning.greedy import Choices, GreedyPruner, rows_at
 from gap_export.pruning.pruner import Reading, VisionState, unit
+
+if TYPE_CHECKING:
+    import torch
 
 # Above any distance of two directions, which is at most 2.
 _FAR = 4.0
@@ -25,6 +26,8 @@ class DivPrunePruner(GreedyPruner):
 
     def start(self, state: VisionState) -> Choices:
         """See GreedyPruner; merits are distances, 0..2."""
+        import torch
+
         assert state.image_embeds is not None
         embeds = unit(state.image_embeds)
         cosine = torch.matmul(embeds, embeds.transpose(1, 2))

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-import torch
-from torch._higher_order_ops.scan import scan
+import numpy as np
 
 from gap_export.pruning.pruner import ChoosingPruner, VisionState
 from gap_export.pruning.select import first_of_largest
 
-Update = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+if TYPE_CHECKING:
+    import torch
+
+Update: TypeAlias = (
+    "Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]"
+)
 
 # Never larger than what is left to choose from.
-_TAKEN = -torch.finfo(torch.float32).max
+_TAKEN = -float(np.finfo(np.float32).max)
 
 
 class Choices(NamedTuple):
@@ -65,6 +69,9 @@ def choose_one_by_one(choices: Choices, *, num_choices: int) -> torch.Tensor:
     Returns:
         int64 [B, K], in the order of choice, without repeats.
     """
+    import torch
+    from torch._higher_order_ops.scan import scan
+
     index = torch.arange(choices.merits.shape[1], device=choices.merits.device)
 
     def step(
@@ -87,6 +94,8 @@ def closest_margins(choices: Choices, *, num_choices: int) -> torch.Tensor:
     Returns:
         float [B], 0 or more, in units of the merits.
     """
+    import torch
+
     merits, state = choices.merits, choices.state
     closest = torch.full_like(merits[:, 0], torch.inf)
     index = torch.arange(merits.shape[1], device=merits.device)
@@ -105,6 +114,8 @@ def _take(
     index: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merits and state behind a choice; ``index`` is 0..N-1."""
+    import torch
+
     current, state = carried
     following, state = update(current, state, chosen)
     is_taken = (current == _TAKEN) | (index == chosen[:, None])
@@ -113,6 +124,8 @@ def _take(
 
 def rows_at(matrices: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Row ``chosen[b]`` of each of ``matrices`` [B, N, M]: [B, M]."""
+    import torch
+
     rows, size, width = matrices.shape
     first = torch.arange(rows, device=matrices.device) * size
     return matrices.reshape(rows * size, width).index_select(0, first + chosen)

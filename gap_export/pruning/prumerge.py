@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
-import torch
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gap_export.pruning.pruner import Reading, ScoringPruner, VisionState, unit, wide
 from gap_export.pruning.select import gather_tokens, mark_largest, rank_tokens
+
+if TYPE_CHECKING:
+    import torch
 
 _NUM_NEIGHBOURS = 32
 
@@ -47,6 +48,8 @@ class PruMergePruner(PruMergeSelection):
         self, state: VisionState, scores: torch.Tensor, keep_indices: torch.Tensor
     ) -> torch.Tensor:
         """Float [B, K, D]."""
+        import torch
+
         assert state.next_keys is not None
         keys, features = unit(state.next_keys), state.patch_features
         num_tokens = features.shape[1]
@@ -72,6 +75,8 @@ class PruMergePlusPruner(PruMergePruner):
 
     def priorities(self, scores: torch.Tensor, *, num_kept_tokens: int) -> torch.Tensor:
         """By attention, then the spread ones ascending, then all others by attention."""
+        import torch
+
         num_tokens = scores.shape[1]
         num_best = max((num_kept_tokens + 2) // 4, 1)
         num_spread = num_kept_tokens - num_best

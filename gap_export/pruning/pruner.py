@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from gap_export.manifest import ExtraToken, GridSpec, Order
 from gap_export.pruning.select import gather_tokens, rank_tokens
+
+if TYPE_CHECKING:
+    import torch
 
 Reading = Literal["cls_features", "cls_attention", "keys", "next_layer", "text", "image_embeds"]
 
@@ -93,6 +95,8 @@ class ScoringPruner(Pruner):
 
         By default a softmax; a pruner whose scores are such weights gives them as they are.
         """
+        import torch
+
         return torch.softmax(scores, dim=-1)
 
     def merge(
@@ -129,6 +133,8 @@ class FixedPruner(Pruner):
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
     """At least float32: half precision has too few digits to rank by."""
+    import torch
+
     return tensor.float() if tensor.dtype in {torch.float16, torch.bfloat16} else tensor
 
 

@@ -6,9 +6,12 @@ settles them beforehand: of equals the lower index wins.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from gap_export.manifest import Order
+
+if TYPE_CHECKING:
+    import torch
 
 
 def rank_tokens(scores: torch.Tensor) -> torch.Tensor:
@@ -20,6 +23,8 @@ def rank_tokens(scores: torch.Tensor) -> torch.Tensor:
     Returns:
         int64 [B, N], in each row 0..N-1, each once.
     """
+    import torch
+
     index = torch.arange(scores.shape[1], device=scores.device)
     mine, other = scores[:, :, None], scores[:, None, :]
     beaten = (other > mine) | ((other == mine) & (index[None, :] < index[:, None]))
@@ -37,12 +42,16 @@ def take_smallest(priorities: torch.Tensor, *, num_kept_tokens: int, order: Orde
     Returns:
         int64 [B, K].
     """
+    import torch
+
     taken = torch.topk(priorities, num_kept_tokens, dim=1, largest=False, sorted=True).indices
     return put_in_order(taken, order=order)
 
 
 def put_in_order(chosen: torch.Tensor, *, order: Order) -> torch.Tensor:
     """Chosen indices int64 [B, K], ascending (``raster``) or as they are (``score``)."""
+    import torch
+
     if order == "score":
         return chosen
     return torch.topk(chosen, chosen.shape[1], dim=1, largest=False, sorted=True).values
@@ -67,6 +76,8 @@ def first_of_largest(values: torch.Tensor) -> torch.Tensor:
 
     ArgMax would do but for ties, which TensorRT breaks as it likes.
     """
+    import torch
+
     size = values.shape[-1]
     index = torch.arange(size, device=values.device)
     is_largest = values == values.amax(dim=-1, keepdim=True)
@@ -83,6 +94,8 @@ def mark_largest(values: torch.Tensor, count: int) -> torch.Tensor:
     Returns:
         bool [..., N], ``count`` of them true in each row.
     """
+    import torch
+
     if count == 0:
         return torch.zeros_like(values, dtype=torch.bool)
     least = torch.topk(values, count, dim=-1).values.amin(dim=-1, keepdim=True)
@@ -93,6 +106,8 @@ def mark_largest(values: torch.Tensor, count: int) -> torch.Tensor:
 
 def is_among(indices: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Which of N tokens are among ``indices`` int64 [B, K]: bool [B, N]."""
+    import torch
+
     index = torch.arange(num_tokens, device=indices.device)
     return (indices[:, :, None] == index).to(torch.int64).sum(dim=1) > 0
 
@@ -102,6 +117,8 @@ def gather_tokens(features: torch.Tensor, keep_indices: torch.Tensor) -> torch.T
 
     Written as one Gather over the flattened rows, which every runtime does fast.
     """
+    import torch
+
     rows, num_tokens, width = features.shape
     first = torch.arange(rows, device=features.device) * num_tokens
     flat = (keep_indices + first[:, None]).reshape(-1)

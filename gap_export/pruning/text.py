@@ -5,11 +5,12 @@ The score is TRIM's (arXiv 2409.10994), without its softmax and its extra token.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from gap_export.pruning.pruner import Reading, ScoringPruner, VisionState, dot, wide
+
+if TYPE_CHECKING:
+    import torch
 
 
 class TextPruner(ScoringPruner):

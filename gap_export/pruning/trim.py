@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from gap_export.pruning.pruner import VisionState
 from gap_export.pruning.text import TextPruner
+
+if TYPE_CHECKING:
+    import torch
 
 
 class TrimPruner(TextPruner):
@@ -22,6 +23,8 @@ class TrimPruner(TextPruner):
 
     def scores(self, state: VisionState) -> torch.Tensor:
         """Float [B, N] in 0..1, 1 in a row's sum."""
+        import torch
+
         return torch.softmax(super().scores(state), dim=-1)
 
     def weights(self, scores: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
-import torch
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gap_export.pruning.pruner import Reading, ScoringPruner, VisionState, unit, wide
 from gap_export.pruning.select import first_of_largest, gather_tokens, is_among, rank_tokens
+
+if TYPE_CHECKING:
+    import torch
 
 
 def split_budget(num_kept_tokens: int) -> tuple[int, int]:
@@ -40,6 +41,8 @@ class VisionZipPruner(ScoringPruner):
 
     def priorities(self, scores: torch.Tensor, *, num_kept_tokens: int) -> torch.Tensor:
         """Dominant ascending, targets ascending, all others."""
+        import torch
+
         num_tokens = scores.shape[1]
         num_dominant, num_contextual = split_budget(num_kept_tokens)
         is_rest = rank_tokens(scores) >= num_dominant
@@ -54,6 +57,8 @@ class VisionZipPruner(ScoringPruner):
         self, state: VisionState, scores: torch.Tensor, keep_indices: torch.Tensor
     ) -> torch.Tensor:
         """Float [B, K, D]."""
+        import torch
+
         assert state.keys is not None
         features, keys = state.patch_features, unit(state.keys)
         num_tokens = features.shape[1]

@@ -27,7 +27,6 @@ from gap_export.weights.pickled import (
 )
 from gap_export.weights.placing import PlacedTensor, place_reference, store_weights
 from gap_export.weights.quantized import (
-    BLOCK_SIZES,
     QUANTIZED_NAME,
     QuantizedPlace,
     check_blocks,
@@ -53,7 +52,6 @@ from gap_export.weights.weight import (
 )
 
 __all__ = [
-    "BLOCK_SIZES",
     "FLOAT_DTYPES",
     "INDEX_NAME",
     "PICKLE_INDEX_NAME",

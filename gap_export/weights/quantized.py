@@ -25,11 +25,11 @@ from typing import BinaryIO
 import torch
 
 from gap_export.errors import CheckpointError, UsageError
+from gap_export.manifest.block_sizes import BLOCK_SIZES, check_block_size
 from gap_export.weights.placing import PlacedTensor, check_float, lay_out, new_file
 from gap_export.weights.safetensors import read_header
 from gap_export.weights.weight import CHUNK, FLOAT_DTYPES, TORCH_DTYPES, Weight, not_finite
 
-BLOCK_SIZES = (32, 64, 128)
 QUANTIZED_NAME = "int4.safetensors"
 
 _LARGEST = 7
@@ -68,12 +68,7 @@ def check_blocks(weights: Mapping[str, Weight], *, block_size: int) -> None:
         CheckpointError: a weight is no float matrix, or an empty one.
         UsageError: a block size that is not offered, or that does not divide an input width.
     """
-    if block_size not in BLOCK_SIZES:
-        raise UsageError(
-            "no such block size of INT4 weights",
-            seen=block_size,
-            allowed=", ".join(map(str, BLOCK_SIZES)),
-        )
+    check_block_size(block_size)
     for name, weight in weights.items():
         check_float(name, weight)
         if len(weight.shape) != 2 or 0 in weight.shape:

@@ -165,7 +165,7 @@ def test_every_flag_of_a_bundle_reaches_the_evaluation(run_cli, calls, bundle, t
     ],
 )
 def test_flags_of_a_model_are_refused_for_a_bundle(run_cli, calls, bundle, flag):
-    outcome = run_cli("eval", bundle, *flag)
+    outcome = run_cli("eval", bundle, *flag, "-q")
     assert (outcome.code, calls) == (2, [])
     assert outcome.err == f"error: {flag[0]} cannot be used here: a bundle is pruned already\n"
 

@@ -38,7 +38,7 @@ def test_a_mistyped_command_is_not_taken_for_a_model(run_cli, seen_options):
 
 
 def test_an_unknown_model_suggests_the_nearest_and_exits_2(run_cli):
-    outcome = run_cli("refshape-lava", "--keep", "0.3")
+    outcome = run_cli("refshape-lava", "--keep", "0.3", "-q")
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.startswith("error: no model of that name: refshape-lava")
     assert "refshapes-llava" in outcome.err
@@ -50,7 +50,7 @@ def test_our_errors_are_one_message_and_their_exit_code(run_cli, monkeypatch, er
         raise error("it broke", seen=7, fix="mend it")
 
     monkeypatch.setattr(pipeline, "export_model", fail)
-    outcome = run_cli("refshapes-llava")
+    outcome = run_cli("refshapes-llava", "-q")
     assert (outcome.code, outcome.out) == (code, "")
     assert outcome.err == "error: it broke: 7; mend it\n"
 
@@ -60,7 +60,7 @@ def test_a_bug_is_one_line_and_a_traceback_only_with_v(run_cli, monkeypatch):
         raise ZeroDivisionError("oh")
 
     monkeypatch.setattr(pipeline, "export_model", fail)
-    outcome = run_cli("refshapes-llava")
+    outcome = run_cli("refshapes-llava", "-q")
     assert outcome.code == 1
     assert outcome.err == (
         "error: ZeroDivisionError: oh\nthis is a bug; run with -v for the traceback\n"
@@ -124,7 +124,7 @@ def test_a_signal_unwinds_open_contexts_and_is_one_line(
 
     before = signal.getsignal(signum)
     monkeypatch.setattr(pipeline, "export_model", work)
-    outcome = run_cli("refshapes-llava")
+    outcome = run_cli("refshapes-llava", "-q")
     assert (outcome.code, outcome.err, cleaned) == (code, f"error: {text}\n", [True])
     assert signal.getsignal(signum) is before
 

@@ -169,15 +169,6 @@ def select_index(recipe: Recipe, vision: VisionShape) -> int:
     return index
 
 
-def has_next_layer(recipe: Recipe) -> bool:
-    """Whether the tower has a layer behind the select layer, as far as the recipe tells."""
-    if recipe.select_layer < 0:
-        return recipe.select_layer < -1
-    # Counted from the front: without the sizes nobody knows.
-    shapes = recipe.architecture
-    return shapes is not None and recipe.select_layer < shapes.vision.num_layers
-
-
 def eos_token_ids(recipe: Recipe, text: Any, generation: Path) -> tuple[int, ...]:
     """Ids that end an answer: the recipe's, else generation_config.json's, else the config's.
 
