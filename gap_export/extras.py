@@ -1,11 +1,18 @@
-"""The optional extras: what each brings, and one clear message where one is missing."""
+"""The optional extras: what each brings, where to get it, and one message where one is missing."""
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
+from urllib.parse import unquote, urlsplit
 
 from gap_export.errors import MissingDependencyError
+from gap_export.version import SOURCE
+
+DISTRIBUTION = "gap-export"
 
 # extra -> modules that must import for it to count as installed
 EXTRAS: Mapping[str, tuple[str, ...]] = {
@@ -50,5 +57,29 @@ def require_extra(extra: str, purpose: str) -> None:
         raise MissingDependencyError(
             f"{purpose} needs packages that are not installed",
             seen=", ".join(missing),
-            fix=f'install them with: pip install "gap-export[{extra}]"',
+            fix=f"install them with: {pip_install(extra)}",
         )
+
+
+def pip_install(*extras: str) -> str:
+    """A shell line that installs gap-export again, with extras, from where this one is from.
+
+    Never by its name alone, see :data:`gap_export.version.SOURCE`.
+    """
+    return f"pip install {shlex.quote(_requirement(extras))}"
+
+
+def _requirement(extras: tuple[str, ...]) -> str:
+    brackets = f"[{','.join(extras)}]" if extras else ""
+    try:
+        # What pip noted of a source that is no index (PEP 610).
+        origin = json.loads(distribution(DISTRIBUTION).read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        origin = {}
+    url = str(origin.get("url", ""))
+    if "vcs_info" in origin:
+        found = origin["vcs_info"]
+        return f"{DISTRIBUTION}{brackets} @ {found['vcs']}+{url}@{found['commit_id']}"
+    if url.startswith("file://"):
+        return unquote(urlsplit(url).path) + brackets
+    return f"{DISTRIBUTION}{brackets} @ {url}" if url else SOURCE + brackets

@@ -66,6 +66,14 @@ BatchOption = Annotated[
     int,
     typer.Option("--batch", metavar="N", help="Most expressions at a time an engine takes."),
 ]
+WheelOption = Annotated[
+    bool,
+    typer.Option(
+        "--wheel",
+        help="With --trt for another machine: put this gap-export itself into the bundle, as a "
+        "wheel file (25 MB) that the device installs without asking any package index.",
+    ),
+]
 BlockSizeOption = Annotated[
     int | None,
     typer.Option(

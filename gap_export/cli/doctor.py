@@ -8,9 +8,9 @@ import typer
 
 from gap_export.cli._options import JsonOption, QuietOption, VerboseOption, terminal_of
 from gap_export.cli._terminal import format_size
+from gap_export.extras import pip_install
 
 _HOW_TO_GET = {
-    "base": "pip install gap-export",
     # Not the extra: the two packages overwrite each other's files.
     "gpu": "pip uninstall -y onnxruntime && pip install onnxruntime-gpu",
 }
@@ -44,7 +44,7 @@ def doctor(
 def _problems(machine: dict[str, Any]) -> list[str]:
     packages = machine["packages"]
     problems = [
-        f"{name} is missing, nothing runs without it: pip install gap-export"
+        f"{name} is missing, nothing runs without it: {pip_install()}"
         for name, found in packages["base"].items()
         if found is None and not (name == "onnxruntime" and _gpu_runtime(machine))
     ]
@@ -102,7 +102,7 @@ def _describe_packages(machine: dict[str, Any]) -> list[str]:
     lines = []
     for group, packages in machine["packages"].items():
         missing = [name for name, found in packages.items() if found is None]
-        how = _HOW_TO_GET.get(group, f'pip install "gap-export[{group}]"')
+        how = _HOW_TO_GET.get(group) or pip_install(*([] if group == "base" else [group]))
         verdict = f"missing: {how}" if missing else "installed"
         lines.append(f"{group}: {verdict}")
         lines += [f"  {name} {found or 'missing'}" for name, found in packages.items()]

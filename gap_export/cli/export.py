@@ -18,6 +18,7 @@ from gap_export.cli._engine_options import (
     MaxPromptOption,
     QuantizerOption,
     TrtOption,
+    WheelOption,
     split_dtype,
 )
 from gap_export.cli._options import (
@@ -72,6 +73,7 @@ def export(
     max_prompt: MaxPromptOption = None,
     max_new_tokens: MaxNewTokensOption = None,
     batch: BatchOption = 1,
+    wheel: WheelOption = False,
     copy_weights: Annotated[
         bool,
         typer.Option(
@@ -138,6 +140,7 @@ def export(
         max_prompt=max_prompt,
         max_new_tokens=max_new_tokens,
         max_batch=batch,
+        wheel=wheel,
     )
     report = export_model(options, progress=terminal.progress(), warn=terminal.warning)
     if as_json:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from gap_export.engines.targets import TARGETS, Platform, Target, Version
 from gap_export.errors import MissingDependencyError
+from gap_export.extras import pip_install
 
 LibraryName = Literal["tensorrt", "tensorrt_rtx"]
 
@@ -96,7 +97,7 @@ def import_tensorrt(
     except ModuleNotFoundError as err:
         if err.name != name:
             raise _not_loadable(name, purpose, err) from err
-        install = f'install it with: pip install "gap-export[{TRAITS[name].extra}]"'
+        install = f"install it with: {pip_install(TRAITS[name].extra)}"
         raise MissingDependencyError(
             f"{purpose} needs a package that is not installed",
             seen=name,
@@ -184,4 +185,5 @@ def _not_loadable(name: str, purpose: str, err: Exception) -> MissingDependencyE
 
 
 def _reinstall(name: str) -> str:
-    return f'install it again: pip install --force-reinstall "gap-export[{TRAITS[name].extra}]"'
+    line = pip_install(TRAITS[name].extra)
+    return f"install it again: {line.replace('install', 'install --force-reinstall', 1)}"

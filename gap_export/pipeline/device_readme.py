@@ -12,7 +12,7 @@ from gap_export.engines.profiles import make_profiles
 from gap_export.engines.targets import Platform, TargetChoice
 from gap_export.manifest import GraphSpec, Manifest, PreflightVerdict, TargetSpec
 from gap_export.parity.tolerances import TOLERANCES
-from gap_export.version import __version__
+from gap_export.version import SOURCE, __version__
 
 # For whoever takes the bundle to the device it is for.
 README_NAME = "README.md"
@@ -22,13 +22,16 @@ _TRTEXEC = "/usr/src/tensorrt/bin/trtexec"
 _LIKE = "image_features"
 
 
-def device_readme(manifest: Manifest, choices: Sequence[TargetChoice], *, folder: Path) -> str:
+def device_readme(
+    manifest: Manifest, choices: Sequence[TargetChoice], *, folder: Path, wheel: str | None = None
+) -> str:
     """The text for the targets that are built on the device they are for.
 
     Args:
         manifest: Of the bundle, with graphs, targets and engine limits.
         choices: What the bundle was made for; those that any machine builds are left out.
         folder: Where the graphs lie; their weights are not read.
+        wheel: File of gap-export itself in that folder; None where it is not there.
 
     Returns:
         Markdown; empty where no target needs a device.
@@ -40,8 +43,9 @@ def device_readme(manifest: Manifest, choices: Sequence[TargetChoice], *, folder
     if not chosen:
         return ""
     bundle = Bundle(path=folder, manifest=manifest)
-    sections = [_head(manifest), _contents(manifest)]
-    sections += [_target_section(bundle, choice) for choice in chosen]
+    source = SOURCE if wheel is None else f"./{wheel}"
+    sections = [_head(manifest), _contents(manifest, wheel), _own_source(wheel)]
+    sections += [_target_section(bundle, choice, source) for choice in chosen]
     sections.append(_compare(manifest, chosen[0]))
     return "\n\n".join(sections) + "\n"
 
@@ -109,7 +113,22 @@ def _head(manifest: Manifest) -> str:
     )
 
 
-def _contents(manifest: Manifest) -> str:
+def _own_source(wheel: str | None) -> str:
+    """Where gap-export itself comes from: from no index, where its name is anybody's to take."""
+    if wheel is not None:
+        return (
+            f"gap-export itself is here, as `{wheel}`. What it needs besides comes from pip's "
+            "index; gap-export is on none, so never install it by its bare name."
+        )
+    return (
+        f"`{SOURCE}` below is a wheel file or a checkout of gap-export {__version__}, brought "
+        "along beside this folder: on the host, `pip wheel --no-deps CHECKOUT` makes a wheel file "
+        "of a checkout, and `gap-export export --wheel` puts one into the bundle. It is on no "
+        "package index, so never install it by its bare name."
+    )
+
+
+def _contents(manifest: Manifest, wheel: str | None) -> str:
     limits = manifest.engine_limits
     assert limits is not None
     rows = [
@@ -120,6 +139,7 @@ def _contents(manifest: Manifest) -> str:
         ("`*.safetensors` and the like", "weights; the graphs point into them by offset"),
         ("`tokenizer.json` and the like", "what turns text into token ids"),
         ("`gap.json`", "what all of it is, with a hash of every file"),
+        *([(f"`{wheel}`", "gap-export itself, for pip")] if wheel is not None else []),
         ("`engines/`", "engines, once they are built; nothing else here may change"),
     ]
     return (
@@ -137,7 +157,7 @@ def _number_format(graph: GraphSpec) -> str:
     return f"{graph.dtype}, weights {quantization.dtype} in blocks of {quantization.block_size}"
 
 
-def _target_section(bundle: Bundle, choice: TargetChoice) -> str:
+def _target_section(bundle: Bundle, choice: TargetChoice, source: str) -> str:
     manifest, target = bundle.manifest, choice.target
     made = manifest.target(target.name)
     graphs = _graphs_of(manifest, made)
@@ -147,7 +167,7 @@ def _target_section(bundle: Bundle, choice: TargetChoice) -> str:
     parts = [
         f"## {target.summary}: `{target.name}`",
         "Copy this folder to the device (`rsync -a`), and work in it.",
-        *(_platform_section(platform, choice) for platform in platforms),
+        *(_platform_section(platform, choice, source) for platform in platforms),
         _memory(estimate),
         _preflight(made.preflight),
         _trtexec(manifest, graphs, choice),
@@ -159,7 +179,7 @@ def _graphs_of(manifest: Manifest, made: TargetSpec) -> tuple[GraphSpec, ...]:
     return tuple(g for g in manifest.graphs if (g.lowering, g.dtype) == (made.lowering, made.dtype))
 
 
-def _platform_section(platform: Platform, choice: TargetChoice) -> str:
+def _platform_section(platform: Platform, choice: TargetChoice, source: str) -> str:
     low, high = (".".join(map(str, v)) for v in (platform.min_version, platform.max_version))
     versions = low if low == high else f"{low} to {high}"
     known = [f"TensorRT {versions}"]
@@ -169,12 +189,12 @@ def _platform_section(platform: Platform, choice: TargetChoice) -> str:
     lines = [
         *_install_lines(platform, environment=f"~/gap-{target}"),
         f'python3 -c "import tensorrt; print(tensorrt.__version__)"   # {versions}',
-        "python3 -m pip install --no-deps gap-export   # or: export PYTHONPATH=CHECKOUT",
+        f"python3 -m pip install --no-deps {source}",
         f"python3 -m gap_export.engines build . --target {target}",
     ]
     toolkit = "cuda-python" if platform.cuda is None else f"cuda-python=={_major(platform)}.*"
     run = [
-        f'python3 -m pip install gap-export "{toolkit}"',
+        f'python3 -m pip install {source} "{toolkit}"',
         "gap-export doctor   # what is there, and which engines can be built and run",
         'gap-export ground . PICTURE "the red cup on the left" --backend trt',
     ]

@@ -300,7 +300,12 @@ class _Job:
         with timed(self.seconds, "pre-flight"):
             targets = describe_targets(self.draft.folder, self.choices, forms, manifest.graphs)
         manifest = replace(manifest, targets=targets)
-        text = device_readme(manifest, self.choices, folder=self.draft.folder)
+        wheel = None
+        if self.options.wheel:
+            from gap_export.pipeline.own_wheel import write_own_wheel
+
+            wheel = write_own_wheel(self.draft.folder).name
+        text = device_readme(manifest, self.choices, folder=self.draft.folder, wheel=wheel)
         # Where all is built by this very export, there is nothing to tell.
         if text:
             (self.draft.folder / README_NAME).write_text(text, encoding="utf-8")

@@ -69,6 +69,7 @@ class ExportOptions:
         max_prompt: Longest prompt after pruning that engines take; None: the longest there can be.
         max_new_tokens: Longest answer that engines' caches have room for; None: the recipe's.
         max_batch: Most expressions at a time that engines take.
+        wheel: Put the running gap-export into the bundle, for devices that build its engines.
     """
 
     model: str
@@ -95,6 +96,7 @@ class ExportOptions:
     max_prompt: int | None = None
     max_new_tokens: int | None = None
     max_batch: int = 1
+    wheel: bool = False
 
     def target_choices(self) -> tuple[TargetChoice, ...]:
         """The targets as rows of the table.
@@ -116,6 +118,13 @@ class ExportOptions:
                     fix=f"add --trt, or leave out {flag}",
                 )
         choices = parse_targets(self.targets)
+        if self.wheel and not any(choice.target.built_on == "device" for choice in choices):
+            raise UsageError(
+                "--wheel is for bundles whose engines another machine builds",
+                seen=", ".join(f"--trt {target}" for target in self.targets) or "no --trt",
+                allowed="with --trt orin, thor, desktop, or --trt alone",
+                fix="leave out --wheel",
+            )
         if self.quantization is not None:
             for choice in choices:
                 choice.check_weights(self.quantization.dtype)

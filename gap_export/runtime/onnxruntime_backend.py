@@ -41,8 +41,8 @@ _INPUT_DTYPES: Mapping[str, np.dtype[Any]] = {
 }
 # Both packages hold the same module, so the one for the CPU must go first.
 _CUDA_FIX = (
-    'onnxruntime-gpu takes the place of onnxruntime: "pip uninstall onnxruntime", then install '
-    '"gap-export[gpu]"'
+    "onnxruntime-gpu takes the place of onnxruntime: pip uninstall -y onnxruntime && "
+    "pip install onnxruntime-gpu"
 )
 # All that ONNX Runtime raises: classes with no common base, and RuntimeError from bound runs.
 ORT_ERRORS: tuple[type[Exception], ...] = (

@@ -13,6 +13,7 @@ from gap_export.engines.device import Gpu
 from gap_export.engines.library import TensorRT
 from gap_export.engines.targets import TARGETS
 from gap_export.errors import MissingDependencyError
+from gap_export.extras import pip_install
 
 
 def test_versions_and_providers_are_those_that_import(run_cli):
@@ -42,9 +43,9 @@ def test_what_is_missing_is_said_with_the_way_to_get_it(run_cli, monkeypatch):
         _machine, "_version", lambda name: None if name in {"onnx", "optimum"} else installed(name)
     )
     lines = run_cli("doctor").out.splitlines()
-    assert 'export: missing: pip install "gap-export[export]"' in lines
+    assert f"export: missing: {pip_install('export')}" in lines
     assert "  onnx missing" in lines
-    assert 'optimum: missing: pip install "gap-export[optimum]"' in lines
+    assert f"optimum: missing: {pip_install('optimum')}" in lines
     assert "base: installed" in lines
 
 

@@ -27,7 +27,7 @@ RUN_OPTIMUM = "from optimum.commands.optimum_cli import main; main()"
 
 needs_optimum = pytest.mark.skipif(
     bool(missing_modules("optimum")),
-    reason='optimum is not installed: pip install "gap-export[optimum]"',
+    reason='optimum is not installed: pip install -e ".[optimum]"',
 )
 
 

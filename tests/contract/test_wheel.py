@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from gap_export.evaluation.refshapes import generate_scene
+from gap_export.pipeline.own_wheel import write_own_wheel
 from tests.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,6 +126,15 @@ def test_the_wheel_holds_the_package_the_models_and_nothing_else(wheel):
     assert all(n.endswith("/recipe.yaml") for n in others)
     (license_file,) = [n for n in names if n.endswith("licenses/LICENSE")]
     assert license_file.startswith("gap_export-")
+
+
+def test_the_wheel_of_export_is_what_the_build_backend_makes(wheel, tmp_path):
+    own = write_own_wheel(tmp_path)
+    assert own.name == wheel.name
+    with zipfile.ZipFile(wheel) as built, zipfile.ZipFile(own) as packed:
+        files = {name for name in built.namelist() if not name.endswith("/RECORD")}
+        assert {name for name in packed.namelist() if not name.endswith("/RECORD")} == files
+        assert [name for name in files if built.read(name) != packed.read(name)] == []
 
 
 def test_optimum_finds_the_command_in_the_wheel(wheel, tmp_path):

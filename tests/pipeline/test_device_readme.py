@@ -14,6 +14,7 @@ from gap_export.engines.profiles import make_profiles
 from gap_export.engines.targets import TARGETS, parse_targets
 from gap_export.manifest import PreflightVerdict
 from gap_export.pipeline.device_readme import compare_line, device_readme, trtexec_line
+from gap_export.version import SOURCE
 from tests.engines.bundles import for_engines
 
 (ORIN,) = parse_targets(["orin"])
@@ -84,7 +85,16 @@ def test_build_commands_are_those_of_the_bare_entry(text):
 def test_nothing_but_numpy_and_gap_export_is_installed_to_build(text):
     before_running = text.split("Run:")[0]
     installed = re.findall(r"pip install (.*?)(?:   #|$)", before_running, re.MULTILINE)
-    assert installed == ['"numpy>=1.26"', "--no-deps gap-export"]
+    assert installed == ['"numpy>=1.26"', f"--no-deps {SOURCE}"]
+
+
+def test_a_wheel_in_the_bundle_is_what_is_installed(opened, manifest):
+    text = device_readme(manifest, [ORIN], folder=opened.path, wheel="gap_export-1-x.whl")
+    installed = re.findall(r"pip install (.*?)(?:   #|$)", text, re.MULTILINE)
+    assert installed[1] == "--no-deps ./gap_export-1-x.whl"
+    assert installed[2] == './gap_export-1-x.whl "cuda-python==12.*"'
+    assert "| `gap_export-1-x.whl` |" in text
+    assert SOURCE not in text
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "vision_encoder", "embed_tokens"])

@@ -18,6 +18,7 @@ from gap_export.evaluation.workers import Shard
 from gap_export.evaluation.workers.node_files import files_of, with_absolute_paths
 from gap_export.evaluation.workers.ray_worker import actor_class
 from gap_export.evaluation.workers.shard_queue import MAX_LOSSES, ShardQueue
+from gap_export.extras import pip_install
 from gap_export.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -192,7 +193,7 @@ class RayCrew:
                 f"the node {node} has another gap-export than this machine",
                 seen=other_version,
                 allowed=__version__,
-                fix=f'install it there, for Ray\'s Python: pip install "gap-export=={__version__}"',
+                fix=f"install that one there, for Ray's Python, as it was here: {pip_install()}",
             )
         worker.node = node
         self._failed_starts = 0

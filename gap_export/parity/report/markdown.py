@@ -18,11 +18,23 @@ from gap_export.parity.report.words import (
 )
 from gap_export.parity.results import BackendResult, CheckReport
 
-# A number of a character stands for the character and for nothing else: no markup, no link, no
-# mention and no end of a cell begins with one. (CommonMark 0.31, section 2.5.)
-_SPECIAL = re.compile(r"[^\w .,%()+=-]|\n|(?<=\w)\.(?=[^\W\d])|_")
+# What would be markup, a link, a mention or the end of a cell; all else stays as it is, so that the
+# file can be read without a reader of Markdown too. (CommonMark 0.31, sections 2.4 and 2.5; GFM
+# 0.29, sections 4.10 and 6.9; GitHub's and GitLab's references to people, issues and emoji.)
+_SPECIAL = re.compile(
+    r"""
+    [\\`*\[\]<>|~$&\n\t]
+    | (?<![^\W_])_ | _(?![^\W_])          # within a word it is no emphasis
+    | @(?!(?<=\w@)\d\.\d(?![\w.-]))       # but in Acc@0.5 it is no address
+    | [\#!%](?=\w)
+    | :(?=//) | :(?=[\w+-]+:)
+    | (?<=\bwww)\.
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_BACKSLASHED = "\\`*[]~$_"
 # What begins a list or a rule only where it stands first.
-_START = re.compile(r"^(\s*)([-+=](?!\d)|\d+[.)](?!\d))")
+_START = re.compile(r"^(\s*)([-+=](?!\d)|\#+(?=\s|$)|\d+[.)](?!\d))")
 # A summary is for reading; all of it is in the other formats. GitHub cuts at 1 MiB.
 _MAX_ROWS = 50
 
@@ -72,6 +84,16 @@ def table_lines(table: Table, shown: range | list[int]) -> list[str]:
 
 
 def escape(text: str) -> str:
-    """Text that stays text in Markdown, in one line."""
-    escaped = _SPECIAL.sub(lambda found: f"&#{ord(found.group())};", text)
-    return _START.sub(lambda found: f"{found[1]}&#{ord(found[2][0])};{found[2][1:]}", escaped)
+    """Text that stays text in Markdown, in one line; what needs no escaping is left as it is."""
+    visible = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    escaped = _SPECIAL.sub(lambda found: _escape_one(found.group()), visible)
+    return _START.sub(lambda found: f"{found[1]}{_number(found[2][0])}{found[2][1:]}", escaped)
+
+
+def _escape_one(character: str) -> str:
+    return f"\\{character}" if character in _BACKSLASHED else _number(character)
+
+
+def _number(character: str) -> str:
+    """A number of a character, which is the character and no markup."""
+    return f"&#{ord(character)};"

@@ -159,7 +159,7 @@ def test_markdown_says_what_was_measured_and_how():
 
 def test_markdown_has_a_line_for_each_setting():
     markdown = render_markdown(evaluation_report())
-    header, _, *rows = table_of(markdown, "Acc&#64;0.5 by the protocol unpad")
+    header, _, *rows = table_of(markdown, "Acc@0.5 by the protocol unpad")
     cells = dict(zip(header, rows[4], strict=True))
     assert len(rows) == 9
     assert cells == {
@@ -180,7 +180,7 @@ def test_markdown_has_a_line_for_each_setting():
 
 def test_markdown_compares_settings_in_pairs():
     markdown = render_markdown(evaluation_report())
-    rows = table_of(markdown, "two settings over the same expressions, counted at Acc&#64;0.5")
+    rows = table_of(markdown, "two settings over the same expressions, counted at Acc@0.5")
     assert rows[2] == [
         *("random keep 0.3 gap", "random keep 0.3 compact", "8", "457", "0", "35", "+91.4"),
         *("+88.6 to +93.6", "< 1e-300"),
@@ -206,7 +206,7 @@ def test_a_split_alone_is_not_told_twice():
 
 def test_latency_names_the_backend_of_each_setting_where_they_differ():
     ort, trt = whole_row(), setting_row(backend="TensorRT 10.3 (Orin)")
-    title = "milliseconds by stage&#58; median &#47; 95th percentile"
+    title = "milliseconds by stage: median / 95th percentile"
     header, _, row, other = table_of(render_markdown(evaluation_report(rows=(ort, trt))), title)
     assert header == [
         *("setting", "backend", "expressions a batch"),

@@ -48,7 +48,7 @@ def ray_cluster(**head: Any) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """As :func:`ray_cluster`, for all tests of a file."""
-    pytest.importorskip("ray", reason='Ray is not installed: pip install "gap-export[ray]"')
+    pytest.importorskip("ray", reason='Ray is not installed: pip install -e ".[ray]"')
     with ray_cluster() as made:
         yield made
 

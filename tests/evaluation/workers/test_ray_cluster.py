@@ -186,7 +186,7 @@ def test_answers_are_the_same_in_any_number_of_workers(num_workers, cluster, dem
 @pytest.mark.filterwarnings("ignore:unclosed file.*ray_client_server:ResourceWarning")
 @pytest.mark.full
 def test_a_cluster_is_joined_from_outside_through_its_client_server(tmp_path):
-    pytest.importorskip("ray", reason='Ray is not installed: pip install "gap-export[ray]"')
+    pytest.importorskip("ray", reason='Ray is not installed: pip install -e ".[ray]"')
     port = free_port()
     with ray_cluster(ray_client_server_port=port) as cluster:
         assert cluster.head_node.remaining_processes_alive()

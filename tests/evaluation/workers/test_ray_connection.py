@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 from dataclasses import replace
@@ -15,10 +16,11 @@ from gap_export.evaluation.workers import ray_cluster
 from gap_export.evaluation.workers.ray_cluster import RayExecutor
 from gap_export.evaluation.workers.ray_connection import ray_connection
 from gap_export.evaluation.workers.ray_worker import actor_class
+from gap_export.extras import pip_install
 from gap_export.version import __version__
 
 OPTIONS = RunnerOptions(backend="onnxruntime", engines=None, num_threads=1, prompt=None, seed=0)
-NEEDS_RAY = 'Ray is not installed: pip install "gap-export[ray]"'
+NEEDS_RAY = 'Ray is not installed: pip install -e ".[ray]"'
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,7 @@ def test_a_second_connection_is_refused(monkeypatch):
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(extras, "missing_modules", lambda extra: ["ray"])
-    with pytest.raises(MissingDependencyError, match=r'pip install "gap-export\[ray\]"'):
+    with pytest.raises(MissingDependencyError, match=re.escape(pip_install("ray"))):
         RayExecutor(None, 1, OPTIONS)
 
 
