@@ -21,7 +21,12 @@ LEFT_OUT = {Path(__file__).name}
 
 def tracked_text() -> list[Path]:
     listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "ls-files", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     if listed.returncode != 0:
         pytest.skip("not a checkout of git")
