@@ -60,15 +60,15 @@ def test_the_readmes_pruner_is_exported_and_grounds(
     install, tiny_checkpoint, tiny_recipe, exports, tmp_path
 ):
     install(*readme_example())
-    assert "loudest" in supported_pruners(tiny_recipe)
+    assert "unusual" in supported_pruners(tiny_recipe)
     options = ExportOptions(
-        model=str(tiny_checkpoint), pruner="loudest", keep_ratio=0.3, out=tmp_path / "bundle"
+        model=str(tiny_checkpoint), pruner="unusual", keep_ratio=0.3, out=tmp_path / "bundle"
     )
     bundle = export_model(options, cache=exports.graphs(options.model)).bundle
     manifest = open_bundle(bundle).manifest
-    assert manifest.pruning.pruner == "loudest"
+    assert manifest.pruning.pruner == "unusual"
     assert manifest.tools["pruner: my_pruners"] == "1.0"
-    check_pruner_installed("loudest", manifest.tools)
+    check_pruner_installed("unusual", manifest.tools)
     with pytest.raises(MissingDependencyError, match=r"'lost', is of .*: my_pruners 1\.0; install"):
         check_pruner_installed("lost", manifest.tools)
     picture = np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)
@@ -80,7 +80,7 @@ def test_the_readmes_pruner_is_exported_and_grounds(
 
 
 def test_our_own_names_are_not_taken_over(install):
-    install(readme_example()[0], "cls = my_pruners:LOUDEST")
+    install(readme_example()[0], "cls = my_pruners:UNUSUAL")
     assert find_preset("cls") is presets.PRESETS["cls"]
 
 
@@ -89,8 +89,8 @@ def test_our_own_names_are_not_taken_over(install):
     [
         ("lost = no_such_module:X", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("gone = my_pruners:GONE", "cannot be loaded"),
-        ("quiet = my_pruners:LOUDEST", "is not a preset of that name"),
-        ("bare = my_pruners:LoudestPruner", "is not a preset of that name"),
+        ("quiet = my_pruners:UNUSUAL", "is not a preset of that name"),
+        ("bare = my_pruners:UnusualPruner", "is not a preset of that name"),
     ],
 )
 def test_an_entry_that_is_none_is_refused_by_name(install, entry, says):
@@ -102,8 +102,8 @@ def test_an_entry_that_is_none_is_refused_by_name(install, entry, says):
 
 def test_an_unknown_name_lists_the_installed_ones(install):
     install(*readme_example())
-    with pytest.raises(UsageError, match=r"loudset.*dart, loudest.*did you mean loudest"):
-        find_preset("loudset")
+    with pytest.raises(UsageError, match=r"unusaul.*dart, unusual.*did you mean unusual"):
+        find_preset("unusaul")
 
 
 def test_a_name_in_capitals_is_understood_and_a_long_one_cut_short():
