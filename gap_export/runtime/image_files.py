@@ -38,8 +38,8 @@ MAX_MEMORY = 512 << 20
 # Encoders write ten scans, or some more; each one costs a pass over all of the image.
 MAX_SCANS = 64
 MAX_SCANNED_PIXELS = 16 * MAX_PIXELS
-# LZW is followed in Python to see damage, some tenths of a second for each million of codes.
-_MAX_GIF_PIXELS = 16_000_000
+# LZW is followed in Python to see damage, about a second for each megapixel of noise.
+_MAX_GIF_PIXELS = 1 << 22
 # Pillow's own classes: `Image.open` warns of sizes that are refused here anyway, and a warning that
 # is switched off is off for all threads.
 _OPENERS: Mapping[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
