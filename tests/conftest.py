@@ -60,6 +60,8 @@ def pytest_collection_finish() -> None:
     # What is imported by now stays, and was looked through for garbage again and again.
     gc.collect()
     gc.freeze()
+    # An export makes millions of objects that die without it.
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 Finished = subprocess.CompletedProcess[str]
 # Far above what any of them takes on a busy machine with two cores.
-LIMIT_S = 120.0
+LIMIT_S = 300.0
 
 
 def run_program(

@@ -307,7 +307,7 @@ def test_a_bundle_gives_the_same_rows_with_a_baseline_as_with_its_checkpoint(
     assert without_times(by_baseline) == without_times(by_checkpoint)
 
 
-@pytest.mark.parametrize("number", [100, pytest.param(300, marks=pytest.mark.full)])
+@pytest.mark.parametrize("number", [60, pytest.param(300, marks=pytest.mark.full)])
 def test_the_demo_model_collapses_without_gap_and_recovers_with_it(
     demo_bundle, demo_whole_bundle, number
 ):

@@ -48,6 +48,17 @@ def test_page_needs_nothing_but_itself(sources, name):
     assert "default-src 'none'" in source
 
 
+@pytest.mark.parametrize("name", ["failed", "hostile", "passed"])
+def test_what_does_not_fit_is_scrolled_to(sources, name):
+    source = sources[name]
+    assert source.count("<table>") == source.count('<div class="scroll" tabindex="0"><table>') > 0
+    plots = source.count("<svg ")
+    assert plots == source.count('<div class="scroll" tabindex="0"><svg ')
+    # 11.5 inches, and legible letters on a phone.
+    assert source.count('style="max-width:1104px;min-width:684px"') == plots
+    assert ".scroll {" in source
+
+
 def test_page_escapes_all_that_others_wrote(sources):
     source = sources["hostile"]
     plain, hostile = Page(sources["failed"]), Page(source)

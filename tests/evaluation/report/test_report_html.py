@@ -72,6 +72,21 @@ def test_page_needs_nothing_but_itself(sources, name):
     assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:\"" in source
 
 
+@pytest.mark.parametrize(("count", "width"), [(1, 552), (2, 864), (3, 1104)])
+def test_panels_are_not_blown_up(count, width):
+    found = panels(evaluation_report().rows)[:count]
+    assert len(found) == count
+    svg = draw_thresholds(found, mark="m")
+    assert f'style="max-width:{width}px;min-width:' in svg
+
+
+@pytest.mark.parametrize("name", ["full", "hostile", "least"])
+def test_what_does_not_fit_is_scrolled_to(sources, name):
+    source = sources[name]
+    assert source.count("<table>") == source.count('<div class="scroll" tabindex="0"><table>') > 0
+    assert source.count("max-width:") - 2 == source.count('<div class="scroll" tabindex="0"><svg ')
+
+
 def test_page_escapes_all_that_others_wrote(sources):
     source = sources["hostile"]
     plain, hostile = Page(sources["full"]), Page(source)
