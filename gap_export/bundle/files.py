@@ -17,6 +17,8 @@ HASH_NAME = f"{MANIFEST_NAME}.sha256"
 ENGINES_FOLDER = "engines"
 
 _CHUNK_BYTES = 1 << 20
+# Bundles have two levels; each costs a call within a call here and wherever a folder is removed.
+_MAX_DEPTH, _MAX_SHOWN = 32, 80
 
 
 def hash_line(raw_manifest: bytes) -> bytes:
@@ -61,7 +63,8 @@ def walk_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
 
     Raises:
         BundleError: something is neither a plain file nor a folder. A symbolic link could lead out
-            of the bundle, and a pipe or device would block the reader.
+            of the bundle, and a pipe or device would block the reader. Or folders are nested
+            deeper than any bundle's.
         OSError: a folder cannot be read.
     """
     yield from _walk(folder, prefix="")
@@ -73,6 +76,13 @@ def _walk(folder: Path, *, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
     for entry in ordered:
         name = f"{prefix}{entry.name}"
         status = entry.stat(follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode) and name.count("/") >= _MAX_DEPTH:
+            raise BundleError(
+                "the bundle holds folders within folders without end",
+                seen=f"{name[:_MAX_SHOWN]}...",
+                allowed=f"{_MAX_DEPTH} levels",
+                fix="remove them, or export the bundle again",
+            )
         if stat.S_ISDIR(status.st_mode):
             yield from _walk(folder / entry.name, prefix=f"{name}/")
         elif stat.S_ISREG(status.st_mode):

@@ -19,7 +19,7 @@ def read_structure(path: Path) -> onnx.ModelProto:
     in other files are left without bytes and without any trace of where they are.
 
     Raises:
-        BundleError: not an ONNX file.
+        BundleError: not an ONNX file, or one that does not hold together.
     """
     try:
         model = onnx.load(path, load_external_data=False)
@@ -27,11 +27,16 @@ def read_structure(path: Path) -> onnx.ModelProto:
         raise BundleError("not an ONNX file", seen=f"{path}: {err}") from err
     if not model.HasField("graph"):
         raise BundleError("not an ONNX file", seen=f"{path}: holds no graph")
-    model = inliner.inline_local_functions(model)
-    for graph in all_graphs(model.graph):
-        for tensor in graph.initializer:
-            _forget_place(tensor)
-    return shape_inference.infer_shapes(model)
+    try:
+        model = inliner.inline_local_functions(model)
+        for graph in all_graphs(model.graph):
+            for tensor in graph.initializer:
+                _forget_place(tensor)
+        return shape_inference.infer_shapes(model)
+    except (RuntimeError, ValueError, RecursionError) as err:
+        raise BundleError(
+            "an ONNX file that does not hold together", seen=f"{path}: {err}"
+        ) from err
 
 
 def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

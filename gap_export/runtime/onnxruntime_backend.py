@@ -24,7 +24,7 @@ from gap_export.errors import BundleError, GapExportError, UsageError
 from gap_export.manifest import GraphSpec, QuantizationSpec
 from gap_export.positions import Int64Array
 from gap_export.runtime.backend import EncodedImage, FloatArray, KVCache, ScoredImage
-from gap_export.runtime.onnxruntime_options import session_options, spare_memory
+from gap_export.runtime.onnxruntime_options import session_options, spare_memory, start_session
 from gap_export.runtime.quiet_onnxruntime import ort, ort_errors
 
 if TYPE_CHECKING:
@@ -44,9 +44,11 @@ _CUDA_FIX = (
     "onnxruntime-gpu takes the place of onnxruntime: pip uninstall -y onnxruntime && "
     "pip install onnxruntime-gpu"
 )
-# All that ONNX Runtime raises: classes with no common base, and RuntimeError from bound runs.
+# All that ONNX Runtime raises: classes with no common base, RuntimeError from bound runs, and
+# UnicodeDecodeError where a name in a graph, also one that it complains of, is not UTF-8.
 ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
+    UnicodeDecodeError,
     *(
         value
         for value in vars(ort_errors).values()
@@ -262,15 +264,17 @@ class OnnxRuntimeBackend:
         wanted = self._providers[0]
         if not self._may_fall_back and wanted not in session.get_providers():
             raise _not_loaded(wanted, None)
-        _check_interface(session, spec)
+        try:
+            _check_interface(session, spec)
+        except UnicodeDecodeError as err:
+            raise _refused(spec, err) from err
         return session
 
     def _start(self, path: Path, spec: GraphSpec, providers: list[str]) -> ort.InferenceSession:
         options = session_options(self._num_threads)
         if spec.dtype == "float16" and providers == [_CPU]:
             spare_memory(options)
-        # Its own fallback prints to standard output, where our JSON goes.
-        return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
+        return start_session(path, options, providers)
 
     def _start_on_cpu(self, path: Path, spec: GraphSpec, *, why: Exception) -> ort.InferenceSession:
         """A session without the GPU, which tells whether the graph or the GPU is at fault."""

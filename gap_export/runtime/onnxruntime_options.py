@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
 from gap_export.errors import UsageError
 from gap_export.runtime.quiet_onnxruntime import ort
 
@@ -36,6 +40,32 @@ def session_options(num_threads: int | None) -> ort.SessionOptions:
             )
         options.intra_op_num_threads = num_threads
     return options
+
+
+def start_session(
+    graph: Path | bytes, options: ort.SessionOptions, providers: Sequence[str]
+) -> ort.InferenceSession:
+    """A session of a graph.
+
+    Args:
+        graph: Its file, or what would be in it.
+        options: From :func:`session_options`.
+        providers: ONNX Runtime's names, best first.
+
+    Raises:
+        UsageError: a file whose name ONNX Runtime cannot be told.
+        RuntimeError: or another of what ONNX Runtime raises where it refuses the graph.
+    """
+    try:
+        name = graph if isinstance(graph, bytes) else os.fsencode(graph).decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise UsageError(
+            "ONNX Runtime opens no file whose name is not UTF-8",
+            seen=graph,
+            fix="give the folder another name, or move what is in it",
+        ) from err
+    # Its own fallback prints to standard output, where our JSON goes.
+    return ort.InferenceSession(name, options, providers=list(providers), enable_fallback=False)
 
 
 def spare_memory(options: ort.SessionOptions) -> None:

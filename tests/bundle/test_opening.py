@@ -13,7 +13,7 @@ import pytest
 
 from gap_export.bundle import open_bundle, write_bundle
 from gap_export.bundle import stamps as stamps_module
-from gap_export.errors import BundleError
+from gap_export.errors import BundleError, OutputError
 from gap_export.manifest import Manifest
 
 FILES = ["embed_tokens.onnx", "model.safetensors", "sub/tokenizer.json"]
@@ -304,3 +304,13 @@ def test_a_linked_file_that_was_changed_at_its_source_says_so(
     shutil.copytree(tmp_path / "b", tmp_path / "copy")
     with pytest.raises(BundleError, match="copy it again"):
         open_bundle(tmp_path / "copy")
+
+
+def test_folders_without_end_are_refused_and_not_replaced(
+    bundle: Path, write_sample: Callable[..., Path]
+) -> None:
+    (bundle / "engines" / "/".join("d" * 60)).mkdir(parents=True)
+    with pytest.raises(BundleError, match=r"folders without end: engines/d/d/.*allowed: 32 levels"):
+        open_bundle(bundle)
+    with pytest.raises(OutputError, match="not only a gap-export bundle"):
+        write_sample(bundle, force=True)

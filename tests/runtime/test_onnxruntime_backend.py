@@ -280,6 +280,24 @@ def test_graph_that_is_none_is_refused(rebuild: Rebuild, content: bytes) -> None
         GroundingSession.open(bundle)
 
 
+@pytest.mark.parametrize("name", [b"pixel_values", b"image_features", b"keep_indices"])
+def test_name_in_a_graph_that_is_no_text_is_refused(
+    rebuild: Rebuild, tiny_bundle: Path, name: bytes
+) -> None:
+    content = (tiny_bundle / "vision_encoder.onnx").read_bytes()
+    spoilt = content.replace(name, name[:-1] + b"\xff")
+    assert spoilt != content
+    with pytest.raises(BundleError, match=r"refuses vision_encoder\.onnx"):
+        GroundingSession.open(rebuild({"vision_encoder.onnx": spoilt}))
+
+
+def test_folder_whose_name_is_no_text_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / os.fsdecode(b"n\xff")
+    shutil.copytree(tiny_bundle, bundle)
+    with pytest.raises(UsageError, match=r"whose name is not UTF-8: .*n\\udcff/"):
+        GroundingSession.open(bundle)
+
+
 @pytest.mark.parametrize("location", ["../outside.safetensors", "/etc/hostname"])
 def test_weights_outside_of_the_bundle_are_refused(
     rebuild: Rebuild, tiny_bundle: Path, tmp_path: Path, location: str

@@ -65,8 +65,9 @@ class Graph:
         """
         try:
             graph = cls(path.read_bytes(), path.parent)
-            assert graph.nodes is not None
-        except (OSError, ValueError, IndexError) as err:
+            # All that is decoded later, so that what is wrong with a file is said here.
+            _ = graph.reads, graph.initializers, graph.inputs, graph.outputs
+        except (OSError, ValueError, IndexError, RecursionError) as err:
             raise BundleError("not an ONNX file, or cut short", seen=f"{path}: {err}") from err
         return graph
 

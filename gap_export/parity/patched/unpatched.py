@@ -14,7 +14,7 @@ from gap_export.errors import GapExportError, ParityError, UsageError
 from gap_export.manifest import Manifest, SourcePart
 from gap_export.runtime.backend import FloatArray
 from gap_export.runtime.onnxruntime_backend import ORT_ERRORS
-from gap_export.runtime.onnxruntime_options import session_options, spare_memory
+from gap_export.runtime.onnxruntime_options import session_options, spare_memory, start_session
 from gap_export.runtime.quiet_onnxruntime import ort
 
 _DTYPES: Mapping[str, type] = {
@@ -157,7 +157,7 @@ def _load(path: Path, *, half: bool) -> ort.InferenceSession:
     if half:
         spare_memory(options)
     try:
-        return ort.InferenceSession(str(path), options, providers=_CPU, enable_fallback=False)
+        return start_session(path, options, _CPU)
     except ORT_ERRORS as err:
         raise UsageError(
             f"ONNX Runtime {ort.__version__} refuses the unpatched graph",

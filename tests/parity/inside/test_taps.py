@@ -110,6 +110,34 @@ def test_initializers_are_taken_from_another_graph(tmp_path):
     np.testing.assert_array_equal(run_taps(graph, ["double"], FEED)["double"], [2, 4])
 
 
+@pytest.mark.parametrize("name", [b"two", b"double", b"apart"])
+def test_a_name_that_is_no_text_is_refused(tmp_path, name):
+    nodes = [helper.make_node("Mul", ["x", "two"], ["double"], "apart")]
+    path = tmp_path / "spoilt.onnx"
+    path.write_bytes(
+        model(nodes, ["double"]).SerializeToString().replace(name, name[:-1] + b"\xff")
+    )
+    with pytest.raises(BundleError, match=r"not an ONNX file, or cut short: .*can't decode"):
+        Graph.read(path)
+
+
+def test_subgraphs_without_end_are_refused(tmp_path):
+    def field(number, content):
+        size, length = len(content), b""
+        while size > 0x7F:
+            length, size = length + bytes([size & 0x7F | 0x80]), size >> 7
+        return bytes([number << 3 | 2]) + length + bytes([size]) + content
+
+    node = field(4, b"If")
+    for _ in range(1200):
+        # A node's attribute, whose graph has a node.
+        node = field(5, field(6, field(1, node)))
+    path = tmp_path / "deep.onnx"
+    path.write_bytes(field(7, field(1, node)))
+    with pytest.raises(BundleError, match="not an ONNX file, or cut short"):
+        Graph.read(path)
+
+
 @pytest.mark.parametrize("content", [b"\x08", b"no protobuf"], ids=["cut", "text"])
 def test_a_file_that_is_no_graph_is_refused(tmp_path, content):
     path = tmp_path / "damaged.onnx"
