@@ -30,6 +30,7 @@ from gap_export.errors import UsageError
 
 Int64Array = NDArray[np.int64]
 PositionMode = Literal["gap", "compact"]
+TileCode = Literal["transformers", "authors"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,12 +227,21 @@ class TileLayout:
 
     @classmethod
     def of_picture(
-        cls, width: int, height: int, *, rows: int, cols: int, tile_rows: int, tile_cols: int
+        cls,
+        width: int,
+        height: int,
+        *,
+        rows: int,
+        cols: int,
+        tile_rows: int,
+        tile_cols: int,
+        follows: TileCode = "transformers",
     ) -> TileLayout:
         """Layout of a picture that is fitted, aspect kept and centred, to a canvas of tiles.
 
-        The rounding is that of transformers' ``unpad_image``, which users compare with. LLaVA's own
-        code has no ``round(..., 7)`` and so drops one more line on either side for some sizes.
+        The size of what is no padding is a product of floats, whose whole part counts. Both
+        ``unpad_image`` have it so; transformers rounds to seven digits first, where LLaVA's own
+        code takes 23.999999999999996 for 23, and drops one more line on either side.
 
         Args:
             width: Of the picture, in pixels.
@@ -240,6 +250,7 @@ class TileLayout:
             cols: Of one tile's tokens.
             tile_rows: Of the canvas.
             tile_cols: Of the canvas.
+            follows: Whose code is followed.
 
         Raises:
             UsageError: a size below 1.
@@ -253,10 +264,11 @@ class TileLayout:
             )
         all_rows, all_cols = tile_rows * rows, tile_cols * cols
         first_row = first_col = 0
+        shown = int if follows == "authors" else _whole_part
         if width / height > all_cols / all_rows:
-            first_row = (all_rows - int(round(height * (all_cols / width), 7))) // 2
+            first_row = (all_rows - shown(height * (all_cols / width))) // 2
         else:
-            first_col = (all_cols - int(round(width * (all_rows / height), 7))) // 2
+            first_col = (all_cols - shown(width * (all_rows / height))) // 2
         return cls(
             rows=rows,
             cols=cols,
@@ -277,6 +289,11 @@ class TileLayout:
     def num_visual_tokens(self) -> int:
         """Length of the unpruned visual sequence, newlines included."""
         return self.rows * self.cols + self.num_rows * (self.num_cols + 1)
+
+
+def _whole_part(number: float) -> int:
+    """Of a number that is meant to be whole where it is that to seven digits."""
+    return int(round(number, 7))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from gap_export.checkpoint import (
     MAIN,
@@ -22,7 +24,14 @@ from gap_export.checkpoint import (
 from gap_export.errors import CheckpointError, RecipeError, UnknownModelError, UsageError
 from gap_export.foreign import describe_config, refuse_foreign
 from gap_export.hub_cache import ADAPTER_CONFIG, find_part
-from gap_export.manifest import MANIFEST_NAME, Manifest, SourcePart, differing_fields
+from gap_export.manifest import (
+    MANIFEST_NAME,
+    ImageSpec,
+    Manifest,
+    SourcePart,
+    TilesSpec,
+    differing_fields,
+)
 from gap_export.recipe import (
     HUB_ID,
     RECIPE_NAME,
@@ -290,7 +299,9 @@ def _check_unchanged(manifest: Manifest, recipe: Recipe) -> None:
     changed = [
         f"{name}{path}: {seen} in the recipe, {held} in the bundle"
         for name in _KEPT_FACTS
-        for path, seen, held in differing_fields(getattr(recipe, name), getattr(manifest, name))
+        for path, seen, held in differing_fields(
+            *(_but_for_tiles(getattr(owner, name)) for owner in (recipe, manifest))
+        )
     ]
     if manifest.model.family != recipe.family:
         changed.insert(0, f"family: {recipe.family}, {manifest.model.family} in the bundle")
@@ -300,6 +311,16 @@ def _check_unchanged(manifest: Manifest, recipe: Recipe) -> None:
             seen=f"{recipe.name}: {'; '.join(changed)}",
             fix="export the bundle again, or restore the recipe",
         )
+
+
+def _but_for_tiles(fact: Any) -> Any:
+    """A fact without the order of its tiles' sizes and whose code they follow.
+
+    Those are the checkpoint's: published and converted ones differ in them.
+    """
+    if not isinstance(fact, ImageSpec) or fact.tiles is None:
+        return fact
+    return replace(fact, tiles=TilesSpec(resolutions=tuple(sorted(fact.tiles.resolutions))))
 
 
 def _first_place(

@@ -327,6 +327,20 @@ def test_a_manifest_from_before_there_was_a_choice_of_text_is_of_the_expression(
     assert found.text_encoder == tower and tower.long_texts == "cut"
 
 
+def test_a_manifest_from_before_published_checkpoints_had_their_own_tiles_is_of_transformers(
+    sample_manifest: Manifest,
+) -> None:
+    tiles = TilesSpec(resolutions=((32, 64),))
+    image = dataclasses.replace(sample_manifest.image, preparation="anyres", tiles=tiles)
+    newline = TensorPlace(file="x", offset=0, dtype="float32", shape=(8,))
+    plain = plain_of(dataclasses.replace(sample_manifest, image=image, newline=newline))
+    del plain["image"]["tiles"]["follows"]
+    assert parse_manifest(raw_of(plain)).image.tiles == tiles
+    plain["image"]["tiles"]["follows"] = "nobody"
+    with pytest.raises(BundleError, match="follows"):
+        parse_manifest(raw_of(plain))
+
+
 @pytest.mark.parametrize(
     ("marks", "template", "refused"),
     [

@@ -14,7 +14,7 @@ import yaml
 
 from gap_export.bundle import open_bundle
 from gap_export.errors import CheckpointError, RecipeError, UnknownModelError, UsageError
-from gap_export.manifest import Manifest, SourceFile, SourcePart, SourceSpec
+from gap_export.manifest import Manifest, SourceFile, SourcePart, SourceSpec, TilesSpec
 from gap_export.recipe import CheckpointPart, HubRepository, Recipe, find_recipe
 from gap_export.source import (
     Checkpoint,
@@ -551,6 +551,22 @@ def test_a_broken_recipe_of_the_users_own_is_reported(sample_manifest, tmp_path)
     manifest = manifest_of(sample_manifest, own, part_of("main", folder, "model.safetensors"))
     with pytest.raises(RecipeError, match="cannot be read"):
         resolve_source(manifest)
+
+
+def test_the_order_of_tiles_is_the_checkpoints_and_no_change_of_the_recipe(sample_manifest):
+    recipe = find_recipe("llava-next")[0]
+    manifest = replace(
+        manifest_of(sample_manifest, recipe), source=SourceSpec(parts=(), random_seed=1)
+    )
+    sizes = tuple(reversed(recipe.image.tiles.resolutions))
+    for follows, resolutions in (("authors", sizes), ("transformers", sizes[:-1])):
+        tiles = TilesSpec(resolutions=resolutions, follows=follows)
+        changed = replace(manifest, image=replace(recipe.image, tiles=tiles))
+        if follows == "authors":
+            assert resolve_source(changed)[0] == recipe
+        else:
+            with pytest.raises(CheckpointError, match=r"recipe changed.*image.tiles"):
+                resolve_source(changed)
 
 
 def test_a_recipe_that_changed_since_the_export_is_refused(sample_manifest, tmp_path):

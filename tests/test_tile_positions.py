@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gap_export.errors import UsageError
+from gap_export.manifest import GridSpec, ImageSpec, TilesSpec
 from gap_export.positions import TiledTokens, TileLayout, TileTokens, arrange_tiles
-from gap_export.runtime.geometry import choose_canvas
+from gap_export.recipe import find_recipe
+from gap_export.runtime.geometry import ImageGeometry, choose_canvas
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 SIDES = [
@@ -230,3 +232,91 @@ def test_layout_of_nothing_is_refused(name: str) -> None:
 def test_layout_is_plain_frozen_data() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         LAYOUT.rows = 5  # type: ignore[misc]
+
+
+def authors_canvas(width: int, height: int) -> tuple[int, int]:
+    """(width, height) of the canvas of LLaVA's own code, whose list is of (width, height)."""
+    best, most, least = (0, 0), -1, 0
+    for across, down in PINPOINTS:
+        scale = min(across / width, down / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        wasted = across * down - shown
+        if shown > most or (shown == most and wasted < least):
+            best, most, least = (across, down), shown, wasted
+    return best
+
+
+def authors_unpadded(width: int, height: int, canvas: tuple[int, int]) -> tuple[int, int, int, int]:
+    """First row and column, rows and columns, of a grid of tokens without its padding."""
+    across, down = canvas[0] // 14, canvas[1] // 14
+    tokens = np.arange(across * down).reshape(down, across)
+    if width / height > across / down:
+        cut = (down - int(height * (across / width))) // 2
+        tokens = tokens[cut : down - cut]
+    else:
+        cut = (across - int(width * (down / height))) // 2
+        tokens = tokens[:, cut : across - cut]
+    row, col = divmod(int(tokens.flat[0]), across) if tokens.size else (cut, 0)
+    return row, col, *tokens.shape
+
+
+def authors_image() -> ImageSpec:
+    image = find_recipe("llava-next")[0].image
+    sizes = tuple((height, width) for width, height in PINPOINTS)
+    return dataclasses.replace(image, tiles=TilesSpec(resolutions=sizes, follows="authors"))
+
+
+def layout_by_spec(width: int, height: int, image: ImageSpec) -> TileLayout:
+    assert image.tiles is not None
+    canvas = choose_canvas((height, width), image.tiles.resolutions)
+    geometry = ImageGeometry(width=width, height=height, canvas=canvas)
+    layout = geometry.tile_layout(image, GridSpec(rows=24, cols=24))
+    assert layout is not None
+    return layout
+
+
+ROUNDED = [(748, 352), (352, 748), (752, 1786), (836, 352), (335, 336), (337, 335), (335, 337)]
+SMALL = [(width, height) for width in range(20, 341, 20) for height in range(20, 341, 20)]
+
+
+def test_published_checkpoints_cut_as_their_authors_do() -> None:
+    image, differ = authors_image(), set()
+    assert image.tiles is not None
+    for width, height in [*SIZES, *SMALL, *ROUNDED]:
+        canvas = choose_canvas((height, width), image.tiles.resolutions)
+        assert canvas[::-1] == authors_canvas(width, height), (width, height)
+        layout = layout_by_spec(width, height, image)
+        row, col, rows, cols = authors_unpadded(width, height, canvas[::-1])
+        if rows and cols:
+            assert (layout.first_row, layout.first_col) == (row, col), (width, height)
+        assert (layout.num_rows, layout.num_cols) == (rows, cols), (width, height)
+        if canvas != choose_canvas((height, width), [(h, w) for h, w in PINPOINTS]):
+            differ.add((width, height))
+    # The order of equals decides where every canvas enlarges the image, or shows nothing of it.
+    assert {(w, h) for w, h in differ if min(w, h) >= 24} == {
+        (w, h) for w, h in [*SIZES, *SMALL, *ROUNDED] if min(w, h) >= 24 and max(w, h) <= 336
+    }
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "transformers", "authors"),
+    [
+        (300, 200, 1464, 976),
+        (200, 300, 984, 1476),
+        (336, 336, 1176, 1176),
+        (100, 100, 1176, 1176),
+        (336, 168, 1752, 876),
+        (337, 200, 1560, 1560),
+        (640, 480, 2340, 2340),
+        # The second difference: a product of floats that is a little less than a whole number.
+        (748, 352, 1848, 1800),
+        (752, 1786, 2026, 1976),
+    ],
+)
+def test_small_images_have_other_numbers_of_tokens(
+    width: int, height: int, transformers: int, authors: int
+) -> None:
+    hf = find_recipe("llava-next")[0].image
+    assert hf.tiles is not None and hf.tiles.follows == "transformers"
+    seen = [layout_by_spec(width, height, i).num_visual_tokens for i in (hf, authors_image())]
+    assert seen == [transformers, authors]

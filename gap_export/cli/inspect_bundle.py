@@ -150,11 +150,12 @@ def _describe_source(manifest: Manifest) -> list[str]:
 
 
 def _describe_tokens(tokens: dict[str, int], manifest: Manifest) -> str:
-    grid = manifest.grid
+    grid, tiles = manifest.grid, manifest.image.tiles
+    whose = "" if tiles is None else f", tiles as of {tiles.follows}"
     unit = "picture" if manifest.image.tiles is None else "tile"
     least = "at least " if manifest.pruning.budget == "adaptive" else ""
     return (
-        f"tokens     {describe_tokens(manifest)}, {grid.rows}x{grid.cols} grid; "
+        f"tokens     {describe_tokens(manifest)}, {grid.rows}x{grid.cols} grid{whose}; "
         f"ids up to {tokens['max_position_embeddings'] - 1}\n"
         f"KV cache   {format_size(tokens['kv_cache_bytes_per_token'])} a token, "
         f"{least}{format_size(tokens['kv_cache_bytes_saved'])} a {unit} saved"

@@ -163,6 +163,7 @@ def assemble(
         newline_weight=source.weights.get(NEWLINE_KEY),
         assets=assets,
         checkpoint_files=tuple(dict.fromkeys(files)),
+        tiles=source.tiles,
         notes=(*source.notes, *look_for_unread(files)),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gap_export.architecture import Architecture
-from gap_export.manifest import DecoderSpec, PruningSpec, TensorSpec, TextEncoderSpec
+from gap_export.manifest import (
+    DecoderSpec,
+    ImageSpec,
+    PruningSpec,
+    TensorSpec,
+    TextEncoderSpec,
+    TilesSpec,
+)
 from gap_export.recipe import Recipe
 from gap_export.source import Checkpoint
 from gap_export.weights import SAFETENSORS_NAMES, Weight, cast
@@ -35,6 +42,7 @@ class ModelSource:
         tokenizer: A tokenizer.json, or the content of one.
         files: Every file that was read, with the part it belongs to.
         notes: What the user should know of how it was read, a sentence each.
+        tiles: How the checkpoint's own code cuts tiles, where that is not the recipe's way.
     """
 
     layout: str
@@ -46,6 +54,7 @@ class ModelSource:
     tokenizer: Path | bytes
     files: tuple[tuple[str, Path], ...]
     notes: tuple[str, ...] = ()
+    tiles: TilesSpec | None = None
 
 
 class Layout(Protocol):
@@ -116,6 +125,7 @@ class Reference:
         assets: For each name in a bundle a file to copy, or what to write: the tokenizers.
         checkpoint_files: Every file of the checkpoint that was read, with its part.
         notes: What the user should know of how it was read, a sentence each.
+        tiles: How the checkpoint's own code cuts tiles, where that is not the recipe's way.
     """
 
     components: tuple[Component, ...]
@@ -127,6 +137,11 @@ class Reference:
     assets: Mapping[str, Path | bytes]
     checkpoint_files: tuple[tuple[str, Path], ...]
     notes: tuple[str, ...] = ()
+    tiles: TilesSpec | None = None
+
+    def image(self, recipe: Recipe) -> ImageSpec:
+        """How an image is prepared for this checkpoint."""
+        return recipe.image if self.tiles is None else replace(recipe.image, tiles=self.tiles)
 
     @property
     def vision_encoder(self) -> nn.Module:

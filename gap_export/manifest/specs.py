@@ -14,6 +14,7 @@ FORMAT = "gap-export-bundle"
 FORMAT_VERSION = 1
 
 Order = Literal["raster", "score"]
+TileCode = Literal["transformers", "authors"]
 ExtraToken = Literal["none", "mean", "weighted"]
 ExtraPosition = Literal["last", "centroid"]
 Budget = Literal["fixed", "adaptive"]
@@ -45,10 +46,14 @@ class TilesSpec(_Strict):
     """Canvases a picture may be fitted to and cut into tiles ("anyres", LLaVA-1.6).
 
     Attributes:
-        resolutions: (height, width) in pixels, each a multiple of the tile's.
+        resolutions: (height, width) in pixels, each a multiple of the tile's. The first of equals
+            is taken, which decides for every image that all of them would enlarge.
+        follows: Whose code is followed in which rows and columns of tokens are padding:
+            ``transformers``, or the model's ``authors``; see :class:`positions.TileLayout`.
     """
 
     resolutions: tuple[tuple[int, int], ...]
+    follows: TileCode = field(default="transformers", metadata=ADDED_LATER)
 
 
 @dataclass(frozen=True, kw_only=True)

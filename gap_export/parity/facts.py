@@ -1,7 +1,8 @@
 """What a bundle says of its model beside graphs, held against recipe and checkpoint.
 
 The reference takes nothing of this from the bundle: what is wrong there would else be wrong on both
-sides alike. Image, grid, prompt and box are the recipe's, and were compared when it was found.
+sides alike. Grid, prompt and box are the recipe's, and were compared when it was found; so was the
+image, but for how the checkpoint's own code cuts tiles.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from gap_export.bundle import Bundle
 from gap_export.families import Reference
-from gap_export.manifest import MANIFEST_NAME, differing_fields
+from gap_export.manifest import MANIFEST_NAME, ImageSpec, differing_fields
 
 
 def write_assets(reference: Reference, folder: Path) -> None:
@@ -21,16 +22,18 @@ def write_assets(reference: Reference, folder: Path) -> None:
         (folder / name).write_bytes(_content(asset))
 
 
-def find_other_facts(bundle: Bundle, reference: Reference) -> Iterator[str]:
+def find_other_facts(bundle: Bundle, reference: Reference, image: ImageSpec) -> Iterator[str]:
     """What a bundle says that its checkpoint does not, a sentence each.
 
     Args:
         bundle: A checked one.
         reference: Built from recipe and checkpoint.
+        image: How recipe and checkpoint prepare an image.
     """
     manifest = bundle.manifest
     for name, held, right in (
         ("decoder", manifest.decoder, reference.decoder_spec),
+        ("image", manifest.image, image),
         ("text_encoder", manifest.text_encoder, reference.text_encoder_spec),
     ):
         for path, seen, allowed in differing_fields(held, right):

@@ -238,7 +238,7 @@ class TorchTruth:
             calls=calls,
             answers=answers,
             shared=shared,
-            other_facts=tuple(find_other_facts(bundle, self._reference)),
+            other_facts=tuple(find_other_facts(bundle, self._reference, manifest.image)),
         )
 
     def _not_numbers(
@@ -259,7 +259,7 @@ class TorchTruth:
         recipe = self._recipe
         return replace(
             manifest,
-            image=recipe.image,
+            image=reference.image(recipe),
             grid=recipe.grid,
             prompt=recipe.prompt,
             box=recipe.box,

@@ -51,7 +51,7 @@ def describe_bundle(
         source=SourceSpec(parts=()),
         pruning=pruning,
         grid=recipe.grid,
-        image=recipe.image,
+        image=reference.image(recipe),
         prompt=recipe.prompt,
         box=recipe.box,
         text_encoder=reference.text_encoder_spec,

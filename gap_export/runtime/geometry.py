@@ -57,6 +57,7 @@ class ImageGeometry:
         """How the tokens of its tiles are joined; None without tiles."""
         if self.canvas is None:
             return None
+        assert spec.tiles is not None, "a canvas is one of the tiles' resolutions"
         return TileLayout.of_picture(
             self.width,
             self.height,
@@ -64,6 +65,7 @@ class ImageGeometry:
             cols=grid.cols,
             tile_rows=self.canvas[0] // spec.height,
             tile_cols=self.canvas[1] // spec.width,
+            follows=spec.tiles.follows,
         )
 
     def tiles_frame(self, spec: ImageSpec, layout: TileLayout) -> Frame:

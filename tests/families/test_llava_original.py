@@ -12,6 +12,7 @@ import torch
 
 from gap_export.errors import CheckpointError
 from gap_export.families import Reference, build_reference, read_source, resolve_pruning
+from gap_export.manifest import TilesSpec
 from gap_export.recipe import Recipe, load_recipe
 from gap_export.source import Checkpoint
 from gap_export.weights import DerivedWeight, PickledTensor, TensorRef
@@ -141,6 +142,9 @@ def test_next_weights_are_those_that_transformers_saved(tmp_path, decoder):
     tower = write_clip(tmp_path / "clip", pieces)
     read = read_source(recipe, Checkpoint(parts={"main": main, "tower": tower}))
     assert read.layout == "llava-next-original" and read.architecture == saved.architecture
+    # The authors' code goes through the config's sizes, which are (width, height) there.
+    sizes = ((32, 64), (64, 32), (64, 64), (96, 32), (32, 96))
+    assert read.tiles == TilesSpec(resolutions=sizes, follows="authors") and saved.tiles is None
     assert set(read.weights) == set(saved.weights) and "image_newline" in read.weights
     for key, weight in saved.weights.items():
         assert torch.equal(read.weights[key].load(), weight.load()), key

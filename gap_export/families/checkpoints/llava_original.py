@@ -41,6 +41,7 @@ from gap_export.families.modules.expected import (
 )
 from gap_export.families.reference import ModelSource
 from gap_export.hub_cache import ADAPTER_CONFIG
+from gap_export.manifest import TilesSpec
 from gap_export.recipe import Recipe
 from gap_export.source import MAIN, Checkpoint
 from gap_export.weights import Weight, read_json_object
@@ -177,7 +178,10 @@ def read_original_config(
         facts.append(("image_aspect_ratio", plain["image_aspect_ratio"], recipe.image.preparation))
     if newline and recipe.image.tiles is not None:
         wanted = sorted([list(size) for size in recipe.image.tiles.resolutions])
-        facts.append(("image_grid_pinpoints", _resolutions(plain), wanted))
+        seen = _resolutions(plain)
+        facts.append(
+            ("image_grid_pinpoints", sorted(seen) if isinstance(seen, list) else seen, wanted)
+        )
     compare_facts(recipe, folder, facts)
     return OriginalConfig(
         file=file,
@@ -254,6 +258,7 @@ def assemble_original(
             *files,
             *((TOWER, file) for file in tower_files),
         ),
+        tiles=_tiles(config) if recipe.image.tiles is not None else None,
     )
 
 
@@ -306,8 +311,14 @@ def _check_projector(found: Mapping[str, Weight], folder: Path) -> None:
     )
 
 
+def _tiles(config: OriginalConfig) -> TilesSpec:
+    """In the order of the config, as the authors' code goes through them."""
+    sizes = tuple((height, width) for height, width in _resolutions(config.plain))
+    return TilesSpec(resolutions=sizes, follows="authors")
+
+
 def _resolutions(plain: Mapping[str, Any]) -> Any:
-    """``image_grid_pinpoints``, which are (width, height) here, as sorted [height, width]."""
+    """``image_grid_pinpoints``, which are (width, height) here, as [height, width]."""
     pinpoints = plain.get("image_grid_pinpoints")
     if isinstance(pinpoints, str):
         try:
@@ -316,7 +327,7 @@ def _resolutions(plain: Mapping[str, Any]) -> Any:
             return pinpoints
     if not isinstance(pinpoints, list) or not all(_is_pair(size) for size in pinpoints):
         return pinpoints
-    return sorted([height, width] for width, height in pinpoints)
+    return [[height, width] for width, height in pinpoints]
 
 
 def _is_pair(size: Any) -> bool:
