@@ -10,10 +10,11 @@ from gap_export.bundle import Bundle
 from gap_export.engines.folder import engine_folders
 from gap_export.errors import BundleError, GapExportError, UsageError
 from gap_export.parity.levels.answers import AnswerPair
+from gap_export.parity.padded_batch import decode_padded
 from gap_export.parity.question import Question
 from gap_export.parity.replay import Call, replay
 from gap_export.parity.results import BackendKey
-from gap_export.parity.tally import Tally
+from gap_export.parity.tally import Pair, Tally
 from gap_export.parity.tolerances import Tolerance, tolerances_of
 from gap_export.parity.truth import Recorded, Truth
 from gap_export.progress import Progress
@@ -22,6 +23,8 @@ from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.session import GroundingSession
 
 _DECODER = "decoder_model_merged"
+# Questions among which two of different lengths are looked for.
+_FOR_A_BATCH = 4
 _Loaded = tuple[Backend, str, str]
 
 
@@ -63,11 +66,13 @@ class Answered:
     Attributes:
         tally: Its outputs on the reference's inputs.
         pairs: Its own answers, beside the reference's.
+        batched: In ONNX Runtime, logits of a padded batch; the reference's of each row alone.
         broken: Why it could not be run on the reference's inputs; empty where it could.
     """
 
     tally: Tally = field(default_factory=Tally)
     pairs: list[AnswerPair] = field(default_factory=list)
+    batched: list[Pair] = field(default_factory=list)
     broken: str = ""
 
 
@@ -128,6 +133,12 @@ def ask_candidate(
                     AnswerPair.of_calls(question, expected, given, calls, candidate.tolerances)
                 )
             advance(1)
+        # Engines may be built for one row; what they are built from is the graph's, which is not.
+        if replays and not found.broken and candidate.key == "ort":
+            try:
+                found.batched = decode_padded(candidate.backend, recorded.calls[:_FOR_A_BATCH])
+            except GapExportError as err:
+                found.broken = f"two questions at a time: {err}"
     return found
 
 

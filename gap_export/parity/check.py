@@ -25,6 +25,7 @@ from gap_export.parity.results import (
     Level,
     LevelResult,
 )
+from gap_export.parity.tally import tensor_row
 from gap_export.parity.truth import Recorded, ReferenceOverflowError, TorchTruth, Truth
 from gap_export.positions import Int64Array
 from gap_export.progress import Progress, SilentProgress
@@ -211,7 +212,12 @@ def _judge(bundle: Bundle, candidate: Candidate, plan: _Plan) -> _Judged:
         answers=any(level in plan.levels for level in BARS),
         progress=plan.progress,
     )
-    rows = (*recorded.shared, *answered.tally.rows(candidate.tolerances))
+    rows = [*recorded.shared, *answered.tally.rows(candidate.tolerances)]
+    if answered.batched:
+        logits = candidate.tolerances["logits"]
+        rows.append(
+            tensor_row("decoder_model_merged", "logits (padded batch)", answered.batched, logits)
+        )
     inside = look_inside(
         bundle,
         candidate,

@@ -37,7 +37,7 @@ from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 LIMITS = EngineLimits(max_prompt=24, max_new_tokens=8, max_batch=1, max_images=1)
 ALL_PASSED = dict.fromkeys(LEVELS, "passed")
-DECODER = {"logits (prefill)", "logits (decode)"}
+DECODER = {"logits (prefill)", "logits (decode)", "logits (padded batch)"}
 
 
 @pytest.fixture(scope="module")
@@ -471,6 +471,26 @@ def test_a_reference_that_decodes_wrongly_from_its_cache_is_noticed(
     assert "logits (cached)" in failed_outputs(report)
     with pytest.raises(ParityError, match="decoding with a cache is not its prefill without"):
         record_truth(open_bundle(tiny_bundle), truth, tmp_path / "golden")
+
+
+def _mask_ignored(decode, self, *, attention_mask, **given):
+    return decode(self, attention_mask=np.ones_like(attention_mask), **given)
+
+
+def _rows_mixed(decode, self, **given):
+    return decode(self, **given)[::-1]
+
+
+@pytest.mark.usefixtures("blind")
+@pytest.mark.parametrize("spoil", [_mask_ignored, _rows_mixed])
+def test_a_decoder_that_is_right_for_one_row_alone_is_noticed(
+    tiny_bundle, truth, monkeypatch, spoil
+):
+    honest = OnnxRuntimeBackend.decode
+    monkeypatch.setattr(OnnxRuntimeBackend, "decode", lambda self, **g: spoil(honest, self, **g))
+    report = run(tiny_bundle, truth, levels=("tensor", "token"))
+    assert failed_outputs(report).keys() == {"logits (padded batch)"}
+    assert level_of(report, "token").figures["equal"] == report.questions
 
 
 def _other_tokenizer(folder):

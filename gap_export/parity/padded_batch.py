@@ -1,0 +1,86 @@
+"""Rows of a padded batch give what each gives alone.
+
+Questions are asked one by one, so that no padding is ever seen: a decoder that does not read its
+mask, or mixes rows, would answer all of them rightly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gap_export.parity.replay import Call
+from gap_export.parity.tally import Pair
+from gap_export.positions import Int64Array, slots_from_mask, stack_kept_positions
+from gap_export.runtime.backend import Backend, FloatArray
+
+# Slots of padding of the longest row.
+_PADDING = 2
+
+
+def decode_padded(backend: Backend, questions: Sequence[Sequence[Call]]) -> list[Pair]:
+    """Ask two questions at a time, of different lengths if there are such.
+
+    Padding holds vectors that would change the answer, were they seen.
+
+    Args:
+        backend: The candidate; it takes two rows.
+        questions: Recorded calls of each, at least one; a single one is asked twice.
+
+    Returns:
+        Recorded and given logits [2, V] of prefill and, where both have one, of the first step.
+    """
+    rows = [[call for call in calls if call.is_decode] for calls in _two(questions)]
+    embeds, mask = _pad([_input(row[0], "inputs_embeds") for row in rows])
+    slots = slots_from_mask(mask)
+    table = stack_kept_positions([_input(row[0], "kept_positions") for row in rows])
+    cache = backend.new_cache(len(rows))
+    pairs: list[Pair] = []
+    for step in range(min(2, *map(len, rows))):
+        if step:
+            embeds = np.stack([_input(row[step], "inputs_embeds") for row in rows])
+            mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)
+            slots = slots[:, -1:] + 1
+        given = backend.decode(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=slots,
+            kept_positions=table,
+            cache=cache,
+        )
+        pairs.append((np.concatenate([row[step].outputs["logits"] for row in rows]), given))
+    return pairs
+
+
+def _two(questions: Sequence[Sequence[Call]]) -> tuple[Sequence[Call], Sequence[Call]]:
+    first = questions[0]
+    others = (calls for calls in questions[1:] if _length(calls) != _length(first))
+    return first, next(others, questions[min(1, len(questions) - 1)])
+
+
+def _length(calls: Sequence[Call]) -> int:
+    return len(_input(next(call for call in calls if call.is_decode), "inputs_embeds"))
+
+
+def _input(call: Call, name: str) -> NDArray[Any]:
+    """Of the one row that was asked."""
+    value = call.inputs[name]
+    assert value is not None, "a decoder is always fed all of its inputs"
+    row: NDArray[Any] = value[0]
+    return row
+
+
+def _pad(rows: Sequence[FloatArray]) -> tuple[FloatArray, Int64Array]:
+    """Rows [n, H] as [B, P, H], padded on the left by their own vectors turned around, and mask."""
+    length = _PADDING + max(map(len, rows))
+    mask = np.zeros((len(rows), length), dtype=np.int64)
+    padded = []
+    for index, row in enumerate(rows):
+        mask[index, length - len(row) :] = 1
+        padded.append(
+            np.concatenate([np.resize(-row[::-1], (length - len(row), row.shape[1])), row])
+        )
+    return np.stack(padded), mask
