@@ -47,6 +47,11 @@ def describe_evaluation(report: EvaluationReport) -> str:
     texts = {row.pruner: row.pruner_text for row in report.rows if row.pruner_text is not None}
     lines += [f"{name}: the text tower reads the {text}" for name, text in texts.items()]
     lines += [f"{name}: {what}" for name, what in report.misalignments.items()]
+    for row in report.rows:
+        given = row.n - row.num_unusable
+        for what, number in (("out of scale", row.num_out_of_scale), ("cut off", row.num_cut_off)):
+            if number:
+                lines.append(f"{row.name}: {what}: {number} of {given}")
     return "\n".join([*lines, *_unusable(report)])
 
 

@@ -60,8 +60,8 @@ ProtocolOption = Annotated[
     typer.Option(
         "--protocol",
         metavar="NAME",
-        help="When an answer is right: native (that of the model's family), unpad, lmms, shikra, "
-        "minigpt-v2 or vlm-evaluation.",
+        help="When an answer is right: native (that of the model's authors; tolerant where they "
+        "publish none), tolerant, unpad, lmms, shikra, minigpt-v2 or vlm-evaluation.",
     ),
 ]
 PromptOption = Annotated[

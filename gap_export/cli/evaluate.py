@@ -180,7 +180,11 @@ def evaluate(
 
         terminal.result(describe_evaluation(report))
     if min_recovered is not None:
+        for text in report.warnings:
+            terminal.warning(text)
         _check_bar(report, min_recovered)
+    elif report.warnings:
+        raise ParityError("; ".join(report.warnings))
 
 
 def _bundles(target: str, baseline: Path | None) -> dict[str, Path]:

@@ -8,8 +8,7 @@ unpruned model, fed wrong positions: no token is dropped.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from gap_export.evaluation.baseline import check_baseline, dtype_of, quantizatio
 from gap_export.evaluation.calibration import refshapes_questions
 from gap_export.evaluation.datasets import open_dataset
 from gap_export.evaluation.datasets.refshapes_set import NAME as REFSHAPES
+from gap_export.evaluation.doubts import find_doubts
 from gap_export.evaluation.faults import compare_with_pictures, failed_questions
 from gap_export.evaluation.measure import (
     Runner,
@@ -37,7 +37,7 @@ from gap_export.evaluation.results import (
     GalleryItem,
     SettingRow,
 )
-from gap_export.evaluation.run import IN_PROCESS, Run, make_folder, open_executor
+from gap_export.evaluation.run import IN_PROCESS, Run, make_folder, open_executor, records_folder
 from gap_export.evaluation.settings import (
     MISALIGNMENTS,
     MisalignmentKind,
@@ -47,6 +47,7 @@ from gap_export.evaluation.settings import (
 )
 from gap_export.evaluation.summary import Answered, Judging
 from gap_export.evaluation.workers import Executor
+from gap_export.families import native_protocol
 from gap_export.manifest import BoxSpec, Manifest, PromptSpec
 from gap_export.outputs import NO_RULE, OutputRule
 from gap_export.parity.patched.check import was_patched
@@ -73,7 +74,8 @@ class Asking:
 
     Attributes:
         data: A data set, see ``gap_export.evaluation.datasets``.
-        protocol: Its name; ``native`` for that of the model's family.
+        protocol: Its name; ``native`` for that of the model's authors, see
+            :func:`gap_export.evaluation.protocols.resolve_protocol`.
         prompt: A template in place of the model's; None: the model's.
         misaligned: What is done to the positions of the unpruned model, in settings of their own.
         records: A folder for the answers, made where it does not exist; what it holds is not asked
@@ -268,7 +270,7 @@ class _Job:
             raise UsageError(
                 "no such misalignment", seen=", ".join(unknown), allowed=", ".join(MISALIGNMENTS)
             )
-        protocol = resolve_protocol(asking.protocol, asked.family, asked.box)
+        protocol = resolve_protocol(asking.protocol, native_protocol(asked.family), asked.box)
         if asking.prompt is not None:
             check_prompt(asking.prompt, asked.prompt, reads_question=asked.reads_question)
         executor = open_executor(asking.workers, runner, progress)
@@ -293,7 +295,7 @@ class _Job:
         if self.asking.pictures is not None:
             drawings = _drawing_paths(settings, self.asking.pictures)
             self.asking.rule.check({f"the drawing of {name}": p for name, p in drawings.items()})
-        with _folder(self.asking.records) as folder:
+        with records_folder(self.asking.records) as folder:
             run = Run(settings=settings, dataset=self.dataset, options=self.runner, folder=folder)
             answers = run.answers(self.executor, progress)
         if self.asking.pictures is not None:
@@ -328,6 +330,7 @@ class _Job:
             seed=self.runner.seed,
             backend=self.runner.backend,
             misalignments=self._misalignments(unpruned, manifest),
+            warnings=find_doubts(judged[0].records, manifest.box, accuracy=rows[0].acc_at_50),
             rows=tuple(rows),
             comparisons=comparisons,
             gallery=gallery,
@@ -368,16 +371,6 @@ class _Job:
 def _drawing_paths(settings: Sequence[Setting], folder: Path) -> dict[str, Path]:
     """Where a drawing of each setting goes, by its name."""
     return {setting.name: folder / f"{setting.slug}.png" for setting in settings}
-
-
-@contextmanager
-def _folder(wanted: Path | None) -> Iterator[Path]:
-    """Where records go; one that is gone afterwards where none is wanted."""
-    if wanted is not None:
-        yield wanted
-        return
-    with tempfile.TemporaryDirectory(prefix="gap-export-records-") as scratch:
-        yield Path(scratch)
 
 
 def _compare(

@@ -21,7 +21,8 @@ from gap_export.evaluation.questions import Question
 from gap_export.evaluation.records import Record
 from gap_export.evaluation.settings import Misalignment, Setting
 from gap_export.evaluation.workers import Shard
-from gap_export.manifest import BoxSpec, GridSpec, Manifest, PromptSpec
+from gap_export.manifest import GridSpec, Manifest, PromptSpec
+from gap_export.runtime.answers import has_ended
 from gap_export.runtime.backend import Backend
 from gap_export.runtime.boxes import parse_answer
 from gap_export.runtime.grounding import Grounding
@@ -281,13 +282,13 @@ def _answer_batch(
         # One that is refused must not cost the others their answers.
         return [record for one in questions for record in _answer_batch(session, image, [one])]
     return [
-        _record(question, answer, len(questions), session.manifest.box)
+        _record(question, answer, len(questions), session.manifest)
         for question, answer in zip(questions, answers, strict=True)
     ]
 
 
-def _record(question: Question, answer: Grounding, batch_size: int, spec: BoxSpec) -> Record:
-    parsed = parse_answer(answer.text, spec)
+def _record(question: Question, answer: Grounding, batch_size: int, manifest: Manifest) -> Record:
+    parsed = parse_answer(answer.text, manifest.box)
     return Record(
         question_id=question.id,
         text=answer.text,
@@ -299,6 +300,7 @@ def _record(question: Question, answer: Grounding, batch_size: int, spec: BoxSpe
         num_visual_tokens=answer.num_visual_tokens,
         timings_ms={stage: round(value, 3) for stage, value in answer.timings_ms.items()},
         batch_size=batch_size,
+        cut_off=not has_ended(answer.token_ids, manifest),
         backend=answer.backend,
     )
 

@@ -1,13 +1,13 @@
 """When an answer is right: the conventions that published numbers follow, each under its name.
 
-They differ in the frame in which two boxes are compared, in how the true box is rounded, and in
-whether an IoU of exactly the threshold hits. Numbers are comparable under one protocol only. What
-is the same in all: an answer that is not read has IoU 0 and counts as wrong; and a picture has the
-size it was loaded with.
+They differ in which texts are read, in the frame in which two boxes are compared, in how the true
+box is rounded, and in whether an IoU of exactly the threshold hits. Numbers are comparable under
+one protocol only. What is the same in all: an answer that is not read has IoU 0 and counts as
+wrong; and a picture has the size it was loaded with.
 
-Answers are read as ``runtime.boxes.parse_answer`` does. Only under ``lmms`` are they read as its
-own program does, for its published numbers hang on it; Shikra's counts an answer with two boxes as
-wrong, and MiniGPT-v2's one that does not begin with a box.
+Under the name of a program an answer is read as that program reads it, so what counts as wrong
+there does so here. Under ``tolerant`` it is read as ``ground`` does, with
+``runtime.boxes.parse_answer``, and under ``unpad`` in the model's own syntax alone.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
+
 from gap_export.errors import UsageError
 from gap_export.evaluation.questions import Question
 from gap_export.evaluation.records import Record
 from gap_export.manifest import BoxSpec
 from gap_export.parity.metrics import Box, intersection_over_union
+from gap_export.runtime.boxes import parse_box
 from gap_export.runtime.geometry import Frame, ImageGeometry
 
 __all__ = ["NATIVE", "PROTOCOLS", "Protocol", "applicable", "resolve_protocol"]
 
 NATIVE = "native"
+_OURS = "tolerant"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +43,9 @@ class Protocol:
         name: On the command line and in reports.
         summary: One line for reports.
         source: Where it is from.
-        families: Model families whose authors report under it.
         syntaxes: Ways to write a box that its program reads.
         read: An answer's box as the protocol takes it, in 0..1 of the model's frame; None where it
-            finds none.
+            finds none, which is wrong.
         compare: IoU of what was read with the true box.
         reaches: Whether an IoU hits at a threshold.
     """
@@ -50,9 +53,8 @@ class Protocol:
     name: str
     summary: str
     source: str
-    families: tuple[str, ...] = ()
     syntaxes: tuple[str, ...] = ("bracketed", "angled")
-    read: Callable[[Record], Box | None]
+    read: Callable[[Record, BoxSpec], Box | None]
     compare: Callable[[Box, Record, Question, BoxSpec], float]
     reaches: Callable[[float, float], bool]
 
@@ -64,7 +66,7 @@ class Protocol:
             question: What was asked.
             box_spec: Of the model that answered.
         """
-        box = self.read(record)
+        box = self.read(record, box_spec)
         return 0.0 if box is None else self.compare(box, record, question, box_spec)
 
     def is_hit(self, iou: float, threshold: float = 0.5) -> bool:
@@ -72,30 +74,29 @@ class Protocol:
         return self.reaches(iou, threshold)
 
 
-def resolve_protocol(name: str, family: str, box_spec: BoxSpec) -> Protocol:
-    """The protocol of a name; ``native`` is the one that the family's authors use, else ``unpad``.
+def resolve_protocol(name: str, native: str | None, box_spec: BoxSpec) -> Protocol:
+    """The protocol of a name.
 
     Args:
         name: One of ``PROTOCOLS``, or ``native``.
-        family: The model's family.
+        native: What ``native`` stands for: the model's family declares the name of its authors' own
+            program. None where they publish none; then it is ``tolerant``.
         box_spec: How the model writes boxes.
 
     Raises:
         UsageError: no protocol of that name, or one that does not read the model's boxes.
     """
-    if name == NATIVE:
-        theirs = [protocol for protocol in PROTOCOLS.values() if family in protocol.families]
-        return theirs[0] if theirs else PROTOCOLS["unpad"]
-    if name not in PROTOCOLS:
+    chosen = (native or _OURS) if name == NATIVE else name
+    if chosen not in PROTOCOLS:
         raise UsageError(
             "there is no such protocol", seen=repr(name), allowed=", ".join([NATIVE, *PROTOCOLS])
         )
-    protocol = PROTOCOLS[name]
+    protocol = PROTOCOLS[chosen]
     if box_spec.syntax not in protocol.syntaxes:
         raise UsageError(
             "the protocol does not read this model's boxes, so every answer would be wrong",
-            seen=f"{name}, and boxes that are {box_spec.syntax}",
-            allowed=", ".join([NATIVE, *(one.name for one in applicable(box_spec))]),
+            seen=f"{chosen}, and boxes that are {box_spec.syntax}",
+            allowed=", ".join(one.name for one in applicable(box_spec)),
         )
     return protocol
 
@@ -105,8 +106,12 @@ def applicable(box_spec: BoxSpec) -> tuple[Protocol, ...]:
     return tuple(one for one in PROTOCOLS.values() if box_spec.syntax in one.syntaxes)
 
 
-def _fractions(record: Record) -> Box | None:
+def _as_ground_does(record: Record, _: BoxSpec) -> Box | None:
     return record.fractions
+
+
+def _in_own_syntax(record: Record, box_spec: BoxSpec) -> Box | None:
+    return parse_box(record.text, box_spec)
 
 
 # Floats in square brackets. Stricter than our own reading: no plus sign, no ".5", no space before a
@@ -115,13 +120,63 @@ _FLOAT = r"(-?\d+(?:\.\d+)?)"
 _FLOATS = re.compile(r"\[\s*" + r",\s*".join([_FLOAT] * 4) + r"\s*\]")
 
 
-def _first_four_floats(record: Record) -> Box | None:
+def _first_four_floats(record: Record, _: BoxSpec) -> Box | None:
     found = _FLOATS.search(record.text)
     if found is None:
         return None
     x1, y1, x2, y2 = (float(number) for number in found.groups())
     # Hundreds of digits make infinity, of which no area can be had.
     return (x1, y1, x2, y2) if math.isfinite(x1 + y1 + x2 + y2) else None
+
+
+# One digit before the point, no sign, no space; several boxes may share a pair of brackets.
+_SHIKRA_BOX = ",".join([r"\d(?:\.\d*)?"] * 4)
+_SHIKRA_BOXES = re.compile(rf"\[{_SHIKRA_BOX}(?:;{_SHIKRA_BOX})*\]")
+
+
+def _the_only_box(record: Record, _: BoxSpec) -> Box | None:
+    """Shikra's program reads an answer that holds one box, wherever, and no other."""
+    # It decodes with clean_up_tokenization_spaces, which closes these gaps.
+    text = record.text.replace(" .", ".").replace(" ,", ",")
+    found = _SHIKRA_BOXES.findall(text)
+    if len(found) != 1 or ";" in found[0]:
+        return None
+    x1, y1, x2, y2 = (float(number) for number in found[0][1:-1].split(","))
+    return x1, y1, x2, y2
+
+
+_MINIGPT_BOX = re.compile(r"\{" + r"<\d{1,3}>" * 4 + r"\}")
+
+
+def _box_at_the_beginning(record: Record, _: BoxSpec) -> Box | None:
+    """MiniGPT-v2's program reads a box that an answer begins with, and no number behind it.
+
+    Its box is in hundredths, whatever a recipe says.
+    """
+    text = record.text.split("[/INST]")[-1].replace("<unk>", "").replace(" ", "").strip()
+    numbers = re.findall(r"\d+", text)
+    if _MINIGPT_BOX.match(text) is None or len(numbers) != 4:
+        return None
+    x1, y1, x2, y2 = (int(number) / 100 for number in numbers)
+    return x1, y1, x2, y2
+
+
+# A list of numbers as Python writes them, and nothing else.
+# 01 is no number of Python's, 01.5 is.
+_PYTHON_FLOAT = r"[+-]?(?!0+[1-9]\d*\s*[,\]])(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
+_PYTHON_LIST = re.compile(
+    r"\s*\[\s*" + r"\s*,\s*".join([f"({_PYTHON_FLOAT})"] * 4) + r"\s*,?\s*\]\s*", re.ASCII
+)
+
+
+def _the_whole_answer(record: Record, _: BoxSpec) -> Box | None:
+    """vlm-evaluation reads an answer that is a list, in 0..1, of corners in order."""
+    found = _PYTHON_LIST.fullmatch(record.text)
+    if found is None:
+        return None
+    x1, y1, x2, y2 = (float(number) for number in found.groups())
+    is_box = 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
+    return (x1, y1, x2, y2) if is_box else None
 
 
 def _in_pixels(_: Box, record: Record, question: Question, __: BoxSpec) -> float:
@@ -140,7 +195,17 @@ def _in_the_model_s_frame(box: Box, record: Record, question: Question, box_spec
     """The truth as the model would write it, clipped to its frame and in three decimals."""
     truth = _to_fractions(question.box, _frame(record, box_spec))
     x1, y1, x2, y2 = (round(min(max(value, 0.0), 1.0), 3) for value in truth)
-    return intersection_over_union(box, (x1, y1, x2, y2))
+    return _iou_in_float32(box, (x1, y1, x2, y2))
+
+
+def _iou_in_float32(box: Box, truth: Box) -> float:
+    """Of thousandths in float32, which decides what is a half; areas have the corners' signs."""
+    one, other = (np.array(values, np.float32) * np.float32(1000) for values in (box, truth))
+    width, height = np.maximum(np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2]), 0)
+    overlap = width * height
+    areas = [(it[2] - it[0]) * (it[3] - it[1]) for it in (one, other)]
+    union = areas[0] + areas[1] - overlap
+    return min(float(overlap / union), 1.0) if overlap > 0 else 0.0
 
 
 def _in_pixels_with_both_ends(box: Box, record: Record, question: Question, _: BoxSpec) -> float:
@@ -185,16 +250,27 @@ def _with_last_pixel(box: Box) -> Box:
     return box[0], box[1], box[2] + 1, box[3] + 1
 
 
+_IN_PIXELS = (
+    "IoU > 0.5 in pixels of the picture: padding taken off, corners put in order, clipped to the "
+    "picture"
+)
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     {
         protocol.name: protocol
         for protocol in (
             Protocol(
-                name="unpad",
-                summary="IoU > 0.5 in pixels of the picture: padding taken off, corners put in "
-                "order, clipped to the picture",
+                name=_OURS,
+                summary=f"{_IN_PIXELS}; answers are read with tolerance, as gap-export ground does",
                 source="gap-export",
-                read=_fractions,
+                read=_as_ground_does,
+                compare=_in_pixels,
+                reaches=operator.gt,
+            ),
+            Protocol(
+                name="unpad",
+                summary=f"{_IN_PIXELS}; only boxes in the model's own syntax are read",
+                source="gap-export",
+                read=_in_own_syntax,
                 compare=_in_pixels,
                 reaches=operator.gt,
             ),
@@ -210,29 +286,33 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             ),
             Protocol(
                 name="shikra",
-                summary="IoU > 0.5 in the model's own frame, the true box in three decimals",
-                source="Shikra, single_image_dataset/rec.py",
-                families=("shikra",),
-                read=_fractions,
+                summary="IoU > 0.5 in the model's own frame, the true box in three decimals; only "
+                "answers with one box, [0.1,0.2,0.3,0.4] without spaces, are read",
+                source="Shikra, single_image_dataset/rec.py and box_process_function.py",
+                syntaxes=("bracketed",),
+                read=_the_only_box,
                 compare=_in_the_model_s_frame,
                 reaches=operator.gt,
             ),
             Protocol(
                 name="minigpt-v2",
                 summary="IoU > 0.5 in pixels of the picture, both ends counted (+1 px), padding "
-                "not taken off",
+                "not taken off; only answers that begin with {<10><20><30><40>}, and hold no other "
+                "number, are read",
                 source="MiniGPT-4, eval_scripts/eval_ref.py and common/eval_utils.py",
-                families=("minigpt_v2",),
-                read=_fractions,
+                syntaxes=("angled",),
+                read=_box_at_the_beginning,
                 compare=_in_pixels_with_both_ends,
                 reaches=operator.gt,
             ),
             Protocol(
                 name="vlm-evaluation",
                 summary="IoU >= 0.5 in fractions of the picture, the true box in two decimals; "
-                "padding taken off, which its own program leaves on",
+                "padding taken off, which its own program leaves on; only answers that are "
+                "[x1, y1, x2, y2] and nothing else, in 0..1 and corners in order, are read",
                 source="vlm-evaluation, tasks/harnesses/refcoco.py",
-                read=_fractions,
+                syntaxes=("bracketed",),
+                read=_the_whole_answer,
                 compare=_in_hundredths_of_the_picture,
                 reaches=operator.ge,
             ),

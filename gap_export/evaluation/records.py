@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 FORMAT = "gap-export-records"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SUFFIX = ".jsonl"
 Fault = Literal["broken picture", "refused expression"]
 _FAULTS: tuple[Fault, ...] = ("broken picture", "refused expression")
@@ -56,6 +56,7 @@ class Record:
         error: Why it could not be asked: the picture cannot be read, or the model refuses the
             expression. Then the text is empty and there is no box.
         fault: Which of the two, with an error.
+        cut_off: Whether the answer was cut off at the model's ``max_new_tokens``.
         backend: What ran the model, with its version and device; empty with an error.
     """
 
@@ -71,6 +72,7 @@ class Record:
     orientation: int = 1
     error: str | None = None
     fault: Fault | None = None
+    cut_off: bool = False
     backend: str = ""
 
 
@@ -216,6 +218,8 @@ def _to_record(plain: dict[str, Any]) -> Record:
         raise TypeError("error is no text")
     if plain.get("fault") not in (None, *_FAULTS):
         raise ValueError("no such fault")
+    if not isinstance(plain["cut_off"], bool):
+        raise TypeError("cut_off is neither true nor false")
     width, height = plain["image_size"]
     plain["image_size"] = (width, height)
     # Only of a picture that was not read nobody knows the size.

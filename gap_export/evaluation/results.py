@@ -35,7 +35,7 @@ class Accuracy:
         ci95: 95 % interval of it: bootstrap over pictures; where that has no width Wilson's, each
             picture taken for one question.
         mean_iou: Over the n; an answer without a box has IoU 0.
-        parse_failures: Answers that hold no box.
+        parse_failures: Answers in which the protocol reads no box.
         curve: Share of hits by threshold, ``"0.1"`` to ``"0.9"``.
     """
 
@@ -71,6 +71,8 @@ class SettingRow(Accuracy):
         acc_at_50_usable: As acc_at_50, over the others alone; None where there is none.
         num_tolerant: Answers whose box is not written in the model's syntax, and was read with
             tolerance; no parse failures.
+        num_out_of_scale: Answers whose box is written on another scale than the model's.
+        num_cut_off: Answers that were cut off at the model's ``max_new_tokens``.
         by_split: Accuracy by split.
         by_kind: Accuracy by kind of expression; empty where the data has none.
         latency_ms: By stage its ``median`` and ``p95``, of one batch: expressions about one picture
@@ -92,6 +94,8 @@ class SettingRow(Accuracy):
     num_unusable: int = 0
     acc_at_50_usable: float | None = None
     num_tolerant: int = 0
+    num_out_of_scale: int = 0
+    num_cut_off: int = 0
     by_split: Mapping[str, Accuracy] = field(default_factory=dict)
     by_kind: Mapping[str, Accuracy] = field(default_factory=dict)
     latency_ms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -236,6 +240,8 @@ class EvaluationReport:
         misalignments: What was done to positions where no token is dropped, in words, by the name
             of the setting.
         rows: One for each setting.
+        warnings: What makes the measurement doubtful, in words: most answers of the unpruned model
+            are on another scale, or none is right.
         comparisons: Pairs of them.
         gallery: Some questions with their answers.
     """
@@ -250,6 +256,7 @@ class EvaluationReport:
     backend: str
     rows: tuple[SettingRow, ...]
     misalignments: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     gallery: tuple[GalleryItem, ...] = ()
 
@@ -268,6 +275,7 @@ class EvaluationReport:
             "seed": self.seed,
             "backend": self.backend,
             "misalignments": dict(self.misalignments),
+            "warnings": list(self.warnings),
             "rows": [row.to_plain() for row in self.rows],
             "comparisons": plain_values([asdict(pair) for pair in self.comparisons]),
             "gallery": [item.to_plain() for item in self.gallery],

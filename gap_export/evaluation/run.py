@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,16 @@ def make_folder(folder: Path, what: str) -> None:
             seen=folder,
             fix="make it writable, or name another one",
         )
+
+
+@contextmanager
+def records_folder(wanted: Path | None) -> Iterator[Path]:
+    """Where records go; one that is gone afterwards where none is wanted."""
+    if wanted is not None:
+        yield wanted
+        return
+    with tempfile.TemporaryDirectory(prefix="gap-export-records-") as scratch:
+        yield Path(scratch)
 
 
 @dataclass(frozen=True, kw_only=True)

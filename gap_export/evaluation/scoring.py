@@ -73,7 +73,7 @@ def _score(record: Record, question: Question, protocol: Protocol, box_spec: Box
     return Score(
         question_id=question.id,
         iou=iou,
-        parsed=protocol.read(record) is not None,
+        parsed=protocol.read(record, box_spec) is not None,
         hit=protocol.is_hit(iou),
         exact=parse_box(record.text, box_spec) is not None,
     )

@@ -9,6 +9,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
+from gap_export.evaluation.doubts import is_record_out_of_scale
 from gap_export.evaluation.protocols import Protocol, applicable
 from gap_export.evaluation.questions import Question, Unusable
 from gap_export.evaluation.records import Record
@@ -107,6 +108,8 @@ class Judging:
             num_unusable=len(entries) - len(usable),
             acc_at_50_usable=_mean(entry.hit for entry in usable) if usable else None,
             num_tolerant=sum(score.parsed and not score.exact for score in answered.scores),
+            num_out_of_scale=sum(is_record_out_of_scale(one, self.box_spec) for one in given),
+            num_cut_off=sum(record.cut_off for record in given),
             by_split=self._by(entries, lambda entry: entry.split),
             by_kind=self._by(entries, lambda entry: entry.kind),
             latency_ms=latency,

@@ -43,6 +43,7 @@ __all__ = [
     "find_family",
     "find_readings",
     "load_family",
+    "native_protocol",
     "read_source",
     "resolve_pruning",
     "supported_pruners",
@@ -57,19 +58,29 @@ _MAX_FILES_TRIED = 16
 
 
 class _Entry(NamedTuple):
-    """A family before it is imported: where it is, and what pruners may read from its models."""
+    """A family before it is imported.
+
+    Attributes:
+        module: Where it is.
+        variable: Its name in there.
+        readings: What pruners may read from its models.
+        protocol: The evaluation protocol of its authors' own program; None where they publish none.
+    """
 
     module: str
     variable: str
     readings: Callable[[Recipe], frozenset[Reading]]
+    protocol: str | None = None
 
 
 _ENTRIES: Mapping[str, _Entry] = MappingProxyType(
     {
         "llava": _Entry("gap_export.families.llava", "LLAVA", clip_readings),
         "llava_next": _Entry("gap_export.families.llava_next", "LLAVA_NEXT", clip_readings),
-        "shikra": _Entry("gap_export.families.shikra", "SHIKRA", clip_readings),
-        "minigpt_v2": _Entry("gap_export.families.minigpt_v2", "MINIGPT_V2", eva_readings),
+        "shikra": _Entry("gap_export.families.shikra", "SHIKRA", clip_readings, "shikra"),
+        "minigpt_v2": _Entry(
+            "gap_export.families.minigpt_v2", "MINIGPT_V2", eva_readings, "minigpt-v2"
+        ),
     }
 )
 
@@ -141,6 +152,15 @@ def _check_family(recipe: Recipe) -> None:
             seen=recipe.family,
             allowed=", ".join(FAMILIES),
         )
+
+
+def native_protocol(family: str) -> str | None:
+    """The evaluation protocol of a family's authors; None where they publish none. Imports none.
+
+    Args:
+        family: Its name; of a bundle that another program made it may be unknown here.
+    """
+    return _ENTRIES[family].protocol if family in _ENTRIES else None
 
 
 def supported_pruners(recipe: Recipe) -> tuple[str, ...]:

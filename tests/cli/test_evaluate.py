@@ -220,6 +220,23 @@ def test_a_bar_without_an_unpruned_accuracy_is_not_met(run_cli, monkeypatch):
     assert "cls at keep 0.3: unknown" in outcome.err
 
 
+@pytest.mark.parametrize(("flags", "code"), [((), 3), (("--min-recovered", "0.5"), 0)])
+def test_a_doubtful_measurement_exits_3_where_nothing_else_is_asked(
+    run_cli, monkeypatch, flags, code
+):
+    doubt = "unpruned, out of scale: 57 of 60; the answers look like pixels"
+    rows = (replace(REPORT.rows[0], n=60, num_out_of_scale=57, num_cut_off=2), *REPORT.rows[1:])
+    report = replace(REPORT, rows=rows, warnings=(doubt,))
+    monkeypatch.setattr(evaluate, "evaluate_model", lambda *_, **__: report)
+    outcome = run_cli("eval", "demo", *flags)
+    assert outcome.code == code
+    assert ("error: " if code else "warning: ") + doubt in outcome.err
+    assert "none none: out of scale: 57 of 60\nnone none: cut off: 2 of 60" in outcome.out
+    plain = run_cli("eval", "demo", "--json", *flags).plain
+    assert plain["warnings"] == [doubt]
+    assert (plain["rows"][0]["num_out_of_scale"], plain["rows"][0]["num_cut_off"]) == (57, 2)
+
+
 def test_what_could_not_be_asked_is_told(run_cli, monkeypatch):
     unusable = [
         Unusable(question_id=str(n), image_id="i", split="val", kind=None, reason=reason, detail="")

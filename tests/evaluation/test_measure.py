@@ -75,6 +75,7 @@ def test_records_are_what_a_session_answers(tiny_bundle, gap):
             assert record.num_visual_tokens == given.num_visual_tokens
             assert (record.image_size, record.error) == ((96, 96), None)
             assert record.backend == given.backend
+            assert record.cut_off == any("cut off" in text for text in given.warnings)
             assert record.timings_ms.keys() == given.timings_ms.keys()
     by_picture = [sum(one.image_id == q.image_id for one in QUESTIONS) for q in QUESTIONS]
     assert [record.batch_size for record in records] == by_picture

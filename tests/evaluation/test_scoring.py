@@ -24,7 +24,7 @@ RECORDS = [replace(record(text, PADDED, SIZE), question_id=name) for name, text 
 
 
 def test_answers_are_judged_in_the_order_of_the_questions():
-    assert score_records(reversed(RECORDS), QUESTIONS, PROTOCOLS["unpad"], PADDED) == [
+    assert score_records(reversed(RECORDS), QUESTIONS, PROTOCOLS["tolerant"], PADDED) == [
         Score(question_id="right", iou=1.0, parsed=True, hit=True, exact=True),
         Score(question_id="tolerated", iou=1.0, parsed=True, hit=True, exact=False),
         Score(question_id="half", iou=0.5, parsed=True, hit=False, exact=True),
@@ -49,8 +49,8 @@ def test_same_answers_are_judged_otherwise_by_another_protocol():
 )
 def test_answers_to_other_questions_are_refused(records, seen):
     with pytest.raises(GapExportError, match=seen):
-        score_records(records, QUESTIONS, PROTOCOLS["unpad"], PADDED)
+        score_records(records, QUESTIONS, PROTOCOLS["tolerant"], PADDED)
 
 
 def test_nothing_asked_is_nothing_judged():
-    assert score_records([], [], PROTOCOLS["unpad"], PADDED) == []
+    assert score_records([], [], PROTOCOLS["tolerant"], PADDED) == []

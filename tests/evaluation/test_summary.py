@@ -35,7 +35,7 @@ def questions(number, per_image=2):
     ]
 
 
-def judging(asked, unusable=(), protocol="unpad"):
+def judging(asked, unusable=(), protocol="tolerant"):
     return Judging(
         questions=asked,
         unusable=unusable,
@@ -78,9 +78,18 @@ def test_a_row_sums_up_its_answers():
         "attribute": (4, 3 / 4),
         "relation": (4, 2 / 4),
     }
-    assert row.other_protocols.keys() == PROTOCOLS.keys() - {"unpad"}
+    assert row.other_protocols.keys() == PROTOCOLS.keys() - {"tolerant", "minigpt-v2"}
     # That of lmms-eval reads no round brackets.
     assert row.other_protocols["lmms"] == 4 / 8
+
+
+def test_a_row_counts_answers_that_are_out_of_scale_and_cut_off():
+    judge_ = judging(questions(6))
+    texts = [RIGHT, "[0, 0, 320, 240]", "(0, 0, 320, 240)", "no idea", "[0, 0, 1.02, 1]", RIGHT]
+    row = judge_.row(judge(judge_, texts), unpruned=None)
+    assert (row.num_out_of_scale, row.num_cut_off) == (2, 0)
+    row = judge_.row(judge(judge_, texts, cut_off=True), unpruned=None)
+    assert (row.num_out_of_scale, row.num_cut_off) == (2, 6)
 
 
 def test_what_could_not_be_asked_is_wrong_and_what_cannot_be_right_is_left_out():

@@ -58,6 +58,7 @@ def render_html(report: EvaluationReport) -> str:
     return template.render(
         title=page_title(report),
         headline=headline(report),
+        warnings=report.warnings,
         facts=facts(report),
         sections=[_view(report, section) for section in sections(report)],
         version=__version__,

@@ -5,11 +5,14 @@ from __future__ import annotations
 from gap_export.evaluation.report.words import facts, headline, page_title, sections
 from gap_export.evaluation.results import EvaluationReport
 from gap_export.parity.report.markdown import escape, table_lines
+from gap_export.parity.report.words import clean
 
 
 def render_markdown(report: EvaluationReport) -> str:
     """A report for people, without plots and pictures; of long tables the first rows."""
     lines = [f"# {escape(page_title(report))}", "", escape(headline(report)), ""]
+    for text in report.warnings:
+        lines += [f"**Warning:** {escape(clean(text))}", ""]
     lines += [f"- {name}: {escape(value)}" for name, value in facts(report)]
     for section in sections(report):
         lines += ["", f"## {section.title}"]

@@ -222,7 +222,8 @@ def _accuracy(report: EvaluationReport) -> Table:
     lacking = any(row.num_unusable for row in rows)
     header = (
         *("setting", "Acc@0.5", "95 % interval", "of unpruned", "mean IoU", "without a box"),
-        *("read with tolerance", "visual tokens", "expressions", "pictures"),
+        *("read with tolerance", "out of scale", "cut off"),
+        *("visual tokens", "expressions", "pictures"),
         *(("not asked", "Acc@0.5 without those") if lacking else ()),
     )
     cells = []
@@ -237,6 +238,8 @@ def _accuracy(report: EvaluationReport) -> Table:
                 f"{row.mean_iou:.3f}",
                 str(row.parse_failures),
                 str(row.num_tolerant),
+                str(row.num_out_of_scale),
+                str(row.num_cut_off),
                 f"{row.mean_visual_tokens:.1f}",
                 str(row.n),
                 str(row.num_images),
@@ -246,6 +249,8 @@ def _accuracy(report: EvaluationReport) -> Table:
     notes = [f"{clean(name)}: {clean(text)}" for name, text in report.misalignments.items()]
     if any(row.num_tolerant for row in rows):
         notes.append("Read with tolerance: a box that is not written as the model should write it.")
+    if any(row.num_out_of_scale for row in rows):
+        notes.append("Out of scale: what of the box is within the picture is judged.")
     if lacking:
         notes.append(
             "Not asked, or not to be judged: the picture is missing, broken or of another size "
@@ -269,7 +274,10 @@ def _protocols(rows: Sequence[SettingRow]) -> Table:
             for row in rows
             if names
         ),
-        notes=("For comparison with figures of others; not to be mixed with the ones above.",),
+        notes=(
+            "For comparison with figures of others; not to be mixed with the ones above. What a "
+            "protocol does not read is wrong under it: Shikra's reads no box with spaces in it.",
+        ),
     )
 
 

@@ -22,6 +22,7 @@ from gap_export.evaluation.report import (
 )
 from gap_export.evaluation.report.words import p_value, panels
 from gap_export.outputs import MARKDOWN_END, OutputRule
+from gap_export.parity.report.markdown import escape
 from gap_export.parity.report.words import clean
 from tests.evaluation.report.made_up import (
     evaluation_report,
@@ -170,12 +171,21 @@ def test_markdown_has_a_line_for_each_setting():
         "mean IoU": "0.744",
         "without a box": "3",
         "read with tolerance": "4",
+        "out of scale": "0",
+        "cut off": "0",
         "visual tokens": "43.2",
         "expressions": "500",
         "pictures": "63",
         "not asked": "2",
         "Acc@0.5 without those": "93.4 %",
     }
+
+
+def test_doubts_come_first():
+    report = evaluation_report(warnings=("out of scale: 57 of 60; <b>",))
+    told = f"**Warning:** {escape('out of scale: 57 of 60; <b>')}"
+    assert render_markdown(report).index(told) < 500
+    assert plain_of(report)["warnings"] == ["out of scale: 57 of 60; <b>"]
 
 
 def test_markdown_compares_settings_in_pairs():
