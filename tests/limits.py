@@ -16,11 +16,17 @@ FULL_LIMIT_S = 1800.0
 # back hears of nothing: then the process ends, and pytest-xdist starts another worker.
 HARD_LIMIT = 1.25
 
+# What job runners and terminals say of themselves, and programs heed in what they print.
+SURROUNDINGS = (
+    *("TERM", "COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE"),
+    *("TTY_COMPATIBLE", "TTY_INTERACTIVE", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"),
+)
+
 _stderr = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give signals their usual meaning, also for the programs that tests start.
+    """Give signals their usual meaning and hide the terminal, also from programs that tests start.
 
     Background jobs of a shell that is not interactive, and with them those of many job runners,
     ignore SIGINT, and whatever they start inherits that.
@@ -29,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for signum in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(signum, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
+    for name in SURROUNDINGS:
+        os.environ.pop(name, None)
     # While a test runs, descriptor 2 leads to what pytest captures.
     config.stash[_stderr] = os.dup(2)
 
