@@ -9,6 +9,8 @@ paper's two misalignments with no token dropped at all (permuted and shifted, it
     tools/paper_table.py --workers 2          sharded over local workers, needs the extra [ray]
     tools/paper_table.py --no-publish         everything below --results, README and cards untouched
     tools/paper_table.py --pruner trim        trim alone; the other rows stay as they were published
+    tools/paper_table.py --report eval.json   nothing: rows of `gap-export eval MODEL --report-json`
+                                              take the place of those that were published
 
 Answers are kept below ``--results`` as they come: started again, it asks what is not answered yet.
 Each model gets a CSV, a Markdown table and plots; ``--publish`` puts them beside the model, and the
@@ -18,7 +20,6 @@ summary into the README.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -30,6 +31,7 @@ from paper_report.measured import (
     asks_bare,
     merge_rows,
     read_csv,
+    rows_of,
     with_budget,
     write_csv,
 )
@@ -64,6 +66,10 @@ def main(
     samples: Annotated[int, typer.Option(min=1, help="Expressions per setting.")] = 1000,
     seed: int = 0,
     workers: Annotated[str, typer.Option(help="As of gap-export eval.")] = "1",
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(help="Repeatable; what gap-export eval MODEL --report-json wrote."),
+    ] = None,
     results: Path = Path("paper-results"),
     publish: bool = True,
     redraw: Annotated[
@@ -81,6 +87,11 @@ def main(
             one = Measured(recipe=find_recipe(name)[0], spec="", all_rows=rows)
             draw_table(one.rows(), home / "pictures" / "accuracy.png", title=name)
         return
+    command = f"tools/paper_table.py --samples {samples} --seed {seed}"
+    if report:
+        plain = [json.loads(path.read_text(encoding="utf-8")) for path in report]
+        put_in([published(name, plain) for name in MODELS], command)
+        return
     measured = []
     for name in names:
         folder = results / f"{name}-{samples}-{seed}"
@@ -91,21 +102,34 @@ def main(
         draw_table(one.rows(), folder / "accuracy.png", title=one.recipe.name)
         (folder / "accuracy.md").write_text(format_model(one), encoding="utf-8")
         typer.echo(f"wrote {folder}", err=True)
-    command = f"tools/paper_table.py --samples {samples} --seed {seed}"
     summary = format_summary(measured, command=command)
     (results / "summary.md").write_text(summary, encoding="utf-8")
     if not publish:
         typer.echo(summary)
         return
+    put_in(measured, command, readme=not model)
+
+
+def published(name: str, reports: list[Row]) -> Measured:
+    """What was published of a model, with rows of evaluations in place of the same settings'."""
+    recipe, _ = find_recipe(name)
+    rows = read_csv(ROOT / "models" / name / "accuracy.csv")
+    for report in reports:
+        if report["model"] == name:
+            rows = merge_rows(rows, rows_of(recipe, report))
+    return Measured(recipe=recipe, spec=DATA, all_rows=rows)
+
+
+def put_in(measured: list[Measured], command: str, *, readme: bool = True) -> None:
+    """Put tables and plots beside the models and, of all models, into the README."""
     for one in measured:
-        folder = results / f"{one.recipe.name}-{samples}-{seed}"
         home = ROOT / "models" / one.recipe.name
         (home / "pictures").mkdir(exist_ok=True)
-        shutil.copy(folder / "accuracy.csv", home)
-        shutil.copy(folder / "accuracy.png", home / "pictures")
+        write_csv(home / "accuracy.csv", one.all_rows)
+        draw_table(one.rows(), home / "pictures" / "accuracy.png", title=one.recipe.name)
         write_section(home / "README.md", "accuracy", format_card(one, command=command))
-    if not model:
-        write_section(README, "paper", summary)
+    if readme:
+        write_section(README, "paper", format_summary(measured, command=command))
 
 
 def measure(

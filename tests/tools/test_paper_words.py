@@ -181,3 +181,18 @@ def test_what_was_not_measured_as_the_authors_have_it_says_what_it_read(words):
     assert main.count("read the") == 1
     assert main.startswith("| `trim` | 60.0 % | **60.0 %** (58.0-62.0 %; read the expression) |")
     assert texts_read.count("not measured") == 1
+
+
+def test_rows_of_an_evaluation_are_those_of_pruners_with_their_budget(words):
+    from paper_report.measured import rows_of
+
+    adaptive = {**row("prumerge", 1.0, "gap", 0.4), "mean_visual_tokens": 28.0}
+    rows = [row("none", 1.0, "none", 0.9), row("visionzip", 1.0, "gap", 0.9), adaptive]
+    rows.append({**row("trim", 0.3, "gap", 0.7), "pruner_text": "question"})
+    found = rows_of(find_recipe("refshapes-llava")[0], {"rows": rows})
+    assert [(r["pruner"], r["budget"], r["pruner_text"]) for r in found] == [
+        ("visionzip", "fixed", None),
+        ("prumerge", "adaptive", None),
+        # There the question is the expression.
+        ("trim", "fixed", "expression"),
+    ]

@@ -84,6 +84,19 @@ def with_budget(recipe: Recipe, report: Row, budget: str) -> list[Row]:
     ]
 
 
+def rows_of(recipe: Recipe, report: Row) -> list[Row]:
+    """Rows of an evaluation that are of a pruner."""
+    (whole,) = (row for row in report["rows"] if row["positions"] == "none")
+    found = []
+    for row in with_budget(recipe, report, "fixed"):
+        if row["positions"] in ("compact", "gap"):
+            # At keep 1 a fixed budget drops nothing.
+            drops = row["mean_visual_tokens"] < whole["mean_visual_tokens"]
+            adaptive = row["keep_ratio"] == 1.0 and drops
+            found.append({**row, "budget": "adaptive" if adaptive else "fixed"})
+    return found
+
+
 def merge_rows(before: Sequence[Row], now: Sequence[Row]) -> list[Row]:
     """Rows of both, those measured now in place of the same settings' of before, in order."""
     found = {_setting(row): row for row in (*before, *now)}
