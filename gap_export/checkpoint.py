@@ -145,14 +145,14 @@ def check_required_parts(recipe: Recipe, checkpoint: Checkpoint) -> None:
     if all(part.required == "published" and own for part in absent.values()):
         return
     lines = [
-        f"\n  {role}: {part.what}{_when_needed(part, own)}; looked for "
+        f"{role}: {part.what}{_when_needed(part, own)}; looked for "
         f"{where_looked(role, declared)}; {how_to_get(role, declared)}"
         for role, part in absent.items()
     ]
     raise CheckpointError(
         f"weights of {recipe.name} are not on this machine",
         seen=", ".join(absent),
-        fix="nothing is downloaded by itself:" + "".join(lines),
+        fix="nothing is downloaded by itself. " + " -- ".join(lines),
     )
 
 

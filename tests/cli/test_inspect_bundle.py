@@ -70,7 +70,7 @@ def test_random_weights_tiles_and_links_are_marked(tiny_bundle, sample_manifest)
         dtype="float16",
     )
     tokens = inspect_bundle._token_accounting(manifest)
-    text = inspect_bundle._describe_model(Bundle(path=opened.path, manifest=manifest))
+    text = inspect_bundle._describe_model(Bundle(path=opened.path, manifest=manifest), manifest)
     text += inspect_bundle._describe_tokens(tokens, manifest)
     for words in (
         "none: RANDOM weights, seed 7",
@@ -90,10 +90,10 @@ def test_links_that_a_copy_of_the_bundle_has_not_got_are_history(tiny_bundle, tm
     )
     copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
     bundle = Bundle(path=copy, manifest=replace(opened.manifest, files=files))
-    assert "of which nothing shared" in inspect_bundle._describe_model(bundle)
+    assert "of which nothing shared" in inspect_bundle._describe_model(bundle, bundle.manifest)
     assert "was linked" in inspect_bundle._describe_files(bundle)
     (tmp_path / "checkpoint.safetensors").hardlink_to(copy / name)
-    assert "linked to the checkpoint" in inspect_bundle._describe_model(bundle)
+    assert "linked to the checkpoint" in inspect_bundle._describe_model(bundle, bundle.manifest)
     assert "was linked" not in inspect_bundle._describe_files(bundle)
 
 
