@@ -232,7 +232,7 @@ def test_a_patched_bundle_is_compared_with_its_export(run_cli, tiny_export, patc
     by_level = {level["level"]: level for level in ort["levels"]}
     assert by_level["tensor"]["status"] == "passed"
     assert {row["tensor"] for row in by_level["tensor"]["rows"]} == {
-        "image_features", "logits (prefill)", "logits (decode)",
+        "image_features", "logits (prefill)", "logits (decode)", "logits (cached)",
     }  # fmt: skip
     others = [level for name, level in by_level.items() if name != "tensor"]
     assert all(level["status"] == "not_run" and level["reason"] for level in others)

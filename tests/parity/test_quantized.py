@@ -40,6 +40,7 @@ from tests.parity.checking import check_with_torch, failed_outputs, outputs
 from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 DECODER = "decoder_model_merged"
+LOGITS = {"logits (prefill)", "logits (decode)", "logits (padded batch)"}
 FIRST, SECOND = (f"{DECODER}.layers.{i}.self_attn.q_proj.weight" for i in range(2))
 ROUNDED = "int4 weights"
 Questions = list[Question]
@@ -149,7 +150,7 @@ def test_a_float_bundle_is_compared_with_the_checkpoint_s_weights(tiny_bundle, c
 
 def test_without_the_bundle_s_weights_the_comparison_fails(export, check, monkeypatch):
     monkeypatch.setattr(quantized, "use_quantized_weights", lambda *_, **__: ())
-    assert failed_outputs(check(export())).keys() == {"logits (prefill)", "logits (decode)"}
+    assert failed_outputs(check(export())).keys() == LOGITS
 
 
 def flip_a_bit(folder: Path) -> None:
@@ -233,7 +234,7 @@ def test_a_norm_that_does_not_undo_the_scaling_fails(export, check, tmp_path):
         edit(folder, name, times_two, "converted.safetensors")
 
     report = check(changed(export("awq"), tmp_path / "changed", double))
-    assert failed_outputs(report).keys() == {"logits (prefill)", "logits (decode)"}
+    assert failed_outputs(report).keys() == LOGITS
 
 
 def test_scaled_weights_without_their_scales_are_refused(export, check, tmp_path):
@@ -261,7 +262,7 @@ def test_a_graph_that_reads_another_layer_s_weights_fails(export, check, tmp_pat
         onnx.save(model, path)
 
     report = check(changed(export(), tmp_path / "changed", swap))
-    assert failed_outputs(report).keys() == {"logits (prefill)", "logits (decode)"}
+    assert failed_outputs(report).keys() == LOGITS
 
 
 @pytest.fixture
