@@ -34,7 +34,7 @@ def scripts(path: Path) -> list[str]:
     if path == GITLAB:
         return [text for job in load(path).values() for text in job["script"]]
     if path == CHECK_BUNDLES:
-        return [re.sub(r'"\$venv/bin/(\S+)"', r"\1", path.read_text(encoding="utf-8"))]
+        return [re.sub(r'(?:\$limit )?"\$venv/bin/(\S+)"', r"\1", path.read_text(encoding="utf-8"))]
     return [step["run"] for step in steps(path) if "run" in step]
 
 
