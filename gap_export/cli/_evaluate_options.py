@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli._options import KEEP_HELP, PRUNER_HELP
+from gap_export.cli._options import KEEP_OR_BOUND_HELP, PRUNER_HELP
 from gap_export.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ TargetArgument = Annotated[
 ]
 KeepsOption = Annotated[
     list[float] | None,
-    typer.Option("--keep", metavar="SHARE", help=f"{KEEP_HELP} Repeatable.", show_default=False),
+    typer.Option(
+        "--keep", metavar="SHARE", help=f"{KEEP_OR_BOUND_HELP} Repeatable.", show_default=False
+    ),
 ]
 PrunersOption = Annotated[
     list[str] | None,

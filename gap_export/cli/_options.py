@@ -73,6 +73,8 @@ BundleArgument = Annotated[
 ]
 
 KEEP_HELP = "Share of the visual tokens to keep, in (0, 1]. [default: the recipe's]"
+# Where the budget can be chosen as well.
+KEEP_OR_BOUND_HELP = KEEP_HELP.replace("recipe's]", "recipe's; with an adaptive budget 1]")
 PRUNER_HELP = "Which tokens survive: see `gap-export pruners`. [default: the recipe's]"
 
 OrderOption = Annotated[

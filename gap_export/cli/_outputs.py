@@ -13,13 +13,10 @@ from gap_export.outputs import OutputRule
 if TYPE_CHECKING:
     from gap_export.manifest import Manifest
 
-ForceOption = Annotated[
-    bool,
-    typer.Option(
-        "--force",
-        help="Replace what is there: files that gap-export did not write (with --record: a "
-        "golden). A file that is read is never replaced.",
-    ),
+_FORCE_HELP = "Replace files that gap-export did not write; one that is read is never replaced."
+ForceOption = Annotated[bool, typer.Option("--force", help=_FORCE_HELP)]
+ForceGoldenOption = Annotated[
+    bool, typer.Option("--force", help=f"{_FORCE_HELP} With --record: replace a golden.")
 ]
 
 

@@ -43,7 +43,7 @@ from gap_export.cli._options import (
     VerboseOption,
     terminal_of,
 )
-from gap_export.cli._outputs import ForceOption, output_rule, with_sources
+from gap_export.cli._outputs import ForceGoldenOption, output_rule, with_sources
 from gap_export.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def check(
     per_layer: PerLayerOption = False,
     require: RequireOption = None,
     record: RecordOption = None,
-    force: ForceOption = False,
+    force: ForceGoldenOption = False,
     report_json: ReportJsonOption = None,
     junit: JunitOption = None,
     markdown: MarkdownOption = None,

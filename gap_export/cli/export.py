@@ -22,7 +22,7 @@ from gap_export.cli._engine_options import (
     split_dtype,
 )
 from gap_export.cli._options import (
-    KEEP_HELP,
+    KEEP_OR_BOUND_HELP,
     PRUNER_HELP,
     BudgetOption,
     CheckpointOption,
@@ -50,7 +50,8 @@ def export(
     ctx: typer.Context,
     model: ModelArgument,
     keep: Annotated[
-        float | None, typer.Option("--keep", metavar="SHARE", help=KEEP_HELP, show_default=False)
+        float | None,
+        typer.Option("--keep", metavar="SHARE", help=KEEP_OR_BOUND_HELP, show_default=False),
     ] = None,
     pruner: Annotated[
         str | None, typer.Option("--pruner", metavar="NAME", help=PRUNER_HELP, show_default=False)

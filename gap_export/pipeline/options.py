@@ -40,7 +40,8 @@ class ExportOptions:
 
     Attributes:
         model: Recipe name, alias, hub id, or a checkpoint folder.
-        keep_ratio: Share of the visual tokens to keep, in (0, 1]; None for the recipe's default.
+        keep_ratio: Share of the visual tokens to keep, in (0, 1]; None for the recipe's default,
+            and for no bound where the budget is adaptive.
         pruner: Name; None for the recipe's default.
         order: ``raster``: kept tokens ascend; ``score``: best first; None for the pruner's.
         extra_token: What stands for the dropped tokens: ``none``, their ``mean``, or their sum

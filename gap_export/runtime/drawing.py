@@ -23,6 +23,8 @@ _BOX_COLOR = (255, 225, 0)
 _HALO_COLOR = (0, 0, 0)
 _OUTLINE_COLOR = (255, 255, 255)
 _CAPTION_COLOR, _CAPTION_BACKGROUND = (235, 235, 235), (24, 24, 24)
+# Pixels that a caption needs for the scale of the heat map and both its ends.
+_LEAST_CAPTION = 400
 # Dropped parts are grey and near this brightness, by this share: a dark image must not end in black
 # and a bright one not in white, so that what was dropped can still be told.
 _DROPPED_COLOR, _DROPPED_SHARE = (104, 104, 104), 0.6
@@ -77,10 +79,12 @@ def draw_grounding(
     scores = None
     if not all(grid.is_whole for grid in (*others, main)):
         scores = main.scores
-        for grid in others:
-            drawing = _put_aside(drawing, _draw_view(picture, grid, grounding, scale * _ASIDE))
+        aside = [_draw_view(picture, grid, grounding, scale * _ASIDE) for grid in others]
         if scores is not None:
-            drawing = _put_aside(drawing, _draw_scores(picture, main, scores, scale * _ASIDE))
+            aside.append(_draw_scores(picture, main, scores, scale * _ASIDE))
+        for other in aside:
+            # Without a caption it is for a white page.
+            drawing = _put_aside(drawing, other, _CAPTION_BACKGROUND if caption else _WHITE)
     return _with_caption(drawing, _caption(grounding), scores) if caption else drawing
 
 
@@ -201,7 +205,9 @@ def heat_color(share: float) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _put_aside(drawing: Image.Image, other: Image.Image) -> Image.Image:
+def _put_aside(
+    drawing: Image.Image, other: Image.Image, background: tuple[int, int, int]
+) -> Image.Image:
     """``other`` below a wide drawing, beside a tall one."""
     gap = max(4, max(drawing.size) // 128)
     if drawing.width >= drawing.height:
@@ -210,7 +216,7 @@ def _put_aside(drawing: Image.Image, other: Image.Image) -> Image.Image:
     else:
         size = (drawing.width + gap + other.width, drawing.height)
         place = (drawing.width + gap, 0)
-    canvas = Image.new("RGB", size, _CAPTION_BACKGROUND)
+    canvas = Image.new("RGB", size, background)
     canvas.paste(drawing)
     canvas.paste(other, place)
     return canvas
@@ -231,18 +237,19 @@ def _caption(grounding: Grounding) -> list[str]:
 def _with_caption(
     drawing: Image.Image, lines: list[str], scores: tuple[float, ...] | None
 ) -> Image.Image:
-    font = ImageFont.load_default(size=max(14, drawing.width // 34))
-    pad = max(4, drawing.width // 64)
+    width = max(drawing.width, _LEAST_CAPTION)
+    font = ImageFont.load_default(size=max(14, width // 34))
+    pad = max(4, width // 64)
     upper, lower = font.getbbox("Ag")[1::2]
     line_height = round(lower - upper) + pad
     strip = (len(lines) + (scores is not None)) * line_height + pad
-    canvas = Image.new("RGB", (drawing.width, drawing.height + strip), _CAPTION_BACKGROUND)
+    canvas = Image.new("RGB", (width, drawing.height + strip), _CAPTION_BACKGROUND)
     canvas.paste(drawing)
     pen = ImageDraw.Draw(canvas)
     for number, line in enumerate(lines):
         # No letter is narrower than two pixels: what is beyond cannot fit anyway.
-        text = line[: drawing.width // 2]
-        while len(text) > 1 and font.getlength(text) > drawing.width - 2 * pad:
+        text = line[: width // 2]
+        while len(text) > 1 and font.getlength(text) > width - 2 * pad:
             text = f"{text[:-2]}\N{HORIZONTAL ELLIPSIS}"
         top = drawing.height + pad + number * line_height - upper
         pen.text((pad, top), text, font=font, fill=_CAPTION_COLOR)

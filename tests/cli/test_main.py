@@ -98,6 +98,12 @@ def test_version_and_help_go_to_stdout(run_cli):
             assert f"\n  {command} " in outcome.out
 
 
+@pytest.mark.parametrize("command", ["export", "eval"])
+def test_help_of_keep_has_the_defaults_of_both_budgets(run_cli, command):
+    words = " ".join(run_cli(command, "--help").out.split())
+    assert "[default: the recipe's; with an adaptive budget 1]" in words
+
+
 def test_no_arguments_show_the_help(run_cli):
     outcome = run_cli()
     assert outcome.code == 2

@@ -6,6 +6,7 @@ After a change that is meant: ``python tests/contract/test_public_api.py`` write
 from __future__ import annotations
 
 import inspect
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,14 @@ def choices(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "|".join(args)
     return "".join(choices(arg) for arg in args)
+
+
+def test_help_names_no_option_that_the_command_has_not_got():
+    for name, command in build_command().commands.items():
+        known = {flag for parameter in command.params for flag in parameter.opts}
+        helps = [command.help or "", *(p.help or "" for p in command.params if hasattr(p, "help"))]
+        named = {flag for text in helps for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)}
+        assert named <= known, name
 
 
 def test_the_public_api_is_as_written_down():

@@ -228,6 +228,18 @@ def test_scores_are_a_heat_map_aside(answer: Grounding) -> None:
     assert last.tolist() == [int(0.65 * 255)] * 3
 
 
+@pytest.mark.parametrize("size", [(64, 64), (100, 400), (60, 600), (1, 700)])
+def test_the_scale_has_both_its_ends_below_an_image_of_any_width(answer, size) -> None:
+    scored = dataclasses.replace(answer.tokens[0], scores=tuple(-1.23e-05 * n for n in range(16)))
+    thin = dataclasses.replace(answer, box=None, tokens=(scored,))
+    strip = np.asarray(draw_grounding(Image.new("RGB", size), thin))[-22:].astype(int)
+    yellow = ((strip[..., 0] > 240) & (strip[..., 1] > 240) & (strip[..., 2] < 60)).any(axis=0)
+    right = strip[:, yellow.nonzero()[0].max() :]
+    # Behind the scale the highest score, and then nothing.
+    assert ((right > 200).all(axis=-1)).sum() > 100
+    assert (right[:, -4:] == 24).all()
+
+
 def test_equal_scores_are_drawn_alike(answer: Grounding) -> None:
     scored = dataclasses.replace(answer.tokens[0], scores=(0.25,) * 16)
     assert draw(dataclasses.replace(answer, tokens=(scored,))).shape[0] > 700
