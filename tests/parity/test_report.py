@@ -267,7 +267,7 @@ def test_a_disk_that_is_full_leaves_the_old_report(tmp_path, monkeypatch):
 
 def test_a_page_without_its_extra_is_refused_with_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(extras, "_is_installed", lambda name: name != "matplotlib")
-    with pytest.raises(MissingDependencyError, match=r"matplotlib; .*gap-export\[report\]"):
+    with pytest.raises(MissingDependencyError, match=r"matplotlib; .*pip install .*\[report\]"):
         check_writable(html=tmp_path / "report.html")
     check_writable(json=tmp_path / "report.json")
 

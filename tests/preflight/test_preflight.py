@@ -348,5 +348,5 @@ def test_file_that_is_no_model_is_refused(tmp_path, content):
 
 def test_without_trtcheck_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("gap_export.extras._is_installed", lambda name: name != "trtcheck")
-    with pytest.raises(MissingDependencyError, match=r"trtcheck.*gap-export\[export\]"):
+    with pytest.raises(MissingDependencyError, match=r"trtcheck.*pip install .*\[export\]"):
         preflight(tmp_path / "graph.onnx", GRAPH, JETPACK_6)

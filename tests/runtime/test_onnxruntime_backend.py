@@ -263,7 +263,7 @@ def test_dtype_that_numpy_lacks_is_refused(rebuild: Rebuild) -> None:
     reason="this ONNX Runtime has CUDA, so asking for it is fine",
 )
 def test_missing_cuda_says_what_to_install(tiny_bundle: Path) -> None:
-    with pytest.raises(UsageError, match=r'CUDAExecutionProvider.*install "gap-export\[gpu\]"'):
+    with pytest.raises(UsageError, match=r"CUDAExecutionProvider.*pip install onnxruntime-gpu"):
         GroundingSession.open(tiny_bundle, execution_providers=["CUDAExecutionProvider"])
 
 

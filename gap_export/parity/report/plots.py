@@ -91,6 +91,8 @@ def to_svg(figure: Figure, *, mark: str) -> str:
     figure.savefig(
         stream,
         format="svg",
+        # The page shows beside it, where it does not fit, that there is more to the right.
+        transparent=True,
         metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
     )
     return _embeddable(stream.getvalue(), mark)

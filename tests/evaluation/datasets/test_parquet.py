@@ -209,5 +209,5 @@ def test_row_that_cannot_be_used_is_named(
 
 def test_without_pyarrow_the_extra_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gap_export.extras._is_installed", lambda _: False)
-    with pytest.raises(MissingDependencyError, match=r"gap-export\[refcoco\]"):
+    with pytest.raises(MissingDependencyError, match=r"pip install .*\[refcoco\]"):
         opened(f"refcoco:{root}:val")

@@ -306,7 +306,7 @@ def test_a_report_is_added_to_the_summary_of_a_github_step(tmp_path, monkeypatch
 
 def test_a_page_without_its_extra_is_refused_with_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(extras, "_is_installed", lambda name: name != "jinja2")
-    with pytest.raises(MissingDependencyError, match=r"jinja2; .*gap-export\[report\]"):
+    with pytest.raises(MissingDependencyError, match=r"jinja2; .*pip install .*\[report\]"):
         write_reports(evaluation_report(), html_path=tmp_path / "report.html")
     write_reports(evaluation_report(), markdown_path=tmp_path / "report.md")
 

@@ -84,7 +84,10 @@ def test_panels_are_not_blown_up(count, width):
 def test_what_does_not_fit_is_scrolled_to(sources, name):
     source = sources[name]
     assert source.count("<table>") == source.count('<div class="scroll" tabindex="0"><table>') > 0
-    assert source.count("max-width:") - 2 == source.count('<div class="scroll" tabindex="0"><svg ')
+    assert source.count("px;min-width:") == source.count('<div class="scroll" tabindex="0"><svg ')
+    # Titles of tables stay in sight, and at the edge of a plot one sees that it goes on.
+    assert source.count("<caption><span>") == source.count("<table>")
+    assert 'style="fill: #ffffff"/>' not in source
 
 
 def test_page_escapes_all_that_others_wrote(sources):
