@@ -15,6 +15,7 @@ from PIL import Image, ImageFile
 from gap_export.errors import ImageError, UsageError
 from gap_export.manifest import ImageSpec
 from gap_export.runtime.geometry import ImageGeometry, Size, choose_canvas, fitted_size
+from gap_export.runtime.image_damage import NotCheckedError
 from gap_export.runtime.image_files import (
     DAMAGED,
     MAX_MEMORY,
@@ -104,14 +105,14 @@ def read_image(
 
     A file is damaged where its decoder would have to recover from something. What cannot be seen: a
     changed byte that leaves a valid file, which only PNG rules out by checksums (and deflated TIFF
-    for its pixels). Of an image that Pillow has decoded already nothing can be said.
+    for its pixels). Uncommon forms of JPEG and TIFF cannot be checked; a warning says so. Of an
+    image that Pillow has decoded already nothing can be said.
 
     Args:
         image: A file, the bytes of one, a Pillow image, or uint8 [H, W], [H, W, 3] or [H, W, 4].
         pad_color: RGB 0..255.
         frame: ``upright``: turned as EXIF says, as displayed; ``raw``: as stored.
-        allow_damaged: Use what can be decoded of a damaged image, and of one that cannot be checked
-            for damage, with a warning.
+        allow_damaged: Use what can be decoded of a damaged image, with a warning.
         color: Order of an array's channels: ``rgb`` (then alpha), or ``bgr``, as OpenCV has it.
 
     Raises:
@@ -241,7 +242,11 @@ def _decode(
     allow_damaged: bool,
     name: str,
 ) -> LoadedImage:
-    damage = opened.find_damage()
+    damage = unchecked = None
+    try:
+        damage = opened.find_damage()
+    except NotCheckedError as err:
+        unchecked = str(err)
     image = opened.image
     if damage is None or allow_damaged:
         try:
@@ -263,7 +268,11 @@ def _decode(
         raise damaged(name, err) from err
     if frame == "upright" and opened.orientation in _TURNS:
         rgb = rgb.transpose(_TURNS[opened.orientation])
-    odd = () if damage is None else (f"the image is damaged, and was used all the same: {damage}",)
+    odd = []
+    if unchecked is not None:
+        odd.append(f"the image could not be checked for damage: {unchecked}")
+    if damage is not None:
+        odd.append(f"the image is damaged, and was used all the same: {damage}")
     return LoadedImage(image=rgb, orientation=opened.orientation, warnings=(*opened.warnings, *odd))
 
 

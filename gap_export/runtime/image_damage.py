@@ -12,10 +12,15 @@ from collections.abc import Iterator
 
 import simplejpeg
 
+from gap_export.runtime.jpeg import JpegFile, read_jpeg
 from gap_export.runtime.tiff import Directory
 
 # libjpeg's words for a file that uses what simplejpeg cannot decode.
 _UNKNOWN_TO_JUDGE = ("Unsupported", "Could not determine", "not implemented", "Unknown")
+# A strip of several scans is held as coefficients, six bytes a pixel; libtiff takes 100 MB of them.
+_MAX_HELD_PIXELS = 1 << 24
+# All scans of all strips, times the pixels of the image; a tile may be much larger than that.
+_MAX_PASSES, _LEAST_PIXELS = 16, 1 << 20
 # TIFF 6.0, sections 3, 11, 14 and 22; Adobe's notes of 1995 and 2002.
 _COMPRESSION, _OFFSETS, _COUNTS, _JPEG_TABLES = 259, (273, 324), (279, 325), 347
 _DEFLATE = (8, 32946)
@@ -26,40 +31,53 @@ _MAX_CODE_BITS = 12
 _TABLE_SIZE = 1 << _MAX_CODE_BITS
 
 
-def jpeg_damage(data: bytes) -> str | None:
+class NotCheckedError(Exception):
+    """Whether an image is damaged cannot be said: nothing here decodes its form strictly."""
+
+
+def jpeg_damage(jpeg: JpegFile) -> str | None:
     """What libjpeg recovers from in a JPEG file; None where it is in order.
 
     At an eighth of its size all of the file is decoded, and hardly any memory is taken.
 
     Args:
-        data: The file.
+        jpeg: The file.
+
+    Raises:
+        NotCheckedError: it has a form that cannot be checked.
     """
+    if jpeg.broken is not None:
+        return jpeg.broken
+    if jpeg.is_lossless:
+        # It has no eighth: libjpeg would write all of it to where simplejpeg has room for that.
+        raise NotCheckedError("lossless JPEG")
     try:
-        simplejpeg.decode_jpeg(data, "RGB", min_height=1, min_width=1)
+        simplejpeg.decode_jpeg(jpeg.pixels_only, "RGB", min_height=1, min_width=1)
     except ValueError as err:
         if any(words in str(err) for words in _UNKNOWN_TO_JUDGE):
-            return f"a JPEG form that cannot be checked for damage ({err})"
+            raise NotCheckedError(f"JPEG, {err}") from err
         return str(err)
     return None
 
 
-def tiff_damage(directory: Directory) -> str | None:
+def tiff_damage(directory: Directory, num_pixels: int) -> str | None:
     """What libtiff recovers from in the first image of a TIFF file; None where it is in order.
 
     Args:
         directory: Of the file.
+        num_pixels: Of the image.
+
+    Raises:
+        NotCheckedError: its compression cannot be checked.
     """
     (compression,) = directory.integers(_COMPRESSION)[:1] or (1,)
     if compression in _PLAIN:
         return None
     if compression in _DEFLATE:
-        damage = (_deflate_damage(strip) for strip in _strips(directory))
-    elif compression == _JPEG:
-        tables = directory.content(_JPEG_TABLES)
-        damage = (jpeg_damage(_with_tables(strip, tables)) for strip in _strips(directory))
-    else:
-        return f"TIFF compression {compression}, which cannot be checked for damage"
-    return next(filter(None, damage), None)
+        return next(filter(None, map(_deflate_damage, _strips(directory))), None)
+    if compression == _JPEG:
+        return _jpeg_strips_damage(directory, num_pixels)
+    raise NotCheckedError(f"TIFF compression {compression}")
 
 
 def gif_damage(data: bytes, num_pixels: int) -> str | None:
@@ -109,6 +127,21 @@ def _strips(directory: Directory) -> Iterator[bytes]:
         places = zip(directory.integers(offsets), directory.integers(counts), strict=False)
         for place, size in places:
             yield directory.data[place : place + size]
+
+
+def _jpeg_strips_damage(directory: Directory, num_pixels: int) -> str | None:
+    """Each strip is a JPEG file, and says itself how large it is and how many scans it has."""
+    tables = directory.content(_JPEG_TABLES)
+    left = _MAX_PASSES * max(num_pixels, _LEAST_PIXELS)
+    for strip in _strips(directory):
+        jpeg = read_jpeg(_with_tables(strip, tables))
+        left -= jpeg.num_scans * jpeg.num_pixels
+        held = jpeg.num_pixels if jpeg.is_progressive or jpeg.num_scans > 1 else 0
+        if left < 0 or held > _MAX_HELD_PIXELS:
+            return "TIFF data of more JPEG scans or pixels than its image has"
+        if damage := jpeg_damage(jpeg):
+            return damage
+    return None
 
 
 def _deflate_damage(strip: bytes) -> str | None:

@@ -99,6 +99,7 @@ class OpenedImage:
         orientation: 1..8 as EXIF counts them; 1 where it carries none.
         warnings: What the user should know.
         find_damage: Says what a decoder would pass over; None where nothing is known of that.
+            Raises NotCheckedError where it cannot be said.
     """
 
     image: Image.Image
@@ -139,17 +140,13 @@ def open_encoded(encoded: EncodedImage) -> OpenedImage:
     kind = _format_of(data)
     if kind is None:
         raise ImageError("not an image that can be read", seen=name, allowed=ALLOWED)
+    jpeg = read_jpeg(data) if kind == "JPEG" else None
     try:
-        jpeg = read_jpeg(data) if kind == "JPEG" else None
         directory = read_directory(data) if kind == "TIFF" else None
         if directory is not None:
             directory.check()
-        broken = None
     except ValueError as err:
-        if kind == "TIFF":
-            raise damaged(name, err) from err
-        jpeg = directory = None
-        broken = str(err)
+        raise damaged(name, err) from err
     # Of a JPEG file Pillow sees what pixels depend on: nothing else of it can do harm.
     decoded = data if jpeg is None else jpeg.pixels_only
     if directory is not None:
@@ -158,16 +155,14 @@ def open_encoded(encoded: EncodedImage) -> OpenedImage:
     try:
         image = _OPENERS[kind](io.BytesIO(decoded))
     except DAMAGED as err:
-        raise damaged(name, err) from err
+        raise damaged(name, err if jpeg is None else jpeg.broken or err) from err
     check_size(image, name=name, num_bytes=len(data), jpeg=jpeg)
     orientation, warnings = _orientation(image, jpeg, directory)
     return OpenedImage(
         image=image,
         orientation=orientation,
         warnings=warnings,
-        find_damage=partial(_find_damage, kind, decoded, image, directory)
-        if broken is None
-        else lambda: broken,
+        find_damage=partial(_find_damage, kind, decoded, image, jpeg, directory),
     )
 
 
@@ -243,10 +238,14 @@ def _format_of(data: bytes) -> str | None:
 
 
 def _find_damage(
-    kind: str, data: bytes, image: ImageFile.ImageFile, directory: Directory | None
+    kind: str,
+    data: bytes,
+    image: ImageFile.ImageFile,
+    jpeg: JpegFile | None,
+    directory: Directory | None,
 ) -> str | None:
-    if kind == "JPEG":
-        return jpeg_damage(data)
+    if jpeg is not None:
+        return jpeg_damage(jpeg)
     if kind == "PNG":
         return png_damage(data)
     if kind == "GIF":
@@ -255,7 +254,7 @@ def _find_damage(
         return gif_damage(data, (right - left) * (bottom - top))
     if directory is not None:
         try:
-            return tiff_damage(directory)
+            return tiff_damage(directory, image.width * image.height)
         except ValueError as err:
             return str(err)
     return None
