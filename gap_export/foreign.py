@@ -166,7 +166,8 @@ def _lone_adapter(place: Path) -> CheckpointError:
         seen=f"{place}, trained on {name}{where}" if named else place,
         allowed="a whole model, with or without an adapter beside it",
         fix=f"copy the files of {name} into one folder with the adapter's and export that, or "
-        "merge it with peft's merge_and_unload and export what that saves",
+        "merge it with peft's merge_and_unload and export what that saves; an adapter of LLaVA's "
+        f"authors needs its {_TRAINED_BESIDE} beside it",
     )
 
 

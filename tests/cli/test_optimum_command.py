@@ -98,7 +98,7 @@ def test_flags_reach_the_export(request, seen_options, tmp_path, runner):
     run = request.getfixturevalue(runner)
     flags = "--keep 0.3 --pruner cls --positions compact --checkpoint base=llm --checkpoint weights"
     code, out, err = run("--model", "llava", *flags.split(), "--trt", "--out", tmp_path)
-    assert (code, out, err) == (2, "", "error: far enough\n")
+    assert (code, out, err) == (2, "", "exporting llava ...\nerror: far enough\n")
     run("-m", "llava", "--trt", "rtx:sm89", "--force", "-q")
     assert seen_options == [
         ExportOptions(
@@ -145,7 +145,7 @@ def test_exit_codes_are_those_of_export(run_optimum, monkeypatch):
         raise ParityError("it differs")
 
     monkeypatch.setattr(pipeline, "export_model", fail)
-    assert run_optimum("--model", "llava") == (3, "", "error: it differs\n")
+    assert run_optimum("--model", "llava", "-q") == (3, "", "error: it differs\n")
 
 
 def test_help_is_gap_exports_own(run_optimum):

@@ -292,7 +292,7 @@ def test_missing_part_says_how_to_pass_it(recipe, parts, role):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("non_lora_trainables.bin", "holds no projector"),
+        ("non_lora_trainables.bin", "without the model it belongs to"),
         ("adapter_model.bin", "no adapter weights"),
     ],
 )

@@ -213,7 +213,8 @@ MUTANTS: Mapping[str, Mutant] = {
 
 
 # The first level that must fail. An id that is one too large everywhere changes no difference of
-# ids, which is all that attention sees; a picture's preparation is no output of a graph.
+# ids, which is all that attention sees; how an image is prepared is no output of a graph, and is
+# compared with recipe and checkpoint beside the tensors.
 CAUGHT_AT: Mapping[str, Level] = {
     "GAP node removed": "positions",
     "kept_positions read off by one": "positions",
@@ -226,7 +227,7 @@ CAUGHT_AT: Mapping[str, Level] = {
     "weight zeroed": "tensor",
     "fp16 overflow": "tensor",
     "wrong colour order": "tensor",
-    "mean and deviation of other colours": "token",
+    "mean and deviation of other colours": "tensor",
     "compact positions": "positions",
 }
 

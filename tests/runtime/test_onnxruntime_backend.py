@@ -160,7 +160,9 @@ def cuda_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_asked_for_provider_that_does_not_load_is_refused(
     tiny_bundle: Path, providers: list[str]
 ) -> None:
-    with pytest.raises(UsageError, match=r"could not be loaded: CUDA.*cuDNN.*uninstall onnxrunt"):
+    with pytest.raises(
+        UsageError, match=r"could not be loaded: CUDA.*cuDNN.*uninstall -y onnxrunt"
+    ):
         GroundingSession.open(tiny_bundle, execution_providers=providers)
 
 
