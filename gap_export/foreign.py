@@ -27,15 +27,18 @@ _WHOLE = (
 _WEIGHTS = re.compile(r"(pytorch_)?model[.-].+\.(safetensors|bin)", re.DOTALL)
 _MAX_JSON_BYTES = 16 << 20
 _MAX_NAMES = 10_000
-# AutoGPTQ's and AutoAWQ's first versions wrote these beside config.json.
-_QUANTIZER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+# AutoGPTQ's and AutoAWQ's first versions, and NVIDIA's ModelOpt, wrote these beside config.json.
+_QUANTIZER_FILES = {
+    "quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "ModelOpt",
+}  # fmt: skip
 # Endings of tensors that quantizers write in place of, or beside, a matrix.
 _QUANTIZED_TENSORS: Mapping[str, str] = {
     ".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".g_idx": "GPTQ",
     ".absmax": "bitsandbytes", ".quant_map": "bitsandbytes", ".SCB": "bitsandbytes",
     ".nested_absmax": "bitsandbytes", ".weight_scale": "FP8 or compressed-tensors",
     ".weight_scale_inv": "FP8", ".weight_packed": "compressed-tensors", ".scales": "MLX or AWQ",
-    ".weight_qdata": "torchao",
+    ".weight_qdata": "torchao", ".input_scale": "FP8", ".W_q": "HQQ", ".weight._data": "quanto",
+    ".weight_zero_point": "compressed-tensors",
 }  # fmt: skip
 _PROCESSOR_FILES = frozenset({
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "preprocessor_config.json",
@@ -123,7 +126,8 @@ def quantized(what: str, seen: object, *, original: str | None = None) -> Checkp
 
 
 def _refuse_quantized(place: Path, names: set[str], config: Mapping[str, Any]) -> None:
-    for owner in (config, config.get("text_config"), config.get("llm_config")):
+    parts = (config.get(f"{part}_config") for part in ("text", "llm", "vision"))
+    for owner in (config, *parts):
         for key in ("quantization_config", "compression_config", "quantization"):
             found = owner.get(key) if isinstance(owner, dict) else None
             if isinstance(found, dict) and found:

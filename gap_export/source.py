@@ -51,6 +51,7 @@ __all__ = [
     "hash_file",
     "parse_parts",
     "resolve_model",
+    "resolve_recipe",
     "resolve_source",
 ]
 
@@ -156,13 +157,29 @@ def resolve_source(
     if main is not None:
         # A main part that is not there is missed before its recipe is.
         homes = [_first_place(main, parts, None, shipped), Path(main.location)]
-    recipe = _recipe_of(manifest, homes, shipped)
-    _check_unchanged(manifest, recipe)
+    recipe = resolve_recipe(manifest, homes)
     here = {
         part.role: _verified(part, _first_place(part, parts, recipe, shipped), recipe)
         for part in source.parts
     }
     return recipe, Checkpoint(parts=here, random_seed=source.random_seed)
+
+
+def resolve_recipe(manifest: Manifest, homes: Sequence[Path]) -> Recipe:
+    """The recipe that a bundle was made by, if it still says what the bundle says.
+
+    Args:
+        manifest: The bundle's.
+        homes: Where a recipe.yaml of the model's name may be, before the shipped one.
+
+    Raises:
+        CheckpointError: it says something else.
+        UnknownModelError: it is nowhere.
+        RecipeError: it cannot be read.
+    """
+    recipe = _recipe_of(manifest, homes, _shipped(manifest.model.name))
+    _check_unchanged(manifest, recipe)
+    return recipe
 
 
 def hash_file(path: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from gap_export.errors import CheckpointError
@@ -46,7 +47,9 @@ CASES: list[tuple[Files, list[str]]] = [
     (config(compression_config={"format": "x"}), ["quantized"]),
     (config(quantization={"group_size": 64, "bits": 4}), ["quantized (MLX, 4 bits)"]),
     (config(text_config={"quantization_config": BNB}), ["quantized (bitsandbytes, 4 bits)"]),
+    (config(vision_config={"quantization_config": BNB}), ["quantized (bitsandbytes, 4 bits)"]),
     ({**config(), "quantize_config.json": {"bits": 4}}, ["quantized (gptq)"]),
+    ({**config(), "hf_quant_config.json": {"quantization": {}}}, ["quantized (ModelOpt)"]),
     ({"llava-Q4_K.gguf": b""}, ["llama.cpp (GGUF)", "converted from"]),
     ({"config.json": {}, "ggml-model.gguf": b"", "README.md": b""}, ["llama.cpp (GGUF)"]),
     ({"config.json": {}, "onnx/decoder_model_merged.onnx": b""}, ["ONNX export", "patch DIR"]),
@@ -117,7 +120,14 @@ def test_an_unsupported_architecture_is_named(tmp_path, recipe, kind):
 
 @pytest.mark.parametrize(
     ("ending", "method"),
-    [("qweight", "GPTQ or AWQ"), ("weight.absmax", "bitsandbytes"), ("weight_scale_inv", "FP8")],
+    [
+        ("qweight", "GPTQ or AWQ"),
+        ("weight.absmax", "bitsandbytes"),
+        ("weight_scale_inv", "FP8"),
+        ("W_q", "HQQ"),
+        ("weight._data", "quanto"),
+        ("weight_zero_point", "compressed-tensors"),
+    ],
 )
 def test_tensors_of_a_quantizer_name_it(tmp_path, tiny_checkpoint, ending, method):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "m")
@@ -128,3 +138,24 @@ def test_tensors_of_a_quantizer_name_it(tmp_path, tiny_checkpoint, ending, metho
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"quantized \({method}.*--dtype int4"):
         read_source(load_recipe(folder / "recipe.yaml"), Checkpoint.of(folder))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bin_method"), [(torch.int8, "at most 8 bits"), (torch.float8_e4m3fn, "FP8")], ids=str
+)
+def test_weights_of_eight_bits_are_quantized_ones_in_either_format(
+    tmp_path, tiny_checkpoint, dtype, bin_method
+):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("mlp.up_proj.weight"))
+    tensors[name] = tensors[name].to(dtype)
+    (folder / "model.safetensors").unlink()
+    for method, save, file in (
+        ("at most 8 bits", save_file, folder / "model.safetensors"),
+        (bin_method, torch.save, folder / "pytorch_model.bin"),
+    ):
+        save(tensors, file)
+        with pytest.raises(CheckpointError, match=rf"quantized \({method}.*--dtype int4"):
+            read_source(load_recipe(folder / "recipe.yaml"), Checkpoint.of(folder))
+        file.unlink()

@@ -25,6 +25,7 @@ import torch
 from torch._subclasses import fake_tensor
 
 from gap_export.errors import CheckpointError
+from gap_export.foreign import quantized
 from gap_export.weights.files import MAX_KEY, MAX_RANK, damaged, shard_files
 from gap_export.weights.safetensors import TensorRef, map_bytes
 from gap_export.weights.torch_files import Archive, open_archive, wants_to_run
@@ -198,6 +199,8 @@ def _plain_tensor(value: Any, key: str, file: Path) -> torch.Tensor | None:
             seen=f"{key} in {file}: {type(value).__name__}",
             allowed="a dict of tensors by name",
         )
+    if value.dtype.itemsize == 1 and value.dtype.is_floating_point:
+        raise quantized("FP8", f"{key} in {file}: {value.dtype}")
     if value.layout != torch.strided or value.dtype not in _DTYPE_NAMES or value.is_neg():
         raise _odd_kind(key, f"{value.dtype}, {value.layout} in {file}")
     if value.is_meta:

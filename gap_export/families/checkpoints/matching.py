@@ -247,8 +247,8 @@ def _check_tensors(
             fix=f"check that {sizes_of} belongs to these weights",
         )
     dtypes = sorted({refs[key].dtype for key in expected} - set(FLOAT_DTYPES))
-    if any(dtype.startswith(("F8", "U8")) for dtype in dtypes):
-        raise quantized("8 bits", f"{where}: weights of dtype {', '.join(dtypes)}")
+    if any(dtype.startswith(("F4", "F8", "I8", "U8")) for dtype in dtypes):
+        raise quantized("at most 8 bits", f"{where}: weights of dtype {', '.join(dtypes)}")
     if dtypes:
         raise CheckpointError(
             f"{where}: weights of a dtype that is not supported",

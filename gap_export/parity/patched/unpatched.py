@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from gap_export.runtime.backend import FloatArray
 from gap_export.runtime.onnxruntime_backend import ORT_ERRORS
 from gap_export.runtime.onnxruntime_options import session_options, spare_memory, start_session
 from gap_export.runtime.quiet_onnxruntime import ort
+from gap_export.source import resolve_recipe
 
 _DTYPES: Mapping[str, type] = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64,
@@ -38,12 +40,15 @@ class UnpatchedGraphs:
         """Prove that these are the graphs the bundle was patched from, and load them.
 
         Raises:
-            UsageError: they are not, or cannot be loaded; or the bundle was not patched.
-            ParityError: the bundle has another tokenizer, word embedding or weights than they have.
+            UsageError: they are not, or cannot be loaded; or the bundle was not patched, or not by
+                the recipe of its model.
+            ParityError: the bundle has another tokenizer, word embedding, weights or end of answers
+                than they have.
         """
         part = _source(manifest)
         _check_unchanged(part, folder)
         _check_taken_over(part, manifest)
+        _check_facts(manifest, folder)
         half = manifest.dtype == "float16"
         self._vision = _load(folder / _graph_file(part, "vision_encoder"), half=half)
         self._decoder = _load(folder / _graph_file(part, "decoder_model_merged"), half=half)
@@ -145,6 +150,32 @@ def _check_taken_over(part: SourcePart, manifest: Manifest) -> None:
                 allowed=f"{file.sha256}, that of {file.path}",
                 fix="patch the export again",
             )
+
+
+def _check_facts(manifest: Manifest, folder: Path) -> None:
+    """How an image is prepared, a model asked and an answer read, as recipe and configs say."""
+    recipe = resolve_recipe(manifest, [folder])
+    right = {recipe.special_tokens[text] for text in recipe.end_of_answer} or _end_ids(folder)
+    seen = manifest.decoder.eos_token_ids
+    if set(seen) != right:
+        raise ParityError(
+            "the bundle's answers end with other tokens than recipe and export say",
+            seen=", ".join(map(str, seen)),
+            allowed=", ".join(map(str, sorted(right))),
+            fix="patch the export again",
+        )
+
+
+def _end_ids(folder: Path) -> set[int]:
+    """Of configs that were read when the export was patched, and have not changed since."""
+    config, generation = (
+        json.loads(path.read_bytes()) if path.is_file() else {}
+        for path in (folder / "config.json", folder / "generation_config.json")
+    )
+    eos = generation.get(
+        "eos_token_id", config["text_config"].get("eos_token_id", config.get("eos_token_id"))
+    )
+    return set(eos if isinstance(eos, list) else [eos])
 
 
 def _graph_file(part: SourcePart, component: str) -> str:

@@ -5,6 +5,8 @@ Here: that it can fail, and refuses where there is nothing to compare with.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -117,6 +119,26 @@ def test_what_both_sides_read_is_the_exports_own(tiny_export, patch, compare, tm
 
     wrong = rewrite(patch(tiny_export).bundle, tmp_path / "wrong", edit_folder=edit)
     with pytest.raises(ParityError, match=f"has not got the export's own file: {name}"):
+        compare(wrong)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "said"),
+    [
+        ("image", "mean", (0.1, 0.2, 0.3), "image.mean: .* in the recipe"),
+        ("prompt", "template", "Find {expression} in <image> .", "prompt.template: .* in the rec"),
+        ("box", "scale", 50.0, "box.scale: .* in the recipe, 50.0 in the bundle"),
+        ("decoder", "eos_token_ids", (5,), "answers end with other tokens .*: 5; allowed: 2"),
+    ],
+)
+def test_what_both_sides_read_in_the_manifest_is_the_recipes_own(
+    tiny_export, patch, compare, tmp_path, part, field, value, said
+):
+    def edit(manifest):
+        return replace(manifest, **{part: replace(getattr(manifest, part), **{field: value})})
+
+    wrong = rewrite(patch(tiny_export).bundle, tmp_path / "wrong", edit_manifest=edit)
+    with pytest.raises((ParityError, UsageError), match=said):
         compare(wrong)
 
 
