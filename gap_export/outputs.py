@@ -1,9 +1,9 @@
 """One rule for every file that a command writes.
 
 Never a file that the command reads, by whatever path or link it is named; never through a symbolic
-link; never inside a folder that lists all it holds; and a file that gap-export did not write only
-with ``--force``. It holds before the work and again when the file is written, whole or not at all.
-A folder on the way may be a link: it is where the user says.
+link; never inside a bundle or a golden, which list all they hold; and a file that gap-export did
+not write only with ``--force``. It holds before the work and again when the file is written, whole
+or not at all. A folder on the way may be a link: it is where the user says.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ DRAWING_SOFTWARE = "gap-export drawing"
 
 # Where GitHub Actions says which file a step's summary is: reports are added to it.
 _SUMMARY = "GITHUB_STEP_SUMMARY"
+# What folders hold that list all they hold.
+_LISTS = {"gap.json.sha256": "a bundle", "golden.json.sha256": "a golden"}
 # Each form says what it is near its beginning or its end.
 _LOOKED_AT = 1024
 _FORMS = (
@@ -69,8 +71,8 @@ class OutputRule:
         for what, path in named.items():
             if path is None:
                 continue
-            self.check_outside(what, path)
             real, exists = _check_place(what, path)
+            self.check_outside(what, path)
             if exists:
                 self._check_replaced(what, real)
             for other, before in taken.items():
@@ -95,6 +97,7 @@ class OutputRule:
                     seen=path,
                     fix="name a place outside of it",
                 )
+        check_outside_listings(what, path, inside=path)
 
     def write(self, what: str, path: Path, content: bytes) -> None:
         """Write a file; what was there is replaced, and never by half of it.
@@ -149,6 +152,28 @@ def is_step_summary(path: Path) -> bool:
     return bool(summary) and path.resolve() == Path(str(summary)).resolve()
 
 
+def check_outside_listings(what: str, path: Path, *, inside: Path) -> None:
+    """Refuse a place in any bundle or golden, which would be refused with it in.
+
+    Args:
+        what: Is to be there.
+        path: The place, as the user named it.
+        inside: The innermost folder that may not be one; those around it may not either.
+
+    Raises:
+        OutputError: one is.
+    """
+    real = _real(inside)
+    for folder in (real, *real.parents):
+        for name, kind in _LISTS.items():
+            if os.path.isfile(folder / name):  # noqa: PTH113 - Path.is_file raises where it may not look
+                raise OutputError(
+                    f"{what} would be inside {kind}, which would then be refused",
+                    seen=f"{path}, in {folder}",
+                    fix="name a place outside of it",
+                )
+
+
 def _check_place(what: str, path: Path) -> tuple[Path, bool]:
     """Refuse a place where no plain file can be written; its real path, and whether it exists."""
     if str(path) == "-":
@@ -193,6 +218,11 @@ def _in_real_folder(path: Path) -> Path:
     return absolute.parent.resolve() / absolute.name
 
 
+def _real(path: Path) -> Path:
+    """The path with links and ``..`` resolved, as far as that can be: links may go in circles."""
+    return Path(os.path.realpath(path))
+
+
 def _refusal(what: str, why: str, seen: object) -> OutputError:
     return OutputError(f"{what} {why}", seen=seen, fix="name another file")
 
@@ -213,8 +243,8 @@ def _is_ours(what: str, path: Path) -> bool:
 
 def _is_below(path: Path, folder: Path) -> bool:
     """Whether a path is a folder or lies in it, whatever links lead there."""
-    real = path.resolve()
-    if real.is_relative_to(folder.resolve()):
+    real = _real(path)
+    if real.is_relative_to(_real(folder)):
         return True
     # Where names differ in case alone, or a folder is mounted twice.
     return any(_is_same(each, folder) for each in (real, *real.parents))
@@ -229,14 +259,11 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _holds(given: Path, path: Path) -> bool:
-    """Whether a file is one of a folder's, there or by a hard link."""
+    """Whether a file is one of a folder's: there, by a hard link, or by a link that leads to it."""
     if _is_below(path, given):
         return True
     wanted = path.stat()
-    # With no other name the file cannot be in the folder as well.
-    return wanted.st_nlink > 1 and any(
-        os.path.samestat(status, wanted) for status in _statuses(given)
-    )
+    return any(os.path.samestat(status, wanted) for status in _statuses(given))
 
 
 def _statuses(top: Path) -> Iterator[os.stat_result]:

@@ -7,6 +7,8 @@ of ours, which GitHub Actions even runs as commands where they begin with ``::``
 
 from __future__ import annotations
 
+import logging
+import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -16,6 +18,9 @@ _Value = TypeVar("_Value")
 
 # Letters by Unicode that show nothing: Hangul fillers and the empty Braille pattern.
 _BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800")
+# What job runners take for commands: of GitHub Actions at the beginning of a line; of it, Azure and
+# TeamCity anywhere in one.
+_COMMAND = re.compile(r"^(\s*):(?=:)|#(?=#\w*\[)", re.MULTILINE)
 
 
 def visible(text: str, *, lines: bool = False) -> str:
@@ -25,10 +30,18 @@ def visible(text: str, *, lines: bool = False) -> str:
         text: Of others, or ours with theirs in it.
         lines: Leave line feeds and tabs, for text that was put together of clean lines.
     """
-    if text.isascii() and text.isprintable():
-        return text
-    kept = "\n\t" if lines else ""
-    return "".join(c if c in kept or _is_seen(c) else ascii(c)[1:-1] for c in text)
+    if not (text.isascii() and text.isprintable()):
+        kept = "\n\t" if lines else ""
+        text = "".join(c if c in kept or _is_seen(c) else ascii(c)[1:-1] for c in text)
+    return _COMMAND.sub(_escaped, text)
+
+
+class VisibleFormatter(logging.Formatter):
+    """Formats records of a log in which text of others is clean; their lines stay lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record, as text."""
+        return visible(super().format(record), lines=True)
 
 
 def visible_strings(value: _Value) -> _Value:
@@ -51,6 +64,10 @@ def _cleaned(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(_cleaned, value))
     return value
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"{found[0][:-1]}\\x{ord(found[0][-1]):02x}"
 
 
 def _is_seen(character: str) -> bool:

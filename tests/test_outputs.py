@@ -11,8 +11,15 @@ from xml.etree import ElementTree as ET
 import pytest
 from PIL import Image
 
+from gap_export.bundle.files import HASH_NAME
+from gap_export.bundle.writing import check_output
+from gap_export.cli._outputs import output_rule
 from gap_export.errors import OutputError
+from gap_export.manifest import MANIFEST_NAME
 from gap_export.outputs import OutputRule
+from gap_export.parity.golden.format import GOLDEN_NAME
+from gap_export.parity.golden.format import HASH_NAME as GOLDEN_HASH_NAME
+from gap_export.parity.golden.recording import check_golden_place
 from gap_export.runtime.drawing import save_drawing
 from tests.evaluation.report.made_up import evaluation_report
 from tests.parity.reports import check_report
@@ -114,8 +121,9 @@ def test_input_that_is_an_earlier_drawing_is_not_replaced(tmp_path: Path) -> Non
 def test_links_are_not_followed(tmp_path: Path, leads_to: str, force: bool) -> None:
     (tmp_path / "file").write_bytes(b"dear")
     (tmp_path / "loop").symlink_to(tmp_path / ("loop" if leads_to == "loop" else leads_to))
+    rule = OutputRule(force=force, outside={"the bundle": tmp_path / "bundle"})
     with pytest.raises(OutputError, match=r"is not written through a link: .*/loop -> "):
-        OutputRule(force=force).write(WHAT, tmp_path / "loop", b"new")
+        rule.write(WHAT, tmp_path / "loop", b"new")
     assert (tmp_path / "file").read_bytes() == b"dear"
     assert not (tmp_path / "missing").exists()
 
@@ -133,3 +141,49 @@ def test_long_name_is_no_reason_to_fail(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 250 + ".json")
     OutputRule().write(WHAT, path, b"new")
     assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_a_link_in_the_data_leads_to_is_never_replaced(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"dear")
+    (tmp_path / "data" / "images").symlink_to(tmp_path / "images")
+    rule = OutputRule(inputs={"--data": tmp_path / "data"}, force=force)
+    with pytest.raises(OutputError, match="would replace a file that the command reads: --data"):
+        rule.write(WHAT, tmp_path / "images" / "a.png", b"new")
+
+
+@pytest.mark.parametrize("name", [f"{MANIFEST_NAME}.sha256", f"{GOLDEN_NAME}.sha256"])
+def test_nothing_is_put_into_any_folder_that_lists_all_it_holds(tmp_path: Path, name: str) -> None:
+    """Whether or not the command has to do with it."""
+    assert name in {HASH_NAME, GOLDEN_HASH_NAME}
+    (tmp_path / "listing" / "deep").mkdir(parents=True)
+    (tmp_path / "listing" / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "listing" / "deep")
+    for place in ("listing", "listing/deep", "link"):
+        path = tmp_path / place / "new"
+        acts = (
+            lambda path: OutputRule(force=True).write(WHAT, path, b"new"),
+            lambda path: OutputRule(force=True).check_outside("--records", path),
+            lambda path: check_output(path, force=True),
+            lambda path: check_golden_place(path, force=True),
+        )
+        for act in acts:
+            with pytest.raises(OutputError, match=r"would be inside a (bundle|golden), which"):
+                act(path)
+    with pytest.raises(OutputError, match="--records would be inside"):
+        OutputRule().check_outside("--records", tmp_path / "listing")
+
+
+def test_every_part_of_a_data_set_s_name_that_exists_is_looked_at(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("refcoco", "root", "val", "home/here"):
+        (tmp_path / name).mkdir(parents=True)
+    inputs = {"--data": ["refcoco:root:val"], "--checkpoint": ["main=~/here"]}
+    rule = output_rule(force=False, inputs=inputs, outside={})
+    here = tmp_path / "home" / "here"
+    assert {path.absolute() for path in rule.inputs.values()} == {
+        here, *(tmp_path / name for name in ("refcoco", "root", "val")),
+    }  # fmt: skip

@@ -35,6 +35,7 @@ from gap_export.manifest import (
     check_member_path,
     parse_manifest,
 )
+from gap_export.outputs import check_outside_listings
 
 _WRITE_FAILURES = {
     errno.ENOSPC: "no space left on the disk",
@@ -224,6 +225,7 @@ def _is_ours(path: Path, final: Path) -> bool:
 
 def _check_final(final: Path, *, force: bool) -> None:
     """Refuse a place that holds anything but nothing, or with ``force`` a bundle of ours."""
+    check_outside_listings("the bundle", final, inside=final.parent)
     if not os.path.lexists(final):
         return
     if final.is_symlink() or not final.is_dir():

@@ -129,6 +129,7 @@ MinRecoveredOption = Annotated[
         "--min-recovered",
         metavar="SHARE",
         min=0.0,
+        max=1.0,
         help="Exit 3 where GAP recovers less than this share (0..1) of the unpruned accuracy.",
         show_default=False,
     ),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from gap_export.outputs import OutputRule
-
-if TYPE_CHECKING:
-    from gap_export.manifest import Manifest
 
 _FORCE_HELP = "Replace files that gap-export did not write; one that is read is never replaced."
 ForceOption = Annotated[bool, typer.Option("--force", help=_FORCE_HELP)]
@@ -35,7 +33,8 @@ def output_rule(
         outside: Bundles and goldens, by what they are.
     """
     found = {
-        f"{option} {value}": Path(part)
+        # Several parts of one value may exist.
+        f"{option} {value}" + (f" ({part})" if part != value else ""): Path(part).expanduser()
         for option, values in inputs.items()
         for value in map(str, values)
         for part in (value, value.partition("=")[2], *_places_in(value))
@@ -44,21 +43,25 @@ def output_rule(
     return OutputRule(inputs=found, outside=outside, force=force)
 
 
-def with_sources(rule: OutputRule, manifest: Manifest) -> OutputRule:
-    """The rule, and the checkpoint that a bundle was made from, which may be read as well."""
-    sources = {
-        f"the bundle's checkpoint {part.location}": Path(part.location)
-        for part in manifest.source.parts
-        if _exists(part.location)
-    }
-    return OutputRule(inputs={**rule.inputs, **sources}, outside=rule.outside, force=rule.force)
+def with_sources(rule: OutputRule, places: Iterable[str | Path]) -> OutputRule:
+    """The rule, and what is read of a model besides: its checkpoint, and what gap-export brings.
+
+    Args:
+        rule: Of what the options name.
+        places: Of the checkpoint's parts, as far as they are known.
+    """
+    from gap_export.recipe import models_dir
+
+    sources = {f"the checkpoint {place}": Path(place) for place in places if _exists(str(place))}
+    own = {"the models of gap-export": models_dir()}
+    return replace(rule, inputs={**rule.inputs, **sources, **own})
 
 
 def _places_in(value: str) -> Sequence[str]:
     """Every part of a data set's name that could be its folder: NAME:ROOT:SPLIT, FOLDER:SPLIT."""
     words = value.split(":")
     return [
-        str(Path(":".join(words[first:last])).expanduser())
+        ":".join(words[first:last])
         for first in range(len(words))
         for last in range(first + 1, len(words) + 1)
         if words[first]
@@ -67,6 +70,6 @@ def _places_in(value: str) -> Sequence[str]:
 
 def _exists(path: str) -> bool:
     try:
-        return Path(path).exists()
-    except (OSError, ValueError):
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
         return False

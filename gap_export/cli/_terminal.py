@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.progress import Progress, SilentProgress
-from gap_export.visible import visible
+from gap_export.visible import VisibleFormatter, visible
+
+# In strings of JSON alone; see gap_export.visible.
+_COMMAND = re.compile(r"#(?=#\w*\[)")
 
 
 class Terminal:
@@ -39,7 +43,7 @@ class Terminal:
         """Show the package's log on stderr."""
         self.verbose = True
         handler = logging.StreamHandler()
-        handler.setFormatter(_VisibleFormatter("%(name)s: %(message)s"))
+        handler.setFormatter(VisibleFormatter("%(name)s: %(message)s"))
         logger = logging.getLogger("gap_export")
         logger.handlers[:] = [handler]
         logger.setLevel(logging.DEBUG)
@@ -50,13 +54,14 @@ class Terminal:
 
     def json(self, plain: Any) -> None:
         """Print the result of a command as JSON; NaN and infinity are not JSON and refused."""
-        # The one control that JSON lets pass in ASCII.
-        print(format_json(plain).replace("\x7f", "\\u007f"))
+        # The one control that JSON lets pass in ASCII, and commands of job runners.
+        text = format_json(plain).replace("\x7f", "\\u007f")
+        print(_COMMAND.sub(r"\\u0023", text))
 
     def begin(self, text: str) -> None:
         """Say what is being done, before the imports that take seconds; the first sign of life."""
         self._is_long = True
-        self.message(f"{text} ...")
+        self.message(f"{visible(text)} ...")
 
     def end(self) -> None:
         """Say how long the whole command took, where :meth:`begin` said that it may be long."""
@@ -87,11 +92,6 @@ class Terminal:
         from gap_export.cli._progress import TerminalProgress
 
         return TerminalProgress()
-
-
-class _VisibleFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record), lines=True)
 
 
 def process_started() -> float:

@@ -45,6 +45,7 @@ from gap_export.cli._options import (
 )
 from gap_export.cli._outputs import ForceGoldenOption, output_rule, with_sources
 from gap_export.errors import ParityError, UsageError
+from gap_export.visible import visible
 
 if TYPE_CHECKING:
     from gap_export.bundle import Bundle
@@ -130,12 +131,12 @@ def check(
     if record is not None:
         refuse_ignored("--record judges nothing", given)
         opened = open_whole(bundle)
-        terminal.result(str(_record(opened, options, record, backends, force, terminal.progress())))
+        golden = _record(opened, options, record, backends, force, terminal.progress())
+        terminal.result(visible(str(golden)))
         return
     places = _Places(json=report_json, junit=junit, markdown=markdown, html=html)
     if force and not any(places.values()):
         refuse_ignored("no file is to be written", {"--force": force})
-    check_writable(**places, rule=rule)
     judging = _Judging(
         backends=backends or ["ort"],
         levels=parse_levels(level or []),
@@ -145,8 +146,10 @@ def check(
         required=parse_backends(require or [], "--require"),
     )
     opened = open_whole(bundle)
+    rule = with_sources(rule, [part.location for part in opened.manifest.source.parts])
+    check_writable(**places, rule=rule)
     report = _check(opened, options, judging, terminal.progress())
-    write_reports(report, **places, rule=with_sources(rule, opened.manifest))
+    write_reports(report, **places, rule=rule)
     if as_json:
         terminal.json(report.to_plain())
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,9 +46,10 @@ from gap_export.cli._options import (
     VerboseOption,
     terminal_of,
 )
-from gap_export.cli._outputs import ForceOption, output_rule
+from gap_export.cli._outputs import ForceOption, output_rule, with_sources
 from gap_export.errors import ParityError, UsageError
 from gap_export.stop_signals import Stopped
+from gap_export.visible import visible
 
 if TYPE_CHECKING:
     from gap_export.cli._terminal import Terminal
@@ -107,6 +108,7 @@ def evaluate(
     for option, folder in {"--records": records, "--pictures": pictures}.items():
         if folder is not None:
             rule.check_outside(option, folder)
+    rule = with_sources(rule, _sources(target, recipe, parts))
     check_writable(json_path=report_json, markdown_path=markdown, html_path=html, rule=rule)
     reports = {"--report-json": report_json, "--markdown": markdown, "--html": html}
     check_beside_folders(reports, records=records, pictures=pictures)
@@ -193,6 +195,17 @@ def _bundles(target: str, baseline: Path | None) -> dict[str, Path]:
     return found if baseline is None else {**found, "the baseline": baseline}
 
 
+def _sources(target: str, recipe: str | None, parts: Mapping[str, Path]) -> list[str | Path]:
+    """Where the parts of the checkpoint are that is read, or was when the bundle was made."""
+    from gap_export.bundle import open_bundle
+    from gap_export.source import resolve_model
+
+    if _is_bundle(target):
+        source = open_bundle(target).manifest.source
+        return [*parts.values(), *(part.location for part in source.parts)]
+    return list(resolve_model(target, recipe=recipe, parts=parts)[1].parts.values())
+
+
 @contextmanager
 def _telling_how_to_go_on(terminal: Terminal, records: Path | None) -> Iterator[None]:
     """Say what an interruption leaves."""
@@ -202,8 +215,9 @@ def _telling_how_to_go_on(terminal: Terminal, records: Path | None) -> Iterator[
         if records is None:
             terminal.message("the answers so far are lost; --records DIR would have kept them")
         else:
+            where = visible(str(records))
             terminal.message(
-                f"the answers so far are in {records}; the same command goes on from there"
+                f"the answers so far are in {where}; the same command goes on from there"
             )
         raise
 

@@ -18,6 +18,7 @@ from gap_export.cli._options import (
 )
 from gap_export.cli._outputs import ForceOption, output_rule
 from gap_export.errors import UsageError
+from gap_export.visible import visible
 
 
 def ground(
@@ -103,4 +104,4 @@ def ground(
     if save is not None:
         drawing = draw_grounding(image, grounding, pad_color=pad_color, allow_damaged=allow_damaged)
         save_drawing(drawing, save, rule=rule)
-        terminal.message(f"wrote {save}")
+        terminal.message(f"wrote {visible(str(save))}")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gap_export.engines.build import LimitOverrides
 from gap_export.engines.command import describe_folders, run_build
@@ -22,8 +22,14 @@ from gap_export.engines.targets import TARGETS
 from gap_export.errors import ExitCode, GapExportError
 from gap_export.progress import Advance, Progress, SilentProgress
 from gap_export.stop_signals import Stopped, stop_signals
+from gap_export.visible import VisibleFormatter, visible
 
 _PROGRAM = "python -m gap_export.engines"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message))
 
 
 class LineProgress:
@@ -33,6 +39,7 @@ class LineProgress:
     def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
         """Show how far a stage is; one line remains."""
         live, done, started = sys.stderr.isatty(), 0, time.monotonic()
+        title = visible(title)
 
         def advance(steps: int) -> None:
             nonlocal done
@@ -59,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(ExitCode.USAGE)
     if options.verbose:
-        logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(VisibleFormatter("%(name)s: %(message)s"))
+        logging.basicConfig(level=logging.DEBUG, handlers=[handler])
     try:
         with stop_signals():
             _build(options)
@@ -89,11 +98,11 @@ def _build(options: argparse.Namespace) -> None:
             optimization_level=options.optimization_level,
         ),
         progress=progress,
-        warn=lambda text: None if options.quiet else _say(f"warning: {text}"),
+        warn=lambda text: None if options.quiet else _say(f"warning: {visible(text)}"),
     )
     for row in describe_folders(folders):
         size, seconds = row["size_bytes"] / 1e6, row["build_seconds"]
-        sys.stdout.write(f"{row['file']}  {size:.1f} MB  {seconds:.1f} s\n")
+        sys.stdout.write(f"{visible(row['file'])}  {size:.1f} MB  {seconds:.1f} s\n")
 
 
 def _say(text: str, end: str = "\n") -> None:
@@ -102,7 +111,7 @@ def _say(text: str, end: str = "\n") -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=_PROGRAM, description="TensorRT engines from a bundle, on the device they are for."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

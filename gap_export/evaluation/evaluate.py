@@ -60,6 +60,7 @@ from gap_export.pipeline import (
 )
 from gap_export.progress import Progress, SilentProgress
 from gap_export.runtime.drawing import draw_grounding, save_drawing
+from gap_export.runtime.onnxruntime_backend import numpy_dtype
 from gap_export.runtime.session import BackendName
 from gap_export.source import resolve_model, resolve_source
 
@@ -126,6 +127,8 @@ def evaluate_model(
             records or the workers cannot be used.
     """
     progress = progress or SilentProgress()
+    if options.dtype is not None:
+        numpy_dtype(options.dtype)
     found, _ = resolve_model(options.model, recipe=options.recipe, parts=options.checkpoint)
     base = replace(options, pruner=None, keep_ratio=None, positions="gap", out=None)
     runs: dict[tuple[str, float], ExportOptions] = {}

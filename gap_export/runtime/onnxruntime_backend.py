@@ -100,7 +100,7 @@ class OnnxRuntimeBackend:
         self._providers = _choose_providers(execution_providers)
         self._may_fall_back = execution_providers is None
         self._num_threads = num_threads
-        self._dtype = _numpy_dtype(manifest.dtype)
+        self._dtype = numpy_dtype(manifest.dtype)
         self._decoder_spec = manifest.decoder
         self._quantization = manifest.graph("decoder_model_merged").quantization
         self._newline: FloatArray | None = None
@@ -323,7 +323,12 @@ def _choose_providers(wanted: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(wanted))
 
 
-def _numpy_dtype(name: str) -> np.dtype[Any]:
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The dtype of a bundle's floats.
+
+    Raises:
+        BundleError: ONNX Runtime does not run graphs of it.
+    """
     # numpy knows bfloat16 only where some other package happens to have taught it.
     if name not in _DTYPES:
         raise BundleError(

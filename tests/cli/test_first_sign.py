@@ -13,6 +13,7 @@ import pytest
 from gap_export.cli._terminal import Terminal, process_started
 from gap_export.patching.choose_pruner import PASSES
 from gap_export.patching.options import PRUNERS
+from gap_export.recipe import models_dir
 
 # Imports that take seconds.
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "tensorrt", "tensorrt_rtx", "matplotlib")
@@ -24,6 +25,7 @@ REFUSED = {
     "export TOY --keep nan": "keep ratio",
     "export TOY --keep 0.3 --out {taken}": "output folder exists",
     "export TOY --out {bundle}": "holds a bundle already",
+    "export TOY --out {bundle}/sub": "would be inside a bundle",
     "export TOY --pruner nope": "no pruner of that name",
     "export TOY --pruner fastv": "not offered",
     "export refshapes-minigpt-v2 --pruner text": "cannot serve pruner text",
@@ -55,6 +57,11 @@ REFUSED = {
     "eval TOY --html {taken}/no/such/page.html": "does not exist",
     "eval TOY --records {taken}/file": "records",
     "eval TOY --backend trt": "--backend",
+    "eval TOY --dtype bfloat16": "cannot run the bundle's dtype",
+    "eval TOY --min-recovered 90": "--min-recovered",
+    "eval TOY --report-json {models}/refshapes-llava/config.json": "that the command reads",
+    "eval {bundle} --html {models}/refshapes-llava/config.json": "that the command reads",
+    "eval TOY --records {bundle}/records": "would be inside a bundle",
     "eval {bundle} --keep 0.3": "pruned already",
     "check /nowhere": "no bundle there",
     "check {bundle} --level nope": "nope",
@@ -62,6 +69,8 @@ REFUSED = {
     "check {bundle} --against /nowhere": "/nowhere",
     "check {bundle} --junit {taken}/no/such.xml": "does not exist",
     "check {bundle} --record {taken} --level box": "--level",
+    "check {bundle} --record {bundle}/golden": "would be inside a bundle",
+    "check {bundle} --junit {models}/refshapes-llava/config.json": "that the command reads",
     "patch /nowhere": "no folder",
     "patch {export} --keep 3": "keep ratio",
     "patch {export} --pruner text": "cannot be put into",
@@ -91,7 +100,10 @@ def test_what_is_refused_is_refused_before_the_imports_that_take_seconds(tmp_pat
     for name in ("vision_encoder", "embed_tokens", "decoder_model_merged"):
         (places["export"] / f"{name}.onnx").touch()
     lines = [
-        [word.format(**places, bundle=demo_bundle).replace("TOY", TOY) for word in line.split()]
+        [
+            word.format(**places, bundle=demo_bundle, models=models_dir()).replace("TOY", TOY)
+            for word in line.split()
+        ]
         for line in REFUSED
     ]
     code = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -117,6 +118,28 @@ def test_no_argument_writes_to_the_terminal(run_cli, argv):
     outcome = run_cli(*argv)
     assert (outcome.code, outcome.out) == (2, "")
     assert_harmless(outcome.err)
+
+
+COMMANDS = ("::error::forged", "  ::add-mask::x", "##[error]forged", "x ##vso[task.x]y", "##a[x]")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_string_begins_a_command_of_a_job_runner(run_cli, tiny_bundle, tmp_path, command):
+    """GitHub runs lines that begin with ``::``; it, Azure and TeamCity what ``##name[`` begins."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    plain = json.loads((bundle / "gap.json").read_bytes())
+    plain["model"]["name"] = command
+    raw = json.dumps(plain).encode()
+    (bundle / "gap.json").write_bytes(raw)
+    (bundle / "gap.json.sha256").write_bytes(hash_line(raw))
+    shown = run_cli("inspect", bundle)
+    as_json = run_cli("inspect", bundle, "--json")
+    assert (shown.code, as_json.code) == (0, 0)
+    assert json.loads(as_json.out)["manifest"]["model"]["name"] == command
+    refused = run_cli("export", command)
+    for text in (shown.out, as_json.out, shown.err, refused.err):
+        assert not re.search(r"^\s*::|##\w*\[", text, re.MULTILINE), text
 
 
 def test_no_string_of_a_check_writes_to_the_terminal():

@@ -22,6 +22,7 @@ from gap_export.bundle.drafts import make_draft_folder, put_in_place, sweep_draf
 from gap_export.bundle.files import sha256_of
 from gap_export.errors import OutputError, UsageError
 from gap_export.manifest import Manifest, QuantizationSpec
+from gap_export.outputs import check_outside_listings
 from gap_export.parity.golden.format import (
     GOLDEN_NAME,
     HASH_NAME,
@@ -148,6 +149,7 @@ def check_golden_place(folder: str | Path, *, force: bool) -> None:
         OutputError: its parent is no folder or cannot be written; or there is something already.
     """
     final = Path(folder).absolute()
+    check_outside_listings("the golden", final, inside=final.parent)
     if not final.parent.is_dir():
         raise OutputError(
             "the folder that the golden is to be in does not exist",
