@@ -112,7 +112,7 @@ def evaluate_model(
         options: Which model, and how it is exported. Its seed is also that of the samples and of
             random orders; its pruner, keep ratio, positions and folder are not read.
         pruners: Names; empty for the recipe's default.
-        keep_ratios: In (0, 1]; empty for the recipe's default.
+        keep_ratios: In (0, 1]; empty for what ``export_model`` keeps where none is given.
         num_samples: Expressions to ask, the first of the data set; 0 for all; None for 500 of
             RefShapes, and all of any other.
         asking: What is asked, and how.
@@ -133,7 +133,7 @@ def evaluate_model(
     base = replace(options, pruner=None, keep_ratio=None, positions="gap", out=None)
     runs: dict[tuple[str, float], ExportOptions] = {}
     reads_question = False
-    for keep_ratio in keep_ratios or (found.defaults.keep_ratio,):
+    for keep_ratio in keep_ratios or (None,):
         for pruner in pruners or (found.defaults.pruner,):
             run = replace(base, pruner=pruner, keep_ratio=keep_ratio)
             # All of them now: a slip in the last must not cost the measuring of those before it.

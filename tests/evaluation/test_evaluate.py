@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -17,7 +18,7 @@ from gap_export.evaluation import evaluate
 from gap_export.evaluation.evaluate import Asking, evaluate_bundle, evaluate_model
 from gap_export.evaluation.report import SCHEMA_FILE
 from gap_export.manifest import EngineLimits
-from gap_export.pipeline import ExportOptions, export_checkpoint, export_model
+from gap_export.pipeline import ExportOptions, export_checkpoint, export_model, resolve_options
 from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 
@@ -287,6 +288,30 @@ def test_a_slip_in_the_last_configuration_is_refused_before_anything_is_exported
         evaluate_model(options, keep_ratios=[0.3, 1.5])
     with pytest.raises(UsageError, match="spatail"):
         evaluate_model(options, pruners=["cls", "spatail"])
+
+
+@pytest.mark.parametrize(
+    ("keep_ratios", "budgets"),
+    [
+        ((), [("fixed", 1.0), ("adaptive", 1.0), ("fixed", 0.3)]),
+        ((0.5,), [("fixed", 1.0), ("fixed", 0.5), ("fixed", 0.5)]),
+    ],
+)
+def test_without_a_share_a_pruner_leaves_the_number_to_the_image_as_in_export(
+    tiny_checkpoint, tiny_recipe, monkeypatch, keep_ratios, budgets
+):
+    made = []
+
+    def note(options, **_):
+        pruning = resolve_options(tiny_recipe, options)
+        made.append((pruning.budget, pruning.keep_ratio))
+        return SimpleNamespace(bundle=Path())
+
+    monkeypatch.setattr(evaluate, "export_model", note)
+    monkeypatch.setattr(evaluate._Job, "measure", lambda *_: None)
+    options = ExportOptions(model=str(tiny_checkpoint))
+    evaluate_model(options, pruners=["trim", "spatial"], keep_ratios=keep_ratios, num_samples=1)
+    assert made == budgets
 
 
 @pytest.mark.usefixtures("known_graphs")
