@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -200,10 +200,13 @@ def _sources(target: str, recipe: str | None, parts: Mapping[str, Path]) -> list
     from gap_export.bundle import open_bundle
     from gap_export.source import resolve_model
 
-    if _is_bundle(target):
-        source = open_bundle(target).manifest.source
-        return [*parts.values(), *(part.location for part in source.parts)]
-    return list(resolve_model(target, recipe=recipe, parts=parts)[1].parts.values())
+    # What is wrong with either is said when it is measured.
+    with suppress(UsageError):
+        if _is_bundle(target):
+            source = open_bundle(target).manifest.source
+            return [*parts.values(), *(part.location for part in source.parts)]
+        return list(resolve_model(target, recipe=recipe, parts=parts)[1].parts.values())
+    return []
 
 
 @contextmanager

@@ -258,7 +258,7 @@ def test_nothing_is_written_into_a_bundle_or_a_golden(run_cli, tiny_bundle, tmp_
         (["--report-json", bundle / "gap.json"], "the JSON report would be inside the bundle"),
         (["--junit", tmp_path / "link" / "junit.xml"], "the JUnit report would be inside the"),
         (["--against", golden, "--markdown", golden / "golden.json"], "inside the golden"),
-        (["--record", tmp_path / "link" / "golden"], "the golden would be inside the bundle"),
+        (["--record", tmp_path / "link" / "golden"], "the golden would be inside a bundle"),
     ]:
         outcome = run_cli("check", bundle, *flags, "-q")
         assert outcome.code == 2 and words in outcome.err, outcome.err

@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -124,6 +125,7 @@ def test_every_flag_of_a_model_reaches_the_evaluation(run_cli, calls):
             records=Path("kept"),
             workers="auto",
             pictures=Path("drawn"),
+            rule=ANY,
         ),
     }
     assert calls == [(options, arguments)]
@@ -131,7 +133,8 @@ def test_every_flag_of_a_model_reaches_the_evaluation(run_cli, calls):
 
 def test_nothing_but_the_model_needs_to_be_said(run_cli, calls):
     run_cli("eval", "demo")
-    arguments = {"pruners": [], "keep_ratios": (), "num_samples": None, "asking": Asking()}
+    asking = Asking(rule=ANY)
+    arguments = {"pruners": [], "keep_ratios": (), "num_samples": None, "asking": asking}
     assert calls == [(ExportOptions(model="demo"), arguments)]
 
 
