@@ -41,7 +41,7 @@ def choose_tokens(logits: NDArray[Any], *, step: int) -> Int64Array:
 
     Raises:
         ComputationError: a row holds NaN or +inf, tops out at the last number of its dtype, is -inf
-            throughout, or has the same number everywhere.
+            throughout, or has the same number everywhere, masked tokens left out.
     """
     tokens: Int64Array = logits.argmax(axis=-1).astype(np.int64)
     # numpy's argmax stops at the first NaN, so looking at the winners finds any.
@@ -51,10 +51,14 @@ def choose_tokens(logits: NDArray[Any], *, step: int) -> Int64Array:
         row = int(usable.argmin())
         seen = f"{best[row]:g} for token {tokens[row]}"
         raise _error("decoder_model_merged", "logits", f"{seen}, {_place(row, step)}")
-    # A row of equals is won by the first of them, so there is nothing to do for nearly all rows.
-    for row in np.flatnonzero(tokens == 0).tolist():
-        if logits.shape[-1] > 1 and (logits[row] == logits[row, 0]).all():
-            seen = f"{best[row]:g} for each of {logits.shape[-1]} tokens, {_place(row, step)}"
+    # A row of equals is won by the first that is not masked, so there is nothing to do for nearly
+    # all rows.
+    lowest = np.finfo(logits.dtype).min
+    for row in np.flatnonzero((tokens == 0) | (logits[:, 0] <= lowest)).tolist():
+        left = logits[row][logits[row] > lowest]
+        # A mask may leave one token, or two that are equal.
+        if left.size > min(2, logits.shape[-1] - 1) and (left == best[row]).all():
+            seen = f"{best[row]:g} for each of {left.size} tokens, {_place(row, step)}"
             raise _error("decoder_model_merged", "logits", seen)
     return tokens
 

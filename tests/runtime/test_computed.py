@@ -36,10 +36,13 @@ HALF, SINGLE = np.float16, np.float32
         ([-65504, -65504, -65504], HALF, "-65504 for token 0, row 1"),
         ([0, 0, 0], SINGLE, "0 for each of 3 tokens, row 1"),
         ([7, 7, 7], HALF, "7 for each of 3 tokens, row 1"),
+        ([0, 0, 0, -INF], SINGLE, "0 for each of 3 tokens, row 1"),
+        ([-INF, 2, 2, 2], SINGLE, "2 for each of 3 tokens, row 1"),
+        ([-65504, -3, -3, -3], HALF, "-3 for each of 3 tokens, row 1"),
     ],
 )
 def test_logits_that_choose_nothing_are_refused(row: list[float], dtype: Any, seen: str) -> None:
-    logits = np.array([[0, 1, 2], row], dtype=dtype)
+    logits = np.array([range(len(row)), row], dtype=dtype)
     with pytest.raises(ComputationError, match=f"logits that cannot be right: {seen}.*float32"):
         choose_tokens(logits, step=3)
 
@@ -51,6 +54,8 @@ def test_logits_that_choose_nothing_are_refused(row: list[float], dtype: Any, se
         ([0, -INF, -INF], 0),
         ([5, 5, 4], 0),  # a tie goes to the lower id
         ([0, 4, 4], 1),
+        ([-INF, 4, 4], 1),
+        ([4, -INF, 4, -INF], 0),
         ([-3, -2, -4], 1),
         ([65472, 1, 0], 0),  # the last but one of float16
     ],
