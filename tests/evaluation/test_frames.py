@@ -113,3 +113,10 @@ def test_report_names_the_frame_and_counts_images_that_carry_an_orientation(
     assert not report.data.unusable
     plain = report.to_plain()["data"]
     assert (plain["frame"], plain["num_turned"]) == ("raw", 4)
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".tif", ".tiff"])
+def test_images_of_a_published_set_may_be_of_other_formats(tmp_path: Path, suffix: str) -> None:
+    data = write(tmp_path / "a", orientation=6, layout="per split", suffix=suffix)
+    found = open_dataset(data, samples=None, seed=0)
+    assert (found.frame, len(found.questions)) == ("raw", 4)

@@ -18,7 +18,7 @@ from gap_export.evaluation.questions import PictureSource
 
 LOOKED_FOR = "<set>_<split>.json"
 _NAME = re.compile(r"(?P<set>.+)_(?P<split>train|val|testA|testB|test)\.json", re.DOTALL)
-_SUFFIXES = (".jpg", ".jpeg", ".png")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 
 
 class PerSplitSet:
