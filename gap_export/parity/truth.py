@@ -59,10 +59,12 @@ class ReferenceOverflowError(ParityError):
     """
 
     def __init__(self, name: str, err: ComputationError, found: Divergence | None) -> None:
+        from gap_export.parity.report.words import describe_divergence
+
         super().__init__(
             f"{name} itself does not compute this model in numbers",
             seen=f"{err.what}: {err.seen}",
-            fix="export it in another dtype: --dtype float32"
+            fix=f"{describe_divergence(found)} Export it in another dtype: --dtype float32"
             if found is not None
             else "see that the checkpoint is whole",
         )
