@@ -313,6 +313,10 @@ def _recipe_of(
 
 def _check_unchanged(manifest: Manifest, recipe: Recipe) -> None:
     """See that a recipe says what it said when the bundle was exported."""
+    if manifest.prompt.question is None:
+        # Made before recipes said where the question stands; nothing of it reads that.
+        asked = replace(recipe.prompt, question=None)
+        recipe = recipe.model_copy(update={"prompt": asked})
     changed = [
         f"{name}{path}: {seen} in the recipe, {held} in the bundle"
         for name in _KEPT_FACTS

@@ -570,6 +570,19 @@ def test_the_order_of_tiles_is_the_checkpoints_and_no_change_of_the_recipe(sampl
                 resolve_source(changed)
 
 
+def test_a_bundle_of_before_recipes_named_the_question_is_of_the_recipe(sample_manifest):
+    recipe = find_recipe("shikra")[0]
+    assert recipe.prompt.question is not None
+    source = SourceSpec(parts=(), random_seed=1)
+    manifest = replace(manifest_of(sample_manifest, recipe), source=source)
+    earlier = replace(manifest, prompt=replace(recipe.prompt, question=None))
+    assert resolve_source(earlier)[0] == recipe
+    marks = replace(recipe.prompt.question, start="HUMAN:")
+    other = replace(manifest, prompt=replace(recipe.prompt, question=marks))
+    with pytest.raises(CheckpointError, match=r"recipe changed.*prompt.question"):
+        resolve_source(other)
+
+
 def test_a_recipe_that_changed_since_the_export_is_refused(sample_manifest, tmp_path):
     folder = folder_with(tmp_path / "main", "model.safetensors")
     own = find_recipe("llava")[0].model_copy(update={"name": "my-llava"})

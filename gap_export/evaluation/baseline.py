@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gap_export.errors import UsageError
 from gap_export.manifest import Manifest, QuantizationSpec, SourceFile
 from gap_export.pipeline import DTYPES, Dtype
@@ -22,8 +24,11 @@ def check_baseline(manifest: Manifest, baseline: Manifest) -> None:
     # A pruner that reads the text brings files of its own; what both have must be the same.
     common = mine.keys() & theirs.keys()
     other_files = sorted(path for path in common if mine[path].sha256 != theirs[path].sha256)
-    facts = ("model", "grid", "image", "prompt", "box", "decoder", "dtype")
+    facts = ("model", "grid", "image", "box", "decoder", "dtype")
     other_facts = [name for name in facts if getattr(manifest, name) != getattr(baseline, name)]
+    # Where the question stands is for pruners, and bundles of before do not say it.
+    if replace(manifest.prompt, question=None) != replace(baseline.prompt, question=None):
+        other_facts.append("prompt")
     seen = [
         *(f"another {name}" for name in other_facts),
         *(f"another {path}" for path in other_files),

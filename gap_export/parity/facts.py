@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from gap_export.bundle import Bundle
@@ -31,10 +32,14 @@ def find_other_facts(bundle: Bundle, reference: Reference, image: ImageSpec) -> 
         image: How recipe and checkpoint prepare an image.
     """
     manifest = bundle.manifest
+    tower = reference.text_encoder_spec
+    if tower is not None and manifest.text_encoder is not None and not manifest.prompt.question:
+        # Made before there were segments of long texts, as before there was a question.
+        tower = replace(tower, long_texts=manifest.text_encoder.long_texts)
     for name, held, right in (
         ("decoder", manifest.decoder, reference.decoder_spec),
         ("image", manifest.image, image),
-        ("text_encoder", manifest.text_encoder, reference.text_encoder_spec),
+        ("text_encoder", manifest.text_encoder, tower),
     ):
         for path, seen, allowed in differing_fields(held, right):
             yield (

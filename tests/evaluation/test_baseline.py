@@ -8,7 +8,7 @@ import pytest
 
 from gap_export.errors import UsageError
 from gap_export.evaluation.baseline import check_baseline
-from gap_export.manifest import QuantizationSpec, SourceFile, SourcePart, SourceSpec
+from gap_export.manifest import QuantizationSpec, QuestionSpec, SourceFile, SourcePart, SourceSpec
 
 
 def unpruned(manifest, **source):
@@ -43,6 +43,17 @@ def test_a_baseline_whose_weights_are_rounded_otherwise_is_refused(sample_manife
     graphs = tuple(replace(graph, quantization=spec) for graph in manifest.graphs)
     with pytest.raises(UsageError, match="another quantization"):
         check_baseline(replace(manifest, graphs=graphs), whole)
+
+
+def test_a_bundle_of_before_recipes_named_the_question_has_the_same_baseline(sample_manifest):
+    manifest = replace(sample_manifest, source=SourceSpec(parts=(part("main", "a"),)))
+    whole = unpruned(manifest, parts=(part("main", "a"),))
+    question = QuestionSpec(start="USER:", end="ASSISTANT:", image="<image>")
+    now = replace(whole, prompt=replace(whole.prompt, question=question))
+    check_baseline(replace(manifest, prompt=replace(manifest.prompt, question=None)), now)
+    other = replace(now, prompt=replace(now.prompt, template="<image> {expression} ?"))
+    with pytest.raises(UsageError, match="another prompt"):
+        check_baseline(manifest, other)
 
 
 def test_random_weights_are_compared_by_their_seed(sample_manifest):
