@@ -5,12 +5,13 @@ Folders of engines are read and checked by :mod:`gap_export.engines.folder`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from gap_export.errors import BundleError
 from gap_export.manifest import (
@@ -32,6 +33,8 @@ _MAX_DIMENSION = (1 << 31) - 1
 _MAX_BYTES = (1 << 63) - 1
 _MAX_LIMIT = 100_000
 _MAX_NUMBERS = 1 << 36
+_OWN_HASH = "plan_sha256"
+_MAX_SHOWN = 100
 _AGAIN = "build the engines again: gap-export build"
 
 
@@ -136,6 +139,8 @@ class EngineSpec:
 class EnginePlan:
     """The whole of ``engine.json``, whose JSON form has ``format`` and ``format_version`` as well.
 
+    Its last key, ``plan_sha256``, is the hash of all before it: see :func:`hash_plan`.
+
     Attributes:
         library: The Python package that built the engines and runs them.
         library_version: Its full version: TensorRT runs engines of its own version alone.
@@ -156,6 +161,7 @@ class EnginePlan:
     def to_json(self) -> bytes:
         """Canonical UTF-8 JSON."""
         plain = {"format": FORMAT, "format_version": FORMAT_VERSION, **to_plain(self)}
+        plain[_OWN_HASH] = hash_plan(plain)
         return (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -164,7 +170,8 @@ def parse_plan(raw: bytes) -> EnginePlan:
 
     Raises:
         BundleError: not JSON, another format, another version, an unknown or missing key, a value
-            of the wrong type or out of range, or a path that leaves the folder.
+            of the wrong type or out of range, a path that leaves the folder, or values that its
+            own hash does not fit.
     """
     try:
         plain = json.loads(raw)
@@ -184,10 +191,23 @@ def parse_plan(raw: bytes) -> EnginePlan:
             allowed=str(FORMAT_VERSION),
             fix="upgrade gap-export, or build the engines again with this version",
         )
+    own_hash = plain.pop(_OWN_HASH, None)
     fields = {k: v for k, v in plain.items() if k not in ("format", "format_version")}
     plan = from_plain(EnginePlan, fields, where=PLAN_NAME)
     _check_values(plan)
+    if own_hash != hash_plan(plain):
+        raise BundleError(
+            f"{PLAN_NAME} is not what was written when the engines were built",
+            seen=f"{_OWN_HASH} {own_hash!r}"[:_MAX_SHOWN],
+            allowed=hash_plan(plain),
+            fix=_AGAIN,
+        )
     return plan
+
+
+def hash_plan(plain: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of an ``engine.json`` as data, its own hash left out."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _check_values(plan: EnginePlan) -> None:

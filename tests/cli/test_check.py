@@ -343,7 +343,11 @@ DAMAGE = {
     "no JSON": (lambda f: (f / _PLAN).write_text("{"), "engine.json"),
     "other form": (
         lambda f: _edit_plan(f / _PLAN, '"lowering": "', '"lowering": "un'),
-        "what the bundle says of its graph",
+        "engine.json",
+    ),
+    "other number": (
+        lambda f: _edit_plan(f / _PLAN, '"peak_memory_bytes": ', '"peak_memory_bytes": 1'),
+        "engine.json is not what was written when the engines were built",
     ),
     "other graph": (
         lambda f: _edit_plan(f / _PLAN, '"graph_sha256": "', '"graph_sha256": "0'),

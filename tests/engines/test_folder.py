@@ -17,7 +17,7 @@ from gap_export.engines.folder import (
     engine_folders,
     read_engine_folder,
 )
-from gap_export.engines.plan import PLAN_NAME
+from gap_export.engines.plan import PLAN_NAME, hash_plan
 from gap_export.errors import BundleError, UsageError
 from gap_export.manifest import Manifest
 
@@ -37,6 +37,8 @@ def change_plan(bundle: Bundle, **changes: Any) -> None:
     path = engines_of(bundle) / PLAN_NAME
     plain = json.loads(path.read_bytes())
     plain["engines"][0].update(changes)
+    del plain["plan_sha256"]
+    plain["plan_sha256"] = hash_plan(plain)
     path.write_text(json.dumps(plain))
 
 

@@ -87,6 +87,21 @@ def test_a_plan_that_is_not_ours_is_refused(raw, message):
         parse_plan(raw)
 
 
+def test_a_changed_number_is_seen_by_the_plan_s_own_hash():
+    plain = json.loads(PLAN.to_json())
+    for change in (
+        lambda p: p["limits"].update(max_prompt=9),
+        lambda p: p["engines"][0].update(sha256="5" * 64),
+        lambda p: p.update(compute_capability=90),
+        lambda p: p.pop("plan_sha256"),
+        lambda p: p.update(plan_sha256="0" * 64),
+    ):
+        changed = json.loads(json.dumps(plain))
+        change(changed)
+        with pytest.raises(BundleError, match=r"not what was written.*build the engines again"):
+            parse_plan(json.dumps(changed).encode())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
