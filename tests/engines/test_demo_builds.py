@@ -26,11 +26,11 @@ COMPONENTS = ("vision_encoder", "text_encoder", "embed_tokens", "decoder_model_m
 DECODER = COMPONENTS[-1]
 
 
-# INT4 decoders are built by default at their true shape.
+# By default small models are built, and INT4 decoders at their true shape.
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(None, id="fp16"),
+        pytest.param(None, id="fp16", marks=pytest.mark.full),
         pytest.param(INT4, id="int4", marks=pytest.mark.full),
     ],
 )

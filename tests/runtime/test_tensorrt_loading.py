@@ -10,6 +10,7 @@ import pytest
 
 from gap_export.bundle import Bundle, open_bundle
 from gap_export.engines.library import import_tensorrt
+from gap_export.engines.plan import hash_plan
 from gap_export.errors import (
     BundleError,
     EngineError,
@@ -107,6 +108,8 @@ def test_an_engine_of_another_graph_is_refused_by_name(bundle: Bundle) -> None:
     path = write_engines(bundle, LIMITS) / "engine.json"
     plan = json.loads(path.read_text())
     plan["engines"][0]["graph_sha256"] = "0" * 64
+    del plan["plan_sha256"]
+    plan["plan_sha256"] = hash_plan(plan)
     path.write_text(json.dumps(plan))
     with pytest.raises(BundleError, match="was built from another graph"):
         choose(bundle)
