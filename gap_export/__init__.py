@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         UnsupportedPrunerError,
         UsageError,
     )
-    from gap_export.pipeline import ExportOptions, export_model
+    from gap_export.exporting import ExportOptions, export_model
     from gap_export.runtime.geometry import Box
     from gap_export.runtime.grounding import Grounding
     from gap_export.runtime.session import GroundingSession
@@ -64,10 +64,10 @@ __all__ = [
 # Of what is not an error.
 _HOMES = {
     "Box": "gap_export.runtime.geometry",
-    "ExportOptions": "gap_export.pipeline",
+    "ExportOptions": "gap_export.exporting",
     "Grounding": "gap_export.runtime.grounding",
     "GroundingSession": "gap_export.runtime.session",
-    "export_model": "gap_export.pipeline",
+    "export_model": "gap_export.exporting",
 }
 
 

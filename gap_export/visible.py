@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 _Value = TypeVar("_Value")
 
+_MAX_LINE = 2_000
 # Letters by Unicode that show nothing: Hangul fillers and the empty Braille pattern.
 _BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800")
 # What job runners take for commands: of GitHub Actions at the beginning of a line; of it, Azure and
@@ -74,3 +75,9 @@ def _is_seen(character: str) -> bool:
     # To Python a space that is not ASCII's is nothing to be printed.
     shown = character.isprintable() or unicodedata.category(character) == "Zs"
     return shown and character not in _BLANK
+
+
+def clean(text: str) -> str:
+    """Text in one line in which escapes stand for what cannot be seen; not without end."""
+    shown = visible(text)
+    return shown if len(shown) <= _MAX_LINE else f"{shown[:_MAX_LINE]}..."

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from gap_export.manifest import (
+from gap_export.checkpoint.find.source import Checkpoint
+from gap_export.spec.manifest import (
     BoxSpec,
     DecoderSpec,
     GraphSpec,
@@ -30,8 +31,7 @@ from gap_export.manifest import (
     SourceSpec,
     TensorSpec,
 )
-from gap_export.recipe import Recipe, load_recipe
-from gap_export.source import Checkpoint
+from gap_export.spec.recipe import Recipe, load_recipe
 from tests.shared import SharedExports, SharedFolder
 
 WORDS = "the a small big red green blue circle square star object left-most above left of".split()
@@ -268,10 +268,10 @@ class TinyGraphs:
 
     def path(self, component: str, *args: Any, bare: bool = False, **kwargs: Any) -> Path:
         """An ONNX file; ``bare`` leaves the passes out, so that a decoder has no GapRemap."""
+        from gap_export.checkpoint.weights import place_reference
+        from gap_export.exporting.trace import save_graph, trace_component
         from gap_export.families import build_reference
-        from gap_export.passes import PIPELINES, run_pipeline
-        from gap_export.trace import save_graph, trace_component
-        from gap_export.weights import place_reference
+        from gap_export.graph.passes import PIPELINES, run_pipeline
 
         pruning = self.pruning(*args, **kwargs)
         mark = f"-{pruning.pruner}-{pruning.keep_ratio}-{pruning.order}-{pruning.seed}"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gap_export.manifest import GraphSpec
+from gap_export.spec.manifest import GraphSpec
 
 
 class SharedFolder:
@@ -68,7 +68,7 @@ class SharedExports:
         """A bundle of these ``ExportOptions``. Read only."""
 
         def export(out: Path) -> None:
-            from gap_export.pipeline import ExportOptions, export_model
+            from gap_export.exporting import ExportOptions, export_model
 
             export_model(ExportOptions(**options, out=out), cache=self.graphs(options["model"]))
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import UsageError
 from gap_export.evaluation.refshapes import iter_samples
+from gap_export.exporting import ExportOptions, resolve_options
 from gap_export.families import supported_pruners
 from gap_export.parity.metrics import accuracy_at, intersection_over_union
 from gap_export.parity.question import Question
-from gap_export.pipeline import ExportOptions, resolve_options
-from gap_export.positions import gap_remap
-from gap_export.recipe import find_recipe
 from gap_export.runtime.session import GroundingSession
-from gap_export.source import Checkpoint
+from gap_export.spec.positions import gap_remap
+from gap_export.spec.recipe import find_recipe
 from tests.parity.checking import check_with_torch, level_of
 
 # Name, first visual id, visual tokens, how many of them are kept at 0.3.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.evaluation.refshapes import iter_samples
 from gap_export.parity.question import Question
-from gap_export.positions import gap_remap
-from gap_export.recipe import find_recipe
 from gap_export.runtime.image import load_image, prepare_image
 from gap_export.runtime.session import GroundingSession
-from gap_export.source import Checkpoint
+from gap_export.spec.positions import gap_remap
+from gap_export.spec.recipe import find_recipe
 from tests.parity.checking import check_with_torch, level_of
 
 

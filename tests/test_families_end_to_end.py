@@ -16,14 +16,14 @@ import torch
 import yaml
 
 from gap_export.bundle import open_bundle
+from gap_export.checkpoint.find.source import Checkpoint
+from gap_export.exporting import ExportOptions, export_checkpoint
 from gap_export.families import read_source
-from gap_export.manifest import Manifest
 from gap_export.parity.question import Question
 from gap_export.parity.results import CheckReport
-from gap_export.pipeline import ExportOptions, export_checkpoint
-from gap_export.recipe import Recipe, load_recipe
 from gap_export.runtime.session import Grounding, GroundingSession
-from gap_export.source import Checkpoint
+from gap_export.spec.manifest import Manifest
+from gap_export.spec.recipe import Recipe, load_recipe
 from tests.conftest import COORDINATES, WORDS
 from tests.families import rewriting, tiny_minigpt_v2, tiny_shikra
 from tests.families.llava_layouts import (

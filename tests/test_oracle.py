@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gap_export.positions import (
+from gap_export.spec.positions import (
     VisualSpan,
     build_kept_positions,
     compact_positions,

@@ -15,14 +15,14 @@ from gap_export.bundle.files import HASH_NAME
 from gap_export.bundle.writing import check_output
 from gap_export.cli._outputs import output_rule
 from gap_export.errors import OutputError
-from gap_export.manifest import MANIFEST_NAME
 from gap_export.outputs import OutputRule
 from gap_export.parity.golden.format import GOLDEN_NAME
 from gap_export.parity.golden.format import HASH_NAME as GOLDEN_HASH_NAME
 from gap_export.parity.golden.recording import check_golden_place
 from gap_export.runtime.drawing import save_drawing
-from tests.evaluation.report.made_up import evaluation_report
+from gap_export.spec.manifest import MANIFEST_NAME
 from tests.parity.reports import check_report
+from tests.report.evaluation.made_up import evaluation_report
 
 WHAT = "the JSON report"
 NOT_OURS = {

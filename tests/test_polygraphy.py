@@ -12,7 +12,7 @@ import pytest
 
 from gap_export.bundle import open_bundle
 from gap_export.engines.profiles import make_profiles
-from gap_export.pipeline.device_readme import compare_line
+from gap_export.exporting.device_readme import compare_line
 from tests.engines.bundles import SKIP_RTX, for_engines
 from tests.programs import Finished, run_program
 

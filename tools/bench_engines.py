@@ -32,7 +32,7 @@ from export_bench.measured import Measured, measure
 from export_bench.ours import RECIPE, new_bytes
 
 from gap_export.bundle import open_bundle
-from gap_export.manifest import EngineLimits
+from gap_export.spec.manifest import EngineLimits
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET, KEEP_RATIO, BLOCK_SIZE = "rtx:sm89", 0.3, 128

@@ -20,14 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gap_export.bundle import open_bundle  # noqa: E402
+from gap_export.checkpoint.find.source import Checkpoint, resolve_model  # noqa: E402
 from gap_export.evaluation.refshapes import iter_samples  # noqa: E402
+from gap_export.exporting import Dtype, ExportOptions, export_model  # noqa: E402
 from gap_export.parity.check import check_bundle  # noqa: E402
 from gap_export.parity.question import Question  # noqa: E402
 from gap_export.parity.results import LEVELS, CheckReport  # noqa: E402
 from gap_export.parity.truth import TorchTruth  # noqa: E402
-from gap_export.pipeline import Dtype, ExportOptions, export_model  # noqa: E402
-from gap_export.recipe import Recipe  # noqa: E402
-from gap_export.source import Checkpoint, resolve_model  # noqa: E402
+from gap_export.spec.recipe import Recipe  # noqa: E402
 from tests.parity.mutants import (  # noqa: E402
     CAUGHT_AT,
     MUTANTS,

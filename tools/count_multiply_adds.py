@@ -20,12 +20,12 @@ import onnx_ir as ir
 import typer
 from readme_figures import write_section
 
+from gap_export.checkpoint.find.source import resolve_model
+from gap_export.checkpoint.weights import SAFETENSORS_NAMES, TORCH_DTYPES, PlacedTensor
+from gap_export.exporting.trace import trace_component
 from gap_export.families import build_reference, resolve_pruning, supported_pruners
-from gap_export.families.reference import Component
-from gap_export.passes import PIPELINES, run_pipeline
-from gap_export.source import resolve_model
-from gap_export.trace import trace_component
-from gap_export.weights import SAFETENSORS_NAMES, TORCH_DTYPES, PlacedTensor
+from gap_export.families.common.reference import Component
+from gap_export.graph.passes import PIPELINES, run_pipeline
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 DEMO = "refshapes-llava"

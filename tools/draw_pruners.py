@@ -13,10 +13,10 @@ import typer
 from image_sheet import Tile, draw_answer, make_sheet
 
 from gap_export.evaluation.refshapes import generate_scene
+from gap_export.exporting import ExportOptions, GraphCache, export_model
 from gap_export.families import supported_pruners
-from gap_export.pipeline import ExportOptions, GraphCache, export_model
-from gap_export.recipe import find_recipe
 from gap_export.runtime.session import GroundingSession
+from gap_export.spec.recipe import find_recipe
 
 MODEL = "refshapes-llava"
 ROOT = Path(__file__).resolve().parent.parent

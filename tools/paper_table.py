@@ -44,11 +44,11 @@ from gap_export.cli._progress import TerminalProgress
 from gap_export.evaluation.evaluate import Asking, evaluate_model
 from gap_export.evaluation.run import make_folder
 from gap_export.evaluation.settings import MISALIGNMENTS
+from gap_export.exporting import ExportOptions
 from gap_export.families import supported_pruners
-from gap_export.manifest import PrunerText
-from gap_export.pipeline import ExportOptions
 from gap_export.pruning import find_preset
-from gap_export.recipe import find_recipe
+from gap_export.spec.manifest import PrunerText
+from gap_export.spec.recipe import find_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

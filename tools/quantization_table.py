@@ -20,8 +20,8 @@ from readme_figures import MODEL, README, interval, percent, write_section
 from gap_export.evaluation.calibration import refshapes_questions
 from gap_export.evaluation.evaluate import evaluate_model
 from gap_export.evaluation.results import SettingRow
-from gap_export.manifest import QuantizationSpec
-from gap_export.pipeline import Dtype, ExportOptions
+from gap_export.exporting import Dtype, ExportOptions
+from gap_export.spec.manifest import QuantizationSpec
 
 # The decoder is 160 wide, which 32 divides alone.
 BLOCK_SIZE = 32

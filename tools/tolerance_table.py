@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from gap_export.parity.tolerances import TOLERANCES, Tolerance
+from gap_export.spec.tolerances import TOLERANCES, Tolerance
 
 
 def in_words(tolerance: Tolerance) -> str:

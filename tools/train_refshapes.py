@@ -40,7 +40,7 @@ from refshapes_training.vision_stage import VisionStage, train_vision
 from refshapes_training.warm_start import start_from
 
 from gap_export.evaluation.evaluate import evaluate_model
-from gap_export.pipeline import ExportOptions
+from gap_export.exporting import ExportOptions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODELS = REPOSITORY / "models"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gap_export.errors import BundleError
-from gap_export.manifest import MANIFEST_NAME
+from gap_export.spec.manifest import MANIFEST_NAME
 
 HASH_NAME = f"{MANIFEST_NAME}.sha256"
 ENGINES_FOLDER = "engines"

@@ -13,7 +13,7 @@ from gap_export.bundle.drafts import find_standing
 from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME, hash_line, walk_files
 from gap_export.bundle.stamps import Verify, verify_hashes
 from gap_export.errors import BundleError
-from gap_export.manifest import MANIFEST_NAME, FileSpec, Manifest, parse_manifest
+from gap_export.spec.manifest import MANIFEST_NAME, FileSpec, Manifest, parse_manifest
 
 _GET_IT_AGAIN = "export it again, or copy it again from where it was made"
 # Far above any real manifest; keeps a hostile one from filling the memory.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.errors import BundleError
-from gap_export.manifest import TensorPlace, check_member_path
+from gap_export.spec.manifest import TensorPlace, check_member_path
 
 # numpy knows no bfloat16, which is the upper half of a float32.
 _STORED = {

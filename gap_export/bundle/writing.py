@@ -28,14 +28,14 @@ from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME, hash_line, walk_f
 from gap_export.bundle.hashing import FileHasher, FileState, changed
 from gap_export.bundle.holding import Held, HeldFile, Hold, hold_file
 from gap_export.errors import BundleError, OutputError
-from gap_export.manifest import (
+from gap_export.outputs import check_outside_listings
+from gap_export.spec.manifest import (
     MANIFEST_NAME,
     FileSpec,
     Manifest,
     check_member_path,
     parse_manifest,
 )
-from gap_export.outputs import check_outside_listings
 
 _WRITE_FAILURES = {
     errno.ENOSPC: "no space left on the disk",

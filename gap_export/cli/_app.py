@@ -68,7 +68,7 @@ class DefaultCommandGroup(TyperGroup):
         commands = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75)
         if commands:
             raise typer.BadParameter(f"no command '{word}'. Did you mean '{commands[0]}'?")
-        from gap_export.recipe import find_recipe
+        from gap_export.spec.recipe import find_recipe
 
         try:
             find_recipe(word)

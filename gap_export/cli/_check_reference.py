@@ -72,9 +72,9 @@ def find_reference(bundle: Bundle, options: ReferenceOptions, *, needed: bool) -
     Raises:
         UsageError: it is not there, is that of another model, or two are named.
     """
+    from gap_export.checkpoint.find.source import parse_parts, resolve_source
     from gap_export.parity.golden import is_golden, open_golden
     from gap_export.parity.truth import GoldenTruth, TorchTruth
-    from gap_export.source import parse_parts, resolve_source
 
     if options.against and options.checkpoint:
         raise UsageError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gap_export.cli._terminal import format_size
 
 if TYPE_CHECKING:
-    from gap_export.manifest import FileSpec, Manifest
+    from gap_export.spec.manifest import FileSpec, Manifest
 
 # How files that take no room of their own got into a bundle.
 _SHARED = {"linked": "linked to the checkpoint", "cloned": "cloned from the checkpoint"}

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from gap_export.cli._terminal import format_table
-from gap_export.parity.report.words import (
+from gap_export.parity.results import BackendResult, CheckReport, LevelResult, TensorRow, number
+from gap_export.report.parity.words import (
     STATUS_WORDS,
     backend_title,
-    clean,
-    describe_divergence,
     describe_figures,
     facts,
     is_missed,
-    number,
     tables,
     tensor_rows,
     verdict,
 )
-from gap_export.parity.results import BackendResult, CheckReport, LevelResult, TensorRow
+from gap_export.visible import clean
 
 
 def describe_check(report: CheckReport) -> str:
@@ -58,7 +56,7 @@ def _describe_backend(backend: BackendResult) -> Iterator[str]:
         if level.reason:
             yield f"{level.level}: {clean(level.reason)}"
     for found in backend.divergences:
-        yield describe_divergence(found)
+        yield found.describe()
     for level in backend.levels:
         yield from _describe_rows(level)
 

@@ -8,7 +8,7 @@ from gap_export.cli._terminal import format_size
 
 if TYPE_CHECKING:
     from gap_export.bundle import Bundle
-    from gap_export.manifest import Manifest, TargetSpec
+    from gap_export.spec.manifest import Manifest, TargetSpec
 
 
 def find_engines(bundle: Bundle) -> list[dict[str, Any]]:

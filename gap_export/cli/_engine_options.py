@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 
 from gap_export.errors import UsageError
-from gap_export.manifest import QuantizationSpec
+from gap_export.spec.manifest import QuantizationSpec
 
 BARE_TRT = "--trt"
 _BLOCK_SIZE = 32

@@ -50,7 +50,7 @@ def with_sources(rule: OutputRule, places: Iterable[str | Path]) -> OutputRule:
         rule: Of what the options name.
         places: Of the checkpoint's parts, as far as they are known.
     """
-    from gap_export.recipe import models_dir
+    from gap_export.spec.recipe import models_dir
 
     sources = {f"the checkpoint {place}": Path(place) for place in places if _exists(str(place))}
     own = {"the models of gap-export": models_dir()}

@@ -93,10 +93,10 @@ def evaluate(
     """Measure Acc@0.5 unpruned, compact and with GAP."""
     terminal = terminal_of(ctx)
     terminal.begin(f"measuring {target}")
+    from gap_export.checkpoint.find.source import parse_parts
     from gap_export.evaluation.evaluate import Asking, evaluate_bundle, evaluate_model
-    from gap_export.evaluation.report import check_writable, write_reports
-    from gap_export.pipeline import ExportOptions
-    from gap_export.source import parse_parts
+    from gap_export.exporting import ExportOptions
+    from gap_export.report.evaluation import check_writable, write_reports
 
     parts = parse_parts(checkpoint or [])
     bundles = _bundles(target, baseline)
@@ -198,7 +198,7 @@ def _bundles(target: str, baseline: Path | None) -> dict[str, Path]:
 def _sources(target: str, recipe: str | None, parts: Mapping[str, Path]) -> list[str | Path]:
     """Where the parts of the checkpoint are that is read, or was when the bundle was made."""
     from gap_export.bundle import open_bundle
-    from gap_export.source import resolve_model
+    from gap_export.checkpoint.find.source import resolve_model
 
     # What is wrong with either is said when it is measured.
     with suppress(UsageError):
@@ -227,7 +227,7 @@ def _telling_how_to_go_on(terminal: Terminal, records: Path | None) -> Iterator[
 
 def _is_bundle(target: str) -> bool:
     from gap_export.bundle.drafts import find_standing
-    from gap_export.manifest import MANIFEST_NAME
+    from gap_export.spec.manifest import MANIFEST_NAME
 
     try:
         return (find_standing(Path(target).absolute()) / MANIFEST_NAME).exists()

@@ -43,7 +43,7 @@ from gap_export.cli._terminal import format_size, format_table
 from gap_export.visible import visible, visible_strings
 
 if TYPE_CHECKING:
-    from gap_export.pipeline import ExportReport
+    from gap_export.exporting import ExportReport
 
 
 def export(
@@ -105,8 +105,8 @@ def export(
     """Export a pruned model; the default command."""
     terminal = terminal_of(ctx)
     terminal.begin(f"exporting {model}")
-    from gap_export.pipeline import ExportOptions, export_model
-    from gap_export.source import parse_parts
+    from gap_export.checkpoint.find.source import parse_parts
+    from gap_export.exporting import ExportOptions, export_model
 
     graph_dtype, quantization = split_dtype(
         dtype, block_size=block_size, quantizer=quantizer, lm_head=quantize_lm_head

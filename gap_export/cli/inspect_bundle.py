@@ -20,7 +20,7 @@ from gap_export.visible import visible, visible_strings
 
 if TYPE_CHECKING:
     from gap_export.bundle import Bundle
-    from gap_export.manifest import FileSpec, Manifest, TensorSpec
+    from gap_export.spec.manifest import FileSpec, Manifest, TensorSpec
 
 GAP_REMAP = "GapRemap"
 
@@ -34,7 +34,7 @@ def inspect_bundle(
 ) -> None:
     """Say what a bundle is, and where GapRemap sits."""
     from gap_export.bundle import open_bundle
-    from gap_export.manifest import to_plain
+    from gap_export.spec.manifest import to_plain
 
     terminal = terminal_of(ctx)
     opened = open_bundle(bundle)

@@ -13,7 +13,7 @@ from gap_export.cli._terminal import format_table
 from gap_export.visible import visible_strings
 
 if TYPE_CHECKING:
-    from gap_export.recipe import CheckpointPart, Recipe
+    from gap_export.spec.recipe import CheckpointPart, Recipe
 
 _BUNDLED, _HERE, _INCOMPLETE, _MISSING = "bundled", "here", "incomplete", "missing"
 
@@ -25,7 +25,7 @@ def models(
     verbose: VerboseOption = False,
 ) -> None:
     """List the models that have a recipe, and whether their weights are here."""
-    from gap_export.recipe import list_recipes
+    from gap_export.spec.recipe import list_recipes
 
     terminal = terminal_of(ctx)
     plain = [_describe(recipe, folder) for recipe, folder in list_recipes()]
@@ -86,7 +86,7 @@ def _describe(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 
 def _describe_part(role: str, parts: Mapping[str, CheckpointPart]) -> dict[str, Any]:
-    from gap_export.hub_cache import find_part, is_incomplete
+    from gap_export.checkpoint.find.hub_cache import find_part, is_incomplete
 
     part, found = parts[role], find_part(role, parts)
     return {

@@ -78,7 +78,7 @@ def pruners(
 
 def _served(model: str) -> frozenset[str]:
     from gap_export.families import supported_pruners
-    from gap_export.recipe import find_recipe
+    from gap_export.spec.recipe import find_recipe
 
     return frozenset(supported_pruners(find_recipe(model)[0]))
 

@@ -23,8 +23,8 @@ from gap_export.engines.plan import PLAN_NAME, EnginePlan, EngineSpec
 from gap_export.engines.profiles import cache_capacity, check_cache_capacity
 from gap_export.engines.targets import Target, TargetChoice
 from gap_export.errors import BundleError, OutputError, UsageError
-from gap_export.manifest import EngineLimits, GraphSpec, Manifest
 from gap_export.progress import Progress, SilentProgress
+from gap_export.spec.manifest import EngineLimits, GraphSpec, Manifest
 
 Tell = Callable[[str], None]
 

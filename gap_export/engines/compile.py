@@ -25,8 +25,8 @@ from gap_export.engines.profiles import make_profiles
 from gap_export.engines.targets import TargetChoice
 from gap_export.engines.timing_cache import keep_timing_cache, use_timing_cache
 from gap_export.errors import EngineError
-from gap_export.manifest import EngineLimits, GraphSpec
 from gap_export.progress import Advance, Progress
+from gap_export.spec.manifest import EngineLimits, GraphSpec
 
 _CHUNK_BYTES = 16 << 20
 # Of BuilderFlag.

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from gap_export.bundle import Bundle
 from gap_export.engines.onnx_file import read_initializers
 from gap_export.errors import BundleError
-from gap_export.manifest import FileSpec, check_member_path
+from gap_export.spec.manifest import FileSpec, check_member_path
 
 
 def hash_weights(bundle: Bundle, graph: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from gap_export.engines.plan import EngineTensor
 from gap_export.errors import EngineError
-from gap_export.manifest import GraphSpec, TensorSpec
+from gap_export.spec.manifest import GraphSpec, TensorSpec
 
 # TensorRT's names of dtypes that differ from ours.
 _DTYPES: Mapping[str, str] = MappingProxyType(

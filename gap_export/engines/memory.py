@@ -13,7 +13,7 @@ from gap_export.bundle import Bundle
 from gap_export.engines.device import Gpu
 from gap_export.engines.onnx_file import read_initializers
 from gap_export.engines.profiles import cache_capacity
-from gap_export.manifest import EngineLimits, GraphSpec
+from gap_export.spec.manifest import EngineLimits, GraphSpec
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")

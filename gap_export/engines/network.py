@@ -14,7 +14,7 @@ from gap_export.engines.log import TensorRTLog, quote
 from gap_export.engines.onnx_file import read_operators
 from gap_export.engines.targets import TargetChoice
 from gap_export.errors import EngineError
-from gap_export.manifest import GraphSpec
+from gap_export.spec.manifest import GraphSpec
 
 # What TensorRT, its driver and the C++ library say where memory is short.
 _OUT_OF_MEMORY = re.compile(

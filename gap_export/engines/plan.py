@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gap_export.errors import BundleError
-from gap_export.manifest import (
+from gap_export.spec.manifest import (
     EngineLimits,
     QuantizationSpec,
     check_member_path,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from gap_export.engines.plan import ProfileName, ProfileSpec, ShapeRange
 from gap_export.errors import BundleError, UsageError
-from gap_export.manifest import EngineLimits, GraphSpec, Manifest, PruningSpec
+from gap_export.spec.manifest import EngineLimits, GraphSpec, Manifest, PruningSpec
 
 # Smallest, usual and largest size of a dimension.
 Sizes = tuple[int, int, int]

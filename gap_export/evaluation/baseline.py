@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from gap_export.checkpoint.find.source import MAIN
 from gap_export.errors import UsageError
-from gap_export.manifest import Manifest, QuantizationSpec, SourceFile
-from gap_export.pipeline import DTYPES, Dtype
-from gap_export.source import MAIN
+from gap_export.exporting import DTYPES, Dtype
+from gap_export.spec.manifest import Manifest, QuantizationSpec, SourceFile
 
 
 def check_baseline(manifest: Manifest, baseline: Manifest) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from gap_export.evaluation.records import Record
-from gap_export.manifest import BoxSpec
 from gap_export.runtime.answers import SCALE_TOLERANCE, is_out_of_scale
+from gap_export.spec.manifest import BoxSpec
 
 # Of the answers out of scale, those that another scale must explain before it is named.
 _MOST = 0.9

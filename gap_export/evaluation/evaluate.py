@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gap_export.bundle import open_bundle
+from gap_export.checkpoint.find.source import resolve_model, resolve_source
 from gap_export.errors import UsageError
 from gap_export.evaluation.baseline import check_baseline, dtype_of, quantization_of
 from gap_export.evaluation.calibration import refshapes_questions
@@ -47,22 +48,21 @@ from gap_export.evaluation.settings import (
 )
 from gap_export.evaluation.summary import Answered, Judging
 from gap_export.evaluation.workers import Executor
-from gap_export.families import native_protocol
-from gap_export.manifest import BoxSpec, Manifest, PromptSpec
-from gap_export.outputs import NO_RULE, OutputRule
-from gap_export.parity.patched.check import was_patched
-from gap_export.pipeline import (
+from gap_export.exporting import (
     ExportOptions,
     GraphCache,
     export_checkpoint,
     export_model,
     resolve_options,
 )
+from gap_export.families import native_protocol
+from gap_export.outputs import NO_RULE, OutputRule
+from gap_export.parity.patched.check import was_patched
 from gap_export.progress import Progress, SilentProgress
 from gap_export.runtime.drawing import draw_grounding, save_drawing
 from gap_export.runtime.onnxruntime_backend import numpy_dtype
 from gap_export.runtime.session import BackendName
-from gap_export.source import resolve_model, resolve_source
+from gap_export.spec.manifest import BoxSpec, Manifest, PromptSpec
 
 # Of a set that has no end.
 DEFAULT_SAMPLES = 500

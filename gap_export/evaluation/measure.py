@@ -21,13 +21,13 @@ from gap_export.evaluation.questions import Question
 from gap_export.evaluation.records import Record
 from gap_export.evaluation.settings import Misalignment, Setting
 from gap_export.evaluation.workers import Shard
-from gap_export.manifest import GridSpec, Manifest, PromptSpec
 from gap_export.runtime.answers import has_ended
 from gap_export.runtime.backend import Backend
 from gap_export.runtime.boxes import parse_answer
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.image import ImageInput
 from gap_export.runtime.session import BackendName, GroundingSession
+from gap_export.spec.manifest import GridSpec, Manifest, PromptSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self

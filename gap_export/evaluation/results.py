@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from gap_export.evaluation.questions import PictureSource, Unusable
 from gap_export.evaluation.settings import SettingPositions
-from gap_export.manifest import PrunerText
 from gap_export.parity.results import plain_values
+from gap_export.spec.manifest import PrunerText
 from gap_export.version import __version__
 
 SCHEMA = "gap-export-evaluation"

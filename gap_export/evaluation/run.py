@@ -19,8 +19,8 @@ from gap_export.evaluation.records import SUFFIX, Record, RecordsFile
 from gap_export.evaluation.settings import Setting
 from gap_export.evaluation.workers import Executor, Shard, cut_shards
 from gap_export.evaluation.workers.in_process import InProcessExecutor
-from gap_export.manifest import Manifest
 from gap_export.progress import Progress
+from gap_export.spec.manifest import Manifest
 from gap_export.version import __version__
 
 IN_PROCESS = "1"

@@ -9,8 +9,8 @@ from gap_export.errors import GapExportError
 from gap_export.evaluation.protocols import Protocol
 from gap_export.evaluation.questions import Question
 from gap_export.evaluation.records import Record
-from gap_export.manifest import BoxSpec
 from gap_export.runtime.boxes import parse_box
+from gap_export.spec.manifest import BoxSpec
 
 _MAX_NAMED = 3
 

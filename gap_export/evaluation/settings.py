@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 
-from gap_export.manifest import PrunerText, PruningSpec
-from gap_export.positions import Int64Array, PositionMode
 from gap_export.runtime.generation import PromptRow
 from gap_export.runtime.session import BackendName
+from gap_export.spec.manifest import PrunerText, PruningSpec
+from gap_export.spec.positions import Int64Array, PositionMode
 
 MisalignmentKind = Literal["permuted", "shifted"]
 MISALIGNMENTS: tuple[MisalignmentKind, ...] = ("permuted", "shifted")

@@ -25,8 +25,8 @@ from gap_export.evaluation.results import (
 from gap_export.evaluation.scoring import Score, score_records
 from gap_export.evaluation.settings import Setting
 from gap_export.evaluation.statistics import accuracy_curve, bootstrap_interval, mcnemar
-from gap_export.manifest import BoxSpec
 from gap_export.parity.metrics import paired_difference_interval, wilson_interval
+from gap_export.spec.manifest import BoxSpec
 
 GALLERY_SIZE = 8
 

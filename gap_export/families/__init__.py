@@ -15,21 +15,32 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gap_export.checkpoint.find.foreign import refuse_foreign
+from gap_export.checkpoint.find.source import (
+    MAIN,
+    Checkpoint,
+    check_named_parts,
+    check_required_parts,
+)
 from gap_export.errors import CheckpointError, RecipeError, UnsupportedPrunerError, UsageError
-from gap_export.families.choices import AskedChoices, settle_choices
-from gap_export.families.readings import clip_readings, eva_readings
-from gap_export.foreign import refuse_foreign
-from gap_export.manifest import PruningSpec
-from gap_export.positions import PositionMode, num_kept_tokens
+from gap_export.families.common.choices import AskedChoices, settle_choices
+from gap_export.families.common.readings import clip_readings, eva_readings
 from gap_export.progress import Progress
 from gap_export.pruning import FixedPruner, Reading, all_presets, find_preset
-from gap_export.recipe import Recipe
-from gap_export.source import MAIN, Checkpoint, check_named_parts, check_required_parts
+from gap_export.spec.manifest import PruningSpec
+from gap_export.spec.positions import PositionMode, num_kept_tokens
+from gap_export.spec.recipe import Recipe
 
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from gap_export.families.reference import Component, Device, Family, ModelSource, Reference
+    from gap_export.families.common.reference import (
+        Component,
+        Device,
+        Family,
+        ModelSource,
+        Reference,
+    )
 
 __all__ = [
     "FAMILIES",
@@ -110,7 +121,7 @@ _LATE = ("Component", "Device", "Family", "Reference")
 
 def __getattr__(name: str) -> Any:
     if name in _LATE:
-        return getattr(import_module("gap_export.families.reference"), name)
+        return getattr(import_module("gap_export.families.common.reference"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -302,7 +313,7 @@ def read_source(recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
         RecipeError: the recipe names an unknown family.
         UsageError: random weights of a recipe that does not say its sizes.
     """
-    from gap_export.families.checkpoints.random_weights import random_source
+    from gap_export.families.common.checkpoints.random_weights import random_source
 
     family = find_family(recipe)
     if checkpoint.random_seed is not None:
@@ -328,7 +339,7 @@ def _not_recognised(recipe: Recipe, family: Family, main: Path) -> CheckpointErr
     Raises:
         CheckpointError: already its config cannot be read.
     """
-    from gap_export.families.checkpoints.matching import check_config_readable, look_at
+    from gap_export.families.common.checkpoints.matching import check_config_readable, look_at
 
     check_config_readable(main)
     declared = recipe.checkpoint.parts.get(MAIN)

@@ -15,12 +15,12 @@ from gap_export.parity.question import Question
 from gap_export.parity.replay import Call, replay
 from gap_export.parity.results import BackendKey
 from gap_export.parity.tally import Pair, Tally
-from gap_export.parity.tolerances import Tolerance, tolerances_of
 from gap_export.parity.truth import Recorded, Truth
 from gap_export.progress import Progress
 from gap_export.runtime.backend import Backend
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.session import GroundingSession
+from gap_export.spec.tolerances import Tolerance, tolerances_of
 
 _DECODER = "decoder_model_merged"
 # Questions among which two of different lengths are looked for.

@@ -27,8 +27,8 @@ from gap_export.parity.results import (
 )
 from gap_export.parity.tally import tensor_row
 from gap_export.parity.truth import Recorded, ReferenceOverflowError, TorchTruth, Truth
-from gap_export.positions import Int64Array
 from gap_export.progress import Progress, SilentProgress
+from gap_export.spec.positions import Int64Array
 
 # Levels of which a share of the questions may be asked for. Position ids and tensors have none: an
 # id is right or wrong, and how far a tensor may be off is in the table of tolerances.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gap_export.bundle import Bundle
 from gap_export.families import Reference
-from gap_export.manifest import MANIFEST_NAME, ImageSpec, differing_fields
+from gap_export.spec.manifest import MANIFEST_NAME, ImageSpec, differing_fields
 
 
 def write_assets(reference: Reference, folder: Path) -> None:

@@ -14,19 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 
-from gap_export.errors import BundleError
-from gap_export.families import Component, Reference
-from gap_export.manifest import QuantizationSpec
-from gap_export.parity.compare import Differences, measure_differences
-from gap_export.parity.results import TensorRow
-from gap_export.parity.tolerances import COMPUTED_WEIGHT, READ_WEIGHT
-from gap_export.progress import Progress
-from gap_export.quantization import SCALES_NAME, linear_keys, read_scales, scale_channels
-from gap_export.weights import (
+from gap_export.checkpoint.weights import (
     QUANTIZED_NAME,
     SAFETENSORS_NAMES,
     TORCH_DTYPES,
@@ -36,17 +27,19 @@ from gap_export.weights import (
     quantize_columns,
     read_header,
 )
-from gap_export.weights.weight import READABLE_DTYPES
+from gap_export.checkpoint.weights.weight import READABLE_DTYPES
+from gap_export.errors import BundleError
+from gap_export.exporting.quantization import SCALES_NAME, linear_keys, read_scales, scale_channels
+from gap_export.families import Component, Reference
+from gap_export.parity.compare import Differences, measure_differences
+from gap_export.parity.results import TensorRow
+from gap_export.progress import Progress
+from gap_export.spec.manifest import QuantizationSpec
+from gap_export.spec.tolerances import COMPUTED_WEIGHT, READ_WEIGHT
 
 _DECODER = "decoder_model_merged"
 # Values of a weight that are rounded at a time; a few float32 copies of that size are in memory.
 _PIECE = 1 << 22
-_METHODS: Mapping[str, str] = MappingProxyType(
-    {
-        "rtn": "which were rounded to nearest",
-        "awq": "which AWQ scaled and were rounded to nearest",
-    }
-)
 
 
 def use_quantized_weights(
@@ -85,14 +78,6 @@ def use_quantized_weights(
         if key not in held and weight is not component.weight_refs[key]:
             _replace(component, key, weight.load(), reference.dtype)
     return (findings.row(),)
-
-
-def describe_quantized(spec: QuantizationSpec) -> str:
-    """What a reference computes with, for reports."""
-    return (
-        f"with the bundle's own {spec.dtype.upper()} weights in blocks of {spec.block_size}, "
-        f"{_METHODS[spec.method]}"
-    )
 
 
 def _as_rounded(reference: Reference, bundle: Path, spec: QuantizationSpec) -> Mapping[str, Weight]:

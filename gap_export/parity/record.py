@@ -6,12 +6,12 @@ from pathlib import Path
 
 from gap_export.bundle import Bundle
 from gap_export.errors import OutputError, ParityError, UsageError
-from gap_export.manifest import GraphSpec, Manifest
 from gap_export.parity.golden import ReferenceFacts, check_golden_place, record_golden
 from gap_export.parity.results import BackendKey
-from gap_export.parity.tolerances import tolerances_of
 from gap_export.parity.truth import Truth
 from gap_export.progress import Progress, SilentProgress
+from gap_export.spec.manifest import GraphSpec, Manifest
+from gap_export.spec.tolerances import tolerances_of
 
 _DECODER = "decoder_model_merged"
 _BASE = "onnxruntime"

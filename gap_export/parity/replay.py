@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.manifest import QuantizationSpec
 from gap_export.runtime.backend import Backend, EncodedImage, KVCache, ScoredImage
+from gap_export.spec.manifest import QuantizationSpec
 
 FloatArray = NDArray[np.floating[Any]]
 Int64Array = NDArray[np.int64]

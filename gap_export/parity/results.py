@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from gap_export.visible import clean
+
 Level = Literal["positions", "tensor", "token", "box", "task"]
 # From what is computed to what it is good for.
 LEVELS: tuple[Level, ...] = ("positions", "tensor", "token", "box", "task")
@@ -118,6 +120,29 @@ class Divergence:
     last_agreeing: str
     cause: str = ""
     kind: Literal["differs", "overflows"] = "differs"
+
+    def describe(self) -> str:
+        """Where a graph goes wrong, in a sentence or two."""
+        where = f"{clean(self.component)} ({clean(self.call)})"
+        what = f"{clean(self.operator)} {clean(self.node)}".strip()
+        module = f" of module {clean(self.module)}" if self.module else ""
+        if self.kind == "overflows":
+            text = (
+                f"{where} first overflows in {what or 'an input'}{module}"
+                f"{f', which gives {clean(self.tensor)}' if self.tensor else ''}: "
+                f"{self.max_abs_diff:.4g} in float32, "
+                f"where {self.allowed:.5g} is the largest number."
+            )
+            return f"{text} {clean(self.cause)}".rstrip()
+        text = (
+            f"{where} first diverges at {clean(self.tensor)}, which {what or 'an input'}{module} "
+            f"gives: off by {number(self.max_abs_diff)}, allowed {number(self.allowed)}."
+        )
+        if self.last_agreeing:
+            text += f" {clean(self.last_agreeing)} before it still agrees."
+        else:
+            text += " It is the first tensor of all that were looked at."
+        return f"{text} {clean(self.cause)}".rstrip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,3 +288,12 @@ def plain_values(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def number(value: float | None) -> str:
+    """An error or a value, two digits of it."""
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return str(value)
+    return "0" if value == 0 else f"{value:.1e}"

@@ -20,7 +20,7 @@ from gap_export.parity.compare import (
 )
 from gap_export.parity.replay import Call
 from gap_export.parity.results import TensorRow
-from gap_export.parity.tolerances import Tolerance
+from gap_export.spec.tolerances import Tolerance
 
 Arrays = Mapping[str, NDArray[Any]]
 Pair = tuple[NDArray[Any], NDArray[Any]]

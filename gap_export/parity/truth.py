@@ -9,19 +9,19 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol
 
 from gap_export.bundle import Bundle
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import ComputationError, ParityError
 from gap_export.extras import require_extra
-from gap_export.manifest import Manifest, QuantizationSpec
 from gap_export.parity.question import Question
 from gap_export.parity.replay import Call, RecordingBackend
 from gap_export.parity.results import Divergence, TensorRow
-from gap_export.parity.tolerances import tolerances_of
 from gap_export.parity.uncached import decode_uncached, uncached_row
 from gap_export.progress import Progress
-from gap_export.recipe import Recipe
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.session import GroundingSession
-from gap_export.source import Checkpoint
+from gap_export.spec.manifest import Manifest, QuantizationSpec
+from gap_export.spec.recipe import Recipe
+from gap_export.spec.tolerances import tolerances_of
 
 if TYPE_CHECKING:
     from gap_export.families import Reference
@@ -59,12 +59,10 @@ class ReferenceOverflowError(ParityError):
     """
 
     def __init__(self, name: str, err: ComputationError, found: Divergence | None) -> None:
-        from gap_export.parity.report.words import describe_divergence
-
         super().__init__(
             f"{name} itself does not compute this model in numbers",
             seen=f"{err.what}: {err.seen}",
-            fix=f"{describe_divergence(found)} Export it in another dtype: --dtype float32"
+            fix=f"{found.describe()} Export it in another dtype: --dtype float32"
             if found is not None
             else "see that the checkpoint is whole",
         )
@@ -200,9 +198,9 @@ class TorchTruth:
         from gap_export.families import build_reference, load_family
 
         load_family(self._recipe, progress)
+        from gap_export.exporting.torch_backend import TorchBackend
         from gap_export.parity.facts import find_other_facts, write_assets
         from gap_export.parity.quantized import use_quantized_weights
-        from gap_export.parity.torch_backend import TorchBackend
         from gap_export.pruning import check_pruner_installed
 
         check_pruner_installed(bundle.manifest.pruning.pruner, bundle.manifest.tools)

@@ -14,8 +14,8 @@ import numpy as np
 from gap_export.parity.replay import Call
 from gap_export.parity.results import TensorRow
 from gap_export.parity.tally import Pair, tensor_row
-from gap_export.parity.tolerances import Tolerance
 from gap_export.runtime.backend import Backend
+from gap_export.spec.tolerances import Tolerance
 
 
 def uncached_row(pairs: Sequence[Pair], tolerance: Tolerance) -> TensorRow:

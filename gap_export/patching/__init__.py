@@ -11,9 +11,9 @@ from gap_export.patching.options import (
     PatchReport,
     check_pruner,
 )
-from gap_export.positions import check_keep_ratio
 from gap_export.progress import Progress, SilentProgress
-from gap_export.recipe import find_recipe
+from gap_export.spec.positions import check_keep_ratio
+from gap_export.spec.recipe import find_recipe
 
 __all__ = ["PatchOptions", "PatchReport", "patch_export"]
 

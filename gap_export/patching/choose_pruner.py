@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from gap_export.manifest import GridSpec, PruningSpec
 from gap_export.patching.options import DEFAULT_PRUNER, check_pruner
 from gap_export.patching.prune_at_places import PruneAtPlaces
 from gap_export.patching.prune_by_attention import PruneByAttention
 from gap_export.patching.prune_by_cls import PruneByCls
 from gap_export.patching.prune_features import PruneFeatures
-from gap_export.places import drawn_places, lattice_places
-from gap_export.positions import PositionMode, num_kept_tokens
+from gap_export.spec.manifest import GridSpec, PruningSpec
+from gap_export.spec.places import drawn_places, lattice_places
+from gap_export.spec.positions import PositionMode, num_kept_tokens
 
 
 def _spatial(grid: GridSpec, pruning: PruningSpec) -> PruneFeatures:

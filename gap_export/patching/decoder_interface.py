@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from gap_export.errors import PassError
-from gap_export.passes.insert_gap_remap import POSITION_IDS
-from gap_export.passes.matching import static_dim
+from gap_export.graph.passes.insert_gap_remap import POSITION_IDS
+from gap_export.graph.passes.matching import static_dim
 
 _EMBEDS, _MASK, _LOGITS = "inputs_embeds", "attention_mask", "logits"
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")

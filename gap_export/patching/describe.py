@@ -11,7 +11,11 @@ import onnx_ir as ir
 from tokenizers import Tokenizer
 
 from gap_export.errors import CheckpointError
-from gap_export.manifest import (
+from gap_export.exporting.describe import tool_versions
+from gap_export.patching.decoder_interface import DecoderFacts
+from gap_export.patching.model_facts import ModelFacts
+from gap_export.patching.read_graph import ForeignGraph
+from gap_export.spec.manifest import (
     DecoderSpec,
     GraphSpec,
     Manifest,
@@ -20,11 +24,7 @@ from gap_export.manifest import (
     SourceSpec,
     TensorSpec,
 )
-from gap_export.patching.decoder_interface import DecoderFacts
-from gap_export.patching.model_facts import ModelFacts
-from gap_export.patching.read_graph import ForeignGraph
-from gap_export.pipeline.describe import tool_versions
-from gap_export.recipe import Recipe
+from gap_export.spec.recipe import Recipe
 
 # The form that ONNX Runtime runs.
 _LOWERING = "onnxruntime"

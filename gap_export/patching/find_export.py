@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gap_export.errors import UsageError
-from gap_export.manifest import MANIFEST_NAME
+from gap_export.spec.manifest import MANIFEST_NAME
 
 COMPONENTS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 # Where the community's tools put graphs: beside config.json, or one folder below.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.errors import CheckpointError, UsageError
-from gap_export.recipe import RECIPE_NAME, Recipe, find_recipe, list_recipes, load_recipe
+from gap_export.spec.recipe import RECIPE_NAME, Recipe, find_recipe, list_recipes, load_recipe
 
 CONFIG, PREPROCESSOR, GENERATION = (
     "config.json", "preprocessor_config.json", "generation_config.json",

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.errors import UnsupportedPrunerError, UsageError
-from gap_export.manifest import Manifest
-from gap_export.positions import PositionMode
+from gap_export.spec.manifest import Manifest
+from gap_export.spec.positions import PositionMode
 
 DEFAULT_PRUNER = "spatial"
 # Those that a graph pass can put into a graph as it is.

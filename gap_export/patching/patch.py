@@ -12,18 +12,13 @@ import onnx_ir as ir
 
 from gap_export.bundle import BundleDraft, write_bundle
 from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME
+from gap_export.checkpoint.find.source import MAIN, Checkpoint
 from gap_export.errors import BundleError, CheckpointError, PassError, UsageError
-from gap_export.manifest import (
-    MANIFEST_NAME,
-    DecoderSpec,
-    Manifest,
-    SourceSpec,
-    parse_manifest,
-)
-from gap_export.passes import InsertGapRemap, run_pipeline
-from gap_export.passes.graph_pass import GraphPass
-from gap_export.passes.insert_gap_remap import DOMAIN as GAP_DOMAIN
-from gap_export.passes.matching import static_dim
+from gap_export.exporting.describe import check_prompt, describe_source
+from gap_export.graph.passes import InsertGapRemap, run_pipeline
+from gap_export.graph.passes.graph_pass import GraphPass
+from gap_export.graph.passes.insert_gap_remap import DOMAIN as GAP_DOMAIN
+from gap_export.graph.passes.matching import static_dim
 from gap_export.patching.cache_roles import check_cache_roles
 from gap_export.patching.choose_pruner import PASSES, settle_pruning
 from gap_export.patching.decoder_interface import DecoderFacts, read_decoder_interface
@@ -42,10 +37,15 @@ from gap_export.patching.options import PatchOptions, PatchReport
 from gap_export.patching.position_reach import PositionReach, find_position_reach
 from gap_export.patching.prune_features import FEATURES, check_opset
 from gap_export.patching.read_graph import ForeignGraph, all_nodes, read_graph, save_patched
-from gap_export.pipeline.describe import check_prompt, describe_source
 from gap_export.progress import Progress
-from gap_export.recipe import Recipe
-from gap_export.source import MAIN, Checkpoint
+from gap_export.spec.manifest import (
+    MANIFEST_NAME,
+    DecoderSpec,
+    Manifest,
+    SourceSpec,
+    parse_manifest,
+)
+from gap_export.spec.recipe import Recipe
 
 VISION, EMBED, DECODER = COMPONENTS
 TOKENIZER = "tokenizer.json"

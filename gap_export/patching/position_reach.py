@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from gap_export.errors import PassError
-from gap_export.passes.matching import constant
+from gap_export.graph.passes.matching import constant
 from gap_export.patching.read_graph import all_nodes
 
 _ROTARY = "RotaryEmbedding"

@@ -11,8 +11,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gap_export.errors import PassError
-from gap_export.passes.graph_pass import GraphPass
-from gap_export.passes.matching import add_initializer, static_dim
+from gap_export.graph.passes.graph_pass import GraphPass
+from gap_export.graph.passes.matching import add_initializer, static_dim
 
 FEATURES, KEEP_INDICES = "image_features", "keep_indices"
 _UNPRUNED = f"{FEATURES}_unpruned"

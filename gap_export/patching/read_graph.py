@@ -12,7 +12,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from gap_export.errors import BundleError, UsageError
-from gap_export.manifest import check_member_path
+from gap_export.spec.manifest import check_member_path
 
 # A protobuf message cannot be larger.
 _MAX_BYTES = (1 << 31) - 1

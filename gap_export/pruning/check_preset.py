@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import get_args
 
 from gap_export.errors import GapExportError
-from gap_export.manifest import Budget, ExtraToken, LongTexts, Order, PrunerText
 from gap_export.pruning.preset import Preset
 from gap_export.pruning.pruner import ChoosingPruner, FixedPruner, Reading, ScoringPruner
+from gap_export.spec.manifest import Budget, ExtraToken, LongTexts, Order, PrunerText
 
 
 def check_preset(preset: Preset, where: str) -> None:

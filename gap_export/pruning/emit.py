@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 
-from gap_export.manifest import GridSpec, PruningSpec
 from gap_export.pruning.extra import add_up_dropped, place_extra
 from gap_export.pruning.pruner import ScoringPruner, VisionState
 from gap_export.pruning.select import gather_tokens, is_among, take_smallest
+from gap_export.spec.manifest import GridSpec, PruningSpec
 
 Project = Callable[[torch.Tensor], torch.Tensor]
 

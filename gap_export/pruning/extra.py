@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from gap_export.manifest import ExtraPosition, GridSpec
+from gap_export.spec.manifest import ExtraPosition, GridSpec
 
 
 def add_up_dropped(

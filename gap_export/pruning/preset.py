@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gap_export.manifest import Budget, ExtraToken, LongTexts, Order, PrunerText
 from gap_export.pruning.pruner import Pruner, ScoringPruner
+from gap_export.spec.manifest import Budget, ExtraToken, LongTexts, Order, PrunerText
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,6 @@ import torch
 from numpy.typing import NDArray
 
 from gap_export.errors import GapExportError
-from gap_export.keep_indices import check_keep_indices
-from gap_export.manifest import GridSpec, PruningSpec
 from gap_export.pruning.pruner import (
     ChoosingPruner,
     FixedPruner,
@@ -22,6 +20,8 @@ from gap_export.pruning.pruner import (
     ScoringPruner,
     VisionState,
 )
+from gap_export.spec.keep_indices import check_keep_indices
+from gap_export.spec.manifest import GridSpec, PruningSpec
 
 _ROWS, _WIDTH = 2, 8
 

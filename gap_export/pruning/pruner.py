@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.manifest import ExtraToken, GridSpec, Order
 from gap_export.pruning.select import gather_tokens, rank_tokens
+from gap_export.spec.manifest import ExtraToken, GridSpec, Order
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gap_export.manifest import Order
+from gap_export.spec.manifest import Order
 
 if TYPE_CHECKING:
     import torch

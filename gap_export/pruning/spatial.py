@@ -7,13 +7,13 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.manifest import GridSpec, Order
-from gap_export.places import lattice_places
 from gap_export.pruning.pruner import FixedPruner
+from gap_export.spec.manifest import GridSpec, Order
+from gap_export.spec.places import lattice_places
 
 
 class SpatialPruner(FixedPruner):
-    """Exactly K places on a lattice; see :func:`gap_export.places.lattice_places`."""
+    """Exactly K places on a lattice; see :func:`gap_export.spec.places.lattice_places`."""
 
     summary: ClassVar[str] = "an even lattice, the same for every picture"
     orders: ClassVar[tuple[Order, ...]] = ("raster",)

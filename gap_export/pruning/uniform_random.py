@@ -7,15 +7,15 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.manifest import GridSpec
-from gap_export.places import drawn_places
 from gap_export.pruning.pruner import FixedPruner
+from gap_export.spec.manifest import GridSpec
+from gap_export.spec.places import drawn_places
 
 
 class RandomPruner(FixedPruner):
     """K places without replacement, in the order drawn: a larger K only adds places.
 
-    See :func:`gap_export.places.drawn_places`.
+    See :func:`gap_export.spec.places.drawn_places`.
     """
 
     summary: ClassVar[str] = "drawn once at export, from the seed"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gap_export.manifest import BoxSpec, Manifest
 from gap_export.runtime.boxes import parse_answer, to_pixels
 from gap_export.runtime.geometry import Box, ImageGeometry
+from gap_export.spec.manifest import BoxSpec, Manifest
 
 # By how much of the scale a coordinate may lie beyond its ends: a model that rounds, or is a little
 # off at an edge, stays within; pixels, percent and thousandths do not.

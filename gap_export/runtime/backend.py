@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.manifest import QuantizationSpec
-from gap_export.positions import Int64Array
+from gap_export.spec.manifest import QuantizationSpec
+from gap_export.spec.positions import Int64Array
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -169,7 +169,7 @@ class Backend(Protocol):
             inputs_embeds: [B, S, H].
             attention_mask: int64 [B, past + S], 0 for padding.
             position_ids: int64 [B, S], slots.
-            kept_positions: int64 [B, P], see ``gap_export.positions``.
+            kept_positions: int64 [B, P], see ``gap_export.spec.positions``.
             cache: From :meth:`new_cache` of this backend.
 
         Returns:

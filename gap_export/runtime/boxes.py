@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gap_export.manifest import BoxSpec
 from gap_export.runtime.geometry import Box, ImageGeometry
+from gap_export.spec.manifest import BoxSpec
 
 # Bounded digits: no number overflows a float, and matching stays linear.
 _NUMBER = r"([+-]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9}))"

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.manifest import PruningSpec
-from gap_export.positions import Int64Array
+from gap_export.spec.manifest import PruningSpec
+from gap_export.spec.positions import Int64Array
 
 _WHISKER = 1.5
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.errors import ComputationError
-from gap_export.positions import Int64Array
+from gap_export.spec.positions import Int64Array
 
 _FIX = (
     "float16 overflows beyond 65504: if the bundle is float16, export with --dtype float32; "

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gap_export.errors import UsageError
-from gap_export.positions import (
+from gap_export.runtime.backend import Backend, FloatArray
+from gap_export.runtime.computed import check_computed, choose_tokens
+from gap_export.spec.positions import (
     Int64Array,
     PositionMode,
     VisualSpan,
@@ -18,8 +20,6 @@ from gap_export.positions import (
     slots_from_mask,
     stack_kept_positions,
 )
-from gap_export.runtime.backend import Backend, FloatArray
-from gap_export.runtime.computed import check_computed, choose_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

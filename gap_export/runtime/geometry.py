@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gap_export.manifest import BoxSpec, GridSpec, ImageSpec
-from gap_export.positions import TileLayout
+from gap_export.spec.manifest import BoxSpec, GridSpec, ImageSpec
+from gap_export.spec.positions import TileLayout
 
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from gap_export.manifest import ADDED_LATER
-from gap_export.positions import TileTokens
 from gap_export.runtime.geometry import Box, Frame
+from gap_export.spec.manifest import ADDED_LATER
+from gap_export.spec.positions import TileTokens
 
 View = Literal["image", "base", "tiles"]
 

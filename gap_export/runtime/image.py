@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from gap_export.errors import ImageError, UsageError
-from gap_export.manifest import ImageSpec
 from gap_export.runtime.geometry import ImageGeometry, Size, choose_canvas, fitted_size
 from gap_export.runtime.image_damage import NotCheckedError
 from gap_export.runtime.image_files import (
@@ -29,6 +28,7 @@ from gap_export.runtime.image_files import (
     too_large,
 )
 from gap_export.runtime.tiff import ORIENTATION
+from gap_export.spec.manifest import ImageSpec
 
 ImageInput = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | EncodedImage
 # As displayed, or as stored: EXIF may say that a stored image is to be turned.

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from gap_export.bundle import Bundle
 from gap_export.bundle.tensors import read_place
 from gap_export.errors import BundleError, GapExportError, UsageError
-from gap_export.manifest import GraphSpec, QuantizationSpec
-from gap_export.positions import Int64Array
 from gap_export.runtime.backend import EncodedImage, FloatArray, KVCache, ScoredImage
 from gap_export.runtime.onnxruntime_options import session_options, spare_memory, start_session
 from gap_export.runtime.quiet_onnxruntime import ort, ort_errors
+from gap_export.spec.manifest import GraphSpec, QuantizationSpec
+from gap_export.spec.positions import Int64Array
 
 if TYPE_CHECKING:
     from typing_extensions import Self

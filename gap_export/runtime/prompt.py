@@ -12,8 +12,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from gap_export.errors import BundleError, ExpressionError
-from gap_export.manifest import Manifest
-from gap_export.positions import Int64Array
+from gap_export.spec.manifest import Manifest
+from gap_export.spec.positions import Int64Array
 
 TOKENIZER_FILE = "tokenizer.json"
 _SLOT = "{expression}"

@@ -20,8 +20,6 @@ import numpy as np
 
 from gap_export.bundle import Verify, open_bundle
 from gap_export.errors import BundleError, ExpressionError, GapExportError, UsageError
-from gap_export.manifest import Manifest
-from gap_export.positions import PositionMode
 from gap_export.runtime.answers import read_answer
 from gap_export.runtime.backend import Backend, FloatArray
 from gap_export.runtime.clock import StageClock
@@ -46,6 +44,8 @@ from gap_export.runtime.image import (
 from gap_export.runtime.prompt import EncodedExpression, PromptEncoder
 from gap_export.runtime.texts import encode_texts
 from gap_export.runtime.visual_tokens import VisualTokens, encode_picture
+from gap_export.spec.manifest import Manifest
+from gap_export.spec.positions import PositionMode
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -18,8 +18,6 @@ from gap_export.bundle import Bundle, Verify
 from gap_export.bundle.tensors import read_place
 from gap_export.engines.plan import EngineSpec
 from gap_export.errors import UsageError
-from gap_export.manifest import QuantizationSpec
-from gap_export.positions import Int64Array
 from gap_export.runtime.backend import EncodedImage, FloatArray, KVCache, ScoredImage
 from gap_export.runtime.device import DeviceMemory
 from gap_export.runtime.tensorrt_cache import (
@@ -37,6 +35,8 @@ from gap_export.runtime.tensorrt_loading import (
     EngineLoader,
     choose_engines,
 )
+from gap_export.spec.manifest import QuantizationSpec
+from gap_export.spec.positions import Int64Array
 
 if TYPE_CHECKING:
     from typing_extensions import Self

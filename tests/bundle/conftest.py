@@ -12,7 +12,7 @@ import pytest
 
 from gap_export.bundle import write_bundle
 from gap_export.bundle.files import HASH_NAME, hash_line
-from gap_export.manifest import MANIFEST_NAME, Manifest
+from gap_export.spec.manifest import MANIFEST_NAME, Manifest
 
 WriteSample = Callable[..., Path]
 

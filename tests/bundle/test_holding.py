@@ -15,7 +15,7 @@ import pytest
 
 from gap_export.bundle import drafts, hashing, holding, open_bundle, write_bundle
 from gap_export.errors import CheckpointError, OutputError
-from gap_export.manifest import FileSpec, Manifest
+from gap_export.spec.manifest import FileSpec, Manifest
 
 CONTENT = bytes(range(256)) * 40
 NAME = "embed_tokens.onnx"

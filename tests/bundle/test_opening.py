@@ -14,7 +14,7 @@ import pytest
 from gap_export.bundle import open_bundle, write_bundle
 from gap_export.bundle import stamps as stamps_module
 from gap_export.errors import BundleError, OutputError
-from gap_export.manifest import Manifest
+from gap_export.spec.manifest import Manifest
 
 FILES = ["embed_tokens.onnx", "model.safetensors", "sub/tokenizer.json"]
 

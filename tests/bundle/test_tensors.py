@@ -9,7 +9,7 @@ import pytest
 
 from gap_export.bundle.tensors import read_place
 from gap_export.errors import BundleError
-from gap_export.manifest import TensorPlace
+from gap_export.spec.manifest import TensorPlace
 
 
 def place(**changes: object) -> TensorPlace:

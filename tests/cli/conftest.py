@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from gap_export import pipeline
+from gap_export import exporting
 from gap_export.cli import main
 from gap_export.errors import UsageError
-from gap_export.pipeline import ExportOptions
+from gap_export.exporting import ExportOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,5 +70,5 @@ def seen_options(monkeypatch: pytest.MonkeyPatch) -> list[ExportOptions]:
         seen.append(options)
         raise UsageError("far enough")
 
-    monkeypatch.setattr(pipeline, "export_model", refuse)
+    monkeypatch.setattr(exporting, "export_model", refuse)
     return seen

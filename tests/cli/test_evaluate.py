@@ -15,8 +15,8 @@ from gap_export.evaluation import evaluate
 from gap_export.evaluation.evaluate import Asking
 from gap_export.evaluation.questions import Unusable
 from gap_export.evaluation.results import DataSummary, EvaluationReport, SettingRow
+from gap_export.exporting import ExportOptions
 from gap_export.outputs import NO_RULE
-from gap_export.pipeline import ExportOptions
 from gap_export.stop_signals import Stopped
 
 

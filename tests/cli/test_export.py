@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from gap_export import pipeline
+from gap_export import exporting
 from gap_export.bundle import open_bundle
-from gap_export.manifest import QuantizationSpec, TilesSpec
-from gap_export.pipeline import ExportOptions, ExportReport
+from gap_export.exporting import ExportOptions, ExportReport
+from gap_export.spec.manifest import QuantizationSpec, TilesSpec
 
 
 def test_every_flag_reaches_the_export(run_cli, seen_options, tmp_path):
@@ -139,8 +139,8 @@ def test_parts_and_dtypes_that_make_no_sense_exit_2(run_cli, flags, words):
 def test_a_bundle_is_replaced_by_force_alone(
     run_cli, monkeypatch, exports, tiny_bundle, tiny_checkpoint, tmp_path
 ):
-    known = partial(pipeline.export_model, cache=exports.graphs(str(tiny_checkpoint)))
-    monkeypatch.setattr(pipeline, "export_model", known)
+    known = partial(exporting.export_model, cache=exports.graphs(str(tiny_checkpoint)))
+    monkeypatch.setattr(exporting, "export_model", known)
     out = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     outcome = run_cli(tiny_checkpoint, "--keep", "0.25", "--out", out)
     assert (outcome.code, outcome.out) == (2, "")
@@ -158,7 +158,7 @@ def test_json_says_where_the_bundle_is_and_quiet_says_nothing_else(
 ):
     manifest = open_bundle(tiny_bundle).manifest
     report = ExportReport(bundle=tiny_bundle, manifest=manifest, seconds={"trace": 1.5})
-    monkeypatch.setattr(pipeline, "export_model", lambda options, *, progress, warn: report)
+    monkeypatch.setattr(exporting, "export_model", lambda options, *, progress, warn: report)
     outcome = run_cli("demo", "--json", "-q")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.plain["bundle"] == str(tiny_bundle)
@@ -172,7 +172,7 @@ def reported(monkeypatch, tiny_bundle):
     def report(**changes):
         manifest = replace(open_bundle(tiny_bundle).manifest, **changes)
         made = ExportReport(bundle=tiny_bundle, manifest=manifest, seconds={"trace": 1.5})
-        monkeypatch.setattr(pipeline, "export_model", lambda options, *, progress, warn: made)
+        monkeypatch.setattr(exporting, "export_model", lambda options, *, progress, warn: made)
         return manifest
 
     return report

@@ -13,7 +13,7 @@ import pytest
 from gap_export.cli._terminal import Terminal, process_started
 from gap_export.patching.choose_pruner import PASSES
 from gap_export.patching.options import PRUNERS
-from gap_export.recipe import models_dir
+from gap_export.spec.recipe import models_dir
 
 # Imports that take seconds.
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "tensorrt", "tensorrt_rtx", "matplotlib")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gap_export.manifest import EngineLimits
+from gap_export.spec.manifest import EngineLimits
 from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 EXPRESSION = "the red circle"

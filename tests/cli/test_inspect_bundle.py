@@ -11,7 +11,7 @@ import pytest
 from gap_export.bundle import Bundle, open_bundle, write_bundle
 from gap_export.cli import inspect_bundle
 from gap_export.engines.build import build_engines
-from gap_export.manifest import PreflightVerdict, SourceSpec, TilesSpec
+from gap_export.spec.manifest import PreflightVerdict, SourceSpec, TilesSpec
 from tests.engines.bundles import SKIP_RTX, SM89, copy_for_engines
 
 

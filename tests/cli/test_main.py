@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gap_export import __version__, pipeline
+from gap_export import __version__, exporting
 from gap_export.errors import ExportError, ParityError, UsageError
 from gap_export.stop_signals import Stopped, stop_signals
 from tests.programs import run_program, start_program
@@ -28,7 +28,7 @@ from tests.programs import run_program, start_program
 )
 def test_export_runs_where_no_command_is_named(run_cli, seen_options, argv):
     run_cli(*argv)
-    assert seen_options == [pipeline.ExportOptions(model="refshapes-llava", keep_ratio=0.3)]
+    assert seen_options == [exporting.ExportOptions(model="refshapes-llava", keep_ratio=0.3)]
 
 
 def test_a_mistyped_command_is_not_taken_for_a_model(run_cli, seen_options):
@@ -49,7 +49,7 @@ def test_our_errors_are_one_message_and_their_exit_code(run_cli, monkeypatch, er
     def fail(options, *, progress, warn):
         raise error("it broke", seen=7, fix="mend it")
 
-    monkeypatch.setattr(pipeline, "export_model", fail)
+    monkeypatch.setattr(exporting, "export_model", fail)
     outcome = run_cli("refshapes-llava", "-q")
     assert (outcome.code, outcome.out) == (code, "")
     assert outcome.err == "error: it broke: 7; mend it\n"
@@ -59,7 +59,7 @@ def test_a_bug_is_one_line_and_a_traceback_only_with_v(run_cli, monkeypatch):
     def fail(options, *, progress, warn):
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(pipeline, "export_model", fail)
+    monkeypatch.setattr(exporting, "export_model", fail)
     outcome = run_cli("refshapes-llava", "-q")
     assert outcome.code == 1
     assert outcome.err == (
@@ -129,7 +129,7 @@ def test_a_signal_unwinds_open_contexts_and_is_one_line(
             cleaned.append(True)
 
     before = signal.getsignal(signum)
-    monkeypatch.setattr(pipeline, "export_model", work)
+    monkeypatch.setattr(exporting, "export_model", work)
     outcome = run_cli("refshapes-llava", "-q")
     assert (outcome.code, outcome.err, cleaned) == (code, f"error: {text}\n", [True])
     assert signal.getsignal(signum) is before

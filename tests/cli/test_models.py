@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from gap_export import hub_cache, recipe
+from gap_export.checkpoint.find import hub_cache
+from gap_export.spec import recipe
 from tests.programs import run_program
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from gap_export import pipeline
+from gap_export import exporting
 from gap_export.bundle import open_bundle
 from gap_export.cli._app import build_command
 from gap_export.cli.optimum_command import build_optimum_command, run_export
 from gap_export.errors import ParityError
+from gap_export.exporting import ExportOptions
 from gap_export.extras import missing_modules
-from gap_export.pipeline import ExportOptions
 from tests.programs import Finished, run_program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +144,7 @@ def test_exit_codes_are_those_of_export(run_optimum, monkeypatch):
     def fail(options, *, progress, warn):
         raise ParityError("it differs")
 
-    monkeypatch.setattr(pipeline, "export_model", fail)
+    monkeypatch.setattr(exporting, "export_model", fail)
     assert run_optimum("--model", "llava", "-q") == (3, "", "error: it differs\n")
 
 

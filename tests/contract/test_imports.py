@@ -44,20 +44,20 @@ EXPORT_ONLY = {
 # What runs a bundle, by module or package; the rest may import the export extra.
 BASE_MODULES = (
     "gap_export.bundle",
-    "gap_export.checkpoint",
+    "gap_export.checkpoint.find.parts",
     "gap_export.cli",
     "gap_export.errors",
     "gap_export.evaluation",
     "gap_export.extras",
-    "gap_export.hub_cache",
-    "gap_export.manifest",
-    "gap_export.pipeline.export",
-    "gap_export.pipeline.options",
-    "gap_export.positions",
+    "gap_export.checkpoint.find.hub_cache",
+    "gap_export.spec.manifest",
+    "gap_export.exporting.export",
+    "gap_export.exporting.options",
+    "gap_export.spec.positions",
     "gap_export.progress",
-    "gap_export.recipe",
+    "gap_export.spec.recipe",
     "gap_export.runtime",
-    "gap_export.source",
+    "gap_export.checkpoint.find.source",
     "gap_export.stop_signals",
 )
 
@@ -112,8 +112,8 @@ def test_reading_a_bundle_needs_the_standard_library_and_numpy():
     wanted = (
         "gap_export.bundle",
         "gap_export.errors",
-        "gap_export.manifest",
-        "gap_export.positions",
+        "gap_export.spec.manifest",
+        "gap_export.spec.positions",
     )
     code = "\n".join(f"import {name}" for name in all_modules() if name.startswith(wanted))
     assert modules_after(code) & (HEAVY | {"pydantic", "rich", "typer"}) == {"numpy"}

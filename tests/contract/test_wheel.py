@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from gap_export.evaluation.refshapes import generate_scene
-from gap_export.pipeline.own_wheel import write_own_wheel
+from gap_export.exporting.own_wheel import write_own_wheel
 from tests.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]

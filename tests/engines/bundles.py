@@ -10,7 +10,7 @@ from typing import Any
 
 from gap_export.bundle import Bundle, open_bundle, write_bundle
 from gap_export.engines.targets import TARGETS, TargetChoice
-from gap_export.manifest import EngineLimits, GraphSpec, Manifest, TargetSpec
+from gap_export.spec.manifest import EngineLimits, GraphSpec, Manifest, TargetSpec
 
 LIMITS = EngineLimits(max_prompt=40, max_new_tokens=8, max_batch=2, max_images=2)
 SM89 = TargetChoice(target=TARGETS["rtx"], compute_capability=89)

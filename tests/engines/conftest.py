@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gap_export.bundle import Bundle, open_bundle, write_bundle
-from gap_export.manifest import GraphSpec, Manifest, TensorSpec
+from gap_export.spec.manifest import GraphSpec, Manifest, TensorSpec
 from tests.engines.bundles import SKIP_RTX, SM89, copy_for_engines, for_engines
 from tests.shared import SharedFolder
 

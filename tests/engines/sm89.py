@@ -14,7 +14,7 @@ from gap_export.engines.compile import BuildPlace, view_graph
 from gap_export.engines.inspect import NetworkView
 from gap_export.engines.library import library_for
 from gap_export.engines.log import log_of
-from gap_export.manifest import GraphSpec
+from gap_export.spec.manifest import GraphSpec
 from tests.engines.bundles import SKIP_RTX, SM89
 
 trt = pytest.importorskip("tensorrt_rtx", reason=SKIP_RTX)

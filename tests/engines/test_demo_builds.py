@@ -13,7 +13,7 @@ from gap_export.engines.folder import EngineFolder, read_engine_folder
 from gap_export.engines.inspect import check_interface
 from gap_export.engines.targets import parse_targets
 from gap_export.errors import UsageError
-from gap_export.manifest import QuantizationSpec
+from gap_export.spec.manifest import QuantizationSpec
 from tests.engines.bundles import SKIP_RTX, SM89
 from tests.engines.gap_walk import assert_rope_sees_remapped_ids
 from tests.engines.sm89 import view_component

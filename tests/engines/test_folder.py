@@ -19,7 +19,7 @@ from gap_export.engines.folder import (
 )
 from gap_export.engines.plan import PLAN_NAME, hash_plan
 from gap_export.errors import BundleError, UsageError
-from gap_export.manifest import Manifest
+from gap_export.spec.manifest import Manifest
 
 FOLDER = "rtx-sm89"
 

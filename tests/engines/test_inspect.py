@@ -16,7 +16,7 @@ from gap_export.engines.inspect import (
 )
 from gap_export.engines.log import log_of
 from gap_export.errors import EngineError
-from gap_export.manifest import GraphSpec, TensorSpec
+from gap_export.spec.manifest import GraphSpec, TensorSpec
 from tests.engines.bundles import SKIP_RTX
 from tests.engines.gap_walk import (
     assert_rope_sees_remapped_ids,

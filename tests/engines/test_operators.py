@@ -8,7 +8,7 @@ import pytest
 
 from gap_export.engines.operators import RELEASES, Release, oldest_release
 from gap_export.engines.targets import TARGETS
-from gap_export.passes.lowering import FUSED_OPERATORS, PORTABLE_OPERATORS
+from gap_export.graph.lowering import FUSED_OPERATORS, PORTABLE_OPERATORS
 from tests.engines.one_node import NODES, make_model
 
 DTYPES = ("float32", "float16", "bfloat16", "int32", "int64", "bool")

@@ -17,7 +17,7 @@ from gap_export.engines.plan import (
     parse_plan,
 )
 from gap_export.errors import BundleError
-from gap_export.manifest import EngineLimits, QuantizationSpec
+from gap_export.spec.manifest import EngineLimits, QuantizationSpec
 
 RANGE = ShapeRange(min=(1, 1), opt=(1, 4), max=(2, 8))
 ENGINE = EngineSpec(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gap_export.engines.plan import ProfileSpec
 from gap_export.engines.profiles import cache_capacity, check_cache_capacity, make_profiles
 from gap_export.errors import BundleError, UsageError
-from gap_export.manifest import (
+from gap_export.spec.manifest import (
     EngineLimits,
     GraphSpec,
     TensorSpec,

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from gap_export.bundle import Bundle, open_bundle
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.engines.build import build_engines
 from gap_export.engines.plan import EngineSpec
-from gap_export.manifest import QuantizationSpec
-from gap_export.recipe import Recipe, find_recipe
-from gap_export.source import Checkpoint
+from gap_export.spec.manifest import QuantizationSpec
+from gap_export.spec.recipe import Recipe, find_recipe
 from tests.engines.bundles import SKIP_RTX, SM89
 from tests.engines.gap_walk import assert_rope_sees_remapped_ids
 from tests.engines.sm89 import view_component
@@ -111,7 +111,7 @@ def recipe_of(case: Case) -> Recipe:
 
 def export(recipe: Recipe, out: Path, quantization: QuantizationSpec | None) -> Bundle:
     """The fused graphs and nothing built: the export itself would build all components."""
-    from gap_export.pipeline import ExportOptions, export_checkpoint
+    from gap_export.exporting import ExportOptions, export_checkpoint
 
     options = ExportOptions(
         model=recipe.name,

@@ -8,7 +8,13 @@ import pytest
 
 from gap_export.errors import UsageError
 from gap_export.evaluation.baseline import check_baseline
-from gap_export.manifest import QuantizationSpec, QuestionSpec, SourceFile, SourcePart, SourceSpec
+from gap_export.spec.manifest import (
+    QuantizationSpec,
+    QuestionSpec,
+    SourceFile,
+    SourcePart,
+    SourceSpec,
+)
 
 
 def unpruned(manifest, **source):

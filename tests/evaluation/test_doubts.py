@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gap_export.evaluation.doubts import find_doubts
-from gap_export.manifest import BoxSpec
+from gap_export.spec.manifest import BoxSpec
 from tests.evaluation.answers import ANGLED, WHOLE, record
 
 THOUSAND = BoxSpec(syntax="bracketed", scale=1000.0, frame="image")

@@ -16,9 +16,9 @@ from PIL import Image
 from gap_export.errors import ImageError, OutputError, UsageError
 from gap_export.evaluation import evaluate
 from gap_export.evaluation.evaluate import Asking, evaluate_bundle, evaluate_model
-from gap_export.evaluation.report import SCHEMA_FILE
-from gap_export.manifest import EngineLimits
-from gap_export.pipeline import ExportOptions, export_checkpoint, export_model, resolve_options
+from gap_export.exporting import ExportOptions, export_checkpoint, export_model, resolve_options
+from gap_export.report.evaluation import SCHEMA_FILE
+from gap_export.spec.manifest import EngineLimits
 from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 

@@ -22,16 +22,16 @@ from gap_export.evaluation.measure import (
 from gap_export.evaluation.questions import PictureSource
 from gap_export.evaluation.settings import pruned_settings, whole_settings
 from gap_export.evaluation.workers import Shard, cut_shards
-from gap_export.manifest import (
+from gap_export.runtime import session as session_module
+from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.runtime.session import GroundingSession
+from gap_export.spec.manifest import (
     GridSpec,
     PromptSpec,
     QuestionSpec,
     TextEncoderSpec,
     parse_manifest,
 )
-from gap_export.runtime import session as session_module
-from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from gap_export.runtime.session import GroundingSession
 
 QUESTIONS = open_dataset("refshapes", samples=6, seed=0).questions
 

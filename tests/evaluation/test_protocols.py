@@ -14,7 +14,7 @@ from gap_export.errors import UsageError
 from gap_export.evaluation.protocols import PROTOCOLS, applicable, resolve_protocol
 from gap_export.evaluation.records import Record
 from gap_export.families import native_protocol
-from gap_export.manifest import BoxSpec
+from gap_export.spec.manifest import BoxSpec
 from tests.evaluation.answers import ANGLED, PADDED, WHOLE, question, record
 
 OURS, OWN, LMMS, SHIKRA, MINIGPT, VLM = PROTOCOLS.values()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from gap_export.recipe import CheckpointPart, CheckpointSource, HubRepository, Recipe
+from gap_export.spec.recipe import CheckpointPart, CheckpointSource, HubRepository, Recipe
 from tests.conftest import _write_tokenizer
 
 Format = Literal["safetensors", "safetensors-sharded", "bin", "bin-sharded"]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from gap_export.families import Reference
-from gap_export.positions import compact_positions, gap_remap, slots_from_mask
+from gap_export.spec.positions import compact_positions, gap_remap, slots_from_mask
 
 ATOL = 1e-4
 # How far compact positions must be off, in logits of size O(1).

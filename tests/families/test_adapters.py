@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import CheckpointError
 from gap_export.families import build_reference, resolve_pruning
-from gap_export.recipe import Recipe, load_recipe
-from gap_export.source import Checkpoint
+from gap_export.spec.recipe import Recipe, load_recipe
 from tests.families.llava_layouts import (
     make_adapters,
     take_apart,
@@ -190,7 +190,7 @@ def test_half_an_adapter_is_refused(tmp_path, tiny_checkpoint, name, said):
 
 
 def made_whole(tmp_path: Path, tiny_recipe: Recipe, theirs: Any) -> tuple[Recipe, dict[str, Path]]:
-    from gap_export.recipe import find_recipe
+    from gap_export.spec.recipe import find_recipe
 
     name = "refshapes-minigpt-v2"
     return find_recipe(name)[0], {"main": copy_of(name, tmp_path / "m")}

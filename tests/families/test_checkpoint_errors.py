@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import CheckpointError, ExitCode, RecipeError
 from gap_export.families import build_reference, resolve_pruning
-from gap_export.families.checkpoints.matching import check_config_readable, look_at
-from gap_export.source import Checkpoint
+from gap_export.families.common.checkpoints.matching import check_config_readable, look_at
 
 LAYER = "language_model.model.layers.1.mlp.up_proj.weight"
 

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 from transformers import LlavaConfig, LlavaNextConfig
 
-from gap_export.architecture import Architecture, DecoderShape, ProjectorShape, VisionShape
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import CheckpointError
 from gap_export.families import read_source
-from gap_export.families.checkpoints.configs import (
+from gap_export.families.common.checkpoints.configs import (
     check_architecture,
     clip_vision_shape,
     decoder_shape,
 )
-from gap_export.manifest import GridSpec
-from gap_export.recipe import Recipe, find_recipe, load_recipe
-from gap_export.source import Checkpoint
+from gap_export.spec.architecture import Architecture, DecoderShape, ProjectorShape, VisionShape
+from gap_export.spec.manifest import GridSpec
+from gap_export.spec.recipe import Recipe, find_recipe, load_recipe
 from tests.families.tiny_llava_next import plain_recipe
 
 FILE = Path("config.json")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gap_export.checkpoint.weights import index_pickle, reshaped
 from gap_export.errors import CheckpointError
-from gap_export.families.checkpoints.eva_vit import interpolated_positions, read_eva_tower
-from gap_export.families.modules.eva_vision import EvaVisionTower
-from gap_export.weights import index_pickle, reshaped
+from gap_export.families.minigpt_v2.eva_checkpoint import interpolated_positions, read_eva_tower
+from gap_export.families.minigpt_v2.eva_vision import EvaVisionTower
 from tests.families.llava_layouts import State
 from tests.families.tiny_minigpt_v2 import (
     HEADS,

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlavaConfig
 
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import CheckpointError
 from gap_export.families import build_reference, resolve_pruning
-from gap_export.families.checkpoints.matching import build_config
-from gap_export.source import Checkpoint
+from gap_export.families.common.checkpoints.matching import build_config
 
 
 def refusal(

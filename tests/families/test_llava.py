@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.families import Reference, build_reference, resolve_pruning
-from gap_export.recipe import load_recipe
-from gap_export.source import Checkpoint
+from gap_export.spec.recipe import load_recipe
 from tests.families.masked_oracle import logits_of_every_token
 
 PRUNERS = ("cls", "text", "random", "spatial", "fastervlm")
@@ -199,7 +199,7 @@ def test_meta_reference_reads_no_weight(tiny_checkpoint, tiny_graphs, monkeypatc
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("gap_export.weights.safetensors.read_tensor", forbidden)
+    monkeypatch.setattr("gap_export.checkpoint.weights.safetensors.read_tensor", forbidden)
     checkpoint, pruning = Checkpoint.of(tiny_checkpoint), tiny_graphs.pruning("text")
     with pytest.raises(AssertionError, match="a weight was read"):
         build_reference(tiny_graphs.recipe, checkpoint, pruning, device="cpu")

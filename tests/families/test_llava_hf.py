@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import CheckpointError
+from gap_export.exporting.torch_backend import TorchBackend
 from gap_export.families import Reference, build_reference, resolve_pruning
-from gap_export.parity.torch_backend import TorchBackend
-from gap_export.recipe import load_recipe
-from gap_export.source import Checkpoint
+from gap_export.spec.recipe import load_recipe
 from tests.families import rewriting
 from tests.families.llava_layouts import write_state
 from tests.families.tiny_llava_next import write_llava_next

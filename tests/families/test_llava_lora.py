@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from gap_export.checkpoint.find.source import Checkpoint
+from gap_export.checkpoint.weights import DerivedWeight, PickledTensor, TensorRef
 from gap_export.errors import CheckpointError
 from gap_export.families import Reference, build_reference, read_source, resolve_pruning
-from gap_export.recipe import Recipe
-from gap_export.source import Checkpoint
-from gap_export.weights import DerivedWeight, PickledTensor, TensorRef
+from gap_export.spec.recipe import Recipe
 from tests.families.llava_layouts import (
     LINEARS,
     Pieces,

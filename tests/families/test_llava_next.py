@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families import Reference, build_reference, resolve_pruning
-from gap_export.positions import TiledTokens, VisualSpan, arrange_tiles, build_kept_positions
-from gap_export.recipe import Recipe, load_recipe
 from gap_export.runtime.image import prepare_image
-from gap_export.source import Checkpoint
+from gap_export.spec.positions import TiledTokens, VisualSpan, arrange_tiles, build_kept_positions
+from gap_export.spec.recipe import Recipe, load_recipe
 from tests.families import rewriting
 from tests.families.masked_oracle import (
     check_masked_oracle,

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from gap_export.checkpoint.find.source import Checkpoint
+from gap_export.checkpoint.weights import DerivedWeight, PickledTensor, TensorRef
 from gap_export.errors import CheckpointError
 from gap_export.families import Reference, build_reference, read_source, resolve_pruning
-from gap_export.manifest import TilesSpec
-from gap_export.recipe import Recipe, load_recipe
-from gap_export.source import Checkpoint
-from gap_export.weights import DerivedWeight, PickledTensor, TensorRef
+from gap_export.spec.manifest import TilesSpec
+from gap_export.spec.recipe import Recipe, load_recipe
 from tests.families.llava_layouts import (
     Pieces,
     edit_json,

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from gap_export.checkpoint.find.source import Checkpoint
+from gap_export.checkpoint.weights import DerivedWeight
 from gap_export.errors import CheckpointError, ExitCode, RecipeError, UnsupportedPrunerError
 from gap_export.families import (
     Reference,
@@ -20,13 +22,11 @@ from gap_export.families import (
     resolve_pruning,
     supported_pruners,
 )
-from gap_export.manifest import GridSpec
-from gap_export.positions import VisualSpan, build_kept_positions
 from gap_export.pruning import PRESETS
-from gap_export.recipe import Recipe
 from gap_export.runtime.prompt import PromptEncoder
-from gap_export.source import Checkpoint
-from gap_export.weights import DerivedWeight
+from gap_export.spec.manifest import GridSpec
+from gap_export.spec.positions import VisualSpan, build_kept_positions
+from gap_export.spec.recipe import Recipe
 from tests.families.llava_layouts import State
 from tests.families.masked_oracle import (
     check_masked_oracle,
@@ -194,7 +194,7 @@ def test_meta_reference_loads_no_weight(recipe, shared_parts, monkeypatch):
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr(DerivedWeight, "load", forbidden)
-    monkeypatch.setattr("gap_export.weights.safetensors.map_bytes", forbidden)
+    monkeypatch.setattr("gap_export.checkpoint.weights.safetensors.map_bytes", forbidden)
     for component in build(recipe, shared_parts, device="meta").components:
         assert all(parameter.is_meta for parameter in component.module.parameters())
         assert set(component.weight_refs) == set(component.module.state_dict())

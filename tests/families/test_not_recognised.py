@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gap_export.checkpoint.find.source import Checkpoint, resolve_model
 from gap_export.errors import CheckpointError
 from gap_export.families import read_source
-from gap_export.recipe import find_recipe, load_recipe
-from gap_export.source import Checkpoint, resolve_model
+from gap_export.spec.recipe import find_recipe, load_recipe
 from tests.families.tiny_minigpt_v2 import minigpt_recipe, write_trained
 
 NAME = "minigptv2_checkpoint.pth"

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import UsageError
 from gap_export.families import build_reference, find_family, read_source, resolve_pruning
-from gap_export.families.reference import Reference
-from gap_export.recipe import Recipe, load_recipe
-from gap_export.source import Checkpoint
+from gap_export.families.common.reference import Reference
+from gap_export.spec.recipe import Recipe, load_recipe
 from tests.families.tiny_llava_next import write_llava_next
 
 
@@ -71,7 +71,7 @@ def test_meta_model_draws_nothing(recipe, monkeypatch):
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("a weight was drawn")
 
-    monkeypatch.setattr("gap_export.weights.weight.DerivedWeight.load", forbidden)
+    monkeypatch.setattr("gap_export.checkpoint.weights.weight.DerivedWeight.load", forbidden)
     with pytest.raises(AssertionError, match="a weight was drawn"):
         drawn(recipe)
     assert all(tensor.is_meta for tensor in tensors(drawn(recipe, device="meta")))

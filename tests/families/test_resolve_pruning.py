@@ -7,9 +7,9 @@ import pytest
 
 from gap_export.errors import ExitCode, RecipeError, UnsupportedPrunerError, UsageError
 from gap_export.families import resolve_pruning, supported_pruners
-from gap_export.manifest import GridSpec
 from gap_export.pruning import PRESETS
-from gap_export.recipe import Recipe
+from gap_export.spec.manifest import GridSpec
+from gap_export.spec.recipe import Recipe
 from tests.families.tiny_llava_next import plain_recipe
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from gap_export.checkpoint.find.source import Checkpoint
+from gap_export.checkpoint.weights import DerivedWeight
 from gap_export.errors import CheckpointError, ExitCode, RecipeError
 from gap_export.families import (
     Reference,
@@ -21,11 +23,9 @@ from gap_export.families import (
     resolve_pruning,
     supported_pruners,
 )
-from gap_export.positions import VisualSpan, build_kept_positions
-from gap_export.recipe import Recipe
 from gap_export.runtime.prompt import PromptEncoder
-from gap_export.source import Checkpoint
-from gap_export.weights import DerivedWeight
+from gap_export.spec.positions import VisualSpan, build_kept_positions
+from gap_export.spec.recipe import Recipe
 from tests.families.masked_oracle import (
     check_masked_oracle,
     logits_of_every_token,

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families import read_source
-from gap_export.recipe import find_recipe
-from gap_export.source import Checkpoint
+from gap_export.spec.recipe import find_recipe
 
 DEMOS = ("refshapes-shikra", "refshapes-minigpt-v2")
 

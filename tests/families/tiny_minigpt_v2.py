@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from gap_export.architecture import Architecture, DecoderShape, ProjectorShape, VisionShape
-from gap_export.recipe import Recipe, find_recipe
+from gap_export.spec.architecture import Architecture, DecoderShape, ProjectorShape, VisionShape
+from gap_export.spec.recipe import Recipe, find_recipe
 from tests.conftest import VOCABULARY, _randomise, _write_tokenizer
 from tests.families.llava_layouts import Format, State, write_json, write_state
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gap_export.recipe import Recipe, find_recipe
+from gap_export.spec.recipe import Recipe, find_recipe
 from tests.conftest import VOCABULARY, _randomise, _write_tokenizer
 from tests.families.llava_layouts import Format, State, write_json, write_state
 

@@ -49,7 +49,7 @@ def engine_bundle(
     from gap_export.engines.build import build_engines
     from gap_export.engines.folder import engine_folders
     from gap_export.engines.targets import parse_targets
-    from gap_export.pipeline import ExportOptions, export_model
+    from gap_export.exporting import ExportOptions, export_model
 
     (choice,) = parse_targets([target])
     if all(request.param not in platform.lowerings for platform in choice.target.platforms):

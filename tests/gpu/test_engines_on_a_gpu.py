@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gap_export.checkpoint.find.source import resolve_source
 from gap_export.evaluation.refshapes import iter_samples
 from gap_export.parity.question import Question
 from gap_export.runtime.device import CudaDevice, DeviceMemory
 from gap_export.runtime.session import GroundingSession
-from gap_export.source import resolve_source
 from tests.parity.checking import check_with_torch, level_of
 
 NUM_EXPRESSIONS = 50

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.bundle import open_bundle
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.parity.check import check_bundle
 from gap_export.parity.question import Question
 from gap_export.parity.results import CheckReport, Level, LevelResult, TensorRow
 from gap_export.parity.truth import TorchTruth
-from gap_export.recipe import Recipe
-from gap_export.source import Checkpoint
+from gap_export.spec.recipe import Recipe
 
 
 def check_with_torch(

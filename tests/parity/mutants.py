@@ -21,8 +21,8 @@ from onnx import TensorProto, helper
 
 from gap_export.bundle import open_bundle, write_bundle
 from gap_export.bundle.files import HASH_NAME
-from gap_export.manifest import MANIFEST_NAME, Manifest
 from gap_export.parity.results import Level
+from gap_export.spec.manifest import MANIFEST_NAME, Manifest
 
 DECODER, VISION = "decoder_model_merged", "vision_encoder"
 # What the bundle's own graphs call things.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gap_export.bundle import open_bundle
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import (
     BundleError,
     GapExportError,
@@ -18,7 +19,7 @@ from gap_export.errors import (
     ParityError,
     UsageError,
 )
-from gap_export.manifest import EngineLimits
+from gap_export.exporting.torch_backend import TorchBackend
 from gap_export.parity import check as check_module
 from gap_export.parity.check import check_bundle, needs_reference
 from gap_export.parity.golden import open_golden
@@ -26,11 +27,10 @@ from gap_export.parity.inside.look import Inside
 from gap_export.parity.question import Question
 from gap_export.parity.record import record_truth
 from gap_export.parity.results import LEVELS
-from gap_export.parity.tolerances import TOLERANCES
-from gap_export.parity.torch_backend import TorchBackend
 from gap_export.parity.truth import GoldenTruth, TorchTruth
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from gap_export.source import Checkpoint
+from gap_export.spec.manifest import EngineLimits
+from gap_export.spec.tolerances import TOLERANCES
 from tests.parity import mutants
 from tests.parity.checking import failed_outputs, level_of, outputs, statuses
 from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
-from gap_export.manifest import QuestionSpec, TextEncoderSpec
 from gap_export.parity.facts import find_other_facts
+from gap_export.spec.manifest import QuestionSpec, TextEncoderSpec
 
 QUESTION = QuestionSpec(start="USER:", end="ASSISTANT:", image="<image>")
 

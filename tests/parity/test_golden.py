@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from gap_export.bundle import open_bundle
 from gap_export.errors import OutputError, UsageError
-from gap_export.manifest import QuantizationSpec
+from gap_export.exporting.torch_backend import TorchBackend
 from gap_export.parity.golden import (
     Golden,
     ReferenceFacts,
@@ -29,8 +29,8 @@ from gap_export.parity.golden import (
 from gap_export.parity.golden.playback import check_holds_together
 from gap_export.parity.question import Question
 from gap_export.parity.replay import Call, RecordingBackend
-from gap_export.parity.torch_backend import TorchBackend
 from gap_export.runtime.session import GroundingSession
+from gap_export.spec.manifest import QuantizationSpec
 from gap_export.version import __version__
 from tests.cli.conftest import *  # noqa: F403 - its fixtures
 from tests.programs import run_program

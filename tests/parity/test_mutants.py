@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.parity import check as check_module
 from gap_export.parity.inside.look import Inside
 from gap_export.parity.question import Question
 from gap_export.parity.results import LEVELS
-from gap_export.source import Checkpoint
 from tests.parity.checking import check_with_torch, statuses
 from tests.parity.mutants import (
     CAUGHT_AT,

@@ -13,22 +13,8 @@ import pytest
 import torch
 
 from gap_export.bundle import open_bundle, write_bundle
-from gap_export.errors import BundleError
-from gap_export.families import Reference, build_reference, resolve_pruning
-from gap_export.manifest import EngineLimits, QuantizationSpec
-from gap_export.parity import check as check_module
-from gap_export.parity import quantized
-from gap_export.parity.inside.look import Inside
-from gap_export.parity.quantized import use_quantized_weights
-from gap_export.parity.question import Question
-from gap_export.parity.results import CheckReport
-from gap_export.parity.tolerances import COMPUTED_WEIGHT
-from gap_export.pipeline import ExportOptions, export_model
-from gap_export.progress import SilentProgress
-from gap_export.quantization import SCALES_NAME, linear_keys
-from gap_export.recipe import Recipe
-from gap_export.source import Checkpoint
-from gap_export.weights import (
+from gap_export.checkpoint.find.source import Checkpoint
+from gap_export.checkpoint.weights import (
     QUANTIZED_NAME,
     DerivedWeight,
     Weight,
@@ -36,6 +22,20 @@ from gap_export.weights import (
     read_header,
     store_quantized,
 )
+from gap_export.errors import BundleError
+from gap_export.exporting import ExportOptions, export_model
+from gap_export.exporting.quantization import SCALES_NAME, linear_keys
+from gap_export.families import Reference, build_reference, resolve_pruning
+from gap_export.parity import check as check_module
+from gap_export.parity import quantized
+from gap_export.parity.inside.look import Inside
+from gap_export.parity.quantized import use_quantized_weights
+from gap_export.parity.question import Question
+from gap_export.parity.results import CheckReport
+from gap_export.progress import SilentProgress
+from gap_export.spec.manifest import EngineLimits, QuantizationSpec
+from gap_export.spec.recipe import Recipe
+from gap_export.spec.tolerances import COMPUTED_WEIGHT
 from tests.parity.checking import check_with_torch, failed_outputs, outputs
 from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
 

@@ -10,7 +10,7 @@ import pytest
 from gap_export.parity.compare import compare_selections, pair_features
 from gap_export.parity.replay import Call
 from gap_export.parity.tally import Tally
-from gap_export.parity.tolerances import TOLERANCES
+from gap_export.spec.tolerances import TOLERANCES
 
 KEEP = np.arange(0, 200, 2, dtype=np.int64)[None]
 RNG = np.random.default_rng(0)

@@ -18,10 +18,10 @@ from gap_export import GroundingSession
 from gap_export.bundle import open_bundle
 from gap_export.errors import OutputError, UsageError
 from gap_export.evaluation.evaluate import evaluate_bundle
-from gap_export.manifest import GridSpec
 from gap_export.parity.patched.masked_oracle import compare_with_unpatched
 from gap_export.patching import PatchOptions, patch_export
-from gap_export.places import lattice_places
+from gap_export.spec.manifest import GridSpec
+from gap_export.spec.places import lattice_places
 from tests.programs import run_program
 
 EXPRESSIONS = ["the red circle", "the small blue star above the circle"]

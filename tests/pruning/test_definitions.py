@@ -13,11 +13,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gap_export.manifest import GridSpec, PruningSpec
 from gap_export.pruning import PRESETS, ChoosingPruner, VisionState
 from gap_export.pruning.emit import emit_scored
 from gap_export.pruning.extra import add_up_dropped, place_extra
 from gap_export.pruning.select import is_among, put_in_order, take_smallest
+from gap_export.spec.manifest import GridSpec, PruningSpec
 from tests.pruning import slow
 
 WIDTH = 16

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from gap_export.families.modules.pruned_vision import (
+from gap_export.exporting.trace import save_graph, trace_component
+from gap_export.families.common.modules.pruned_vision import (
     JointSpace,
     PrunedVisionEncoder,
     ScoredVisionEncoder,
@@ -22,16 +23,15 @@ from gap_export.families.modules.pruned_vision import (
     VisionFeatures,
     VisionParts,
 )
-from gap_export.families.reference import Component
-from gap_export.manifest import GridSpec, PruningSpec, TensorSpec
-from gap_export.passes import PIPELINES, run_pipeline
-from gap_export.positions import (
+from gap_export.families.common.reference import Component
+from gap_export.graph.passes import PIPELINES, run_pipeline
+from gap_export.pruning import PRESETS, FixedPruner, ScoringPruner, find_preset
+from gap_export.spec.manifest import GridSpec, PruningSpec, TensorSpec
+from gap_export.spec.positions import (
     VisualSpan,
     build_kept_positions,
     compact_positions,
 )
-from gap_export.pruning import PRESETS, FixedPruner, ScoringPruner, find_preset
-from gap_export.trace import save_graph, trace_component
 
 GRID = GridSpec(rows=6, cols=7)
 N, WIDTH, HIDDEN, KEPT = 42, 16, 16, 13

@@ -11,8 +11,8 @@ import pytest
 
 from gap_export.bundle import open_bundle
 from gap_export.errors import GapExportError, MissingDependencyError, UsageError
+from gap_export.exporting import ExportOptions, export_model
 from gap_export.families import supported_pruners
-from gap_export.pipeline import ExportOptions, export_model
 from gap_export.pruning import (
     FixedPruner,
     Preset,

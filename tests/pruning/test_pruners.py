@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gap_export.errors import UsageError
-from gap_export.manifest import GridSpec
-from gap_export.positions import num_kept_tokens
 from gap_export.pruning import PRESETS, FixedPruner, VisionState, find_pruner
+from gap_export.spec.manifest import GridSpec
+from gap_export.spec.positions import num_kept_tokens
 
 SIZES = [(144, 12, 12), (576, 24, 24)]
 

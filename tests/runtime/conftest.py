@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gap_export.manifest import Manifest, TensorPlace, TextEncoderSpec, TilesSpec
-from gap_export.positions import gap_remap
+from gap_export.spec.manifest import Manifest, TensorPlace, TextEncoderSpec, TilesSpec
+from gap_export.spec.positions import gap_remap
 
 
 @dataclass

@@ -9,14 +9,14 @@ import pytest
 
 from gap_export.bundle import open_bundle
 from gap_export.bundle.files import HASH_NAME, hash_line
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.cli._describe import describe_tokens
 from gap_export.engines.profiles import make_profiles
 from gap_export.errors import BundleError, UsageError
-from gap_export.manifest import MANIFEST_NAME, EngineLimits
 from gap_export.parity.question import Question
 from gap_export.runtime.backend import EncodedImage
 from gap_export.runtime.session import GroundingSession
-from gap_export.source import Checkpoint
+from gap_export.spec.manifest import MANIFEST_NAME, EngineLimits
 from tests.parity.checking import check_with_torch, outputs
 from tests.pruning import slow
 from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines

@@ -7,9 +7,9 @@ from typing import Literal
 
 import pytest
 
-from gap_export.manifest import BoxSpec, Manifest
 from gap_export.runtime.answers import read_answer
 from gap_export.runtime.geometry import ImageGeometry
+from gap_export.spec.manifest import BoxSpec, Manifest
 
 
 def spec(scale: float, syntax: Literal["bracketed", "angled"] = "bracketed") -> BoxSpec:

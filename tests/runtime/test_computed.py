@@ -11,10 +11,10 @@ import pytest
 from onnx import helper
 
 from gap_export.errors import ComputationError
-from gap_export.manifest import Manifest
 from gap_export.runtime.backend import Backend, EncodedImage, ScoredImage
 from gap_export.runtime.computed import check_computed, choose_tokens
 from gap_export.runtime.session import GroundingSession
+from gap_export.spec.manifest import Manifest
 from tests.parity.mutants import add_constant, rewrite_graph
 
 INF, NAN = np.inf, np.nan
@@ -195,8 +195,8 @@ def test_a_decoder_that_overflows_is_refused_by_ground_and_fails_the_check(
     tiny_checkpoint: Path, tiny_recipe: Any, exports: Any, tmp_path: Path, run_ground: Any,
     dtype: str,
 ) -> None:  # fmt: skip
+    from gap_export.checkpoint.find.source import Checkpoint
     from gap_export.parity.question import Question
-    from gap_export.source import Checkpoint
     from tests.parity.checking import check_with_torch, statuses
 
     def overflow(model: Any) -> None:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from gap_export.errors import UsageError
-from gap_export.manifest import Manifest
 from gap_export.runtime.generation import (
     DecoderPrompt,
     PromptRow,
     assemble_prompt,
     generate,
 )
+from gap_export.spec.manifest import Manifest
 
 MakeBackend = Callable[[Manifest], Any]
 HIDDEN, NUM_VISUAL = 8, 16

@@ -16,8 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gap_export.bundle import open_bundle, write_bundle
 from gap_export.errors import BundleError, UsageError
-from gap_export.manifest import GraphSpec, Manifest, TensorPlace, TensorSpec
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.spec.manifest import GraphSpec, Manifest, TensorPlace, TensorSpec
 from tests.programs import run_program
 
 CPU = ["CPUExecutionProvider"]

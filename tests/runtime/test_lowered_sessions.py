@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gap_export.bundle import Bundle, open_bundle
+from gap_export.checkpoint.find.source import resolve_source
 from gap_export.evaluation.refshapes import iter_samples
 from gap_export.parity.check import check_bundle
 from gap_export.parity.golden import open_golden
@@ -19,7 +20,6 @@ from gap_export.parity.question import Question
 from gap_export.parity.record import record_truth
 from gap_export.parity.truth import GoldenTruth, TorchTruth
 from gap_export.runtime.session import GroundingSession
-from gap_export.source import resolve_source
 from tests.parity.checking import check_with_torch, statuses
 from tests.runtime.fake_tensorrt import use_fakes, write_engines
 from tests.shared import SharedExports

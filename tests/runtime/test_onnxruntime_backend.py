@@ -17,12 +17,12 @@ import pytest
 
 from gap_export.bundle import Bundle, open_bundle, write_bundle
 from gap_export.errors import BundleError, GapExportError, UsageError
-from gap_export.manifest import Manifest, QuantizationSpec
-from gap_export.parity.tolerances import TOLERANCES
 from gap_export.runtime import onnxruntime_backend
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.onnxruntime_options import session_options
 from gap_export.runtime.session import GroundingSession
+from gap_export.spec.manifest import Manifest, QuantizationSpec
+from gap_export.spec.tolerances import TOLERANCES
 from tests.programs import run_program
 from tests.shared import SharedExports
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from gap_export.errors import BundleError, ExpressionError
-from gap_export.manifest import Manifest, PromptSpec
 from gap_export.runtime.prompt import PromptEncoder
+from gap_export.spec.manifest import Manifest, PromptSpec
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
 from gap_export.errors import BundleError, ExpressionError
-from gap_export.manifest import Manifest, PromptSpec
 from gap_export.runtime.prompt import PromptEncoder
+from gap_export.spec.manifest import Manifest, PromptSpec
 
 LLAVA_TEMPLATE = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "

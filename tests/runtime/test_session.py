@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from gap_export.errors import BundleError, ExpressionError, GapExportError, ImageError
-from gap_export.manifest import BoxSpec, Manifest
-from gap_export.positions import TileTokens
 from gap_export.runtime.geometry import Frame
 from gap_export.runtime.prompt import PromptEncoder
 from gap_export.runtime.session import GroundingSession
+from gap_export.spec.manifest import BoxSpec, Manifest
+from gap_export.spec.positions import TileTokens
 
 MakeBackend = Callable[[Manifest], Any]
 EXPRESSIONS = ["the star", "the small red circle above the star", "blue square", "the star"]

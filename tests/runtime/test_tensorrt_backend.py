@@ -14,12 +14,12 @@ from gap_export.bundle import Bundle, open_bundle
 from gap_export.engines.plan import EngineSpec, parse_plan
 from gap_export.errors import BundleError, GapExportError, UsageError
 from gap_export.evaluation.refshapes import iter_samples
-from gap_export.manifest import EngineLimits
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.session import GroundingSession
 from gap_export.runtime.tensorrt_backend import TensorRTBackend
 from gap_export.runtime.tensorrt_engine import MAX_CAPTURED_GRAPHS
 from gap_export.runtime.tensorrt_loading import choose_engines
+from gap_export.spec.manifest import EngineLimits
 from tests.runtime.fake_gpu import FakeDevice
 from tests.runtime.fake_tensorrt import (
     CudaGraphStrategy,

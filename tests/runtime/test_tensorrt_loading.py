@@ -18,10 +18,10 @@ from gap_export.errors import (
     MissingDependencyError,
     UsageError,
 )
-from gap_export.manifest import EngineLimits
 from gap_export.runtime.device import DeviceMemory
 from gap_export.runtime.session import GroundingSession
 from gap_export.runtime.tensorrt_loading import ChosenEngines, EngineLoader, choose_engines
+from gap_export.spec.manifest import EngineLimits
 from tests.runtime.fake_gpu import FakeDevice
 from tests.runtime.fake_tensorrt import (
     FakeModule,

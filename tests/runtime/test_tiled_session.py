@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from gap_export.errors import BundleError, ExpressionError
-from gap_export.manifest import Manifest
-from gap_export.positions import TileTokens
 from gap_export.runtime.drawing import draw_grounding
 from gap_export.runtime.image import load_image, prepare_image
 from gap_export.runtime.session import GroundingSession
+from gap_export.spec.manifest import Manifest
+from gap_export.spec.positions import TileTokens
 
 MakeBackend = Callable[[Manifest], Any]
 MakeSession = Callable[..., GroundingSession]

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gap_export.manifest import BoxSpec
 from gap_export.runtime import answers
 from gap_export.runtime.boxes import ParsedBox, parse_answer, parse_box
 from gap_export.runtime.geometry import ImageGeometry
+from gap_export.spec.manifest import BoxSpec
 
 PADDED = BoxSpec(syntax="bracketed", scale=1.0, frame="padded_square")
 ANGLED = BoxSpec(syntax="angled", scale=100.0, frame="image")

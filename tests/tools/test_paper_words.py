@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gap_export.recipe import find_recipe
+from gap_export.spec.recipe import find_recipe
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 

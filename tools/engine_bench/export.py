@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.engines.memory import peak_bytes
-from gap_export.manifest import QuantizationSpec
-from gap_export.pipeline import ExportOptions, export_checkpoint, export_model
+from gap_export.exporting import ExportOptions, export_checkpoint, export_model
 from gap_export.progress import Advance
-from gap_export.recipe import find_recipe
-from gap_export.source import Checkpoint
+from gap_export.spec.manifest import QuantizationSpec
+from gap_export.spec.recipe import find_recipe
 
 # How the stages that matter here are called.
 QUANTIZING = "quantizing weights"

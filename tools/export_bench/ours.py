@@ -17,7 +17,7 @@ _NO_RESIDUAL = ("ReduceMean", "Constant")
 
 def export(checkpoint: str, out: str) -> dict[str, Any]:
     """Export as ``gap-export CHECKPOINT --recipe llava-1.5-7b --keep 0.3 --out OUT`` does."""
-    from gap_export.pipeline import ExportOptions, export_model
+    from gap_export.exporting import ExportOptions, export_model
 
     report = export_model(
         ExportOptions(model=checkpoint, recipe=RECIPE, keep_ratio=0.3, out=Path(out), force=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.pruning import PRESETS, find_preset
-from gap_export.recipe import Recipe
+from gap_export.spec.recipe import Recipe
 
 Row = dict[str, Any]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from readme_figures import interval, percent
 
-from gap_export.recipe import PublishedFigure, list_recipes
+from gap_export.spec.recipe import PublishedFigure, list_recipes
 from paper_report.measured import Measured, Row
 
 KEEPS = (1.0, 0.5, 0.3, 0.1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from gap_export.evaluation.refshapes import IMAGE_SIZE
-from gap_export.families.checkpoints.whole import MODEL_TYPE
+from gap_export.families.common.checkpoints.whole import MODEL_TYPE
 from refshapes_training.designs import LLAVA, MINIGPT_V2, SHIKRA
 from refshapes_training.model import RefShapesModel, decoder_config
 from refshapes_training.towers import PIXEL_MEAN, PIXEL_STD, VISION_LAYERS, vision_config
@@ -63,7 +63,7 @@ def _save_llava(model: RefShapesModel, folder: Path) -> None:
 
 
 def _save_whole(model: RefShapesModel, folder: Path) -> None:
-    """See `gap_export.families.checkpoints.whole`."""
+    """See `gap_export.families.common.checkpoints.whole`."""
     tensors = {
         **_prefixed("tower.", model.vision_tower.state_dict()),
         **_prefixed("projector.", _projector(model)),

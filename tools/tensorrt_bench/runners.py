@@ -50,8 +50,8 @@ def pytorch_cuda(bundle: Path) -> Iterator[tuple[str, Decoder]]:
     """The reference's decoder in PyTorch, in the bundle's dtype."""
     import torch
 
+    from gap_export.checkpoint.find.source import resolve_source
     from gap_export.families import build_reference
-    from gap_export.source import resolve_source
 
     if not torch.cuda.is_available():
         raise UsageError("PyTorch sees no GPU", seen=f"torch {torch.__version__}")

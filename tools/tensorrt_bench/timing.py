@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gap_export.manifest import Manifest
-from gap_export.positions import Int64Array
 from gap_export.runtime.backend import Backend
+from gap_export.spec.manifest import Manifest
+from gap_export.spec.positions import Int64Array
 
 Feed = dict[str, Any]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from gap_export.errors import UsageError
 from gap_export.evaluation.questions import PictureSource, Question
 from gap_export.evaluation.workers import Shard
-from gap_export.manifest import MANIFEST_NAME
+from gap_export.spec.manifest import MANIFEST_NAME
 
 # Of a file: the SHA-256 it must have, None where it only has to be there.
 NodeFiles = Mapping[Path, str | None]

@@ -10,7 +10,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from gap_export.errors import UsageError
-from gap_export.manifest import (
+from gap_export.runtime.grounding import Grounding
+from gap_export.runtime.prompt import TOKENIZER_FILE
+from gap_export.spec.manifest import (
     BoxSpec,
     DecoderSpec,
     GridSpec,
@@ -24,8 +26,6 @@ from gap_export.manifest import (
     from_plain,
     to_plain,
 )
-from gap_export.runtime.grounding import Grounding
-from gap_export.runtime.prompt import TOKENIZER_FILE
 
 GOLDEN_NAME = "golden.json"
 HASH_NAME = f"{GOLDEN_NAME}.sha256"

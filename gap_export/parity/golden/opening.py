@@ -18,7 +18,6 @@ from gap_export.bundle.drafts import find_standing
 from gap_export.bundle.files import sha256_of
 from gap_export.bundle.tensors import read_place
 from gap_export.errors import UsageError
-from gap_export.manifest import Manifest, QuantizationSpec, TensorPlace, differing_fields
 from gap_export.parity.golden.format import (
     GOLDEN_NAME,
     HASH_NAME,
@@ -42,6 +41,7 @@ from gap_export.parity.question import Question
 from gap_export.parity.replay import Call
 from gap_export.runtime.geometry import Box
 from gap_export.runtime.grounding import Grounding
+from gap_export.spec.manifest import Manifest, QuantizationSpec, TensorPlace, differing_fields
 from gap_export.version import __version__
 
 # Far above any real one (a question takes some tens of kilobytes); keeps a hostile one from filling

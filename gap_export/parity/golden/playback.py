@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from gap_export.bundle import Bundle
 from gap_export.errors import GapExportError, UsageError
-from gap_export.manifest import QuantizationSpec, from_plain, to_plain
 from gap_export.parity.golden.format import RECORD_AGAIN, without_scores
 from gap_export.parity.golden.opening import Golden
 from gap_export.parity.replay import Call
-from gap_export.positions import Int64Array
 from gap_export.runtime.backend import EncodedImage, FloatArray, KVCache, ScoredImage
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.session import GroundingSession
+from gap_export.spec.manifest import QuantizationSpec, from_plain, to_plain
+from gap_export.spec.positions import Int64Array
 
 # Two machines may resize a picture to values one level of 255 apart, which the deviation of a
 # colour makes larger.

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from gap_export.bundle.drafts import make_draft_folder, put_in_place, sweep_drafts, sync_tree
 from gap_export.bundle.files import sha256_of
 from gap_export.errors import OutputError, UsageError
-from gap_export.manifest import Manifest, QuantizationSpec
 from gap_export.outputs import check_outside_listings
 from gap_export.parity.golden.format import (
     GOLDEN_NAME,
@@ -42,6 +41,7 @@ from gap_export.parity.question import Question
 from gap_export.parity.replay import Call
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.image import load_image
+from gap_export.spec.manifest import Manifest, QuantizationSpec
 from gap_export.version import __version__
 
 # What a result may depend on.
@@ -207,7 +207,7 @@ class _Arrays:
             OSError: it cannot be written.
         """
         # Not at the top: it imports torch, which reading a golden must not.
-        from gap_export.weights.placing import lay_out, new_file
+        from gap_export.checkpoint.weights.placing import lay_out, new_file
 
         header, placed = lay_out(
             path.name,

@@ -21,7 +21,7 @@ from gap_export.parity.inside.module_taps import Tap, find_taps
 from gap_export.parity.inside.reference_taps import ReferenceTaps
 from gap_export.parity.replay import Call
 from gap_export.parity.results import Divergence, TensorRow
-from gap_export.parity.tolerances import Tolerance
+from gap_export.spec.tolerances import Tolerance
 
 _WHY = "as its dtype's outputs, of the largest value of the tensor"
 

@@ -10,16 +10,21 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from gap_export.checkpoint.weights import (
+    SAFETENSORS_NAMES,
+    TORCH_DTYPES,
+    PlacedTensor,
+    QuantizedPlace,
+)
 from gap_export.errors import ExportError
+from gap_export.exporting.quantization import linear_keys
+from gap_export.exporting.trace import trace_component
 from gap_export.families import Component, build_reference
-from gap_export.manifest import QuantizationSpec
+from gap_export.graph.passes import PIPELINES, run_pipeline
+from gap_export.graph.passes.quantize_linear import QuantizeLinear
 from gap_export.parity.inside.reference_taps import ReferenceTaps
 from gap_export.parity.inside.taps import Graph
-from gap_export.passes import PIPELINES, run_pipeline
-from gap_export.passes.quantize_linear import QuantizeLinear
-from gap_export.quantization import linear_keys
-from gap_export.trace import trace_component
-from gap_export.weights import SAFETENSORS_NAMES, TORCH_DTYPES, PlacedTensor, QuantizedPlace
+from gap_export.spec.manifest import QuantizationSpec
 
 # Which parts of an INT4 weight are initializers of their own.
 _PARTS = ("", ".int4", ".scales")

@@ -15,7 +15,7 @@ from gap_export.parity.inside.module_taps import Tap
 from gap_export.parity.inside.reference_taps import ReferenceCall, ReferenceTaps
 from gap_export.parity.inside.taps import Graph, run_taps
 from gap_export.parity.replay import Call
-from gap_export.parity.tolerances import Tolerance, tolerances_of
+from gap_export.spec.tolerances import Tolerance, tolerances_of
 
 # Values that are looked at in one run: those of a large model fill gigabytes.
 CHUNK = 16

@@ -3,7 +3,7 @@
 Found by structure: whatever turns ids into angles is a Cos or a Sin, or takes rows from a table of
 them. Of the graph only what makes the ids is run, and the ids do not depend on a token or on what
 the cache holds, so that the prompts here are only tables of positions. What must be seen is worked
-out apart from any graph, by :mod:`gap_export.positions`.
+out apart from any graph, by :mod:`gap_export.spec.positions`.
 
 Shape letters: B rows, S fed tokens, P prompt tokens after pruning.
 """
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from gap_export.bundle import Bundle
 from gap_export.errors import BundleError, GapExportError
-from gap_export.manifest import GraphSpec, Manifest
 from gap_export.parity.inside.id_readers import IdReader, find_id_readers
 from gap_export.parity.inside.taps import Graph, run_taps
 from gap_export.parity.results import PositionsRow
-from gap_export.positions import (
+from gap_export.spec.manifest import GraphSpec, Manifest
+from gap_export.spec.positions import (
     Int64Array,
     VisualSpan,
     build_kept_positions,

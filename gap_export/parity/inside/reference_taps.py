@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gap_export.checkpoint.find.source import Checkpoint
+from gap_export.checkpoint.weights import SAFETENSORS_NAMES, TORCH_DTYPES
 from gap_export.errors import UsageError
 from gap_export.families import Component, Reference
-from gap_export.manifest import PruningSpec, QuantizationSpec
 from gap_export.parity.inside.taps import Arrays
 from gap_export.parity.replay import Call
-from gap_export.positions import gap_remap
-from gap_export.recipe import Recipe
-from gap_export.source import Checkpoint
-from gap_export.weights import SAFETENSORS_NAMES, TORCH_DTYPES
+from gap_export.spec.manifest import PruningSpec, QuantizationSpec
+from gap_export.spec.positions import gap_remap
+from gap_export.spec.recipe import Recipe
 
 Side = Literal["input", "output"]
 _KEPT_SLOTS, _NUM_KEPT = "kept_slots", "num_kept_tokens"

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from gap_export.bundle.tensors import read_place
-from gap_export.manifest import TensorPlace
+from gap_export.spec.manifest import TensorPlace
 
 _DTYPES = {
     onnx.TensorProto.FLOAT: "float32",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from gap_export.bundle import Bundle
 from gap_export.parity.inside.positions_seen import PositionsNotRead, read_positions
 from gap_export.parity.results import LevelResult
-from gap_export.positions import Int64Array
+from gap_export.spec.positions import Int64Array
 
 
 def judge_positions(

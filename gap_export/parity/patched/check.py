@@ -8,7 +8,6 @@ from pathlib import Path
 
 from gap_export.bundle import Bundle
 from gap_export.errors import UsageError
-from gap_export.manifest import Manifest
 from gap_export.parity.levels.tensor import judge_tensors
 from gap_export.parity.patched.masked_oracle import MaskedOracleReport, compare_with_unpatched
 from gap_export.parity.question import Question
@@ -21,6 +20,7 @@ from gap_export.parity.results import (
     LevelResult,
 )
 from gap_export.progress import Progress
+from gap_export.spec.manifest import Manifest
 
 _ONNX_RUNTIME_ALONE = "both sides of the comparison with unpatched graphs run in ONNX Runtime"
 _ORACLE_ALONE = (

@@ -23,19 +23,19 @@ from numpy.typing import NDArray
 
 from gap_export.bundle import Bundle, open_bundle
 from gap_export.errors import UsageError
-from gap_export.manifest import Manifest
 from gap_export.parity.patched.unpatched import UnpatchedGraphs
 from gap_export.parity.results import TensorRow, plain_values
 from gap_export.parity.tally import tensor_row
-from gap_export.parity.tolerances import Tolerance, tolerances_of
 from gap_export.parity.uncached import uncached_row
-from gap_export.positions import Int64Array, compact_positions
 from gap_export.progress import Progress, SilentProgress
 from gap_export.runtime.backend import FloatArray
 from gap_export.runtime.generation import DecoderPrompt, PromptRow, assemble_prompt, generate
 from gap_export.runtime.image import ImageInput, load_image, prepare_image
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.prompt import PromptEncoder
+from gap_export.spec.manifest import Manifest
+from gap_export.spec.positions import Int64Array, compact_positions
+from gap_export.spec.tolerances import Tolerance, tolerances_of
 
 _Pairs = list[tuple[NDArray[Any], NDArray[Any]]]
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from gap_export.bundle import open_bundle
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import UsageError
+from gap_export.exporting.torch_backend import TorchBackend
 from gap_export.parity.inside import changed_nodes, divergence, graph_search
 from gap_export.parity.inside.divergence import compare_layers, find_divergence
 from gap_export.parity.inside.reference_taps import ReferenceTaps
 from gap_export.parity.replay import RecordingBackend
-from gap_export.parity.torch_backend import TorchBackend
 from gap_export.runtime.session import GroundingSession
-from gap_export.source import Checkpoint
 from tests.parity import mutants
 
 COMPONENTS = {
@@ -296,8 +296,8 @@ def test_layers_of_a_vision_encoder_are_those_that_are_run(question, tiny_bundle
 
 @pytest.mark.full
 def test_activations_that_overflow_float16_are_found(tiny_checkpoint, tiny_recipe, tmp_path):
+    from gap_export.exporting import ExportOptions, export_model
     from gap_export.families import build_reference
-    from gap_export.pipeline import ExportOptions, export_model
 
     options = ExportOptions(
         model=str(tiny_checkpoint),
@@ -324,11 +324,11 @@ def test_activations_that_overflow_float16_are_found(tiny_checkpoint, tiny_recip
 def test_int4_weights_are_looked_into_by_what_they_stand_for(
     tiny_checkpoint, tiny_recipe, tmp_path
 ):
+    from gap_export.exporting import ExportOptions, export_model
     from gap_export.families import build_reference
-    from gap_export.manifest import QuantizationSpec
     from gap_export.parity.quantized import use_quantized_weights
-    from gap_export.pipeline import ExportOptions, export_model
     from gap_export.progress import SilentProgress
+    from gap_export.spec.manifest import QuantizationSpec
 
     spec = QuantizationSpec(dtype="int4", block_size=32, method="rtn", lm_head=False)
     out = tmp_path / "int4"

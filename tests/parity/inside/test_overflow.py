@@ -8,11 +8,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from gap_export.bundle import open_bundle
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import ParityError
 from gap_export.parity.record import record_truth
-from gap_export.parity.report.words import describe_divergence
 from gap_export.parity.truth import TorchTruth
-from gap_export.source import Checkpoint
 from tests.parity.checking import check_with_torch, level_of, statuses
 from tests.parity.mutants import DECODER, VISION, rewrite_weight
 from tests.parity.test_mutants import questions
@@ -74,7 +73,7 @@ def test_the_first_overflow_is_named_with_its_largest_number(
         assert words in found.cause
     if sides == "both":
         assert found.operator and found.tensor
-    assert "first overflows in" in describe_divergence(found)
+    assert "first overflows in" in found.describe()
 
 
 def test_no_golden_is_recorded_of_what_is_no_number(

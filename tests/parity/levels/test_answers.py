@@ -9,7 +9,7 @@ from gap_export.errors import GapExportError
 from gap_export.parity.levels.answers import AnswerPair
 from gap_export.parity.question import Question
 from gap_export.parity.replay import Call
-from gap_export.parity.tolerances import TOLERANCES
+from gap_export.spec.tolerances import TOLERANCES
 from tests.parity.levels.pairs import EOS, answer, pair
 
 

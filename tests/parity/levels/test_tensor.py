@@ -6,7 +6,7 @@ import numpy as np
 
 from gap_export.parity.levels.tensor import judge_tensors
 from gap_export.parity.tally import tensor_row
-from gap_export.parity.tolerances import TOLERANCES
+from gap_export.spec.tolerances import TOLERANCES
 
 LOGITS = TOLERANCES["float32"]["logits"]
 

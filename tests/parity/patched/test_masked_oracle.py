@@ -12,10 +12,10 @@ import onnx
 import pytest
 
 from gap_export.errors import ParityError, UsageError
+from gap_export.graph.passes import insert_gap_remap
 from gap_export.parity.patched import masked_oracle
 from gap_export.parity.patched.masked_oracle import compare_with_unpatched
 from gap_export.parity.patched.unpatched import UnpatchedGraphs
-from gap_export.passes import insert_gap_remap
 from gap_export.patching import patch as patching
 from gap_export.patching.prune_at_places import PruneAtPlaces
 from tests.parity.mutants import rewrite

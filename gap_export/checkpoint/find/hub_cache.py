@@ -1,0 +1,189 @@
+"""Weights that are on this machine already: in the Hugging Face cache, or in torch's.
+
+Nothing is fetched, ever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from gap_export.spec.recipe import CheckpointPart, HubRepository
+
+_MAIN = "main"
+# Any folder of weights has one; files that stand alone are asked for by their own name.
+_CONFIG = "config.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_WHOLE_NAMES = frozenset({"model.safetensors", "pytorch_model.bin"})
+_INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SHARD = re.compile(r"(\w+)-(\d{1,5})-of-(\d{1,5})(\.safetensors|\.bin)", re.ASCII)
+_TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
+# Beside it lies what was trained of a model whose tokenizer is another part's.
+ADAPTER_CONFIG = "adapter_config.json"
+_MAX_INDEX_BYTES = 16 << 20
+
+Parts = Mapping[str, CheckpointPart]
+
+
+def find_part(role: str, parts: Parts) -> Path | None:
+    """Where a part lies, complete, without anybody saying so; None where it does not.
+
+    Args:
+        role: Of the part that is wanted.
+        parts: All parts of the recipe: where no other is required, main has the tokenizer, too.
+
+    Returns:
+        A folder, or a file where the part is one.
+    """
+    part = parts[role]
+    for repository in part.repositories:
+        found = find_repository(repository, file=part.file)
+        if found is not None and not _missing_files(found, role, parts):
+            return found
+    if part.url is not None and part.file is not None:
+        # There the models' own code puts what it fetches by url.
+        path = _torch_cache() / part.file
+        return path if path.is_file() else None
+    return None
+
+
+def is_incomplete(role: str, parts: Parts) -> bool:
+    """Whether a part's download was begun and not finished, and no other will do for it."""
+    return find_part(role, parts) is None and _unfinished(role, parts) is not None
+
+
+def find_repository(repository: HubRepository, *, file: str | None = None) -> Path | None:
+    """A repository's snapshot in the hub's cache, complete or not, or one file of it."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(
+            repository.id,
+            file or _CONFIG,
+            revision=repository.revision,
+            repo_type=repository.kind,
+        )
+    except HFValidationError:  # a name that the hub gives to nobody
+        return None
+    # Else None, or a mark that the repository is known to have no such file.
+    if not isinstance(found, str):
+        return None
+    return Path(found) if file is not None else Path(found).parent
+
+
+def where_looked(role: str, parts: Parts) -> str:
+    """Where a part is looked for by itself, in words."""
+    part = parts[role]
+    places = []
+    if part.repositories:
+        names = " or ".join(repository.id for repository in part.repositories)
+        places.append(f"{names} in {_hub_cache()}")
+    if part.url is not None and part.file is not None:
+        places.append(f"{part.file} in {_torch_cache()}")
+    text = " and ".join(places) or "nowhere: nobody publishes it"
+    unfinished = _unfinished(role, parts)
+    if unfinished is None:
+        return text
+    repository, missing = unfinished
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return f"{text} ({repository.id} is there, but without {missing[0]}{more})"
+
+
+def how_to_get(role: str, parts: Parts) -> str:
+    """How to get a part and how to name it, in words."""
+    flag = f"--checkpoint {role}=PATH"
+    part = parts.get(role)
+    if part is None:
+        return f"say where it is: {flag}"
+    unfinished = _unfinished(role, parts)
+    if unfinished is not None:
+        command = _download_command(unfinished[0], part.file)
+        return f"its download was not finished: run `{command}` again, or say where it is: {flag}"
+    if part.hub is not None:
+        return f"get it with `{_download_command(part.hub, part.file)}`, or say where it is: {flag}"
+    if part.url is not None:
+        return f"get it from {part.url}, and say where it is: {flag}"
+    return f"say where it is: {flag}"
+
+
+def _download_command(repository: HubRepository, file: str | None) -> str:
+    words = ["hf download", repository.id]
+    if file is not None:
+        words.append(file)
+    if repository.kind != "model":
+        words.append(f"--repo-type {repository.kind}")
+    if repository.revision != "main":
+        words.append(f"--revision {repository.revision}")
+    return " ".join(words)
+
+
+def _unfinished(role: str, parts: Parts) -> tuple[HubRepository, list[str]] | None:
+    """The first of a part's repositories that is there, and what it lacks; None for nothing."""
+    part = parts[role]
+    for repository in part.repositories:
+        found = find_repository(repository, file=part.file)
+        if found is not None:
+            missing = _missing_files(found, role, parts)
+            return (repository, missing) if missing else None
+    return None
+
+
+def _missing_files(place: Path, role: str, parts: Parts) -> list[str]:
+    """Files that a folder should have, of weights or a tokenizer; a file has all it should.
+
+    A download that was cut short leaves a snapshot with some of its files.
+    """
+    if place.is_file():
+        return []
+    # A link to a blob that is gone is no file.
+    names = {path.name for path in place.iterdir() if path.is_file()}
+    missing = _missing_weights(place, names)
+    alone = not any(other.required for name, other in parts.items() if name != role)
+    has_tokenizer = role == _MAIN and alone and ADAPTER_CONFIG not in names
+    if has_tokenizer and not names.intersection(_TOKENIZER_NAMES):
+        missing.append(" or ".join(_TOKENIZER_NAMES))
+    return missing
+
+
+def _missing_weights(folder: Path, names: set[str]) -> list[str]:
+    for index in _INDEX_NAMES:
+        if index in names:
+            return sorted(_indexed_files(folder / index) - names)
+    if names & _WHOLE_NAMES:
+        return []
+    shards = [shard for shard in map(_SHARD.fullmatch, sorted(names)) if shard is not None]
+    if shards:
+        stem, number, total, suffix = shards[0].groups()
+        wanted = [f"{stem}-{n:0{len(number)}}-of-{total}{suffix}" for n in range(1, int(total) + 1)]
+        return [name for name in (*wanted, f"{stem}{suffix}.index.json") if name not in names]
+    return [] if any(name.endswith(_WEIGHT_SUFFIXES) for name in names) else ["weights"]
+
+
+def _indexed_files(index: Path) -> set[str]:
+    """Names of shards; a broken index names none here, and is refused when the weights are read."""
+    try:
+        if index.stat().st_size > _MAX_INDEX_BYTES:
+            return set()
+        plain = json.loads(index.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return set()
+    weight_map = plain.get("weight_map") if isinstance(plain, dict) else None
+    files = weight_map.values() if isinstance(weight_map, dict) else ()
+    return {name for name in files if isinstance(name, str)}
+
+
+def _hub_cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _torch_cache() -> Path:
+    """Where torch.hub keeps files, by torch's own rules; torch itself may be missing."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("TORCH_HOME") or f"{cache}/torch"
+    return Path(os.path.expanduser(home)) / "hub" / "checkpoints"  # noqa: PTH111 - never raises

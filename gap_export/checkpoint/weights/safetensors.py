@@ -1,0 +1,251 @@
+"""Safetensors by reference: where each tensor's bytes lie, without reading one of them.
+
+An export need not load weights; the ONNX files point into the checkpoint by offset. So this module
+reads headers, with bounds on everything a damaged or hostile file could claim, and maps the bytes
+of one tensor where somebody asks for them.
+Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header,
+tensor bytes without holes).
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import reprlib
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gap_export.checkpoint.weights.files import (
+    MAX_KEY,
+    MAX_RANK,
+    check_no_pointer,
+    damaged,
+    parse_json_object,
+    shard_files,
+)
+from gap_export.checkpoint.weights.weight import READABLE_DTYPES
+from gap_export.errors import CheckpointError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+# The format's own reader refuses more as well.
+_MAX_HEADER_BYTES = 100_000_000
+_MAX_NATURAL = 2**63 - 1
+_ITEM_BYTES: Mapping[str, int] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
+    "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRef:
+    """Where one tensor's bytes lie, plain and contiguous.
+
+    Attributes:
+        file: A safetensors file, or a PyTorch pickle that stores its tensors uncompressed.
+        key: Its name in the file.
+        dtype: Safetensors name, e.g. ``F32``.
+        shape: Dimensions, row-major.
+        offset: Of its first byte, from the start of the file.
+        length: In bytes.
+    """
+
+    file: Path
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+    @property
+    def origin(self) -> str:
+        """See :class:`gap_export.checkpoint.weights.Weight`."""
+        return f"{self.key} in {self.file}"
+
+    def load(self) -> torch.Tensor:
+        """See :class:`gap_export.checkpoint.weights.Weight`."""
+        return read_tensor(self)
+
+
+def index_checkpoint(folder: Path) -> dict[str, TensorRef]:
+    """Every tensor of a checkpoint folder: one ``model.safetensors``, or the files of its index.
+
+    Raises:
+        CheckpointError: the folder or its weights are missing, damaged, or named twice.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            "checkpoint folder not found",
+            seen=folder,
+            allowed="a folder with config.json and model.safetensors",
+        )
+    if (folder / WEIGHTS_NAME).is_file():
+        return index_files([folder / WEIGHTS_NAME])
+    if (folder / INDEX_NAME).is_file():
+        return index_files(shard_files(folder / INDEX_NAME, suffix=".safetensors"))
+    raise CheckpointError(
+        "no weights in the checkpoint folder",
+        seen=folder,
+        allowed=f"{WEIGHTS_NAME}, or {INDEX_NAME} and its files",
+        fix="convert other formats with transformers' save_pretrained first",
+    )
+
+
+def index_files(files: Iterable[Path]) -> dict[str, TensorRef]:
+    """Every tensor of several safetensors files.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or two of them hold one key.
+    """
+    refs: dict[str, TensorRef] = {}
+    for file in files:
+        for key, ref in read_header(file).items():
+            if key in refs:
+                raise CheckpointError(
+                    "a tensor is in two weight files",
+                    seen=f"{key} in {refs[key].file.name} and {file.name}",
+                )
+            refs[key] = ref
+    return refs
+
+
+def read_header(file: Path) -> dict[str, TensorRef]:
+    """Parse and check one file's header; no tensor byte is read.
+
+    Raises:
+        CheckpointError: missing, truncated, not safetensors, a header longer than the file or than
+            100 MB, an unknown dtype, a length that does not fit the shape, or offsets that overlap,
+            leave holes or leave the file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            header_length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 2 <= header_length <= min(_MAX_HEADER_BYTES, size - 8):
+                check_no_pointer(file, prefix + stream.read(64))
+                raise damaged(
+                    file,
+                    f"header of {header_length} bytes in a file of {size}"
+                    if header_length >= 0
+                    else f"{size} bytes in all",
+                )
+            raw = stream.read(header_length)
+    except OSError as err:
+        raise CheckpointError("weight file cannot be read", seen=f"{file}: {err}") from err
+    header = parse_json_object(file, raw)
+    header.pop("__metadata__", None)
+    data_start = 8 + header_length
+    refs = {key: _entry(file, key, value, data_start) for key, value in header.items()}
+    _check_layout(file, refs.values(), start=data_start, end=size)
+    return refs
+
+
+def read_tensor(ref: TensorRef) -> torch.Tensor:
+    """Map one tensor's bytes into memory; the disk is read where they are touched.
+
+    The mapping is private: writing to the tensor changes no file. It goes with the tensor, so that
+    walking through a checkpoint keeps no more of it resident than is in use.
+
+    Returns:
+        On the CPU, contiguous, of the dtype in the file.
+
+    Raises:
+        CheckpointError: torch has no such dtype, or the file shrank or cannot be read.
+    """
+    if ref.dtype not in READABLE_DTYPES:
+        raise CheckpointError(
+            f"tensor {ref.key} has a dtype that cannot be read",
+            seen=f"{ref.dtype} in {ref.file}",
+            allowed=", ".join(sorted(READABLE_DTYPES)),
+        )
+    dtype = READABLE_DTYPES[ref.dtype]
+    assert ref.length == math.prod(ref.shape) * dtype.itemsize, ref
+    if not ref.length:
+        return torch.empty(ref.shape, dtype=dtype)
+    return map_bytes(ref.file, ref.offset, ref.length, dtype, key=ref.key).reshape(ref.shape)
+
+
+def map_bytes(
+    file: Path, offset: int, length: int, dtype: torch.dtype, *, key: str
+) -> torch.Tensor:
+    """Map bytes of a file, copy-on-write.
+
+    Args:
+        file: Any file.
+        offset: Of the first byte.
+        length: In bytes, not 0, a multiple of the dtype's.
+        dtype: What they are read as.
+        key: What they are, for messages.
+
+    Returns:
+        The values, one after the other.
+
+    Raises:
+        CheckpointError: the file is shorter, or cannot be read.
+    """
+    # A mapping starts at a page.
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        with file.open("rb") as stream:
+            size = stream.seek(0, 2)
+            if offset + length > size:
+                raise damaged(file, f"{key} ends at byte {offset + length} of {size}")
+            # One tensor at a time: a private mapping of a whole checkpoint may be refused where
+            # it is larger than the memory, though next to nothing of it is ever resident.
+            mapped = mmap.mmap(
+                stream.fileno(), offset + length - start, access=mmap.ACCESS_COPY, offset=start
+            )
+    except (OSError, ValueError) as err:
+        # ValueError: the file shrank in between.
+        raise CheckpointError("weight file cannot be read", seen=f"{file}: {err}") from err
+    flat = torch.frombuffer(mapped, dtype=torch.uint8)[offset - start :]
+    # Headers of odd length are legal; loads from odd addresses are not, everywhere.
+    aligned = flat if flat.data_ptr() % dtype.itemsize == 0 else flat.clone()
+    return aligned.view(dtype)
+
+
+def _entry(file: Path, key: str, value: Any, data_start: int) -> TensorRef:
+    if len(key) > MAX_KEY:
+        raise damaged(file, f"a tensor with a name of {len(key)} characters, {key[:100]!r}...")
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise damaged(file, f"entry {key!r} is {reprlib.repr(value)}")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise damaged(file, f"{key} has dtype {dtype!r}")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise damaged(file, f"{key} has shape {reprlib.repr(shape)} at {reprlib.repr(offsets)}")
+    length = offsets[1] - offsets[0]
+    if length != math.prod(shape) * _ITEM_BYTES[dtype]:
+        raise damaged(file, f"{key}: {length} bytes for {dtype} {shape}")
+    return TensorRef(
+        file=file,
+        key=key,
+        dtype=dtype,
+        shape=tuple(shape),
+        offset=data_start + offsets[0],
+        length=length,
+    )
+
+
+def _naturals(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) > MAX_RANK:
+        return False
+    return all(type(v) is int and 0 <= v <= _MAX_NATURAL for v in value)
+
+
+def _check_layout(file: Path, refs: Iterable[TensorRef], *, start: int, end: int) -> None:
+    cursor = start
+    for ref in sorted(refs, key=lambda r: (r.offset, r.length)):
+        if ref.offset != cursor:
+            word = "overlaps the tensor before it" if ref.offset < cursor else "follows a hole"
+            raise damaged(file, f"{ref.key} {word}")
+        cursor += ref.length
+    if cursor != end:
+        raise damaged(file, f"tensors end at byte {cursor} of {end}")

@@ -1,0 +1,173 @@
+"""What the export makes for TensorRT: which forms of the graphs, how large, and the verdicts.
+
+The engines themselves are built from the finished bundle, by ``gap_export.engines``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gap_export.engines.targets import Lowering, TargetChoice
+from gap_export.errors import UsageError
+from gap_export.spec.manifest import EngineLimits, GraphSpec, ImageSpec, Manifest, TargetSpec
+
+_SLACK = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphForm:
+    """One form of all graphs of a bundle.
+
+    Attributes:
+        lowering: What operators they are made of.
+        dtype: Of their floats.
+    """
+
+    lowering: str
+    dtype: str
+
+
+def choose_form(
+    choices: Sequence[TargetChoice], *, base_dtype: str, lowering: Lowering | None
+) -> dict[str, GraphForm]:
+    """The form of the graphs each target's engines are built from, by target name.
+
+    Args:
+        choices: Targets; several may be of one name.
+        base_dtype: Of the bundle; a target that has not got it takes its own first.
+        lowering: What the user wants; None for the best that all of a target's platforms build.
+
+    Raises:
+        UsageError: no platform of the target builds that lowering.
+    """
+    forms: dict[str, GraphForm] = {}
+    for choice in choices:
+        target = choice.target
+        known = {name for platform in target.platforms for name in platform.lowerings}
+        if lowering is not None and lowering not in known:
+            raise UsageError(
+                f"target {target.name} builds no such lowering",
+                seen=lowering,
+                allowed=", ".join(sorted(known)),
+            )
+        dtypes = [name for name in target.dtypes if choice.supports(name)]
+        dtype = base_dtype if base_dtype in dtypes else dtypes[0]
+        known_form = forms.get(target.name)
+        if known_form is not None and known_form.dtype != dtype:
+            # One generation has not got the others' dtype, and a target has one form.
+            dtype = target.dtypes[0]
+        forms[target.name] = GraphForm(lowering=lowering or target.lowering, dtype=dtype)
+    return forms
+
+
+def find_limits(
+    manifest: Manifest,
+    *,
+    num_template_tokens: int,
+    max_prompt: int | None,
+    max_new_tokens: int | None,
+    max_batch: int,
+) -> EngineLimits:
+    """The sizes engines are built for: the largest the bundle can be asked for, if not said.
+
+    Args:
+        manifest: Of the bundle to be.
+        num_template_tokens: Of the prompt, without image and expression.
+        max_prompt: Prompt tokens after pruning, as the user has it.
+        max_new_tokens: Of an answer, as the user has it.
+        max_batch: Expressions at a time.
+
+    Raises:
+        UsageError: too small to ask anything, or beyond the model's context.
+    """
+    visual = _max_visual_tokens(manifest)
+    # In the middle of a prompt a text may take some tokens more than alone.
+    largest = num_template_tokens + visual + manifest.prompt.max_expression_tokens + _SLACK
+    smallest = num_template_tokens + visual + 1
+    context = manifest.decoder.max_position_embeddings
+    chosen = min(largest, context) if max_prompt is None else max_prompt
+    if not smallest <= chosen <= context:
+        raise UsageError(
+            "no such --max-prompt",
+            seen=chosen,
+            allowed=f"{smallest}..{context}: the template takes {num_template_tokens} tokens, the "
+            f"picture {visual}, the expression at least one, the model's context is {context}",
+        )
+    answer = manifest.prompt.max_new_tokens if max_new_tokens is None else max_new_tokens
+    if not 1 <= answer <= context:
+        raise UsageError("no such --max-new-tokens", seen=answer, allowed=f"1..{context}")
+    if max_batch < 1:
+        raise UsageError("no such --batch", seen=max_batch, allowed=">= 1")
+    return EngineLimits(
+        max_prompt=chosen,
+        max_new_tokens=answer,
+        max_batch=max_batch,
+        max_images=max(1 + _max_tiles(manifest.image), max_batch),
+    )
+
+
+def describe_targets(
+    folder: Path,
+    choices: Sequence[TargetChoice],
+    forms: Mapping[str, GraphForm],
+    graphs: Iterable[GraphSpec],
+) -> tuple[TargetSpec, ...]:
+    """What the bundle has for each target, with a verdict where it is built elsewhere.
+
+    Args:
+        folder: Where the graphs lie.
+        choices: The targets.
+        forms: By target name.
+        graphs: All graphs of the bundle.
+    """
+    from gap_export.exporting.preflight import preflight
+
+    graphs = tuple(graphs)
+    specs: dict[str, TargetSpec] = {}
+    for choice in choices:
+        target, form = choice.target, forms[choice.target.name]
+        if target.name in specs:
+            continue
+        able = [p for p in target.platforms if form.lowering in p.lowerings]
+        verdicts = [
+            preflight(folder / graph.file, graph, able[0])
+            for graph in graphs
+            if target.built_on == "device" and (graph.lowering, graph.dtype) == _key(form)
+        ]
+        specs[target.name] = TargetSpec(
+            name=target.name, lowering=form.lowering, dtype=form.dtype, preflight=tuple(verdicts)
+        )
+    return tuple(specs.values())
+
+
+def _key(form: GraphForm) -> tuple[str, str]:
+    return form.lowering, form.dtype
+
+
+def _tilings(image: ImageSpec) -> list[tuple[int, int]]:
+    """Rows and columns of tiles a picture may be cut into; none where pictures are not cut."""
+    if image.tiles is None:
+        return []
+    return [
+        (height // image.height, width // image.width) for height, width in image.tiles.resolutions
+    ]
+
+
+def _max_tiles(image: ImageSpec) -> int:
+    """Tiles beside the base one; 0 where pictures are not cut."""
+    return max((rows * columns for rows, columns in _tilings(image)), default=0)
+
+
+def _max_visual_tokens(manifest: Manifest) -> int:
+    """Visual tokens of one picture after pruning, at most."""
+    emitted = manifest.pruning.num_emitted_tokens
+    # Each row of the joined grid ends in a newline token.
+    return max(
+        (
+            emitted * (1 + rows * columns) + manifest.grid.rows * rows
+            for rows, columns in _tilings(manifest.image)
+        ),
+        default=emitted,
+    )

@@ -1,0 +1,145 @@
+"""From a component to ONNX files in the bundle: trace once, passes, then one file a lowering."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+import onnx_ir as ir
+
+from gap_export.checkpoint.weights import PlacedTensor, QuantizedPlace
+from gap_export.engines.profiles import cache_capacity
+from gap_export.exporting.graph_cache import GraphCache
+from gap_export.exporting.timing import timed
+from gap_export.exporting.trace import OPSET, describe_interface, save_graph, trace_component
+from gap_export.families import Component
+from gap_export.graph.passes import LOWERINGS, PIPELINES, DecoderLimits, lower, run_pipeline
+from gap_export.graph.passes.quantize_linear import QuantizeLinear
+from gap_export.spec.manifest import GraphSpec, Manifest, QuantizationSpec
+
+# The form that ONNX Runtime gets, which is what the passes leave.
+BASE = "onnxruntime"
+_SHORT_DTYPES: Mapping[str, str] = MappingProxyType(
+    {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+)
+KvContract = Literal["none", "concat", "in_place"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphWriter:
+    """Writes the graphs of one bundle.
+
+    Attributes:
+        folder: The bundle's.
+        quantization: How the weights that are quantized are.
+        limits: Of the decoder, for lowerings that ask for them.
+        seconds: Told how long the steps took.
+        cache: Asked first, where the pruning does not matter.
+    """
+
+    folder: Path
+    quantization: QuantizationSpec | None
+    limits: DecoderLimits | None
+    seconds: dict[str, float] = field(repr=False)
+    cache: GraphCache = field(repr=False)
+
+    def write(
+        self,
+        component: Component,
+        placed: Mapping[str, PlacedTensor],
+        *,
+        quantized: Mapping[str, QuantizedPlace],
+        dtype: str,
+        lowerings: Sequence[str],
+    ) -> list[GraphSpec]:
+        """Write one component's graphs.
+
+        Args:
+            component: On the meta device.
+            placed: For each of its weights, where the bundle holds it.
+            quantized: For those it holds as INT4 alone, where.
+            dtype: Of its floats.
+            lowerings: :data:`BASE`, or names of ``LOWERINGS``.
+
+        Raises:
+            ExportError: tracing or a pass failed.
+        """
+        # A graph says where its weights lie, so another place is another graph.
+        places = str((sorted(placed.items()), sorted(quantized.items()), self.limits))
+        key = (component.name, dtype, *component.inputs, *component.outputs, places)
+        specs: list[GraphSpec] = []
+        base: ir.Model | None = None
+        for lowering in lowerings:
+            quantization = self.quantization if quantized else None
+            path = self.folder / _file_name(component.name, lowering, dtype, quantization)
+            known = None if component.prunes else self.cache.get((*key, lowering))
+            if known is not None:
+                path.write_bytes(known[0])
+                specs.append(known[1])
+                continue
+            base = base or self._trace(component, placed, quantized)
+            model, kv_contract = self._lower(base, component, lowering)
+            save_graph(model, path)
+            inputs, outputs = describe_interface(model)
+            spec = GraphSpec(
+                component=component.name,
+                lowering=lowering,
+                dtype=dtype,
+                kv_contract=kv_contract,
+                file=path.name,
+                inputs=inputs,
+                outputs=outputs,
+                quantization=quantization,
+            )
+            specs.append(spec)
+            if not component.prunes:
+                self.cache.put((*key, lowering), path.read_bytes(), spec)
+        return specs
+
+    def _trace(
+        self,
+        component: Component,
+        placed: Mapping[str, PlacedTensor],
+        quantized: Mapping[str, QuantizedPlace],
+    ) -> ir.Model:
+        """The base graph."""
+        with timed(self.seconds, f"trace {component.name}"):
+            model = trace_component(component, placed=placed, opset=OPSET)
+        with timed(self.seconds, f"passes {component.name}"):
+            run_pipeline(model, PIPELINES[component.name])
+            if quantized:
+                run_pipeline(model, [QuantizeLinear(quantized)])
+        return model
+
+    def _lower(
+        self, base: ir.Model, component: Component, lowering: str
+    ) -> tuple[ir.Model, KvContract]:
+        if lowering == BASE:
+            return base, component.kv_contract
+        with timed(self.seconds, f"passes {component.name}"):
+            model = lower(base, component.name, lowering, limits=self.limits)
+        has_cache = component.kv_contract != "none"
+        return model, LOWERINGS[lowering].kv_contract if has_cache else "none"
+
+
+def decoder_limits(manifest: Manifest) -> DecoderLimits | None:
+    """What the fused decoder is made for; None where no engine is to be built."""
+    limits = manifest.engine_limits
+    if limits is None:
+        return None
+    return DecoderLimits(
+        max_position_embeddings=manifest.decoder.max_position_embeddings,
+        cache_capacity=cache_capacity(limits),
+    )
+
+
+def _file_name(
+    component: str, lowering: str, dtype: str, quantization: QuantizationSpec | None
+) -> str:
+    if lowering == BASE:
+        return f"{component}.onnx"
+    suffix = "" if quantization is None else f"_{quantization.dtype}"
+    return f"{component}_{lowering}_{_SHORT_DTYPES[dtype]}{suffix}.onnx"

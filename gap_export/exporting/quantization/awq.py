@@ -1,0 +1,238 @@
+"""Activation-aware scaling before weights are rounded (AWQ, arXiv 2306.00978).
+
+What an input channel of a linear layer loses by rounding counts as much as the channel is large.
+So the weights of large channels are multiplied by s > 1 and round finer, and what comes in is
+divided by s, where that costs nothing: in the weight of the norm, or in the rows of the layer,
+that the input comes from. The graph is the same, its floats compute the same.
+
+``s = mean|x| ** alpha`` for each channel, with the alpha of a grid for which the layers' outputs,
+after rounding, are nearest to what they were; alpha = 0 is plain rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from gap_export.checkpoint.weights import DerivedWeight, Weight, quantize_columns
+from gap_export.exporting.quantization.calibration import Observed, observe_inputs
+from gap_export.families import Component, Reference
+from gap_export.progress import Progress
+
+_GRID = tuple(step / 10 for step in range(11))
+# A channel that is next to silent is not blown up any further: norms stay numbers of float16.
+_SMALLEST_SHARE = 1e-4
+# Values of a weight that are worked on at a time; a few of that size are in memory.
+_PIECE = 1 << 23
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelGroup:
+    """Layers that read one input, and where it comes from.
+
+    Attributes:
+        readers: Dotted names of linear layers, at least one.
+        producer: Of the norm or linear layer whose output, channel by channel, is the readers'
+            input; or a factor of it.
+        same_heads: Whether this holds only where every query head has a value head of its own.
+    """
+
+    readers: tuple[str, ...]
+    producer: str
+    same_heads: bool = False
+
+
+# By names below a layer of families.modules.llama_decoder.
+_GROUPS = (
+    ChannelGroup(
+        readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        producer="input_layernorm",
+    ),
+    ChannelGroup(readers=("self_attn.o_proj",), producer="self_attn.v_proj", same_heads=True),
+    ChannelGroup(readers=("mlp.gate_proj", "mlp.up_proj"), producer="post_attention_layernorm"),
+    ChannelGroup(readers=("mlp.down_proj",), producer="mlp.up_proj"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelScale:
+    """What the channels between modules are scaled by.
+
+    Attributes:
+        group: The modules.
+        scale: float32 [K], s, finite and above 0; ones where nothing is scaled.
+    """
+
+    group: ChannelGroup
+    scale: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundScale(ChannelScale):
+    """A scale, and what it is good for.
+
+    Attributes:
+        alpha: 0 where nothing is scaled.
+        error: Of the readers' outputs on the calibration rows, squared, relative to the outputs.
+        plain_error: The same with alpha = 0.
+    """
+
+    alpha: float
+    error: float
+    plain_error: float
+
+
+def find_scales(
+    component: Component,
+    batches: Iterable[Sequence[torch.Tensor]],
+    *,
+    block_size: int,
+    progress: Progress,
+) -> tuple[FoundScale, ...]:
+    """Calibrate a decoder.
+
+    Args:
+        component: Meta or not; one of its weights is in memory at a time, and what its layers saw.
+        batches: See :func:`gap_export.exporting.quantization.calibration.observe_inputs`.
+        block_size: That the weights will be quantized with.
+        progress: Told the groups of layers that are through.
+
+    Raises:
+        CheckpointError: a weight cannot be read.
+        UsageError: there is no sample.
+    """
+    groups = channel_groups(component)
+    with progress.stage("watching calibration samples"):
+        observed = observe_inputs(component, [group.readers[0] for group in groups], batches)
+    found: list[FoundScale] = []
+    with progress.stage("looking for scales", total=len(groups)) as advance:
+        for group in groups:
+            weights = [component.weight_refs[f"{name}.weight"] for name in group.readers]
+            found.append(_search(group, weights, observed.pop(group.readers[0]), block_size))
+            advance(1)
+    return tuple(found)
+
+
+def channel_groups(component: Component) -> tuple[ChannelGroup, ...]:
+    """What of a decoder can be scaled: the groups of all layers, in the order of the layers."""
+    found = []
+    layers = component.module.get_submodule(str(component.repeated))
+    for index, _ in enumerate(layers.children()):
+        for group in _GROUPS:
+            start = f"{component.repeated}.{index}"
+            named = replace(
+                group,
+                readers=tuple(f"{start}.{name}" for name in group.readers),
+                producer=f"{start}.{group.producer}",
+            )
+            if not group.same_heads or _same_width(component, named):
+                found.append(named)
+    return tuple(found)
+
+
+def scale_channels(reference: Reference, scales: Iterable[ChannelScale], *, of: str) -> Reference:
+    """The same model with scaled weights; they are computed when they are loaded.
+
+    Args:
+        reference: On the meta device; its modules are shared with the result.
+        scales: From :func:`find_scales`, in its order.
+        of: Name of the component they belong to.
+    """
+    component = reference.component(of)
+    refs = dict(component.weight_refs)
+    for found in scales:
+        if bool((found.scale == 1).all()):
+            continue
+        for name in found.group.readers:
+            refs[f"{name}.weight"] = _scaled(refs[f"{name}.weight"], found.scale)
+        for leaf in ("weight", "bias"):
+            key = f"{found.group.producer}.{leaf}"
+            if key in refs:
+                refs[key] = _divided(refs[key], found.scale)
+    scaled = replace(component, weight_refs=refs)
+    return replace(
+        reference,
+        components=tuple(scaled if c.name == of else c for c in reference.components),
+    )
+
+
+def _same_width(component: Component, group: ChannelGroup) -> bool:
+    """Whether there are as many channels coming out as going in: not where heads share values."""
+    rows = component.weight_refs[f"{group.producer}.weight"].shape[0]
+    return rows == component.weight_refs[f"{group.readers[0]}.weight"].shape[1]
+
+
+def _search(
+    group: ChannelGroup, weights: Sequence[Weight], observed: Observed, block_size: int
+) -> FoundScale:
+    rows, mean = observed.rows, observed.mean_size
+    errors = torch.zeros(len(_GRID), dtype=torch.float64)
+    size = 0.0
+    scales = [_scale(mean, alpha) for alpha in _GRID]
+    for weight in weights:
+        for floats in _pieces(weight):
+            size += _power(rows @ floats.T)
+            for index, scale in enumerate(scales):
+                lost = _rounded(floats * scale, block_size).div_(scale).sub_(floats)
+                errors[index] += _power(rows @ lost.T)
+    best = int(errors.argmin())
+    whole = size or 1.0
+    return FoundScale(
+        group=group,
+        scale=scales[best],
+        alpha=_GRID[best],
+        error=float(errors[best]) / whole,
+        plain_error=float(errors[0]) / whole,
+    )
+
+
+def _pieces(weight: Weight) -> Iterator[torch.Tensor]:
+    """Some rows after the other of a weight [N, K], float32."""
+    tensor = weight.load()
+    step = max(1, _PIECE // tensor.shape[1])
+    for start in range(0, tensor.shape[0], step):
+        yield tensor[start : start + step].to(torch.float32)
+
+
+def _power(values: torch.Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))
+
+
+def _scale(mean: torch.Tensor, alpha: float) -> torch.Tensor:
+    """S [K], around 1: what is divided by it neither overflows nor vanishes in float16."""
+    largest = float(mean.max())
+    if largest == 0:
+        return torch.ones_like(mean)
+    powers = mean.clamp(min=largest * _SMALLEST_SHARE).pow(alpha)
+    return powers / (powers.max() * powers.min()).sqrt()
+
+
+def _rounded(weight: torch.Tensor, block_size: int) -> torch.Tensor:
+    """A weight [N, K] as its INT4 form has it."""
+    steps, scales = quantize_columns(weight, block_size=block_size)
+    return (steps * scales).reshape(weight.shape)
+
+
+def _scaled(weight: Weight, scale: torch.Tensor) -> Weight:
+    """Columns of a weight [N, K], each times its channel's scale; float32."""
+    return DerivedWeight(
+        dtype="F32",
+        shape=weight.shape,
+        sources=(weight,),
+        compute=lambda tensor: tensor.to(torch.float32) * scale,
+        origin=f"{weight.origin}, input channels scaled",
+    )
+
+
+def _divided(weight: Weight, scale: torch.Tensor) -> Weight:
+    """Rows of a weight or elements of a bias, each by its channel's scale; float32."""
+    shape = (-1, *(1 for _ in weight.shape[1:]))
+    return DerivedWeight(
+        dtype="F32",
+        shape=weight.shape,
+        sources=(weight,),
+        compute=lambda tensor: tensor.to(torch.float32) / scale.reshape(shape),
+        origin=f"{weight.origin}, output channels scaled",
+    )

@@ -1,0 +1,1 @@
+"""What families share: the decoder, towers, projectors, pruned vision, and reading configs."""

@@ -1,0 +1,228 @@
+"""The vision side of any family: picture to kept tokens, as one graph or as two.
+
+Where each picture decides how many of its tokens are kept, one graph gives features and scores, and
+a second keeps as many as it is told: the tower runs once all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from gap_export.checkpoint.weights import Weight
+from gap_export.errors import GapExportError
+from gap_export.families.common.checkpoints.clip_text_tower import TextTowerSource
+from gap_export.families.common.modules.projector import build_projector
+from gap_export.families.common.modules.pruned_vision import (
+    JointSpace,
+    NextLayer,
+    PrunedVisionEncoder,
+    ScoredVisionEncoder,
+    TokenPruner,
+    VisionParts,
+)
+from gap_export.families.common.reference import Component, ModelSource
+from gap_export.pruning import PRESETS, FixedPruner, ScoringPruner, find_pruner
+from gap_export.pruning.probe import fixed_places, probe_pruner
+from gap_export.spec.architecture import Architecture
+from gap_export.spec.keep_indices import check_keep_indices
+from gap_export.spec.manifest import GridSpec, PruningSpec, TensorSpec
+from gap_export.spec.recipe import Recipe
+
+_F32, _I64 = "float32", "int64"
+_LAYERS = "encoder.layers"
+
+
+def vision_components(
+    tower: nn.Module,
+    source: ModelSource,
+    pruning: PruningSpec,
+    *,
+    recipe: Recipe,
+    text: TextTowerSource | None,
+    dtype: str,
+) -> list[Component]:
+    """``vision_encoder`` and, with an adaptive budget, ``token_pruner``.
+
+    Args:
+        tower: On the meta device, picture to ``VisionFeatures``. Its tensors are the source's
+            ``tower.*``, its layers ``encoder.layers``.
+        source: Holds the weights.
+        pruning: Who survives, how many, in which order, with which extra token.
+        recipe: Says the picture's size and the grid.
+        text: Where the pruner reads the text.
+        dtype: Of the float outputs; scores are float32 in any case.
+
+    Raises:
+        GapExportError: a pruner of another package chooses what are no K different tokens.
+    """
+    pruner, architecture = find_pruner(pruning.pruner), source.architecture
+    parts = VisionParts(
+        tower=tower,
+        joint_space=_joint_space(architecture, text),
+        next_layer=_next_layer(architecture) if "next_layer" in pruner.reads else None,
+        pruner=pruner,
+        pruning=pruning,
+    )
+    if pruning.pruner not in PRESETS and not isinstance(pruner, FixedPruner):
+        probe_pruner(pruner, pruning)
+    projector = build_projector(architecture.projector)
+    if pruning.budget == "fixed":
+        encoder = PrunedVisionEncoder(parts, projector=projector, grid=recipe.grid)
+        return [_vision(encoder, source, recipe=recipe, text=text, dtype=dtype)]
+    assert isinstance(pruner, ScoringPruner), "a picture decides by scores"
+    return [
+        _vision(ScoredVisionEncoder(parts), source, recipe=recipe, text=text, dtype=dtype),
+        _token_pruner(
+            TokenPruner(projector=projector, pruner=pruner, pruning=pruning, grid=recipe.grid),
+            source,
+            rows="num_images" if text is None else "batch_size",
+            dtype=dtype,
+        ),
+    ]
+
+
+def _vision(
+    module: PrunedVisionEncoder | ScoredVisionEncoder,
+    source: ModelSource,
+    *,
+    recipe: Recipe,
+    text: TextTowerSource | None,
+    dtype: str,
+) -> Component:
+    size = (recipe.image.height, recipe.image.width)
+    inputs = [_spec("pixel_values", "num_images", 3, *size, dtype=_F32)]
+    sizes = {"num_images": 2}
+    rows = "num_images"
+    if text is not None:
+        inputs.append(_spec("text_embeds", "batch_size", text.shape.embed_dim, dtype=dtype))
+        sizes["batch_size"], rows = 3, "batch_size"
+    layers = module.tower.get_submodule(_LAYERS)
+    assert isinstance(layers, nn.ModuleList)
+    weights = _weights(source.weights, text, num_layers=len(layers))
+    pruning, pruner = module.pruning, module.pruner
+    scores = _spec("token_scores", rows, pruning.num_visual_tokens, dtype=_F32)
+    if isinstance(module, ScoredVisionEncoder):
+        outputs = [scores, *_patches(module.pruner, source, rows=rows, dtype=dtype)]
+    else:
+        emitted, hidden = pruning.num_emitted_tokens, source.architecture.decoder.hidden_size
+        outputs = [
+            _spec("image_features", rows, emitted, hidden, dtype=dtype),
+            _spec("keep_indices", rows, emitted, dtype=_I64),
+            *([scores] if isinstance(pruner, ScoringPruner) else []),
+        ]
+    return Component(
+        name="vision_encoder",
+        prunes=True,
+        module=module,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        example_sizes=sizes,
+        weight_refs={key: weights[key] for key in module.state_dict()},
+        constants=_fixed_places(module, recipe.grid),
+        repeated=f"tower.{_LAYERS}",
+    )
+
+
+def _token_pruner(module: TokenPruner, source: ModelSource, *, rows: str, dtype: str) -> Component:
+    pruning, hidden = module.pruning, source.architecture.decoder.hidden_size
+    scores = _spec("token_scores", rows, pruning.num_visual_tokens, dtype=_F32)
+    emitted = "num_kept_tokens" if pruning.extra_token == "none" else "num_kept_tokens + 1"
+    return Component(
+        name="token_pruner",
+        prunes=True,
+        module=module,
+        inputs=(
+            _spec("kept_slots", "num_kept_tokens", dtype=_I64),
+            scores,
+            *_patches(module.pruner, source, rows=rows, dtype=dtype),
+        ),
+        outputs=(
+            _spec("image_features", rows, emitted, hidden, dtype=dtype),
+            _spec("keep_indices", rows, emitted, dtype=_I64),
+        ),
+        # No two alike, and less than the tokens of any model worth pruning.
+        example_sizes={rows: 2, "num_kept_tokens": 3},
+        weight_refs={key: source.weights[key] for key in module.state_dict()},
+        constants={},
+    )
+
+
+def _patches(
+    pruner: ScoringPruner | object, source: ModelSource, *, rows: str, dtype: str
+) -> list[TensorSpec]:
+    """What the second graph takes from the first beside the scores."""
+    assert isinstance(pruner, ScoringPruner)
+    vision, projector = source.architecture.vision, source.architecture.projector
+    tokens = vision.grid_size**2 * vision.width // projector.width
+    found = [_spec("patch_features", rows, tokens, projector.width, dtype=dtype)]
+    if pruner.merges_by is not None:
+        heads = vision.num_heads if pruner.merges_by == "keys" else 1
+        found.append(_spec("patch_keys", rows, tokens, projector.width // heads, dtype=dtype))
+    return found
+
+
+def _joint_space(architecture: Architecture, text: TextTowerSource | None) -> JointSpace | None:
+    """Vision features into CLIP's joint space; None where no text is read."""
+    if text is None:
+        return None
+    vision = architecture.vision
+    return JointSpace(width=vision.width, embed_dim=text.shape.embed_dim, eps=vision.layer_norm_eps)
+
+
+def _next_layer(architecture: Architecture) -> NextLayer:
+    vision = architecture.vision
+    return NextLayer(width=vision.width, eps=vision.layer_norm_eps)
+
+
+def _weights(
+    named: Mapping[str, Weight], text: TextTowerSource | None, *, num_layers: int
+) -> dict[str, Weight]:
+    """The source's weights, and under our modules' names those that are read in another place."""
+    found = dict(named)
+    behind = f"tower.{_LAYERS}.{num_layers}"
+    for ours, theirs in (
+        ("layer_norm1", "layer_norm1"),
+        ("q_proj", "self_attn.q_proj"),
+        ("k_proj", "self_attn.k_proj"),
+    ):
+        for part in ("weight", "bias"):
+            if f"{behind}.{theirs}.{part}" in named:
+                found[f"next_layer.{ours}.{part}"] = named[f"{behind}.{theirs}.{part}"]
+    if text is not None:
+        found["joint_space.visual_projection.weight"] = text.visual_projection
+        for part in ("weight", "bias"):
+            found[f"joint_space.post_layernorm.{part}"] = named[f"tower.post_layernorm.{part}"]
+    return found
+
+
+def _fixed_places(
+    module: PrunedVisionEncoder | ScoredVisionEncoder, grid: GridSpec
+) -> dict[str, NDArray[Any]]:
+    """Places of the pruners whose places are a constant of the graph.
+
+    Raises:
+        GapExportError: they are no K different ones of 0..N-1, or the pruner raises.
+    """
+    if not isinstance(module.pruner, FixedPruner):
+        return {}
+    pruning = module.pruning
+    places = fixed_places(module.pruner, pruning, grid)
+    ordered = np.sort(places) if pruning.order == "raster" else places
+    check_keep_indices(
+        ordered,
+        num_visual_tokens=pruning.num_visual_tokens,
+        num_kept_tokens=pruning.num_kept_tokens,
+        ascending=pruning.order == "raster",
+        error=GapExportError,
+        who=f"pruner {pruning.pruner}",
+    )
+    return {"fixed_places": ordered}
+
+
+def _spec(name: str, *shape: int | str, dtype: str) -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype, shape=shape)

@@ -1,0 +1,138 @@
+"""LLaVA checkpoints as transformers saves them: one folder that holds everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import LlavaConfig, LlavaNextConfig
+
+from gap_export.checkpoint.find.source import MAIN, Checkpoint
+from gap_export.checkpoint.tokenizers.tokenizer_json import read_tokenizer
+from gap_export.families.common.checkpoints.configs import (
+    check_architecture,
+    clip_vision_shape,
+    compare_facts,
+    decoder_shape,
+    eos_token_ids,
+)
+from gap_export.families.common.checkpoints.lora import with_adapter
+from gap_export.families.common.checkpoints.matching import (
+    KeyLayout,
+    main_dtype,
+    match_tensors,
+    parse_config,
+    peek_config,
+)
+from gap_export.families.common.checkpoints.parts import index_folder
+from gap_export.families.common.modules.expected import NEWLINE_KEY, expected_clip_llama
+from gap_export.families.common.reference import ModelSource
+from gap_export.spec.architecture import Architecture, ProjectorShape
+from gap_export.spec.recipe import Recipe
+
+# transformers has written three layouts: 4.x, 4.52 and later in memory, and 5.x.
+_KEYS = KeyLayout(
+    prefixes=(
+        ("language_model.model.", "decoder."),
+        ("language_model.lm_head.", "lm_head."),
+        ("model.language_model.", "decoder."),
+        ("vision_tower.vision_model.", "tower."),
+        ("model.vision_tower.vision_model.", "tower."),
+        ("model.vision_tower.", "tower."),
+        ("vision_tower.", "tower."),
+        ("model.multi_modal_projector.", "projector."),
+        ("multi_modal_projector.", "projector."),
+        ("model.image_newline", NEWLINE_KEY),
+    ),
+    ignored_suffixes=(".rotary_emb.inv_freq", ".embeddings.position_ids"),
+    tied={},
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaHfLayout:
+    """``LlavaForConditionalGeneration``, or ``LlavaNext...`` with ``newline``.
+
+    Attributes:
+        config_class: transformers' config of the family.
+        newline: Whether the family has tiles, and the vector that ends their rows.
+    """
+
+    name: str
+    config_class: type[LlavaConfig | LlavaNextConfig]
+    newline: bool = False
+
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        """By the model_type of config.json."""
+        plain = peek_config(checkpoint.main)
+        # The original LLaVA calls itself the same, but nests no configs.
+        nested = "mm_vision_tower" not in plain
+        return nested and plain.get("model_type") == self.config_class.model_type
+
+    def read(self, recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
+        """See :class:`gap_export.families.common.reference.Layout`."""
+        folder = checkpoint.main
+        found = index_folder(folder)
+        # Its annotations leave the nested configs open.
+        file = folder / "config.json"
+        config: Any = parse_config(self.config_class, file, num_tensors=len(found))
+        _check_selection(recipe, config, folder)
+        if self.newline:
+            _check_tiles(recipe, config, folder)
+        architecture = _architecture(config, file)
+        check_architecture(recipe, architecture, folder)
+        tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
+        layout = replace(
+            _KEYS, tied={"lm_head.weight": "decoder.embed_tokens.weight"} if tied else {}
+        )
+        expected = expected_clip_llama(architecture, newline=self.newline)
+        weights = match_tensors(found, expected, layout, where=folder)
+        generation = folder / "generation_config.json"
+        files = [file, *([generation] if generation.is_file() else [])]
+        files += sorted({ref.file for ref in found.values()})
+        source = ModelSource(
+            layout=self.name,
+            architecture=architecture,
+            weights=weights,
+            dtype=main_dtype(weights),
+            eos_token_ids=eos_token_ids(recipe, config.text_config, generation),
+            image_token_id=config.image_token_index,
+            tokenizer=read_tokenizer(folder, recipe),
+            files=tuple((MAIN, path) for path in files),
+        )
+        return with_adapter(source, folder, _KEYS)
+
+
+def _check_selection(recipe: Recipe, config: Any, folder: Path) -> None:
+    strategy = config.vision_feature_select_strategy
+    compare_facts(
+        recipe,
+        folder,
+        [
+            ("vision_feature_select_strategy", strategy, "default"),
+            ("vision_feature_layer", config.vision_feature_layer, recipe.select_layer),
+        ],
+    )
+
+
+def _check_tiles(recipe: Recipe, config: Any, folder: Path) -> None:
+    # Older transformers had a switch for newlines, which every published checkpoint turns on.
+    newlines = getattr(config, "use_image_newline_parameter", True)
+    facts: list[tuple[str, Any, Any]] = [("use_image_newline_parameter", newlines, True)]
+    if recipe.image.tiles is not None:
+        wanted = [list(size) for size in recipe.image.tiles.resolutions]
+        facts.append(("image_grid_pinpoints", config.image_grid_pinpoints, wanted))
+    compare_facts(recipe, folder, facts)
+
+
+def _architecture(config: Any, file: Path) -> Architecture:
+    vision = clip_vision_shape(config.vision_config, file)
+    decoder = decoder_shape(config.text_config, file)
+    projector = ProjectorShape(
+        width=vision.width,
+        hidden_size=decoder.hidden_size,
+        bias=config.multimodal_projector_bias,
+        activation=config.projector_hidden_act,
+    )
+    return Architecture(vision=vision, projector=projector, decoder=decoder)

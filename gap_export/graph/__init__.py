@@ -1,0 +1,1 @@
+"""ONNX graphs: passes over them, and their lowerings for each runtime."""

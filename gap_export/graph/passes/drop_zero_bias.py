@@ -1,0 +1,41 @@
+"""Removes a convolution's bias where it is nothing but zeros."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+
+from gap_export.graph.passes.graph_pass import GraphPass
+from gap_export.graph.passes.matching import constant, is_operator
+
+
+class DropZeroBias(GraphPass):
+    """Takes away the third input of a Conv that is an expanded 0.
+
+    torch writes a convolution without bias as one with ``Expand(0, [channels])``. TensorRT's parser
+    wants a bias to be an initializer, and an Expand is none. Does not handle: zeros that are
+    computed in another way, and biases that are weights, of which none is read.
+    """
+
+    name: ClassVar[str] = "DropZeroBias"
+
+    def apply(self, model: ir.Model) -> bool:
+        """Drop; True if there was one."""
+        modified = False
+        for node in model.graph:
+            if is_operator(node, "Conv") and len(node.inputs) == 3 and _is_zero(node.inputs[2]):
+                node.resize_inputs(2)
+                modified = True
+        if modified:
+            common_passes.RemoveUnusedNodesPass()(model)
+        return modified
+
+
+def _is_zero(bias: ir.Value | None) -> bool:
+    node = None if bias is None else bias.producer()
+    if node is None or not is_operator(node, "Expand"):
+        return False
+    number = constant(node.inputs[0])
+    return number is not None and not number.any()

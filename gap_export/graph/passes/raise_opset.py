@@ -1,0 +1,56 @@
+"""Declares a newer opset, where that changes nothing but the number."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from gap_export.errors import PassError
+from gap_export.graph.passes.graph_pass import GraphPass
+
+_FROM, _TO = 20, 24
+# Operators whose newer versions up to 24 only take more types, or have more attributes with a
+# default that means what the old version did.
+_UNCHANGED = frozenset(
+    """
+    Abs Add And ArgMax Cast Clip Concat Constant Conv Cos CumSum DequantizeLinear Div Equal Erf
+    Expand Gather GatherElements Gelu Gemm Greater GreaterOrEqual LayerNormalization Less
+    LessOrEqual MatMul Max Min Mod Mul Neg Not Or Pow Range Reciprocal ReduceMax ReduceMean
+    ReduceMin ReduceSum Reshape Scan Shape Sigmoid Sin Slice Softmax Sqrt Squeeze Sub Tanh TopK
+    Transpose Unsqueeze Where
+    """.split()
+)
+
+
+class RaiseOpset(GraphPass):
+    """Sets the opset of the standard operators to 24, in the graph and in its functions.
+
+    Does not handle: opsets before 20, and operators whose meaning it was not checked for.
+    """
+
+    name: ClassVar[str] = "RaiseOpset"
+
+    def apply(self, model: ir.Model) -> bool:
+        """Raise; False if it is 24 already.
+
+        Raises:
+            PassError: the opset is too old or newer, or an operator is not known to stay the same.
+        """
+        opset = model.opset_imports.get("")
+        if opset == _TO:
+            return False
+        if opset is None or not _FROM <= opset <= _TO:
+            raise PassError("cannot raise this opset", seen=opset, allowed=f"{_FROM} to {_TO}")
+        graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+        for graph in graphs:
+            for node in graph.all_nodes():
+                if node.domain == "" and node.op_type not in _UNCHANGED:
+                    raise PassError(
+                        f"an operator is not known to mean the same in opset {_TO}",
+                        seen=f"{node.op_type}, node {node.name}",
+                        allowed=", ".join(sorted(_UNCHANGED)),
+                    )
+        for graph in graphs:
+            graph.opset_imports[""] = _TO
+        return True

@@ -1,0 +1,1 @@
+"""Reports of ``check`` and ``eval``: tables, HTML, SVG, Markdown, JUnit."""

@@ -1,0 +1,491 @@
+"""The parts of ``gap.json`` as plain frozen dataclasses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from gap_export.errors import BundleError
+from gap_export.spec.manifest.plain import ADDED_LATER, to_plain
+
+FORMAT = "gap-export-bundle"
+FORMAT_VERSION = 1
+
+Order = Literal["raster", "score"]
+TileCode = Literal["transformers", "authors"]
+ExtraToken = Literal["none", "mean", "weighted"]
+ExtraPosition = Literal["last", "centroid"]
+Budget = Literal["fixed", "adaptive"]
+PrunerText = Literal["expression", "question"]
+LongTexts = Literal["cut", "segments"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Strict:
+    # pydantic reads this where a recipe nests one of these classes; it needs no import here.
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSpec(_Strict):
+    """Visual tokens of one picture, or tile, before pruning, in raster order: N = rows * cols."""
+
+    rows: int
+    cols: int
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """N, visual tokens of one image before pruning."""
+        return self.rows * self.cols
+
+
+@dataclass(frozen=True, kw_only=True)
+class TilesSpec(_Strict):
+    """Canvases a picture may be fitted to and cut into tiles ("anyres", LLaVA-1.6).
+
+    Attributes:
+        resolutions: (height, width) in pixels, each a multiple of the tile's. The first of equals
+            is taken, which decides for every image that all of them would enlarge.
+        follows: Whose code is followed in which rows and columns of tokens are padding:
+            ``transformers``, or the model's ``authors``; see :class:`positions.TileLayout`.
+    """
+
+    resolutions: tuple[tuple[int, int], ...]
+    follows: TileCode = field(default="transformers", metadata=ADDED_LATER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec(_Strict):
+    """How a picture becomes ``pixel_values`` [I,3,height,width] float32.
+
+    Attributes:
+        height: Pixels the vision encoder reads, vertical; of one tile where there are tiles.
+        width: Pixels the vision encoder reads, horizontal.
+        preparation: ``pad``: padded to a square, centred, with pad_color, then resized;
+            ``squash``: resized without regard to the aspect ratio; ``anyres``: squashed as the
+            base tile, and fitted with pad_color to one of ``tiles.resolutions``, cut into tiles.
+        pad_color: RGB 0..255 of the padding.
+        resample: Filter of the resize.
+        mean: Per channel, of values in 0..1.
+        std: Per channel, of values in 0..1.
+        tiles: With ``anyres`` alone.
+    """
+
+    height: int
+    width: int
+    preparation: Literal["pad", "squash", "anyres"]
+    pad_color: tuple[int, int, int]
+    resample: Literal["bicubic", "bilinear"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    tiles: TilesSpec | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionSpec(_Strict):
+    """Where the user's question stands in a prompt template.
+
+    Attributes:
+        start: The question begins behind the first of these, e.g. ``USER:``.
+        end: It ends before the last of these, e.g. ``ASSISTANT:``.
+        image: What stands for the image, its markers included; no part of the question.
+    """
+
+    start: str
+    end: str
+    image: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSpec(_Strict):
+    """How an expression becomes token ids.
+
+    Attributes:
+        template: Holds ``image_token`` once and ``{expression}`` once.
+        image_token: The text that stands for the image.
+        tokenization: ``whole``: the tokenizer knows the image token as one id; ``segments``: the
+            texts before and after the image are tokenized one by one, the first as the start of a
+            sequence, and the tokenizer never sees the image token.
+        max_expression_tokens: A longer expression is refused.
+        max_new_tokens: Upper bound of the answer's length, in tokens.
+        question: Where the question stands; None where that is not known.
+    """
+
+    template: str
+    image_token: str
+    tokenization: Literal["whole", "segments"] = "whole"
+    max_expression_tokens: int
+    max_new_tokens: int
+    question: QuestionSpec | None = field(default=None, metadata=ADDED_LATER)
+
+    def question_template(self) -> str | None:
+        """The question as TRIM's and CDPruner's authors feed it to the text tower.
+
+        That is what the user says, without the conversation around it and without the image, which
+        leaves a space. It holds ``{expression}`` once.
+
+        Returns:
+            None where the template does not say where the question stands.
+        """
+        marks = self.question
+        if marks is None or not (marks.start and marks.end and marks.image):
+            return None
+        _, start, rest = self.template.partition(marks.start)
+        said, end, _ = rest.rpartition(marks.end)
+        question = " ".join(said.replace(marks.image, " ").split())
+        found = start and end and self.image_token not in question
+        return question if found and question.count("{expression}") == 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxSpec(_Strict):
+    """How the answer's text becomes a box.
+
+    Attributes:
+        syntax: ``bracketed``: ``[x1, y1, x2, y2]``; ``angled``: ``{<x1><y1><x2><y2>}``.
+        scale: Coordinates run from 0 to this.
+        frame: What they are relative to: the ``padded_square`` or the ``image`` as given.
+    """
+
+    syntax: Literal["bracketed", "angled"]
+    scale: float
+    frame: Literal["padded_square", "image"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderSpec(_Strict):
+    """The CLIP text tower that text-aware pruners read.
+
+    Attributes:
+        template: What it reads; holds ``{expression}`` once. See ``PruningSpec.pruner_text``.
+        tokenizer_file: In the bundle: which tokenizer the tower reads.
+        max_tokens: How many the tower reads at a time.
+        long_texts: What becomes of a longer one: ``cut``: its end is left out, the last token
+            (CLIP's end-of-text) kept; ``segments``: it is read in pieces of so many tokens, whose
+            unit vectors are averaged.
+    """
+
+    template: str
+    tokenizer_file: str
+    max_tokens: int
+    long_texts: LongTexts = field(default="cut", metadata=ADDED_LATER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSpec(_Strict):
+    """Facts of the decoder that a runtime needs.
+
+    ``max_position_embeddings`` bounds ids of the *unpruned* sequence: pruning saves KV memory, not
+    context length.
+    """
+
+    num_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningSpec(_Strict):
+    """What was pruned, and how; see design: selection x order x extra token x positions.
+
+    Attributes:
+        pruner: Name of the pruner.
+        order: ``raster``: kept tokens ascend; ``score``: best first.
+        extra_token: Token added after the kept ones: the ``mean`` of the dropped ones, or their sum
+            ``weighted`` by score.
+        positions: ``gap``: original ids; ``compact``: re-numbered, the naive baseline.
+        keep_ratio: In (0, 1].
+        seed: Of the pruners that draw; None for the others.
+        num_visual_tokens: N, of one picture or tile.
+        num_kept_tokens: K, of one picture or tile; the most there can be with ``adaptive``.
+        num_emitted_tokens: K' = K plus extra tokens.
+        text_similarity_sign: +1 keeps the patches most similar to the text, -1 the least; None
+            where the pruner reads no text.
+        extra_position: Index of the extra token: that of the ``last`` visual token, or of the cell
+            at the ``centroid`` of what was dropped.
+        budget: ``fixed``: K of every picture; ``adaptive``: as many as stand out by their scores.
+        kept_buckets: Of bundles made before every number of 1..K could be kept: those an adaptive
+            one is rounded up to, ascending, K the last. Else empty.
+        pruner_text: What a pruner that reads the text reads: the ``expression`` alone, or the whole
+            ``question`` that the decoder is asked.
+    """
+
+    pruner: str
+    order: Order
+    extra_token: ExtraToken
+    positions: Literal["gap", "compact"]
+    keep_ratio: float
+    seed: int | None
+    num_visual_tokens: int
+    num_kept_tokens: int
+    num_emitted_tokens: int
+    text_similarity_sign: int | None
+    extra_position: ExtraPosition = "last"
+    budget: Budget = "fixed"
+    kept_buckets: tuple[int, ...] = ()
+    pruner_text: PrunerText = field(default="expression", metadata=ADDED_LATER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec(_Strict):
+    """Which model this is."""
+
+    name: str
+    family: str
+    summary: str
+    license: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile(_Strict):
+    """One file of the source checkpoint."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourcePart(_Strict):
+    """One part of the source checkpoint.
+
+    Attributes:
+        role: ``main``, or what the recipe calls it, e.g. ``base`` or ``tower``.
+        location: The folder where it was, for information.
+        files: What was read, by path within the folder.
+    """
+
+    role: str
+    location: str
+    files: tuple[SourceFile, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSpec(_Strict):
+    """Where the weights are from.
+
+    Attributes:
+        parts: Of the checkpoint; empty where the weights are random.
+        random_seed: Where there was no checkpoint and the weights are noise of the true shape, for
+            work on latency and engines; else None.
+    """
+
+    parts: tuple[SourcePart, ...]
+    random_seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlace(_Strict):
+    """A tensor that the runtime itself reads.
+
+    Attributes:
+        file: In the bundle.
+        offset: Of its first byte.
+        dtype: float32, float16 or bfloat16, little-endian.
+        shape: Dimensions, row-major.
+    """
+
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec(_Strict):
+    """A graph's input or output. A dimension is a number or a name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationSpec(_Strict):
+    """Weights held in fewer bits; what is computed with stays in the graph's dtype.
+
+    Attributes:
+        dtype: ``int4``, symmetric.
+        block_size: Weights of one output channel that share a scale, along the input.
+        method: ``rtn``: rounded to nearest; ``awq``: input channels scaled by what calibration saw
+            (arXiv 2306.00978), then rounded.
+        lm_head: Whether the LM head is quantized, too.
+    """
+
+    dtype: Literal["int4"]
+    block_size: int
+    method: Literal["rtn", "awq"]
+    lm_head: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphSpec(_Strict):
+    """One ONNX file of the bundle.
+
+    Attributes:
+        component: vision_encoder, text_encoder, embed_tokens or decoder_model_merged.
+        lowering: ``onnxruntime`` for the base graphs; ``portable`` or ``fused`` for TensorRT's.
+        dtype: Of the float inputs and outputs; ``pixel_values`` is float32 in any case.
+        kv_contract: ``concat``: present = past and new, joined; ``in_place``: past and present are
+            one buffer [B, heads, capacity, dim] of which the first slots are filled, and a step
+            writes the new ones behind them; ``none``: no cache.
+        file: Path within the bundle.
+        quantization: Of the weights; None where they have the graph's dtype.
+    """
+
+    component: str
+    lowering: str
+    dtype: str
+    kv_contract: Literal["none", "concat", "in_place"]
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    quantization: QuantizationSpec | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLimits(_Strict):
+    """The largest sizes that engines are built for; the smallest are 1, and 0 for the past.
+
+    Attributes:
+        max_prompt: P, prompt tokens after pruning.
+        max_new_tokens: Of an answer. The cache has room for max_prompt + max_new_tokens slots.
+        max_batch: B, expressions asked at a time.
+        max_images: I, pictures at a time, or the tiles of one.
+    """
+
+    max_prompt: int
+    max_new_tokens: int
+    max_batch: int
+    max_images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreflightVerdict(_Strict):
+    """What a static look at a graph says of building it on a device that is not at hand.
+
+    Attributes:
+        component: Which graph.
+        verdict: ``fine``; ``unverified``: holds operators nobody vouches for; ``blocked``.
+        operators: Those that are not fine.
+        reasons: One line each, for people.
+    """
+
+    component: str
+    verdict: Literal["fine", "unverified", "blocked"]
+    operators: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSpec(_Strict):
+    """What a bundle has for one TensorRT target.
+
+    Attributes:
+        name: Of the target, e.g. ``orin``.
+        lowering: Of the graphs its engines are built from; with their dtype it names them.
+        dtype: Of those graphs.
+        preflight: A verdict for each component, against the oldest TensorRT of the target; empty
+            where engines are built by the export itself.
+    """
+
+    name: str
+    lowering: str
+    dtype: str
+    preflight: tuple[PreflightVerdict, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSpec(_Strict):
+    """One file of the bundle.
+
+    Attributes:
+        path: Within the bundle.
+        size: In bytes.
+        sha256: Of its bytes, in hex.
+        held: How they got there: ``written`` by the export; ``copied``; ``cloned``: a copy that
+            shares the source's blocks until one of them changes; ``linked``: the source's own file.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    held: Literal["written", "copied", "cloned", "linked"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(_Strict):
+    """The whole of ``gap.json``, whose JSON form has ``format`` and ``format_version`` as well.
+
+    ``newline`` [H] stands at the end of each row of a tiled picture; None without tiles.
+    ``targets`` and ``engine_limits`` are there where engines are to be built.
+    """
+
+    model: ModelSpec
+    source: SourceSpec
+    pruning: PruningSpec
+    grid: GridSpec
+    image: ImageSpec
+    prompt: PromptSpec
+    box: BoxSpec
+    text_encoder: TextEncoderSpec | None
+    decoder: DecoderSpec
+    newline: TensorPlace | None
+    dtype: str
+    opset: int
+    graphs: tuple[GraphSpec, ...]
+    files: tuple[FileSpec, ...]
+    tools: Mapping[str, str]
+    engine_limits: EngineLimits | None = None
+    targets: tuple[TargetSpec, ...] = ()
+
+    def graph(
+        self, component: str, *, lowering: str = "onnxruntime", dtype: str | None = None
+    ) -> GraphSpec:
+        """The graph of a component.
+
+        Args:
+            component: Its name.
+            lowering: Its form.
+            dtype: Of its floats; None where there is one dtype only.
+
+        Raises:
+            BundleError: the bundle has none.
+        """
+        for graph in self.graphs:
+            form = (graph.component, graph.lowering, dtype or graph.dtype)
+            if form == (component, lowering, graph.dtype):
+                return graph
+        raise BundleError(
+            "the bundle has no such graph",
+            seen=" ".join(filter(None, (component, lowering, dtype))),
+            allowed=", ".join(f"{g.component} {g.lowering} {g.dtype}" for g in self.graphs),
+            fix="export it again with --trt, naming the target",
+        )
+
+    def target(self, name: str) -> TargetSpec:
+        """What the bundle has for a target.
+
+        Raises:
+            BundleError: nothing.
+        """
+        for target in self.targets:
+            if target.name == name:
+                return target
+        raise BundleError(
+            "the bundle was not made for this target",
+            seen=name,
+            allowed=", ".join(t.name for t in self.targets) or "none",
+            fix=f"export it again with --trt {name}",
+        )
+
+    def to_json(self) -> bytes:
+        """Canonical UTF-8 JSON."""
+        plain = {"format": FORMAT, "format_version": FORMAT_VERSION, **to_plain(self)}
+        return (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,450 @@
+"""What a model is: a recipe names a family, where the weights are, and every fact the job needs.
+
+A recipe is ``models/<name>/recipe.yaml``; a new model of a known family is a new recipe and no
+code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import reprlib
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from gap_export.errors import RecipeError, UnknownModelError
+from gap_export.spec.architecture import Architecture, TextShape
+from gap_export.spec.manifest import (
+    BoxSpec,
+    GridSpec,
+    ImageSpec,
+    PromptSpec,
+)
+from gap_export.spec.manifest.sizes import image_sizes, prompt_sizes
+
+RECIPE_NAME = "recipe.yaml"
+
+# A recipe is a page of text; what is larger is something else.
+_MAX_BYTES = 64 * 1024
+_MAX_SHOWN = 300
+_MAX_TOKENS = 100_000
+_MAX_GRID_SIDE = 4096
+_MAX_IMAGE_SIDE = 1 << 14
+_MAX_TOKEN_ID = 1 << 24
+_MAX_WIDTH = 1 << 20
+_MAX_SIZES = {
+    "num_layers": 1_000,
+    "vocab_size": _MAX_TOKEN_ID,
+    "max_position_embeddings": _MAX_TOKEN_ID,
+}
+# One matrix of each layer's MLP; in a 70B model they have 19e9.
+_MAX_WEIGHTS = 1 << 38
+_SLOT = "{expression}"
+HUB_ID = r"^[\w-][\w.-]*/[\w-][\w.-]*$"
+# A name becomes part of a folder's name, and must not lead out of the current folder.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HubRepository(_Strict):
+    """A repository of the Hugging Face hub."""
+
+    id: str = Field(pattern=HUB_ID)
+    kind: Literal["model", "space"] = "model"
+    revision: str = "main"
+
+
+class CheckpointPart(_Strict):
+    """One thing that must be on disk.
+
+    Attributes:
+        what: A few words, e.g. ``the original LLaMA-7B``.
+        hub: Where it is published; None where it is not on the hub.
+        also: Other repositories that do, e.g. with the same weights in another layout.
+        url: Where else to get it.
+        file: The one file of the part where it is a file and no folder.
+        required: False where only some layouts, or some pruners, need it; ``published`` where the
+            main part as published does, while one of the user's own may be whole.
+    """
+
+    what: str
+    hub: HubRepository | None = None
+    also: tuple[HubRepository, ...] = ()
+    url: str | None = None
+    file: Name | None = None
+    required: bool | Literal["published"] = True
+
+    @property
+    def repositories(self) -> tuple[HubRepository, ...]:
+        """All that will do, best first."""
+        return (*((self.hub,) if self.hub is not None else ()), *self.also)
+
+
+class CheckpointSource(_Strict):
+    """Where a recipe's weights come from.
+
+    Attributes:
+        kind: ``bundled``: beside the recipe; ``local``: on the user's disk.
+        parts: By role; ``main`` is the one that a MODEL folder names. Empty where bundled.
+    """
+
+    kind: Literal["bundled", "local"]
+    parts: Mapping[Name, CheckpointPart] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _parts_fit_the_kind(self) -> CheckpointSource:
+        if (self.kind == "local") != ("main" in self.parts):
+            raise ValueError("parts, with one called main, where kind is local, and only there")
+        return self
+
+
+class TextTower(_Strict):
+    """The CLIP text tower of a model, for pruners that read the text.
+
+    Attributes:
+        role: Part of the checkpoint that holds it.
+        folder: Within that part.
+        template: Holds ``{expression}`` once.
+        similarity_sign: -1 where patch-text similarity is inverted (OpenAI CLIP), else +1.
+        shape: Its sizes; None where its config.json alone says them.
+    """
+
+    role: Name = "main"
+    folder: str = "."
+    template: str = _SLOT
+    similarity_sign: Literal[-1, 1]
+    shape: TextShape | None = None
+
+    @field_validator("folder")
+    @classmethod
+    def _folder_stays_within(cls, folder: str) -> str:
+        path = PurePosixPath(folder)
+        if path.is_absolute() or ".." in path.parts or "\0" in folder:
+            raise ValueError("a relative path within the checkpoint's folder")
+        return folder
+
+    @field_validator("template")
+    @classmethod
+    def _template_holds_its_slot(cls, template: str) -> str:
+        if template.count(_SLOT) != 1:
+            raise ValueError(f"must hold {_SLOT!r} exactly once")
+        return template
+
+
+class PruningDefaults(_Strict):
+    """What ``gap-export MODEL`` uses when not told otherwise."""
+
+    pruner: str
+    keep_ratio: float = Field(gt=0, le=1)
+
+
+class PublishedFigure(_Strict):
+    """An accuracy somebody published for this model, with its source and protocol.
+
+    Attributes:
+        dataset: E.g. ``RefCOCO``.
+        split: Of it.
+        positions: ``none`` where no token was dropped; ``compact`` or ``gap`` where some were.
+        acc_at_50: 0..1.
+        protocol: How an answer was judged, in words.
+        source: Where it stands.
+    """
+
+    dataset: str
+    split: str
+    positions: Literal["none", "compact", "gap"] = "none"
+    acc_at_50: float = Field(ge=0, le=1)
+    protocol: str
+    source: str
+
+
+class Recipe(_Strict):
+    """Everything about one model that is data.
+
+    Attributes:
+        name: Also the folder's name.
+        aliases: Other names it answers to.
+        family: Key of the registry in ``gap_export.families``.
+        summary: One line for ``gap-export models``.
+        license: SPDX id of the weights' licence.
+        checkpoint: Where the weights come from.
+        architecture: Its sizes; None where the checkpoint's config.json alone says them.
+        special_tokens: Ids of the tokens with a meaning, by their text; what a checkpoint says
+            must agree.
+        end_of_answer: Texts of the special tokens that end an answer; empty where the checkpoint's
+            config says them.
+        select_layer: Index into the vision tower's hidden states; -2 is the last but one.
+        grid: Visual tokens before pruning.
+        image: Picture preparation.
+        prompt: Prompt template and limits.
+        box: Answer syntax and frame.
+        text_tower: None where the model has none.
+        defaults: Pruner and keep ratio used when none is given.
+        published: Figures of others, with their source.
+    """
+
+    name: Name
+    aliases: tuple[Name, ...] = ()
+    family: str
+    summary: str
+    license: str
+    checkpoint: CheckpointSource
+    architecture: Architecture | None = None
+    special_tokens: Mapping[str, int] = Field(default_factory=dict)
+    end_of_answer: tuple[str, ...] = ()
+    select_layer: int
+    grid: GridSpec
+    image: ImageSpec
+    prompt: PromptSpec
+    box: BoxSpec
+    text_tower: TextTower | None
+    defaults: PruningDefaults
+    published: tuple[PublishedFigure, ...] = ()
+
+    # The specs are plain dataclasses that a device reads without pydantic, so their ranges are
+    # checked here.
+    @field_validator("grid")
+    @classmethod
+    def _grid_in_range(cls, grid: GridSpec) -> GridSpec:
+        _in_range("rows", grid.rows, 1, _MAX_GRID_SIDE)
+        _in_range("cols", grid.cols, 1, _MAX_GRID_SIDE)
+        return grid
+
+    @field_validator("image")
+    @classmethod
+    def _image_in_range(cls, image: ImageSpec) -> ImageSpec:
+        _in_range("height", image.height, 1, _MAX_IMAGE_SIDE)
+        _in_range("width", image.width, 1, _MAX_IMAGE_SIDE)
+        for value in image.pad_color:
+            _in_range("pad_color", value, 0, 255)
+        if (image.tiles is not None) != (image.preparation == "anyres"):
+            raise ValueError("tiles go with preparation anyres, and only with it")
+        for height, width in image.tiles.resolutions if image.tiles is not None else ():
+            if height < 1 or width < 1 or height % image.height or width % image.width:
+                raise ValueError("tiles.resolutions must be multiples of the tile's height, width")
+        if not all(math.isfinite(value) for value in image.mean):
+            raise ValueError("mean must be finite")
+        if not all(math.isfinite(value) and value > 0 for value in image.std):
+            raise ValueError("std must be finite and above 0")
+        return image
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_in_range(cls, prompt: PromptSpec) -> PromptSpec:
+        _in_range("max_expression_tokens", prompt.max_expression_tokens, 1, _MAX_TOKENS)
+        _in_range("max_new_tokens", prompt.max_new_tokens, 1, _MAX_TOKENS)
+        return prompt
+
+    @field_validator("box")
+    @classmethod
+    def _box_in_range(cls, box: BoxSpec) -> BoxSpec:
+        if not (math.isfinite(box.scale) and box.scale > 0):
+            raise ValueError("scale must be finite and above 0")
+        return box
+
+    @model_validator(mode="after")
+    def _prompt_holds_its_slots(self) -> Recipe:
+        for slot in (_SLOT, self.prompt.image_token):
+            if self.prompt.template.count(slot) != 1:
+                raise ValueError(f"prompt.template must hold {slot!r} exactly once")
+        if self.prompt.template.rstrip().endswith(self.prompt.image_token):
+            raise ValueError("prompt.template must go on after the image")
+        if self.prompt.template.replace(self.prompt.image_token, "").count(_SLOT) != 1:
+            raise ValueError(f"prompt.image_token must not be part of {_SLOT!r}")
+        if not _is_text(self.prompt.template):
+            raise ValueError("prompt.template must be text: it holds half a character (surrogate)")
+        if self.prompt.question is not None and self.prompt.question_template() is None:
+            raise ValueError(
+                "prompt.question must be found in prompt.template: start, the expression, end, and "
+                "the image, which holds prompt.image_token"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_are_named(self) -> Recipe:
+        unknown = [text for text in self.end_of_answer if text not in self.special_tokens]
+        if unknown:
+            raise ValueError(f"end_of_answer must name special_tokens; {unknown} are none")
+        for text, token in self.special_tokens.items():
+            _in_range(f"special_tokens of {text!r}", token, 0, _MAX_TOKEN_ID)
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_are_sensible_together(self) -> Recipe:
+        sizes = [*image_sizes(self.image, self.grid)]
+        if self.architecture is not None:
+            hidden = self.architecture.decoder.hidden_size
+            sizes += prompt_sizes(self.image, self.grid, self.prompt, hidden)
+        for name, seen, most in sizes:
+            _in_range(f"{name} ({seen})", seen, 1, most)
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Recipe:
+        if self.architecture is not None:
+            _check_sizes(self.architecture, self.image, self.grid)
+        return self
+
+    @model_validator(mode="after")
+    def _text_tower_has_a_part(self) -> Recipe:
+        roles = tuple(self.checkpoint.parts) or ("main",)
+        if self.text_tower is not None and self.text_tower.role not in roles:
+            raise ValueError(f"text_tower.role must be one of {', '.join(roles)}")
+        return self
+
+
+def _check_sizes(architecture: Architecture, image: ImageSpec, grid: GridSpec) -> None:
+    """Refuse a grid that no model of these sizes has, and modules that do not fit each other."""
+    vision, projector, decoder = architecture.vision, architecture.projector, architecture.decoder
+    for name, module in vars(architecture).items():
+        for key, size in vars(module).items():
+            if isinstance(size, int) and not isinstance(size, bool):
+                most = _MAX_SIZES.get(key, _MAX_WIDTH)
+                _in_range(f"architecture.{name}.{key}", size, 1, most)
+    weights = decoder.num_layers * decoder.hidden_size * decoder.intermediate_size
+    _in_range(f"weights of architecture.decoder's layers ({weights})", weights, 1, _MAX_WEIGHTS)
+    if (image.height, image.width) != (vision.image_size,) * 2:
+        raise ValueError(f"image must be {vision.image_size} px, architecture.vision.image_size")
+    if projector.width % vision.width or projector.hidden_size != decoder.hidden_size:
+        raise ValueError("architecture.projector must go from vision.width to decoder.hidden_size")
+    if vision.width % vision.num_heads or decoder.num_heads % decoder.num_key_value_heads:
+        raise ValueError("architecture: heads must divide the width, and groups the heads")
+    # A projector may join neighbours of one row to a token.
+    joined = projector.width // vision.width
+    side = vision.grid_size
+    if side % joined or (grid.rows, grid.cols) != (side, side // joined):
+        raise ValueError(f"grid must be {side} rows, {side // joined} cols, as architecture says")
+
+
+def _in_range(key: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{key} must lie in {low}..{high}")
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be written down: half a surrogate pair cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases and without keys given twice.
+
+    A few aliases can stand for more data than memory holds; of two equal keys one would be dropped
+    in silence.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Read a mapping, refusing a key that is there twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice"[:_MAX_SHOWN], key.start_mark
+                )
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return found
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Read one node, refusing a reference to another."""
+        if self.check_event(yaml.AliasEvent):
+            events: Any = self  # the stubs leave this method without types
+            mark = events.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", mark)
+        return super().compose_node(parent, index)
+
+
+@lru_cache(maxsize=1)
+def models_dir() -> Path:
+    """The folder of recipes: package data in a wheel, ``models/`` in a checkout."""
+    package = Path(__file__).parent.parent
+    packaged = package / "_models"
+    return packaged if packaged.is_dir() else package.parent / "models"
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read one recipe file.
+
+    Raises:
+        RecipeError: unreadable, too large, not YAML, or a key or value that is not allowed.
+    """
+    plain = _read_yaml(path)
+    try:
+        return Recipe.model_validate(plain)
+    except ValidationError as err:
+        first = err.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        value = first.get("input")
+        raise RecipeError(
+            f"recipe {path} is not valid" + (f" at {where[:_MAX_SHOWN]}" if where else ""),
+            # Facts that contradict each other are named in the message; all of them are too many.
+            seen=None if isinstance(value, dict) else reprlib.repr(value),
+            allowed=str(first["msg"]).removeprefix("Value error, ")[:_MAX_SHOWN],
+        ) from err
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(_MAX_BYTES + 1)
+        if len(raw) > _MAX_BYTES:
+            raise RecipeError(
+                "recipe is too large",
+                seen=f"{path}: more than {_MAX_BYTES} bytes",
+                allowed=f"{_MAX_BYTES} bytes",
+            )
+        return yaml.load(raw.decode("utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (
+        *(OSError, yaml.YAMLError, RecursionError),
+        # PyYAML lets these out where a value is not what its tag says, e.g. the date 2024-13-45.
+        *(ValueError, LookupError, TypeError, AttributeError, OverflowError),
+    ) as err:
+        reason = f"{path}: {err}"[:_MAX_SHOWN]
+        raise RecipeError("recipe cannot be read", seen=reason) from err
+
+
+def list_recipes() -> list[tuple[Recipe, Path]]:
+    """Every shipped recipe with its folder, by name."""
+    folders = sorted(p.parent for p in models_dir().glob(f"*/{RECIPE_NAME}"))
+    return [(load_recipe(folder / RECIPE_NAME), folder) for folder in folders]
+
+
+def find_recipe(name: str) -> tuple[Recipe, Path]:
+    """The recipe of that name or alias, and its folder.
+
+    Raises:
+        UnknownModelError: there is none; the nearest names are suggested.
+    """
+    known: dict[str, tuple[Recipe, Path]] = {}
+    for recipe, folder in list_recipes():
+        for key in (recipe.name, *recipe.aliases):
+            known[key] = (recipe, folder)
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name[:_MAX_SHOWN], known, n=3, cutoff=0.4)
+    raise UnknownModelError(
+        "no model of that name",
+        seen=name[:_MAX_SHOWN],
+        allowed=", ".join(sorted(known)) + ", the hub id of one, or a checkpoint folder",
+        fix=f"did you mean {' or '.join(near)}?" if near else "see: gap-export models",
+    )

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gap_export.errors import PassError
+from gap_export.graph.passes.fuse_rotary import FuseRotary
+from gap_export.graph.passes.graph_pass import fingerprint
+from gap_export.graph.passes.raise_opset import RaiseOpset
+from tests.graph.lowering_models import kinds, parse, run
+
+RNG = np.random.default_rng(0)
+FREQUENCIES = (1.0 / 10000 ** (np.arange(0, 8, 2) / 8)).astype(np.float32)
+ROWS = 40000
+
+ROTARY = """
+rotary (float16[b, 2, s, 8] x, int64[b, s] ids, float[4] inv_freq) => (float16[b, 2, s, 8] y) {
+    one = Constant <value = int64[1] {1}> ()
+    three = Constant <value = int64[1] {3}> ()
+    zero = Constant <value = int64[1] {0}> ()
+    four = Constant <value = int64[1] {4}> ()
+    end = Constant <value = int64[1] {9223372036854775807}> ()
+    numbers = Cast <to = 1> (ids)
+    row = Unsqueeze (numbers, one)
+    column = Unsqueeze (row, three)
+    half = Mul (column, inv_freq)
+    angles = Concat <axis = -1> (half, half)
+    cos = Cos (angles)
+    cos16 = Cast <to = 10> (cos)
+    sin = Sin (angles)
+    sin16 = Cast <to = 10> (sin)
+    first = Slice (x, zero, four, three, one)
+    second = Slice (x, four, end, three, one)
+    minus = Neg (second)
+    turned = Concat <axis = -1> (minus, first)
+    by_cos = Mul (x, cos16)
+    by_sin = Mul (turned, sin16)
+    y = Add (by_cos, by_sin)
+}"""
+
+
+def rotary(*changes: tuple[str, str]):
+    text = ROTARY
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    return parse(text, inv_freq=FREQUENCIES)
+
+
+def feeds(*ids: int):
+    x = RNG.standard_normal((2, 2, len(ids), 8)).astype(np.float16)
+    return {"x": x, "ids": np.array([ids, ids[::-1]])}
+
+
+def test_rotation_becomes_one_node_with_the_same_result_for_ids_float16_cannot_hold():
+    model = rotary()
+    # From 2048 on float16 holds every second integer, from 32768 on every 32nd.
+    given = feeds(0, 1, 2047, 2049, 4095, 32769, 39999)
+    before = run(model, **given)[0]
+    RaiseOpset().run(model)
+    assert FuseRotary(max_position_embeddings=ROWS).run(model).modified
+    assert kinds(model) == ["RotaryEmbedding"]
+    (node,) = model.graph
+    assert [value.name for value in node.inputs] == ["x", "rotary.cos", "rotary.sin", "ids"]
+    after = run(model, **given)[0]
+    # Tables and ONNX Runtime may differ in the last bit of a cosine.
+    np.testing.assert_allclose(
+        after.astype(np.float32), before.astype(np.float32), atol=2.0**-9, rtol=0
+    )
+    given["ids"] = given["ids"] - (given["ids"] == 32769)
+    assert np.abs(run(model, **given)[0] - after).max() > 0.1
+
+
+def test_tables_are_the_cosines_of_exact_ids():
+    model = rotary()
+    FuseRotary(max_position_embeddings=ROWS).run(model)
+    cos = model.graph.initializers["rotary.cos"].const_value.numpy()
+    assert (cos.dtype, cos.shape) == (np.float16, (ROWS, 4))
+    truth = np.cos(np.arange(ROWS)[:, None] * FREQUENCIES.astype(np.float64))
+    # float32 angles up to 40,000 are exact to 2**-9 of a turn's radian.
+    assert np.abs(cos - truth).max() < 2.0**-8
+
+
+def test_second_run_finds_nothing():
+    model = rotary()
+    FuseRotary(max_position_embeddings=16).run(model)
+    assert not FuseRotary(max_position_embeddings=16).run(model).modified
+
+
+def test_graph_without_cosine_stays():
+    model = rotary(("Cos (angles)", "Sin (angles)"))
+    assert not FuseRotary(max_position_embeddings=16).run(model).modified
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([("Concat <axis = -1> (half, half)", "Concat <axis = -1> (half, column)")], "halves"),
+        ([("float[4] inv_freq", "float[4] other, float[4] inv_freq"),
+          ("Mul (column, inv_freq)", "Mul (column, other)")], "frequencies is not a constant"),
+        ([("Unsqueeze (row, three)", "Unsqueeze (row, one)")], "position ids as a column"),
+        ([("Concat <axis = -1> (minus, first)", "Concat <axis = -1> (first, minus)")],
+         "the second half is not a Neg"),
+        ([("Slice (x, zero, four, three, one)", "Slice (x, one, four, three, one)")],
+         "a half of it"),
+        ([("Slice (x, four, end, three, one)", "Slice (y0, four, end, three, one)"),
+          ("first = ", "y0 = Exp (x)\n    first = ")], "a half of it"),
+        ([("Add (by_cos, by_sin)", "Sub (by_cos, by_sin)")], "not read by a Add alone"),
+        ([("Mul (turned, sin16)", "Mul (turned, cos16)")], "the other part is not by the sine"),
+        ([("cos16 = Cast <to = 10> (cos)", "cos16 = Cast <to = 10> (cos)\n    more = Cos (half)")],
+         "starts in several places"),
+    ],
+)  # fmt: skip
+def test_near_miss_is_refused_and_left(changes, message):
+    text = ROTARY
+    for change in changes:
+        assert change[0] in text
+        text = text.replace(*change)
+    model = parse(text, inv_freq=FREQUENCIES)
+    before = fingerprint(model)
+    with pytest.raises(PassError, match=message):
+        FuseRotary(max_position_embeddings=16).run(model)
+    assert fingerprint(model) == before
+
+
+def test_rotation_in_float32_is_refused():
+    text = ROTARY.replace("float16", "float").replace("to = 10", "to = 1")
+    with pytest.raises(PassError, match="not cast to 16-bit floats: FLOAT, FLOAT"):
+        FuseRotary(max_position_embeddings=16).run(parse(text, inv_freq=FREQUENCIES))
+
+
+def test_table_without_rows_is_refused():
+    with pytest.raises(PassError, match="a row for each position: 0"):
+        FuseRotary(max_position_embeddings=0)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from gap_export.errors import PassError
+from gap_export.graph.passes import InsertGapRemap
+from gap_export.graph.passes.graph_pass import fingerprint
+from gap_export.graph.passes.raise_opset import RaiseOpset
+from tests.graph.lowering_models import parse, run
+
+GRAPH = "g (float[n, 4] x) => (float[n, 4] y) {\n    z = Sigmoid (x)\n    y = Mul (x, z)\n}"
+
+
+def test_opset_is_raised_and_results_stay():
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    model = parse(GRAPH)
+    before = run(model, x=x)[0]
+    assert RaiseOpset().run(model).modified
+    assert model.opset_imports[""] == 24
+    np.testing.assert_array_equal(run(model, x=x)[0], before)
+
+
+def test_second_run_finds_nothing():
+    model = parse(GRAPH)
+    RaiseOpset().run(model)
+    assert not RaiseOpset().run(model).modified
+
+
+def test_functions_are_raised_too(small_decoder, run_model):
+    model = small_decoder()
+    InsertGapRemap().run(model)
+    RaiseOpset().run(model)
+    (function,) = model.functions.values()
+    assert function.opset_imports[""] == 24
+    ids = np.array([[0, 1, 2, 3]])
+    negative = run_model(
+        model, position_ids=ids, attention_mask=ids, kept_positions=np.array([[0, 7]])
+    )[1]
+    assert negative.tolist() == [[0, -7, -8, -9]]
+
+
+@pytest.mark.parametrize("opset", [19, 25])
+def test_other_opsets_are_refused(opset):
+    model = parse(GRAPH)
+    model.opset_imports[""] = opset
+    with pytest.raises(PassError, match=f"this opset: {opset}; allowed: 20 to 24"):
+        RaiseOpset().run(model)
+
+
+def test_unchecked_operator_is_refused_by_name():
+    model = parse(GRAPH.replace("Sigmoid", "GroupNormalization"))
+    before = fingerprint(model)
+    with pytest.raises(PassError, match="GroupNormalization, node GroupNormalization_0"):
+        RaiseOpset().run(model)
+    assert fingerprint(model) == before
+
+
+def test_unchecked_operator_in_a_function_is_refused(small_decoder):
+    model = small_decoder()
+    InsertGapRemap().run(model)
+    (function,) = model.functions.values()
+    function.append(ir.node("Resize", [function.outputs[0]]))
+    with pytest.raises(PassError, match="Resize"):
+        RaiseOpset().run(model)

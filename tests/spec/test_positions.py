@@ -1,0 +1,219 @@
+"""Position maths against loops that a child could check."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gap_export.errors import UsageError
+from gap_export.spec.positions import (
+    VisualSpan,
+    build_kept_positions,
+    check_keep_ratio,
+    compact_positions,
+    gap_remap,
+    num_kept_tokens,
+    slots_from_mask,
+    stack_kept_positions,
+)
+
+# A prompt: text lengths around images, and for each image which of its tokens stay, in feed order.
+Prompt = tuple[list[int], list[tuple[int, list[int]]]]
+
+
+@st.composite
+def prompts(draw: st.DrawFn, max_images: int = 3) -> Prompt:
+    images = []
+    for _ in range(draw(st.integers(0, max_images))):
+        num = draw(st.integers(1, 12))
+        keep = draw(st.lists(st.integers(0, num - 1), min_size=1, max_size=num, unique=True))
+        images.append((num, keep if draw(st.booleans()) else sorted(keep)))
+    texts = [draw(st.integers(0, 5)) for _ in images] + [draw(st.integers(1, 5))]
+    return texts, images
+
+
+def spans_of(prompt: Prompt) -> tuple[int, list[VisualSpan]]:
+    texts, images = prompt
+    cursor, spans = 0, []
+    for text, (num, keep) in zip(texts[:-1], images, strict=True):
+        cursor += text
+        spans.append(
+            VisualSpan(
+                start=cursor, num_visual_tokens=num, keep_indices=np.asarray(keep, dtype=np.int64)
+            )
+        )
+        cursor += num
+    return cursor + texts[-1], spans
+
+
+def table_by_loop(prompt: Prompt) -> list[int]:
+    """Number every unpruned token, then read off the numbers of those that are fed."""
+    texts, images = prompt
+    table: list[int] = []
+    counter = 0
+    for place, text in enumerate(texts):
+        for _ in range(text):
+            table.append(counter)
+            counter += 1
+        if place < len(images):
+            num, keep = images[place]
+            numbers = []
+            for _ in range(num):
+                numbers.append(counter)
+                counter += 1
+            table += [numbers[index] for index in keep]
+    return table
+
+
+@given(prompts())
+def test_kept_positions_equal_a_loop_with_any_number_of_images(prompt: Prompt) -> None:
+    length, spans = spans_of(prompt)
+    table = build_kept_positions(unpruned_length=length, spans=spans)
+    assert table.dtype == np.int64
+    assert table.tolist() == table_by_loop(prompt)
+
+
+@given(prompts())
+def test_kept_positions_end_with_their_largest_id(prompt: Prompt) -> None:
+    length, spans = spans_of(prompt)
+    table = build_kept_positions(unpruned_length=length, spans=spans)
+    assert table[-1] == length - 1 == table.max()
+
+
+@given(prompts(), st.integers(0, 3000))
+def test_gap_remap_equals_a_loop_far_beyond_the_prompt(prompt: Prompt, extra: int) -> None:
+    length, spans = spans_of(prompt)
+    table = build_kept_positions(unpruned_length=length, spans=spans)
+    slots = np.arange(len(table) + extra, dtype=np.int64)[None]
+    expected, next_id = [], length
+    for slot in range(len(table) + extra):
+        if slot < len(table):
+            expected.append(int(table[slot]))
+        else:
+            expected.append(next_id)
+            next_id += 1
+    assert gap_remap(slots, table[None]).tolist() == [expected]
+
+
+@given(st.lists(prompts(max_images=2), min_size=1, max_size=4), st.integers(0, 20))
+def test_gap_remap_of_a_left_padded_stack_equals_its_rows_alone(
+    batch: list[Prompt], num_decoded: int
+) -> None:
+    tables = []
+    for prompt in batch:
+        length, spans = spans_of(prompt)
+        tables.append(build_kept_positions(unpruned_length=length, spans=spans))
+    longest = max(map(len, tables))
+    mask = np.zeros((len(batch), longest + num_decoded), dtype=np.int64)
+    for row, table in zip(mask, tables, strict=True):
+        row[longest - len(table) :] = 1
+    ids = gap_remap(slots_from_mask(mask), stack_kept_positions(tables))
+    for row, table in zip(ids, tables, strict=True):
+        alone = gap_remap(np.arange(len(table) + num_decoded)[None], table[None])[0]
+        assert row[longest - len(table) :].tolist() == alone.tolist()
+
+
+@given(st.integers(1, 40), st.integers(0, 40))
+def test_gap_remap_of_a_compact_table_changes_nothing(length: int, extra: int) -> None:
+    slots = np.arange(length + extra, dtype=np.int64)[None]
+    assert gap_remap(slots, compact_positions(length)[None]).tolist() == slots.tolist()
+
+
+def test_gap_remap_on_llava_1_5_decodes_from_the_unpruned_length() -> None:
+    keep = np.linspace(0, 575, 173).astype(np.int64)
+    span = VisualSpan(start=35, num_visual_tokens=576, keep_indices=keep)
+    table = build_kept_positions(unpruned_length=35 + 576 + 24, spans=[span])
+    assert len(table) == 232
+    assert gap_remap(np.asarray([[231, 232, 233]]), table[None]).tolist() == [[634, 635, 636]]
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4))
+def test_slots_equal_a_loop_for_any_mask(rows: list[list[bool]]) -> None:
+    expected = []
+    for row in rows:
+        counter, slots = -1, []
+        for token in row:
+            counter += token
+            slots.append(max(counter, 0))
+        expected.append(slots)
+    assert slots_from_mask(np.asarray(rows)).tolist() == expected
+
+
+@given(st.floats(0, 1, exclude_min=True), st.integers(1, 4096))
+def test_num_kept_tokens_rounds_half_up_within_1_and_n(keep_ratio: float, num: int) -> None:
+    kept = num_kept_tokens(keep_ratio, num)
+    assert 1 <= kept <= num
+    assert abs(kept - keep_ratio * num) <= 0.5 or kept == 1
+
+
+@pytest.mark.parametrize(
+    ("keep_ratio", "num", "kept"),
+    [(0.3, 144, 43), (0.3, 576, 173), (0.5, 5, 3), (0.5, 7, 4), (1e-9, 144, 1), (1.0, 144, 144)],
+)
+def test_num_kept_tokens_at_known_points(keep_ratio: float, num: int, kept: int) -> None:
+    assert num_kept_tokens(keep_ratio, num) == kept
+
+
+@pytest.mark.parametrize("keep_ratio", [0.0, -0.1, 1.0000001, 30, math.nan, math.inf, -math.inf])
+def test_keep_ratio_outside_its_range_is_refused(keep_ratio: float) -> None:
+    with pytest.raises(UsageError, match=r"keep ratio out of range.*0 < keep <= 1"):
+        check_keep_ratio(keep_ratio)
+    with pytest.raises(UsageError, match="keep ratio"):
+        num_kept_tokens(keep_ratio, 10)
+
+
+def test_no_visual_tokens_are_refused() -> None:
+    with pytest.raises(UsageError, match="at least one visual token: 0"):
+        num_kept_tokens(0.5, 0)
+
+
+def _span(start: int, num: int, keep: Any) -> VisualSpan:
+    return VisualSpan(start=start, num_visual_tokens=num, keep_indices=np.asarray(keep))
+
+
+@pytest.mark.parametrize(
+    ("length", "spans", "message"),
+    [
+        (10, [_span(2, 9, [0])], r"does not fit the prompt: tokens 2\.\.10"),
+        (10, [_span(-1, 3, [0])], "does not fit the prompt"),
+        (20, [_span(2, 5, [0]), _span(6, 5, [0])], "after the span before it"),
+        (10, [_span(2, 5, [5])], r"keep_indices out of range: 5\.\.5; allowed: 0\.\.4"),
+        (10, [_span(2, 5, [-1, 2])], "keep_indices out of range"),
+        (10, [_span(2, 5, np.empty(0, np.int64))], "non-empty vector"),
+        (10, [_span(2, 5, [[1]])], "non-empty vector"),
+        (7, [_span(2, 5, [1])], "must end with a token that is not visual"),
+        (0, [], "must end with a token that is not visual"),
+    ],
+)
+def test_kept_positions_refuse_spans_that_do_not_fit(
+    length: int, spans: list[VisualSpan], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        build_kept_positions(unpruned_length=length, spans=spans)
+
+
+@pytest.mark.parametrize("rows", [[], [np.empty(0, np.int64)], [np.zeros((1, 2), np.int64)]])
+def test_stacking_refuses_what_is_not_a_list_of_tables(rows: list[Any]) -> None:
+    with pytest.raises(UsageError, match="non-empty vectors"):
+        stack_kept_positions(rows)
+
+
+@pytest.mark.parametrize(
+    ("position_ids", "kept_positions", "message"),
+    [
+        (np.zeros(3, np.int64), np.zeros((1, 3), np.int64), "takes two matrices"),
+        (np.zeros((2, 3), np.int64), np.zeros((1, 3), np.int64), "same B"),
+        (np.zeros((1, 3), np.int64), np.zeros((1, 0), np.int64), "P >= 1"),
+        (np.full((1, 3), -1), np.zeros((1, 3), np.int64), "never negative: -1"),
+    ],
+)
+def test_gap_remap_refuses_shapes_that_do_not_fit(
+    position_ids: Any, kept_positions: Any, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        gap_remap(position_ids, kept_positions)

@@ -1,0 +1,307 @@
+"""Recipes: every shipped one loads, and a bad one is refused with one clear message."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gap_export.errors import RecipeError, UnknownModelError
+from gap_export.spec.recipe import find_recipe, list_recipes, load_recipe, models_dir
+
+DEMO, LLAVA, MINIGPT, NEXT, SHIKRA = (
+    models_dir() / name / "recipe.yaml"
+    for name in (
+        "refshapes-llava",
+        "llava-1.5-7b",
+        "minigpt-v2",
+        "llava-1.6-mistral-7b",
+        "shikra-7b",
+    )
+)
+PAPER_MODELS = (
+    "llava-1.5-13b",
+    "llava-1.5-7b",
+    "llava-1.6-mistral-7b",
+    "llava-1.6-vicuna-7b",
+    "minigpt-v2",
+    "shikra-7b",
+)
+DEMO_MODELS = ("refshapes-llava", "refshapes-minigpt-v2", "refshapes-shikra")
+
+
+def write_recipe(tmp_path: Path, source: Path = DEMO, /, **changes: object) -> Path:
+    plain = yaml.safe_load(source.read_text())
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        target = plain
+        for parent in parents:
+            target = target[parent]
+        target[last] = value
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    return path
+
+
+def test_every_shipped_recipe_is_named_as_its_folder_and_found_by_each_alias():
+    recipes = list_recipes()
+    assert "refshapes-llava" in [recipe.name for recipe, _ in recipes]
+    for recipe, folder in recipes:
+        assert recipe.name == folder.name
+        for name in (recipe.name, *recipe.aliases):
+            assert find_recipe(name)[0] == recipe
+
+
+def test_every_model_of_the_paper_has_a_recipe():
+    shipped = {recipe.name: recipe for recipe, _ in list_recipes()}
+    assert {*PAPER_MODELS, *DEMO_MODELS} == set(shipped)
+    assert find_recipe("llava")[0].name == "llava-1.5-7b"
+    for name in PAPER_MODELS:
+        recipe = shipped[name]
+        assert recipe.checkpoint.kind == "local"
+        assert recipe.architecture is not None
+        assert recipe.prompt.tokenization == "segments"
+        # A default that asks for a part which may be missing would fail at the first try.
+        assert recipe.defaults.pruner == "fastervlm"
+
+
+@pytest.mark.parametrize(
+    ("name", "decoder", "tower", "projector"),
+    [
+        # Published counts: Llama 6,738,415,616 and 13,015,864,320; Mistral 7,241,732,096; of
+        # CLIP's vision halves 303,507,456 and 303,179,776. llava-hf adds 64 rows to vocabulary
+        # and head, Shikra 3.
+        ("llava-1.5-7b", 6_738_415_616 + 2 * 64 * 4096, 303_507_456, 20_979_712),
+        ("llava-1.5-13b", 13_015_864_320 + 2 * 64 * 5120, 303_507_456, 31_467_520),
+        ("llava-1.6-vicuna-7b", 6_738_415_616 + 2 * 64 * 4096, 303_507_456, 20_979_712),
+        ("llava-1.6-mistral-7b", 7_241_732_096 + 2 * 64 * 4096, 303_507_456, 20_979_712),
+        ("shikra-7b", 6_738_415_616 + 2 * 3 * 4096, 303_179_776, 4_198_400),
+        # The published file's size says 23.07 M for the projector.
+        ("minigpt-v2", 6_738_415_616, None, 23_072_768),
+    ],
+)
+def test_sizes_are_those_of_the_published_models(name, decoder, tower, projector):
+    from gap_export.families import find_family
+
+    recipe = find_recipe(name)[0]
+    assert recipe.architecture is not None
+    counts = dict.fromkeys(("decoder", "tower", "projector"), 0)
+    for key, shape in find_family(recipe).expected_tensors(recipe.architecture).items():
+        part = key.partition(".")[0].replace("lm_head", "decoder")
+        counts[part] = counts.get(part, 0) + math.prod(shape)
+    assert (counts["decoder"], counts["projector"]) == (decoder, projector)
+    assert tower is None or counts["tower"] == tower
+
+
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_every_pruner_a_model_claims_can_be_asked_for(name):
+    from gap_export.families import resolve_pruning, supported_pruners
+
+    recipe = find_recipe(name)[0]
+    for pruner in (None, *supported_pruners(recipe)):
+        pruning = resolve_pruning(
+            recipe, pruner=pruner, keep_ratio=None, order="raster", positions="gap", seed=0
+        )
+        assert pruning.num_visual_tokens == recipe.grid.num_visual_tokens
+    assert ("text" in supported_pruners(recipe)) == (recipe.text_tower is not None)
+
+
+def test_prompts_are_exactly_those_the_models_were_trained_with():
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. USER: "
+    )
+    ask = (
+        "<image>\nPlease provide the bounding box coordinate of the region this sentence "
+        "describes: {expression}"
+    )
+    wanted = {
+        "llava-1.5-7b": f"{system}{ask} ASSISTANT:",
+        "llava-1.5-13b": f"{system}{ask} ASSISTANT:",
+        "llava-1.6-vicuna-7b": f"{system}{ask} ASSISTANT:",
+        "llava-1.6-mistral-7b": f"[INST] {ask} [/INST]",
+        "shikra-7b": f"{system}Can you point out {{expression}} in the image<im_start><image>"
+        "<im_end>and provide the coordinates of its location? ASSISTANT:",
+        "minigpt-v2": "<s>[INST] <Img><ImageHere></Img> [refer] give me the location of "
+        "{expression} [/INST]",
+    }
+    found = {name: find_recipe(name)[0].prompt.template for name in PAPER_MODELS}
+    assert found == wanted
+
+
+def test_the_question_is_what_trim_and_cdpruner_are_fed():
+    """The user's message alone, its image left out, as their authors' scripts take it."""
+    ask = "Please provide the bounding box coordinate of the region this sentence describes: "
+    wanted = {
+        "llava-1.5-7b": f"{ask}{{expression}}",
+        "llava-1.5-13b": f"{ask}{{expression}}",
+        "llava-1.6-vicuna-7b": f"{ask}{{expression}}",
+        "llava-1.6-mistral-7b": f"{ask}{{expression}}",
+        "shikra-7b": "Can you point out {expression} in the image and provide the coordinates of "
+        "its location?",
+        "refshapes-llava": "{expression}",
+    }
+    assert {name: find_recipe(name)[0].prompt.question_template() for name in wanted} == wanted
+
+
+def test_names_and_aliases_are_unique():
+    names = [n for recipe, _ in list_recipes() for n in (recipe.name, *recipe.aliases)]
+    assert len(names) == len(set(names))
+
+
+def test_unknown_model_suggests_the_nearest_names():
+    with pytest.raises(UnknownModelError, match="did you mean refshapes-llava") as caught:
+        find_recipe("refshape-lava")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"surprise": 1}, "surprise"),
+        ({"image__surprise": 1}, "surprise"),
+        ({"grid__rows": "many"}, "grid.rows"),
+        ({"defaults__keep_ratio": 0}, "keep_ratio"),
+        ({"prompt__template": "USER: <image> ASSISTANT:"}, "{expression}"),
+        ({"prompt__template": "<image> <image> {expression}"}, "<image>"),
+        ({"prompt__template": "{expression} <image>"}, "after the image"),
+        ({"prompt__template": "HUMAN: <image> {expression} ASSISTANT:"}, "prompt.question must be"),
+        ({"text_tower__similarity_sign": 0}, "similarity_sign"),
+        ({"text_tower__template": "a photo"}, "text_tower.template"),
+        ({"text_tower__folder": "../clip"}, "text_tower.folder"),
+        *(({"name": v}, "name") for v in ("../up", "/tmp/x", "", ".hidden", "a\n", "a" * 200)),
+        ({"aliases": ["fine", "a/b"]}, "aliases.1"),
+        ({"grid__rows": 0}, "rows must lie in 1..4096"),
+        ({"grid__cols": 4097}, "cols must lie in 1..4096"),
+        ({"image__height": 0}, "height"),
+        ({"image__width": 10**9}, "width"),
+        ({"image__pad_color": [0, 256, 0]}, "pad_color must lie in 0..255"),
+        ({"image__mean": [0, float("nan"), 0]}, "mean must be finite"),
+        ({"image__std": [1, 0, 1]}, "std must be finite and above 0"),
+        ({"box__scale": 0}, "scale must be finite and above 0"),
+        ({"box__scale": float("inf")}, "scale must be finite and above 0"),
+        ({"prompt__max_new_tokens": 0}, "max_new_tokens must lie in 1..100000"),
+        ({"prompt__max_expression_tokens": 100_001}, "max_expression_tokens must lie in"),
+    ],
+)
+def test_bad_recipe_names_the_key(tmp_path, changes, words):
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        load_recipe(write_recipe(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "words"),
+    [
+        (LLAVA, {"grid__cols": 23}, "grid must be 24 rows, 24 cols"),
+        (MINIGPT, {"grid": {"rows": 16, "cols": 16}}, "grid must be 32 rows, 8 cols"),
+        (MINIGPT, {"architecture__projector__width": 1408 * 5}, "grid must be"),
+        (LLAVA, {"image__height": 224}, "image must be 336 px"),
+        (LLAVA, {"architecture__projector__width": 1000}, "must go from vision.width"),
+        (LLAVA, {"architecture__projector__hidden_size": 5120}, "must go from vision.width"),
+        (LLAVA, {"architecture__decoder__num_key_value_heads": 5}, "heads must divide"),
+        (LLAVA, {"architecture__vision__num_heads": 0}, "vision.num_heads must lie in"),
+        (LLAVA, {"architecture__vision__patch_size": 0}, "vision.patch_size must lie in"),
+        (LLAVA, {"architecture__decoder__surprise": 1}, "surprise"),
+        (LLAVA, {"architecture__decoder__num_layers": 1001}, "num_layers must lie in 1..1000"),
+        (LLAVA, {"architecture__decoder__vocab_size": 10**9}, "vocab_size must lie in"),
+        (LLAVA, {"architecture__decoder__intermediate_size": 10**9}, "intermediate_size must lie"),
+        (
+            LLAVA,
+            {
+                "architecture__decoder__num_layers": 999,
+                "architecture__decoder__intermediate_size": 10**6,
+            },
+            "weights of architecture.decoder's layers",
+        ),
+        (LLAVA, {"image__height": 16_384, "image__width": 16_384}, "pixels of image.height"),
+        (LLAVA, {"grid__rows": 4096, "grid__cols": 4096}, "tokens of grid.rows"),
+        (LLAVA, {"architecture__vision__width": "wide"}, "architecture.vision.width"),
+        (LLAVA, {"checkpoint__parts__tower__surprise": 1}, "surprise"),
+        (LLAVA, {"checkpoint__parts": {}}, "main"),
+        (LLAVA, {"checkpoint__kind": "bundled"}, "kind is local"),
+        (LLAVA, {"checkpoint__parts__main__hub__id": "no-owner"}, "main.hub.id"),
+        (LLAVA, {"checkpoint__parts__main__hub__id": "../../etc"}, "main.hub.id"),
+        (MINIGPT, {"checkpoint__parts__main__file": "../x.pth"}, "main.file"),
+        (MINIGPT, {"checkpoint__parts__main__hub__kind": "dataset"}, "main.hub.kind"),
+        (LLAVA, {"text_tower__role": "clip"}, "text_tower.role must be one of base, main, tower"),
+        (LLAVA, {"end_of_answer": ["<end>"]}, "end_of_answer must name special_tokens"),
+        (SHIKRA, {"special_tokens": {"</s>": -1}}, "special_tokens of '</s>'"),
+        (NEXT, {"image__tiles": None}, "tiles go with preparation anyres"),
+        (NEXT, {"image__preparation": "pad"}, "tiles go with preparation anyres"),
+        (NEXT, {"image__tiles__resolutions": [[336, 500]]}, "multiples of the tile"),
+        (NEXT, {"image__tiles__resolutions": [[0, 336]]}, "multiples of the tile"),
+        (NEXT, {"image__tiles__resolutions": [[336]]}, "image.tiles.resolutions"),
+        (LLAVA, {"published": [{"dataset": "RefCOCO", "acc_at_50": 56.1}]}, "published"),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused(tmp_path, source, changes, words):
+    with pytest.raises(RecipeError, match=re.escape(words)) as caught:
+        load_recipe(write_recipe(tmp_path, source, **changes))
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "just text",
+        "a: [",
+        "!!python/object:os.system {}",
+        "a: 2024-13-45",
+        "a: !!bool perhaps",
+        "a: !!timestamp never",
+        pytest.param("a: " + "9" * 5000, id="long number"),
+        pytest.param("[" * 5000, id="deep"),
+        pytest.param("a" * 60_000 + ": 1", id="long key"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert len(str(caught.value)) < 1500
+
+
+def test_a_file_too_large_for_a_recipe_is_not_parsed(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(DEMO.read_text() + "#" * 65_536)
+    with pytest.raises(RecipeError, match="too large"):
+        load_recipe(path)
+
+
+def test_aliases_are_refused_before_they_multiply(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    laughs = ["a0: &a0 [ha, ha]"]
+    laughs += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
+    path.write_text("\n".join(laughs))
+    with pytest.raises(RecipeError, match="aliases"):
+        load_recipe(path)
+
+
+def test_missing_recipe_file_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(DEMO.read_text() + "\nselect_layer: -1\n")
+    with pytest.raises(RecipeError, match="'select_layer' is there twice"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt__image_token": "expression"}, "must not be part of"),
+        ({"prompt__image_token": "{expression}"}, "must not be part of"),
+        ({"prompt__template": "<image> {expression} \ud800"}, "half a character|surrogate"),
+    ],
+)
+def test_a_prompt_that_would_lose_its_expression_is_refused(tmp_path, changes, words):
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(write_recipe(tmp_path, **changes))
