@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gap_export import recipe as recipes
 from gap_export.bundle.files import hash_line
 from gap_export.cli._describe_check import describe_check
 from gap_export.cli._progress import TerminalProgress
 from gap_export.cli._terminal import Terminal
+from gap_export.spec import recipe as recipes
 from tests.parity.reports import check_report
 
 # Colours, a title, a link, a line that GitHub would run, one that passes for ours, turned text,
