@@ -26,11 +26,11 @@ import typer
 from torch import nn
 
 from gap_export.bundle.files import walk_files
+from gap_export.checkpoint.find.source import resolve_model
+from gap_export.exporting import ExportOptions, export_model
 from gap_export.families import build_reference, resolve_pruning
-from gap_export.manifest import MANIFEST_NAME, QuantizationSpec, parse_manifest
 from gap_export.patching import PatchOptions, patch_export
-from gap_export.pipeline import ExportOptions, export_model
-from gap_export.source import resolve_model
+from gap_export.spec.manifest import MANIFEST_NAME, QuantizationSpec, parse_manifest
 
 RECORDED = Path(__file__).resolve().parent.parent / "tests/contract/bundle_hashes.json"
 _INT4 = QuantizationSpec(dtype="int4", block_size=32, method="rtn", lm_head=False)
