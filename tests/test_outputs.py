@@ -39,8 +39,8 @@ NOT_OURS = {
 
 
 def test_every_report_and_drawing_may_be_replaced_by_the_next(tmp_path: Path) -> None:
-    from gap_export.evaluation import report as of_eval
-    from gap_export.parity import report as of_check
+    from gap_export.report import evaluation as of_eval
+    from gap_export.report import parity as of_check
 
     for _ in range(2):
         of_check.write_reports(

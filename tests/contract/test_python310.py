@@ -212,7 +212,7 @@ def test_what_checks_against_a_golden_imports_without_the_export_packages():
 
 def test_import_of_a_blocked_package_is_an_error():
     with pytest.raises(AssertionError, match="onnx_ir is not on a device"):
-        import_under(sys.executable, parts=("passes",), blocked=BLOCKED, may_stand_in=())
+        import_under(sys.executable, parts=("graph",), blocked=BLOCKED, may_stand_in=())
 
 
 def python310() -> str:
