@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gap_export.spec.manifest import BoxSpec, GridSpec, ImageSpec
-from gap_export.spec.positions import TileLayout
+from gap_export.spec.tiles import TileLayout
 
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]
@@ -58,7 +58,7 @@ class ImageGeometry:
         if self.canvas is None:
             return None
         assert spec.tiles is not None, "a canvas is one of the tiles' resolutions"
-        return TileLayout.of_picture(
+        return TileLayout.for_image(
             self.width,
             self.height,
             rows=grid.rows,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from gap_export.runtime.geometry import Box, Frame
 from gap_export.spec.manifest import ADDED_LATER
-from gap_export.spec.positions import TileTokens
+from gap_export.spec.tiles import TileTokens
 
 View = Literal["image", "base", "tiles"]
 

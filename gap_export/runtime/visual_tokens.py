@@ -16,7 +16,8 @@ from gap_export.runtime.geometry import ImageGeometry
 from gap_export.runtime.grounding import TokenGrid
 from gap_export.spec.keep_indices import check_keep_indices
 from gap_export.spec.manifest import Manifest
-from gap_export.spec.positions import Int64Array, TiledTokens, TileLayout, TileTokens, arrange_tiles
+from gap_export.spec.positions import Int64Array
+from gap_export.spec.tiles import TiledTokens, TileLayout, TileTokens, arrange_tiles
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from gap_export.runtime.geometry import Frame
 from gap_export.runtime.prompt import PromptEncoder
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import BoxSpec, Manifest
-from gap_export.spec.positions import TileTokens
+from gap_export.spec.tiles import TileTokens
 
 MakeBackend = Callable[[Manifest], Any]
 EXPRESSIONS = ["the star", "the small red circle above the star", "blue square", "the star"]

@@ -16,7 +16,7 @@ from gap_export.runtime.drawing import draw_grounding
 from gap_export.runtime.image import load_image, prepare_image
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import Manifest
-from gap_export.spec.positions import TileTokens
+from gap_export.spec.tiles import TileTokens
 
 MakeBackend = Callable[[Manifest], Any]
 MakeSession = Callable[..., GroundingSession]

@@ -1,7 +1,7 @@
 """LLaVA-1.6: LLaVA-1.5's modules; pictures cut into tiles, a newline vector after each row.
 
 A tile is encoded and pruned like a picture of its own, with its own CLS and its own K; how tiles
-become one visual sequence is no part of any module, but of :func:`positions.arrange_tiles`.
+become one visual sequence is no part of any module: :func:`spec.tiles.arrange_tiles` does it.
 """
 
 from __future__ import annotations

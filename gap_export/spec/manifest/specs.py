@@ -9,12 +9,12 @@ from typing import ClassVar, Literal
 
 from gap_export.errors import BundleError
 from gap_export.spec.manifest.plain import ADDED_LATER, to_plain
+from gap_export.spec.tiles import TileCode
 
 FORMAT = "gap-export-bundle"
 FORMAT_VERSION = 1
 
 Order = Literal["raster", "score"]
-TileCode = Literal["transformers", "authors"]
 ExtraToken = Literal["none", "mean", "weighted"]
 ExtraPosition = Literal["last", "centroid"]
 Budget = Literal["fixed", "adaptive"]
@@ -49,7 +49,7 @@ class TilesSpec(_Strict):
         resolutions: (height, width) in pixels, each a multiple of the tile's. The first of equals
             is taken, which decides for every image that all of them would enlarge.
         follows: Whose code is followed in which rows and columns of tokens are padding:
-            ``transformers``, or the model's ``authors``; see :class:`positions.TileLayout`.
+            ``transformers``, or the model's ``authors``; see ``spec.tiles.TileLayout``.
     """
 
     resolutions: tuple[tuple[int, int], ...]

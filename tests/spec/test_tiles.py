@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from gap_export.errors import UsageError
 from gap_export.runtime.geometry import ImageGeometry, choose_canvas
 from gap_export.spec.manifest import GridSpec, ImageSpec, TilesSpec
-from gap_export.spec.positions import TiledTokens, TileLayout, TileTokens, arrange_tiles
 from gap_export.spec.recipe import find_recipe
+from gap_export.spec.tiles import TiledTokens, TileLayout, TileTokens, arrange_tiles
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 SIDES = [
@@ -45,7 +45,7 @@ SIZES = [(width, height) for width in SIDES for height in SIDES]
 def layout_of(width: int, height: int, *, grid: int = 24) -> TileLayout:
     """As LLaVA-1.6 would lay the picture out; ``grid`` stands for 24 tokens a side."""
     canvas = choose_canvas((height, width), [(h, w) for h, w in PINPOINTS])
-    return TileLayout.of_picture(
+    return TileLayout.for_image(
         width,
         height,
         rows=grid,
@@ -130,7 +130,7 @@ def arranged_by_loop(keep: np.ndarray, layout: TileLayout) -> list[tuple[int, in
 
 @st.composite
 def kept_tiles(draw: st.DrawFn) -> tuple[np.ndarray, TileLayout]:
-    layout = TileLayout.of_picture(
+    layout = TileLayout.for_image(
         draw(st.integers(1, 60)),
         draw(st.integers(1, 60)),
         rows=draw(st.integers(1, 4)),
@@ -170,7 +170,7 @@ def check_account(tokens: TiledTokens, keep: np.ndarray, layout: TileLayout) -> 
 
 def test_account_of_a_wide_picture_at_known_numbers() -> None:
     # 2:1 on a 2x2 canvas of 4x4 tokens: of 8 rows the middle 4 show the picture.
-    layout = TileLayout.of_picture(80, 40, rows=4, cols=4, tile_rows=2, tile_cols=2)
+    layout = TileLayout.for_image(80, 40, rows=4, cols=4, tile_rows=2, tile_cols=2)
     assert (layout.first_row, layout.num_rows, layout.first_col, layout.num_cols) == (2, 4, 0, 8)
     assert layout.num_visual_tokens == 16 + 4 * 9
     tokens = arrange_tiles(np.tile([0, 7, 8], (5, 1)), layout)
@@ -201,7 +201,7 @@ def test_extremely_thin_picture_has_a_base_tile_and_maybe_newlines(width: int, h
     assert sum(tile.num_padding_tokens for tile in tokens.tiles[1:]) == 192 * (layout.num_tiles - 1)
 
 
-LAYOUT = TileLayout.of_picture(80, 40, rows=2, cols=3, tile_rows=1, tile_cols=2)
+LAYOUT = TileLayout.for_image(80, 40, rows=2, cols=3, tile_rows=1, tile_cols=2)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_layout_of_nothing_is_refused(name: str) -> None:
     sizes = {"width": 9, "height": 9, "rows": 2, "cols": 2, "tile_rows": 1, "tile_cols": 1}
     sizes[name] = 0
     with pytest.raises(UsageError, match="needs pixels, tokens and tiles"):
-        TileLayout.of_picture(sizes.pop("width"), sizes.pop("height"), **sizes)
+        TileLayout.for_image(sizes.pop("width"), sizes.pop("height"), **sizes)
 
 
 def test_layout_is_plain_frozen_data() -> None:
