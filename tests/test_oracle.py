@@ -12,7 +12,7 @@ from gap_export.spec.positions import (
     VisualSpan,
     build_kept_positions,
     compact_positions,
-    stack_kept_positions,
+    stack_tables,
 )
 from tests.families.masked_oracle import (
     ATOL,
@@ -131,7 +131,7 @@ def test_left_padded_rows_equal_the_rows_alone(tiny_graphs, build):
     for index, row in enumerate(rows):
         embeds[index, longest - len(row) :] = row
         mask[index, longest - len(row) :] = 1
-    batch = run(tiny_graphs.reference(), decode, embeds, mask, stack_kept_positions(tables), tokens)
+    batch = run(tiny_graphs.reference(), decode, embeds, mask, stack_tables(tables), tokens)
     for index, (row, table) in enumerate(zip(rows, tables, strict=True)):
         ones = np.ones((1, len(row)), dtype=np.int64)
         alone = run(tiny_graphs.reference(), decode, row[None], ones, table[None], tokens)

@@ -75,7 +75,7 @@ def estimate_memory(
     item = max((_ITEM_BYTES[graph.dtype] for graph in graphs), default=2)
     slots = limits.max_batch * cache_capacity(limits)
     tokens = limits.max_batch * limits.max_prompt
-    heads = decoder.hidden_size // decoder.head_dim
+    heads = decoder.num_heads or decoder.hidden_size // decoder.head_dim
     scores = limits.max_batch * heads * limits.max_prompt**2
     return MemoryEstimate(
         weights=sum(weights),

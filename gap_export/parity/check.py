@@ -270,7 +270,7 @@ def _with_facts(levels: tuple[LevelResult, ...], others: Sequence[str]) -> tuple
 
 
 def _tables(recorded: Recorded) -> list[Int64Array]:
-    """``kept_positions`` of the first few prompts."""
+    """The position ids of the first few prompts, int64 [B, P] or [A, B, P]."""
     found: list[Int64Array] = []
     for calls in recorded.calls[:_NUM_PROMPTS]:
         table = next(call.inputs["kept_positions"] for call in calls if call.is_decode)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gap_export.parity.replay import Call
 from gap_export.parity.tally import Pair
 from gap_export.runtime.backend import Backend, FloatArray
-from gap_export.spec.positions import Int64Array, slots_from_mask, stack_kept_positions
+from gap_export.spec.positions import Int64Array, slots_from_mask, stack_tables
 
 # Slots of padding of the longest row.
 _PADDING = 2
@@ -36,7 +36,7 @@ def decode_padded(backend: Backend, questions: Sequence[Sequence[Call]]) -> list
     rows = [[call for call in calls if call.is_decode] for calls in _two(questions)]
     embeds, mask = _pad([_input(row[0], "inputs_embeds") for row in rows])
     slots = slots_from_mask(mask)
-    table = stack_kept_positions([_input(row[0], "kept_positions") for row in rows])
+    table = stack_tables([_table(row[0]) for row in rows])
     cache = backend.new_cache(len(rows))
     pairs: list[Pair] = []
     for step in range(min(2, *map(len, rows))):
@@ -71,6 +71,13 @@ def _input(call: Call, name: str) -> NDArray[Any]:
     assert value is not None, "a decoder is always fed all of its inputs"
     row: NDArray[Any] = value[0]
     return row
+
+
+def _table(call: Call) -> Int64Array:
+    """Ids of the one row that was asked, [P] or [A, P]."""
+    table = call.inputs["kept_positions"]
+    assert table is not None, "a decoder is always fed all of its inputs"
+    return table[..., 0, :]
 
 
 def _pad(rows: Sequence[FloatArray]) -> tuple[FloatArray, Int64Array]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import onnx_ir as ir
 
 from gap_export.errors import PassError
-from gap_export.graph.passes.insert_gap_remap import POSITION_IDS
+from gap_export.graph.passes.insert_gap_remap import POSITION_IDS, position_axes
 from gap_export.graph.passes.matching import static_dim
 
 _EMBEDS, _MASK, _LOGITS = "inputs_embeds", "attention_mask", "logits"
@@ -27,6 +28,7 @@ class DecoderFacts:
 
     Attributes:
         position_ids: The input.
+        position_axes: Ids of a token: 1, or 3 with M-RoPE.
         num_layers: Of the KV cache.
         num_key_value_heads: Of the KV cache.
         head_dim: Of the KV cache.
@@ -35,6 +37,7 @@ class DecoderFacts:
     """
 
     position_ids: ir.Value
+    position_axes: Literal[1, 3]
     num_layers: int
     num_key_value_heads: int
     head_dim: int
@@ -52,7 +55,9 @@ def read_decoder_interface(graph: ir.Graph) -> DecoderFacts:
     inputs = {str(value.name): value for value in graph.inputs}
     outputs = {str(value.name): value for value in graph.outputs}
     # First, since it is what most decoders that cannot be patched lack.
-    position_ids = _find(inputs, POSITION_IDS, ir.DataType.INT64, rank=2)
+    given = inputs.get(POSITION_IDS)
+    axes = position_axes(given) if given is not None else None
+    position_ids = _find(inputs, POSITION_IDS, ir.DataType.INT64, rank=3 if axes == 3 else 2)
     _find(inputs, _MASK, ir.DataType.INT64, rank=2)
     embeds = _find(inputs, _EMBEDS, *_FLOATS, rank=3)
     caches = {name: _PAST.fullmatch(name) for name in inputs}
@@ -71,6 +76,7 @@ def read_decoder_interface(graph: ir.Graph) -> DecoderFacts:
     _check_outputs(outputs, layers)
     return DecoderFacts(
         position_ids=position_ids,
+        position_axes=axes or 1,
         num_layers=len(layers),
         num_key_value_heads=shape[0],
         head_dim=shape[1],
@@ -81,6 +87,8 @@ def read_decoder_interface(graph: ir.Graph) -> DecoderFacts:
 
 def _find(inputs: Mapping[str, ir.Value], name: str, *dtypes: ir.DataType, rank: int) -> ir.Value:
     allowed = f"an input {name} of {rank} axes, {' or '.join(sorted(d.name for d in dtypes))}"
+    if name == POSITION_IDS:
+        allowed += ", or of shape [3, batch, sequence] with M-RoPE"
     if name not in inputs:
         raise PassError(
             f"the decoder has no input called {name}",
@@ -92,14 +100,6 @@ def _find(inputs: Mapping[str, ir.Value], name: str, *dtypes: ir.DataType, rank:
             else None,
         )
     value = inputs[name]
-    if name == POSITION_IDS and value.shape is not None and value.shape.rank() == 3:
-        raise PassError(
-            "the decoder has M-RoPE: three ids a token, of time, row and column, which are not "
-            "handled",
-            seen=f"{name} {value.shape}",
-            allowed=allowed,
-            fix="patch an export of a model with one id a token, e.g. LLaVA",
-        )
     if value.dtype not in dtypes or value.shape is None or value.shape.rank() != rank:
         raise PassError(
             f"the decoder's input {name} is not what is fed",

@@ -127,6 +127,7 @@ def _decoder_spec(recipe: Recipe, facts: ModelFacts, decoder: DecoderFacts) -> D
             None if shape is None else shape.max_position_embeddings,
         ),
         eos_token_ids=eos,
+        position_axes=decoder.position_axes,
     )
 
 

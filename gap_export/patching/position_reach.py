@@ -134,10 +134,30 @@ def _keeps_tokens_apart(node: ir.Node, index: int) -> bool:
     if node.op_type in _BY_SHAPE:
         return index == 0
     if node.op_type == "Slice":
-        return index == 0 and _takes_all(node)
+        return index == 0 and (_takes_all(node) or _picks_on_fixed_axes(node))
+    if node.op_type in {"Gather", "Split"}:
+        return index == 0 and _picks_on_fixed_axes(node)
     if node.op_type in {"Add", "Sub"}:
         return _is_made_of_constants(node.inputs[1 - index])
     return False
+
+
+def _picks_on_fixed_axes(node: ir.Node) -> bool:
+    """Whether a Gather, Slice or Split picks, by constants, on axes of a fixed size.
+
+    Such are the position axes of M-RoPE, and frequencies; that of tokens has no fixed size.
+    """
+    data, *choice = node.inputs
+    assert data is not None
+    if data.shape is None or not all(map(_is_made_of_constants, filter(None, choice))):
+        return False
+    picked = [node.attributes["axis"].as_int() if "axis" in node.attributes else 0]
+    if node.op_type == "Slice":
+        axes = constant(node.inputs[3]) if len(node.inputs) > 3 else None
+        if axes is None:
+            return False
+        picked = [int(axis) for axis in axes]
+    return all(isinstance(data.shape[axis], int) for axis in picked)
 
 
 def _takes_all(node: ir.Node) -> bool:

@@ -169,7 +169,8 @@ class Backend(Protocol):
             inputs_embeds: [B, S, H].
             attention_mask: int64 [B, past + S], 0 for padding.
             position_ids: int64 [B, S], slots.
-            kept_positions: int64 [B, P], see ``gap_export.spec.positions``.
+            kept_positions: int64 [B, P], or [A, B, P] where positions have several axes: the
+                graph's input of that name, ``DecoderPrompt.id_table``.
             cache: From :meth:`new_cache` of this backend.
 
         Returns:

@@ -13,12 +13,12 @@ from gap_export.runtime.backend import Backend, FloatArray
 from gap_export.runtime.computed import check_computed, choose_tokens
 from gap_export.spec.positions import (
     Int64Array,
-    PositionMode,
+    PositionRule,
     VisualSpan,
+    build_id_table,
     build_kept_positions,
-    compact_positions,
     slots_from_mask,
-    stack_kept_positions,
+    stack_tables,
 )
 
 
@@ -32,6 +32,7 @@ class PromptRow:
         image_features: [M, H], what is left of the image.
         keep_indices: int64 [M], index of each of them in the unpruned visual sequence.
         num_visual_tokens: Length of that sequence.
+        grid: Its rows and columns, where it has them; see ``VisualSpan``.
         shift: Added to every position id from the first visual token on; not 0 only where wrong
             positions are what is measured.
     """
@@ -41,6 +42,7 @@ class PromptRow:
     image_features: FloatArray
     keep_indices: Int64Array
     num_visual_tokens: int
+    grid: tuple[int, int] | None = None
     shift: int = 0
 
 
@@ -52,13 +54,16 @@ class DecoderPrompt:
         inputs_embeds: [B, P, H], padding is zeros.
         attention_mask: int64 [B, P], 0 for padding.
         position_ids: int64 [B, P], slots.
-        kept_positions: int64 [B, P].
+        kept_positions: int64 [B, P], indices in the unpruned sequence.
+        id_table: int64 [B, P], or [A, B, P] where positions have several axes: their ids, which is
+            what the decoder's graph reads.
     """
 
     inputs_embeds: FloatArray
     attention_mask: Int64Array
     position_ids: Int64Array
     kept_positions: Int64Array
+    id_table: Int64Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +84,15 @@ class Generation:
     decode_ms: float
 
 
-def assemble_prompt(rows: Sequence[PromptRow], *, positions: PositionMode) -> DecoderPrompt:
-    """Put text and image together, with the position table, rows padded on the left.
+def assemble_prompt(
+    rows: Sequence[PromptRow], *, positions: PositionRule, position_axes: int = 1
+) -> DecoderPrompt:
+    """Put text and image together, with the position tables, rows padded on the left.
 
     Args:
         rows: One per expression.
-        positions: ``gap`` keeps original ids; ``compact`` re-numbers, the naive baseline.
+        positions: ``gap`` keeps original ids; the others are naive baselines.
+        position_axes: A, of the decoder.
 
     Raises:
         UsageError: no rows, or keep indices that do not fit.
@@ -94,7 +102,7 @@ def assemble_prompt(rows: Sequence[PromptRow], *, positions: PositionMode) -> De
     embeds = [
         np.concatenate([row.prefix_embeds, row.image_features, row.suffix_embeds]) for row in rows
     ]
-    tables = [_position_table(row, positions) for row in rows]
+    kept, ids = zip(*(_tables(row, positions, position_axes) for row in rows), strict=True)
     length = max(len(row) for row in embeds)
     inputs_embeds = np.zeros((len(rows), length, embeds[0].shape[1]), dtype=embeds[0].dtype)
     attention_mask = np.zeros((len(rows), length), dtype=np.int64)
@@ -105,7 +113,8 @@ def assemble_prompt(rows: Sequence[PromptRow], *, positions: PositionMode) -> De
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         position_ids=slots_from_mask(attention_mask),
-        kept_positions=stack_kept_positions(tables),
+        kept_positions=stack_tables(kept),
+        id_table=stack_tables(ids),
     )
 
 
@@ -154,7 +163,7 @@ def generate(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=slots,
-            kept_positions=prompt.kept_positions,
+            kept_positions=prompt.id_table,
             cache=cache,
         )
         # Forced tokens come with somebody who looks at the logits, whatever they are.
@@ -190,16 +199,28 @@ def generate(
     )
 
 
-def _position_table(row: PromptRow, positions: PositionMode) -> Int64Array:
+def _tables(
+    row: PromptRow, positions: PositionRule, position_axes: int
+) -> tuple[Int64Array, Int64Array]:
+    """Indices [P] of what is fed, and its ids [P] or [A, P]."""
     start = len(row.prefix_embeds)
     span = VisualSpan(
-        start=start, num_visual_tokens=row.num_visual_tokens, keep_indices=row.keep_indices
+        start=start,
+        num_visual_tokens=row.num_visual_tokens,
+        keep_indices=row.keep_indices,
+        grid=row.grid,
     )
     unpruned_length = start + row.num_visual_tokens + len(row.suffix_embeds)
-    table = build_kept_positions(unpruned_length=unpruned_length, spans=[span])
-    table = table if positions == "gap" else compact_positions(len(table))
-    table[start:] += row.shift
-    return table
+    kept = build_kept_positions(unpruned_length=unpruned_length, spans=[span])
+    ids = build_id_table(
+        kept,
+        unpruned_length=unpruned_length,
+        spans=[span],
+        position_axes=position_axes,
+        rule=positions,
+    )
+    ids[..., start:] += row.shift
+    return kept, ids
 
 
 def _until_eos(row: Int64Array, eos_token_ids: Sequence[int]) -> tuple[int, ...]:

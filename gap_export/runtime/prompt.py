@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from gap_export.errors import BundleError, ExpressionError
 from gap_export.spec.manifest import Manifest
-from gap_export.spec.positions import Int64Array
+from gap_export.spec.positions import Int64Array, num_image_ids
 
 TOKENIZER_FILE = "tokenizer.json"
 _SLOT = "{expression}"
@@ -109,29 +109,34 @@ class PromptEncoder:
             text_ids=self._encode_for_text_tower(text),
             warnings=self._warn_of_unknown_words(text, encoding),
         )
-        self.check_context(encoded, self._manifest.pruning.num_visual_tokens)
+        grid = self._manifest.grid
+        image_ids = num_image_ids(
+            grid.num_visual_tokens,
+            (grid.rows, grid.cols),
+            position_axes=self._manifest.decoder.position_axes,
+        )
+        self.check_context(encoded, image_ids)
         return encoded
 
-    def check_context(self, encoded: EncodedExpression, num_visual_tokens: int) -> None:
-        """See that prompt and answer fit the model's context.
+    def check_context(self, encoded: EncodedExpression, num_image_ids: int) -> None:
+        """See that the position ids of prompt and answer fit the model's context.
 
-        Pruned tokens keep their ids, so the unpruned length counts. :meth:`encode` has done this
-        for a picture that is not cut into tiles.
+        Kept tokens keep their ids, so those of the unpruned image count. :meth:`encode` has done
+        this for an image that is not cut into tiles.
 
         Args:
             encoded: From :meth:`encode`.
-            num_visual_tokens: Of the picture, before pruning.
+            num_image_ids: Ids that the unpruned image takes up.
 
         Raises:
             ExpressionError: they do not fit.
         """
         spec, limit = self._manifest.prompt, self._manifest.decoder.max_position_embeddings
-        num_ids = len(encoded.prefix_ids) + len(encoded.suffix_ids)
-        unpruned_length = num_ids + num_visual_tokens
-        if unpruned_length + spec.max_new_tokens > limit:
+        num_ids = len(encoded.prefix_ids) + num_image_ids + len(encoded.suffix_ids)
+        if num_ids + spec.max_new_tokens > limit:
             raise ExpressionError(
                 "the expression does not fit the model's context",
-                seen=f"{unpruned_length} prompt tokens (pruned ones keep their places) "
+                seen=f"{num_ids} position ids of the prompt (those of pruned tokens included) "
                 f"and {spec.max_new_tokens} for the answer",
                 allowed=f"{limit} in all",
                 fix="describe the object in fewer words",

@@ -45,7 +45,7 @@ from gap_export.runtime.prompt import EncodedExpression, PromptEncoder
 from gap_export.runtime.texts import encode_texts
 from gap_export.runtime.visual_tokens import VisualTokens, encode_picture
 from gap_export.spec.manifest import Manifest
-from gap_export.spec.positions import PositionMode
+from gap_export.spec.positions import PositionRule
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -88,7 +88,7 @@ class GroundingSession:
     Attributes:
         manifest: What the model is.
         backend: What runs it.
-        positions: ``gap``, or ``compact`` for the naive baseline.
+        positions: ``gap``, or the name of a naive baseline, see ``spec.positions``.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class GroundingSession:
         assets_folder: str | Path,
         backend: Backend,
         *,
-        positions: PositionMode | None = None,
+        positions: PositionRule | None = None,
         edit_row: EditRow | None = None,
     ) -> None:
         """Join a model's facts, its tokenizers and a backend.
@@ -114,7 +114,7 @@ class GroundingSession:
         """
         self.manifest = manifest
         self.backend = backend
-        self.positions: PositionMode = positions or manifest.pruning.positions
+        self.positions: PositionRule = positions or manifest.pruning.positions
         if manifest.grid.num_visual_tokens != manifest.pruning.num_visual_tokens:
             raise BundleError(
                 "grid and pruning disagree on the number of visual tokens",
@@ -139,7 +139,7 @@ class GroundingSession:
         execution_providers: Sequence[str] | None = None,
         num_threads: int | None = None,
         verify: Verify = "stamp",
-        positions: PositionMode | None = None,
+        positions: PositionRule | None = None,
     ) -> GroundingSession:
         """Open a bundle in ONNX Runtime, or with its TensorRT engines.
 
@@ -152,7 +152,8 @@ class GroundingSession:
             execution_providers: ONNX Runtime's names; by default CUDA where present, then CPU.
             num_threads: With ONNX Runtime: threads of one operator; by default it decides.
             verify: ``full`` hashes every byte again, ``stamp`` only what changed since last time.
-            positions: ``compact`` runs the naive baseline; by default the bundle's own.
+            positions: ``compact`` or ``text-shifted`` run a naive baseline; by default the
+                bundle's own.
 
         Raises:
             BundleError: damaged, incomplete, unsafe, or too new; no engines, or damaged ones.
@@ -339,11 +340,13 @@ class GroundingSession:
                     image_features=tokens.features,
                     keep_indices=tokens.keep_indices,
                     num_visual_tokens=tokens.num_visual_tokens,
+                    grid=tokens.shape,
                 )
             )
         if self._edit_row is not None:
             rows = [self._edit_row(*pair) for pair in zip(expressions, rows, strict=True)]
-        return assemble_prompt(rows, positions=self.positions)
+        axes = self.manifest.decoder.position_axes
+        return assemble_prompt(rows, positions=self.positions, position_axes=axes)
 
     def _answers(
         self,

@@ -36,7 +36,7 @@ from gap_export.runtime.tensorrt_loading import (
     choose_engines,
 )
 from gap_export.spec.manifest import QuantizationSpec
-from gap_export.spec.positions import Int64Array
+from gap_export.spec.positions import Int64Array, continue_table
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -248,8 +248,10 @@ class TensorRTBackend:
         self._check_length(cache.length + num_tokens, num_tokens)
         runner = self._runners[_DECODER]
         if cache.length:
-            kept_positions = _continue_table(
-                kept_positions, runner.largest("kept_positions", profile)[1]
+            # One length for all prompts leaves the attention mask alone to change from step to
+            # step, so that kernels, and graphs, made for one shape serve many.
+            kept_positions = continue_table(
+                kept_positions, runner.largest("kept_positions", profile)[-1]
             )
         (logits,) = runner.run(
             profile,
@@ -328,14 +330,3 @@ def _check_graphs_serve(decoder: EngineSpec) -> None:
             seen=f"KV cache {decoder.kv_contract}, lowering {decoder.lowering}",
             allowed="engines of the fused lowering, whose cache is in_place",
         )
-
-
-def _continue_table(kept_positions: Int64Array, length: int) -> Int64Array:
-    """The table, continued on the right as ``GapRemap`` itself continues it, [B, length].
-
-    One length for all prompts leaves the attention mask alone to change from step to step, so that
-    kernels, and graphs, made for one shape serve many.
-    """
-    missing = max(0, length - kept_positions.shape[1])
-    more = kept_positions[:, -1:] + 1 + np.arange(missing, dtype=np.int64)
-    return np.concatenate([kept_positions, more], axis=1)

@@ -30,12 +30,14 @@ class VisualTokens:
         features: [M, H], in the order they are fed.
         keep_indices: int64 [M], of each its index in the unpruned visual sequence.
         num_visual_tokens: Length of that sequence.
+        shape: Its rows and columns; None where it is joined from tiles.
         grids: The same by what they look at.
     """
 
     features: FloatArray
     keep_indices: Int64Array
     num_visual_tokens: int
+    shape: tuple[int, int] | None
     grids: tuple[TokenGrid, ...]
 
 
@@ -205,6 +207,7 @@ def _of_whole(encoded: EncodedImage, manifest: Manifest, geometry: ImageGeometry
         features=encoded.image_features,
         keep_indices=keep,
         num_visual_tokens=pruning.num_visual_tokens,
+        shape=(grid.rows, grid.cols),
         grids=(view,),
     )
 
@@ -224,6 +227,7 @@ def _of_tiles(
         features=table[tokens.source],
         keep_indices=tokens.keep_indices,
         num_visual_tokens=tokens.num_visual_tokens,
+        shape=None,
         grids=_views(tokens, layout, manifest, geometry),
     )
 

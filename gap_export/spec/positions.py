@@ -1,8 +1,11 @@
 """GAP in plain numpy: which position id each surviving token keeps.
 
 Grounding-Aware Token Pruning (arXiv 2506.21873) gives every surviving token the position id it had
-*before* pruning. Everything here is a matter of one table, ``kept_positions``:
-entry ``p`` is the index, in the unpruned sequence, of the prompt token that is fed ``p``-th.
+*before* pruning. Two tables say so. ``kept_positions`` holds *indices*: entry ``p`` is the index,
+in the unpruned sequence, of the prompt token that is fed ``p``-th. The *id table* holds what RoPE
+sees of each of them. With one position axis the id of a token is its index, and both tables are
+the same; with three (M-RoPE: time, row, column) an image takes up far fewer ids than tokens.
+:func:`build_id_table` is the one place where indices become ids.
 
 Runtimes feed *slots* 0, 1, 2, ... over the pruned sequence; :func:`gap_remap` turns slots into
 original ids, during prefill and, past the table's end, during decode. The ``GapRemap`` graph node
@@ -10,8 +13,8 @@ computes the same.
 
 An image that is cut into tiles is like any other once ``spec.tiles`` has put its tokens in order.
 
-Shape letters: B rows, S fed tokens, P prompt tokens after pruning, N visual tokens before pruning,
-K kept visual tokens, L prompt tokens before pruning.
+Shape letters: A position axes, B rows, S fed tokens, P prompt tokens after pruning, N visual tokens
+before pruning, K kept visual tokens, L prompt tokens before pruning.
 """
 
 from __future__ import annotations
@@ -27,7 +30,10 @@ from numpy.typing import NDArray
 from gap_export.errors import UsageError
 
 Int64Array = NDArray[np.int64]
+# Position ids that a bundle may be made with.
 PositionMode = Literal["gap", "compact"]
+# Those a prompt can be given; ``text-shifted`` is an experiment, see :func:`build_id_table`.
+PositionRule = Literal["gap", "compact", "text-shifted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +44,13 @@ class VisualSpan:
         start: Index of the image's first visual token in the unpruned sequence.
         num_visual_tokens: N, visual tokens before pruning.
         keep_indices: int64 [K'], unpruned index (0..N-1) of each emitted token, in feed order.
+        grid: Rows and columns of the visual tokens, in raster order. Three axes need it.
     """
 
     start: int
     num_visual_tokens: int
     keep_indices: Int64Array
+    grid: tuple[int, int] | None = None
 
 
 def num_kept_tokens(keep_ratio: float, num_visual_tokens: int) -> int:
@@ -74,7 +82,7 @@ def check_keep_ratio(keep_ratio: float) -> None:
 
 
 def build_kept_positions(*, unpruned_length: int, spans: Sequence[VisualSpan]) -> Int64Array:
-    """Position table of one prompt.
+    """Index table of one prompt.
 
     Args:
         unpruned_length: L, prompt tokens before pruning, all N visual tokens of each image counted.
@@ -122,28 +130,129 @@ def build_kept_positions(*, unpruned_length: int, spans: Sequence[VisualSpan]) -
     return np.concatenate(pieces)
 
 
+def build_id_table(
+    kept_positions: Int64Array,
+    *,
+    unpruned_length: int,
+    spans: Sequence[VisualSpan],
+    position_axes: int = 1,
+    rule: PositionRule = "gap",
+) -> Int64Array:
+    """Ids of the tokens of one prompt that are fed: what ``GapRemap`` reads.
+
+    Args:
+        kept_positions: int64 [P] from :func:`build_kept_positions`, of the same prompt.
+        unpruned_length: L.
+        spans: The images, in prompt order.
+        position_axes: A, 1 or 3.
+        rule: ``gap``: each token keeps its id. The others are naive baselines. ``compact``: its
+            slot, on all axes ("shifted" in the paper). ``text-shifted``: visual tokens keep their
+            ids, and text goes on behind the largest id that is *left* of the image. That is GAP
+            wherever the last token of the longest axis survives, and wrong wherever it does not.
+
+    Returns:
+        int64 [P] with one axis, [A, P] with several.
+
+    Raises:
+        UsageError: as :func:`unpruned_ids`.
+    """
+    if rule == "compact":
+        ids = np.tile(compact_positions(len(kept_positions)), (position_axes, 1))
+    else:
+        ids = unpruned_ids(unpruned_length, spans, position_axes=position_axes)
+        if rule == "text-shifted":
+            for span in spans:
+                end = span.start + span.num_visual_tokens
+                left = ids[:, span.start + span.keep_indices].max()
+                ids[:, end:] += left + 1 - ids[0, end]
+        ids = ids[:, kept_positions]
+    return ids[0] if position_axes == 1 else ids
+
+
+def unpruned_ids(
+    unpruned_length: int, spans: Sequence[VisualSpan], *, position_axes: int
+) -> Int64Array:
+    """Ids of a prompt of which nothing is pruned.
+
+    With three axes they are those of Qwen2-VL's M-RoPE (arXiv 2409.12191) and its successors': a
+    text token has one id on all axes. The tokens of an image have, on the axes of time, row and
+    column, (s, s + row, s + column), where s is the id that a text token would have there; and
+    text goes on at s + max(rows, columns).
+
+    Args:
+        unpruned_length: L.
+        spans: The images, in prompt order, text behind the last.
+        position_axes: A, 1 or 3.
+
+    Returns:
+        int64 [A, L].
+
+    Raises:
+        UsageError: another number of axes, or several and an image without a grid.
+    """
+    if position_axes not in (1, 3):
+        raise UsageError("no such number of position axes", seen=position_axes, allowed="1 or 3")
+    # What a text token of each index would have, were the images before it as long as their ids.
+    ids = np.tile(np.arange(unpruned_length, dtype=np.int64), (position_axes, 1))
+    for span in spans:
+        end = span.start + span.num_visual_tokens
+        num_ids = num_image_ids(span.num_visual_tokens, span.grid, position_axes=position_axes)
+        if position_axes == 3:
+            assert span.grid is not None
+            rows, cols = np.divmod(np.arange(span.num_visual_tokens), span.grid[1])
+            ids[:, span.start : end] = ids[0, span.start] + np.stack(
+                [np.zeros_like(rows), rows, cols]
+            )
+        ids[:, end:] += num_ids - span.num_visual_tokens
+    return ids
+
+
+def num_image_ids(
+    num_visual_tokens: int, grid: tuple[int, int] | None, *, position_axes: int
+) -> int:
+    """How many ids an image takes up: N with one axis, max(rows, columns) with three.
+
+    Raises:
+        UsageError: there are three axes, and no grid of N tokens.
+    """
+    if position_axes == 1:
+        return num_visual_tokens
+    if grid is None or grid[0] * grid[1] != num_visual_tokens:
+        raise UsageError(
+            "an image has no grid to take its position ids from",
+            seen=f"{num_visual_tokens} visual tokens, grid {grid}",
+            allowed="rows x columns of all visual tokens, with three position axes",
+        )
+    return max(grid)
+
+
 def compact_positions(length: int) -> Int64Array:
-    """The naive table, int64 [P]: survivors re-numbered 0, 1, 2, ... ("shifted" in the paper)."""
+    """The slots of a sequence, int64 [P]: 0, 1, 2, ..."""
     return np.arange(length, dtype=np.int64)
 
 
-def stack_kept_positions(rows: Sequence[Int64Array]) -> Int64Array:
-    """Stack tables of different length into int64 [B, P].
+def stack_tables(rows: Sequence[Int64Array]) -> Int64Array:
+    """Stack tables of different length, [P] into [B, P] or [A, P] into [A, B, P].
 
     A shorter row is continued on the right by last+1, last+2, ...: exactly what
     :func:`gap_remap` computes past a table's end, so padding changes nothing.
 
     Raises:
-        UsageError: there are no rows, or one is empty.
+        UsageError: there are no rows, one is empty, or they differ in their axes.
     """
-    if not rows or any(row.ndim != 1 or row.size == 0 for row in rows):
-        raise UsageError("position tables must be non-empty vectors", seen=len(rows))
-    length = max(row.size for row in rows)
-    table = np.empty((len(rows), length), dtype=np.int64)
-    for target, row in zip(table, rows, strict=True):
-        target[: row.size] = row
-        target[row.size :] = row[-1] + 1 + np.arange(length - row.size, dtype=np.int64)
-    return table
+    if not rows or any(not row.size or row.ndim not in (1, 2) for row in rows):
+        raise UsageError("position tables must be non-empty, one a row", seen=len(rows))
+    if len({row.shape[:-1] for row in rows}) != 1:
+        raise UsageError("position tables differ in their axes", seen=[r.shape for r in rows])
+    length = max(row.shape[-1] for row in rows)
+    return np.stack([continue_table(row, length) for row in rows], axis=-2)
+
+
+def continue_table(table: Int64Array, length: int) -> Int64Array:
+    """A table [..., P], continued to [..., length] as :func:`gap_remap` itself continues it."""
+    missing = max(0, length - table.shape[-1])
+    more = table[..., -1:] + 1 + np.arange(missing, dtype=np.int64)
+    return np.concatenate([table, more], axis=-1)
 
 
 def slots_from_mask(attention_mask: NDArray[Any]) -> Int64Array:
@@ -159,36 +268,39 @@ def slots_from_mask(attention_mask: NDArray[Any]) -> Int64Array:
     return np.maximum(slots, 0)
 
 
-def gap_remap(position_ids: Int64Array, kept_positions: Int64Array) -> Int64Array:
+def gap_remap(position_ids: Int64Array, id_table: Int64Array) -> Int64Array:
     """Original ids of slots; the maths of the ``GapRemap`` node.
+
+    The rule is the same on each axis, since a prompt ends with text, whose id is equal on all axes
+    and the largest.
 
     Args:
         position_ids: int64 [B, S], slots 0, 1, 2, ... over the pruned sequence.
-        kept_positions: int64 [B, P] from :func:`build_kept_positions`.
+        id_table: int64 [B, P], or [A, B, P], from :func:`build_id_table`.
 
     Returns:
-        int64 [B, S]: ``kept[slot]`` for slot < P, then ``kept[P-1] + 1 + (slot - P)``, that is
-        ``kept[min(slot, P-1)] + slot - min(slot, P-1)``: decode continues from the unpruned length.
+        int64 [B, S], or [A, B, S]: ``table[slot]`` for slot < P, then
+        ``table[P-1] + 1 + (slot - P)``, that is
+        ``table[min(slot, P-1)] + slot - min(slot, P-1)``: decode continues from the unpruned ids.
 
     Raises:
-        UsageError: the arrays are not [B, S] and [B, P] of one B, P is 0, or a slot is negative.
+        UsageError: the arrays are not of these shapes with one B, P is 0, or a slot is negative.
     """
-    if position_ids.ndim != 2 or kept_positions.ndim != 2:
+    if position_ids.ndim != 2 or id_table.ndim not in (2, 3):
         raise UsageError(
-            "GapRemap takes two matrices",
-            seen=f"position_ids {list(position_ids.shape)}, "
-            f"kept_positions {list(kept_positions.shape)}",
-            allowed="[B, S] and [B, P]",
+            "GapRemap takes a matrix of slots and a table of ids",
+            seen=f"position_ids {list(position_ids.shape)}, id table {list(id_table.shape)}",
+            allowed="[B, S], and [B, P] or [A, B, P]",
         )
-    if position_ids.shape[0] != kept_positions.shape[0] or kept_positions.shape[1] == 0:
+    if position_ids.shape[0] != id_table.shape[-2] or id_table.shape[-1] == 0:
         raise UsageError(
-            "kept_positions does not fit position_ids",
-            seen=f"{list(position_ids.shape)} and {list(kept_positions.shape)}",
-            allowed="[B, S] and [B, P] with the same B and P >= 1",
+            "the table of ids does not fit position_ids",
+            seen=f"{list(id_table.shape)} and {list(position_ids.shape)}",
+            allowed="[B, S], and [B, P] or [A, B, P], with the same B and P >= 1",
         )
     if position_ids.size and int(position_ids.min()) < 0:
         raise UsageError("slots are never negative", seen=int(position_ids.min()), allowed=">= 0")
-    within = np.minimum(position_ids, kept_positions.shape[1] - 1)
-    in_table = np.take_along_axis(kept_positions, within, axis=1)
-    original: Int64Array = in_table + (position_ids - within)
+    within = np.minimum(position_ids, id_table.shape[-1] - 1)
+    places = np.broadcast_to(within, (*id_table.shape[:-2], *within.shape))
+    original: Int64Array = np.take_along_axis(id_table, places, axis=-1) + (position_ids - within)
     return original

@@ -104,9 +104,9 @@ def test_compact_and_gap_feed_the_same_tokens_with_other_positions(tiny_bundle, 
         answer(setting, QUESTIONS[:1])
     compact, gap = prompts
     assert np.array_equal(compact.inputs_embeds, gap.inputs_embeds)
-    length = compact.kept_positions.shape[1]
-    assert compact.kept_positions.tolist() == [list(range(length))]
-    assert gap.kept_positions[0, -1] > length - 1
+    length = compact.id_table.shape[1]
+    assert compact.id_table.tolist() == [list(range(length))]
+    assert gap.id_table[0, -1] > length - 1
 
 
 def test_misaligned_settings_feed_wrong_positions_and_drop_nothing(tiny_whole_bundle, prompts):
@@ -114,11 +114,11 @@ def test_misaligned_settings_feed_wrong_positions_and_drop_nothing(tiny_whole_bu
     for setting in settings:
         answer(setting, QUESTIONS[:1], seed=3)
     unpruned, permuted, shifted = prompts
-    assert np.array_equal(unpruned.kept_positions, permuted.kept_positions)
+    assert np.array_equal(unpruned.id_table, permuted.id_table)
     assert not np.array_equal(unpruned.inputs_embeds, permuted.inputs_embeds)
     rows = [sorted(map(tuple, prompt.inputs_embeds[0].tolist())) for prompt in prompts]
     assert rows[0] == rows[1] == rows[2]
-    moved = shifted.kept_positions - unpruned.kept_positions
+    moved = shifted.id_table - unpruned.id_table
     # Half a row of four.
     assert set(moved[0].tolist()) == {0, 2}
     assert np.array_equal(unpruned.inputs_embeds, shifted.inputs_embeds)
@@ -138,7 +138,7 @@ def test_a_misalignment_of_nothing_gives_the_unpruned_answers(
     half = len(prompts) // 2
     for one, other in zip(prompts[:half], prompts[half:], strict=True):
         assert np.array_equal(one.inputs_embeds, other.inputs_embeds)
-        assert np.array_equal(one.kept_positions, other.kept_positions)
+        assert np.array_equal(one.id_table, other.id_table)
 
 
 def test_what_cannot_be_asked_is_a_record_with_an_error_and_costs_nobody_else(gap, tmp_path):

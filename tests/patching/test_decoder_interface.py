@@ -50,13 +50,19 @@ def test_ids_of_another_kind_are_refused(ids):
     assert "position_ids is not what is fed" in refusal([ids, *inputs], outputs)
 
 
-@pytest.mark.parametrize("axes", [3, 4, "axes"])
-def test_ids_of_three_axes_are_called_by_their_name(axes):
+def test_ids_of_three_axes_are_those_of_m_rope():
+    inputs, outputs = interface()
+    ids = value("position_ids", INT64, [3, "batch", "sequence"])
+    assert read([ids, *inputs], outputs).position_axes == 3
+
+
+@pytest.mark.parametrize("axes", [2, 4, "axes"])
+def test_ids_of_another_number_of_axes_are_refused(axes):
     inputs, outputs = interface()
     ids = value("position_ids", INT64, [axes, "batch", "sequence"])
     message = refusal([ids, *inputs], outputs)
-    assert "M-RoPE: three ids a token, of time, row and column" in message
     assert f"[{axes},batch,sequence]" in message
+    assert "[3, batch, sequence] with M-RoPE" in message
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ def test_one_row_is_prefix_image_suffix_with_original_ids() -> None:
 
 def test_compact_positions_are_the_slots() -> None:
     prompt = assembled([ROWS[0]], "compact")
-    assert prompt.kept_positions.tolist() == [list(range(11))]
+    assert prompt.id_table.tolist() == [list(range(11))]
+    assert prompt.kept_positions.tolist() == [[0, 1, 2, 5, 11, 17, 18, 19, 20, 21, 22]]
 
 
 def test_shorter_rows_are_padded_on_the_left() -> None:

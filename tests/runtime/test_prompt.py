@@ -197,7 +197,7 @@ def test_context_counts_pruned_tokens(sample_manifest: Manifest, tokenizer_folde
         return PromptEncoder(manifest, tokenizer_folder)
 
     assert len(encoder(30).encode("the red star").suffix_ids) == 4
-    with pytest.raises(ExpressionError, match=r"does not fit.*22 prompt tokens.*allowed: 29"):
+    with pytest.raises(ExpressionError, match=r"does not fit.*22 position ids.*allowed: 29"):
         encoder(29).encode("the red star")
 
 

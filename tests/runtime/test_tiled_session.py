@@ -182,9 +182,9 @@ def test_context_is_counted_with_the_picture_s_own_length(
     wide, square = np.zeros((32, 64, 3), np.uint8), np.zeros((64, 64, 3), np.uint8)
     # 5 of text, 8 for the answer; 16 + 4 * 9 = 52 or 16 + 8 * 9 = 88 of the picture.
     session(65).ground(wide, "the star")
-    with pytest.raises(ExpressionError, match=r"93 prompt tokens.*allowed: 65 in all"):
+    with pytest.raises(ExpressionError, match=r"93 position ids.*allowed: 65 in all"):
         session(65).ground(square, "the star")
-    with pytest.raises(ExpressionError, match=r"57 prompt tokens.*allowed: 64 in all"):
+    with pytest.raises(ExpressionError, match=r"57 position ids.*allowed: 64 in all"):
         session(64).ground(wide, "the star")
 
 

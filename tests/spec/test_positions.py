@@ -19,7 +19,7 @@ from gap_export.spec.positions import (
     gap_remap,
     num_kept_tokens,
     slots_from_mask,
-    stack_kept_positions,
+    stack_tables,
 )
 
 # A prompt: text lengths around images, and for each image which of its tokens stay, in feed order.
@@ -112,7 +112,7 @@ def test_gap_remap_of_a_left_padded_stack_equals_its_rows_alone(
     mask = np.zeros((len(batch), longest + num_decoded), dtype=np.int64)
     for row, table in zip(mask, tables, strict=True):
         row[longest - len(table) :] = 1
-    ids = gap_remap(slots_from_mask(mask), stack_kept_positions(tables))
+    ids = gap_remap(slots_from_mask(mask), stack_tables(tables))
     for row, table in zip(ids, tables, strict=True):
         alone = gap_remap(np.arange(len(table) + num_decoded)[None], table[None])[0]
         assert row[longest - len(table) :].tolist() == alone.tolist()
@@ -197,16 +197,16 @@ def test_kept_positions_refuse_spans_that_do_not_fit(
         build_kept_positions(unpruned_length=length, spans=spans)
 
 
-@pytest.mark.parametrize("rows", [[], [np.empty(0, np.int64)], [np.zeros((1, 2), np.int64)]])
+@pytest.mark.parametrize("rows", [[], [np.empty(0, np.int64)], [np.zeros((1, 1, 2), np.int64)]])
 def test_stacking_refuses_what_is_not_a_list_of_tables(rows: list[Any]) -> None:
-    with pytest.raises(UsageError, match="non-empty vectors"):
-        stack_kept_positions(rows)
+    with pytest.raises(UsageError, match="non-empty, one a row"):
+        stack_tables(rows)
 
 
 @pytest.mark.parametrize(
     ("position_ids", "kept_positions", "message"),
     [
-        (np.zeros(3, np.int64), np.zeros((1, 3), np.int64), "takes two matrices"),
+        (np.zeros(3, np.int64), np.zeros((1, 3), np.int64), "a matrix of slots and a table of ids"),
         (np.zeros((2, 3), np.int64), np.zeros((1, 3), np.int64), "same B"),
         (np.zeros((1, 3), np.int64), np.zeros((1, 0), np.int64), "P >= 1"),
         (np.full((1, 3), -1), np.zeros((1, 3), np.int64), "never negative: -1"),

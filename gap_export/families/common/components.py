@@ -114,6 +114,9 @@ def decoder_spec(shape: DecoderShape, eos_token_ids: tuple[int, ...]) -> Decoder
         vocab_size=shape.vocab_size,
         max_position_embeddings=shape.max_position_embeddings,
         eos_token_ids=eos_token_ids,
+        num_heads=shape.num_heads
+        if shape.num_heads * shape.head_dim != shape.hidden_size
+        else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -18,18 +18,21 @@ ORIGINAL_POSITION_IDS = "original_position_ids"
 
 # GatherElements and an int64 Min are older; Shape's start and end, used in the function, are not.
 _MIN_OPSET = 15
+_ALLOWED = "[batch, sequence], or [3, batch, sequence] with M-RoPE"
 
 
 class InsertGapRemap(GraphPass):
-    """Adds the input ``kept_positions`` int64 [B, P] and the node that reads it.
+    """Adds the input ``kept_positions`` and the node that reads it.
 
     ``original = kept[min(slot, P-1)] + slot - min(slot, P-1)``: grounding-aware token pruning
     (arXiv 2506.21873) as one node, an ONNX local function made of standard operators. The maths is
     that of :func:`gap_export.spec.positions.gap_remap`.
 
-    Works on any decoder with an explicit int64 ``position_ids`` [B, S] input, whoever exported it.
-    Does not handle: position ids computed inside the graph, tables of several axes (M-RoPE), ids
-    that are not int64. A graph output that *is* the input keeps giving out slots as fed.
+    Works on any decoder with an explicit int64 ``position_ids`` input, whoever exported it. Where
+    that is [B, S], ``kept_positions`` is [B, P]. Where it is [3, B, S] (M-RoPE), ``kept_positions``
+    is [3, B, P], and the input becomes [B, S]: slots have one axis.
+    Does not handle: position ids computed inside the graph, another number of axes, ids that are
+    not int64. A graph output that *is* the input gives out slots as fed.
     """
 
     name: ClassVar[str] = "InsertGapRemap"
@@ -52,18 +55,22 @@ class InsertGapRemap(GraphPass):
                 seen="a graph that computes its position ids elsewhere",
                 fix="export the decoder so that RoPE reads its position_ids input",
             )
-        assert position_ids.shape is not None
+        ids_shape = position_ids.shape
+        assert ids_shape is not None
+        *axes, batch, length = ids_shape
         kept_positions = ir.Value(
             name=KEPT_POSITIONS,
             type=ir.TensorType(ir.DataType.INT64),
-            shape=ir.Shape([position_ids.shape[0], "prompt_length"]),
+            shape=ir.Shape([*axes, batch, "prompt_length"]),
         )
         graph.inputs.insert(graph.inputs.index(position_ids) + 1, kept_positions)
         remapped = ir.Value(
             name=ORIGINAL_POSITION_IDS,
             type=ir.TensorType(ir.DataType.INT64),
-            shape=position_ids.shape.copy(),
+            shape=ids_shape.copy(),
         )
+        if axes:
+            position_ids.shape = ir.Shape([batch, length])
         node = ir.Node(
             DOMAIN,
             OP_TYPE,
@@ -74,42 +81,59 @@ class InsertGapRemap(GraphPass):
         for consumer, index in consumers:
             consumer.replace_input_with(index, remapped)
         _insert_first(graph, node)
-        function = gap_remap_function(opset=model.opset_imports[""])
+        function = gap_remap_function(opset=model.opset_imports[""], has_axes=bool(axes))
         model.functions[function.identifier()] = function
         model.opset_imports[DOMAIN] = DOMAIN_VERSION
         return True
 
 
-def gap_remap_function(*, opset: int) -> ir.Function:
-    """``GapRemap(position_ids [B, S], kept_positions [B, P])`` -> original ids [B, S], int64."""
+def gap_remap_function(*, opset: int, has_axes: bool = False) -> ir.Function:
+    """``GapRemap(position_ids [B, S], kept_positions)`` -> original ids, int64.
+
+    Args:
+        opset: Of the model.
+        has_axes: ``kept_positions`` is [A, B, P] and the result [A, B, S]; else they are [B, P] and
+            [B, S].
+    """
     slots, kept = ir.Value(name=POSITION_IDS), ir.Value(name=KEPT_POSITIONS)
-    one = _constant("one", [1])
-    length = ir.node("Shape", [kept], attributes={"start": 1, "end": 2})
-    last = ir.node("Sub", [length.outputs[0], one.outputs[0]])
-    within = ir.node("Min", [slots, last.outputs[0]])
-    table = ir.node("GatherElements", [kept, within.outputs[0]], attributes={"axis": 1})
-    beyond = ir.node("Sub", [slots, within.outputs[0]])
-    original = ir.node("Add", [table.outputs[0], beyond.outputs[0]])
-    names = {
-        length: "prompt_length", last: "last_entry", within: "slot_in_table",
-        table: "id_in_table", beyond: "slots_beyond_table", original: ORIGINAL_POSITION_IDS,
-    }  # fmt: skip
-    for node, name in names.items():
+    nodes: list[ir.Node] = []
+
+    def add(op_type: str, name: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes=attributes)  # type: ignore[arg-type]
         node.outputs[0].name = name
+        nodes.append(node)
+        return node.outputs[0]
+
+    axis = 2 if has_axes else 1
+    one = add("Constant", "one", value=ir.tensor([1], dtype=ir.DataType.INT64))
+    length = add("Shape", "prompt_length", kept, start=axis, end=axis + 1)
+    last = add("Sub", "last_entry", length, one)
+    places = within = add("Min", "slot_in_table", slots, last)
+    if has_axes:
+        num_axes = add("Shape", "num_axes", kept, start=0, end=1)
+        each = add("Concat", "shape_on_all_axes", num_axes, add("Shape", "shape", slots), axis=0)
+        places = add("Expand", "slot_on_all_axes", within, each)
+    table = add("GatherElements", "id_in_table", kept, places, axis=axis)
+    beyond = add("Sub", "slots_beyond_table", slots, within)
+    original = add("Add", ORIGINAL_POSITION_IDS, table, beyond)
     graph = ir.Graph(
         inputs=[slots, kept],
-        outputs=[original.outputs[0]],
-        nodes=[one, length, last, within, table, beyond, original],
+        outputs=[original],
+        nodes=nodes,
         opset_imports={"": opset},
         name=OP_TYPE,
     )
     return ir.Function(DOMAIN, OP_TYPE, graph=graph, attributes=[])
 
 
-def _constant(name: str, values: list[int]) -> ir.Node:
-    node = ir.node("Constant", [], attributes={"value": ir.tensor(values, dtype=ir.DataType.INT64)})
-    node.outputs[0].name = name
-    return node
+def position_axes(position_ids: ir.Value) -> Literal[1, 3] | None:
+    """How many ids of a token a decoder's input holds, by its shape; None for what is not known."""
+    shape = position_ids.shape
+    if shape is None or shape.rank() not in (2, 3):
+        return None
+    if shape.rank() == 2:
+        return 1
+    return 3 if shape[0] == 3 else None
 
 
 def _check_not_there(graph: ir.Graph) -> None:
@@ -131,17 +155,17 @@ def _find_position_ids(graph: ir.Graph) -> ir.Value:
         raise PassError(
             f"the graph has no input called {POSITION_IDS}",
             seen="inputs " + ", ".join(str(value.name) for value in graph.inputs),
-            allowed=f"an int64 input {POSITION_IDS} of shape [batch, sequence]",
+            allowed=f"an int64 input {POSITION_IDS} of shape {_ALLOWED}",
             fix="export the decoder with explicit position ids; a graph that builds them from the "
             "cache length cannot be mended from outside",
         )
     value = found[0]
-    if value.dtype != ir.DataType.INT64 or value.shape is None or value.shape.rank() != 2:
+    if value.dtype != ir.DataType.INT64 or position_axes(value) is None:
         shape = "unknown shape" if value.shape is None else str(value.shape)
         raise PassError(
             f"the input {POSITION_IDS} is not what the pass handles",
             seen=f"{value.dtype} {shape}",
-            allowed="INT64 of shape [batch, sequence]",
+            allowed=f"INT64 of shape {_ALLOWED}",
         )
     return value
 

@@ -145,7 +145,7 @@ def name_of_call(call: Call, component: str) -> str:
         call.inputs[name] for name in ("inputs_embeds", "attention_mask", "kept_positions")
     )
     assert embeds is not None and mask is not None and table is not None
-    step = mask.shape[1] - table.shape[1]
+    step = mask.shape[1] - table.shape[-1]
     return f"decode {step}" if step else "prefill"
 
 

@@ -66,14 +66,14 @@ class IdReader:
 
         Args:
             values: Those of :attr:`values`.
-            shape: (B, S).
+            shape: (B, S), or (A, B, S) where positions have several axes.
         """
         if not self.ids_name:
             return f"{self.name} does not read a product of ids and frequencies"
         found = values[self.ids_name].astype(np.float64)
-        if found.size == shape[1]:
+        if found.size == shape[-1]:
             # Of a row that all rows share.
-            found = np.broadcast_to(found.reshape(1, shape[1]), shape)
+            found = np.broadcast_to(found.reshape(1, shape[-1]), shape)
         if found.size != np.prod(shape):
             return f"{self.name} reads {list(found.shape)} ids instead of {list(shape)}"
         ids: Ids = found.reshape(shape)

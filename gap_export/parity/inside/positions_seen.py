@@ -26,11 +26,12 @@ from gap_export.spec.manifest import GraphSpec, Manifest
 from gap_export.spec.positions import (
     Int64Array,
     VisualSpan,
+    build_id_table,
     build_kept_positions,
     compact_positions,
     gap_remap,
     slots_from_mask,
-    stack_kept_positions,
+    stack_tables,
 )
 
 DECODER = "decoder_model_merged"
@@ -65,28 +66,27 @@ class _Prompt:
     """A batch of prompts, as far as positions go.
 
     Attributes:
-        kept_positions: int64 [B, P].
+        id_table: int64 [B, P], or [A, B, P] where positions have several axes.
         attention_mask: int64 [B, P], 0 for padding on the left.
     """
 
-    kept_positions: Int64Array
+    id_table: Int64Array
     attention_mask: Int64Array
 
     @classmethod
     def of_rows(cls, rows: Sequence[Int64Array]) -> _Prompt:
-        table = stack_kept_positions(rows)
-        mask = np.zeros(table.shape, dtype=np.int64)
+        table = stack_tables(rows)
+        mask = np.zeros(table.shape[-2:], dtype=np.int64)
         for target, row in zip(mask, rows, strict=True):
-            target[len(target) - len(row) :] = 1
-        return cls(kept_positions=table, attention_mask=mask)
+            target[len(target) - row.shape[-1] :] = 1
+        return cls(id_table=table, attention_mask=mask)
 
     @property
     def last_id(self) -> int:
         """The largest there is, but for what continues the table of a shorter row."""
         lengths = self.attention_mask.sum(axis=1)
         return max(
-            int(row[:length].max())
-            for row, length in zip(self.kept_positions, lengths, strict=True)
+            int(self.id_table[..., row, :length].max()) for row, length in enumerate(lengths)
         )
 
     def at(self, step: int) -> tuple[Int64Array, Int64Array]:
@@ -111,7 +111,7 @@ def read_positions(
         bundle: A checked one.
         steps: 0 for prefill, n for the n-th decode step, which feeds the n-th token of an answer.
         file: Which graph of the decoder, by its path in the bundle; None for the base graph.
-        tables: int64 [B, P] each, ``kept_positions`` of real prompts, none of them padded. Besides
+        tables: int64 [B, P] or [A, B, P] each: ids of real prompts, none of them padded. Besides
             these there are always a padded batch in the bundle's own shape, and ids up to the last
             one the model knows.
 
@@ -127,7 +127,10 @@ def read_positions(
     graph = Graph.read(bundle.file(spec.file))
     readers = find_id_readers(graph)
     prompts = [
-        *(_Prompt(kept_positions=table, attention_mask=np.ones_like(table)) for table in tables),
+        *(
+            _Prompt(id_table=table, attention_mask=np.ones(table.shape[-2:], dtype=np.int64))
+            for table in tables
+        ),
         *_prompts(manifest, last_step=max(steps)),
     ]
     rows = []
@@ -168,21 +171,31 @@ def _prompts(manifest: Manifest, *, last_step: int) -> Iterator[_Prompt]:
     keep = np.linspace(0, num_visual - 1, num_kept).astype(np.int64)
     if pruning.order != "raster":
         keep = keep[::-1]
-    span = VisualSpan(start=_PREFIX, num_visual_tokens=num_visual, keep_indices=keep)
-    rows = [
-        build_kept_positions(unpruned_length=_PREFIX + num_visual + suffix, spans=[span])
-        for suffix in _SUFFIXES
-    ]
-    compact = pruning.positions == "compact"
-    yield _Prompt.of_rows([compact_positions(len(row)) for row in rows] if compact else rows)
+    grid, axes = (manifest.grid.rows, manifest.grid.cols), manifest.decoder.position_axes
+    span = VisualSpan(start=_PREFIX, num_visual_tokens=num_visual, keep_indices=keep, grid=grid)
+    rows = []
+    for suffix in _SUFFIXES:
+        length = _PREFIX + num_visual + suffix
+        kept = build_kept_positions(unpruned_length=length, spans=[span])
+        rows.append(
+            build_id_table(
+                kept,
+                unpruned_length=length,
+                spans=[span],
+                position_axes=axes,
+                rule=pruning.positions,
+            )
+        )
+    yield _Prompt.of_rows(rows)
     for back in (last_step, 0):
         last = max(manifest.decoder.max_position_embeddings - 1 - back, 0)
-        if compact:
-            yield _Prompt.of_rows([compact_positions(last + 1)])
-            continue
-        # Some tokens, far apart.
-        ids = (np.linspace(0, last, length).astype(np.int64) for length in _FAR_LENGTHS)
-        yield _Prompt.of_rows([np.unique(row) for row in ids])
+        if pruning.positions == "compact":
+            far = [compact_positions(last + 1)]
+        else:
+            # Some tokens, far apart.
+            ids = (np.linspace(0, last, length).astype(np.int64) for length in _FAR_LENGTHS)
+            far = [np.unique(row) for row in ids]
+        yield _Prompt.of_rows([np.tile(row, (axes, 1)) if axes > 1 else row for row in far])
 
 
 def _within(prompts: Sequence[_Prompt], step: int, num_positions: int) -> list[_Prompt]:
@@ -203,7 +216,7 @@ def _look(
 ) -> _Seen:
     """One step of one prompt."""
     mask, slots = prompt.at(step)
-    expected = gap_remap(slots, prompt.kept_positions)
+    expected = gap_remap(slots, prompt.id_table)
     call = f"decode {step}" if step else "prefill"
     if not readers:
         ends = _ends(expected.astype(np.float64), 0)
@@ -211,7 +224,7 @@ def _look(
     given = {
         "attention_mask": mask,
         "position_ids": slots,
-        "kept_positions": prompt.kept_positions,
+        "kept_positions": prompt.id_table,
     }
     feed = _feed(spec, given, past=mask.shape[1] - slots.shape[1])
     names = list(dict.fromkeys(name for reader in readers for name in reader.values))
@@ -227,7 +240,9 @@ def _look(
         difference = np.nan_to_num(np.abs(seen - truth), nan=np.inf)
         off = float(difference.max())
         if off > worst.off:
-            batch_row = int(difference.max(axis=1).argmax())
+            batch_row = int(
+                difference.reshape(-1, *difference.shape[-2:]).max(axis=(0, 2)).argmax()
+            )
             reason = _describe(reader, seen, truth) if off else ""
             row = _row(call, len(readers), _ends(truth, batch_row), _ends(seen, batch_row), reason)
             worst = _Seen(off=off, row=row)
@@ -252,15 +267,16 @@ def _row(
 
 
 def _ends(ids: Ids, row: int) -> tuple[float, float]:
-    return float(ids[row, 0]), float(ids[row, -1])
+    return float(ids[..., row, 0].max()), float(ids[..., row, -1].max())
 
 
 def _describe(reader: IdReader, seen: Ids, truth: Ids) -> str:
     wrong = seen != truth
-    row, token = (int(index) for index in np.argwhere(wrong)[0])
+    place = tuple(int(index) for index in np.argwhere(wrong)[0])
+    axis = f"axis {place[0]}, " if len(place) > 2 else ""
     return (
-        f"{reader.name} sees {seen[row, token]:g} instead of {truth[row, token]:g} "
-        f"(row {row}, token {token}; {int(wrong.sum())} of {wrong.size} ids are wrong)"
+        f"{reader.name} sees {seen[place]:g} instead of {truth[place]:g} ({axis}row {place[-2]}, "
+        f"token {place[-1]}; {int(wrong.sum())} of {wrong.size} ids are wrong)"
     )
 
 

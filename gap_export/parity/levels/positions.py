@@ -22,7 +22,7 @@ def judge_positions(
     Args:
         bundle: Whose decoder it is.
         decoder_graph: Which of its graphs, by its file.
-        tables: int64 [B, P] each, ``kept_positions`` of prompts that the reference was asked with.
+        tables: int64 [B, P] or [A, B, P] each: ids of prompts that the reference was asked with.
         note: What should be known of the graph.
     """
     found = read_positions(bundle, file=decoder_graph, tables=tables)

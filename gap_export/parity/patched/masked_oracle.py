@@ -14,7 +14,7 @@ last step gives what one prefill of all tokens gives, without a cache.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from gap_export.runtime.image import ImageInput, load_image, prepare_image
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.prompt import PromptEncoder
 from gap_export.spec.manifest import Manifest
-from gap_export.spec.positions import Int64Array, compact_positions
+from gap_export.spec.positions import Int64Array, compact_positions, gap_remap
 from gap_export.spec.tolerances import Tolerance, tolerances_of
 
 _Pairs = list[tuple[NDArray[Any], NDArray[Any]]]
@@ -184,7 +184,7 @@ class _Found:
             self.decode.append((truth[1:], judged[1:]))
             self.uncached.append((question.uncached_logits(tokens), truth[-1:]))
         if question.drops:
-            renumbered = question.pruned_logits(question.renumbered(), tokens)
+            renumbered = question.pruned_logits(question.renumbered, tokens)
             self.compact.append(float(np.abs(renumbered - truth).max()))
 
     def rows(self, tolerances: Mapping[str, Tolerance]) -> tuple[TensorRow, ...]:
@@ -209,6 +209,7 @@ class _Question:
         features: What the unpatched encoder gives for the kept tokens, and what the patched one
             does: twice [K, H].
         prompt: As the patched decoder takes it.
+        renumbered: The same with compact positions.
         drops: Whether a token was dropped.
     """
 
@@ -247,19 +248,18 @@ class _Question:
             image_features=kept[0],
             keep_indices=keep[0],
             num_visual_tokens=num_visual,
+            grid=(manifest.grid.rows, manifest.grid.cols),
         )
-        self.prompt = assemble_prompt([row], positions="gap")
-        self._full = np.concatenate([text[:start], every, text[start:]])[None]
+        axes = manifest.decoder.position_axes
+        self.prompt = assemble_prompt([row], positions="gap", position_axes=axes)
+        self.renumbered = assemble_prompt([row], positions="compact", position_axes=axes)
+        unpruned = replace(row, image_features=every, keep_indices=compact_positions(num_visual))
+        whole = assemble_prompt([unpruned], positions="gap", position_axes=axes)
+        self._full, self._all_ids = whole.inputs_embeds, whole.id_table
 
-    def renumbered(self) -> DecoderPrompt:
-        """The prompt with compact positions."""
-        length = self.prompt.kept_positions.shape[1]
-        return DecoderPrompt(
-            inputs_embeds=self.prompt.inputs_embeds,
-            attention_mask=self.prompt.attention_mask,
-            position_ids=self.prompt.position_ids,
-            kept_positions=compact_positions(length)[None],
-        )
+    def _ids(self, start: int, length: int) -> Int64Array:
+        """Ids of so many tokens of the unpruned prompt and its answer, as RoPE reads them."""
+        return gap_remap(np.arange(start, start + length, dtype=np.int64)[None], self._all_ids)
 
     def pruned_logits(self, prompt: DecoderPrompt, tokens: Int64Array) -> FloatArray:
         """The patched decoder's [T, V], fed these tokens int64 [T]."""
@@ -278,19 +278,19 @@ class _Question:
     def masked_logits(self, num_steps: int) -> tuple[FloatArray, Int64Array]:
         """The unpatched decoder's [T, V], dropped tokens masked out, and the tokens it prefers."""
         length = self._full.shape[1]
-        mask, slots = self._mask(), compact_positions(length)[None]
+        mask, ids = self._mask(), self._ids(0, length)
         cache = self._reference.new_cache()
         embeds, every = self._full, []
         tokens: list[int] = []
         for step in range(num_steps):
             logits, cache = self._reference.decode(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=slots, cache=cache
+                inputs_embeds=embeds, attention_mask=mask, position_ids=ids, cache=cache
             )
             every.append(logits[0])
             tokens.append(int(logits[0].argmax()))
             embeds = self._candidate.embed_tokens(np.array([tokens[-1:]], dtype=np.int64))
             mask = np.concatenate([mask, np.ones((1, 1), dtype=np.int64)], axis=1)
-            slots = np.array([[length + step]], dtype=np.int64)
+            ids = self._ids(length + step, 1)
         return np.stack(every), np.array(tokens, dtype=np.int64)
 
     def uncached_logits(self, tokens: Int64Array) -> FloatArray:
@@ -301,7 +301,7 @@ class _Question:
         return self._reference.decode(
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=compact_positions(embeds.shape[1])[None],
+            position_ids=self._ids(0, embeds.shape[1]),
             cache=self._reference.new_cache(),
         )[0]
 
@@ -319,7 +319,7 @@ class _Question:
         """
         if not self.drops:
             return
-        mask, slots = self._mask(), compact_positions(self._full.shape[1])[None]
+        mask, ids = self._mask(), self._ids(0, self._full.shape[1])
         other = self._full.copy()
         hidden = mask[0] == 0
         other[0, hidden] = -other[0, hidden][::-1]
@@ -327,7 +327,7 @@ class _Question:
             self._reference.decode(
                 inputs_embeds=embeds,
                 attention_mask=mask,
-                position_ids=slots,
+                position_ids=ids,
                 cache=self._reference.new_cache(),
             )[0]
             for embeds in (self._full, other)

@@ -83,7 +83,7 @@ class UnpatchedGraphs:
         Args:
             inputs_embeds: [1, S, H].
             attention_mask: int64 [1, past + S]; 0 hides a slot from every query.
-            position_ids: int64 [1, S], which RoPE reads as they are.
+            position_ids: int64 [1, S], or [A, 1, S], which RoPE reads as they are.
             cache: Of the steps before.
 
         Returns:

@@ -15,12 +15,19 @@ T = TypeVar("T")
 
 # Metadata of a field that came later: where it is missing, its default is what was meant then.
 ADDED_LATER: Mapping[str, bool] = types.MappingProxyType({"added_later": True})
+# Such a field, which is moreover written only where it is not its default.
+RARE: Mapping[str, bool] = types.MappingProxyType({"added_later": True, "rare": True})
 
 
 def to_plain(value: Any) -> Any:
     """Dataclasses, tuples and mappings as what JSON knows."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: (f, getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {
+            name: to_plain(held)
+            for name, (field, held) in fields.items()
+            if not (field.metadata.get("rare") and held == field.default)
+        }
     if isinstance(value, Mapping):
         return {str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
@@ -48,7 +55,7 @@ def differing_fields(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
 def from_plain(cls: type[T], plain: Any, *, where: str) -> T:
     """Build a frozen dataclass from JSON data, checking every key and type.
 
-    Only a field whose metadata is ``ADDED_LATER`` may be missing.
+    Only a field whose metadata is ``ADDED_LATER`` or ``RARE`` may be missing.
 
     Args:
         cls: The dataclass.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from gap_export.errors import BundleError
-from gap_export.spec.manifest.plain import ADDED_LATER, to_plain
+from gap_export.spec.manifest.plain import ADDED_LATER, RARE, to_plain
 from gap_export.spec.tiles import TileCode
 
 FORMAT = "gap-export-bundle"
@@ -177,8 +177,18 @@ class TextEncoderSpec(_Strict):
 class DecoderSpec(_Strict):
     """Facts of the decoder that a runtime needs.
 
-    ``max_position_embeddings`` bounds ids of the *unpruned* sequence: pruning saves KV memory, not
-    context length.
+    Attributes:
+        num_layers: Number of layers, each with a KV cache.
+        num_key_value_heads: Heads of the KV cache.
+        head_dim: Width of a head.
+        hidden_size: Width of the embeddings.
+        vocab_size: Number of logits.
+        max_position_embeddings: Bounds ids of the *unpruned* sequence: pruning saves KV memory,
+            not context length.
+        eos_token_ids: Any of these ends an answer.
+        position_axes: Ids of a token that RoPE reads: 1, or 3 with M-RoPE (time, row, column); see
+            ``spec.positions``.
+        num_heads: Heads of the queries; None where they are hidden_size / head_dim.
     """
 
     num_layers: int
@@ -188,6 +198,8 @@ class DecoderSpec(_Strict):
     vocab_size: int
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
+    position_axes: Literal[1, 3] = field(default=1, metadata=RARE)
+    num_heads: int | None = field(default=None, metadata=RARE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -224,6 +224,10 @@ def _check_decoder(manifest: Manifest) -> None:
         raise _refuse("decoder.eos_token_ids", [], "at least one id")
     for index, token in enumerate(spec.eos_token_ids):
         _between(f"decoder.eos_token_ids[{index}]", token, 0, _MAX_VOCABULARY)
+    if spec.num_heads is not None:
+        _between("decoder.num_heads", spec.num_heads, 1, _MAX_WIDTH)
+    if spec.position_axes > 1 and manifest.image.tiles is not None:
+        raise _refuse("decoder.position_axes", spec.position_axes, "1 with image.tiles")
 
 
 def _check_sizes(manifest: Manifest) -> None:
@@ -253,6 +257,12 @@ def _check_graphs(manifest: Manifest) -> None:
             _between(f"numbers of {where}", math.prod(fixed), 0, _MAX_DIMENSION)
         if graph.component == _DECODER:
             _check_cache(graph, num_layers=manifest.decoder.num_layers)
+            axes = manifest.decoder.position_axes
+            for tensor in graph.inputs:
+                has_axes = len(tensor.shape) == 3 and tensor.shape[0] == axes
+                if tensor.name == "kept_positions" and has_axes != (axes > 1):
+                    wanted = f"[{axes}, batch, prompt]" if axes > 1 else "[batch, prompt]"
+                    raise _refuse(f"shape of {tensor.name} in {graph.file}", tensor.shape, wanted)
 
 
 def _check_engines(manifest: Manifest) -> None:

@@ -14,7 +14,7 @@ from gap_export.spec.positions import (
     build_kept_positions,
     compact_positions,
     gap_remap,
-    stack_kept_positions,
+    stack_tables,
 )
 
 SLOTS = np.array([[0, 1, 2, 3, 9], [5, 6, 7, 8, 2]])
@@ -124,7 +124,8 @@ def test_graph_without_position_ids_is_refused_naming_its_inputs(small_decoder):
 @pytest.mark.parametrize(
     ("changes", "seen"),
     [
-        ({"shape": [3, "batch", "sequence"]}, "INT64 [3,batch,sequence]"),
+        ({"shape": [4, "batch", "sequence"]}, "INT64 [4,batch,sequence]"),
+        ({"shape": ["axes", "batch", "sequence"]}, "INT64 [axes,batch,sequence]"),
         ({"shape": ["sequence"]}, "INT64 [sequence]"),
         ({"dtype": ir.DataType.INT32}, "INT32"),
         ({"dtype": ir.DataType.FLOAT}, "FLOAT"),
@@ -207,7 +208,7 @@ def prompts(draw: st.DrawFn) -> np.ndarray:
             cursor += count + draw(st.integers(0, 4))
         length = cursor + draw(st.integers(1, 6))
         rows.append(build_kept_positions(unpruned_length=length, spans=spans))
-    return stack_kept_positions(rows)
+    return stack_tables(rows)
 
 
 @settings(max_examples=150, deadline=None)
