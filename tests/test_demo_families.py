@@ -66,9 +66,9 @@ def test_ids_of_the_prompt_are_those_before_pruning(name, start, num_tokens, num
     with GroundingSession.open(bundle) as session:
         decode = session.backend.decode
 
-        def watch(**given):
-            seen.append(gap_remap(given["position_ids"], given["kept_positions"])[0].tolist())
-            return decode(**given)
+        def watch(feed, cache):
+            seen.append(gap_remap(feed["position_ids"], feed["kept_positions"])[0].tolist())
+            return decode(feed, cache)
 
         session.backend.decode = watch
         answer = session.ground(np.full((96, 96, 3), 90, np.uint8), "the red circle")

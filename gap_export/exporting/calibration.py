@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from gap_export.bundle import BundleDraft
+from gap_export.checkpoint.weights import SAFETENSORS_NAMES
 from gap_export.exporting.quantization import (
     SCALES_NAME,
     ChannelScale,
@@ -19,14 +20,13 @@ from gap_export.exporting.quantization import (
     scale_channels,
     store_scales,
 )
-from gap_export.exporting.torch_backend import TorchBackend, TorchCache
-from gap_export.families import Reference
+from gap_export.exporting.torch_backend import TorchBackend, TorchCache, to_torch
+from gap_export.families import Component, Reference
 from gap_export.progress import Progress
-from gap_export.runtime.backend import FloatArray, KVCache
+from gap_export.runtime.backend import Feed, FloatArray, KVCache
 from gap_export.runtime.image import ImageInput
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import Manifest
-from gap_export.spec.positions import Int64Array, gap_remap
 
 _DECODER = "decoder_model_merged"
 Question = tuple[ImageInput, str]
@@ -54,7 +54,8 @@ def calibration_inputs(
     Raises:
         UsageError: a picture or an expression cannot be used.
     """
-    wide = replace(reference, dtype="float32")
+    components = tuple(map(_widened, reference.components))
+    wide = replace(reference, dtype="float32", components=components)
     with ExitStack() as stack:
         for component in wide.components:
             if component.name != _DECODER:
@@ -120,25 +121,22 @@ class _PromptRecorder(TorchBackend):
         super().__init__(reference)
         self.taken: list[tuple[torch.Tensor, ...]] = []
         self._spec = reference.decoder_spec
+        self._decoder = reference.component(_DECODER)
 
-    def __enter__(self) -> _PromptRecorder:
-        """Return itself."""
-        return self
-
-    def decode(
-        self,
-        *,
-        inputs_embeds: FloatArray,
-        attention_mask: Int64Array,
-        position_ids: Int64Array,
-        kept_positions: Int64Array,
-        cache: KVCache,
-    ) -> FloatArray:
+    def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
         """See Backend."""
         assert isinstance(cache, TorchCache), "a cache belongs to the backend that made it"
-        original = gap_remap(position_ids, kept_positions)
-        fed = (inputs_embeds, attention_mask, original)
-        self.taken.append((*(torch.from_numpy(np.array(array)) for array in fed), *cache.values))
-        logits = np.zeros((len(inputs_embeds), self._spec.vocab_size), dtype=np.float32)
+        given = to_torch(self._decoder, feed) | cache.values
+        self.taken.append(tuple(given[spec.name] for spec in self._decoder.inputs))
+        logits = np.zeros((cache.batch_size, self._spec.vocab_size), dtype=np.float32)
         logits[:, list(self._spec.eos_token_ids)] = 1.0
         return logits
+
+
+def _widened(component: Component) -> Component:
+    """The component with float32 inputs."""
+    inputs = (
+        replace(spec, dtype="float32") if spec.dtype in SAFETENSORS_NAMES else spec
+        for spec in component.inputs
+    )
+    return replace(component, inputs=tuple(inputs))

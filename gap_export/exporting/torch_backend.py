@@ -9,24 +9,31 @@ It computes in the reference's own dtype; numpy has no bfloat16, so that leaves 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType, TracebackType
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gap_export.families import Reference
+from gap_export.checkpoint.weights import SAFETENSORS_NAMES, TORCH_DTYPES
+from gap_export.families import Component, Reference
 from gap_export.families.common.modules.pruned_vision import PrunedVisionEncoder
-from gap_export.runtime.backend import EncodedImage, KVCache, ScoredImage
+from gap_export.runtime.backend import (
+    DECODER,
+    NEWLINE,
+    VISION,
+    Backend,
+    Feed,
+    FloatArray,
+    KVCache,
+    Outputs,
+)
 from gap_export.spec.manifest import QuantizationSpec
 from gap_export.spec.positions import gap_remap
 
-FloatArray = NDArray[np.floating[Any]]
-Int64Array = NDArray[np.int64]
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_PAST = "past_key_values."
 _METHODS: Mapping[str, str] = MappingProxyType(
     {
         "rtn": "which were rounded to nearest",
@@ -37,18 +44,18 @@ _METHODS: Mapping[str, str] = MappingProxyType(
 
 @dataclass
 class TorchCache:
-    """Keys and values of each layer in turn, [B, heads, length, dim]."""
+    """Keys and values of the layers, [B, heads, length, dim], by the decoder's input names."""
 
     batch_size: int
-    values: list[torch.Tensor] = field(default_factory=list)
+    values: dict[str, torch.Tensor]
 
     @property
     def length(self) -> int:
         """Slots filled so far."""
-        return int(self.values[0].shape[2])
+        return int(next(iter(self.values.values())).shape[2])
 
 
-class TorchBackend:
+class TorchBackend(Backend):
     """Runs a reference on the CPU.
 
     Args:
@@ -60,149 +67,84 @@ class TorchBackend:
         self, reference: Reference, *, quantization: QuantizationSpec | None = None
     ) -> None:
         self._reference = reference
-        self._quantization = quantization
-        self._dtype = _DTYPES[reference.dtype]
+        self.dtype = reference.dtype
+        self.quantization = quantization
+        self.name = f"PyTorch {torch.__version__} (CPU)"
+        if quantization is not None:
+            self.name += (
+                f", with the bundle's own {quantization.dtype.upper()} weights in blocks of "
+                f"{quantization.block_size}, {_METHODS[quantization.method]}"
+            )
 
-    @property
-    def name(self) -> str:
-        """What runs, for reports."""
-        name = f"PyTorch {torch.__version__} (CPU)"
-        if self._quantization is None:
-            return name
-        return f"{name}, {_describe_quantized(self._quantization)}"
-
-    @property
-    def dtype(self) -> str:
-        """The reference's."""
-        return self._reference.dtype
-
-    @property
-    def quantization(self) -> QuantizationSpec | None:
+    def run(self, component: str, feed: Feed) -> Outputs:
         """See Backend."""
-        return self._quantization
+        if component == NEWLINE:
+            newline = self._reference.newline
+            assert newline is not None, "only the session of a tiled model asks for it"
+            return {"image_newline": to_numpy(newline)}
+        part = self._reference.component(component)
+        return {name: to_numpy(found) for name, found in _run(part, to_torch(part, feed)).items()}
 
-    def __enter__(self) -> TorchBackend:
-        """Return itself."""
-        return self
+    def margins(self, feed: Feed) -> NDArray[np.float32] | None:
+        """By how much the closest choice of tokens was decided, float32 [B]; None if unknown.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Nothing to free."""
-
-    def encode_text(self, input_ids: Int64Array) -> FloatArray:
-        """See Backend."""
-        encoder = self._reference.text_encoder
-        assert encoder is not None, "only a text-reading pruner's session asks for it"
-        return _run(encoder, _tensor(input_ids))[0]
-
-    def encode_image(
-        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> EncodedImage:
-        """See Backend."""
-        return EncodedImage(*self._see(pixel_values, text_embeds))
-
-    def score_tokens(
-        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> ScoredImage:
-        """See Backend."""
-        return ScoredImage(*self._see(pixel_values, text_embeds))
-
-    def prune_tokens(self, scored: ScoredImage, *, num_kept_tokens: int) -> EncodedImage:
-        """See Backend."""
-        pruner = self._reference.component("token_pruner").module
-        slots = torch.arange(num_kept_tokens)
-        scores, *parts = (_tensor(part) for part in scored if part is not None)
-        return EncodedImage(*_run(pruner, slots, scores, *(part.to(self._dtype) for part in parts)))
-
-    def margins(
-        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> NDArray[np.float32] | None:
-        """By how much the closest choice of tokens was decided, float32 [B]; None if unknown."""
-        encoder = self._reference.vision_encoder
-        if not isinstance(encoder, PrunedVisionEncoder):
+        Args:
+            feed: Of the vision encoder.
+        """
+        part = self._reference.component(VISION)
+        if not isinstance(part.module, PrunedVisionEncoder):
             return None
         with torch.inference_mode():
-            found = encoder.margins(*self._seen(pixel_values, text_embeds))
-        return None if found is None else _array(found.to(torch.float32))
-
-    def _see(
-        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> list[NDArray[Any]]:
-        return _run(self._reference.vision_encoder, *self._seen(pixel_values, text_embeds))
-
-    def _seen(
-        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> list[torch.Tensor]:
-        # Pixels are float32 in any case: casting them is the module's first step.
-        given = [_tensor(pixel_values)]
-        if text_embeds is not None:
-            given.append(_tensor(text_embeds).to(self._dtype))
-        return given
-
-    def image_newline(self) -> FloatArray:
-        """See Backend."""
-        newline = self._reference.newline
-        assert newline is not None, "only the session of a tiled model asks for it"
-        return _array(newline)
-
-    def embed_tokens(self, input_ids: Int64Array) -> FloatArray:
-        """See Backend."""
-        return _run(self._reference.embed_tokens, _tensor(input_ids))[0]
+            found = part.module.margins(*to_torch(part, feed).values())
+        return None if found is None else to_numpy(found.to(torch.float32))
 
     def new_cache(self, batch_size: int) -> TorchCache:
         """See Backend."""
         spec = self._reference.decoder_spec
-        shape = (batch_size, spec.num_key_value_heads, 0, spec.head_dim)
-        empty = torch.zeros(shape, dtype=self._dtype)
-        return TorchCache(batch_size=batch_size, values=[empty] * (2 * spec.num_layers))
+        dtype = TORCH_DTYPES[SAFETENSORS_NAMES[self.dtype]]
+        empty = torch.zeros((batch_size, spec.num_key_value_heads, 0, spec.head_dim), dtype=dtype)
+        inputs = self._reference.component(DECODER).inputs
+        names = [tensor.name for tensor in inputs if tensor.name.startswith(_PAST)]
+        return TorchCache(batch_size=batch_size, values=dict.fromkeys(names, empty))
 
-    def decode(
-        self,
-        *,
-        inputs_embeds: FloatArray,
-        attention_mask: Int64Array,
-        position_ids: Int64Array,
-        kept_positions: Int64Array,
-        cache: KVCache,
-    ) -> FloatArray:
+    def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
         """See Backend."""
         assert isinstance(cache, TorchCache), "a cache belongs to the backend that made it"
-        original = gap_remap(position_ids, kept_positions)
-        given = [
-            _tensor(inputs_embeds).to(self._dtype),
-            _tensor(attention_mask),
-            _tensor(original),
-        ]
-        with torch.inference_mode():
-            logits, *present = self._reference.decoder(*given, *cache.values)
-        cache.values = present
-        return _array(logits[:, -1])
+        part = self._reference.component(DECODER)
+        outputs = _run(part, to_torch(part, feed) | cache.values)
+        cache.values = {n: outputs[n.replace(_PAST, "present.", 1)] for n in cache.values}
+        return to_numpy(outputs["logits"][:, -1])
 
 
-def _run(module: torch.nn.Module, *given: torch.Tensor) -> list[NDArray[Any]]:
-    with torch.inference_mode():
-        outputs = module(*given)
-    single = isinstance(outputs, torch.Tensor)
-    return [_array(tensor) for tensor in ([outputs] if single else outputs)]
+def to_torch(component: Component, feed: Feed) -> dict[str, torch.Tensor]:
+    """A component's inputs that are fed, in its module's order, as its module takes them.
+
+    The position ids are remapped here, apart from the graph's own node, and a number of tokens to
+    keep becomes their slots. Inputs that are not fed, such as a cache, are left out.
+    """
+    given = dict(feed)
+    if "position_ids" in given:
+        given["position_ids"] = gap_remap(given["position_ids"], given["kept_positions"])
+    if "num_kept_tokens" in given:
+        given["kept_slots"] = np.arange(int(given["num_kept_tokens"][0]))
+    found = {}
+    for spec in component.inputs:
+        if spec.name in given:
+            tensor = torch.from_numpy(np.ascontiguousarray(given[spec.name]))
+            name = SAFETENSORS_NAMES.get(spec.dtype)
+            found[spec.name] = tensor if name is None else tensor.to(TORCH_DTYPES[name])
+    return found
 
 
-def _tensor(array: NDArray[Any]) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def _array(tensor: torch.Tensor) -> NDArray[Any]:
+def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    """A tensor's values; bfloat16 as float32."""
     tensor = tensor.detach()
     found: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return found
 
 
-def _describe_quantized(spec: QuantizationSpec) -> str:
-    """What a reference computes with, for reports."""
-    return (
-        f"with the bundle's own {spec.dtype.upper()} weights in blocks of {spec.block_size}, "
-        f"{_METHODS[spec.method]}"
-    )
+def _run(component: Component, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    with torch.inference_mode():
+        outputs = component.module(*(given[spec.name] for spec in component.inputs))
+    tensors = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    return {spec.name: found for spec, found in zip(component.outputs, tensors, strict=True)}

@@ -144,7 +144,7 @@ def ask_candidate(
 
 def _replay(tally: Tally, calls: Sequence[Call], backend: Backend) -> str:
     try:
-        tally.add(calls, replay(list(calls), backend))
+        tally.add(calls, replay(calls, backend))
     except GapExportError as err:
         return str(err)
     return ""
@@ -167,8 +167,8 @@ def _open(
         if reference is not None:
             reference.check_dtype(backend.dtype, backend.quantization)
         session = GroundingSession(bundle.manifest, bundle.path, backend)
-    except GapExportError as err:
-        backend.__exit__(type(err), err, err.__traceback__)
+    except GapExportError:
+        backend.close()
         raise
     return Candidate(
         key=key, session=session, decoder_graph=decoder_graph, note=note, tolerances=tolerances

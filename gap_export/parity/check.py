@@ -271,9 +271,7 @@ def _with_facts(levels: tuple[LevelResult, ...], others: Sequence[str]) -> tuple
 
 def _tables(recorded: Recorded) -> list[Int64Array]:
     """The position ids of the first few prompts, int64 [B, P] or [A, B, P]."""
-    found: list[Int64Array] = []
-    for calls in recorded.calls[:_NUM_PROMPTS]:
-        table = next(call.inputs["kept_positions"] for call in calls if call.is_decode)
-        assert table is not None, "a decoder always gets it"
-        found.append(table)
-    return found
+    return [
+        next(call.inputs["kept_positions"] for call in calls if call.is_decode)
+        for calls in recorded.calls[:_NUM_PROMPTS]
+    ]

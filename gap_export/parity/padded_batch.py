@@ -44,13 +44,13 @@ def decode_padded(backend: Backend, questions: Sequence[Sequence[Call]]) -> list
             embeds = np.stack([_input(row[step], "inputs_embeds") for row in rows])
             mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)
             slots = slots[:, -1:] + 1
-        given = backend.decode(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=slots,
-            kept_positions=table,
-            cache=cache,
-        )
+        feed = {
+            "inputs_embeds": embeds,
+            "attention_mask": mask,
+            "position_ids": slots,
+            "kept_positions": table,
+        }
+        given = backend.decode(feed, cache)
         pairs.append((np.concatenate([row[step].outputs["logits"] for row in rows]), given))
     return pairs
 
@@ -67,17 +67,14 @@ def _length(calls: Sequence[Call]) -> int:
 
 def _input(call: Call, name: str) -> NDArray[Any]:
     """Of the one row that was asked."""
-    value = call.inputs[name]
-    assert value is not None, "a decoder is always fed all of its inputs"
-    row: NDArray[Any] = value[0]
+    row: NDArray[Any] = call.inputs[name][0]
     return row
 
 
 def _table(call: Call) -> Int64Array:
     """Ids of the one row that was asked, [P] or [A, P]."""
-    table = call.inputs["kept_positions"]
-    assert table is not None, "a decoder is always fed all of its inputs"
-    return table[..., 0, :]
+    table: Int64Array = call.inputs["kept_positions"][..., 0, :]
+    return table
 
 
 def _pad(rows: Sequence[FloatArray]) -> tuple[FloatArray, Int64Array]:

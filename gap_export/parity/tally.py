@@ -18,7 +18,7 @@ from gap_export.parity.compare import (
     measure_selections,
     pair_features,
 )
-from gap_export.parity.replay import Call
+from gap_export.parity.replay import NEW_CACHE, Call
 from gap_export.parity.results import TensorRow
 from gap_export.spec.tolerances import Tolerance
 
@@ -26,16 +26,6 @@ Arrays = Mapping[str, NDArray[Any]]
 Pair = tuple[NDArray[Any], NDArray[Any]]
 
 _KEPT, _FEATURES = "keep_indices", "image_features"
-
-COMPONENTS: Mapping[str, str] = {
-    "encode_text": "text_encoder",
-    "encode_image": "vision_encoder",
-    "score_tokens": "vision_encoder",
-    "prune_tokens": "token_pruner",
-    "image_newline": "newline",
-    "embed_tokens": "embed_tokens",
-    "decode": "decoder_model_merged",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +58,14 @@ class Tally:
         """
         prefilled = False
         for call, candidate in zip(calls, outputs, strict=True):
-            if call.method == "new_cache":
+            if call.component == NEW_CACHE:
                 prefilled = False
             for name in call.outputs:
                 label = name
                 if call.is_decode:
                     label = f"{name} (decode)" if prefilled else f"{name} (prefill)"
                     prefilled = True
-                found = self._found.setdefault((COMPONENTS[call.method], label), [])
+                found = self._found.setdefault((call.component, label), [])
                 found.append(Compared(call=call, calls=calls, outputs=candidate))
 
     def rows(self, tolerances: Mapping[str, Tolerance]) -> tuple[TensorRow, ...]:

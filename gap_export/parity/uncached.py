@@ -48,13 +48,5 @@ def decode_uncached(backend: Backend, calls: Sequence[Call]) -> Pair | None:
     last = steps[-1]
     embeds = np.concatenate([step.inputs["inputs_embeds"] for step in steps], axis=1)
     slots = np.concatenate([step.inputs["position_ids"] for step in steps], axis=1)
-    mask, table = last.inputs["attention_mask"], last.inputs["kept_positions"]
-    assert mask is not None and table is not None, "a decoder is always fed both"
-    logits = backend.decode(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        position_ids=slots,
-        kept_positions=table,
-        cache=backend.new_cache(len(embeds)),
-    )
-    return logits, last.outputs["logits"]
+    feed = {**last.inputs, "inputs_embeds": embeds, "position_ids": slots}
+    return backend.decode(feed, backend.new_cache(len(embeds))), last.outputs["logits"]

@@ -1,62 +1,49 @@
-"""What runs the graphs of a bundle. Arrays are numpy at this boundary.
+"""What runs the components of a model. Arrays are numpy at this boundary.
 
-Floats go in and come out in whatever precision the model has, bfloat16 as float32; a backend casts
-what it is fed to what its graphs declare.
+A component is a graph of the bundle, or :data:`NEWLINE`, a tensor that it holds. Inputs and outputs
+go by the graph's own names, so that a new input of a model needs no change here. Floats come out in
+the precision of the graph, bfloat16 as float32; a backend casts what it is fed.
 
-Shape letters: B rows (expressions), I images (1, B or the tiles of one picture), T tokens, S fed
-tokens, P prompt tokens after pruning, K' emitted visual tokens, H hidden size, D text embedding
-size, V vocabulary.
+Shape letters: B rows (expressions), I images (1, B or the tiles of one image), T tokens, S fed
+tokens, P prompt tokens after pruning, K' emitted visual tokens, N unpruned visual tokens, H hidden
+size, D text embedding size, V vocabulary. The components, with what a session feeds and reads:
+
+* ``text_encoder``, of pruners that read the text: input_ids int64 [B, T'] -> text_embeds [B, D].
+* ``vision_encoder``: pixel_values float32 [I, 3, height, width] (, text_embeds [B, D]) ->
+  image_features [I|B, K', H], keep_indices int64 [I|B, K'] (, token_scores float32 [I|B, N]); with
+  an adaptive budget -> token_scores, patch_features [I|B, N, D] (, patch_keys [I|B, N, C]).
+* ``token_pruner``, with an adaptive budget: those, and num_kept_tokens int64 [1] ->
+  image_features, keep_indices.
+* ``newline``, of images cut into tiles: nothing -> image_newline [H], the end of a row of tokens.
+* ``embed_tokens``: input_ids int64 [B, T] -> inputs_embeds [B, T, H].
+* ``decoder_model_merged``, by :meth:`Backend.decode`: inputs_embeds [B, S, H], attention_mask int64
+  [B, past + S] (0 for padding), position_ids int64 [B, S] (slots), kept_positions int64 [B, P], or
+  [A, B, P] where positions have A axes (``DecoderPrompt.id_table``) -> logits [B, V] of the last of
+  the S tokens.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.spec.manifest import QuantizationSpec
-from gap_export.spec.positions import Int64Array
+from gap_export.errors import UsageError
+from gap_export.spec.manifest import Manifest, QuantizationSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 FloatArray = NDArray[np.floating[Any]]
+Feed = Mapping[str, NDArray[Any]]
+Outputs = dict[str, NDArray[Any]]
 
-
-class EncodedImage(NamedTuple):
-    """What a vision encoder gives.
-
-    Attributes:
-        image_features: [I|B, K', H].
-        keep_indices: int64 [I|B, K'], the index among the unpruned visual tokens of the picture, or
-            tile, of each emitted one.
-        token_scores: float32 [I|B, N], of a pruner that has scores.
-    """
-
-    image_features: FloatArray
-    keep_indices: Int64Array
-    token_scores: FloatArray | None = None
-
-
-class ScoredImage(NamedTuple):
-    """What a vision encoder gives where each picture decides how many of its tokens are kept.
-
-    Attributes:
-        token_scores: float32 [I|B, N].
-        patch_features: [I|B, N, D].
-        patch_keys: [I|B, N, C] of a pruner that merges, else None.
-    """
-
-    token_scores: FloatArray
-    patch_features: FloatArray
-    patch_keys: FloatArray | None = None
-
-    def feed(self, *, num_kept_tokens: int) -> dict[str, NDArray[Any]]:
-        """The inputs of the graph that keeps ``num_kept_tokens`` of each row."""
-        parts = {name: part for name, part in self._asdict().items() if part is not None}
-        return parts | {"num_kept_tokens": np.array([num_kept_tokens], dtype=np.int64)}
+VISION, TEXT, EMBEDDING = "vision_encoder", "text_encoder", "embed_tokens"
+PRUNER, DECODER, NEWLINE = "token_pruner", "decoder_model_merged", "newline"
 
 
 class KVCache(Protocol):
@@ -73,27 +60,45 @@ class KVCache(Protocol):
         ...
 
 
-class Backend(Protocol):
-    """Runs a model's components; a context manager, closed once."""
+class Backend(ABC):
+    """Runs a model's components; a context manager, closed once.
 
-    @property
-    def name(self) -> str:
-        """What runs, for reports, e.g. ``ONNX Runtime 1.32.0 (CPUExecutionProvider)``."""
-        ...
+    Attributes:
+        name: What runs, for reports, e.g. ``ONNX Runtime 1.32.0 (CPUExecutionProvider)``.
+        dtype: The floats it computes with: float32, float16 or bfloat16.
+        quantization: How the decoder's weights are quantized; None where they are floats.
+    """
 
-    @property
-    def dtype(self) -> str:
-        """Of the floats it computes with: float32, float16 or bfloat16."""
-        ...
+    name: str
+    dtype: str
+    quantization: QuantizationSpec | None = None
 
-    @property
-    def quantization(self) -> QuantizationSpec | None:
-        """Of the decoder's weights; None where they have the dtype of the floats."""
-        ...
+    @abstractmethod
+    def run(self, component: str, feed: Feed) -> Outputs:
+        """Run any component but the decoder.
+
+        Raises:
+            UsageError: the model has no such component, or it cannot be run at this size.
+        """
+
+    @abstractmethod
+    def new_cache(self, batch_size: int) -> KVCache:
+        """An empty cache for a batch."""
+
+    @abstractmethod
+    def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
+        """Run the decoder for S tokens, by which the cache grows; the logits of the last, [B, V].
+
+        Args:
+            feed: The decoder's inputs, without those of the cache.
+            cache: From :meth:`new_cache` of this backend.
+        """
+
+    def close(self) -> None:  # noqa: B027, most backends hold nothing
+        """Free what it holds."""
 
     def __enter__(self) -> Self:
-        """Return itself."""
-        ...
+        return self
 
     def __exit__(
         self,
@@ -101,79 +106,20 @@ class Backend(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Free what it holds."""
-        ...
+        self.close()
 
-    def encode_text(self, input_ids: Int64Array) -> FloatArray:
-        """Text tower of pruners that read the text.
 
-        Args:
-            input_ids: int64 [B, T'], rows of one length, no padding.
+def graph_components(manifest: Manifest) -> list[str]:
+    """The graphs that a session of this model runs."""
+    reads_text, adapts = manifest.text_encoder is not None, manifest.pruning.budget == "adaptive"
+    wanted = {VISION: True, PRUNER: adapts, TEXT: reads_text, EMBEDDING: True, DECODER: True}
+    return [component for component, is_there in wanted.items() if is_there]
 
-        Returns:
-            text_embeds [B, D].
-        """
-        ...
 
-    def encode_image(
-        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> EncodedImage:
-        """Vision tower, pruner and projector.
-
-        Args:
-            pixel_values: float32 [I, 3, height, width].
-            text_embeds: [B, D] where the pruner reads the text, else None. For tiles B is I: one
-                expression's embedding, repeated.
-        """
-        ...
-
-    def score_tokens(
-        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> ScoredImage:
-        """Vision tower and scores, where the budget is adaptive; see :meth:`encode_image`."""
-        ...
-
-    def prune_tokens(self, scored: ScoredImage, *, num_kept_tokens: int) -> EncodedImage:
-        """Pruner and projector, where the budget is adaptive.
-
-        Args:
-            scored: From :meth:`score_tokens`, or some of its rows.
-            num_kept_tokens: K, of each row.
-        """
-        ...
-
-    def image_newline(self) -> FloatArray:
-        """What stands at the end of each row of a picture cut into tiles: [H]."""
-        ...
-
-    def embed_tokens(self, input_ids: Int64Array) -> FloatArray:
-        """Word embeddings: int64 [B, T] -> [B, T, H]."""
-        ...
-
-    def new_cache(self, batch_size: int) -> KVCache:
-        """An empty cache for a batch."""
-        ...
-
-    def decode(
-        self,
-        *,
-        inputs_embeds: FloatArray,
-        attention_mask: Int64Array,
-        position_ids: Int64Array,
-        kept_positions: Int64Array,
-        cache: KVCache,
-    ) -> FloatArray:
-        """One step of the decoder; the cache grows by S slots.
-
-        Args:
-            inputs_embeds: [B, S, H].
-            attention_mask: int64 [B, past + S], 0 for padding.
-            position_ids: int64 [B, S], slots.
-            kept_positions: int64 [B, P], or [A, B, P] where positions have several axes: the
-                graph's input of that name, ``DecoderPrompt.id_table``.
-            cache: From :meth:`new_cache` of this backend.
-
-        Returns:
-            logits [B, V] of the last of the S tokens.
-        """
-        ...
+def lacks_component(component: str, manifest: Manifest) -> UsageError:
+    """The error for a component that a model has not got."""
+    return UsageError(
+        "this model has no such component",
+        seen=component,
+        allowed=", ".join(graph_components(manifest)),
+    )

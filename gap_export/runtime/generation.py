@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gap_export.errors import UsageError
-from gap_export.runtime.backend import Backend, FloatArray
+from gap_export.runtime.backend import EMBEDDING, Backend, FloatArray
 from gap_export.runtime.computed import check_computed, choose_tokens
 from gap_export.spec.positions import (
     Int64Array,
@@ -159,13 +159,13 @@ def generate(
     cache = backend.new_cache(num_rows)
     started = first_done = time.perf_counter()
     for step in range(num_steps):
-        logits = backend.decode(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=slots,
-            kept_positions=prompt.id_table,
-            cache=cache,
-        )
+        feed = {
+            "inputs_embeds": embeds,
+            "attention_mask": mask,
+            "position_ids": slots,
+            "kept_positions": prompt.id_table,
+        }
+        logits = backend.decode(feed, cache)
         # Forced tokens come with somebody who looks at the logits, whatever they are.
         tokens = (
             choose_tokens(logits, step=step)
@@ -182,8 +182,7 @@ def generate(
             break
         # Finished rows go on being fed their own choices; nobody reads what they say.
         fed = tokens if forced_tokens is None else forced_tokens[:, step]
-        embeds = backend.embed_tokens(fed[:, None])
-        check_computed(embeds, graph="embed_tokens", output="inputs_embeds", may_be_constant=True)
+        embeds = embed_tokens(backend, fed[:, None], may_be_constant=True)
         mask = np.concatenate([mask, np.ones((num_rows, 1), dtype=np.int64)], axis=1)
         slots = slots[:, -1:] + 1
     ended = time.perf_counter()
@@ -197,6 +196,17 @@ def generate(
         prefill_ms=1e3 * (first_done - started),
         decode_ms=1e3 * (ended - first_done),
     )
+
+
+def embed_tokens(backend: Backend, ids: Int64Array, *, may_be_constant: bool = False) -> FloatArray:
+    """Word embeddings of ids [B, T]: [B, T, H].
+
+    Raises:
+        ComputationError: they are not finite, or, unless they may be, all the same.
+    """
+    embeds = backend.run(EMBEDDING, {"input_ids": ids})["inputs_embeds"]
+    check_computed(embeds, graph=EMBEDDING, output="inputs_embeds", may_be_constant=may_be_constant)
+    return embeds
 
 
 def _tables(

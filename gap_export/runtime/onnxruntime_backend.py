@@ -12,23 +12,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gap_export.bundle import Bundle
 from gap_export.bundle.tensors import read_place
 from gap_export.errors import BundleError, GapExportError, UsageError
-from gap_export.runtime.backend import EncodedImage, FloatArray, KVCache, ScoredImage
+from gap_export.runtime.backend import (
+    DECODER,
+    NEWLINE,
+    Backend,
+    Feed,
+    FloatArray,
+    KVCache,
+    Outputs,
+    graph_components,
+    lacks_component,
+)
 from gap_export.runtime.onnxruntime_options import session_options, spare_memory, start_session
 from gap_export.runtime.quiet_onnxruntime import ort, ort_errors
-from gap_export.spec.manifest import GraphSpec, QuantizationSpec
-from gap_export.spec.positions import Int64Array
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from gap_export.spec.manifest import GraphSpec
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
@@ -72,7 +76,7 @@ class OnnxRuntimeCache:
     values: dict[str, ort.OrtValue] = field(default_factory=dict)
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(Backend):
     """The bundle's base graphs in ONNX Runtime."""
 
     def __init__(
@@ -96,159 +100,87 @@ class OnnxRuntimeBackend:
             BundleError: a graph that ONNX Runtime refuses, or whose inputs are not the manifest's,
                 a dtype other than float32 and float16, or a newline that cannot be read.
         """
-        manifest = bundle.manifest
+        self._manifest = manifest = bundle.manifest
         self._providers = _choose_providers(execution_providers)
         self._may_fall_back = execution_providers is None
         self._num_threads = num_threads
-        self._dtype = numpy_dtype(manifest.dtype)
-        self._decoder_spec = manifest.decoder
-        self._quantization = manifest.graph("decoder_model_merged").quantization
+        dtype = numpy_dtype(manifest.dtype)
+        self.dtype = dtype.name
+        self.quantization = manifest.graph(DECODER).quantization
         self._newline: FloatArray | None = None
         if manifest.newline is not None:
-            self._newline = read_place(bundle.path, manifest.newline).astype(self._dtype)
-        self._vision = self._load(bundle, "vision_encoder")
-        self._token_pruner = (
-            self._load(bundle, "token_pruner") if manifest.pruning.budget == "adaptive" else None
-        )
-        self._text = None if manifest.text_encoder is None else self._load(bundle, "text_encoder")
-        self._embed = self._load(bundle, "embed_tokens")
-        self._decoder = self._load(bundle, "decoder_model_merged")
-        used = self._decoder.get_providers()
+            self._newline = read_place(bundle.path, manifest.newline).astype(dtype)
+        self._sessions = {name: self._load(bundle, name) for name in graph_components(manifest)}
+        self._inputs = {name: _input_dtypes(found) for name, found in self._sessions.items()}
+        used = self._sessions[DECODER].get_providers()
+        self.name = f"ONNX Runtime {ort.__version__} ({used[0]})"
         self._device = "cuda" if _CUDA in used else "cpu"
-        self._decoder_inputs = _input_dtypes(self._decoder)
-        self._present_names = tuple(
-            value.name for value in self._decoder.get_outputs() if value.name.startswith("present.")
+        # In the order of the graph's outputs, behind the logits.
+        self._present = tuple(
+            value.name
+            for value in self._sessions[DECODER].get_outputs()
+            if value.name.startswith("present.")
         )
 
-    @property
-    def name(self) -> str:
-        """What runs, for reports."""
-        return f"ONNX Runtime {ort.__version__} ({self._decoder.get_providers()[0]})"
-
-    @property
-    def dtype(self) -> str:
-        """See Backend."""
-        return self._dtype.name
-
-    @property
-    def quantization(self) -> QuantizationSpec | None:
-        """See Backend."""
-        return self._quantization
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Free the graphs."""
-        del self._vision, self._token_pruner, self._text, self._embed, self._decoder
+        self._sessions.clear()
 
-    def encode_text(self, input_ids: Int64Array) -> FloatArray:
+    def run(self, component: str, feed: Feed) -> Outputs:
         """See Backend."""
-        if self._text is None:
-            raise UsageError("this bundle's pruner reads no text, so it has no text encoder")
-        return self._run(self._text, ["text_embeds"], {"input_ids": input_ids})[0]
-
-    def encode_image(
-        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> EncodedImage:
-        """See Backend."""
-        return EncodedImage(*self._see(pixel_values, text_embeds))
-
-    def score_tokens(
-        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> ScoredImage:
-        """See Backend."""
-        return ScoredImage(*self._see(pixel_values, text_embeds))
-
-    def prune_tokens(self, scored: ScoredImage, *, num_kept_tokens: int) -> EncodedImage:
-        """See Backend."""
-        if self._token_pruner is None:
-            raise UsageError("this bundle keeps as many tokens of every picture")
-        feed = scored.feed(num_kept_tokens=num_kept_tokens)
-        return EncodedImage(
-            *self._run(self._token_pruner, ["image_features", "keep_indices"], feed)
-        )
-
-    def _see(
-        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> list[NDArray[Any]]:
-        """Outputs of the vision encoder, in the order its graph has them."""
-        feed: dict[str, NDArray[Any]] = {"pixel_values": pixel_values}
-        if text_embeds is not None:
-            feed["text_embeds"] = text_embeds
-        return self._run(self._vision, [value.name for value in self._vision.get_outputs()], feed)
-
-    def image_newline(self) -> FloatArray:
-        """See Backend."""
-        if self._newline is None:
-            raise UsageError("this bundle's pictures are not cut into tiles, so it has no newline")
-        return self._newline
-
-    def embed_tokens(self, input_ids: Int64Array) -> FloatArray:
-        """See Backend."""
-        return self._run(self._embed, ["inputs_embeds"], {"input_ids": input_ids})[0]
+        if component == NEWLINE and self._newline is not None:
+            return {"image_newline": self._newline}
+        session = self._sessions.get(component)
+        if session is None:
+            raise lacks_component(component, self._manifest)
+        dtypes = self._inputs[component]
+        given = {name: array.astype(dtypes[name], copy=False) for name, array in feed.items()}
+        names = [value.name for value in session.get_outputs()]
+        try:
+            return dict(zip(names, session.run(names, given), strict=True))
+        except ORT_ERRORS as err:
+            raise _failed(component, err) from err
 
     def new_cache(self, batch_size: int) -> OnnxRuntimeCache:
         """See Backend."""
-        spec = self._decoder_spec
+        spec = self._manifest.decoder
         shape = (batch_size, spec.num_key_value_heads, 0, spec.head_dim)
-        names = [_past_name(name) for name in self._present_names]
+        names = [_past_name(name) for name in self._present]
         return OnnxRuntimeCache(
             batch_size=batch_size,
             values={
                 name: ort.OrtValue.ortvalue_from_numpy(
-                    np.zeros(shape, dtype=self._decoder_inputs[name]), self._device
+                    np.zeros(shape, dtype=self._inputs[DECODER][name]), self._device
                 )
                 for name in names
             },
         )
 
-    def decode(
-        self,
-        *,
-        inputs_embeds: FloatArray,
-        attention_mask: Int64Array,
-        position_ids: Int64Array,
-        kept_positions: Int64Array,
-        cache: KVCache,
-    ) -> FloatArray:
+    def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
         """See Backend."""
         assert isinstance(cache, OnnxRuntimeCache), "a cache belongs to the backend that made it"
-        binding = self._decoder.io_binding()
-        feed = {
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "kept_positions": kept_positions,
-        }
+        session, dtypes = self._sessions[DECODER], self._inputs[DECODER]
+        binding = session.io_binding()
         # The binding reads these arrays in place: they must live, contiguous, until the run ends.
         held = {
-            name: np.ascontiguousarray(array, dtype=self._decoder_inputs[name])
-            for name, array in feed.items()
+            name: np.ascontiguousarray(array, dtype=dtypes[name]) for name, array in feed.items()
         }
         for name, array in held.items():
             binding.bind_cpu_input(name, array)
         for name, value in cache.values.items():
             binding.bind_ortvalue_input(name, value)
         binding.bind_output("logits", "cpu")
-        for name in self._present_names:
+        for name in self._present:
             binding.bind_output(name, self._device)
         try:
-            self._decoder.run_with_iobinding(binding)
+            session.run_with_iobinding(binding)
         except ORT_ERRORS as err:
-            raise _failed("decoder_model_merged", err) from err
+            raise _failed(DECODER, err) from err
         logits, *present = binding.get_outputs()
         cache.values = {
-            _past_name(name): value
-            for name, value in zip(self._present_names, present, strict=True)
+            _past_name(name): value for name, value in zip(self._present, present, strict=True)
         }
-        cache.length += inputs_embeds.shape[1]
+        cache.length += feed["inputs_embeds"].shape[1]
         last: FloatArray = logits.numpy()[:, -1].copy()
         return last
 
@@ -287,17 +219,6 @@ class OnnxRuntimeBackend:
         # The other graphs must not end up elsewhere than this one.
         self._providers = [_CPU]
         return session
-
-    def _run(
-        self, session: ort.InferenceSession, outputs: list[str], feed: Mapping[str, NDArray[Any]]
-    ) -> list[NDArray[Any]]:
-        dtypes = _input_dtypes(session)
-        given = {name: array.astype(dtypes[name], copy=False) for name, array in feed.items()}
-        try:
-            found: list[NDArray[Any]] = session.run(outputs, given)
-        except ORT_ERRORS as err:
-            raise _failed(", ".join(outputs), err) from err
-        return found
 
 
 def _choose_providers(wanted: Sequence[str] | None) -> list[str]:

@@ -23,12 +23,12 @@ from gap_export.errors import BundleError, ExpressionError, GapExportError, Usag
 from gap_export.runtime.answers import read_answer
 from gap_export.runtime.backend import Backend, FloatArray
 from gap_export.runtime.clock import StageClock
-from gap_export.runtime.computed import check_computed
 from gap_export.runtime.generation import (
     DecoderPrompt,
     Generation,
     PromptRow,
     assemble_prompt,
+    embed_tokens,
     generate,
 )
 from gap_export.runtime.geometry import ImageGeometry
@@ -43,7 +43,7 @@ from gap_export.runtime.image import (
 )
 from gap_export.runtime.prompt import EncodedExpression, PromptEncoder
 from gap_export.runtime.texts import encode_texts
-from gap_export.runtime.visual_tokens import VisualTokens, encode_picture
+from gap_export.runtime.visual_tokens import VisualTokens, encode_image
 from gap_export.spec.manifest import Manifest
 from gap_export.spec.positions import PositionRule
 
@@ -77,7 +77,7 @@ def _keeps_open(
                 self._num_running -= 1
                 is_last = self._closed and not self._num_running
             if is_last:
-                self.backend.__exit__(None, None, None)
+                self.backend.close()
 
     return call
 
@@ -189,7 +189,6 @@ class GroundingSession:
             GapExportError: the session is closed.
         """
         self._check_open()
-        self.backend.__enter__()
         return self
 
     def __exit__(
@@ -211,7 +210,7 @@ class GroundingSession:
             is_last = not self._closed and not self._num_running
             self._closed = True
         if is_last:
-            self.backend.__exit__(None, None, None)
+            self.backend.close()
 
     def ground(
         self,
@@ -297,7 +296,7 @@ class GroundingSession:
             with clock.stage("text_encoder"):
                 text_embeds = encode_texts(self.backend, encoded)
         with clock.stage("vision_encoder"):
-            visual = encode_picture(
+            visual = encode_image(
                 self.backend,
                 pixel_values,
                 text_embeds,
@@ -331,8 +330,7 @@ class GroundingSession:
         for row, tokens in zip(encoded, visual, strict=True):
             start = len(row.prefix_ids)
             ids = np.concatenate([row.prefix_ids, row.suffix_ids])
-            (embeds,) = found = self.backend.embed_tokens(ids[None])
-            check_computed(found, graph="embed_tokens", output="inputs_embeds")
+            (embeds,) = embed_tokens(self.backend, ids[None])
             rows.append(
                 PromptRow(
                     prefix_embeds=embeds[:start],

@@ -8,17 +8,22 @@ embedding, in and out, and the logits of the last position: some 100 kB for a 7B
 from __future__ import annotations
 
 from contextlib import ExitStack
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from gap_export.bundle import Bundle, Verify
 from gap_export.bundle.tensors import read_place
 from gap_export.engines.plan import EngineSpec
 from gap_export.errors import UsageError
-from gap_export.runtime.backend import EncodedImage, FloatArray, KVCache, ScoredImage
+from gap_export.runtime.backend import (
+    DECODER,
+    NEWLINE,
+    Backend,
+    Feed,
+    FloatArray,
+    KVCache,
+    Outputs,
+    graph_components,
+    lacks_component,
+)
 from gap_export.runtime.device import DeviceMemory
 from gap_export.runtime.tensorrt_cache import (
     CONTRACTS,
@@ -35,16 +40,10 @@ from gap_export.runtime.tensorrt_loading import (
     EngineLoader,
     choose_engines,
 )
-from gap_export.spec.manifest import QuantizationSpec
-from gap_export.spec.positions import Int64Array, continue_table
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-_DECODER = "decoder_model_merged"
+from gap_export.spec.positions import continue_table
 
 
-class TensorRTBackend:
+class TensorRTBackend(Backend):
     """The engines of one folder of a bundle.
 
     One cache is in use at a time: :meth:`new_cache` takes the buffers from the one before.
@@ -64,19 +63,20 @@ class TensorRTBackend:
         self._manifest = bundle.manifest
         self._folder = chosen.folder
         plan = chosen.folder.plan
-        decoder = chosen.folder.engine(_DECODER)
+        decoder = chosen.folder.engine(DECODER)
         if cuda_graphs:
             _check_graphs_serve(decoder)
         self._limits = plan.limits
-        self._name = (
+        self.name = (
             f"{TITLES[plan.library]} {plan.library_version} "
             f"({chosen.device.name}, {chosen.folder.path.name}, {decoder.dtype})"
         )
-        self._dtype = decoder.dtype
+        self.dtype = decoder.dtype
+        self.quantization = decoder.quantization
         self._newline: FloatArray | None = None
         if self._manifest.newline is not None:
             newline = read_place(bundle.path, self._manifest.newline)
-            self._newline = newline.astype("float16" if self._dtype == "float16" else "float32")
+            self._newline = newline.astype("float16" if self.dtype == "float16" else "float32")
         with ExitStack() as stack:
             self._memory = DeviceMemory(chosen.device)
             stack.callback(self._memory.close)
@@ -84,9 +84,9 @@ class TensorRTBackend:
             # Called first: what TensorRT holds must go before the stream it works on.
             stack.callback(self._drop_engines)
             loader = EngineLoader(bundle, chosen, self._memory)
-            for component in _components(bundle):
+            for component in graph_components(self._manifest):
                 self._runners[component] = self._load(bundle, loader, component, cuda_graphs)
-            self._kv_layout = kv_layout(decoder, self._runners[_DECODER])
+            self._kv_layout = kv_layout(decoder, self._runners[DECODER])
             self._kv_buffers: KVBuffers | None = None
             self._cache: TensorRTCache | None = None
             self._stack = stack.pop_all()
@@ -115,21 +115,6 @@ class TensorRTBackend:
         return cls(bundle, chosen, cuda_graphs=cuda_graphs)
 
     @property
-    def name(self) -> str:
-        """What runs, for reports."""
-        return self._name
-
-    @property
-    def dtype(self) -> str:
-        """See Backend."""
-        return self._dtype
-
-    @property
-    def quantization(self) -> QuantizationSpec | None:
-        """See Backend."""
-        return self._runners[_DECODER].spec.quantization
-
-    @property
     def max_batch(self) -> int:
         """Most expressions at a time."""
         return self._limits.max_batch
@@ -144,55 +129,19 @@ class TensorRTBackend:
         """Held in buffers on the GPU, beside what TensorRT itself holds."""
         return self._memory.num_bytes
 
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Free the engines and the GPU's memory."""
         self._stack.close()
 
-    def encode_text(self, input_ids: Int64Array) -> FloatArray:
+    def run(self, component: str, feed: Feed) -> Outputs:
         """See Backend."""
-        if "text_encoder" not in self._runners:
-            raise UsageError("this bundle's pruner reads no text, so it has no text encoder")
-        (embeds,) = self._run("text_encoder", {"input_ids": input_ids}, "text_embeds")
-        return embeds
-
-    def encode_image(
-        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> EncodedImage:
-        """See Backend."""
-        return EncodedImage(*self._see(pixel_values, text_embeds))
-
-    def score_tokens(
-        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> ScoredImage:
-        """See Backend."""
-        return ScoredImage(*self._see(pixel_values, text_embeds))
-
-    def prune_tokens(self, scored: ScoredImage, *, num_kept_tokens: int) -> EncodedImage:
-        """See Backend."""
-        if "token_pruner" not in self._runners:
-            raise UsageError("this bundle keeps as many tokens of every picture")
-        feed = scored.feed(num_kept_tokens=num_kept_tokens)
-        return EncodedImage(*self._run("token_pruner", feed, "image_features", "keep_indices"))
-
-    def image_newline(self) -> FloatArray:
-        """See Backend."""
-        if self._newline is None:
-            raise UsageError("this bundle's pictures are not cut into tiles, so it has no newline")
-        return self._newline
-
-    def embed_tokens(self, input_ids: Int64Array) -> FloatArray:
-        """See Backend."""
-        (embeds,) = self._run("embed_tokens", {"input_ids": input_ids}, "inputs_embeds")
-        return embeds
+        if component == NEWLINE and self._newline is not None:
+            return {"image_newline": self._newline}
+        runner = self._runners.get(component)
+        if runner is None:
+            raise lacks_component(component, self._manifest)
+        names = [tensor.name for tensor in runner.spec.outputs]
+        return dict(zip(names, runner.run("only", feed, names), strict=True))
 
     def new_cache(self, batch_size: int) -> TensorRTCache:
         """See Backend; the cache before it cannot be used any more.
@@ -212,21 +161,13 @@ class TensorRTBackend:
             self._kv_buffers.release()
             self._kv_buffers = None
         if self._kv_buffers is None:
-            contract = CONTRACTS[self._runners[_DECODER].spec.kv_contract]
+            contract = CONTRACTS[self._runners[DECODER].spec.kv_contract]
             self._kv_buffers = contract(self._memory, self._kv_layout, batch_size)
         self._kv_buffers.reset()
         self._cache = TensorRTCache(batch_size)
         return self._cache
 
-    def decode(
-        self,
-        *,
-        inputs_embeds: FloatArray,
-        attention_mask: Int64Array,
-        position_ids: Int64Array,
-        kept_positions: Int64Array,
-        cache: KVCache,
-    ) -> FloatArray:
+    def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
         """See Backend.
 
         Raises:
@@ -238,7 +179,7 @@ class TensorRTBackend:
         assert self._kv_buffers is not None, "a cache comes with its buffers"
         if cache is not self._cache:
             raise UsageError("this cache's memory went to a newer one", fix="use one at a time")
-        num_tokens = inputs_embeds.shape[1]
+        num_tokens = feed["inputs_embeds"].shape[1]
         profile = "prefill" if cache.length == 0 else "decode"
         if cache.length and num_tokens != 1:
             raise UsageError(
@@ -246,21 +187,15 @@ class TensorRTBackend:
                 seen=f"{num_tokens} tokens after {cache.length}",
             )
         self._check_length(cache.length + num_tokens, num_tokens)
-        runner = self._runners[_DECODER]
+        runner = self._runners[DECODER]
         if cache.length:
             # One length for all prompts leaves the attention mask alone to change from step to
             # step, so that kernels, and graphs, made for one shape serve many.
-            kept_positions = continue_table(
-                kept_positions, runner.largest("kept_positions", profile)[-1]
-            )
+            length = runner.largest("kept_positions", profile)[-1]
+            feed = {**feed, "kept_positions": continue_table(feed["kept_positions"], length)}
         (logits,) = runner.run(
             profile,
-            {
-                "inputs_embeds": inputs_embeds,
-                "attention_mask": attention_mask,
-                "position_ids": position_ids,
-                "kept_positions": kept_positions,
-            },
+            feed,
             ["logits"],
             bound_inputs=self._kv_buffers.past(cache),
             bound_outputs=self._kv_buffers.present(),
@@ -276,27 +211,12 @@ class TensorRTBackend:
         spec = self._folder.engine(component)
         engine = loader.load(spec)
         executions = loader.executions(engine, spec)
-        if cuda_graphs and component == _DECODER:
+        if cuda_graphs and component == DECODER:
             executions["decode"] = loader.captured(engine, spec, "decode")
         (graph,) = [graph for graph in bundle.manifest.graphs if graph.file == spec.graph]
         names = [tensor.name for tensor in (*graph.inputs, *graph.outputs)]
         cached = frozenset(name for name in names if name.startswith((PAST, PRESENT)))
         return EngineRunner(engine, spec, graph, self._memory, executions=executions, bound=cached)
-
-    def _see(
-        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> list[NDArray[Any]]:
-        """Outputs of the vision encoder, in the order its graph has them."""
-        feed: dict[str, NDArray[Any]] = {"pixel_values": pixel_values}
-        if text_embeds is not None:
-            feed["text_embeds"] = text_embeds
-        outputs = self._runners["vision_encoder"].spec.outputs
-        return self._run("vision_encoder", feed, *(tensor.name for tensor in outputs))
-
-    def _run(
-        self, component: str, feed: dict[str, NDArray[Any]], *wanted: str
-    ) -> list[NDArray[Any]]:
-        return self._runners[component].run("only", feed, wanted)
 
     def _drop_engines(self) -> None:
         self._memory.settle()
@@ -315,11 +235,6 @@ class TensorRTBackend:
                     allowed=f"at most {largest}",
                     fix=f"build the engines with another {flag}: gap-export build BUNDLE",
                 )
-
-
-def _components(bundle: Bundle) -> list[str]:
-    """What a session runs: the bundle's own list, in its order."""
-    return list(dict.fromkeys(graph.component for graph in bundle.manifest.graphs))
 
 
 def _check_graphs_serve(decoder: EngineSpec) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gap_export.runtime.backend import Backend, FloatArray
+from gap_export.runtime.backend import TEXT, Backend, FloatArray
 from gap_export.runtime.computed import check_computed
 from gap_export.runtime.prompt import EncodedExpression
 
@@ -31,8 +31,8 @@ def encode_texts(backend: Backend, encoded: Sequence[EncodedExpression]) -> Floa
                 rows_by_length.setdefault(len(row.text_ids[place]), []).append(index)
         for rows in rows_by_length.values():
             ids = np.stack([encoded[index].text_ids[place] for index in rows])
-            batch = backend.encode_text(ids)
-            check_computed(batch, graph="text_encoder", output="text_embeds")
+            batch = backend.run(TEXT, {"input_ids": ids})["text_embeds"]
+            check_computed(batch, graph=TEXT, output="text_embeds")
             for index, embeds in zip(rows, batch, strict=True):
                 segments[index].append(embeds)
     return np.stack([_join_segments(parts) for parts in segments])

@@ -1,4 +1,4 @@
-"""From a prepared picture to the visual tokens the decoder reads, one set an expression."""
+"""From a prepared image to the visual tokens the decoder reads, one set an expression."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.errors import BundleError
-from gap_export.runtime.backend import Backend, EncodedImage, FloatArray, ScoredImage
+from gap_export.runtime.backend import (
+    NEWLINE,
+    PRUNER,
+    VISION,
+    Backend,
+    Feed,
+    FloatArray,
+    Outputs,
+)
 from gap_export.runtime.budget import count_outliers, settle_numbers
 from gap_export.runtime.computed import check_computed
 from gap_export.runtime.geometry import ImageGeometry
@@ -22,9 +30,9 @@ from gap_export.spec.tiles import TiledTokens, TileLayout, TileTokens, arrange_t
 
 @dataclass(frozen=True, kw_only=True)
 class VisualTokens:
-    """What the decoder gets to see of a picture.
+    """What the decoder gets to see of an image.
 
-    M is K' where the picture is not cut into tiles.
+    M is K' where the image is not cut into tiles.
 
     Attributes:
         features: [M, H], in the order they are fed.
@@ -41,7 +49,7 @@ class VisualTokens:
     grids: tuple[TokenGrid, ...]
 
 
-def encode_picture(
+def encode_image(
     backend: Backend,
     pixel_values: NDArray[np.float32],
     text_embeds: FloatArray | None,
@@ -52,16 +60,16 @@ def encode_picture(
 ) -> list[VisualTokens]:
     """Run the vision encoder, and put what it gives in order.
 
-    It runs once for all expressions, but for a pruner that reads the text on a picture cut into
-    tiles: that is once an expression, over all tiles.
+    It runs once for all expressions, except for a pruner that reads the text on an image cut into
+    tiles: there it runs once an expression, over all tiles.
 
     Args:
         backend: Runs it.
         pixel_values: float32 [I, 3, height, width]; I is 1, or the number of tiles.
         text_embeds: [B, D] where the pruner reads the text, else None.
-        manifest: Of the model.
-        geometry: Of the picture.
-        num_rows: B, expressions.
+        manifest: Describes the model.
+        geometry: Says how the image was prepared.
+        num_rows: B, the number of expressions.
 
     Returns:
         One for each expression.
@@ -72,14 +80,11 @@ def encode_picture(
     """
     layout = geometry.tile_layout(manifest.image, manifest.grid)
     if layout is None:
-        images = 1 if text_embeds is None else num_rows
         encode = _encode if manifest.pruning.budget == "fixed" else _encode_adaptively
-        found = [
-            _of_whole(row, manifest, geometry)
-            for row in encode(backend, pixel_values, text_embeds, manifest, images)
-        ]
+        rows = encode(backend, _feed(pixel_values, text_embeds), manifest)
+        found = [_of_whole(row, manifest, geometry) for row in rows]
     else:
-        newline = backend.image_newline()
+        newline = backend.run(NEWLINE, {})["image_newline"]
         check_computed(
             newline, graph="the checkpoint", output="image_newline", may_be_constant=True
         )
@@ -90,7 +95,7 @@ def encode_picture(
         )
         found = [
             _of_tiles(
-                _encode(backend, pixel_values, embeds, manifest, len(pixel_values)),
+                _encode(backend, _feed(pixel_values, embeds), manifest),
                 newline=newline,
                 layout=layout,
                 manifest=manifest,
@@ -101,54 +106,54 @@ def encode_picture(
     return found * num_rows if len(found) == 1 else found
 
 
-def _encode(
-    backend: Backend,
-    pixel_values: NDArray[np.float32],
-    text_embeds: FloatArray | None,
-    manifest: Manifest,
-    images: int,
-) -> list[EncodedImage]:
-    """What is kept of each of ``images`` rows, without their dimension."""
-    encoded = EncodedImage(*backend.encode_image(pixel_values, text_embeds))
+def _feed(pixel_values: NDArray[np.float32], text_embeds: FloatArray | None) -> Outputs:
+    """The vision encoder's inputs; each text, or without texts each image, gives a row."""
+    feed: Outputs = {"pixel_values": pixel_values}
+    return feed if text_embeds is None else feed | {"text_embeds": text_embeds}
+
+
+def _num_rows(feed: Feed) -> int:
+    return len(feed.get("text_embeds", feed["pixel_values"]))
+
+
+def _encode(backend: Backend, feed: Feed, manifest: Manifest) -> list[Outputs]:
+    """What is kept of each row, without its dimension."""
+    outputs = backend.run(VISION, feed)
     num_kept = manifest.pruning.num_kept_tokens
-    return _rows(encoded, manifest, images, num_kept=num_kept, graph="vision_encoder")
+    return _rows(outputs, manifest, _num_rows(feed), num_kept=num_kept, graph=VISION)
 
 
-def _encode_adaptively(
-    backend: Backend,
-    pixel_values: NDArray[np.float32],
-    text_embeds: FloatArray | None,
-    manifest: Manifest,
-    images: int,
-) -> list[EncodedImage]:
+def _encode_adaptively(backend: Backend, feed: Feed, manifest: Manifest) -> list[Outputs]:
     """As :func:`_encode`; rows that keep as many tokens are pruned together."""
-    pruning = manifest.pruning
-    scored = backend.score_tokens(pixel_values, text_embeds)
-    _check_shape("token_scores", scored.token_scores, (images, pruning.num_visual_tokens))
-    _check_floats("vision_encoder", scored)
-    numbers = settle_numbers(count_outliers(scored.token_scores), pruning)
-    found: dict[int, EncodedImage] = {}
+    pruning, num_rows = manifest.pruning, _num_rows(feed)
+    scored = backend.run(VISION, feed)
+    scores = scored["token_scores"]
+    _check_shape("token_scores", scores, (num_rows, pruning.num_visual_tokens))
+    _check_floats(VISION, scored)
+    numbers = settle_numbers(count_outliers(scores), pruning)
+    found: dict[int, Outputs] = {}
     for number in sorted(set(numbers.tolist())):
         rows = np.flatnonzero(numbers == number)
-        some = ScoredImage(*(None if part is None else part[rows] for part in scored))  # type: ignore[arg-type]
-        pruned = backend.prune_tokens(some, num_kept_tokens=number)
-        each = _rows(pruned, manifest, len(rows), num_kept=number, graph="token_pruner")
-        for row, kept in zip(rows, each, strict=True):
-            found[int(row)] = kept._replace(token_scores=scored.token_scores[row])
-    return [found[row] for row in range(images)]
+        some = {name: values[rows] for name, values in scored.items()}
+        some["num_kept_tokens"] = np.array([number], dtype=np.int64)
+        pruned = backend.run(PRUNER, some)
+        each = _rows(pruned, manifest, len(rows), num_kept=number, graph=PRUNER)
+        for row, kept in zip(rows.tolist(), each, strict=True):
+            found[row] = kept | {"token_scores": scores[row]}
+    return [found[row] for row in range(num_rows)]
 
 
 def _rows(
-    encoded: EncodedImage, manifest: Manifest, images: int, *, num_kept: int, graph: str
-) -> list[EncodedImage]:
+    outputs: Feed, manifest: Manifest, num_rows: int, *, num_kept: int, graph: str
+) -> list[Outputs]:
     """Each row by itself, of the shape the manifest says."""
     pruning = manifest.pruning
     emitted = num_kept + pruning.num_emitted_tokens - pruning.num_kept_tokens
-    features, keep, scores = encoded
-    _check_shape("image_features", features, (images, emitted, manifest.decoder.hidden_size))
-    _check_shape("keep_indices", keep, (images, emitted))
-    _check_floats(graph, encoded)
-    for row in keep:
+    hidden = manifest.decoder.hidden_size
+    _check_shape("image_features", outputs["image_features"], (num_rows, emitted, hidden))
+    _check_shape("keep_indices", outputs["keep_indices"], (num_rows, emitted))
+    _check_floats(graph, outputs)
+    for row in outputs["keep_indices"]:
         check_keep_indices(
             row,
             num_visual_tokens=pruning.num_visual_tokens,
@@ -157,15 +162,12 @@ def _rows(
             error=BundleError,
             who=f"pruner {pruning.pruner} of this bundle",
         )
-    return [
-        EncodedImage(features[row], keep[row], None if scores is None else scores[row])
-        for row in range(images)
-    ]
+    return [{name: values[row] for name, values in outputs.items()} for row in range(num_rows)]
 
 
-def _check_floats(graph: str, given: EncodedImage | ScoredImage) -> None:
-    for output, values in given._asdict().items():
-        if values is not None and values.dtype.kind == "f":
+def _check_floats(graph: str, outputs: Feed) -> None:
+    for output, values in outputs.items():
+        if values.dtype.kind == "f":
             # Where a pruner finds all tokens equal, those of the lowest indices are kept.
             may_be_constant = output == "token_scores"
             check_computed(values, graph=graph, output=output, may_be_constant=may_be_constant)
@@ -181,15 +183,15 @@ def _check_shape(name: str, seen: NDArray[Any], wanted: tuple[int, ...]) -> None
         )
 
 
-def _of_whole(encoded: EncodedImage, manifest: Manifest, geometry: ImageGeometry) -> VisualTokens:
+def _of_whole(row: Outputs, manifest: Manifest, geometry: ImageGeometry) -> VisualTokens:
     grid, pruning = manifest.grid, manifest.pruning
-    keep, scores = encoded.keep_indices, encoded.token_scores
+    keep, scores = row["keep_indices"], row.get("token_scores")
     extra = pruning.num_emitted_tokens - pruning.num_kept_tokens
     # An extra token looks at no place of its own.
     survivors = keep[: len(keep) - extra]
     stood_out = None
     if pruning.budget == "adaptive":
-        assert scores is not None, "a picture decides by scores"
+        assert scores is not None, "an adaptive budget goes by scores"
         stood_out = int(count_outliers(scores[None])[0])
     view = TokenGrid(
         view="image",
@@ -204,7 +206,7 @@ def _of_whole(encoded: EncodedImage, manifest: Manifest, geometry: ImageGeometry
         stood_out=stood_out,
     )
     return VisualTokens(
-        features=encoded.image_features,
+        features=row["image_features"],
         keep_indices=keep,
         num_visual_tokens=pruning.num_visual_tokens,
         shape=(grid.rows, grid.cols),
@@ -213,16 +215,16 @@ def _of_whole(encoded: EncodedImage, manifest: Manifest, geometry: ImageGeometry
 
 
 def _of_tiles(
-    encoded: list[EncodedImage],
+    rows: list[Outputs],
     *,
     newline: FloatArray,
     layout: TileLayout,
     manifest: Manifest,
     geometry: ImageGeometry,
 ) -> VisualTokens:
-    tokens = arrange_tiles(np.stack([tile.keep_indices for tile in encoded]), layout)
+    tokens = arrange_tiles(np.stack([tile["keep_indices"] for tile in rows]), layout)
     # The newline comes last, which is what its source, -1, says.
-    table = np.concatenate([*(tile.image_features for tile in encoded), newline[None]])
+    table = np.concatenate([*(tile["image_features"] for tile in rows), newline[None]])
     return VisualTokens(
         features=table[tokens.source],
         keep_indices=tokens.keep_indices,

@@ -62,12 +62,15 @@ def test_an_honest_bundle_passes(run_cli, tiny_bundle, tiny_checkpoint, tmp_path
 
 
 def test_a_difference_exits_3_after_the_report(run_cli, tiny_bundle, tmp_path, monkeypatch):
-    honest = OnnxRuntimeBackend.embed_tokens
-    monkeypatch.setattr(
-        OnnxRuntimeBackend,
-        "embed_tokens",
-        lambda self, input_ids: honest(self, input_ids) + np.float32(1e-3),
-    )
+    honest = OnnxRuntimeBackend.run
+
+    def run(self, component, feed):
+        outputs = honest(self, component, feed)
+        if component == "embed_tokens":
+            outputs["inputs_embeds"] += np.float32(1e-3)
+        return outputs
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "run", run)
     written = tmp_path / "report.json"
     flags = ["--level", "tensor", "--samples", "1", "--json", "--report-json", written]
     outcome = run_cli("check", tiny_bundle, *flags)

@@ -92,7 +92,7 @@ def test_answers_have_boxes_with_their_fractions(gap, monkeypatch):
 
 def test_what_nothing_can_be_read_from_ends_the_evaluation_and_names_the_question(gap, monkeypatch):
     monkeypatch.setattr(
-        OnnxRuntimeBackend, "decode", lambda self, *, inputs_embeds, **_: inputs_embeds[:, 0] * 0
+        OnnxRuntimeBackend, "decode", lambda self, feed, cache: feed["inputs_embeds"][:, 0] * 0
     )
     with pytest.raises(ComputationError, match=f"logits .* asked {QUESTIONS[0].id}; allowed"):
         answer(gap, QUESTIONS)
@@ -181,9 +181,9 @@ def test_one_bundle_is_open_at_a_time_and_each_once(tiny_bundle, tiny_whole_bund
             events.append(f"open {bundle.path.name}")
             super().__init__(bundle, *args)
 
-        def __exit__(self, *details):
+        def close(self):
             events.append(f"close {self._bundle_name}")
-            super().__exit__(*details)
+            super().close()
 
     monkeypatch.setattr(onnxruntime_backend, "OnnxRuntimeBackend", Spy)
     settings = [

@@ -41,7 +41,7 @@ def test_samples_are_the_prompts_of_a_session(references, tiny_text_bundle):
     with GroundingSession(manifest, tiny_text_bundle, recorder) as session:
         for picture, expression in QUESTIONS:
             session.ground(picture, expression)
-    steps = [call.inputs for call in recorder.calls if call.method == "decode"]
+    steps = [call.inputs for call in recorder.calls if call.is_decode]
     prompts = [step for step in steps if step["inputs_embeds"].shape[1] > 1]
     assert len(samples) == len(prompts) == 2
     for sample, prompt in zip(samples, prompts, strict=True):

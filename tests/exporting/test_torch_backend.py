@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from gap_export.exporting.torch_backend import TorchBackend
+from gap_export.families import Component
 from gap_export.parity.replay import RecordingBackend, replay
-from gap_export.spec.manifest import DecoderSpec
+from gap_export.spec.manifest import DecoderSpec, TensorSpec
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.float32}
@@ -44,14 +45,48 @@ class Decoder(torch.nn.Module):
         return embeds * 3, torch.cat([key, new], 2), torch.cat([value, new], 2)
 
 
-def reference(dtype: str) -> Any:
+def component(name: str, module: torch.nn.Module, inputs: str, outputs: str) -> Component:
+    """One whose tensors are ``name:dtype`` each."""
+    ins, outs = (
+        tuple(
+            TensorSpec(name=each.split(":")[0], dtype=each.split(":")[1], shape=("batch_size",))
+            for each in tensors.split()
+        )
+        for tensors in (inputs, outputs)
+    )
+    return Component(
+        name=name, module=module, inputs=ins, outputs=outs,
+        example_sizes={}, weight_refs={}, constants={},
+    )  # fmt: skip
+
+
+def reference(dtype: str, *, reads_text: bool = False) -> Any:
     kind = DTYPES[dtype]
+    past, present = "past_key_values.0", "present.0"
+    components = (
+        component(
+            "vision_encoder",
+            Vision(kind),
+            "pixel_values:float32" + reads_text * f" text_embeds:{dtype}",
+            f"image_features:{dtype} keep_indices:int64",
+        ),
+        component(
+            "embed_tokens",
+            torch.nn.Embedding(9, 4).to(kind),
+            "input_ids:int64",
+            f"inputs_embeds:{dtype}",
+        ),
+        component(
+            "decoder_model_merged",
+            Decoder(kind),
+            f"inputs_embeds:{dtype} attention_mask:int64 position_ids:int64 "
+            f"{past}.key:{dtype} {past}.value:{dtype}",
+            f"logits:{dtype} {present}.key:{dtype} {present}.value:{dtype}",
+        ),
+    )
     return SimpleNamespace(
         dtype=dtype,
-        vision_encoder=Vision(kind),
-        text_encoder=None,
-        embed_tokens=torch.nn.Embedding(9, 4).to(kind),
-        decoder=Decoder(kind),
+        component=lambda name: next(each for each in components if each.name == name),
         newline=torch.linspace(0, 1, 4).to(kind),
         decoder_spec=DecoderSpec(
             num_layers=1,
@@ -65,40 +100,41 @@ def reference(dtype: str) -> Any:
     )
 
 
-def decode(backend: Any, embeds: Any) -> Any:
-    size = embeds.shape[1]
-    return backend.decode(
-        inputs_embeds=embeds,
-        attention_mask=np.ones((1, size), np.int64),
-        position_ids=np.arange(size)[None],
-        kept_positions=np.arange(size)[None],
-        cache=backend.new_cache(1),
-    )
-
-
 @EVERY
 def test_floats_go_in_and_come_out_in_the_reference_s_dtype(dtype: str) -> None:
     backend = TorchBackend(reference(dtype))
-    pixels = np.full((2, 3, 2, 2), 1 / 3, np.float32)
-    features, keep, _ = backend.encode_image(pixels, None)
-    assert (features.dtype, keep.dtype) == (NUMPY[dtype], np.int64)
-    with_text, *_ = backend.encode_image(pixels, np.ones((2, 4), np.float32))
+    feed = {"pixel_values": np.full((2, 3, 2, 2), 1 / 3, np.float32)}
+    seen = backend.run("vision_encoder", feed)
+    features = seen["image_features"]
+    assert (features.dtype, seen["keep_indices"].dtype) == (NUMPY[dtype], np.int64)
+    feed["text_embeds"] = np.ones((2, 4), np.float32)
+    reading = TorchBackend(reference(dtype, reads_text=True))
+    with_text = reading.run("vision_encoder", feed)["image_features"]
     np.testing.assert_allclose(with_text, features + 1, rtol=1e-2)
-    embeds = backend.embed_tokens(np.asarray([[1, 2, 3]]))
+    ids = np.asarray([[1, 2, 3]])
+    embeds = backend.run("embed_tokens", {"input_ids": ids})["inputs_embeds"]
     assert embeds.dtype == NUMPY[dtype]
-    logits = decode(backend, embeds)
-    assert (logits.dtype, logits.shape) == (NUMPY[dtype], (1, 4))
+    slots = np.arange(3)[None]
+    prompt = {
+        "inputs_embeds": embeds,
+        "attention_mask": np.ones((1, 3), np.int64),
+        "position_ids": slots,
+        "kept_positions": slots,
+    }
+    cache = backend.new_cache(1)
+    logits = backend.decode(prompt, cache)
+    assert (cache.length, logits.dtype, logits.shape) == (3, NUMPY[dtype], (1, 4))
     np.testing.assert_allclose(logits, embeds[:, -1] * 3, rtol=1e-2)
 
 
 @EVERY
 def test_newline_is_an_output_like_others(dtype: str) -> None:
     recorder = RecordingBackend(TorchBackend(reference(dtype)))
-    newline = recorder.image_newline()
+    newline = recorder.run("newline", {})["image_newline"]
     assert newline.dtype == NUMPY[dtype]
     np.testing.assert_allclose(newline, [0, 1 / 3, 2 / 3, 1], atol=1e-2)
     (call,) = recorder.calls
-    assert (call.method, call.inputs) == ("image_newline", {})
+    assert (call.component, call.inputs) == ("newline", {})
     assert (call.outputs["image_newline"] == newline).all()
     (replayed,) = replay(recorder.calls, TorchBackend(reference(dtype)))
     assert (replayed["image_newline"] == newline).all()
@@ -110,13 +146,13 @@ def test_margins_of_a_choice_are_those_of_pruners_that_choose_one_by_one(tiny_gr
     rng = np.random.default_rng(0)
     image = tiny_graphs.recipe.image
     pixels = rng.normal(size=(1, 3, image.height, image.width)).astype(np.float32)
-    given: list[Any] = [pixels, None]
+    feed = {"pixel_values": pixels}
     if pruner == "cdpruner":
         ids = np.arange(1, 4, dtype=np.int64)[None]
-        given[1] = TorchBackend(built).encode_text(ids)
+        feed |= TorchBackend(built).run("text_encoder", {"input_ids": ids})
     backend = TorchBackend(built)
     recorder = RecordingBackend(backend, margins=backend.margins)
-    recorder.encode_image(*given)
+    recorder.run("vision_encoder", feed)
     (call,) = recorder.calls
     if pruner in {"spatial", "cls"}:
         assert call.margins is None

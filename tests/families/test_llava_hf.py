@@ -66,17 +66,17 @@ def logits(ref: Reference) -> torch.Tensor:
     """Of the last token of a prompt with a picture in it, [V], as float32."""
     backend = TorchBackend(ref)
     pixels = np.random.default_rng(3).normal(size=(1, 3, 32, 32)).astype(np.float32)
-    features = backend.encode_image(pixels, None).image_features
-    text = backend.embed_tokens(np.arange(5, 12)[None])
+    features = backend.run("vision_encoder", {"pixel_values": pixels})["image_features"]
+    text = backend.run("embed_tokens", {"input_ids": np.arange(5, 12)[None]})["inputs_embeds"]
     embeds = np.concatenate([text[:, :3], features, text[:, 3:]], axis=1)
     slots = np.arange(embeds.shape[1], dtype=np.int64)[None]
-    found = backend.decode(
-        inputs_embeds=embeds,
-        attention_mask=np.ones_like(slots),
-        position_ids=slots,
-        kept_positions=slots,
-        cache=backend.new_cache(1),
-    )
+    feed = {
+        "inputs_embeds": embeds,
+        "attention_mask": np.ones_like(slots),
+        "position_ids": slots,
+        "kept_positions": slots,
+    }
+    found = backend.decode(feed, backend.new_cache(1))
     return torch.from_numpy(found[0].astype(np.float32))
 
 

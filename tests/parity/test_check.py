@@ -74,7 +74,7 @@ def run(bundle, reference, **options):
 
 def double_logits(monkeypatch):
     honest = OnnxRuntimeBackend.decode
-    monkeypatch.setattr(OnnxRuntimeBackend, "decode", lambda self, **g: 2 * honest(self, **g))
+    monkeypatch.setattr(OnnxRuntimeBackend, "decode", lambda self, *given: 2 * honest(self, *given))
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +142,9 @@ def test_one_reference_serves_backends_of_one_dtype(
     asked = []
     decode = TorchBackend.decode
 
-    def count(self, **given):
-        asked.append(given["position_ids"].shape)
-        return decode(self, **given)
+    def count(self, feed, cache):
+        asked.append(feed["position_ids"].shape)
+        return decode(self, feed, cache)
 
     monkeypatch.setattr(TorchBackend, "decode", count)
     own = TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), questions[:1])
@@ -173,22 +173,25 @@ def test_engines_are_compared_with_pytorch_in_their_own_dtype(
 
 @pytest.mark.usefixtures("blind")
 @pytest.mark.parametrize(
-    ("method", "spoil", "output"),
+    ("output", "spoil"),
     [
-        ("decode", lambda logits: logits[:, ::-1].copy(), "logits (prefill)"),
-        ("embed_tokens", lambda embeds: embeds + np.float32(1e-3), "inputs_embeds"),
-        ("encode_image", lambda pair: (pair[0], pair[1][:, ::-1].copy()), "keep_indices"),
-        ("encode_image", lambda pair: (pair[0] * np.float32(np.nan), pair[1]), "image_features"),
+        ("logits (prefill)", lambda logits: logits[:, ::-1].copy()),
+        ("inputs_embeds", lambda embeds: embeds + np.float32(1e-3)),
+        ("keep_indices", lambda keep: keep[:, ::-1].copy()),
+        ("image_features", lambda features: features * np.float32(np.nan)),
     ],
     ids=["permuted", "shifted", "order", "nan"],
 )
-def test_a_wrong_output_fails_by_name(tiny_bundle, truth, monkeypatch, method, spoil, output):
-    honest = getattr(OnnxRuntimeBackend, method)
-    monkeypatch.setattr(
-        OnnxRuntimeBackend,
-        method,
-        lambda self, *given, **named: spoil(honest(self, *given, **named)),
-    )
+def test_a_wrong_output_fails_by_name(tiny_bundle, truth, monkeypatch, output, spoil):
+    run_honestly, decode = OnnxRuntimeBackend.run, OnnxRuntimeBackend.decode
+
+    def run_spoilt(self, component, feed):
+        outputs = run_honestly(self, component, feed)
+        return {name: spoil(v) if name == output else v for name, v in outputs.items()}
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "run", run_spoilt)
+    if output.startswith("logits"):
+        monkeypatch.setattr(OnnxRuntimeBackend, "decode", lambda *given: spoil(decode(*given)))
     report = run(tiny_bundle, truth, levels=("tensor",))
     assert not report.passed
     assert output in failed_outputs(report)
@@ -196,10 +199,7 @@ def test_a_wrong_output_fails_by_name(tiny_bundle, truth, monkeypatch, method, s
 
 
 def test_doubled_logits_fail_as_tensors_and_nowhere_else(tiny_bundle, truth, monkeypatch):
-    honest = OnnxRuntimeBackend.decode
-    monkeypatch.setattr(
-        OnnxRuntimeBackend, "decode", lambda self, **given: 2 * honest(self, **given)
-    )
+    double_logits(monkeypatch)
     report = run(tiny_bundle, truth)
     assert statuses(report) == {**ALL_PASSED, "tensor": "failed"}
     assert failed_outputs(report).keys() == DECODER
@@ -219,7 +219,7 @@ def test_another_choice_of_tokens_fails_in_answers_and_not_in_tensors(
 
     def perverse(session, question):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(OnnxRuntimeBackend, "decode", lambda self, **g: -honest(self, **g))
+            patch.setattr(OnnxRuntimeBackend, "decode", lambda *given: -honest(*given))
             return _ask(session, question)
 
     monkeypatch.setattr(asked, perverse)
@@ -236,7 +236,7 @@ def test_another_choice_of_tokens_fails_in_answers_and_not_in_tensors(
 def test_a_candidate_that_breaks_down_fails_and_does_not_end_the_check(
     tiny_bundle, truth, monkeypatch
 ):
-    def out_of_order(self, **given):
+    def out_of_order(self, feed, cache):
         raise GapExportError("the decoder is out of order")
 
     monkeypatch.setattr(OnnxRuntimeBackend, "decode", out_of_order)
@@ -253,9 +253,10 @@ def test_a_candidate_that_breaks_down_fails_and_does_not_end_the_check(
 def test_compact_positions_fed_to_the_graph_fail_in_logits(tiny_bundle, truth, monkeypatch):
     honest = OnnxRuntimeBackend.decode
 
-    def compact(self, *, kept_positions, **given):
-        table = np.broadcast_to(np.arange(kept_positions.shape[1]), kept_positions.shape)
-        return honest(self, kept_positions=np.ascontiguousarray(table), **given)
+    def compact(self, feed, cache):
+        shape = feed["kept_positions"].shape
+        table = np.broadcast_to(np.arange(shape[1]), shape)
+        return honest(self, {**feed, "kept_positions": table}, cache)
 
     monkeypatch.setattr(OnnxRuntimeBackend, "decode", compact)
     report = run(tiny_bundle, truth, levels=("positions", "tensor"))
@@ -304,8 +305,8 @@ def test_a_flipped_token_is_a_tie_only_where_the_reference_is_undecided(
         monkeypatch.setattr(
             backend,
             "decode",
-            lambda self, honest=honest, sign=sign, **given: nearly_tied(
-                honest(self, **given), sign
+            lambda self, feed, cache, honest=honest, sign=sign: nearly_tied(
+                honest(self, feed, cache), sign
             ),
         )
     own = TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), questions[:1])
@@ -371,10 +372,7 @@ def test_a_golden_stands_for_pytorch(tiny_bundle, engine_bundle, truth, tmp_path
     with pytest.raises(UsageError, match="layers can be compared with PyTorch alone"):
         run(tiny_bundle, golden, per_layer=True)
 
-    honest = OnnxRuntimeBackend.decode
-    monkeypatch.setattr(
-        OnnxRuntimeBackend, "decode", lambda self, **given: 2 * honest(self, **given)
-    )
+    double_logits(monkeypatch)
     report = run(tiny_bundle, golden, levels=("tensor",))
     assert "a golden does not hold what is inside" in level_of(report, "tensor").reason
 
@@ -438,15 +436,16 @@ def test_no_true_box_leaves_the_task_out(tiny_bundle, tiny_recipe, tiny_checkpoi
 
 
 def _keys_for_values(values):
-    values[0], values[1] = values[1], values[0]
+    key, value = "past_key_values.0.key", "past_key_values.0.value"
+    values[key], values[value] = values[value], values[key]
 
 
 def _another_layers(values):
-    values[2] = values[0]
+    values["past_key_values.1.key"] = values["past_key_values.0.key"]
 
 
 def _heads_turned(values):
-    values[0] = values[0].flip(1)
+    values["past_key_values.0.key"] = values["past_key_values.0.key"].flip(1)
 
 
 @pytest.mark.parametrize("spoil", [_keys_for_values, _another_layers, _heads_turned, None])
@@ -456,11 +455,11 @@ def test_a_reference_that_decodes_wrongly_from_its_cache_is_noticed(
     """What is compared step by step would be wrong on both sides alike."""
     honest = TorchBackend.decode
 
-    def decode(self, *, position_ids, cache, **given):
+    def decode(self, feed, cache):
         if spoil is None and cache.length:
             # Ids that a step does not read.
-            position_ids = np.zeros_like(position_ids)
-        logits = honest(self, position_ids=position_ids, cache=cache, **given)
+            feed = {**feed, "position_ids": np.zeros_like(feed["position_ids"])}
+        logits = honest(self, feed, cache)
         if spoil is not None:
             spoil(cache.values)
         return logits
@@ -473,12 +472,12 @@ def test_a_reference_that_decodes_wrongly_from_its_cache_is_noticed(
         record_truth(open_bundle(tiny_bundle), truth, tmp_path / "golden")
 
 
-def _mask_ignored(decode, self, *, attention_mask, **given):
-    return decode(self, attention_mask=np.ones_like(attention_mask), **given)
+def _mask_ignored(decode, self, feed, cache):
+    return decode(self, {**feed, "attention_mask": np.ones_like(feed["attention_mask"])}, cache)
 
 
-def _rows_mixed(decode, self, **given):
-    return decode(self, **given)[::-1]
+def _rows_mixed(decode, self, feed, cache):
+    return decode(self, feed, cache)[::-1]
 
 
 @pytest.mark.usefixtures("blind")
@@ -487,7 +486,7 @@ def test_a_decoder_that_is_right_for_one_row_alone_is_noticed(
     tiny_bundle, truth, monkeypatch, spoil
 ):
     honest = OnnxRuntimeBackend.decode
-    monkeypatch.setattr(OnnxRuntimeBackend, "decode", lambda self, **g: spoil(honest, self, **g))
+    monkeypatch.setattr(OnnxRuntimeBackend, "decode", lambda *given: spoil(honest, *given))
     report = run(tiny_bundle, truth, levels=("tensor", "token"))
     assert failed_outputs(report).keys() == {"logits (padded batch)"}
     assert level_of(report, "token").figures["equal"] == report.questions

@@ -87,8 +87,8 @@ def judge(
     for _ in range(calls):
         tally.add(
             [
-                Call(method="encode_image", inputs={}, outputs=expected),
-                Call(method="image_newline", inputs={}, outputs=truth),
+                Call(component="vision_encoder", inputs={}, outputs=expected),
+                Call(component="newline", inputs={}, outputs=truth),
             ],
             [given, {"image_newline": np.full(8, newline, np.float16)}],
         )
@@ -176,10 +176,10 @@ def test_nonfinite_values_are_counted_and_leave_no_figures() -> None:
 def test_the_first_failing_call_of_each_component_is_found() -> None:
     tally = Tally()
     calls = [
-        Call(method="encode_image", inputs={}, outputs={"keep_indices": KEEP}),
-        Call(method="new_cache", inputs={}, outputs={}),
-        Call(method="decode", inputs={}, outputs={"logits": FEATURES[0]}),
-        Call(method="decode", inputs={}, outputs={"logits": FEATURES[0]}),
+        Call(component="vision_encoder", inputs={}, outputs={"keep_indices": KEEP}),
+        Call(component="new_cache", inputs={}, outputs={}),
+        Call(component="decoder_model_merged", inputs={}, outputs={"logits": FEATURES[0]}),
+        Call(component="decoder_model_merged", inputs={}, outputs={"logits": FEATURES[0]}),
     ]
     outputs = [dict(call.outputs) for call in calls]
     tolerances = TOLERANCES["float32"]
@@ -208,7 +208,7 @@ def judge_choices(
     truth = np.repeat(KEEP, 2, axis=0)
     vectors = np.repeat(FEATURES, 2, axis=0)
     call = Call(
-        method="encode_image",
+        component="vision_encoder",
         inputs={},
         outputs={"image_features": vectors, "keep_indices": truth},
         margins=None if margins is None else np.asarray(margins, np.float32),
@@ -261,7 +261,7 @@ def test_in_half_precision_no_margin_excuses_anything() -> None:
     tally = Tally()
     truth = {"image_features": FEATURES, "keep_indices": KEEP}
     close = np.zeros(1, np.float32)
-    call = Call(method="encode_image", inputs={}, outputs=truth, margins=close)
+    call = Call(component="vision_encoder", inputs={}, outputs=truth, margins=close)
     tally.add([call], [{**truth, "keep_indices": with_others(3)}])
     rows = {row.tensor: row for row in tally.rows(TOLERANCES["float16"])}
     assert not rows["keep_indices"].passed and rows["keep_indices"].ties == 0

@@ -14,11 +14,11 @@ from gap_export.cli._describe import describe_tokens
 from gap_export.engines.profiles import make_profiles
 from gap_export.errors import BundleError, UsageError
 from gap_export.parity.question import Question
-from gap_export.runtime.backend import EncodedImage
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import MANIFEST_NAME, EngineLimits
 from tests.parity.checking import check_with_torch, outputs
 from tests.pruning import slow
+from tests.runtime.backends import EditedBackend
 from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 EXPRESSIONS = ["the star", "a small red circle", "the big object left of a square", "blue"]
@@ -141,14 +141,12 @@ def test_engines_take_the_number_from_the_host(bundle, tmp_path, monkeypatch):
             wanted = reference.ground_batch(picture(seed), EXPRESSIONS)
             assert [f.keep_indices for f in found] == [w.keep_indices for w in wanted]
             assert [f.token_ids for f in found] == [w.token_ids for w in wanted]
-        scored = session.backend.score_tokens(np.zeros((1, 3, 32, 32), np.float32), embeds())
+        pixels, texts = np.zeros((1, 3, 32, 32), np.float32), np.ones((1, 16), np.float32)
+        feed = {"pixel_values": pixels, "text_embeds": texts}
+        feed = session.backend.run("vision_encoder", feed) | {"num_kept_tokens": np.array([16])}
         with pytest.raises(UsageError, match=r"num_kept_tokens is beyond .*16.*1\.\.15"):
-            session.backend.prune_tokens(scored, num_kept_tokens=16)
+            session.backend.run("token_pruner", feed)
     assert device.memory == {}
-
-
-def embeds() -> np.ndarray:
-    return np.ones((1, 16), np.float32)
 
 
 @pytest.mark.parametrize(
@@ -159,15 +157,9 @@ def embeds() -> np.ndarray:
         (lambda keep: keep + 16, "0..15"),
     ],
 )
-def test_a_graph_that_keeps_what_it_should_not_is_refused(tiny_bundle, monkeypatch, wrong, says):
+def test_a_graph_that_keeps_what_it_should_not_is_refused(tiny_bundle, wrong, says):
     with GroundingSession.open(tiny_bundle, num_threads=1) as session:
-        encode = session.backend.encode_image
-
-        def spoilt(*given):
-            encoded = EncodedImage(*encode(*given))
-            return encoded._replace(keep_indices=wrong(encoded.keep_indices))
-
-        monkeypatch.setattr(session.backend, "encode_image", spoilt)
+        session.backend = EditedBackend(session.backend, "keep_indices", wrong)
         with pytest.raises(BundleError, match="pruner spatial of this bundle does not") as caught:
             session.ground(picture(), EXPRESSIONS[0])
     assert says in str(caught.value)

@@ -11,11 +11,11 @@ import pytest
 from onnx import helper
 
 from gap_export.errors import ComputationError
-from gap_export.runtime.backend import Backend, EncodedImage, ScoredImage
 from gap_export.runtime.computed import check_computed, choose_tokens
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import Manifest
 from tests.parity.mutants import add_constant, rewrite_graph
+from tests.runtime.backends import EditedBackend
 
 INF, NAN = np.inf, np.nan
 PICTURE = np.random.default_rng(3).integers(0, 255, (40, 40, 3)).astype(np.uint8)
@@ -90,47 +90,6 @@ def test_a_constant_row_is_found_where_it_cannot_be() -> None:
     check_computed(values, graph="text_encoder", output="text_embeds", may_be_constant=True)
 
 
-class Spoiling:
-    """A backend one of whose outputs is spoilt."""
-
-    def __init__(self, inner: Backend, output: str, spoil: Callable[[Any], Any]) -> None:
-        self._inner, self._output, self._spoil = inner, output, spoil
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def _given(self, output: str, values: Any) -> Any:
-        return self._spoil(np.array(values)) if output == self._output else values
-
-    def encode_text(self, input_ids: Any) -> Any:
-        return self._given("text_embeds", self._inner.encode_text(input_ids))
-
-    def encode_image(self, *given: Any) -> Any:
-        encoded = EncodedImage(*self._inner.encode_image(*given))
-        return encoded._replace(
-            image_features=self._given("image_features", encoded.image_features)
-        )
-
-    def score_tokens(self, *given: Any) -> Any:
-        parts = self._inner.score_tokens(*given)._asdict().items()
-        return ScoredImage(**{name: self._given(name, part) for name, part in parts})
-
-    def prune_tokens(self, scored: Any, *, num_kept_tokens: int) -> Any:
-        encoded = self._inner.prune_tokens(scored, num_kept_tokens=num_kept_tokens)
-        return encoded._replace(
-            image_features=self._given("image_features", encoded.image_features)
-        )
-
-    def image_newline(self) -> Any:
-        return self._given("image_newline", self._inner.image_newline())
-
-    def embed_tokens(self, input_ids: Any) -> Any:
-        return self._given("inputs_embeds", self._inner.embed_tokens(input_ids))
-
-    def decode(self, **given: Any) -> Any:
-        return self._given("logits", self._inner.decode(**given))
-
-
 def spoilt_at_the_end(value: float) -> Callable[[Any], Any]:
     def spoil(values: Any) -> Any:
         values[..., -1] = value
@@ -140,7 +99,7 @@ def spoilt_at_the_end(value: float) -> Callable[[Any], Any]:
 
 
 def is_refused(session: GroundingSession, output: str, spoil: Callable[[Any], Any]) -> str:
-    session.backend = Spoiling(session.backend, output, spoil)  # type: ignore[assignment]
+    session.backend = EditedBackend(session.backend, output, spoil)
     with pytest.raises(ComputationError, match=f"gives {output} that cannot be right") as caught:
         session.ground_batch(PICTURE, ["the star", "blue square"])
     return str(caught.value)
@@ -184,7 +143,7 @@ def test_scores_that_are_all_equal_keep_the_lowest_indices(
 ) -> None:
     bundle = exports.bundle(model=str(tiny_checkpoint), pruner="trim")
     with GroundingSession.open(bundle, num_threads=1) as session:
-        session.backend = Spoiling(session.backend, "token_scores", np.zeros_like)  # type: ignore[assignment]
+        session.backend = EditedBackend(session.backend, "token_scores", np.zeros_like)
         kept = session.ground(PICTURE, "the star").keep_indices
     # One, and the mean of the others.
     assert kept == (0, 15)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gap_export.errors import UsageError
+from gap_export.runtime.backend import Backend
 from gap_export.runtime.generation import (
     DecoderPrompt,
     PromptRow,
@@ -111,7 +112,7 @@ def test_decode_goes_on_from_the_unpruned_length(
     ]  # fmt: skip
 
 
-class ScriptedBackend:
+class ScriptedBackend(Backend):
     """Says what it is told, row by row, and remembers what it was fed."""
 
     def __init__(self, answers: list[list[int]], vocab_size: int = 9) -> None:
@@ -121,15 +122,17 @@ class ScriptedBackend:
         self.masks: list[list[int]] = []
         self.step = 0
 
-    def new_cache(self, batch_size: int) -> int:
+    def new_cache(self, batch_size: int) -> Any:
         return batch_size
 
-    def embed_tokens(self, input_ids: Any) -> Any:
-        self.fed.append(input_ids[:, 0].tolist())
-        return np.zeros((*input_ids.shape, HIDDEN), np.float32)
+    def run(self, component: str, feed: Any) -> Any:
+        assert component == "embed_tokens"
+        ids = feed["input_ids"]
+        self.fed.append(ids[:, 0].tolist())
+        return {"inputs_embeds": np.zeros((*ids.shape, HIDDEN), np.float32)}
 
-    def decode(self, *, attention_mask: Any, **_: Any) -> Any:
-        self.masks.append(list(attention_mask.shape))
+    def decode(self, feed: Any, cache: Any) -> Any:
+        self.masks.append(list(feed["attention_mask"].shape))
         logits = np.zeros((len(self.answers), self.vocab_size), np.float32)
         logits[np.arange(len(self.answers)), self.answers[:, self.step]] = 1.0
         self.step += 1

@@ -163,24 +163,26 @@ def make_bundle(sample_manifest: Manifest, tokenizer_folder: Path, tmp_path: Pat
 def test_floats_are_fed_and_come_out_as_the_graphs_declare(make_bundle: MakeBundle) -> None:
     with OnnxRuntimeBackend(open_bundle(make_bundle()), CPU) as backend:
         pixels = np.ones((2, 3, 32, 32), np.float32)
-        features, keep, _ = backend.encode_image(pixels, None)
+        seen = backend.run("vision_encoder", {"pixel_values": pixels})
+        features, keep = seen["image_features"], seen["keep_indices"]
         assert (features.dtype, features.shape) == (np.float16, (2, KEPT, HIDDEN))
         assert keep.tolist() == [[0, 3, 6, 9, 12]] * 2
-        embeds = backend.embed_tokens(np.asarray([[1, 2, 3]]))
+        ids = np.asarray([[1, 2, 3]])
+        embeds = backend.run("embed_tokens", {"input_ids": ids})["inputs_embeds"]
         assert embeds.dtype == np.float16
         cache = backend.new_cache(1)
-        given = {
+        feed = {
+            "inputs_embeds": embeds,
             "attention_mask": np.ones((1, 3), np.int64),
             "position_ids": np.arange(3)[None],
             "kept_positions": np.arange(3)[None],
         }
-        logits = backend.decode(inputs_embeds=embeds, cache=cache, **given)
+        logits = backend.decode(feed, cache)
         assert (logits.dtype, logits.shape) == (np.float16, (1, VOCAB))
         assert {value.data_type() for value in cache.values.values()} == {"tensor(float16)"}
         # A caller with float32 embeddings, as bfloat16 ones are here, is served as well.
-        wide = backend.decode(
-            inputs_embeds=embeds.astype(np.float32), cache=backend.new_cache(1), **given
-        )
+        feed["inputs_embeds"] = embeds.astype(np.float32)
+        wide = backend.decode(feed, backend.new_cache(1))
         assert (wide == logits).all()
 
 
@@ -188,15 +190,15 @@ def test_newline_is_read_in_the_graphs_dtype(make_bundle: MakeBundle) -> None:
     bundle = open_bundle(make_bundle())
     with (
         OnnxRuntimeBackend(bundle, CPU) as plain,
-        pytest.raises(UsageError, match="not cut into tiles"),
+        pytest.raises(UsageError, match="no such component: newline"),
     ):
-        plain.image_newline()
+        plain.run("newline", {})
     place = TensorPlace(file="newline.bin", offset=4, dtype="float32", shape=(HIDDEN,))
     values = np.arange(HIDDEN, dtype=np.float32) / 3
     (bundle.path / place.file).write_bytes(b"head" + values.tobytes())
     manifest = dataclasses.replace(bundle.manifest, newline=place)
     with OnnxRuntimeBackend(dataclasses.replace(bundle, manifest=manifest), CPU) as backend:
-        newline = backend.image_newline()
+        newline = backend.run("newline", {})["image_newline"]
     assert newline.dtype == np.float16
     assert newline.tolist() == values.astype(np.float16).tolist()
 

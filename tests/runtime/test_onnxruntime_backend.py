@@ -74,22 +74,22 @@ def test_cache_grown_step_by_step_equals_one_prefill(
     backend: OnnxRuntimeBackend, tiny_bundle: Path
 ) -> None:
     given = random_prompt(open_bundle(tiny_bundle).manifest, 9)
-    at_once = backend.decode(**given, cache=backend.new_cache(1))
+    at_once = backend.decode(given, backend.new_cache(1))
     cache = backend.new_cache(1)
     start = 0
     for end in (4, 5, 7, 9):
-        logits = backend.decode(
-            inputs_embeds=given["inputs_embeds"][:, start:end],
-            attention_mask=given["attention_mask"][:, :end],
-            position_ids=given["position_ids"][:, start:end],
-            kept_positions=given["kept_positions"],
-            cache=cache,
-        )
+        step = {
+            "inputs_embeds": given["inputs_embeds"][:, start:end],
+            "attention_mask": given["attention_mask"][:, :end],
+            "position_ids": given["position_ids"][:, start:end],
+            "kept_positions": given["kept_positions"],
+        }
+        logits = backend.decode(step, cache)
         start = end
         assert cache.length == end
     np.testing.assert_allclose(logits, at_once, atol=1e-4)
     compact = given | {"kept_positions": np.arange(6, dtype=np.int64)[None]}
-    other = backend.decode(**compact, cache=backend.new_cache(1))
+    other = backend.decode(compact, backend.new_cache(1))
     assert np.abs(other - at_once).max() > 1e-2
 
 
@@ -98,7 +98,7 @@ def test_cache_is_held_by_onnx_runtime_not_by_numpy(
 ) -> None:
     manifest = open_bundle(tiny_bundle).manifest
     cache = backend.new_cache(2)
-    backend.decode(**random_prompt(manifest, 5, rows=2), cache=cache)
+    backend.decode(random_prompt(manifest, 5, rows=2), cache)
     spec = manifest.decoder
     assert len(cache.values) == 2 * spec.num_layers
     for name, value in cache.values.items():
@@ -346,9 +346,9 @@ def test_failure_while_computing_is_one_clear_error(
     given = random_prompt(open_bundle(tiny_bundle).manifest, 5)
     given["attention_mask"] = np.ones((1, 3), np.int64)
     with pytest.raises(GapExportError, match="ONNX Runtime failed while computing"):
-        backend.decode(**given, cache=backend.new_cache(1))
+        backend.decode(given, backend.new_cache(1))
     with pytest.raises(GapExportError, match="ONNX Runtime failed while computing"):
-        backend.embed_tokens(np.asarray([[10**6]]))
+        backend.run("embed_tokens", {"input_ids": np.asarray([[10**6]])})
     assert capfd.readouterr().err == ""
 
 
@@ -370,7 +370,7 @@ def decode_with(bundle: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> A
     opened = open_bundle(bundle)
     with OnnxRuntimeBackend(opened, ["CPUExecutionProvider"], 1) as backend:
         assert backend.quantization is opened.manifest.graph("decoder_model_merged").quantization
-        return backend.decode(**random_prompt(opened.manifest, 9), cache=backend.new_cache(1))
+        return backend.decode(random_prompt(opened.manifest, 9), backend.new_cache(1))
 
 
 def test_quantized_decoder_computes_with_float_activations(
@@ -391,9 +391,12 @@ def test_quantized_decoder_computes_with_float_activations(
     assert np.abs(rounded - wanted).max() > 10 * tolerance.atol
 
 
-def test_text_is_not_encoded_where_the_pruner_reads_none(backend: OnnxRuntimeBackend) -> None:
-    with pytest.raises(UsageError, match="reads no text"):
-        backend.encode_text(np.zeros((1, 3), np.int64))
+@pytest.mark.parametrize("component", ["text_encoder", "token_pruner", "newline", "tower"])
+def test_a_component_that_the_model_has_not_got_is_refused(
+    backend: OnnxRuntimeBackend, component: str
+) -> None:
+    with pytest.raises(UsageError, match=rf"no such component: {component}; allowed: vision_enc"):
+        backend.run(component, {})
 
 
 BARE_SESSION = """

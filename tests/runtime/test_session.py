@@ -20,6 +20,7 @@ from gap_export.runtime.prompt import PromptEncoder
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import BoxSpec, Manifest
 from gap_export.spec.tiles import TileTokens
+from tests.runtime.backends import EditedBackend
 
 MakeBackend = Callable[[Manifest], Any]
 EXPRESSIONS = ["the star", "the small red circle above the star", "blue square", "the star"]
@@ -43,6 +44,18 @@ def calls_of(session: GroundingSession) -> list[str]:
     backend: Any = session.backend
     found: list[str] = backend.calls
     return found
+
+
+def shapes_of_texts(backend: Any) -> list[tuple[int, ...]]:
+    """Those of the ids that the text encoder was fed."""
+    called = zip(backend.calls, backend.feeds, strict=True)
+    return [feed["input_ids"].shape for component, feed in called if component == "text_encoder"]
+
+
+def forget_calls(session: GroundingSession) -> None:
+    backend: Any = session.backend
+    backend.calls.clear()
+    backend.feeds.clear()
 
 
 def test_answer_tells_what_was_seen(session: GroundingSession, picture: Any) -> None:
@@ -95,9 +108,9 @@ def test_batch_equals_its_rows_alone_and_sees_the_picture_once(
     session: GroundingSession, picture: Any
 ) -> None:
     alone = [session.ground(picture, expression) for expression in EXPRESSIONS]
-    calls_of(session).clear()
+    forget_calls(session)
     together = session.ground_batch(picture, EXPRESSIONS)
-    assert calls_of(session).count("encode_image") == 1
+    assert calls_of(session).count("vision_encoder") == 1
     for one, other in zip(alone, together, strict=True):
         assert (one.token_ids, one.box, one.text) == (other.token_ids, other.box, other.text)
     assert len({answer.token_ids for answer in together}) > 1
@@ -111,36 +124,34 @@ def test_a_text_in_segments_is_fed_as_the_mean_of_their_unit_vectors(
     tower = dataclasses.replace(text_manifest.text_encoder, long_texts="segments")
     manifest = dataclasses.replace(text_manifest, text_encoder=tower)
     backend = make_backend(manifest)
-    fed: list[Any] = []
-    encode_image = backend.encode_image
-    backend.encode_image = lambda pixels, texts: fed.append(texts) or encode_image(pixels, texts)  # type: ignore[method-assign,func-returns-value]
     long = "the small red circle above the star"
     session = GroundingSession(manifest, tokenizer_folder, backend)
     session.ground_batch(picture, [long, "the star", long])
     # Segments of one length go together, one of each text at a time.
-    assert backend.calls[:3] == ["encode_text [2, 7]", "encode_text [1, 4]", "encode_text [2, 2]"]
+    assert shapes_of_texts(backend) == [(2, 7), (1, 4), (2, 2)]
+    (texts,) = (feed["text_embeds"] for feed in backend.feeds if "text_embeds" in feed)
+
+    def embed(ids: Any) -> Any:
+        return backend.run("text_encoder", {"input_ids": ids[None]})["text_embeds"][0]
+
     encoder = PromptEncoder(manifest, tokenizer_folder)
-    parts = [backend.encode_text(ids[None])[0] for ids in encoder.encode(long).text_ids]
+    parts = [embed(ids) for ids in encoder.encode(long).text_ids]
     patches = np.random.default_rng(2).normal(size=(9, len(parts[0])))
     cosines = [patches @ part / np.linalg.norm(part) for part in parts]
-    (texts,) = fed
     assert len(parts) == 2 and np.allclose(patches @ texts[0], np.mean(cosines, axis=0), atol=1e-5)
     (alone,) = encoder.encode("the star").text_ids
-    assert np.array_equal(texts[1], backend.encode_text(alone[None])[0])
+    assert np.array_equal(texts[1], embed(alone))
 
 
 def test_batch_of_a_text_reading_pruner_equals_its_rows_alone(
     text_session: GroundingSession, picture: Any
 ) -> None:
     alone = [text_session.ground(picture, expression) for expression in EXPRESSIONS]
-    calls_of(text_session).clear()
+    forget_calls(text_session)
     together = text_session.ground_batch(picture, EXPRESSIONS)
     # Texts of 4, 7 (cut), 4 and 4 tokens: one call a length, none padded.
-    assert calls_of(text_session)[:3] == [
-        "encode_text [3, 4]",
-        "encode_text [1, 7]",
-        "encode_image",
-    ]
+    assert calls_of(text_session)[:3] == ["text_encoder", "text_encoder", "vision_encoder"]
+    assert shapes_of_texts(text_session.backend) == [(3, 4), (1, 7)]
     assert len({answer.keep_indices for answer in together}) > 1
     for one, other in zip(alone, together, strict=True):
         assert one.token_ids == other.token_ids
@@ -166,29 +177,18 @@ def test_positions_are_the_manifest_s_unless_told_otherwise(
     assert first_ids(compact, positions="gap") == gap
 
 
-class Answering:
-    """Wraps a backend so that its answer is a given text, token by token."""
-
-    def __init__(self, inner: Any, token_ids: list[int]) -> None:
-        self._inner, self._token_ids, self._step = inner, token_ids, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def decode(self, **given: Any) -> Any:
-        logits = np.zeros_like(self._inner.decode(**given))
-        logits[:, self._token_ids[self._step]] = 1.0
-        self._step += 1
-        return logits
-
-
 def answering(manifest: Manifest, inner: Any, folder: Path, text: str) -> GroundingSession:
+    """A session whose answer is a given text, token by token."""
     from tokenizers import Tokenizer
 
-    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids[1:]
+    left = [*Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids[1:], 2]
+
+    def choose(logits: Any) -> Any:
+        return np.eye(logits.shape[1], dtype=np.float32)[[left.pop(0)] * len(logits)]
+
     prompt = dataclasses.replace(manifest.prompt, max_new_tokens=20)
     manifest = dataclasses.replace(manifest, prompt=prompt)
-    return GroundingSession(manifest, folder, Answering(inner, [*ids, 2]))  # type: ignore[arg-type]
+    return GroundingSession(manifest, folder, EditedBackend(inner, "logits", choose))
 
 
 @pytest.mark.parametrize(
@@ -271,21 +271,11 @@ def test_closed_session_says_so(session: GroundingSession, picture: Any) -> None
 
 
 def test_close_without_with_frees_the_backend_once(session: GroundingSession) -> None:
-    backend: Any = session.backend
-    closes: list[object] = []
-    backend.__class__ = type("Counting", (type(backend),), {"__exit__": closes_into(closes)})
     session.close()
     session.close()
     with pytest.raises(GapExportError, match="closed"), session:
         pass
-    assert len(closes) == 1
-
-
-def closes_into(closes: list[object]) -> Any:
-    def close(self: Any, *_: object) -> None:
-        closes.append(self)
-
-    return close
+    assert vars(session.backend)["closed"] == 1
 
 
 def test_calls_that_run_when_the_session_is_closed_finish(
@@ -294,15 +284,15 @@ def test_calls_that_run_when_the_session_is_closed_finish(
     backend: Any = session.backend
     expected = session.ground(picture, "the star").token_ids
     inside, go_on = threading.Event(), threading.Event()
-    encode_image = backend.encode_image
+    run = backend.run
 
     def slowly(*given: Any) -> Any:
         inside.set()
         assert go_on.wait(30)
         assert not backend.closed
-        return encode_image(*given)
+        return run(*given)
 
-    monkeypatch.setattr(backend, "encode_image", slowly)
+    monkeypatch.setattr(backend, "run", slowly)
     with ThreadPoolExecutor(2) as pool:
         running = [pool.submit(session.ground, picture, "the star") for _ in range(2)]
         assert inside.wait(30)
@@ -334,15 +324,14 @@ def test_an_answer_that_did_not_end_says_so(
 def test_rows_of_a_batch_are_cut_off_one_by_one(
     sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any
 ) -> None:
-    backend = make_backend(sample_manifest)
-    decode, steps = backend.decode, iter(range(100))
+    steps = iter(range(100))
 
-    def decode_(**given: Any) -> Any:
-        logits = np.zeros_like(decode(**given))
+    def choose(logits: Any) -> Any:
+        logits = np.zeros_like(logits)
         logits[0, 2 if next(steps) == 3 else 9] = logits[1, 9] = 1.0  # 2 ends the first alone
         return logits
 
-    backend.decode = decode_  # type: ignore[method-assign]
+    backend = EditedBackend(make_backend(sample_manifest), "logits", choose)
     session = GroundingSession(sample_manifest, tokenizer_folder, backend)
     first, second = session.ground_batch(picture, ["the star", "blue square"])
     assert [any("cut off" in text for text in one.warnings) for one in (first, second)] == [

@@ -120,7 +120,7 @@ def answers(backend: Any, prompt: dict[str, Any], steps: int = 3) -> list[Any]:
     """Logits of the prefill and of some steps."""
     cache = backend.new_cache(len(prompt["inputs_embeds"]))
     fed = [prompt, *(step_of(prompt, number) for number in range(steps))]
-    return [backend.decode(**one, cache=cache) for one in fed]
+    return [backend.decode(one, cache) for one in fed]
 
 
 @pytest.mark.parametrize("contract", ["concat", "in_place"])
@@ -180,9 +180,9 @@ def test_the_cache_never_crosses_the_bus(setup: Setup) -> None:
     with setup.open() as backend:
         prompt = prompt_of(setup.bundle, 9)
         cache = backend.new_cache(1)
-        backend.decode(**prompt, cache=cache)
+        backend.decode(prompt, cache)
         setup.device.calls.clear()
-        backend.decode(**step_of(prompt, 0), cache=cache)
+        backend.decode(step_of(prompt, 0), cache)
     calls = setup.device.calls
     # Four inputs in, the logits out.
     assert (calls.count("upload"), calls.count("download")) == (4, 1)
@@ -197,7 +197,7 @@ def test_joined_caches_take_turns_and_an_in_place_cache_stays(make_setup: MakeSe
         cache = backend.new_cache(1)
         seen = []
         for fed in (prompt, step_of(prompt, 0), step_of(prompt, 1)):
-            backend.decode(**fed, cache=cache)
+            backend.decode(fed, cache)
             context = setup.module.contexts[-1 if cache.length > 5 else -2]
             seen.append((context.addresses[name], context.addresses["present.0.key"]))
     assert seen[0] == seen[1][::-1] == seen[2]
@@ -239,7 +239,7 @@ def test_a_cache_whose_memory_went_to_a_newer_one_is_refused(setup: Setup) -> No
         old = backend.new_cache(1)
         backend.new_cache(1)
         with pytest.raises(UsageError, match="went to a newer one"):
-            backend.decode(**prompt, cache=old)
+            backend.decode(prompt, old)
 
 
 def test_a_prompt_longer_than_the_profile_is_refused_and_the_longest_is_not(setup: Setup) -> None:
@@ -267,17 +267,20 @@ def test_a_batch_over_the_profile_is_refused_and_the_session_goes_on(
 def test_pictures_over_the_profile_are_refused(setup: Setup, pixels: int, words: str) -> None:
     image = setup.bundle.manifest.image
     with setup.open() as backend, pytest.raises(UsageError, match=words):
-        backend.encode_image(np.zeros((pixels, 3, image.height, image.width), np.float32), None)
+        backend.run(
+            "vision_encoder",
+            {"pixel_values": np.zeros((pixels, 3, image.height, image.width), np.float32)},
+        )
 
 
 def test_several_tokens_after_the_prompt_are_refused(setup: Setup) -> None:
     with setup.open() as backend:
         prompt = prompt_of(setup.bundle, 4)
         cache = backend.new_cache(1)
-        backend.decode(**prompt, cache=cache)
+        backend.decode(prompt, cache)
         two = step_of(prompt, 1) | {"inputs_embeds": prompt["inputs_embeds"][:, :2]}
         with pytest.raises(UsageError, match="one token at a time"):
-            backend.decode(**two, cache=cache)
+            backend.decode(two, cache)
         assert cache.length == 4
 
 

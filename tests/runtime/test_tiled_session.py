@@ -17,6 +17,7 @@ from gap_export.runtime.image import load_image, prepare_image
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import Manifest
 from gap_export.spec.tiles import TileTokens
+from tests.runtime.backends import EditedBackend
 
 MakeBackend = Callable[[Manifest], Any]
 MakeSession = Callable[..., GroundingSession]
@@ -37,11 +38,11 @@ def seen_by(session: GroundingSession, picture: Any, expressions: list[str]) -> 
     fed: list[Any] = []
     honest = session.backend.decode
 
-    def decode(**given: Any) -> Any:
+    def decode(feed: Any, cache: Any) -> Any:
         if not fed:
-            mask = given["attention_mask"].astype(bool)
-            fed.extend(row[keep] for row, keep in zip(given["inputs_embeds"], mask, strict=True))
-        return honest(**given)
+            mask = feed["attention_mask"].astype(bool)
+            fed.extend(row[keep] for row, keep in zip(feed["inputs_embeds"], mask, strict=True))
+        return honest(feed, cache)
 
     session.backend.decode = decode  # type: ignore[method-assign]
     session.ground_batch(picture, expressions)
@@ -57,7 +58,8 @@ def test_prompt_holds_base_tile_then_rows_each_with_its_newline(
     layout = geometry.tile_layout(spec, tiled_manifest.grid)
     assert layout is not None
     assert len(pixels) == layout.num_tiles
-    features, _ = make_backend(tiled_manifest).encode_image(pixels, None)
+    seen = make_backend(tiled_manifest).run("vision_encoder", {"pixel_values": pixels})
+    features = seen["image_features"]
     expected = list(features[0])
     for row in range(layout.first_row, layout.first_row + layout.num_rows):
         for col in range(layout.first_col, layout.first_col + layout.num_cols):
@@ -134,7 +136,7 @@ def test_batch_sees_the_tiles_once(
     alone = [session.ground(picture, expression) for expression in EXPRESSIONS]
     vars(session.backend)["calls"].clear()
     together = session.ground_batch(picture, EXPRESSIONS)
-    assert vars(session.backend)["calls"].count("encode_image") == 1
+    assert vars(session.backend)["calls"].count("vision_encoder") == 1
     for one, other in zip(alone, together, strict=True):
         assert (one.token_ids, one.tokens) == (other.token_ids, other.tokens)
     assert len({answer.token_ids for answer in together}) > 1
@@ -145,16 +147,11 @@ def test_text_reading_pruner_sees_the_tiles_once_an_expression(
 ) -> None:
     session = make_session(tiled_text_manifest)
     alone = [session.ground(picture, expression) for expression in EXPRESSIONS]
-    shapes: list[Any] = []
-    honest = session.backend.encode_image
-
-    def encode_image(pixel_values: Any, text_embeds: Any) -> Any:
-        shapes.append((len(pixel_values), text_embeds.shape))
-        assert (text_embeds == text_embeds[:1]).all()
-        return honest(pixel_values, text_embeds)
-
-    session.backend.encode_image = encode_image  # type: ignore[method-assign]
+    vars(session.backend)["feeds"].clear()
     together = session.ground_batch(picture, EXPRESSIONS)
+    feeds = [feed for feed in vars(session.backend)["feeds"] if "pixel_values" in feed]
+    shapes = [(len(feed["pixel_values"]), feed["text_embeds"].shape) for feed in feeds]
+    assert all((feed["text_embeds"] == feed["text_embeds"][:1]).all() for feed in feeds)
     num_tiles = sum(len(grid.tiles) for grid in together[0].tokens)
     assert shapes == [(num_tiles, (num_tiles, 8))] * 3
     for one, other in zip(alone, together, strict=True):
@@ -203,11 +200,6 @@ def test_vision_encoder_that_leaves_out_a_tile_is_refused(
     tiled_manifest: Manifest, make_session: MakeSession, picture: Any
 ) -> None:
     session = make_session(tiled_manifest)
-    honest = session.backend.encode_image
-
-    def encode_image(*given: Any) -> Any:
-        return tuple(array[:-1] for array in honest(*given))
-
-    session.backend.encode_image = encode_image  # type: ignore[method-assign]
+    session.backend = EditedBackend(session.backend, "image_features", lambda found: found[:-1])
     with pytest.raises(BundleError, match=r"not of the manifest's shape.*allowed: \[3, 5, 8\]"):
         session.ground(picture, "the star")

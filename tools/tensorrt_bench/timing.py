@@ -42,7 +42,7 @@ class BackendDecoder:
 
     def step(self, feed: Feed) -> None:
         """See Decoder."""
-        self.backend.decode(**feed, cache=self.cache)
+        self.backend.decode(feed, self.cache)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from gap_export.errors import UsageError
+from gap_export.parity.replay import NEW_CACHE, Call
+from gap_export.runtime.backend import DECODER, EMBEDDING, NEWLINE, PRUNER, TEXT, VISION
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.prompt import TOKENIZER_FILE
 from gap_export.spec.manifest import (
@@ -41,40 +43,61 @@ SAFETENSORS_DTYPES: Mapping[str, str] = MappingProxyType(
 )
 
 
-class Signature(NamedTuple):
-    """What a recorded call must and may have."""
+class Method(NamedTuple):
+    """How a call is stored.
 
-    inputs: frozenset[str]
+    Attributes:
+        component: What was run.
+        inputs: In the order in which they are stored.
+        outputs: Those that must be there.
+        optional: Outputs that may be.
+    """
+
+    component: str
+    inputs: tuple[str, ...]
     outputs: frozenset[str]
     optional: frozenset[str] = frozenset()
 
 
-def _signature(inputs: str, outputs: str, optional: str = "") -> Signature:
-    return Signature(*(frozenset(names.split()) for names in (inputs, outputs, optional)))
+def _method(component: str, inputs: str, outputs: str, optional: str = "") -> Method:
+    must, may = frozenset(outputs.split()), frozenset(optional.split())
+    return Method(component, tuple(inputs.split()), must, may)
 
 
-# Inputs and outputs of each method of a backend that a session calls.
+# A call's "method" in golden.json, which for a vision encoder also says what it gives.
 _SEES = "pixel_values text_embeds"
-METHODS: Mapping[str, Signature] = MappingProxyType(
+METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "encode_text": _signature("input_ids", "text_embeds"),
-        "encode_image": _signature(_SEES, "image_features keep_indices", "token_scores"),
-        "score_tokens": _signature(_SEES, "token_scores patch_features", "patch_keys"),
-        "prune_tokens": _signature(
+        "encode_text": _method(TEXT, "input_ids", "text_embeds"),
+        "encode_image": _method(VISION, _SEES, "image_features keep_indices", "token_scores"),
+        "score_tokens": _method(VISION, _SEES, "token_scores patch_features", "patch_keys"),
+        "prune_tokens": _method(
+            PRUNER,
             "token_scores patch_features patch_keys num_kept_tokens",
             "image_features keep_indices",
             "token_scores",
         ),
-        "image_newline": _signature("", "image_newline"),
-        "embed_tokens": _signature("input_ids", "inputs_embeds"),
-        "new_cache": _signature("batch_size", ""),
-        "decode": _signature("inputs_embeds attention_mask position_ids kept_positions", "logits"),
+        "image_newline": _method(NEWLINE, "", "image_newline"),
+        "embed_tokens": _method(EMBEDDING, "input_ids", "inputs_embeds"),
+        "new_cache": _method(NEW_CACHE, "batch_size", ""),
+        "decode": _method(
+            DECODER, "inputs_embeds attention_mask position_ids kept_positions", "logits"
+        ),
     }
 )
-# Inputs that are one number, and not arrays.
+# Inputs of one number, which are stored without a dimension.
 SCALARS = frozenset({"batch_size", "num_kept_tokens"})
 # Inputs that are not there for every model.
 OPTIONAL_INPUTS = frozenset({"text_embeds", "patch_keys"})
+
+
+def method_of(call: Call) -> str:
+    """The name that a call is stored under."""
+    return next(
+        name
+        for name, method in METHODS.items()
+        if method.component == call.component and method.outputs <= call.outputs.keys()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

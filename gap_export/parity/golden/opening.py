@@ -281,13 +281,13 @@ def _is_box(tensor: StoredTensor) -> bool:
 
 def _call_problem(spec: GoldenSpec, call: StoredCall) -> str:
     """What is wrong with a call; empty for nothing."""
-    signature = METHODS.get(call.method)
-    if signature is None:
+    method = METHODS.get(call.method)
+    if method is None:
         return repr(call.method)
     outputs = call.outputs.keys()
     if (
-        call.inputs.keys() != signature.inputs
-        or not signature.outputs <= outputs <= signature.outputs | signature.optional
+        call.inputs.keys() != set(method.inputs)
+        or not method.outputs <= outputs <= method.outputs | method.optional
     ):
         return f"{call.method} of {sorted(call.inputs)} that gave {sorted(outputs)}"
     for name, key in (*call.inputs.items(), *call.outputs.items()):
@@ -329,13 +329,16 @@ class _Calls(Sequence[list[Call]]):
         return self._read(self._spec.calls[index])
 
     def _read(self, calls: Sequence[StoredCall]) -> list[Call]:
-        def read(name: str) -> NDArray[Any]:
-            return _read_array(self._path, self._spec.tensors[name])
+        def read(key: str) -> NDArray[Any]:
+            return _read_array(self._path, self._spec.tensors[key])
+
+        def fed(name: str, key: str) -> NDArray[Any]:
+            return read(key).reshape(1) if name in SCALARS else read(key)
 
         return [
             Call(
-                method=call.method,
-                inputs={n: None if k is None else read(k) for n, k in call.inputs.items()},
+                component=METHODS[call.method].component,
+                inputs={n: fed(n, key) for n, key in call.inputs.items() if key is not None},
                 outputs={name: read(key) for name, key in call.outputs.items()},
                 margins=None if call.margins is None else read(call.margins),
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,11 @@ from gap_export.bundle import Bundle
 from gap_export.errors import GapExportError, UsageError
 from gap_export.parity.golden.format import RECORD_AGAIN, without_scores
 from gap_export.parity.golden.opening import Golden
-from gap_export.parity.replay import Call
-from gap_export.runtime.backend import EncodedImage, FloatArray, KVCache, ScoredImage
+from gap_export.parity.replay import NEW_CACHE, Call
+from gap_export.runtime.backend import DECODER, Backend, Feed, FloatArray, KVCache, Outputs
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.session import GroundingSession
-from gap_export.spec.manifest import QuantizationSpec, from_plain, to_plain
-from gap_export.spec.positions import Int64Array
+from gap_export.spec.manifest import from_plain, to_plain
 
 # Two machines may resize a picture to values one level of 255 apart, which the deviation of a
 # colour makes larger.
@@ -92,13 +90,13 @@ class _Cache:
         self.length = 0
 
 
-class _Playback:
+class _Playback(Backend):
     """A backend that gives what was recorded, and refuses to be asked anything else."""
 
     def __init__(self, golden: Golden) -> None:
         self.name = golden.spec.reference
         self.dtype = golden.dtype
-        self.quantization: QuantizationSpec | None = golden.quantization
+        self.quantization = golden.quantization
         self._number = 0
         self._calls: Iterator[tuple[int, Call]] = iter(())
 
@@ -111,88 +109,34 @@ class _Playback:
         """See that all of them were asked for."""
         left = next(self._calls, None)
         if left is not None:
-            raise _torn(f"question {self._number}: call {left[0]} ({left[1].method}) is one more")
+            number, call = left
+            raise _torn(f"question {self._number}: call {number} ({call.component}) is one more")
 
-    def __enter__(self) -> _Playback:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Nothing to free."""
-
-    def encode_text(self, input_ids: Int64Array) -> FloatArray:
+    def run(self, component: str, feed: Feed) -> Outputs:
         """See Backend."""
-        return self._give("encode_text", input_ids=input_ids)["text_embeds"]
-
-    def encode_image(
-        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> EncodedImage:
-        """See Backend."""
-        found = self._give("encode_image", pixel_values=pixel_values, text_embeds=text_embeds)
-        return EncodedImage(**found)
-
-    def score_tokens(
-        self, pixel_values: NDArray[np.float32], text_embeds: FloatArray | None
-    ) -> ScoredImage:
-        """See Backend."""
-        found = self._give("score_tokens", pixel_values=pixel_values, text_embeds=text_embeds)
-        return ScoredImage(**found)
-
-    def prune_tokens(self, scored: ScoredImage, *, num_kept_tokens: int) -> EncodedImage:
-        """See Backend."""
-        number = np.asarray(num_kept_tokens)
-        return EncodedImage(
-            **self._give("prune_tokens", **scored._asdict(), num_kept_tokens=number)
-        )
-
-    def image_newline(self) -> FloatArray:
-        """See Backend."""
-        return self._give("image_newline")["image_newline"]
-
-    def embed_tokens(self, input_ids: Int64Array) -> FloatArray:
-        """See Backend."""
-        return self._give("embed_tokens", input_ids=input_ids)["inputs_embeds"]
+        return self._give(component, feed)
 
     def new_cache(self, batch_size: int) -> _Cache:
         """See Backend."""
-        self._give("new_cache", batch_size=np.asarray(batch_size))
+        self._give(NEW_CACHE, {"batch_size": np.array([batch_size], dtype=np.int64)})
         return _Cache(batch_size)
 
-    def decode(
-        self,
-        *,
-        inputs_embeds: FloatArray,
-        attention_mask: Int64Array,
-        position_ids: Int64Array,
-        kept_positions: Int64Array,
-        cache: KVCache,
-    ) -> FloatArray:
+    def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
         """See Backend."""
         del cache
-        return self._give(
-            "decode",
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            kept_positions=kept_positions,
-        )["logits"]
+        return self._give(DECODER, feed)["logits"]
 
-    def _give(self, method: str, **asked: NDArray[Any] | None) -> dict[str, NDArray[Any]]:
+    def _give(self, component: str, feed: Feed) -> Outputs:
         place, call = next(self._calls, (0, None))
         where = f"question {self._number}, call {place}"
-        if call is None or call.method != method:
-            recorded = "the end" if call is None else call.method
-            raise _torn(f"{where}: {recorded}, where a session asks for {method}")
-        for name, value in asked.items():
-            if not _same(name, call.inputs[name], value):
-                raise _torn(f"{where} ({method}): {name} is not what a session gives it")
+        if call is None or call.component != component:
+            recorded = "the end" if call is None else call.component
+            raise _torn(f"{where}: {recorded}, where a session asks for {component}")
+        for name in sorted(feed.keys() | call.inputs.keys()):
+            if not _same(name, call.inputs.get(name), feed.get(name)):
+                raise _torn(f"{where} ({component}): {name} is not what a session gives it")
         if call.margins is not None and not _are_margins(call.margins, call.outputs):
-            raise _torn(f"{where} ({method}): margins {call.margins.tolist()[:4]}")
+            raise _torn(f"{where} ({component}): margins {call.margins.tolist()[:4]}")
         return call.outputs
 
 

@@ -25,8 +25,10 @@ from gap_export.outputs import check_outside_listings
 from gap_export.parity.golden.format import (
     GOLDEN_NAME,
     HASH_NAME,
+    METHODS,
     NAMES,
     SAFETENSORS_DTYPES,
+    SCALARS,
     TENSORS_NAME,
     GoldenSpec,
     StoredCall,
@@ -35,6 +37,7 @@ from gap_export.parity.golden.format import (
     StoredQuestion,
     StoredTensor,
     hash_line,
+    method_of,
     without_scores,
 )
 from gap_export.parity.question import Question
@@ -242,9 +245,16 @@ def _store_question(arrays: _Arrays, question: Question, manifest: Manifest) -> 
 
 
 def _store_call(arrays: _Arrays, call: Call) -> StoredCall:
+    method = method_of(call)
+    inputs: dict[str, str | None] = {}
+    for name in METHODS[method].inputs:
+        value = call.inputs.get(name)
+        if value is not None and name in SCALARS:
+            value = value.reshape(())
+        inputs[name] = None if value is None else arrays.add(value)
     return StoredCall(
-        method=call.method,
-        inputs={n: None if a is None else arrays.add(a) for n, a in call.inputs.items()},
+        method=method,
+        inputs=inputs,
         outputs={name: arrays.add(array) for name, array in call.outputs.items()},
         margins=None if call.margins is None else arrays.add(call.margins),
     )

@@ -141,10 +141,7 @@ def name_of_call(call: Call, component: str) -> str:
     """``prefill``, ``decode 1``, ..., or the component's name."""
     if not call.is_decode:
         return component
-    embeds, mask, table = (
-        call.inputs[name] for name in ("inputs_embeds", "attention_mask", "kept_positions")
-    )
-    assert embeds is not None and mask is not None and table is not None
+    mask, table = call.inputs["attention_mask"], call.inputs["kept_positions"]
     step = mask.shape[1] - table.shape[-1]
     return f"decode {step}" if step else "prefill"
 

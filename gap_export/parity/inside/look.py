@@ -14,9 +14,9 @@ from gap_export.errors import GapExportError
 from gap_export.parity.candidate import Answered, Candidate
 from gap_export.parity.replay import Call
 from gap_export.parity.results import Divergence, TensorRow
-from gap_export.parity.tally import COMPONENTS
 from gap_export.parity.truth import Recorded, TorchTruth, Truth
 from gap_export.progress import Progress
+from gap_export.runtime.backend import DECODER
 
 _NO_LAYERS = "where that begins is not known: a golden does not hold what is inside a model"
 _NO_ENGINES = "where that begins is not known: engines cannot be looked into; see --backend ort"
@@ -123,11 +123,8 @@ def _graphs(bundle: Bundle) -> set[str]:
 
 def _first_calls(bundle: Bundle, calls: Sequence[Call]) -> Iterator[tuple[str, Call]]:
     """The first call of each graph, and of the decoder the first step as well."""
-    left = {
-        component: 2 if component == COMPONENTS["decode"] else 1 for component in _graphs(bundle)
-    }
+    left = {component: 2 if component == DECODER else 1 for component in _graphs(bundle)}
     for call in calls:
-        component = COMPONENTS.get(call.method, "")
-        if left.get(component, 0) > 0:
-            left[component] -= 1
-            yield component, call
+        if left.get(call.component, 0) > 0:
+            left[call.component] -= 1
+            yield call.component, call

@@ -25,7 +25,6 @@ from gap_export.parity.inside.reference_taps import ReferenceCall, ReferenceTaps
 from gap_export.parity.inside.taps import Arrays, Graph, run_taps
 from gap_export.parity.replay import Call
 from gap_export.parity.results import Divergence
-from gap_export.parity.tally import COMPONENTS
 
 # Their results are whatever was in the memory.
 _UNFILLED = ("empty", "new_empty")
@@ -77,7 +76,7 @@ def find_overflow(
         UsageError: a decode step without those before it.
         GapExportError: ONNX Runtime cannot run the graph.
     """
-    component = COMPONENTS[call.method]
+    component = call.component
     replayed = truth.replay(component, call, calls)
     inside = _in_reference(replayed)
     spec = bundle.manifest.graph(component)

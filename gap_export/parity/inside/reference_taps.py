@@ -12,18 +12,15 @@ import torch
 from numpy.typing import NDArray
 
 from gap_export.checkpoint.find.source import Checkpoint
-from gap_export.checkpoint.weights import SAFETENSORS_NAMES, TORCH_DTYPES
 from gap_export.errors import UsageError
+from gap_export.exporting.torch_backend import to_numpy, to_torch
 from gap_export.families import Component, Reference
 from gap_export.parity.inside.taps import Arrays
-from gap_export.parity.replay import Call
+from gap_export.parity.replay import NEW_CACHE, Call
 from gap_export.spec.manifest import PruningSpec, QuantizationSpec
-from gap_export.spec.positions import gap_remap
 from gap_export.spec.recipe import Recipe
 
 Side = Literal["input", "output"]
-_KEPT_SLOTS, _NUM_KEPT = "kept_slots", "num_kept_tokens"
-_POSITION_IDS, _KEPT_POSITIONS = "position_ids", "kept_positions"
 _PAST, _PRESENT = "past_key_values.", "present."
 
 
@@ -61,9 +58,7 @@ class ReferenceTaps:
             UsageError: a decode step without those before it.
         """
         part = self.reference.component(component)
-        feed = {name: value for name, value in call.inputs.items() if value is not None}
-        if _NUM_KEPT in feed:
-            feed[_NUM_KEPT] = feed[_NUM_KEPT].reshape(1)
+        feed = dict(call.inputs)
         if call.is_decode:
             feed |= self._past(part, call, calls)
         return ReferenceCall(component=part, feed=feed)
@@ -71,15 +66,13 @@ class ReferenceTaps:
     def _past(self, part: Component, call: Call, calls: Sequence[Call]) -> Arrays:
         """The cache before a call, by the graph's names."""
         embeds, mask = call.inputs["inputs_embeds"], call.inputs["attention_mask"]
-        assert embeds is not None and mask is not None, "a decoder is always fed both"
         names = [spec.name for spec in part.inputs if spec.name.startswith(_PAST)]
         spec = self.reference.decoder_spec
         dtype = np.float32 if self.reference.dtype == "bfloat16" else self.reference.dtype
         shape = (len(embeds), spec.num_key_value_heads, 0, spec.head_dim)
         past: dict[str, NDArray[Any]] = {name: np.zeros(shape, dtype) for name in names}
         for before in _before(call, calls):
-            given = {name: value for name, value in before.inputs.items() if value is not None}
-            outputs = ReferenceCall(component=part, feed={**given, **past}).outputs()
+            outputs = ReferenceCall(component=part, feed={**before.inputs, **past}).outputs()
             past = {name: outputs[name.replace(_PAST, _PRESENT, 1)] for name in names}
         filled = past[names[0]].shape[2]
         wanted = mask.shape[1] - embeds.shape[1]
@@ -126,23 +119,11 @@ class ReferenceCall:
         known = dict(module.named_modules())
         hooks = [(known[name], _keeper(found, name)) for name in names if name in known]
         with _hooks(hooks), torch.inference_mode():
-            given = module(*self._given())
+            given = module(*to_torch(self.component, self.feed).values())
         tensors = [given] if isinstance(given, torch.Tensor) else list(given)
         for spec, tensor in zip(self.component.outputs, tensors, strict=True):
-            self._outputs[spec.name] = _array(tensor)
+            self._outputs[spec.name] = to_numpy(tensor)
         return found
-
-    def _given(self) -> Iterator[torch.Tensor]:
-        feed = dict(self.feed)
-        if _POSITION_IDS in feed:
-            # Worked out apart from the graph's own node.
-            feed[_POSITION_IDS] = gap_remap(feed[_POSITION_IDS], feed[_KEPT_POSITIONS])
-        if _NUM_KEPT in feed:
-            feed[_KEPT_SLOTS] = np.arange(int(feed[_NUM_KEPT][0]))
-        for spec in self.component.inputs:
-            tensor = torch.from_numpy(np.ascontiguousarray(feed[spec.name]))
-            name = SAFETENSORS_NAMES.get(spec.dtype)
-            yield tensor if name is None else tensor.to(TORCH_DTYPES[name])
 
 
 _Hook = Callable[[torch.nn.Module, tuple[Any, ...], Any], None]
@@ -165,7 +146,7 @@ def _keeper(found: dict[tuple[str, Side], list[NDArray[Any]]], name: str) -> _Ho
         for side, value in values.items():
             if isinstance(value, torch.Tensor):
                 # What is kept must stay as it is, whatever is later done in place.
-                found.setdefault((name, side), []).append(_array(value).copy())
+                found.setdefault((name, side), []).append(to_numpy(value).copy())
 
     return keep
 
@@ -176,14 +157,8 @@ def _before(call: Call, calls: Sequence[Call]) -> list[Call]:
     for other in calls:
         if other is call:
             return before
-        if other.method == "new_cache":
+        if other.component == NEW_CACHE:
             before = []
         elif other.is_decode:
             before.append(other)
     return []
-
-
-def _array(tensor: torch.Tensor) -> NDArray[Any]:
-    tensor = tensor.detach()
-    found: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return found

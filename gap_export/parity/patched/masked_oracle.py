@@ -28,8 +28,14 @@ from gap_export.parity.results import TensorRow, plain_values
 from gap_export.parity.tally import tensor_row
 from gap_export.parity.uncached import uncached_row
 from gap_export.progress import Progress, SilentProgress
-from gap_export.runtime.backend import FloatArray
-from gap_export.runtime.generation import DecoderPrompt, PromptRow, assemble_prompt, generate
+from gap_export.runtime.backend import VISION, FloatArray
+from gap_export.runtime.generation import (
+    DecoderPrompt,
+    PromptRow,
+    assemble_prompt,
+    embed_tokens,
+    generate,
+)
 from gap_export.runtime.image import ImageInput, load_image, prepare_image
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.prompt import PromptEncoder
@@ -228,7 +234,8 @@ class _Question:
         encoded = prompts.encode(expression)
         image = load_image(picture, pad_color=manifest.image.pad_color)
         pixel_values, _ = prepare_image(image, manifest.image)
-        kept, keep = candidate.encode_image(pixel_values, None)[:2]
+        given = candidate.run(VISION, {"pixel_values": pixel_values})
+        kept, keep = given["image_features"], given["keep_indices"]
         every = reference.encode_image(pixel_values)[0]
         num_visual = manifest.pruning.num_visual_tokens
         if len(every) != num_visual or keep.min() < 0 or keep.max() >= num_visual:
@@ -240,7 +247,7 @@ class _Question:
         self.features = (every[keep[0]], kept[0])
         self.drops = len(keep[0]) < num_visual
         ids = np.concatenate([encoded.prefix_ids, encoded.suffix_ids])
-        text = candidate.embed_tokens(ids[None])[0]
+        text = embed_tokens(candidate, ids[None])[0]
         start = len(encoded.prefix_ids)
         row = PromptRow(
             prefix_embeds=text[:start],
@@ -288,14 +295,14 @@ class _Question:
             )
             every.append(logits[0])
             tokens.append(int(logits[0].argmax()))
-            embeds = self._candidate.embed_tokens(np.array([tokens[-1:]], dtype=np.int64))
+            embeds = self._embed(np.array([tokens[-1:]], dtype=np.int64))
             mask = np.concatenate([mask, np.ones((1, 1), dtype=np.int64)], axis=1)
             ids = self._ids(length + step, 1)
         return np.stack(every), np.array(tokens, dtype=np.int64)
 
     def uncached_logits(self, tokens: Int64Array) -> FloatArray:
         """The unpatched decoder's [1, V] behind all but the last of these tokens int64 [T]."""
-        fed = self._candidate.embed_tokens(tokens[None, :-1])
+        fed = self._embed(tokens[None, :-1])
         embeds = np.concatenate([self._full, fed], axis=1)
         mask = np.concatenate([self._mask(), np.ones(fed.shape[:2], dtype=np.int64)], axis=1)
         return self._reference.decode(
@@ -304,6 +311,9 @@ class _Question:
             position_ids=self._ids(0, embeds.shape[1]),
             cache=self._reference.new_cache(),
         )[0]
+
+    def _embed(self, ids: Int64Array) -> FloatArray:
+        return embed_tokens(self._candidate, ids, may_be_constant=True)
 
     def _mask(self) -> Int64Array:
         """int64 [1, L], 0 for dropped tokens."""

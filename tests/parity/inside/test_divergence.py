@@ -18,12 +18,7 @@ from gap_export.parity.replay import RecordingBackend
 from gap_export.runtime.session import GroundingSession
 from tests.parity import mutants
 
-COMPONENTS = {
-    "encode_text": "text_encoder",
-    "encode_image": "vision_encoder",
-    "embed_tokens": "embed_tokens",
-    "decode": "decoder_model_merged",
-}
+COMPONENTS = ("text_encoder", "vision_encoder", "embed_tokens", "decoder_model_merged")
 PREFILL, FIRST_STEP = 0, 1
 
 
@@ -44,7 +39,7 @@ class Question:
         )
 
     def call(self, component, number=0):
-        of_component = [c for c in self.calls if COMPONENTS.get(c.method) == component]
+        of_component = [c for c in self.calls if c.component == component]
         return of_component[number]
 
     def find(self, bundle, component, number=0, **options):
@@ -84,7 +79,7 @@ def test_a_text_encoder_is_looked_into_as_well(tiny_text_bundle, tiny_graphs):
         tiny_graphs.recipe,
         tiny_graphs.checkpoint,
     )
-    for component in COMPONENTS.values():
+    for component in COMPONENTS:
         assert asked.find(tiny_text_bundle, component) is None
         assert asked.compare(tiny_text_bundle, component)
 

@@ -80,12 +80,15 @@ def test_any_other_selection_is_a_tie_where_rounding_decided_it():
     logits = np.asarray([9.0, 1.0, 0.0])
     for margins, is_tie in (([1e-7], True), ([1.0, 1e-7], True), ([1e-5], False), (None, False)):
         seen = Call(
-            method="encode_image",
+            component="vision_encoder",
             inputs={},
             outputs={},
             margins=None if margins is None else np.asarray(margins, np.float32),
         )
-        calls = [seen, Call(method="decode", inputs={}, outputs={"logits": logits[None]})]
+        calls = [
+            seen,
+            Call(component="decoder_model_merged", inputs={}, outputs={"logits": logits[None]}),
+        ]
         for keep, differs in (((0, 4), True), ((5, 4), False), ((0, 3), False)):
             found = AnswerPair.of_calls(
                 Question(image=np.zeros((96, 96, 3), np.uint8), expression="the dog"),

@@ -72,8 +72,8 @@ def test_compact_positions_are_noticed(tiny_export, patch, compare, monkeypatch)
 def test_a_lost_node_is_noticed(tiny_export, patch, compare, monkeypatch):
     """GapRemap that gives slots as they are: every output but the features is off."""
 
-    def identity(*, opset):
-        made = gap_remap(opset=opset)
+    def identity(**options):
+        made = gap_remap(**options)
         ids = made.inputs[0]
         last = list(made)[-1]
         last.replace_input_with(0, ids)
