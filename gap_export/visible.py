@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -45,26 +45,27 @@ class VisibleFormatter(logging.Formatter):
         return visible(super().format(record), lines=True)
 
 
-def visible_strings(value: _Value) -> _Value:
+def visible_strings(value: _Value, *, show: Callable[[str], str] = visible) -> _Value:
     """The same data, each string in it as :func:`visible` shows it.
 
     Args:
         value: Strings, or what holds them: dataclasses, mappings, lists and tuples.
+        show: Shows a string in its place, such as :func:`clean`.
     """
-    return _cleaned(value)  # type: ignore[no-any-return]
 
+    def shown(value: Any) -> Any:
+        if isinstance(value, str):
+            return show(value)
+        if is_dataclass(value) and not isinstance(value, type):
+            named = [one.name for one in fields(value) if one.init]
+            return replace(value, **{name: shown(getattr(value, name)) for name in named})
+        if isinstance(value, Mapping):
+            return {shown(key): shown(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(shown, value))
+        return value
 
-def _cleaned(value: Any) -> Any:
-    if isinstance(value, str):
-        return visible(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        named = [one.name for one in fields(value) if one.init]
-        return replace(value, **{name: _cleaned(getattr(value, name)) for name in named})
-    if isinstance(value, Mapping):
-        return {_cleaned(key): _cleaned(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_cleaned, value))
-    return value
+    return shown(value)  # type: ignore[no-any-return]
 
 
 def _escaped(found: re.Match[str]) -> str:

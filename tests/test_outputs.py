@@ -21,8 +21,8 @@ from gap_export.parity.golden.format import HASH_NAME as GOLDEN_HASH_NAME
 from gap_export.parity.golden.recording import check_golden_place
 from gap_export.runtime.drawing import save_drawing
 from gap_export.spec.manifest import MANIFEST_NAME
-from tests.parity.reports import check_report
-from tests.report.evaluation.made_up import evaluation_report
+from tests.report.made_up_checks import check_report
+from tests.report.made_up_evaluations import evaluation_report
 
 WHAT = "the JSON report"
 NOT_OURS = {
@@ -39,19 +39,17 @@ NOT_OURS = {
 
 
 def test_every_report_and_drawing_may_be_replaced_by_the_next(tmp_path: Path) -> None:
-    from gap_export.report import evaluation as of_eval
-    from gap_export.report import parity as of_check
+    from gap_export.report import write_reports
 
     for _ in range(2):
-        of_check.write_reports(
+        write_reports(
             check_report(),
             json=tmp_path / "c.json", junit=tmp_path / "c.xml",
             markdown=tmp_path / "c.md", html=tmp_path / "c.html",
         )  # fmt: skip
-        of_eval.write_reports(
+        write_reports(
             evaluation_report(),
-            json_path=tmp_path / "e.json", markdown_path=tmp_path / "e.md",
-            html_path=tmp_path / "e.html",
+            json=tmp_path / "e.json", markdown=tmp_path / "e.md", html=tmp_path / "e.html",
         )  # fmt: skip
         for suffix in ("png", "jpg", "webp"):
             noise = Image.effect_noise((300, 300), 90).convert("RGB")

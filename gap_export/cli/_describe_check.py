@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from gap_export.cli._terminal import format_table
 from gap_export.parity.results import BackendResult, CheckReport, LevelResult, TensorRow, number
-from gap_export.report.parity.words import (
-    STATUS_WORDS,
+from gap_export.report.check import (
     backend_title,
     describe_figures,
     facts,
@@ -16,27 +15,30 @@ from gap_export.report.parity.words import (
     tensor_rows,
     verdict,
 )
-from gap_export.visible import clean
+from gap_export.report.document import STATUS_WORDS
+from gap_export.visible import clean, visible_strings
 
 
 def describe_check(report: CheckReport) -> str:
     """Of each backend the verdict of its levels, then the details, and in the end the verdict."""
+    report = visible_strings(report, show=clean)
     lines = [f"{name}: {value}" for name, value in facts(report)]
     for backend in report.backends:
         lines += ["", *_describe_backend(backend)]
-    lines += ["", verdict(report)]
+    lines += ["", STATUS_WORDS[verdict(report)]]
     return "\n".join(lines)
 
 
 def list_failures(report: CheckReport) -> str:
     """Which levels failed, and what was not run that had to be, in one line."""
+    report = visible_strings(report, show=clean)
     found = []
     for backend in report.backends:
         failed = [level.level for level in backend.levels if level.status == "failed"]
         if failed:
             found.append(f"{backend_title(backend)}: {', '.join(failed)}")
         if is_missed(report, backend):
-            reasons = dict.fromkeys(clean(level.reason) for level in backend.levels)
+            reasons = dict.fromkeys(level.reason for level in backend.levels)
             found.append(f"{backend_title(backend)}: not run: {'; '.join(reasons)}")
     return "; ".join(found)
 
@@ -44,7 +46,7 @@ def list_failures(report: CheckReport) -> str:
 def _describe_backend(backend: BackendResult) -> Iterator[str]:
     reasons = {level.reason for level in backend.levels}
     if not backend.was_run and len(reasons) == 1:
-        yield f"{backend_title(backend)}: not run: {clean(*reasons)}"
+        yield f"{backend_title(backend)}: not run: {reasons.pop()}"
         return
     yield f"{backend_title(backend)}, {backend.seconds:.1f} s"
     rows = [
@@ -54,7 +56,7 @@ def _describe_backend(backend: BackendResult) -> Iterator[str]:
     yield format_table(["level", "verdict", "what was found"], rows)
     for level in backend.levels:
         if level.reason:
-            yield f"{level.level}: {clean(level.reason)}"
+            yield f"{level.level}: {level.reason}"
     for found in backend.divergences:
         yield found.describe()
     for level in backend.levels:
@@ -77,9 +79,9 @@ def _tensor_table(rows: Sequence[TensorRow]) -> str:
     """Fewer columns than in the reports: what fits on a screen."""
     cells = [
         [
-            clean(row.component),
-            clean(row.tensor),
-            *([clean(row.module)] if row.module else []),
+            row.component,
+            row.tensor,
+            *([row.module] if row.module else []),
             str(row.calls),
             *map(number, (row.max_abs_diff, row.mean_abs_diff, row.p99_abs_diff)),
             *map(number, (row.max_abs_reference, row.atol, row.rtol)),

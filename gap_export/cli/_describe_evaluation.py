@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gap_export.cli._terminal import format_table
-from gap_export.report.evaluation.words import describe_frame
+from gap_export.report.evaluation import describe_frame
 from gap_export.visible import visible, visible_strings
 
 if TYPE_CHECKING:

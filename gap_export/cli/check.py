@@ -104,7 +104,7 @@ def check(
     terminal = terminal_of(ctx)
     terminal.begin(f"checking {bundle}")
     from gap_export.engines.folder import open_whole
-    from gap_export.report.parity import check_writable, write_reports
+    from gap_export.report import check_writable, write_reports
 
     backends = parse_backends(backend or [], "--backend")
     given = {

@@ -96,7 +96,7 @@ def evaluate(
     from gap_export.checkpoint.find.source import parse_parts
     from gap_export.evaluation.evaluate import Asking, evaluate_bundle, evaluate_model
     from gap_export.exporting import ExportOptions
-    from gap_export.report.evaluation import check_writable, write_reports
+    from gap_export.report import check_writable, write_reports
 
     parts = parse_parts(checkpoint or [])
     bundles = _bundles(target, baseline)
@@ -109,7 +109,7 @@ def evaluate(
         if folder is not None:
             rule.check_outside(option, folder)
     rule = with_sources(rule, _sources(target, recipe, parts))
-    check_writable(json_path=report_json, markdown_path=markdown, html_path=html, rule=rule)
+    check_writable(json=report_json, markdown=markdown, html=html, rule=rule)
     reports = {"--report-json": report_json, "--markdown": markdown, "--html": html}
     check_beside_folders(reports, records=records, pictures=pictures)
     asking = Asking(
@@ -174,7 +174,7 @@ def evaluate(
                 asking=asking,
                 progress=terminal.progress(),
             )
-    write_reports(report, json_path=report_json, markdown_path=markdown, html_path=html, rule=rule)
+    write_reports(report, json=report_json, markdown=markdown, html=html, rule=rule)
     if as_json:
         terminal.json(report.to_plain())
     else:

@@ -1,1 +1,1 @@
-"""Accuracy: how well a model still grounds, on RefShapes, RefCOCO or pictures of one's own."""
+"""Accuracy: how well a model still grounds, on RefShapes, RefCOCO or images of one's own."""

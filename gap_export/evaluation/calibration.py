@@ -16,10 +16,10 @@ NUM_SAMPLES = 32
 def refshapes_questions(
     *, seed: int = 0, num_samples: int = NUM_SAMPLES
 ) -> list[tuple[NDArray[np.uint8], str]]:
-    """RefShapes pictures of the training split, uint8 [H, W, 3], with one expression each.
+    """RefShapes images of the training split, uint8 [H, W, 3], with one expression each.
 
     Args:
-        seed: Of the pictures.
+        seed: Of the images.
         num_samples: How many.
     """
     # What is held out has no part in it.

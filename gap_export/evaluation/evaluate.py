@@ -20,7 +20,7 @@ from gap_export.evaluation.calibration import refshapes_questions
 from gap_export.evaluation.datasets import open_dataset
 from gap_export.evaluation.datasets.refshapes_set import NAME as REFSHAPES
 from gap_export.evaluation.doubts import find_doubts
-from gap_export.evaluation.faults import compare_with_pictures, failed_questions
+from gap_export.evaluation.faults import compare_with_images, failed_questions
 from gap_export.evaluation.measure import (
     Runner,
     RunnerOptions,
@@ -303,7 +303,7 @@ class _Job:
             answers = run.answers(self.executor, progress)
         if self.asking.pictures is not None:
             self._draw(settings, answers, manifest, self.asking.pictures)
-        seen = compare_with_pictures(self.dataset.questions, answers)
+        seen = compare_with_images(self.dataset.questions, answers)
         unusable = (*self.dataset.unusable, *seen.unusable)
         with progress.stage("summing up", total=len(settings)) as advance:
             judging = Judging(
@@ -363,10 +363,10 @@ class _Job:
             for setting in settings:
                 answer = runner.ground(setting, first)
                 drawing = draw_grounding(
-                    first.picture.load(),
+                    first.image.load(),
                     answer,
                     pad_color=manifest.image.pad_color,
-                    frame=first.picture.frame,
+                    frame=first.image.frame,
                 )
                 save_drawing(drawing, paths[setting.name], rule=self.asking.rule)
 

@@ -1,4 +1,4 @@
-"""What is wrong with questions, where it is seen only once their pictures are open."""
+"""What is wrong with questions, where it is seen only once their images are open."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Answers = Mapping[str, Mapping[str, Record]]
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """Questions, as their pictures show them.
+    """Questions, as their images show them.
 
     Attributes:
-        questions: Those whose annotation fits the picture, boxes cut at its border.
+        questions: Those whose annotation fits the image, boxes cut at its border.
         unusable: The others: no answer to them can be judged.
     """
 
@@ -26,11 +26,11 @@ class Seen:
     unusable: tuple[Unusable, ...]
 
 
-def compare_with_pictures(questions: Sequence[Question], answers: Answers) -> Seen:
-    """Hold annotations against the pictures that were loaded.
+def compare_with_images(questions: Sequence[Question], answers: Answers) -> Seen:
+    """Hold annotations against the images that were loaded.
 
-    A picture of another size than annotated is another picture, or one that was scaled: boxes say
-    nothing about it. Where no size is annotated, a box may lie outside of the picture.
+    An image of another size than annotated is another image, or one that was scaled: boxes say
+    nothing about it. Where no size is annotated, a box may lie outside of the image.
 
     Args:
         questions: Those that were asked.
@@ -46,10 +46,10 @@ def compare_with_pictures(questions: Sequence[Question], answers: Answers) -> Se
         raise UsageError(
             "none of the expressions could be asked",
             seen=f"{question.id}: {failed.error}",
-            # Other expressions are another data set; a picture that was broken is asked again.
+            # Other expressions are another data set; an image that was broken is asked again.
             fix="mend the expressions; with --records name another folder then"
             if failed.fault == "refused expression"
-            else "mend the pictures",
+            else "mend the images",
         )
     fitting: list[Question] = []
     unusable: list[Unusable] = []
@@ -64,15 +64,15 @@ def compare_with_pictures(questions: Sequence[Question], answers: Answers) -> Se
             unusable.append(_unusable(question, "picture of another size", detail))
         elif isinstance(checked, str):
             edges = ", ".join(f"{edge:g}" for edge in question.box)
-            unusable.append(_unusable(question, checked, f"box {edges}, picture {_sides(size)}"))
+            unusable.append(_unusable(question, checked, f"box {edges}, image {_sides(size)}"))
         else:
             fitting.append(replace(question, box=checked))
     if not fitting:
         first = unusable[0]
         raise UsageError(
-            "none of the annotations fits its picture",
+            "none of the annotations fits its image",
             seen=f"{first.question_id}: {first.reason}, {first.detail}",
-            fix="put the pictures that were annotated, as they were, where these are",
+            fix="put the images that were annotated, as they were, where these are",
         )
     return Seen(questions=tuple(fitting), unusable=tuple(unusable))
 

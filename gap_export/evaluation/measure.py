@@ -32,7 +32,7 @@ from gap_export.spec.manifest import GridSpec, Manifest, PromptSpec
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Expressions about one picture that are asked together, at most. Memory grows with it.
+# Expressions about one image that are asked together, at most. Memory grows with it.
 MAX_BATCH = 16
 _SLOT = "{expression}"
 
@@ -94,7 +94,7 @@ class Runner:
     def answer(self, shard: Shard) -> list[Record]:
         """One record for each question, in their order.
 
-        A picture that cannot be read, and an expression that the model refuses, are records with
+        An image that cannot be read, and an expression that the model refuses, are records with
         an error.
 
         Raises:
@@ -104,19 +104,19 @@ class Runner:
         return [
             record
             for _, group in groupby(shard.questions, key=lambda question: question.image_id)
-            for record in _answer_picture(session, list(group), opened.max_batch)
+            for record in _answer_image(session, list(group), opened.max_batch)
         ]
 
     def ground(self, setting: Setting, question: Question) -> Grounding:
         """The whole answer to one question, to be drawn.
 
         Raises:
-            GapExportError: the bundle cannot be run, the picture not be read, or the expression not
+            GapExportError: the bundle cannot be run, the image not be read, or the expression not
                 be asked.
         """
         _, session = self._open(setting)
-        picture = question.picture
-        return session.ground(picture.load(), question.expression, frame=picture.frame)
+        image = question.image
+        return session.ground(image.load(), question.expression, frame=image.frame)
 
     def check(self, setting: Setting) -> None:
         """Open what a setting needs.
@@ -247,12 +247,12 @@ def check_prompt(template: str, spec: PromptSpec, *, reads_question: bool = Fals
         )
 
 
-def _answer_picture(
+def _answer_image(
     session: GroundingSession, questions: Sequence[Question], max_batch: int
 ) -> Iterator[Record]:
-    """Records of the questions about one picture."""
+    """Records of the questions about one image."""
     try:
-        image = questions[0].picture.load()
+        image = questions[0].image.load()
     except ImageError as err:
         yield from (_failed(question, err) for question in questions)
         return
@@ -267,7 +267,7 @@ def _answer_batch(
         answers = session.ground_batch(
             image,
             [question.expression for question in questions],
-            frame=questions[0].picture.frame,
+            frame=questions[0].image.frame,
         )
     except ImageError as err:
         return [_failed(question, err) for question in questions]

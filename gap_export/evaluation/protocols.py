@@ -3,7 +3,7 @@
 They differ in which texts are read, in the frame in which two boxes are compared, in how the true
 box is rounded, and in whether an IoU of exactly the threshold hits. Numbers are comparable under
 one protocol only. What is the same in all: an answer that is not read has IoU 0 and counts as
-wrong; and a picture has the size it was loaded with.
+wrong; and an image has the size it was loaded with.
 
 Under the name of a program an answer is read as that program reads it, so what counts as wrong
 there does so here. Under ``tolerant`` it is read as ``ground`` does, with
@@ -180,15 +180,15 @@ def _the_whole_answer(record: Record, _: BoxSpec) -> Box | None:
 
 
 def _in_pixels(_: Box, record: Record, question: Question, __: BoxSpec) -> float:
-    """What the runtime answers, in pixels of the picture: corners in order, clipped."""
+    """What the runtime answers, in pixels of the image: corners in order, clipped."""
     return 0.0 if record.box is None else intersection_over_union(record.box, question.box)
 
 
-def _as_fractions_of_the_picture(box: Box, record: Record, question: Question, _: BoxSpec) -> float:
+def _as_fractions_of_the_image(box: Box, record: Record, question: Question, _: BoxSpec) -> float:
     """The answer as it stands, though it may refer to the padded square."""
     width, height = record.image_size
-    picture = Frame(left=0, top=0, width=width, height=height)
-    return intersection_over_union(box, _to_fractions(question.box, picture))
+    image = Frame(left=0, top=0, width=width, height=height)
+    return intersection_over_union(box, _to_fractions(question.box, image))
 
 
 def _in_the_model_s_frame(box: Box, record: Record, question: Question, box_spec: BoxSpec) -> float:
@@ -216,22 +216,22 @@ def _in_pixels_with_both_ends(box: Box, record: Record, question: Question, _: B
     return intersection_over_union(_with_last_pixel(answer), _with_last_pixel(question.box))
 
 
-def _in_hundredths_of_the_picture(
+def _in_hundredths_of_the_image(
     box: Box, record: Record, question: Question, box_spec: BoxSpec
 ) -> float:
-    """The answer without its padding, clipped to the picture; the truth in two decimals.
+    """The answer without its padding, clipped to the image; the truth in two decimals.
 
     Its own program compares answers about a padded square as they stand, and refuses those beyond
     0..1: https://github.com/TRI-ML/vlm-evaluation/issues/16.
     """
     width, height = record.image_size
-    picture = Frame(left=0, top=0, width=width, height=height)
+    image = Frame(left=0, top=0, width=width, height=height)
     frame = _frame(record, box_spec)
     x1, x2 = (frame.left + value * frame.width for value in box[0::2])
     y1, y2 = (frame.top + value * frame.height for value in box[1::2])
-    left, top, right, bottom = _to_fractions((x1, y1, x2, y2), picture)
+    left, top, right, bottom = _to_fractions((x1, y1, x2, y2), image)
     answer = (max(left, 0.0), max(top, 0.0), min(right, 1.0), min(bottom, 1.0))
-    x1, y1, x2, y2 = (round(value, 2) for value in _to_fractions(question.box, picture))
+    x1, y1, x2, y2 = (round(value, 2) for value in _to_fractions(question.box, image))
     return intersection_over_union(answer, (x1, y1, x2, y2))
 
 
@@ -251,8 +251,8 @@ def _with_last_pixel(box: Box) -> Box:
 
 
 _IN_PIXELS = (
-    "IoU > 0.5 in pixels of the picture: padding taken off, corners put in order, clipped to the "
-    "picture"
+    "IoU > 0.5 in pixels of the image: padding taken off, corners put in order, clipped to the "
+    "image"
 )
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     {
@@ -276,12 +276,12 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             ),
             Protocol(
                 name="lmms",
-                summary="IoU >= 0.5 in fractions of the picture, padding not taken off: answers "
+                summary="IoU >= 0.5 in fractions of the image, padding not taken off: answers "
                 "about a padded square are under-counted; only [x1, y1, x2, y2] is read",
                 source="lmms-eval, tasks/refcoco/utils_rec.py",
                 syntaxes=("bracketed",),
                 read=_first_four_floats,
-                compare=_as_fractions_of_the_picture,
+                compare=_as_fractions_of_the_image,
                 reaches=operator.ge,
             ),
             Protocol(
@@ -296,7 +296,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             ),
             Protocol(
                 name="minigpt-v2",
-                summary="IoU > 0.5 in pixels of the picture, both ends counted (+1 px), padding "
+                summary="IoU > 0.5 in pixels of the image, both ends counted (+1 px), padding "
                 "not taken off; only answers that begin with {<10><20><30><40>}, and hold no other "
                 "number, are read",
                 source="MiniGPT-4, eval_scripts/eval_ref.py and common/eval_utils.py",
@@ -307,13 +307,13 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             ),
             Protocol(
                 name="vlm-evaluation",
-                summary="IoU >= 0.5 in fractions of the picture, the true box in two decimals; "
+                summary="IoU >= 0.5 in fractions of the image, the true box in two decimals; "
                 "padding taken off, which its own program leaves on; only answers that are "
                 "[x1, y1, x2, y2] and nothing else, in 0..1 and corners in order, are read",
                 source="vlm-evaluation, tasks/harnesses/refcoco.py",
                 syntaxes=("bracketed",),
                 read=_the_whole_answer,
-                compare=_in_hundredths_of_the_picture,
+                compare=_in_hundredths_of_the_image,
                 reaches=operator.ge,
             ),
         )

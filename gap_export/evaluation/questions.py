@@ -1,4 +1,4 @@
-"""What a data set asks: expressions about pictures, each with the box that is the right answer."""
+"""What a data set asks: expressions about images, each with the box that is the right answer."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _COUNTED_AS_WRONG: frozenset[UnusableReason] = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureSource:
-    """Where a picture comes from, and the frame that boxes on it are in.
+class ImageSource:
+    """Where an image comes from, and the frame that boxes on it are in.
 
     Small, so that it can be sent to a worker. Exactly one of the first four is given.
 
     Attributes:
         path: A file.
         encoded: Bytes of a file: PNG, JPEG.
-        parquet: A file of parquet and a row of it, from 0; its column ``image`` holds the picture.
+        parquet: A file of parquet and a row of it, from 0; its column ``image`` holds the image.
         scene: Split, seed, index and number of expressions of a RefShapes scene.
         frame: ``raw``: boxes are of the image as stored; ``upright``: as displayed, turned as EXIF
             says.
@@ -50,10 +50,10 @@ class PictureSource:
 
     def __post_init__(self) -> None:
         given = (self.path, self.encoded, self.parquet, self.scene)
-        assert sum(each is not None for each in given) == 1, "a picture has one source"
+        assert sum(each is not None for each in given) == 1, "an image has one source"
 
     def load(self) -> ImageInput:
-        """The picture, in a form that ``GroundingSession.ground_batch`` takes.
+        """The image, in a form that ``GroundingSession.ground_batch`` takes.
 
         A file is not opened here: the session does it.
 
@@ -70,11 +70,11 @@ class PictureSource:
             return EncodedImage(data=self.encoded, name="the image")
         if self.parquet is not None:
             # Not at the top: nothing else needs pyarrow.
-            from gap_export.evaluation.datasets.parquet_pictures import read_picture
+            from gap_export.evaluation.datasets.parquet_images import read_image
 
             file, row = self.parquet
-            return EncodedImage(data=read_picture(file, row), name=f"{file}, row {row}")
-        assert self.scene is not None, "a picture has one source"
+            return EncodedImage(data=read_image(file, row), name=f"{file}, row {row}")
+        assert self.scene is not None, "an image has one source"
         split, seed, index, num_expressions = self.scene
         return generate_scene(
             split=split, seed=seed, index=index, num_expressions=num_expressions
@@ -83,14 +83,14 @@ class PictureSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One expression about one picture.
+    """One expression about one image.
 
     Attributes:
         id: Unique in the data set, the same whenever it is opened.
-        image_id: Questions about one picture share it.
-        picture: Where the picture comes from; the same for all questions about one picture.
+        image_id: Questions about one image share it.
+        image: Where the image comes from; the same for all questions about one image.
         expression: What to look for. As annotated: of any length.
-        box: The right answer (x1, y1, x2, y2) in pixels of the picture, in its frame.
+        box: The right answer (x1, y1, x2, y2) in pixels of the image, in its frame.
         image_size: Width and height in pixels as annotated; None where they are not.
         kind: Type of the expression; None in a set without types.
         split: Which part of the data set it is from.
@@ -98,7 +98,7 @@ class Question:
 
     id: str
     image_id: str
-    picture: PictureSource
+    image: ImageSource
     expression: str
     box: Box
     image_size: tuple[int, int] | None
@@ -130,7 +130,7 @@ class Unusable:
     def counts_as_wrong(self) -> bool:
         """Whether it stays in the denominator, as a wrong answer.
 
-        A picture that is not here is the user's lack, and an accuracy over the others would not be
+        An image that is not here is the user's lack, and an accuracy over the others would not be
         that of the data set. An annotation that no answer can match is taken out.
         """
         return self.reason in _COUNTED_AS_WRONG
@@ -145,9 +145,9 @@ class Dataset:
         name: Of the data set: ``refshapes``, ``refcoco``, a folder's name.
         splits: Those that were opened.
         layout: How it is stored.
-        fingerprint: SHA-256, hex, of what is asked: ids, pictures, expressions, boxes, splits. The
-            pictures' bytes and where they are have no part in it.
-        questions: Those about one picture stand together.
+        fingerprint: SHA-256, hex, of what is asked: ids, images, expressions, boxes, splits. The
+            images' bytes and where they are have no part in it.
+        questions: Those about one image stand together.
         unusable: Those that were asked for and cannot be.
     """
 
@@ -167,4 +167,4 @@ class Dataset:
     @property
     def frame(self) -> str:
         """The frame of its boxes; where it has both of them, both."""
-        return ", ".join(sorted({question.picture.frame for question in self.questions}))
+        return ", ".join(sorted({question.image.frame for question in self.questions}))

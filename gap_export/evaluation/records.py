@@ -45,15 +45,15 @@ class Record:
         text: The model's answer.
         fractions: The box as the model gave it, divided by its scale; corners in the order given,
             not clipped. None where nothing was parsed.
-        box: In pixels of the picture, corners in order, clipped; None where the answer holds no box
-            or one without area in the picture.
-        image_size: Width and height of the picture as loaded; (0, 0) with an error.
+        box: In pixels of the image, corners in order, clipped; None where the answer holds no box
+            or one without area in the image.
+        image_size: Width and height of the image as loaded; (0, 0) with an error.
         orientation: EXIF orientation that the image carries, 1..8.
         num_kept_tokens: Visual tokens the decoder read, an extra one included.
         num_visual_tokens: Those there were.
         timings_ms: Milliseconds by stage, of the whole batch.
         batch_size: Questions asked together.
-        error: Why it could not be asked: the picture cannot be read, or the model refuses the
+        error: Why it could not be asked: the image cannot be read, or the model refuses the
             expression. Then the text is empty and there is no box.
         fault: Which of the two, with an error.
         cut_off: Whether the answer was cut off at the model's ``max_new_tokens``.
@@ -168,7 +168,7 @@ class RecordsFile:
             if not line.endswith(b"\n"):
                 break
             found.append((start, self._parse_record(line, len(found) + 2)))
-        # A picture that could not be read may have been mended since; what is asked again is added
+        # An image that could not be read may have been mended since; what is asked again is added
         # at the end, and of two answers the later one counts.
         have = {record.question_id for _, record in found if record.fault != "broken picture"}
         complete = {one for piece in self._pieces if have.issuperset(piece) for one in piece}
@@ -222,7 +222,7 @@ def _to_record(plain: dict[str, Any]) -> Record:
         raise TypeError("cut_off is neither true nor false")
     width, height = plain["image_size"]
     plain["image_size"] = (width, height)
-    # Only of a picture that was not read nobody knows the size.
+    # Only of an image that was not read nobody knows the size.
     smallest = 1 if plain["error"] is None else 0
     for count in (width, height, plain["batch_size"]):
         _check_count(count, smallest)

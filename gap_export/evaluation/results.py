@@ -1,6 +1,6 @@
 """What an evaluation found, as plain data that reports are written from.
 
-Shares are 0..1, boxes are (x1, y1, x2, y2) in pixels of the picture, times are milliseconds. The
+Shares are 0..1, boxes are (x1, y1, x2, y2) in pixels of the image, times are milliseconds. The
 names of the fields are the keys of the JSON form.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from gap_export.evaluation.questions import PictureSource, Unusable
+from gap_export.evaluation.questions import ImageSource, Unusable
 from gap_export.evaluation.settings import SettingPositions
 from gap_export.parity.results import plain_values
 from gap_export.spec.manifest import PrunerText
@@ -29,11 +29,11 @@ class Accuracy:
     """How well some expressions were answered.
 
     Attributes:
-        n: Expressions, those that could not be asked for want of their picture included.
-        num_images: Pictures they are about.
+        n: Expressions, those that could not be asked for want of their image included.
+        num_images: Images they are about.
         acc_at_50: Share of the n that hit, by the protocol's IoU and its threshold at 0.5.
-        ci95: 95 % interval of it: bootstrap over pictures; where that has no width Wilson's, each
-            picture taken for one question.
+        ci95: 95 % interval of it: bootstrap over images; where that has no width Wilson's, each
+            image taken for one question.
         mean_iou: Over the n; an answer without a box has IoU 0.
         parse_failures: Answers in which the protocol reads no box.
         curve: Share of hits by threshold, ``"0.1"`` to ``"0.9"``.
@@ -64,10 +64,10 @@ class SettingRow(Accuracy):
         pruner_text: What the pruner reads of the text, ``expression`` or ``question``; None where
             it reads none.
         recovered: acc_at_50 divided by the unpruned row's; None for that row itself, or if it is 0.
-        mean_visual_tokens: Visual tokens the decoder read of a picture, an extra one included; the
+        mean_visual_tokens: Visual tokens the decoder read of an image, an extra one included; the
             mean over the answers.
         num_unusable: Expressions of the n that could not be asked, and so count as wrong: their
-            picture is missing or broken, or the model refuses them.
+            image is missing or broken, or the model refuses them.
         acc_at_50_usable: As acc_at_50, over the others alone; None where there is none.
         num_tolerant: Answers whose box is not written in the model's syntax, and was read with
             tolerance; no parse failures.
@@ -75,7 +75,7 @@ class SettingRow(Accuracy):
         num_cut_off: Answers that were cut off at the model's ``max_new_tokens``.
         by_split: Accuracy by split.
         by_kind: Accuracy by kind of expression; empty where the data has none.
-        latency_ms: By stage its ``median`` and ``p95``, of one batch: expressions about one picture
+        latency_ms: By stage its ``median`` and ``p95``, of one batch: expressions about one image
             that are asked together.
         mean_batch_size: Expressions in such a batch.
         other_protocols: acc_at_50 of the same answers by the other protocols.
@@ -154,7 +154,7 @@ class DataSummary:
         layout: How it is stored.
         splits: Of it.
         num_expressions: All there are, unusable ones included.
-        num_images: Pictures of those that could be asked about.
+        num_images: Images of those that could be asked about.
         frame: That boxes are in: ``raw``: of images as stored, ``upright``: as displayed.
         num_turned: Images that carry an EXIF orientation other than 1.
         num_excluded: Expressions whose annotation is at fault: no answer could be right, so they
@@ -201,7 +201,7 @@ class GalleryItem:
         kind: Why: where GAP did best, worst, or was right and compact positions were wrong.
         question_id: Of it.
         expression: What was asked.
-        picture: The picture; no part of the JSON form.
+        image: The image; no part of the JSON form.
         box: The right answer.
         answers: One for each setting, in the order of the rows.
     """
@@ -209,12 +209,12 @@ class GalleryItem:
     kind: GalleryKind
     question_id: str
     expression: str
-    picture: PictureSource
+    image: ImageSource
     box: Box
     answers: tuple[GalleryAnswer, ...]
 
     def to_plain(self) -> dict[str, Any]:
-        """JSON form, without the picture."""
+        """JSON form, without the image."""
         return {
             "kind": self.kind,
             "question_id": self.question_id,
@@ -261,7 +261,7 @@ class EvaluationReport:
     gallery: tuple[GalleryItem, ...] = ()
 
     def to_plain(self) -> dict[str, Any]:
-        """JSON form; pictures are no part of it."""
+        """JSON form; images are no part of it."""
         return {
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,

@@ -146,7 +146,7 @@ class Judging:
     ) -> tuple[GalleryItem, ...]:
         """Questions that one setting with GAP did best and worst, and that GAP alone got right.
 
-        At most one a picture and kind, and each question once.
+        At most one an image and kind, and each question once.
 
         Args:
             settings: All of the report.
@@ -167,13 +167,13 @@ class Judging:
         taken: set[int] = set()
         items: dict[GalleryKind, list[GalleryItem]] = {}
         for kind, candidates in ranked.items():
-            pictures: set[str] = set()
+            images: set[str] = set()
             chosen = items.setdefault(kind, [])
             for place in candidates:
-                picture = self.questions[place].image_id
-                if len(chosen) < GALLERY_SIZE and place not in taken and picture not in pictures:
+                image = self.questions[place].image_id
+                if len(chosen) < GALLERY_SIZE and place not in taken and image not in images:
                     taken.add(place)
-                    pictures.add(picture)
+                    images.add(image)
                     chosen.append(_gallery_item(kind, self.questions[place], place, settings))
         return (*items["best"], *items["worst"], *items["flipped by GAP"])
 
@@ -267,7 +267,7 @@ def _gallery_item(
         kind=kind,
         question_id=question.id,
         expression=question.expression,
-        picture=question.picture,
+        image=question.image,
         box=question.box,
         answers=tuple(
             GalleryAnswer(
@@ -304,16 +304,16 @@ def _latency(
 
 
 def _interval(hits: NDArray[np.float64], images: Sequence[str], seed: int) -> Interval:
-    """95 %, pictures drawn; where that has no width, as of one picture, Wilson's.
+    """95 %, images drawn; where that has no width, as of one image, Wilson's.
 
-    That takes each picture for one question, so it is rather too wide than too narrow.
+    That takes each image for one question, so it is rather too wide than too narrow.
     """
     low, high = bootstrap_interval(hits, images, seed=seed)
     if low < high:
         return low, high
     share, num_images = float(hits.mean()), len(set(images))
     low, high = wilson_interval(round(share * num_images), num_images)
-    # Of three pictures not one and a half can be right.
+    # Of three images not one and a half can be right.
     return min(low, share), max(high, share)
 
 

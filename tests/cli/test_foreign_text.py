@@ -19,7 +19,7 @@ from gap_export.cli._describe_check import describe_check
 from gap_export.cli._progress import TerminalProgress
 from gap_export.cli._terminal import Terminal
 from gap_export.spec import recipe as recipes
-from tests.parity.reports import check_report
+from tests.report.made_up_checks import check_report
 
 # Colours, a title, a link, a line that GitHub would run, one that passes for ours, turned text,
 # a carriage return, what hides, a half character, and rich's own markup.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gap_export.evaluation.questions import PictureSource, Question
+from gap_export.evaluation.questions import ImageSource, Question
 from gap_export.evaluation.records import Record
 from gap_export.runtime.boxes import parse_answer, to_pixels
 from gap_export.runtime.geometry import ImageGeometry
@@ -19,7 +19,7 @@ def question(box, size=(640, 480)) -> Question:
     return Question(
         id="7-0",
         image_id="7",
-        picture=PictureSource(path=Path("7.jpg")),
+        image=ImageSource(path=Path("7.jpg")),
         expression="the cup",
         box=box,
         image_size=size,

@@ -1,4 +1,4 @@
-"""Pictures to calibrate with are those of training."""
+"""Images to calibrate with are those of training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gap_export.evaluation.calibration import NUM_SAMPLES, refshapes_questions
 from gap_export.evaluation.refshapes import generate_scene, iter_samples
 
 
-def test_questions_are_of_the_training_split_one_for_each_picture():
+def test_questions_are_of_the_training_split_one_for_each_image():
     questions = refshapes_questions(seed=3, num_samples=5)
     assert len(questions) == 5
     for index, (image, text) in enumerate(questions):
@@ -17,7 +17,7 @@ def test_questions_are_of_the_training_split_one_for_each_picture():
         assert text == scene.expressions[0].text
 
 
-def test_no_picture_is_one_that_accuracy_is_measured_on():
+def test_no_image_is_one_that_accuracy_is_measured_on():
     held_out = {s.scene.image.tobytes() for s in iter_samples(seed=0, num_samples=4 * NUM_SAMPLES)}
     questions = refshapes_questions()
     assert len(questions) == NUM_SAMPLES

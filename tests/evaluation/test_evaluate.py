@@ -17,7 +17,7 @@ from gap_export.errors import ImageError, OutputError, UsageError
 from gap_export.evaluation import evaluate
 from gap_export.evaluation.evaluate import Asking, evaluate_bundle, evaluate_model
 from gap_export.exporting import ExportOptions, export_checkpoint, export_model, resolve_options
-from gap_export.report.evaluation import SCHEMA_FILE
+from gap_export.report import EVALUATION_SCHEMA
 from gap_export.spec.manifest import EngineLimits
 from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
@@ -32,7 +32,7 @@ def known_graphs(exports, tiny_checkpoint, monkeypatch):
 
 @pytest.fixture
 def per_split(tmp_path):
-    """A data set of three pictures, one of which is missing, and of an empty box."""
+    """A data set of three images, one of which is missing, and of an empty box."""
     root = tmp_path / "data"
     root.mkdir()
     rows = []
@@ -104,9 +104,9 @@ def test_a_model_that_never_emits_a_box_has_an_accuracy_of_0(tiny_bundle, tiny_w
     assert report.worst_recovery() is None
     assert all((pair.neither, pair.mcnemar_p) == (5, 1.0) for pair in report.comparisons)
     plain = json.loads(json.dumps(report.to_plain(), allow_nan=False))
-    jsonschema.validate(plain, json.loads(SCHEMA_FILE.read_text()))
+    jsonschema.validate(plain, json.loads(EVALUATION_SCHEMA.read_text()))
     assert {item["kind"] for item in plain["gallery"]} == {"worst"}
-    assert "picture" not in plain["gallery"][0]
+    assert "image" not in plain["gallery"][0]
 
 
 def test_a_report_says_what_was_asked_and_how(tiny_bundle, tiny_whole_bundle):
@@ -127,7 +127,7 @@ def test_a_report_says_what_was_asked_and_how(tiny_bundle, tiny_whole_bundle):
     assert report.rows[0].latency_ms.keys() >= {"vision_encoder", "prefill", "decode", "total"}
 
 
-def test_expressions_without_their_picture_count_as_wrong_and_bad_annotations_do_not(
+def test_expressions_without_their_image_count_as_wrong_and_bad_annotations_do_not(
     tiny_bundle, tiny_whole_bundle, per_split
 ):
     report = evaluate_bundle(
@@ -178,7 +178,7 @@ def test_answers_that_are_kept_are_not_asked_again(
         (4, Asking(workers="none"), "no such workers"),
         (4, Asking(misaligned=("sideways",)), "no such misalignment"),
         (4, Asking(records=Path("/dev/null/records")), "records cannot be made"),
-        (4, Asking(pictures=Path("/dev/null/pictures")), "pictures cannot be made"),
+        (4, Asking(pictures=Path("/dev/null/images")), "images cannot be made"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_anything_is_exported(
@@ -213,7 +213,7 @@ def test_engines_of_a_bundle_are_measured_beside_onnx_runtime(
     tiny_bundle, tiny_whole_bundle, tmp_path, monkeypatch
 ):
     bundle = copy_bundle(tiny_bundle, tmp_path / "bundle")
-    # Fewer at a time than there are expressions about a picture.
+    # Fewer at a time than there are expressions about an image.
     limits = EngineLimits(max_prompt=24, max_new_tokens=8, max_batch=3, max_images=1)
     write_engines(bundle, limits)
     device = use_fakes(monkeypatch)

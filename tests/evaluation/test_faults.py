@@ -1,4 +1,4 @@
-"""What pictures show of annotations, and what answers say of questions."""
+"""What images show of annotations, and what answers say of questions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from gap_export.errors import UsageError
-from gap_export.evaluation.faults import compare_with_pictures, failed_questions
+from gap_export.evaluation.faults import compare_with_images, failed_questions
 from tests.evaluation.answers import WHOLE, question, record
 
 BOX = (10.0, 10.0, 60.0, 50.0)
@@ -24,15 +24,15 @@ def two(*, box=BOX, annotated=(640, 480)):
     return [question(BOX), replace(question(box, annotated), id="8-0", image_id="8")]
 
 
-def test_questions_that_fit_their_pictures_stay():
+def test_questions_that_fit_their_images_stay():
     asked = two()
-    seen = compare_with_pictures(asked, answers(asked))
+    seen = compare_with_images(asked, answers(asked))
     assert (seen.questions, seen.unusable) == (tuple(asked), ())
 
 
-def test_a_picture_of_another_size_than_annotated_is_wrong_and_listed():
+def test_a_image_of_another_size_than_annotated_is_wrong_and_listed():
     asked = two(annotated=(1280, 960))
-    seen = compare_with_pictures(asked, answers(asked))
+    seen = compare_with_images(asked, answers(asked))
     assert [one.id for one in seen.questions] == ["7-0"]
     (listed,) = seen.unusable
     assert (listed.question_id, listed.reason) == ("8-0", "picture of another size")
@@ -40,32 +40,32 @@ def test_a_picture_of_another_size_than_annotated_is_wrong_and_listed():
     assert listed.counts_as_wrong
 
 
-def test_a_box_outside_of_a_picture_without_annotated_size_is_left_out():
+def test_a_box_outside_of_a_image_without_annotated_size_is_left_out():
     asked = two(box=(500.0, 10.0, 900.0, 50.0), annotated=None)
-    seen = compare_with_pictures(asked, answers(asked))
+    seen = compare_with_images(asked, answers(asked))
     (listed,) = seen.unusable
     assert (listed.reason, listed.counts_as_wrong) == ("box outside the picture", False)
-    assert "picture 640x480" in listed.detail
+    assert "image 640x480" in listed.detail
 
 
 def test_a_box_beyond_the_border_by_rounding_is_cut_where_no_size_is_annotated():
     asked = two(box=(600.0, 10.0, 640.5, 50.0), annotated=None)
-    seen = compare_with_pictures(asked, answers(asked))
+    seen = compare_with_images(asked, answers(asked))
     assert seen.questions[1].box == (600.0, 10.0, 640.0, 50.0)
 
 
-def test_pictures_that_are_all_of_another_size_are_refused():
+def test_images_that_are_all_of_another_size_are_refused():
     asked = two(annotated=(10, 10))[1:]
     with pytest.raises(UsageError, match=r"none of the annotations fits.*annotated 10x10"):
-        compare_with_pictures(asked, answers(asked))
+        compare_with_images(asked, answers(asked))
 
 
-def test_a_picture_that_was_not_read_says_nothing_about_its_annotation():
+def test_a_image_that_was_not_read_says_nothing_about_its_annotation():
     asked = two(annotated=(10, 10))
     given = answers(asked)
     unread = replace(given["gap"]["8-0"], image_size=(0, 0), error="damaged")
     given = {name: {**records, "8-0": unread} for name, records in given.items()}
-    assert compare_with_pictures(asked, given).questions == tuple(asked)
+    assert compare_with_images(asked, given).questions == tuple(asked)
 
 
 def test_what_could_not_be_asked_is_listed_with_what_it_met():
@@ -87,20 +87,20 @@ def test_questions_none_of_which_could_be_asked_are_refused_with_the_first_cause
     asked = two()
     failed = answers(asked, error="cannot read a.png", fault="broken picture")
     with pytest.raises(UsageError, match=r"none of the expressions could be asked.*cannot read"):
-        compare_with_pictures(asked, failed)
+        compare_with_images(asked, failed)
     failed["gap"] = answers(asked)["gap"]
-    assert compare_with_pictures(asked, failed).questions == tuple(asked)
+    assert compare_with_images(asked, failed).questions == tuple(asked)
 
 
 @pytest.mark.parametrize(
     ("fault", "fix"),
     [
-        ("broken picture", "; mend the pictures"),
+        ("broken picture", "; mend the images"),
         ("refused expression", "; mend the expressions; with --records name another folder then"),
     ],
 )
 def test_what_is_to_be_mended_is_said(fault, fix):
     asked = two()
     with pytest.raises(UsageError) as refused:
-        compare_with_pictures(asked, answers(asked, (0, 0), error="cannot be", fault=fault))
+        compare_with_images(asked, answers(asked, (0, 0), error="cannot be", fault=fault))
     assert str(refused.value).endswith(fix)

@@ -19,7 +19,7 @@ from gap_export.evaluation.measure import (
     default_shift,
     with_prompt,
 )
-from gap_export.evaluation.questions import PictureSource
+from gap_export.evaluation.questions import ImageSource
 from gap_export.evaluation.settings import pruned_settings, whole_settings
 from gap_export.evaluation.workers import Shard, cut_shards
 from gap_export.runtime import session as session_module
@@ -69,7 +69,7 @@ def test_records_are_what_a_session_answers(tiny_bundle, gap):
     assert [record.question_id for record in records] == [one.id for one in QUESTIONS]
     with GroundingSession.open(tiny_bundle) as session:
         for question, record in zip(QUESTIONS, records, strict=True):
-            given = session.ground(question.picture.load(), question.expression)
+            given = session.ground(question.image.load(), question.expression)
             assert (record.text, record.box) == (given.text, given.box)
             assert record.num_kept_tokens == len(given.keep_indices)
             assert record.num_visual_tokens == given.num_visual_tokens
@@ -77,8 +77,8 @@ def test_records_are_what_a_session_answers(tiny_bundle, gap):
             assert record.backend == given.backend
             assert record.cut_off == any("cut off" in text for text in given.warnings)
             assert record.timings_ms.keys() == given.timings_ms.keys()
-    by_picture = [sum(one.image_id == q.image_id for one in QUESTIONS) for q in QUESTIONS]
-    assert [record.batch_size for record in records] == by_picture
+    by_image = [sum(one.image_id == q.image_id for one in QUESTIONS) for q in QUESTIONS]
+    assert [record.batch_size for record in records] == by_image
 
 
 def test_answers_have_boxes_with_their_fractions(gap, monkeypatch):
@@ -149,10 +149,10 @@ def test_what_cannot_be_asked_is_a_record_with_an_error_and_costs_nobody_else(ga
     long = replace(first, id="long", expression="the " * 10_000)
     empty = replace(first, id="empty", expression=" ")
     missing = replace(
-        first, id="missing", image_id="m", picture=PictureSource(path=tmp_path / "none.png")
+        first, id="missing", image_id="m", image=ImageSource(path=tmp_path / "none.png")
     )
-    broken = replace(first, id="broken", image_id="b", picture=PictureSource(path=damaged))
-    encoded = replace(first, id="encoded", image_id="e", picture=PictureSource(encoded=b"GIF"))
+    broken = replace(first, id="broken", image_id="b", image=ImageSource(path=damaged))
+    encoded = replace(first, id="encoded", image_id="e", image=ImageSource(encoded=b"GIF"))
     records = answer(gap, [first, long, second, empty, missing, broken, encoded])
     by_id = {record.question_id: record for record in records}
     failed = {name for name, record in by_id.items() if record.error is not None}
@@ -164,7 +164,7 @@ def test_what_cannot_be_asked_is_a_record_with_an_error_and_costs_nobody_else(ga
     assert without_times([by_id[first.id], by_id[second.id]]) == alone
 
 
-def test_pictures_with_many_expressions_are_asked_in_batches(gap, monkeypatch):
+def test_images_with_many_expressions_are_asked_in_batches(gap, monkeypatch):
     monkeypatch.setattr(measure, "MAX_BATCH", 3)
     questions = [replace(QUESTIONS[0], id=str(number)) for number in range(7)]
     assert [one.batch_size for one in answer(gap, questions)] == [3, 3, 3, 3, 3, 3, 1]

@@ -41,7 +41,7 @@ def test_protocols_are_those_of_the_fact_sheet_in_order():
 
 
 # 640 x 480 in a square of side 640: 80 rows above and below. The true box, 100..300 x 120..360, is
-# x 0.15625..0.46875, y 0.3125..0.6875 of the square and y 0.25..0.75 of the picture.
+# x 0.15625..0.46875, y 0.3125..0.6875 of the square and y 0.25..0.75 of the image.
 TRUTH = (100.0, 120.0, 300.0, 360.0)
 RIGHT = (0.15625, 0.3125, 0.46875, 0.6875)
 
@@ -67,8 +67,8 @@ def test_right_answer_about_a_padded_square(name, expected):
     assert overlap(name, RIGHT, TRUTH) == pytest.approx(expected, abs=close)
 
 
-def test_without_unpadding_a_right_answer_at_the_top_of_a_wide_picture_is_wrong():
-    # Rows 0..48 are y 0.125..0.2 of the square, and 0..0.1 of the picture.
+def test_without_unpadding_a_right_answer_at_the_top_of_a_wide_image_is_wrong():
+    # Rows 0..48 are y 0.125..0.2 of the square, and 0..0.1 of the image.
     truth, text = (0.0, 0.0, 64.0, 48.0), "[0.0, 0.125, 0.1, 0.2]"
     assert iou("unpad", text, truth) == pytest.approx(1.0)
     assert iou("vlm-evaluation", text, truth) == pytest.approx(1.0)
@@ -76,11 +76,11 @@ def test_without_unpadding_a_right_answer_at_the_top_of_a_wide_picture_is_wrong(
 
 
 def test_squeeze_of_y_without_unpadding_is_from_an_eighth_to_seven_eighths():
-    # The whole picture, answered rightly: 0.75 of it is left.
+    # The whole image, answered rightly: 0.75 of it is left.
     assert iou("lmms", "[0.0, 0.125, 1.0, 0.875]", (0.0, 0.0, 640.0, 480.0)) == 0.75
 
 
-def test_tall_picture_is_squeezed_in_x():
+def test_tall_image_is_squeezed_in_x():
     text, truth, size = "[0.125, 0.0, 0.875, 1.0]", (0.0, 0.0, 480.0, 640.0), (480, 640)
     assert iou("lmms", text, truth, size=size) == 0.75
     assert iou("unpad", text, truth, size=size) == 1.0
@@ -99,7 +99,7 @@ def test_shikra_s_odd_padding_is_rounded_down():
     assert iou("shikra", "[0.0,0.2,1.0,0.6]", (0.0, 0.0, 5.0, 2.0), size=(5, 2)) == 1.0
 
 
-def test_vlm_evaluation_s_truth_is_rounded_to_two_decimals_of_the_picture():
+def test_vlm_evaluation_s_truth_is_rounded_to_two_decimals_of_the_image():
     # 101..299 x 121..361 is x 0.158..0.467, y 0.252..0.752: [0.16, 0.25, 0.47, 0.75].
     text = "[0.16, 0.3125, 0.47, 0.6875]"
     assert iou("vlm-evaluation", text, (101.0, 121.0, 299.0, 361.0)) == pytest.approx(1.0)
@@ -188,7 +188,7 @@ def test_question_that_could_not_be_asked_has_no_overlap(name):
         image_size=(0, 0),
         num_kept_tokens=0,
         num_visual_tokens=0,
-        error="not a picture",
+        error="not an image",
     )
     assert PROTOCOLS[name].iou(failed, question(TRUTH), PADDED) == 0.0
     assert PROTOCOLS[name].read(failed, PADDED) is None
@@ -231,7 +231,7 @@ def test_lmms_reads_no_answer_of_a_model_with_angled_boxes():
 
 
 @pytest.mark.parametrize("name", ["tolerant", "unpad", "shikra", "vlm-evaluation"])
-def test_model_without_padding_is_judged_in_the_picture(name):
+def test_model_without_padding_is_judged_in_the_image(name):
     answer, truth = (0.1, 0.2, 0.3, 0.4), (64.0, 96.0, 192.0, 192.0)
     assert overlap(name, answer, truth, WHOLE) == pytest.approx(1.0)
 

@@ -52,7 +52,7 @@ def written(path):
 def test_records_come_back_as_they_were(path):
     records = [
         record("a", text="\ud800 \x00 ✓", fractions=None, box=None),
-        record("b", error="the picture is damaged", backend=""),
+        record("b", error="the image is damaged", backend=""),
     ]
     with open_file(path) as file:
         file.add(records)
@@ -186,7 +186,7 @@ def test_a_header_of_brackets_alone_is_something_else(path):
         open_file(path)
 
 
-def test_a_picture_that_could_not_be_read_is_asked_about_again(path):
+def test_a_image_that_could_not_be_read_is_asked_about_again(path):
     broken = record("b", error="b.png is damaged", fault="broken picture", backend="")
     with open_file(path) as file:
         file.add([record("a"), broken])

@@ -145,6 +145,6 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 def test_a_folder_that_nothing_can_be_put_into_is_refused(tmp_path, monkeypatch):
     # Whoever runs the tests may be root, who can write anywhere.
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
-    with pytest.raises(OutputError, match="nothing can be put into the folder for pictures"):
+    with pytest.raises(OutputError, match="nothing can be put into the folder for images"):
         make_folder(tmp_path, "pictures")
     make_folder(tmp_path / "below", "pictures")

@@ -126,7 +126,7 @@ def test_the_interval_of_all_or_nothing_has_a_width(text, hits):
     assert row.recovered is None
 
 
-def test_the_interval_of_one_picture_has_a_width():
+def test_the_interval_of_one_image_has_a_width():
     judge_ = judging(questions(4, per_image=4))
     row = judge_.row(judge(judge_, [RIGHT, RIGHT, RIGHT, WRONG]), unpruned=None)
     assert row.ci95[0] < row.acc_at_50 < row.ci95[1]
@@ -165,7 +165,7 @@ def test_tokens_are_those_of_the_answers():
     assert judge_.row(answered, unpruned=None).mean_visual_tokens == 7
 
 
-def test_the_gallery_holds_each_question_once_and_a_picture_once_a_kind():
+def test_the_gallery_holds_each_question_once_and_a_image_once_a_kind():
     judge_ = judging(questions(60))
     gap = judge(judge_, [RIGHT] * 20 + [HALF] * 20 + [WRONG] * 20, "gap")
     compact = judge(judge_, [WRONG] * 10 + [RIGHT] * 30 + [WRONG] * 20, "compact")
@@ -176,7 +176,7 @@ def test_the_gallery_holds_each_question_once_and_a_picture_once_a_kind():
         kind: [int(item.question_id) for item in items if item.kind == kind]
         for kind in ("best", "worst", "flipped by GAP")
     }
-    # Ten were flipped, on five pictures.
+    # Ten were flipped, on five images.
     assert by_kind["flipped by GAP"] == [0, 2, 4, 6, 8]
     assert len(by_kind["best"]) == len(by_kind["worst"]) == GALLERY_SIZE
     assert all(place < 20 for place in by_kind["best"])

@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from gap_export.report.parity.plots import BLUE, GRID, INK, STYLE, VERMILLION
+from gap_export.report.figures import BLUE, GRID, INK, STYLE, VERMILLION
 from paper_report.measured import Row
 
 # A README shows 1,400 pixels about half as large: four panels keep their letters legible.

@@ -4,7 +4,7 @@
 ``refshapes[:SPLIT]``     drawn here: ``heldout`` (the default) or ``train``
 ``NAME:ROOT[:SPLITS]``    a published one in the folder ROOT. NAME: ``refcoco``, ``refcoco+``,
                           ``refcocog`` (of its two sets of splits UMD's, whose splits share no
-                          picture), ``refcoco-google``, ``refcocog-google``
+                          image), ``refcoco-google``, ``refcocog-google``
 ``FOLDER[:SPLITS]``       what is in the folder
 ========================  =========================================================================
 

@@ -1,4 +1,4 @@
-"""From what the layouts read to a data set: boxes checked, pictures together, cut to so many."""
+"""From what the layouts read to a data set: boxes checked, images together, cut to so many."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from gap_export.errors import UsageError
 from gap_export.evaluation.questions import (
     Dataset,
-    PictureSource,
+    ImageSource,
     Question,
     Unusable,
     UnusableReason,
@@ -30,9 +30,9 @@ class Annotation:
 
     Attributes:
         id: Unique in the data set.
-        image_id: Shared by those about one picture.
-        picture: None where the picture is missing.
-        picture_name: What a missing picture is called.
+        image_id: Shared by those about one image.
+        image: None where the image is missing.
+        image_name: What a missing image is called.
         expression: What to look for.
         box: (x1, y1, x2, y2) in pixels, finite.
         image_size: Width and height in pixels, where they are annotated.
@@ -42,8 +42,8 @@ class Annotation:
 
     id: str
     image_id: str
-    picture: PictureSource | None
-    picture_name: str
+    image: ImageSource | None
+    image_name: str
     expression: str
     box: Box
     image_size: tuple[int, int] | None
@@ -63,7 +63,7 @@ def assemble(
 ) -> Dataset:
     """Make a data set of annotations.
 
-    Those about one picture are brought together, in the order in which the pictures appear in a
+    Those about one image are brought together, in the order in which the images appear in a
     split; then the first so many of each split are taken.
 
     Args:
@@ -73,24 +73,24 @@ def assemble(
         layout: How it is stored.
         splits: Those that the annotations are from.
         samples: How many of each split; None for all.
-        looked_in: Where pictures were looked for, for the message when there are none.
+        looked_in: Where images were looked for, for the message when there are none.
 
     Raises:
         UsageError: no expression can be asked, two have the same id, or there are too many.
     """
-    by_split = _group_by_picture(annotations)
+    by_split = _group_by_image(annotations)
     chosen: list[Annotation] = []
     for groups in by_split.values():
         chosen += [one for group in groups.values() for one in group][:samples]
     _check_ids(chosen)
     questions: list[Question] = []
     unusable: list[Unusable] = []
-    # Rows of one picture may hold a copy of it each: one of them is enough.
-    pictures: dict[str, PictureSource] = {}
+    # Rows of one image may hold a copy of it each: one of them is enough.
+    images: dict[str, ImageSource] = {}
     for one in chosen:
-        if one.picture is not None:
-            pictures.setdefault(one.image_id, one.picture)
-        made = _judge(one, pictures.get(one.image_id))
+        if one.image is not None:
+            images.setdefault(one.image_id, one.image)
+        made = _judge(one, images.get(one.image_id))
         if isinstance(made, Question):
             questions.append(made)
         else:
@@ -109,12 +109,12 @@ def assemble(
 
 
 def check_box(box: Box, image_size: tuple[int, int] | None) -> Box | UnusableReason:
-    """A box cut at the picture's border, or what is wrong with it.
+    """A box cut at the image's border, or what is wrong with it.
 
     Args:
         box: (x1, y1, x2, y2) in pixels, finite.
         image_size: Width and height in pixels; None where nobody knows them, and then only what is
-            left of or above the picture is seen.
+            left of or above the image is seen.
     """
     if box[2] <= box[0] or box[3] <= box[1]:
         return "empty box"
@@ -127,10 +127,10 @@ def check_box(box: Box, image_size: tuple[int, int] | None) -> Box | UnusableRea
     return left, top, right, bottom
 
 
-def _group_by_picture(
+def _group_by_image(
     annotations: Iterable[Annotation],
 ) -> dict[str, dict[str, list[Annotation]]]:
-    """Annotations by split, and in a split by picture."""
+    """Annotations by split, and in a split by image."""
     by_split: dict[str, dict[str, list[Annotation]]] = {}
     for number, one in enumerate(annotations):
         if number == MAX_EXPRESSIONS:
@@ -152,24 +152,22 @@ def _check_ids(annotations: Sequence[Annotation]) -> None:
         )
 
 
-def _judge(one: Annotation, picture: PictureSource | None) -> Question | Unusable:
+def _judge(one: Annotation, image: ImageSource | None) -> Question | Unusable:
     """A question, or why there is none. What is wrong with the annotation goes first."""
     checked = check_box(one.box, one.image_size)
     reason: UnusableReason
     if isinstance(checked, str):
-        size = (
-            "" if one.image_size is None else f", picture {one.image_size[0]}x{one.image_size[1]}"
-        )
+        size = "" if one.image_size is None else f", image {one.image_size[0]}x{one.image_size[1]}"
         reason, detail = checked, f"box {', '.join(f'{edge:g}' for edge in one.box)}{size}"
     elif not one.expression.strip():
         reason, detail = "empty expression", repr(one.expression[:20])
-    elif picture is None:
-        reason, detail = "missing picture", one.picture_name
+    elif image is None:
+        reason, detail = "missing picture", one.image_name
     else:
         return Question(
             id=one.id,
             image_id=one.image_id,
-            picture=picture,
+            image=image,
             expression=one.expression,
             box=checked,
             image_size=one.image_size,
@@ -194,7 +192,7 @@ def _nothing_to_ask(spec: str, unusable: Sequence[Unusable], looked_in: str) -> 
     return UsageError(
         "none of the data set's expressions can be asked",
         seen=", ".join(f"{count} with {reason}" for reason, count in counts.most_common()),
-        fix=f"put the pictures, such as {missing[0]}, into one of: {looked_in}"
+        fix=f"put the images, such as {missing[0]}, into one of: {looked_in}"
         if missing
         else f"the first is {unusable[0].question_id}: {unusable[0].detail}",
     )

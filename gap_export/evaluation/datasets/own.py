@@ -1,8 +1,8 @@
-"""A layout for pictures of one's own: ``questions.jsonl`` beside them.
+"""A layout for images of one's own: ``questions.jsonl`` beside them.
 
 Each line is a JSON object::
 
-    {"image": "pictures/yard.jpg", "expression": "the dog on the left", "box": [12, 40, 118, 203]}
+    {"image": "images/yard.jpg", "expression": "the dog on the left", "box": [12, 40, 118, 203]}
 
 ``image`` is a path below the folder, ``box`` [x1, y1, x2, y2] in pixels of the image. Optional:
 ``frame`` (``upright``, the default: boxes are of the image as displayed, turned as EXIF says;
@@ -22,7 +22,7 @@ from gap_export.errors import ImageError
 from gap_export.evaluation.datasets.annotations import Annotation
 from gap_export.evaluation.datasets.rows import Row, read_json_lines
 from gap_export.evaluation.datasets.stored import KnownSet, is_file, name_after
-from gap_export.evaluation.questions import PictureSource
+from gap_export.evaluation.questions import ImageSource
 from gap_export.runtime.image import TURNED_ON_ITS_SIDE, ImageFrame
 from gap_export.runtime.image_files import open_encoded, read_file
 
@@ -69,8 +69,8 @@ class OwnSet:
             yield Annotation(
                 id=row.label("id") if "id" in row.values else str(number),
                 image_id=name,
-                picture=PictureSource(path=path, frame=frame) if there else None,
-                picture_name=name,
+                image=ImageSource(path=path, frame=frame) if there else None,
+                image_name=name,
                 expression=row.text("expression"),
                 box=row.corners("box"),
                 image_size=sizes[name],

@@ -3,7 +3,7 @@
 They are called ``data/val-00000-of-00004.parquet``. A row is an object: ``image`` (its encoded
 bytes), ``answer`` (the expressions), ``bbox`` [x, y, width, height] in pixels and ``file_name``;
 ``question`` is a prompt, and is not read. Each answer is a question, with the id ``<split>-<row of
-the split>-<place in it>``. Pictures stay in their files until they are asked about, and their sizes
+the split>-<place in it>``. Images stay in their files until they are asked about, and their sizes
 are not annotated. Boxes are of the images as stored, as COCO's are.
 
 The split ``val`` of lmms-lab's RefCOCO and RefCOCOg is not that of the papers: it holds Google's
@@ -19,21 +19,21 @@ from pathlib import Path
 
 from gap_export.errors import UsageError
 from gap_export.evaluation.datasets.annotations import Annotation
-from gap_export.evaluation.datasets.parquet_pictures import (
+from gap_export.evaluation.datasets.parquet_images import (
     IMAGE,
-    has_pictures,
+    has_images,
     open_parquet,
     reading,
 )
 from gap_export.evaluation.datasets.rows import Row
 from gap_export.evaluation.datasets.stored import (
     KnownSet,
+    image_of,
     is_file,
     may_be_in,
     name_after,
-    picture_of,
 )
-from gap_export.evaluation.questions import PictureSource
+from gap_export.evaluation.questions import ImageSource
 from gap_export.extras import require_extra
 
 LOOKED_FOR = "<split>-00000-of-00001.parquet"
@@ -41,7 +41,7 @@ _NAME = re.compile(
     r"(?P<split>[A-Za-z0-9_]+)(-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.parquet", re.ASCII
 )
 _COLUMNS = ("answer", "bbox", "file_name")
-# Rows read at once, without their pictures.
+# Rows read at once, without their images.
 _BATCH = 1024
 _MAX_SHOWN = 500
 
@@ -86,9 +86,9 @@ class ParquetSet:
                 for place, expression in enumerate(row.texts("answer")):
                     yield Annotation(
                         id=f"{split}-{number}-{place}",
-                        image_id=picture_of(name),
-                        picture=PictureSource(parquet=(part.file, row_of_file), frame="raw"),
-                        picture_name=name,
+                        image_id=image_of(name),
+                        image=ImageSource(parquet=(part.file, row_of_file), frame="raw"),
+                        image_name=name,
                         expression=expression,
                         box=row.box("bbox"),
                         image_size=None,
@@ -146,7 +146,7 @@ def _check_complete(split: str, parts: Sequence[_Part]) -> None:
 
 
 def _rows(file: Path) -> Iterator[Row]:
-    """The rows of a file without their pictures.
+    """The rows of a file without their images.
 
     Raises:
         UsageError: not parquet, damaged, or without the columns.
@@ -154,7 +154,7 @@ def _rows(file: Path) -> Iterator[Row]:
     with reading(file), open_parquet(file) as opened:
         names = opened.schema_arrow.names
         missing = [name for name in (IMAGE, *_COLUMNS) if name not in names]
-        if missing or not has_pictures(opened):
+        if missing or not has_images(opened):
             lacks = ", ".join(missing) or f"bytes in {IMAGE}"
             raise UsageError(
                 "a parquet file has not got the columns",

@@ -1,6 +1,6 @@
 """One JSON file for each split, as MiniGPT-4 has them: ``refcoco_val.json``.
 
-A list with an entry for every expression: ``img_id`` (COCO_train2014_000000580957_4: the picture's
+A list with an entry for every expression: ``img_id`` (COCO_train2014_000000580957_4: the image's
 name and a number), ``sents`` (a text, or a list of them), ``bbox`` [x, y, width, height], ``width``
 and ``height``, all in pixels. An id is ``<split>-<row>``, with the place in the list if it is one.
 """
@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 
 from gap_export.evaluation.datasets.annotations import Annotation
 from gap_export.evaluation.datasets.rows import Row, is_inside, read_json_rows
-from gap_export.evaluation.datasets.stored import KnownSet, Pictures, is_file, picture_of
-from gap_export.evaluation.questions import PictureSource
+from gap_export.evaluation.datasets.stored import Images, KnownSet, image_of, is_file
+from gap_export.evaluation.questions import ImageSource
 
 LOOKED_FOR = "<set>_<split>.json"
 _NAME = re.compile(r"(?P<set>.+)_(?P<split>train|val|testA|testB|test)\.json", re.DOTALL)
@@ -26,7 +26,7 @@ class PerSplitSet:
 
     Args:
         name: Of the data set.
-        root: Below it are the pictures.
+        root: Below it are the images.
         by_split: The files.
     """
 
@@ -36,12 +36,12 @@ class PerSplitSet:
         self.name = name
         self.files = tuple(by_split.values())
         self._by_split = by_split
-        self._pictures = Pictures(root)
+        self._images = Images(root)
 
     @property
     def looked_in(self) -> str:
-        """Where its pictures are looked for."""
-        return self._pictures.looked_in
+        """Where its images are looked for."""
+        return self._images.looked_in
 
     def splits(self) -> tuple[str, ...]:
         """Those that have a file."""
@@ -49,18 +49,18 @@ class PerSplitSet:
 
     def read(self, split: str) -> Iterator[Annotation]:
         """One annotation for each sentence of each row."""
-        sources: dict[str, PictureSource | None] = {}
+        sources: dict[str, ImageSource | None] = {}
         for number, row in enumerate(read_json_rows(self._by_split[split])):
-            picture = _picture_name(row)
-            if picture not in sources:
-                sources[picture] = self._pictures.find(picture)
+            image = _image_name(row)
+            if image not in sources:
+                sources[image] = self._images.find(image)
             several = isinstance(row.values.get("sents"), list)
             for place, expression in enumerate(row.texts("sents")):
                 yield Annotation(
                     id=f"{split}-{number}-{place}" if several else f"{split}-{number}",
-                    image_id=picture,
-                    picture=sources[picture],
-                    picture_name=picture,
+                    image_id=image,
+                    image=sources[image],
+                    image_name=image,
                     expression=expression,
                     box=row.box("bbox"),
                     image_size=row.size("width", "height"),
@@ -94,9 +94,9 @@ def find(root: Path, known: KnownSet | None) -> list[PerSplitSet]:
     return found
 
 
-def _picture_name(row: Row) -> str:
-    """The picture's file; one without an ending is a JPEG."""
-    name = picture_of(row.text("img_id"))
+def _image_name(row: Row) -> str:
+    """The image's file; one without an ending is a JPEG."""
+    name = image_of(row.text("img_id"))
     if not is_inside(name):
-        raise row.refuse("img_id", "the name of a picture")
+        raise row.refuse("img_id", "the name of an image")
     return name if PurePosixPath(name).suffix.lower() in _SUFFIXES else f"{name}.jpg"

@@ -2,7 +2,7 @@
 
 ``refs(*).p`` is a pickle, a list with an entry for every object referred to: ``ref_id``,
 ``ann_id``, ``image_id``, ``split`` and ``sentences``, each with ``sent_id`` and ``sent``.
-``instances.json`` is of COCO's form: the boxes [x, y, width, height] and the pictures' names and
+``instances.json`` is of COCO's form: the boxes [x, y, width, height] and the images' names and
 sizes. Each sentence is a question, with the id ``<ref_id>-<sent_id>``.
 """
 
@@ -18,8 +18,8 @@ from gap_export.evaluation.datasets.annotations import Annotation
 from gap_export.evaluation.datasets.rows import Row, read_json, shorten
 from gap_export.evaluation.datasets.safe_pickle import read_plain_pickle
 from gap_export.evaluation.datasets.stored import (
+    Images,
     KnownSet,
-    Pictures,
     is_file,
     may_be_in,
     name_after,
@@ -37,7 +37,7 @@ class ReferSet:
 
     Args:
         name: Of the data set.
-        root: Below it are the pictures.
+        root: Below it are the images.
         refs: The file ``refs(*).p``; ``instances.json`` is beside it.
     """
 
@@ -47,12 +47,12 @@ class ReferSet:
         self.name = name
         self.files = (refs,)
         self._refs_file = refs
-        self._pictures = Pictures(root)
+        self._images = Images(root)
 
     @property
     def looked_in(self) -> str:
-        """Where its pictures are looked for."""
-        return self._pictures.looked_in
+        """Where its images are looked for."""
+        return self._images.looked_in
 
     def splits(self) -> tuple[str, ...]:
         """The splits that its references name."""
@@ -60,30 +60,30 @@ class ReferSet:
 
     def read(self, split: str) -> Iterator[Annotation]:
         """One annotation for each sentence of each reference."""
-        objects, pictures = self._instances
+        objects, images = self._instances
         for ref in self._refs:
             if ref.label("split") == split:
-                object_id, picture_id = ref.integer("ann_id"), ref.integer("image_id")
+                object_id, image_id = ref.integer("ann_id"), ref.integer("image_id")
                 where = ref.where
                 box = _entry(objects, object_id, where, "annotations")
-                picture = _entry(pictures, picture_id, where, "images")
-                if box.integer("image_id") != picture_id:
+                image = _entry(images, image_id, where, "images")
+                if box.integer("image_id") != image_id:
                     raise ref.refuse("image_id", f"that of its box, {box.integer('image_id')}")
-                yield from self._sentences(ref, box, picture)
+                yield from self._sentences(ref, box, image)
 
-    def _sentences(self, ref: Row, box: Row, picture: Row) -> Iterator[Annotation]:
-        name = picture.file_name("file_name")
-        source = self._pictures.find(name)
+    def _sentences(self, ref: Row, box: Row, image: Row) -> Iterator[Annotation]:
+        name = image.file_name("file_name")
+        source = self._images.find(name)
         for number, plain in enumerate(ref.entries("sentences")):
             sentence = Row.of(plain, f"{ref.where}, sentence {number}")
             yield Annotation(
                 id=f"{ref.integer('ref_id')}-{sentence.integer('sent_id')}",
                 image_id=str(ref.integer("image_id")),
-                picture=source,
-                picture_name=name,
+                image=source,
+                image_name=name,
                 expression=sentence.text("sent"),
                 box=box.box("bbox"),
-                image_size=picture.size("width", "height"),
+                image_size=image.size("width", "height"),
                 kind=None,
                 split=ref.label("split"),
             )
@@ -102,11 +102,11 @@ class ReferSet:
 
     @cached_property
     def _instances(self) -> tuple[dict[int, Row], dict[int, Row]]:
-        """Objects and pictures by their ids."""
+        """Objects and images by their ids."""
         file = self._refs_file.parent / _INSTANCES
         whole = Row.of(read_json(file), str(file))
-        objects, pictures = (_by_id(whole, key) for key in ("annotations", "images"))
-        return objects, pictures
+        objects, images = (_by_id(whole, key) for key in ("annotations", "images"))
+        return objects, images
 
 
 def find(root: Path, known: KnownSet | None) -> list[ReferSet]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gap_export.errors import UsageError
 from gap_export.evaluation.datasets.annotations import Annotation, assemble
-from gap_export.evaluation.questions import Dataset, PictureSource
+from gap_export.evaluation.questions import Dataset, ImageSource
 from gap_export.evaluation.refshapes import IMAGE_SIZE, Split, generate_scene
 
 NAME = "refshapes"
@@ -58,8 +58,8 @@ def _annotations(split: Split, samples: int, seed: int) -> Iterator[Annotation]:
             yield Annotation(
                 id=f"{image_id}-{number}",
                 image_id=image_id,
-                picture=PictureSource(scene=source),
-                picture_name=image_id,
+                image=ImageSource(scene=source),
+                image_name=image_id,
                 expression=expression.text,
                 box=(float(left), float(top), float(right), float(bottom)),
                 image_size=(IMAGE_SIZE, IMAGE_SIZE),

@@ -119,7 +119,7 @@ class Row:
         return texts
 
     def size(self, width: str, height: str) -> tuple[int, int]:
-        """Width and height of a picture in pixels.
+        """Width and height of an image in pixels.
 
         Raises:
             UsageError: missing, or not whole numbers above 0.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gap_export.evaluation.datasets.annotations import Annotation
-from gap_export.evaluation.questions import PictureSource
+from gap_export.evaluation.questions import ImageSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ _REFCOCO = ("refcoco", "RefCOCO")
 _REFCOCO_PLUS = ("refcoco+", "RefCOCOplus", "RefCOCO+")
 _REFCOCOG = ("refcocog", "RefCOCOg")
 
-# Google's splits share pictures between training and validation; few papers report them.
+# Google's splits share images between training and validation; few papers report them.
 KNOWN_SETS: Mapping[str, KnownSet] = {
     known.name: known
     for known in (
@@ -64,7 +64,7 @@ class StoredSet(Protocol):
 
     @property
     def looked_in(self) -> str:
-        """Where its pictures are looked for."""
+        """Where its images are looked for."""
 
     def splits(self) -> tuple[str, ...]:
         """The splits it has.
@@ -81,8 +81,8 @@ class StoredSet(Protocol):
         """
 
 
-class Pictures:
-    """Finds the pictures of COCO below a folder.
+class Images:
+    """Finds the images of COCO below a folder.
 
     Args:
         root: The data set's folder.
@@ -113,23 +113,23 @@ class Pictures:
         names = ", ".join(name for name in self.FOLDERS if name)
         return f"{self._root} and {self._root / 'data'}, or there in {names}"
 
-    def find(self, name: str) -> PictureSource | None:
-        """A picture by its name, which may have folders in it; None where it is missing."""
+    def find(self, name: str) -> ImageSource | None:
+        """An image by its name, which may have folders in it; None where it is missing."""
         for place in self._there:
             if is_file(place / name):
                 # COCO annotates images as they are stored.
-                return PictureSource(path=place / name, frame="raw")
+                return ImageSource(path=place / name, frame="raw")
         return None
 
 
-# COCO_train2014_000000580957_4.jpg is object 4 of the picture COCO_train2014_000000580957.jpg.
-_COCO_NAME = re.compile(r"(?P<picture>COCO_[A-Za-z0-9]+_\d{12})(_\d+)?(\.jpg)?", re.ASCII)
+# COCO_train2014_000000580957_4.jpg is object 4 of the image COCO_train2014_000000580957.jpg.
+_COCO_NAME = re.compile(r"(?P<image>COCO_[A-Za-z0-9]+_\d{12})(_\d+)?(\.jpg)?", re.ASCII)
 
 
-def picture_of(name: str) -> str:
-    """The name of a picture of COCO, from that of an object in it; other names are left alone."""
+def image_of(name: str) -> str:
+    """The name of an image of COCO, from that of an object in it; other names are left alone."""
     found = _COCO_NAME.fullmatch(name)
-    return found["picture"] if found else name
+    return found["image"] if found else name
 
 
 def is_file(path: Path) -> bool:

@@ -99,7 +99,7 @@ class Sample:
 
     @property
     def image(self) -> NDArray[np.uint8]:
-        """The picture, uint8 [96, 96, 3]."""
+        """The image, uint8 [96, 96, 3]."""
         return self.scene.image
 
     @property

@@ -156,7 +156,7 @@ def _apart(x: int, y: int, extent: int, other: tuple[int, int, int, str]) -> boo
 def _crowded_squares(rng: np.random.Generator) -> list[tuple[int, int, int, str]]:
     """Fill most cells of a grid, each square jittered inside its cell.
 
-    A model that has met pictures with hardly any background copes better when a pruner keeps
+    A model that has met images with hardly any background copes better when a pruner keeps
     nothing but object patches; these layouts are part of the data for that reason, in training
     and in the held-out set alike. Mosaics, which have none at all, are for training alone.
     """
@@ -179,7 +179,7 @@ def _crowded_squares(rng: np.random.Generator) -> list[tuple[int, int, int, str]
 def _mosaic_squares(rng: np.random.Generator) -> list[tuple[int, int, int, str]]:
     """Fill every quadrant to its edges: one big square, or four small ones.
 
-    Such a picture has next to no background. Where every training picture has some, a decoder
+    Such an image has next to no background. Where every training image has some, a decoder
     learns to park attention on it, and fails when a pruner keeps nothing but objects.
     """
     squares: list[tuple[int, int, int, str]] = []

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gap_export.errors import UsageError
-from gap_export.evaluation.questions import PictureSource, Question
+from gap_export.evaluation.questions import ImageSource, Question
 from gap_export.evaluation.workers import Shard
 from gap_export.spec.manifest import MANIFEST_NAME
 
@@ -20,25 +20,24 @@ def with_absolute_paths(shard: Shard) -> Shard:
     """The same shard for a process in another working folder."""
     setting = replace(shard.setting, bundle=shard.setting.bundle.absolute())
     questions = tuple(
-        replace(question, picture=_with_absolute_path(question.picture))
-        for question in shard.questions
+        replace(question, image=_with_absolute_path(question.image)) for question in shard.questions
     )
     return replace(shard, setting=setting, questions=questions)
 
 
-def _with_absolute_path(picture: PictureSource) -> PictureSource:
-    if picture.path is not None:
-        return replace(picture, path=picture.path.absolute())
-    if picture.parquet is not None:
-        file, row = picture.parquet
-        return replace(picture, parquet=(file.absolute(), row))
-    return picture
+def _with_absolute_path(image: ImageSource) -> ImageSource:
+    if image.path is not None:
+        return replace(image, path=image.path.absolute())
+    if image.parquet is not None:
+        file, row = image.parquet
+        return replace(image, parquet=(file.absolute(), row))
+    return image
 
 
 def files_of(shard: Shard) -> NodeFiles:
     """What this machine has of the files that a shard needs.
 
-    A picture that is missing here as well is none of the node's business: the shard is answered
+    An image that is missing here as well is none of the node's business: the shard is answered
     with that error, as it would be without a cluster.
     """
     manifest = shard.setting.bundle / MANIFEST_NAME
@@ -46,17 +45,17 @@ def files_of(shard: Shard) -> NodeFiles:
     if manifest.is_file():
         # It lists the hashes of all other files, which opening the bundle looks at.
         found[manifest] = _hash(manifest)
-    pictures = set(_pictures(shard.questions))
-    found.update((path, None) for path in sorted(pictures) if path.is_file())
+    images = set(_images(shard.questions))
+    found.update((path, None) for path in sorted(images) if path.is_file())
     return found
 
 
-def _pictures(questions: tuple[Question, ...]) -> Iterator[Path]:
+def _images(questions: tuple[Question, ...]) -> Iterator[Path]:
     for question in questions:
-        if question.picture.path is not None:
-            yield question.picture.path
-        elif question.picture.parquet is not None:
-            yield question.picture.parquet[0]
+        if question.image.path is not None:
+            yield question.image.path
+        elif question.image.parquet is not None:
+            yield question.image.parquet[0]
 
 
 def check_files(files: NodeFiles, node: str) -> None:
@@ -74,7 +73,7 @@ def check_files(files: NodeFiles, node: str) -> None:
             raise UsageError(
                 f"the node {node} has not got a file that the evaluation needs",
                 seen=path,
-                fix="put bundles and pictures where all nodes see them under one path; bundles "
+                fix="put bundles and images where all nodes see them under one path; bundles "
                 "made on the way lie in the folder for temporary files (TMPDIR)",
             )
         if wanted is not None and _hash(path) != wanted:

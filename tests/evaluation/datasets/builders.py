@@ -15,12 +15,12 @@ TREE = "data/images/mscoco/images/train2014"
 
 
 def coco_name(number: int) -> str:
-    """The name of a picture of COCO."""
+    """The name of an image of COCO."""
     return f"COCO_train2014_{number:012d}.jpg"
 
 
-def save_picture(path: Path, size: tuple[int, int] = SIZE) -> Path:
-    """A grey picture; its folder is made."""
+def save_image(path: Path, size: tuple[int, int] = SIZE) -> Path:
+    """A grey image; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (90, 90, 90)).save(path)
     return path
@@ -52,13 +52,13 @@ def reference(
 
 
 def instances(boxes: dict[int, tuple[int, list[float]]]) -> dict[str, Any]:
-    """``instances.json``: the picture and the box [x, y, w, h] of each object."""
-    pictures = sorted({image for image, _ in boxes.values()})
+    """``instances.json``: the image and the box [x, y, w, h] of each object."""
+    images = sorted({image for image, _ in boxes.values()})
     return {
         "info": {"description": "made for a test"},
         "images": [
             {"id": n, "file_name": coco_name(n), "width": SIZE[0], "height": SIZE[1]}
-            for n in pictures
+            for n in images
         ],
         "annotations": [
             {"id": number, "image_id": image, "bbox": box, "category_id": 1, "iscrowd": 0}
@@ -89,15 +89,15 @@ def write_refer(
     split_by: str = "unc",
     refs: Any = REFS,
     boxes: dict[int, tuple[int, list[float]]] = BOXES,
-    pictures: Sequence[int] = (7, 8, 9),
+    images: Sequence[int] = (7, 8, 9),
 ) -> Path:
     """The tree of the refer repository; returns ROOT."""
     place = root / folder
     place.mkdir(parents=True, exist_ok=True)
     (place / f"refs({split_by}).p").write_bytes(pickle.dumps(refs, protocol=2))
     (place / "instances.json").write_text(json.dumps(instances(boxes)))
-    for number in pictures:
-        save_picture(root / TREE / coco_name(number))
+    for number in images:
+        save_image(root / TREE / coco_name(number))
     return root
 
 

@@ -7,13 +7,13 @@ import pytest
 from gap_export.errors import UsageError
 from gap_export.evaluation.datasets import annotations
 from gap_export.evaluation.datasets.annotations import Annotation, assemble, check_box
-from gap_export.evaluation.questions import Dataset, PictureSource
+from gap_export.evaluation.questions import Dataset, ImageSource
 
 ONE = Annotation(
     id="1",
     image_id="a",
-    picture=PictureSource(encoded=b"a"),
-    picture_name="a.jpg",
+    image=ImageSource(encoded=b"a"),
+    image_name="a.jpg",
     expression="the cat",
     box=(1.0, 2.0, 3.0, 4.0),
     image_size=(64, 48),
@@ -62,7 +62,7 @@ def test_check_box_without_a_size_knows_two_borders() -> None:
     assert check_box((-5.0, 4.0, 50.0, 60.0), None) == "box outside the picture"
 
 
-def test_assemble_brings_pictures_together_in_their_order() -> None:
+def test_assemble_brings_images_together_in_their_order() -> None:
     data = made(
         replace(ONE, id="1", image_id="a"),
         replace(ONE, id="2", image_id="b"),
@@ -71,10 +71,10 @@ def test_assemble_brings_pictures_together_in_their_order() -> None:
     assert [question.id for question in data.questions] == ["1", "3", "2"]
 
 
-def test_assemble_one_picture_has_one_source() -> None:
-    data = made(ONE, replace(ONE, id="2", picture=PictureSource(encoded=b"a copy")))
+def test_assemble_one_image_has_one_source() -> None:
+    data = made(ONE, replace(ONE, id="2", image=ImageSource(encoded=b"a copy")))
     first, second = data.questions
-    assert first.picture == second.picture == ONE.picture
+    assert first.image == second.image == ONE.image
 
 
 def test_assemble_samples_are_the_first_of_each_split_after_grouping() -> None:
@@ -90,7 +90,7 @@ def test_assemble_samples_are_the_first_of_each_split_after_grouping() -> None:
 def test_assemble_counts_what_cannot_be_asked() -> None:
     data = made(
         ONE,
-        replace(ONE, id="2", image_id="b", picture=None, picture_name="b.jpg"),
+        replace(ONE, id="2", image_id="b", image=None, image_name="b.jpg"),
         replace(ONE, id="3", box=(1.0, 2.0, 1.0, 4.0)),
         replace(ONE, id="4", box=(1.0, 2.0, 90.0, 4.0)),
         replace(ONE, id="5", expression=" \t"),
@@ -104,12 +104,12 @@ def test_assemble_counts_what_cannot_be_asked() -> None:
         ("5", "empty expression", False),
         ("2", "missing picture", True),
     ]
-    assert data.unusable[1].detail == "box 1, 2, 90, 4, picture 64x48"
+    assert data.unusable[1].detail == "box 1, 2, 90, 4, image 64x48"
     assert data.unusable[3].detail == "b.jpg"
 
 
-def test_assemble_a_wrong_box_of_a_missing_picture_is_a_wrong_box() -> None:
-    data = made(ONE, replace(ONE, id="2", image_id="b", picture=None, box=(0.0, 0.0, 0.0, 0.0)))
+def test_assemble_a_wrong_box_of_a_missing_image_is_a_wrong_box() -> None:
+    data = made(ONE, replace(ONE, id="2", image_id="b", image=None, box=(0.0, 0.0, 0.0, 0.0)))
     assert data.unusable[0].reason == "empty box"
 
 
@@ -118,9 +118,9 @@ def test_assemble_the_same_id_twice_is_refused() -> None:
         made(ONE, ONE)
 
 
-def test_assemble_no_picture_at_all_says_where_it_looked() -> None:
-    with pytest.raises(UsageError, match=r"2 with missing picture.*such as a\.jpg.*here"):
-        made(replace(ONE, picture=None), replace(ONE, id="2", picture=None))
+def test_assemble_no_image_at_all_says_where_it_looked() -> None:
+    with pytest.raises(UsageError, match=r"2 with missing image.*such as a\.jpg.*here"):
+        made(replace(ONE, image=None), replace(ONE, id="2", image=None))
 
 
 def test_assemble_nothing_to_ask_names_the_first() -> None:
@@ -154,12 +154,12 @@ def test_fingerprint_changes_with_what_is_asked(changed: Annotation) -> None:
     assert made(ONE).fingerprint != made(changed).fingerprint
 
 
-def test_fingerprint_changes_when_a_missing_picture_is_found() -> None:
+def test_fingerprint_changes_when_a_missing_image_is_found() -> None:
     other = replace(ONE, id="2", image_id="b")
-    assert made(ONE, replace(other, picture=None)).fingerprint != made(ONE, other).fingerprint
+    assert made(ONE, replace(other, image=None)).fingerprint != made(ONE, other).fingerprint
 
 
 def test_fingerprint_is_not_of_the_place() -> None:
-    moved = replace(ONE, picture=PictureSource(encoded=b"elsewhere"))
+    moved = replace(ONE, image=ImageSource(encoded=b"elsewhere"))
     assert made(ONE).fingerprint == made(moved).fingerprint
     assert len(made(ONE).fingerprint) == 64

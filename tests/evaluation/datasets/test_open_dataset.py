@@ -8,7 +8,7 @@ import pytest
 from gap_export.errors import UsageError
 from gap_export.evaluation.datasets import open_dataset
 from gap_export.evaluation.questions import Dataset
-from tests.evaluation.datasets.builders import REFS, coco_name, save_picture, write_refer
+from tests.evaluation.datasets.builders import REFS, coco_name, save_image, write_refer
 
 
 def opened(spec: str) -> Dataset:
@@ -41,14 +41,14 @@ def test_folder_tells_its_layout(tmp_path: Path) -> None:
 
 def test_folder_that_several_names_lead_to_is_one_data_set(tmp_path: Path) -> None:
     write_refer(tmp_path, folder="mine", refs=REFS[:1])
-    save_picture(tmp_path / "mine" / coco_name(7))
+    save_image(tmp_path / "mine" / coco_name(7))
     assert opened(f"{tmp_path / 'mine'}").name == "mine-unc"
     assert opened(f"refcoco:{tmp_path / 'mine'}").name == "refcoco"
 
 
 def test_folder_in_refers_layout_has_a_name_of_its_own(tmp_path: Path) -> None:
     write_refer(tmp_path, folder="refclef", split_by="berkeley", refs=REFS[:1])
-    save_picture(tmp_path / "refclef" / coco_name(7))
+    save_image(tmp_path / "refclef" / coco_name(7))
     assert opened(f"{tmp_path / 'refclef'}:val").name == "refclef-berkeley"
 
 
@@ -60,12 +60,12 @@ def test_folder_named_refshapes_needs_a_dot(
     assert opened("./refshapes:val").layout == "refer"
 
 
-def test_pictures_have_absolute_paths_since_workers_are_elsewhere(
+def test_images_have_absolute_paths_since_workers_are_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_refer(tmp_path / "coco")
     monkeypatch.chdir(tmp_path)
-    paths = [one.picture.path for one in opened("refcoco:coco:val").questions]
+    paths = [one.image.path for one in opened("refcoco:coco:val").questions]
     assert all(path is not None and path.is_absolute() for path in paths)
 
 
@@ -161,7 +161,7 @@ def test_name_that_no_folder_can_have_is_refused(spec: str) -> None:
 
 @pytest.mark.parametrize("split", ["val 2", "near, far"])
 def test_split_of_ones_own_may_have_any_name(tmp_path: Path, split: str) -> None:
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     lines = [
         {"image": "a.png", "expression": "x", "box": [0, 0, 9, 9], "split": name}
         for name in (split, "other")

@@ -11,13 +11,13 @@ from gap_export.errors import ImageError, UsageError
 from gap_export.evaluation.datasets import open_dataset
 from gap_export.evaluation.questions import Dataset
 from gap_export.runtime.image import load_image
-from tests.evaluation.datasets.builders import save_picture
+from tests.evaluation.datasets.builders import save_image
 
-ROW = {"image": "pictures/yard.png", "expression": "the gate", "box": [1, 2, 30, 40]}
+ROW = {"image": "images/yard.png", "expression": "the gate", "box": [1, 2, 30, 40]}
 
 
 def write(folder: Path, *rows: dict[str, Any]) -> Path:
-    save_picture(folder / "pictures/yard.png")
+    save_image(folder / "images/yard.png")
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
@@ -35,7 +35,7 @@ def test_line_is_a_question(tmp_path: Path) -> None:
     assert question.box == (1.0, 2.0, 30.0, 40.0)
     assert question.image_size == (64, 48)
     assert question.kind is None
-    assert question.picture.path == folder / "pictures/yard.png"
+    assert question.image.path == folder / "images/yard.png"
 
 
 def test_kinds_splits_and_ids_are_kept(tmp_path: Path) -> None:
@@ -51,18 +51,18 @@ def test_kinds_splits_and_ids_are_kept(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-def test_size_is_that_of_the_upright_picture(tmp_path: Path) -> None:
+def test_size_is_that_of_the_upright_image(tmp_path: Path) -> None:
     write(tmp_path, {**ROW, "image": "turned.jpg", "box": [1, 2, 45, 60]})
-    picture = Image.new("RGB", (64, 48))
-    exif = picture.getexif()
+    image = Image.new("RGB", (64, 48))
+    exif = image.getexif()
     exif[0x0112] = 6
-    picture.save(tmp_path / "turned.jpg", exif=exif)
+    image.save(tmp_path / "turned.jpg", exif=exif)
     (question,) = opened(tmp_path).questions
     assert question.image_size == (48, 64)
     assert question.box == (1.0, 2.0, 45.0, 60.0)
 
 
-def test_wrong_boxes_and_missing_pictures_are_listed(tmp_path: Path) -> None:
+def test_wrong_boxes_and_missing_images_are_listed(tmp_path: Path) -> None:
     write(
         tmp_path,
         ROW,
@@ -73,20 +73,20 @@ def test_wrong_boxes_and_missing_pictures_are_listed(tmp_path: Path) -> None:
     data = opened(tmp_path)
     assert data.num_expressions == 4
     assert [(one.reason, one.detail) for one in data.unusable] == [
-        ("box outside the picture", "box 10, 10, 70, 20, picture 64x48"),
-        ("empty box", "box 10, 10, 10, 20, picture 64x48"),
+        ("box outside the picture", "box 10, 10, 70, 20, image 64x48"),
+        ("empty box", "box 10, 10, 10, 20, image 64x48"),
         ("missing picture", "gone.png"),
     ]
 
 
-@pytest.mark.parametrize("raw", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"])
-def test_broken_picture_is_left_to_whoever_loads_it(tmp_path: Path, raw: bytes) -> None:
+@pytest.mark.parametrize("raw", [b"", b"not an image", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"])
+def test_broken_image_is_left_to_whoever_loads_it(tmp_path: Path, raw: bytes) -> None:
     write(tmp_path, {**ROW, "image": "broken.png"})
     (tmp_path / "broken.png").write_bytes(raw)
     (question,) = opened(tmp_path).questions
     assert question.image_size is None
     with pytest.raises(ImageError):
-        load_image(question.picture.load(), pad_color=(0, 0, 0))
+        load_image(question.image.load(), pad_color=(0, 0, 0))
 
 
 @pytest.mark.parametrize(

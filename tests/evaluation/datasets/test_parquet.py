@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from gap_export.errors import ImageError, MissingDependencyError, UsageError
-from gap_export.evaluation.datasets import open_dataset, parquet_pictures
-from gap_export.evaluation.questions import Dataset, PictureSource
+from gap_export.evaluation.datasets import open_dataset, parquet_images
+from gap_export.evaluation.questions import Dataset, ImageSource
 from gap_export.runtime.image import load_image
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
@@ -50,7 +50,7 @@ def opened(spec: str) -> Dataset:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two splits; that of val is in two files, and has two rows about one picture."""
+    """Two splits; that of val is in two files, and has two rows about one image."""
     val = [entry(n, f"first {n}", f"second {n}") for n in range(5)]
     again = entry(9, "again", file_name="COCO_train2014_000000000000_77.jpg")
     write(tmp_path / "data/val-00000-of-00002.parquet", val)
@@ -59,9 +59,9 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def shade(source: PictureSource) -> int:
-    picture = load_image(source.load(), pad_color=(0, 0, 0))
-    return int(np.asarray(picture)[0, 0, 0])
+def shade(source: ImageSource) -> int:
+    image = load_image(source.load(), pad_color=(0, 0, 0))
+    return int(np.asarray(image)[0, 0, 0])
 
 
 def test_every_answer_is_a_question(root: Path) -> None:
@@ -78,11 +78,11 @@ def test_every_answer_is_a_question(root: Path) -> None:
     assert data.questions[0].image_id == "COCO_train2014_000000000000"
 
 
-def test_pictures_are_those_of_their_rows(root: Path) -> None:
+def test_images_are_those_of_their_rows(root: Path) -> None:
     questions = {one.id: one for one in opened(f"refcoco:{root}:val").questions}
-    assert [shade(questions[f"val-{n}-0"].picture) for n in (4, 0, 2, 6)] == [4, 0, 2, 6]
-    # Rows about one picture share it.
-    assert questions["val-5-0"].picture == questions["val-0-0"].picture
+    assert [shade(questions[f"val-{n}-0"].image) for n in (4, 0, 2, 6)] == [4, 0, 2, 6]
+    # Rows about one image share it.
+    assert questions["val-5-0"].image == questions["val-0-0"].image
 
 
 def test_other_split_is_other_files(root: Path) -> None:
@@ -108,7 +108,7 @@ def test_missing_file_of_a_split_is_refused(root: Path) -> None:
         opened(f"refcoco:{root}:val")
 
 
-def test_opening_reads_no_picture(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_reads_no_image(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a row group was read")
 
@@ -118,7 +118,7 @@ def test_opening_reads_no_picture(root: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_row_groups_are_read_once_in_order(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[str, int]] = []
-    real = parquet_pictures.open_parquet
+    real = parquet_images.open_parquet
 
     class Counted:
         def __init__(self, file: Path) -> None:
@@ -138,40 +138,40 @@ def test_row_groups_are_read_once_in_order(root: Path, monkeypatch: pytest.Monke
             return self.opened.read_row_group(group, columns=columns)
 
     data = opened(f"refcoco:{root}:val")
-    monkeypatch.setattr(parquet_pictures, "open_parquet", Counted)
+    monkeypatch.setattr(parquet_images, "open_parquet", Counted)
     for question in data.questions:
-        question.picture.load()
+        question.image.load()
     first, second = "val-00000-of-00002.parquet", "val-00001-of-00002.parquet"
     assert read == [(first, 0), (first, 1), (first, 2), (second, 0)]
 
 
 def test_source_is_small_and_can_be_sent(root: Path) -> None:
-    source = opened(f"refcoco:{root}:val").questions[3].picture
+    source = opened(f"refcoco:{root}:val").questions[3].image
     sent = pickle.dumps(source)
     assert len(sent) < 1000
     assert shade(pickle.loads(sent)) == 1
 
 
 @pytest.mark.parametrize(
-    "content", [{"bytes": None, "path": "a.jpg"}, {"bytes": b"not a picture", "path": None}, None]
+    "content", [{"bytes": None, "path": "a.jpg"}, {"bytes": b"not an image", "path": None}, None]
 )
-def test_broken_picture_is_found_when_loaded(tmp_path: Path, content: Any) -> None:
+def test_broken_image_is_found_when_loaded(tmp_path: Path, content: Any) -> None:
     write(tmp_path / "val.parquet", [entry(1, "a"), entry(2, "b", image=content)])
     data = opened(f"{tmp_path}:val")
     assert data.num_expressions == 2
     with pytest.raises(ImageError):
-        load_image(data.questions[1].picture.load(), pad_color=(0, 0, 0))
+        load_image(data.questions[1].image.load(), pad_color=(0, 0, 0))
 
 
-def test_file_that_is_gone_or_cut_is_a_picture_that_cannot_be_read(tmp_path: Path) -> None:
+def test_file_that_is_gone_or_cut_is_a_image_that_cannot_be_read(tmp_path: Path) -> None:
     file = write(tmp_path / "val.parquet", [entry(1, "a")])
     with pytest.raises(ImageError, match="row 5 of 1"):
-        PictureSource(parquet=(file, 5)).load()
+        ImageSource(parquet=(file, 5)).load()
     other = tmp_path / "other.parquet"
     other.write_bytes(file.read_bytes()[:-20])
     for path in (other, tmp_path / "none.parquet"):
         with pytest.raises(ImageError, match="not a parquet file that can be read"):
-            PictureSource(parquet=(path, 0)).load()
+            ImageSource(parquet=(path, 0)).load()
 
 
 @pytest.mark.parametrize("raw", [b"", b"PAR1", b"PAR1" + b"\0" * 50 + b"PAR1"])

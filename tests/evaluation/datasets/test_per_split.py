@@ -9,7 +9,7 @@ import pytest
 from gap_export.errors import UsageError
 from gap_export.evaluation.datasets import open_dataset
 from gap_export.evaluation.questions import Dataset
-from tests.evaluation.datasets.builders import SIZE, coco_name, save_picture
+from tests.evaluation.datasets.builders import SIZE, coco_name, save_image
 
 
 def entry(image: int, sents: object, box: object = (1, 2.5, 10, 20), **more: Any) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def write(root: Path, rows: object = None, name: str = "refcoco_val.json") -> Pa
     root.mkdir(parents=True, exist_ok=True)
     (root / name).write_text(json.dumps(ROWS if rows is None else rows))
     for number in (7, 8):
-        save_picture(root / "train2014" / coco_name(number))
+        save_image(root / "train2014" / coco_name(number))
     return root
 
 
@@ -50,7 +50,7 @@ def test_every_row_is_a_question(tmp_path: Path) -> None:
     first = data.questions[0]
     assert first.box == (1.0, 2.5, 11.0, 22.5)
     assert first.image_size == SIZE
-    assert first.picture.path == root / "train2014" / coco_name(7)
+    assert first.image.path == root / "train2014" / coco_name(7)
 
 
 def test_list_of_sentences_is_several_questions(tmp_path: Path) -> None:
@@ -84,16 +84,16 @@ def test_sets_in_one_folder_are_told_apart_by_name(tmp_path: Path) -> None:
 def test_folder_of_the_sets_name_is_looked_into(tmp_path: Path) -> None:
     write(tmp_path / "refcoco")
     for number in (7, 8):
-        save_picture(tmp_path / "images" / coco_name(number))
+        save_image(tmp_path / "images" / coco_name(number))
     assert opened(tmp_path).num_expressions == 3
 
 
-def test_picture_with_another_name_is_found_by_it(tmp_path: Path) -> None:
-    save_picture(tmp_path / "images" / "yard.png")
+def test_image_with_another_name_is_found_by_it(tmp_path: Path) -> None:
+    save_image(tmp_path / "images" / "yard.png")
     rows = [entry(7, "gate", img_id="yard.png")]
     data = opened(write(tmp_path, rows, "mine_val.json"), "{}")
     assert data.name == "mine"
-    assert data.questions[0].picture.path == tmp_path / "images" / "yard.png"
+    assert data.questions[0].image.path == tmp_path / "images" / "yard.png"
 
 
 def test_long_expression_stays_a_question(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_long_expression_stays_a_question(tmp_path: Path) -> None:
     assert [one.reason for one in data.unusable] == ["empty expression"]
 
 
-def test_missing_pictures_are_listed_by_their_file(tmp_path: Path) -> None:
+def test_missing_images_are_listed_by_their_file(tmp_path: Path) -> None:
     data = opened(write(tmp_path, [*ROWS, entry(99, "a"), entry(99, "b")]))
     assert data.num_expressions == 5
     assert [one.detail for one in data.unusable] == [coco_name(99)] * 2

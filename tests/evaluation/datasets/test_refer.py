@@ -16,7 +16,7 @@ from tests.evaluation.datasets.builders import (
     coco_name,
     python2_pickle,
     reference,
-    save_picture,
+    save_image,
     write_refer,
 )
 
@@ -46,9 +46,9 @@ def test_boxes_are_corners_in_pixels(tmp_path: Path) -> None:
     assert {one.image_size for one in data.questions} == {(64, 48)}
 
 
-def test_pictures_are_those_of_the_annotation_not_of_the_object(tmp_path: Path) -> None:
+def test_images_are_those_of_the_annotation_not_of_the_object(tmp_path: Path) -> None:
     root = write_refer(tmp_path)
-    paths = {one.id: one.picture.path for one in opened(root).questions}
+    paths = {one.id: one.image.path for one in opened(root).questions}
     assert paths["1-10"] == paths["3-30"] == root / TREE / coco_name(7)
     assert {one.image_id for one in opened(root).questions} == {"7", "8"}
 
@@ -70,13 +70,13 @@ def test_references_written_by_python_2(tmp_path: Path, protocol: int) -> None:
     "folder",
     ["train2014", "images/train2014", "coco2014/train2014", "images", "", "data/train2014"],
 )
-def test_pictures_are_found_where_people_keep_them(tmp_path: Path, folder: str) -> None:
+def test_images_are_found_where_people_keep_them(tmp_path: Path, folder: str) -> None:
     root = write_refer(tmp_path, pictures=())
     for number in (7, 8):
-        save_picture(root / folder / coco_name(number))
+        save_image(root / folder / coco_name(number))
     data = opened(root)
     assert not data.unusable
-    assert data.questions[0].picture.path == root / folder / coco_name(7)
+    assert data.questions[0].image.path == root / folder / coco_name(7)
 
 
 @pytest.mark.parametrize("folder", ["", "refcoco", "data/refcoco", "refer/data/refcoco"])
@@ -84,7 +84,7 @@ def test_annotations_are_found_where_people_keep_them(tmp_path: Path, folder: st
     assert opened(write_refer(tmp_path, folder=folder)).num_expressions == 4
 
 
-def test_missing_pictures_are_counted_and_listed(tmp_path: Path) -> None:
+def test_missing_images_are_counted_and_listed(tmp_path: Path) -> None:
     data = opened(write_refer(tmp_path, pictures=[8]))
     assert data.num_expressions == 4
     assert [one.id for one in data.questions] == ["2-20"]
@@ -95,8 +95,8 @@ def test_missing_pictures_are_counted_and_listed(tmp_path: Path) -> None:
     ]
 
 
-def test_no_pictures_at_all_is_refused_and_says_where_it_looked(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"4 with missing picture.*mscoco/images/train2014"):
+def test_no_images_at_all_is_refused_and_says_where_it_looked(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"4 with missing image.*mscoco/images/train2014"):
         opened(write_refer(tmp_path, pictures=()))
 
 

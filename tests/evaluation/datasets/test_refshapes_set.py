@@ -19,9 +19,9 @@ def test_questions_are_those_of_iter_samples(spec: str) -> None:
         (sample.expression.text, sample.box, sample.expression.kind) for sample in samples
     ]
     for question, sample in zip(data.questions, samples, strict=True):
-        picture = question.picture.load()
-        assert isinstance(picture, np.ndarray)
-        np.testing.assert_array_equal(picture, sample.image)
+        image = question.image.load()
+        assert isinstance(image, np.ndarray)
+        np.testing.assert_array_equal(image, sample.image)
 
 
 def test_training_split_has_other_scenes() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gap_export.evaluation.measure import Runner, RunnerOptions
-from gap_export.evaluation.questions import PictureSource, Question
+from gap_export.evaluation.questions import ImageSource, Question
 from gap_export.evaluation.records import Record
 from gap_export.evaluation.settings import Setting
 from gap_export.evaluation.workers import Shard
@@ -17,7 +17,7 @@ from gap_export.evaluation.workers.ray_worker import AnswersShards
 
 
 def make_shards(count: int, *, per_shard: int = 2) -> list[Shard]:
-    """Shards 0, 1, ... of questions ``0-0``, ``0-1``, ``1-0``, ... about drawn pictures."""
+    """Shards 0, 1, ... of questions ``0-0``, ``0-1``, ``1-0``, ... about drawn images."""
     setting = Setting(
         name="unpruned", bundle=Path("bundle"), pruner="none", keep_ratio=1.0, positions="none"
     )
@@ -31,11 +31,11 @@ def make_shards(count: int, *, per_shard: int = 2) -> list[Shard]:
     ]
 
 
-def make_question(name: str, index: int, picture: PictureSource | None = None) -> Question:
+def make_question(name: str, index: int, image: ImageSource | None = None) -> Question:
     return Question(
         id=name,
         image_id=str(index),
-        picture=picture or PictureSource(scene=("heldout", 0, index, 4)),
+        image=image or ImageSource(scene=("heldout", 0, index, 4)),
         expression=f"the red square {name}",
         box=(0.0, 0.0, 1.0, 1.0),
         image_size=None,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gap_export.errors import UsageError
-from gap_export.evaluation.questions import PictureSource
+from gap_export.evaluation.questions import ImageSource
 from gap_export.evaluation.workers import Shard
 from gap_export.evaluation.workers.node_files import check_files, files_of, with_absolute_paths
 from tests.evaluation.workers.fake_runners import make_question, make_shards
@@ -15,15 +15,15 @@ from tests.evaluation.workers.fake_runners import make_question, make_shards
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Shard:
-    """Asks a bundle about a picture that is there, one that is not, one in parquet, one drawn."""
+    """Asks a bundle about an image that is there, one that is not, one in parquet, one drawn."""
     (tmp_path / "bundle").mkdir()
-    for name in ("bundle/gap.json", "a.png", "pictures.parquet"):
+    for name in ("bundle/gap.json", "a.png", "images.parquet"):
         (tmp_path / name).write_bytes(name.encode())
     sources = (
-        PictureSource(path=tmp_path / "a.png"),
-        PictureSource(path=tmp_path / "missing.png"),
-        PictureSource(parquet=(tmp_path / "pictures.parquet", 3)),
-        PictureSource(scene=("heldout", 0, 0, 4)),
+        ImageSource(path=tmp_path / "a.png"),
+        ImageSource(path=tmp_path / "missing.png"),
+        ImageSource(parquet=(tmp_path / "images.parquet", 3)),
+        ImageSource(scene=("heldout", 0, 0, 4)),
     )
     (empty,) = make_shards(1)
     return replace(
@@ -35,11 +35,11 @@ def shard(tmp_path: Path) -> Shard:
     )
 
 
-def test_a_shard_needs_its_manifest_and_the_pictures_that_are_there(shard, tmp_path):
+def test_a_shard_needs_its_manifest_and_the_images_that_are_there(shard, tmp_path):
     assert files_of(shard) == {
         tmp_path / "bundle/gap.json": hashlib.sha256(b"bundle/gap.json").hexdigest(),
         tmp_path / "a.png": None,
-        tmp_path / "pictures.parquet": None,
+        tmp_path / "images.parquet": None,
     }
 
 
@@ -47,7 +47,7 @@ def test_a_node_with_the_same_files_will_do(shard):
     check_files(files_of(shard), "far (10.0.0.2)")
 
 
-@pytest.mark.parametrize("name", ["bundle/gap.json", "a.png", "pictures.parquet"])
+@pytest.mark.parametrize("name", ["bundle/gap.json", "a.png", "images.parquet"])
 def test_a_node_without_a_file_is_named_with_it(shard, tmp_path, name):
     files = files_of(shard)
     (tmp_path / name).unlink()
@@ -72,16 +72,16 @@ def test_paths_are_made_absolute_for_a_worker_elsewhere(shard, tmp_path, monkeyp
         questions=tuple(
             replace(
                 question,
-                picture=PictureSource(path=Path("a.png"))
-                if question.picture.path is not None
-                else question.picture,
+                image=ImageSource(path=Path("a.png"))
+                if question.image.path is not None
+                else question.image,
             )
             for question in shard.questions
         ),
     )
     sent = with_absolute_paths(relative)
     assert sent.setting == replace(relative.setting, bundle=tmp_path / "bundle")
-    assert [question.picture.path for question in sent.questions] == [
+    assert [question.image.path for question in sent.questions] == [
         tmp_path / "a.png",
         tmp_path / "a.png",
         None,

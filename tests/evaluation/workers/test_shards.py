@@ -36,14 +36,14 @@ def questions(*per_image):
         ([], []),
     ],
 )
-def test_shards_end_with_a_picture(per_image, sizes):
+def test_shards_end_with_a_image(per_image, sizes):
     asked = questions(*per_image)
     shards = cut_shards(SETTING, asked, size=4)
     assert [len(shard.questions) for shard in shards] == sizes
     assert [shard.index for shard in shards] == list(range(len(sizes)))
     assert [one for shard in shards for one in shard.questions] == asked
-    pictures = [{one.image_id for one in shard.questions} for shard in shards]
-    assert sum(map(len, pictures)) == len(set().union(*pictures))
+    images = [{one.image_id for one in shard.questions} for shard in shards]
+    assert sum(map(len, images)) == len(set().union(*images))
 
 
 def test_this_process_answers_in_the_order_given_and_closes_what_it_opened(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gap_export.evaluation.questions import PictureSource, Unusable
+from gap_export.evaluation.questions import ImageSource, Unusable
 from gap_export.evaluation.results import (
     Accuracy,
     Comparison,
@@ -19,7 +19,7 @@ from gap_export.evaluation.results import (
 TEXT = "the red circle"
 TOKENS = 144
 KINDS = {"attribute": 290, "superlative": 130, "relation": 80}
-SCENE = PictureSource(scene=("heldout", 0, 3, 2))
+SCENE = ImageSource(scene=("heldout", 0, 3, 2))
 SHARES = {
     ("random", 0.3): (0.022, 0.787),
     ("spatial", 0.3): (0.016, 0.93),
@@ -107,7 +107,7 @@ def gallery_item(text: str = TEXT, **changes: Any) -> GalleryItem:
         "kind": "flipped by GAP",
         "question_id": "0-3-1",
         "expression": text,
-        "picture": SCENE,
+        "image": SCENE,
         "box": box,
         "answers": answers,
     }
@@ -163,7 +163,7 @@ def evaluation_report(text: str = TEXT, **changes: Any) -> EvaluationReport:
             fingerprint="ab" * 32,
         ),
         "protocol": "unpad",
-        "protocol_summary": "pixels of the original picture, plain IoU, > 0.5",
+        "protocol_summary": "pixels of the original image, plain IoU, > 0.5",
         "prompt": f"USER: <image> {text} {{expression}} ASSISTANT:",
         "seed": 0,
         "backend": "onnxruntime",
@@ -173,9 +173,7 @@ def evaluation_report(text: str = TEXT, **changes: Any) -> EvaluationReport:
         "gallery": (
             gallery_item(text),
             gallery_item(text, kind="best", question_id="0-4-0"),
-            gallery_item(
-                text, kind="worst", picture=PictureSource(path=Path(f"/no/{text[:20]}.jpg"))
-            ),
+            gallery_item(text, kind="worst", image=ImageSource(path=Path(f"/no/{text[:20]}.jpg"))),
         ),
     }
     return EvaluationReport(**{**plain, **changes})

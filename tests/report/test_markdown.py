@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gap_export.report.parity.markdown import escape
+from gap_export.report.markdown import escape
 
 # What there is to break out with.
 PIECES = [

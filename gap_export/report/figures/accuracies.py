@@ -1,8 +1,4 @@
-"""Accuracies, tokens and latencies as SVG.
-
-Colours are of the palette of Okabe and Ito (2008), which colour-blind people tell apart; markers
-and lines differ as well. Every number that is drawn is also in a table.
-"""
+"""Accuracies, tokens and latencies."""
 
 from __future__ import annotations
 
@@ -14,27 +10,34 @@ from typing import TYPE_CHECKING, Literal
 
 from gap_export.evaluation.results import Accuracy, SettingRow
 from gap_export.evaluation.settings import SettingPositions
-from gap_export.report.evaluation.words import Panel, names_of, stages_of
-from gap_export.report.parity.plots import BLUE, GRID, INK, STYLE, VERMILLION, drawable, to_svg
+from gap_export.report.figures import (
+    BLUE,
+    GREEN,
+    GRID,
+    INK,
+    PURPLE,
+    VERMILLION,
+    WIDTH,
+    draw_svg,
+    drawable,
+)
+from gap_export.report.panels import Panel, names_of, stages_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GREEN, PURPLE = "#009E73", "#CC79A7"
 # Inches.
-_WIDTH, _ROW, _FRAME, _PANEL = 11.5, 0.3, 1.2, 2.9
-# Of figures with one, two and three panels side by side.
-_WIDTHS = (5.75, 9.0, _WIDTH)
-# Beyond these a picture tells no more than its table.
+_ROW, _FRAME, _PANEL = 0.3, 1.2, 2.7
+# Widths of figures with one, two and three panels side by side.
+_WIDTHS = (5.0, 8.0, WIDTH)
+# Beyond these a figure tells no more than its table.
 _MAX_ROWS, _MAX_PANELS, _MAX_GROUPS, _MAX_STAGES = 100, 12, 8, 12
 _COLUMNS = 3
 # As many letters below a panel stand side by side.
 _ROOM = 38
 _MAX_LABEL, _MAX_NAME = 48, 18
 _PRUNER_MARKERS = "osD^v<>Ph*"
-# Names of settings may hold dollar signs, which are no formula.
-_PLAIN_STYLE = {**STYLE, "text.parse_math": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +59,12 @@ _LOOKS: Mapping[SettingPositions, _Look] = MappingProxyType(
 )
 
 
-def draw_accuracies(rows: Sequence[SettingRow], *, mark: str) -> str:
+def draw_accuracies(rows: Sequence[SettingRow], mark: str) -> str:
     """Acc@0.5 of each setting with its interval, from top to bottom.
 
     Args:
         rows: At least one.
-        mark: Begins the ids within the picture, so that several fit into one page.
+        mark: See :func:`gap_export.report.figures.draw_svg`.
 
     Returns:
         An ``<svg>`` element without declaration; what it holds of names is outlines of letters.
@@ -87,10 +90,10 @@ def draw_accuracies(rows: Sequence[SettingRow], *, mark: str) -> str:
         axes.grid(axis="x", color=GRID, linewidth=0.8)
         _add_legend(figure, rows)
 
-    return _drawn(draw, (_WIDTH, _FRAME + _ROW * len(rows)), mark)
+    return draw_svg(draw, size=(WIDTH, _FRAME + _ROW * len(rows)), mark=mark)
 
 
-def draw_thresholds(panels: Sequence[Panel], *, mark: str) -> str:
+def draw_thresholds(panels: Sequence[Panel], mark: str) -> str:
     """Share of hits by threshold of IoU: a panel for each pruner and keep ratio.
 
     Args:
@@ -116,7 +119,7 @@ def draw_thresholds(panels: Sequence[Panel], *, mark: str) -> str:
 
 
 def draw_groups(
-    panels: Sequence[Panel], groups_of: Callable[[SettingRow], Mapping[str, Accuracy]], *, mark: str
+    panels: Sequence[Panel], groups_of: Callable[[SettingRow], Mapping[str, Accuracy]], mark: str
 ) -> str:
     """Acc@0.5 with its interval of each group of expressions: a panel for each pruner and keep.
 
@@ -153,7 +156,7 @@ def draw_groups(
     return _draw_panels(panels, draw, "Acc@0.5 in percent", mark)
 
 
-def draw_tokens(rows: Sequence[SettingRow], *, mark: str) -> str:
+def draw_tokens(rows: Sequence[SettingRow], mark: str) -> str:
     """Acc@0.5 by the number of visual tokens the decoder reads: a line for each pruner.
 
     Args:
@@ -191,10 +194,10 @@ def draw_tokens(rows: Sequence[SettingRow], *, mark: str) -> str:
         axes.grid(color=GRID, linewidth=0.8)
         figure.legend(loc="outside right upper", frameon=False)
 
-    return _drawn(draw, (_WIDTH, max(4.0, _FRAME + 0.25 * len(lines))), mark)
+    return draw_svg(draw, size=(WIDTH, max(4.0, _FRAME + 0.25 * len(lines))), mark=mark)
 
 
-def draw_latencies(rows: Sequence[SettingRow], *, mark: str) -> str:
+def draw_latencies(rows: Sequence[SettingRow], mark: str) -> str:
     """Milliseconds of each stage, from the median to the 95th percentile.
 
     Args:
@@ -225,7 +228,7 @@ def draw_latencies(rows: Sequence[SettingRow], *, mark: str) -> str:
             _name_rows(axes, rows, named=index % columns == 0)
         _add_legend(figure, rows)
 
-    return _drawn(draw, (_WIDTH, 0.5 + lines * (0.9 + _ROW * len(rows))), mark)
+    return draw_svg(draw, size=(WIDTH, 0.5 + lines * (0.9 + _ROW * len(rows))), mark=mark)
 
 
 def _draw_panels(
@@ -249,22 +252,7 @@ def _draw_panels(
                 axes.set_ylabel(label)
         _add_legend(figure, [row for panel in panels for row in panel.rows])
 
-    return _drawn(draw, (_WIDTHS[columns - 1], 0.5 + _PANEL * lines), mark)
-
-
-def _drawn(draw: Callable[[Figure], None], size: tuple[float, float], mark: str) -> str:
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with rc_context(_PLAIN_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasSVG(figure)
-        draw(figure)
-        for axes in figure.axes:
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right"]].set_visible(False)
-        return to_svg(figure, mark=mark)
+    return draw_svg(draw, size=(_WIDTHS[columns - 1], 0.5 + _PANEL * lines), mark=mark)
 
 
 def _errors(found: Sequence[Accuracy]) -> list[list[float]]:
@@ -295,6 +283,6 @@ def _add_legend(figure: Figure, rows: Sequence[SettingRow]) -> None:
 
 
 def _short(name: str, limit: int = _MAX_LABEL) -> str:
-    """Of letters that the picture's font has; the beginning is kept."""
+    """Of letters that the image's font has; the beginning is kept."""
     text = drawable(name)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

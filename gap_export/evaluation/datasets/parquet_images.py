@@ -1,4 +1,4 @@
-"""Pictures out of parquet files, a row group at a time."""
+"""Images out of parquet files, a row group at a time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 IMAGE = "image"
 
 
-def read_picture(file: Path, row: int) -> bytes:
-    """The encoded picture of a row.
+def read_image(file: Path, row: int) -> bytes:
+    """The encoded image of a row.
 
     The row group it is in is kept until another is read: rows in their order read each one once.
 
@@ -27,18 +27,18 @@ def read_picture(file: Path, row: int) -> bytes:
         row: From 0.
 
     Raises:
-        ImageError: the file, the row or the picture is not there, or cannot be read.
+        ImageError: the file, the row or the image is not there, or cannot be read.
         MissingDependencyError: pyarrow is not installed.
     """
     require_extra("refcoco", "reading parquet files")
     try:
         with reading(file):
             group, first = _group_of(file, row)
-            encoded = _pictures(file, group)[row - first].as_py()
+            encoded = _images(file, group)[row - first].as_py()
     except UsageError as err:
         raise ImageError(err.what, seen=err.seen) from err
     if not isinstance(encoded, bytes):
-        raise ImageError("the row holds no picture", seen=f"{file}, row {row}")
+        raise ImageError("the row holds no image", seen=f"{file}, row {row}")
     return encoded
 
 
@@ -68,7 +68,7 @@ def open_parquet(file: Path) -> ParquetFile:
     return ParquetFile(file)
 
 
-def has_pictures(opened: ParquetFile) -> bool:
+def has_images(opened: ParquetFile) -> bool:
     """Whether the column ``image``, which is there, holds bytes by that name."""
     from pyarrow.types import is_binary, is_struct
 
@@ -96,8 +96,8 @@ def _group_of(file: Path, row: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=1)
-def _pictures(file: Path, group: int) -> Any:
-    """The encoded pictures of a row group, a pyarrow array of bytes."""
+def _images(file: Path, group: int) -> Any:
+    """The encoded images of a row group, a pyarrow array of bytes."""
     with open_parquet(file) as opened:
         column = opened.read_row_group(group, columns=[f"{IMAGE}.bytes"]).column(IMAGE)
     return column.combine_chunks().field("bytes")

@@ -1,0 +1,241 @@
+"""What a report says, apart from how it is written.
+
+``check`` and ``eval`` each fill a :class:`Document`; every writer renders any of them. All text is
+plain and free of control characters here; each format escapes it in its own way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+Status = Literal["passed", "failed", "not_run"]
+STATUS_WORDS: Mapping[str, str] = MappingProxyType(
+    {"passed": "passed", "failed": "FAILED", "not_run": "not run"}
+)
+# Such as 5.4e-138, 93.0 %, +88.6 to +93.6, 61.2 / 70.1, < 1e-300 and inf.
+_NUMBER = r"[<>]? ?[-+]?(?:\d[\d.,]*(?:e[-+]?\d+)?|inf|nan)(?: %)?"
+_NUMBERS = re.compile(rf"{_NUMBER}(?:(?: to | / |-){_NUMBER})?(?: \({_NUMBER} to {_NUMBER}\))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Text in rows.
+
+    Attributes:
+        title: What it shows.
+        header: Names of the columns.
+        rows: As many cells each; the first one names the row.
+        failed: Indices of the rows that are not as they should be.
+        notes: Lines below it.
+        is_long: There may be hundreds of rows, of which a summary shows the failed ones alone.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    failed: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = ()
+    is_long: bool = False
+
+    def numeric_columns(self) -> frozenset[int]:
+        """Indices of the columns that hold numbers alone, which are aligned at the right."""
+        columns = [[cell for cell in column if cell] for column in zip(*self.rows, strict=True)]
+        return frozenset(
+            index
+            for index, cells in enumerate(columns)
+            if index and cells and all(map(_NUMBERS.fullmatch, cells))
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A plot.
+
+    Attributes:
+        caption: What it shows, in words.
+        draw: Gives an ``<svg>`` element whose ids begin with the text it is called with. It needs
+            matplotlib, and is called by writers that show figures.
+        title: Stands above it; may be empty.
+    """
+
+    caption: str
+    draw: Callable[[str], str]
+    title: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stroke:
+    """How a box is drawn; lengths are for an image whose longer side is 400.
+
+    Attributes:
+        label: Whose box it is.
+        color: A color of the palette of Okabe and Ito.
+        width: Width of the line.
+        dashes: Lengths of a dash and of the gap after it; empty for a solid line.
+    """
+
+    label: str
+    color: str
+    width: float
+    dashes: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rectangle:
+    """A box to be drawn, in pixels of the image.
+
+    Attributes:
+        corner: Left and top.
+        size: Width and height.
+        color: Color of its line.
+        line: Width of its line.
+        halo: Width of the white line below it.
+        dashes: Lengths of dashes and gaps, as SVG has them; empty for a solid line.
+    """
+
+    corner: tuple[float, float]
+    size: tuple[float, float]
+    color: str
+    line: float
+    halo: float
+    dashes: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A line below an image.
+
+    Attributes:
+        stroke: How its box is drawn; None where it is not.
+        setting: Name of the setting.
+        iou: A number in words, or that there is no box.
+        text: The answer of the model.
+    """
+
+    stroke: Stroke | None
+    setting: str
+    iou: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One question of a gallery.
+
+    Attributes:
+        question: Its id.
+        expression: What was asked.
+        alt: The image in words.
+        uri: The image as ``data:``; empty where it could not be loaded.
+        problem: Why it could not be loaded.
+        size: Width and height of the image, in pixels, as loaded.
+        margin: Pixels around it.
+        rectangles: Boxes to be drawn over it, in this order.
+        answers: Those of the settings whose boxes are drawn come first.
+    """
+
+    question: str
+    expression: str
+    alt: str
+    uri: str
+    problem: str
+    size: tuple[int, int]
+    margin: float
+    rectangles: tuple[Rectangle, ...]
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shelf:
+    """Questions that were chosen for the same reason.
+
+    Attributes:
+        title: The reason.
+        strokes: How boxes are drawn in its images.
+        cards: At least one.
+    """
+
+    title: str
+    strokes: tuple[Stroke, ...]
+    cards: tuple[Card, ...]
+
+
+def no_gallery() -> tuple[Shelf, ...]:
+    """The gallery of a section that has none."""
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of a report.
+
+    Attributes:
+        title: Its heading.
+        depth: 2, or 3 for a part of the section before it.
+        status: Verdict beside the heading, where it has one.
+        callouts: Sentences that should not be missed.
+        tables: Tables without rows are left out.
+        figures: Plots, which stand before the tables.
+        gallery: Loads images with boxes; called by writers that show them.
+    """
+
+    title: str
+    depth: Literal[2, 3] = 2
+    status: Status | None = None
+    callouts: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    gallery: Callable[[], Sequence[Shelf]] = no_gallery
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """A figure to be seen first.
+
+    Attributes:
+        label: What it is of.
+        value: The figure, or a verdict.
+        status: The verdict, where it is one.
+    """
+
+    label: str
+    value: str
+    status: Status | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A report for people.
+
+    Attributes:
+        command: ``check`` or ``eval``.
+        title: What it is about, or the verdict.
+        status: The verdict, where there is one.
+        lead: The result in a sentence; empty where the title says it.
+        tiles: The same as ``lead`` for writers that show more than lines of text.
+        problems_title: Heading of the problems.
+        problems: What is wrong or doubtful, a sentence each.
+        facts: What was measured and how, by name.
+        sections: The parts, in order.
+        schema_version: Version of the JSON form of the same report.
+    """
+
+    command: str
+    title: str
+    status: Status | None = None
+    lead: str = ""
+    tiles: tuple[Tile, ...] = ()
+    problems_title: str = ""
+    problems: tuple[str, ...] = ()
+    facts: tuple[tuple[str, str], ...]
+    sections: tuple[Section, ...]
+    schema_version: int
+
+    @property
+    def heading(self) -> str:
+        """Command and title, by which a file is recognized as one of ours."""
+        return f"gap-export {self.command}: {self.title}"

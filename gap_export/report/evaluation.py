@@ -1,0 +1,363 @@
+"""An evaluation as a document: its words and tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from gap_export.evaluation.results import (
+    SCHEMA_VERSION,
+    Accuracy,
+    EvaluationReport,
+    Interval,
+    SettingRow,
+)
+from gap_export.report.document import Document, Figure, Section, Table, Tile
+from gap_export.report.figures.accuracies import (
+    draw_accuracies,
+    draw_groups,
+    draw_latencies,
+    draw_thresholds,
+    draw_tokens,
+)
+from gap_export.report.gallery import TITLES, gallery_shelves
+from gap_export.report.panels import Panel, names_of, panels_of, stages_of
+from gap_export.visible import clean, visible_strings
+
+_FRAMES = {
+    "raw": "boxes of images as stored",
+    "upright": "boxes of images as displayed, turned as EXIF says",
+}
+_INTERVALS = (
+    "95 %. Of an accuracy: percentile bootstrap over images, since expressions about one image "
+    "are not independent; where that has no width Wilson's, each image taken for one question. "
+    "Of a difference: Newcombe 1998, method 10, of the same expressions"
+)
+
+
+def document_of_evaluation(report: EvaluationReport) -> Document:
+    """What an evaluation measured, for people."""
+    report = visible_strings(report, show=clean)
+    tiles = _tiles(report)
+    lead = "; ".join(f"{tile.label} {tile.value}" for tile in tiles)
+    panels = panels_of(report.rows)
+    made = (
+        _accuracy(report, lead),
+        Section(title="Paired comparisons", tables=(_comparisons(report),)),
+        _thresholds(report.rows, panels),
+        _groups("kind", "kind of expression", lambda row: row.by_kind, report.rows, panels),
+        # A split alone is the data set, of which all is said already.
+        _groups(
+            "split",
+            "split",
+            lambda row: row.by_split if len(row.by_split) > 1 else {},
+            report.rows,
+            panels,
+        ),
+        _latency(report.rows),
+        Section(
+            title="Gallery", tables=(_gallery(report),), gallery=partial(gallery_shelves, report)
+        ),
+        Section(title="What could not be asked", tables=_unusable(report)),
+    )
+    return Document(
+        command="eval",
+        title=f"{report.model} on {report.data.name}",
+        lead=f"Acc@0.5: {lead}.",
+        tiles=tiles,
+        problems_title="Warnings",
+        problems=report.warnings,
+        facts=_facts(report),
+        sections=tuple(one for one in made if any(table.rows for table in one.tables)),
+        schema_version=SCHEMA_VERSION,
+    )
+
+
+def percent(share: float | None) -> str:
+    """A share in percent, to a tenth; empty where there is none."""
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def p_value(value: float) -> str:
+    """A p-value in few digits, or its bound where it is too small for a float."""
+    if value >= 0.001:
+        return f"{value:.3f}"
+    return f"{value:.1e}" if value > 0 else "< 1e-300"
+
+
+def describe_frame(report: EvaluationReport) -> str:
+    """What boxes are coordinates of, and how many images that makes a difference for."""
+    data = report.data
+    images = "image carries" if data.num_turned == 1 else "images carry"
+    return f"{data.frame} ({_FRAMES.get(data.frame, 'both are declared')}); " + (
+        f"{data.num_turned} {images} an EXIF orientation"
+    )
+
+
+def _tiles(report: EvaluationReport) -> tuple[Tile, ...]:
+    """Acc@0.5 by what was done to the positions, over all pruners and keep ratios."""
+    tiles = []
+    for positions, name in (
+        ("none", "unpruned"),
+        ("gap", "GAP"),
+        ("compact", "compact positions"),
+        ("permuted", "permuted"),
+        ("shifted", "shifted"),
+    ):
+        shares = sorted(row.acc_at_50 for row in report.rows if row.positions == positions)
+        if shares:
+            low, high = f"{100 * shares[0]:.1f}", f"{100 * shares[-1]:.1f}"
+            tiles.append(Tile(label=name, value=f"{low if low == high else f'{low}-{high}'} %"))
+    recovered = report.worst_recovery()
+    if recovered is not None:
+        tiles.append(Tile(label="GAP recovers at least", value=f"{percent(recovered)} of unpruned"))
+    return tuple(tiles)
+
+
+def _facts(report: EvaluationReport) -> tuple[tuple[str, str], ...]:
+    data, counted = report.data, report.rows[0]
+    backends = dict.fromkeys(row.backend for row in report.rows if row.backend)
+    unusable = "none of the data set's expressions"
+    if data.unusable:
+        unusable = (
+            f"{len(data.unusable)} of the data set's {data.num_expressions} expressions. Counted "
+            f"as wrong: {len(data.unusable) - data.num_excluded}. Left out, since by their "
+            f"annotation no answer could be right: {data.num_excluded}"
+        )
+    return (
+        ("model", f"{report.model}, of the family {report.family}"),
+        ("data", f"{data.name}, split {', '.join(data.splits)}"),
+        ("read from", f"{data.spec} (layout: {data.layout})"),
+        ("expressions", f"{counted.n} about {counted.num_images} images"),
+        ("frame", describe_frame(report)),
+        ("could not be asked", unusable),
+        ("protocol", f"{report.protocol}: {report.protocol_summary}"),
+        ("prompt", report.prompt),
+        ("decoding", "greedy"),
+        ("seed", str(report.seed)),
+        ("backend", "; ".join(backends) or report.backend),
+        ("intervals", _INTERVALS),
+    )
+
+
+def _interval(interval: Interval, sign: str = "") -> str:
+    low, high = (100 * end for end in interval)
+    return f"{low:{sign}.1f} to {high:{sign}.1f}"
+
+
+def _accuracy(report: EvaluationReport, lead: str) -> Section:
+    rows = report.rows
+    lacking = any(row.num_unusable for row in rows)
+    notes = [f"{name}: {text}" for name, text in report.misalignments.items()]
+    if any(row.num_tolerant for row in rows):
+        notes.append("Read with tolerance: a box that is not written as the model should write it.")
+    if any(row.num_out_of_scale for row in rows):
+        notes.append("Out of scale: the part of the box that is inside the image is judged.")
+    if lacking:
+        notes.append(
+            "Not asked, or not to be judged: the image is missing, broken or of another size "
+            "than annotated, or the model refuses the text."
+        )
+    table = Table(
+        title=f"Acc@0.5 by the protocol {report.protocol}",
+        header=(
+            *("setting", "Acc@0.5", "95 % interval", "of unpruned", "mean IoU", "without a box"),
+            *("read with tolerance", "out of scale", "cut off"),
+            *("visual tokens", "expressions", "images"),
+            *(("not asked", "Acc@0.5 without those") if lacking else ()),
+        ),
+        rows=tuple(
+            (
+                row.name,
+                percent(row.acc_at_50),
+                _interval(row.ci95),
+                percent(row.recovered),
+                f"{row.mean_iou:.3f}",
+                str(row.parse_failures),
+                str(row.num_tolerant),
+                str(row.num_out_of_scale),
+                str(row.num_cut_off),
+                f"{row.mean_visual_tokens:.1f}",
+                str(row.n),
+                str(row.num_images),
+                *((str(row.num_unusable), percent(row.acc_at_50_usable)) if lacking else ()),
+            )
+            for row in rows
+        ),
+        notes=tuple(notes),
+    )
+    names = names_of(row.other_protocols for row in rows)
+    others = Table(
+        title="Acc@0.5 of the same answers by other protocols",
+        header=("setting", *names),
+        rows=tuple(
+            (row.name, *(percent(row.other_protocols.get(name)) for name in names))
+            for row in rows
+            if names
+        ),
+        notes=(
+            "To be compared with published figures, and not to be mixed with the ones above. An "
+            "answer that a protocol does not read is wrong under it: Shikra's reads no box with "
+            "spaces in it.",
+        ),
+    )
+    figures = [Figure(caption=f"Acc@0.5: {lead}.", draw=partial(draw_accuracies, rows))]
+    if any(row.positions == "gap" for row in rows):
+        counts = sorted({round(row.mean_visual_tokens) for row in rows})
+        caption = (
+            f"Acc@0.5 by visual tokens the decoder reads: {len(rows)} settings, {counts[0]} to "
+            f"{counts[-1]} tokens."
+        )
+        figures.append(Figure(caption=caption, draw=partial(draw_tokens, rows)))
+    return Section(title="Accuracy", tables=(table, others), figures=tuple(figures))
+
+
+def _comparisons(report: EvaluationReport) -> Table:
+    return Table(
+        title="two settings over the same expressions, counted at Acc@0.5",
+        header=(
+            *("first", "second", "both right", "first alone", "second alone", "none"),
+            *("difference in points", "95 % interval", "McNemar p"),
+        ),
+        rows=tuple(
+            (
+                pair.first,
+                pair.second,
+                *map(str, (pair.both, pair.only_first, pair.only_second, pair.neither)),
+                f"{100 * pair.difference:+.1f}",
+                _interval(pair.ci95, "+"),
+                p_value(pair.mcnemar_p),
+            )
+            for pair in report.comparisons
+        ),
+        notes=(
+            "p: exact, two-sided, not corrected for the number of comparisons. Expressions about "
+            "one image are treated as independent here, so it is a little small.",
+        ),
+    )
+
+
+def _thresholds(rows: Sequence[SettingRow], panels: Sequence[Panel]) -> Section:
+    names = names_of(row.curve for row in rows)
+    table = Table(
+        title="share of expressions that hit, by the threshold of IoU",
+        header=("setting", *(f"Acc@{name}" for name in names)),
+        rows=tuple(
+            (row.name, *(percent(row.curve.get(name)) for name in names)) for row in rows if names
+        ),
+    )
+    caption = "The share of hits falls as the threshold of IoU rises; the numbers are in the table."
+    return Section(
+        title="Accuracy by threshold of IoU",
+        tables=(table,),
+        figures=(Figure(caption=caption, draw=partial(draw_thresholds, panels)),),
+    )
+
+
+def _groups(
+    what: str,
+    title: str,
+    groups_of: Callable[[SettingRow], Mapping[str, Accuracy]],
+    rows: Sequence[SettingRow],
+    panels: Sequence[Panel],
+) -> Section:
+    """A column for each group, with the number of its expressions in the header."""
+    found = {row.name: groups_of(row) for row in rows}
+    names = names_of(found.values())
+    sizes = {name: group.n for groups in found.values() for name, group in groups.items()}
+
+    def cell(group: Accuracy | None) -> str:
+        return "" if group is None else f"{percent(group.acc_at_50)} ({_interval(group.ci95)})"
+
+    table = Table(
+        title=f"Acc@0.5 and its 95 % interval by {what}; in brackets the number of expressions",
+        header=("setting", *(f"{name} ({sizes[name]})" for name in names)),
+        rows=tuple(
+            (name, *(cell(groups.get(each)) for each in names))
+            for name, groups in found.items()
+            if groups
+        ),
+    )
+    caption = f"Acc@0.5 with its 95 % interval by {what}; the numbers are in the table."
+    return Section(
+        title=f"Accuracy by {title}",
+        tables=(table,),
+        figures=(Figure(caption=caption, draw=partial(draw_groups, panels, groups_of)),),
+    )
+
+
+def _latency(rows: Sequence[SettingRow]) -> Section:
+    stages = stages_of(rows)
+    several = len({row.backend for row in rows}) > 1
+
+    def cell(times: Mapping[str, float] | None) -> str:
+        return "" if times is None else f"{times['median']:.1f} / {times['p95']:.1f}"
+
+    table = Table(
+        title="milliseconds by stage: median / 95th percentile",
+        header=(
+            *("setting", *(("backend",) if several else ()), "expressions a batch"),
+            *stages,
+        ),
+        rows=tuple(
+            (
+                row.name,
+                *((row.backend,) if several else ()),
+                f"{row.mean_batch_size:.1f}",
+                *(cell(row.latency_ms.get(stage)) for stage in stages),
+            )
+            for row in rows
+            if row.latency_ms
+        ),
+        notes=(
+            "Times are of a batch: the expressions about one image that are asked together. They "
+            "were measured while the evaluation ran, beside whatever else ran; compare settings by "
+            "them, not machines.",
+        ),
+    )
+    caption = "Each mark is a median; its line ends at the 95th percentile. See the table."
+    return Section(
+        title="Latency",
+        tables=(table,),
+        figures=(Figure(caption=caption, draw=partial(draw_latencies, rows)),),
+    )
+
+
+def _gallery(report: EvaluationReport) -> Table:
+    names = [row.name for row in report.rows]
+    cells = []
+    for item in report.gallery:
+        ious = {answer.setting: f"{answer.iou:.2f}" for answer in item.answers}
+        cells.append(
+            (
+                item.question_id,
+                TITLES[item.kind],
+                item.expression,
+                *(ious.get(name, "") for name in names),
+            )
+        )
+    return Table(
+        title="IoU of some answers; chosen by the first setting with GAP",
+        header=("question", "why", "expression", *names),
+        rows=tuple(cells),
+    )
+
+
+def _unusable(report: EvaluationReport) -> tuple[Table, Table]:
+    unusable = report.data.unusable
+    counts = Counter((one.reason, one.counts_as_wrong) for one in unusable)
+    reasons = Table(
+        title="expressions by reason",
+        header=("reason", "expressions", "in the accuracy"),
+        rows=tuple(
+            (reason, str(count), "counted as wrong" if wrong else "left out")
+            for (reason, wrong), count in counts.most_common()
+        ),
+    )
+    each = Table(
+        title="each of them",
+        header=("question", "split", "reason", "seen"),
+        rows=tuple((one.question_id, one.split, one.reason, one.detail) for one in unusable),
+    )
+    return reasons, each

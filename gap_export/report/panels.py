@@ -1,0 +1,56 @@
+"""Rows of an evaluation, arranged the way tables and figures show them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from gap_export.evaluation.results import SettingRow
+
+_TOTAL = "total"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Settings that are shown side by side: the unpruned one and what was made of it.
+
+    Attributes:
+        title: What they have in common: pruner and keep ratio, or that nothing is dropped.
+        rows: The unpruned one first, where there is one.
+    """
+
+    title: str
+    rows: tuple[SettingRow, ...]
+
+    def row(self, positions: str) -> SettingRow | None:
+        """The row with these positions."""
+        return next((row for row in self.rows if row.positions == positions), None)
+
+
+def panels_of(rows: Sequence[SettingRow]) -> tuple[Panel, ...]:
+    """A panel for each pruner at each keep ratio, then one for the settings that drop nothing."""
+    unpruned = [row for row in rows if row.positions == "none"]
+    groups: dict[str, list[SettingRow]] = {}
+    for row in rows:
+        if row.positions in ("compact", "gap"):
+            reads = " (reads the question)" if row.pruner_text == "question" else ""
+            groups.setdefault(f"{row.pruner} keep {row.keep_ratio:g}{reads}", []).append(row)
+    misaligned = [row for row in rows if row.positions in ("permuted", "shifted")]
+    if misaligned:
+        groups["no token dropped"] = misaligned
+    if not groups:
+        groups["unpruned"] = []
+    return tuple(
+        Panel(title=title, rows=(*unpruned, *members)) for title, members in groups.items()
+    )
+
+
+def names_of(tables: Iterable[Mapping[str, object]]) -> tuple[str, ...]:
+    """Keys of all of them, each once, in the order they come in."""
+    return tuple(dict.fromkeys(name for table in tables for name in table))
+
+
+def stages_of(rows: Sequence[SettingRow]) -> tuple[str, ...]:
+    """Stages that were timed, the total last."""
+    names = names_of(row.latency_ms for row in rows)
+    return tuple(sorted(names, key=lambda name: name == _TOTAL))
