@@ -282,7 +282,7 @@ class _Job:
         with progress.stage("opening the data set"):
             # 0 and None are all there are.
             dataset = open_dataset(asking.data, samples=num_samples or None, seed=runner.seed)
-        for what, folder in (("records", asking.records), ("pictures", asking.pictures)):
+        for what, folder in (("records", asking.records), ("drawings", asking.pictures)):
             if folder is not None:
                 make_folder(folder, what)
         return cls(
@@ -291,6 +291,8 @@ class _Job:
 
     def measure(self, whole: Path, pruned: Sequence[Path], progress: Progress) -> EvaluationReport:
         """Ask the unpruned bundle and the pruned ones, and sum up."""
+        # A worker may be in another folder.
+        whole, pruned = whole.absolute(), [path.absolute() for path in pruned]
         manifest = open_bundle(whole).manifest
         unpruned = whole_settings(whole, ("none", *dict.fromkeys(self.asking.misaligned)))
         pairs = [pruned_settings(path, open_bundle(path).manifest.pruning) for path in pruned]

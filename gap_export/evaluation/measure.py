@@ -91,6 +91,16 @@ class Runner:
         self._opened = None
         self._stack.close()
 
+    def run(self, shards: Sequence[Shard]) -> Iterator[tuple[Shard, list[Record]]]:
+        """Answer shards in the order given, as an ``Executor``, and close what was opened.
+
+        Yields:
+            A shard and one record for each of its questions, in their order.
+        """
+        with self:
+            for shard in shards:
+                yield shard, self.answer(shard)
+
     def answer(self, shard: Shard) -> list[Record]:
         """One record for each question, in their order.
 

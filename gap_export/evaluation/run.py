@@ -13,12 +13,11 @@ from pathlib import Path
 
 from gap_export.bundle import Bundle, open_bundle
 from gap_export.errors import OutputError, UsageError
-from gap_export.evaluation.measure import RunnerOptions, with_prompt
+from gap_export.evaluation.measure import Runner, RunnerOptions, with_prompt
 from gap_export.evaluation.questions import Dataset
 from gap_export.evaluation.records import SUFFIX, Record, RecordsFile
 from gap_export.evaluation.settings import Setting
 from gap_export.evaluation.workers import Executor, Shard, cut_shards
-from gap_export.evaluation.workers.in_process import InProcessExecutor
 from gap_export.progress import Progress
 from gap_export.spec.manifest import Manifest
 from gap_export.version import __version__
@@ -43,7 +42,7 @@ def open_executor(workers: str, options: RunnerOptions, progress: Progress) -> E
         UsageError: none of these, or a backend that workers do not run.
     """
     if workers == IN_PROCESS:
-        return InProcessExecutor(options)
+        return Runner(options)
     from gap_export.evaluation.workers.ray_cluster import RayExecutor
 
     if workers == "auto":

@@ -160,7 +160,7 @@ def _sections(backend: BackendResult) -> list[Section]:
         else:
             groups.append(([level.level], level))
     overview = Table(
-        title=f"verdict by level, {backend.seconds:.1f} s",
+        title=f"verdict by level ({backend.seconds:.1f} s)",
         header=("level", "verdict", "details"),
         rows=tuple(
             (

@@ -178,7 +178,7 @@ def test_answers_that_are_kept_are_not_asked_again(
         (4, Asking(workers="none"), "no such workers"),
         (4, Asking(misaligned=("sideways",)), "no such misalignment"),
         (4, Asking(records=Path("/dev/null/records")), "records cannot be made"),
-        (4, Asking(pictures=Path("/dev/null/images")), "images cannot be made"),
+        (4, Asking(pictures=Path("/dev/null/images")), "drawings cannot be made"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_anything_is_exported(

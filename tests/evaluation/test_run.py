@@ -9,11 +9,10 @@ import pytest
 
 from gap_export.errors import GapExportError, OutputError, UsageError
 from gap_export.evaluation.datasets import open_dataset
-from gap_export.evaluation.measure import RunnerOptions
+from gap_export.evaluation.measure import Runner, RunnerOptions
 from gap_export.evaluation.records import Record
 from gap_export.evaluation.run import Run, make_folder, open_executor
 from gap_export.evaluation.settings import whole_settings
-from gap_export.evaluation.workers.in_process import InProcessExecutor
 from gap_export.evaluation.workers.ray_cluster import RayExecutor
 from gap_export.progress import SilentProgress
 
@@ -119,7 +118,7 @@ def test_the_same_bundle_elsewhere_is_the_same_model(run, tiny_whole_bundle, tmp
 
 def test_workers_are_chosen_by_name():
     options, progress = RunnerOptions(), SilentProgress()
-    assert isinstance(open_executor("1", options, progress), InProcessExecutor)
+    assert isinstance(open_executor("1", options, progress), Runner)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         here = f"127.0.0.1:{listening.getsockname()[1]}"
         for workers in ("2", "auto", f"ray://{here}", here):
@@ -146,5 +145,5 @@ def test_a_folder_that_nothing_can_be_put_into_is_refused(tmp_path, monkeypatch)
     # Whoever runs the tests may be root, who can write anywhere.
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
     with pytest.raises(OutputError, match="nothing can be put into the folder for images"):
-        make_folder(tmp_path, "pictures")
-    make_folder(tmp_path / "below", "pictures")
+        make_folder(tmp_path, "images")
+    make_folder(tmp_path / "below", "images")

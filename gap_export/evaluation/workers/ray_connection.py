@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from gap_export.errors import GapExportError, UsageError
 
@@ -39,11 +40,12 @@ def ray_connection(address: str | None, num_workers: int | None) -> Iterator[int
         How many workers there are to be.
 
     Raises:
-        UsageError: not an address, nobody there, not a cluster that this machine can join, or this
+        UsageError: not an address, no cluster there, not one that this machine can join, or this
             process has a connection already.
         GapExportError: Ray does not start.
     """
     import ray
+    from ray.exceptions import RayError
 
     if ray.is_initialized():
         raise UsageError(
@@ -51,28 +53,53 @@ def ray_connection(address: str | None, num_workers: int | None) -> Iterator[int
             fix="end it with ray.shutdown() first",
         )
     host = None if address is None else reach(address)
-    with _scratch_folder() as folder, _own_environment(), _quiet_nodes():
+    scratch = tempfile.TemporaryDirectory(
+        prefix="gap-ray-", dir=_SHORT_FOLDER, ignore_cleanup_errors=True
+    )
+    options: dict[str, Any] = {"address": address}
+    with scratch as folder, _unchanged_process():
+        if address is None:
+            # Read by the processes that are started: nothing is reported to Ray's makers.
+            os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+            options = {
+                "address": "local",
+                "num_cpus": num_workers,
+                "num_gpus": 0,
+                "include_dashboard": False,
+                "object_store_memory": _OBJECT_STORE_BYTES,
+                "_temp_dir": folder,
+            }
         try:
-            if address is None:
-                _start(num_workers, folder)
-            else:
-                _join(address, host)
-            yield num_workers or _num_cpus(address)
+            try:
+                with _own_signal_handler(), warnings.catch_warnings():
+                    # What it warns of, it then raises.
+                    warnings.simplefilter("ignore")
+                    ray.init(log_to_driver=False, logging_level=logging.CRITICAL, **options)
+            except (OSError, RuntimeError, ValueError, RayError) as err:
+                raise _refusal(address, host, err) from err
+            num_cpus = int(ray.cluster_resources().get("CPU", 0))
+            if num_cpus < 1:
+                raise UsageError(
+                    "no node of the Ray cluster offers a CPU",
+                    seen=address,
+                    allowed="a CPU for each worker",
+                )
+            yield num_workers or num_cpus
         finally:
             # Ends the processes that were started here, and no others.
             ray.shutdown()
 
 
 def reach(address: str) -> str:
-    """The host of an address, where somebody listens.
+    """The host of an address at which a program listens.
 
-    Ray itself waits for half a minute, or ends the process, where nobody does.
+    Ray itself waits for half a minute, or ends the process, where none does.
 
     Args:
         address: ``ray://host:port`` or ``host:port``.
 
     Raises:
-        UsageError: not an address, or nobody there.
+        UsageError: not an address, or no program listens there.
     """
     found = _ADDRESS.fullmatch(address)
     if found is None or not 0 < int(found["port"]) < 65536:
@@ -94,105 +121,44 @@ def reach(address: str) -> str:
     return host
 
 
-def _start(num_workers: int | None, folder: str) -> None:
-    import ray
-    from ray.exceptions import RayError
-
-    try:
-        with _own_signal_handler():
-            # Read by the processes that are started: nothing is reported to Ray's makers.
-            os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-            ray.init(
-                address="local",
-                num_cpus=num_workers,
-                num_gpus=0,
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.CRITICAL,
-                _temp_dir=folder,
-            )
-    except (OSError, RuntimeError, ValueError, RayError) as err:
-        raise GapExportError(
-            "Ray does not start on this machine",
-            seen=_describe(err),
-            fix="without --workers no Ray is needed",
-        ) from err
-
-
-def _join(address: str, host: str | None) -> None:
-    import ray
-    from ray.exceptions import RayError
-
-    try:
-        with _own_signal_handler(), warnings.catch_warnings():
-            # What it warns of, it then raises.
-            warnings.simplefilter("ignore")
-            ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
-    except (OSError, RuntimeError, ValueError, RayError) as err:
-        raise UsageError(
-            "the Ray cluster cannot be joined",
-            seen=f"{address}: {_describe(err)}",
-            allowed="the same versions of Python and Ray here and there; host:port (6379) only on "
-            f"one of its nodes, from elsewhere ray://{host}:10001",
-        ) from err
-
-
-def _num_cpus(address: str | None) -> int:
-    import ray
-
-    found = int(ray.cluster_resources().get("CPU", 0))
-    if found < 1:
-        raise UsageError(
-            "no node of the Ray cluster offers a CPU", seen=address, allowed="a CPU for each worker"
-        )
-    return found
-
-
-def _describe(err: Exception) -> str:
-    """What Ray says, in one line; of a traceback, its end."""
+def _refusal(address: str | None, host: str | None, err: Exception) -> GapExportError:
+    # In one line; of a traceback, its end.
     lines = str(err).strip().splitlines() or [type(err).__name__]
     if any(line.startswith("Traceback") for line in lines):
         lines = lines[-1:]
-    return textwrap.shorten(" ".join(lines), 400)
-
-
-def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    """Where a cluster that is started here has its logs and sockets."""
-    return tempfile.TemporaryDirectory(
-        prefix="gap-ray-", dir=_SHORT_FOLDER, ignore_cleanup_errors=True
+    reason = textwrap.shorten(" ".join(lines), 400)
+    if address is None:
+        return GapExportError(
+            "Ray does not start on this machine",
+            seen=reason,
+            fix="without --workers no Ray is needed",
+        )
+    return UsageError(
+        "the Ray cluster cannot be joined",
+        seen=f"{address}: {reason}",
+        allowed="the same versions of Python and Ray here and there; host:port (6379) only on "
+        f"one of its nodes, from elsewhere ray://{host}:10001",
     )
 
 
 @contextmanager
-def _quiet_nodes() -> Iterator[None]:
-    """Keep Ray from printing what its nodes say.
+def _unchanged_process() -> Iterator[None]:
+    """Undo what Ray writes into the environment, and keep it from printing what its nodes say.
 
     The switch has no public name. Without it the loss of a worker goes to standard output, among
-    the JSON; the executor tells of it in its own words.
+    the JSON; the executor logs it in its own words.
     """
     import ray._private.worker as printing
 
-    before = printing._worker_logs_enabled  # noqa: SLF001
+    environment, enabled = dict(os.environ), printing._worker_logs_enabled  # noqa: SLF001
     printing._worker_logs_enabled = False  # noqa: SLF001
     try:
         yield
     finally:
-        printing._worker_logs_enabled = before  # noqa: SLF001
-
-
-@contextmanager
-def _own_environment() -> Iterator[None]:
-    """Undo what Ray, and its starting here, write into the environment of this process."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
+        printing._worker_logs_enabled = enabled  # noqa: SLF001
         for name in [name for name in os.environ if name.startswith("RAY_")]:
-            if name in before:
-                os.environ[name] = before[name]
-            else:
-                del os.environ[name]
+            del os.environ[name]
+        os.environ.update({n: value for n, value in environment.items() if n.startswith("RAY_")})
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def test_assemble_the_same_id_twice_is_refused() -> None:
 
 
 def test_assemble_no_image_at_all_says_where_it_looked() -> None:
-    with pytest.raises(UsageError, match=r"2 with missing image.*such as a\.jpg.*here"):
+    with pytest.raises(UsageError, match=r"2 with missing picture.*such as a\.jpg.*here"):
         made(replace(ONE, image=None), replace(ONE, id="2", image=None))
 
 

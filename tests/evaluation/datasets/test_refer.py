@@ -71,7 +71,7 @@ def test_references_written_by_python_2(tmp_path: Path, protocol: int) -> None:
     ["train2014", "images/train2014", "coco2014/train2014", "images", "", "data/train2014"],
 )
 def test_images_are_found_where_people_keep_them(tmp_path: Path, folder: str) -> None:
-    root = write_refer(tmp_path, pictures=())
+    root = write_refer(tmp_path, images=())
     for number in (7, 8):
         save_image(root / folder / coco_name(number))
     data = opened(root)
@@ -85,7 +85,7 @@ def test_annotations_are_found_where_people_keep_them(tmp_path: Path, folder: st
 
 
 def test_missing_images_are_counted_and_listed(tmp_path: Path) -> None:
-    data = opened(write_refer(tmp_path, pictures=[8]))
+    data = opened(write_refer(tmp_path, images=[8]))
     assert data.num_expressions == 4
     assert [one.id for one in data.questions] == ["2-20"]
     assert [(one.question_id, one.reason, one.detail) for one in data.unusable] == [
@@ -96,8 +96,8 @@ def test_missing_images_are_counted_and_listed(tmp_path: Path) -> None:
 
 
 def test_no_images_at_all_is_refused_and_says_where_it_looked(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"4 with missing image.*mscoco/images/train2014"):
-        opened(write_refer(tmp_path, pictures=()))
+    with pytest.raises(UsageError, match=r"4 with missing picture.*mscoco/images/train2014"):
+        opened(write_refer(tmp_path, images=()))
 
 
 def test_wrong_boxes_are_listed(tmp_path: Path) -> None:

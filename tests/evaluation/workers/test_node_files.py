@@ -9,7 +9,7 @@ import pytest
 from gap_export.errors import UsageError
 from gap_export.evaluation.questions import ImageSource
 from gap_export.evaluation.workers import Shard
-from gap_export.evaluation.workers.node_files import check_files, files_of, with_absolute_paths
+from gap_export.evaluation.workers.node_files import check_files, files_of
 from tests.evaluation.workers.fake_runners import make_question, make_shards
 
 
@@ -62,31 +62,3 @@ def test_a_node_with_another_bundle_under_the_path_is_refused(shard, tmp_path):
     (tmp_path / "bundle/gap.json").write_text("another")
     with pytest.raises(UsageError, match=r"the node far .* has another file under the same path"):
         check_files(files, "far (10.0.0.2)")
-
-
-def test_paths_are_made_absolute_for_a_worker_elsewhere(shard, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    relative = replace(
-        shard,
-        setting=replace(shard.setting, bundle=Path("bundle")),
-        questions=tuple(
-            replace(
-                question,
-                image=ImageSource(path=Path("a.png"))
-                if question.image.path is not None
-                else question.image,
-            )
-            for question in shard.questions
-        ),
-    )
-    sent = with_absolute_paths(relative)
-    assert sent.setting == replace(relative.setting, bundle=tmp_path / "bundle")
-    assert [question.image.path for question in sent.questions] == [
-        tmp_path / "a.png",
-        tmp_path / "a.png",
-        None,
-        None,
-    ]
-    assert sent.questions[2:] == shard.questions[2:]
-    # The other one is yielded.
-    assert relative.setting.bundle == Path("bundle")

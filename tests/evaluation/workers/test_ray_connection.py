@@ -15,7 +15,7 @@ from gap_export.evaluation.measure import RunnerOptions
 from gap_export.evaluation.workers import ray_cluster
 from gap_export.evaluation.workers.ray_cluster import RayExecutor
 from gap_export.evaluation.workers.ray_connection import ray_connection
-from gap_export.evaluation.workers.ray_worker import actor_class
+from gap_export.evaluation.workers.ray_worker import worker_task
 from gap_export.extras import pip_install
 from gap_export.version import __version__
 
@@ -85,6 +85,6 @@ def test_a_node_says_which_version_it_has_and_makes_no_runner(
     pytest.importorskip("ray", reason=NEEDS_RAY)
     if not installed:
         monkeypatch.setitem(sys.modules, "gap_export.version", None)
-    node, other = actor_class()().start(version, b"not to be read")
+    node, other, _ = worker_task()(version, b"not to be read", b"nor this")
     assert socket.gethostname() in node
     assert other == said

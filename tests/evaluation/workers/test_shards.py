@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gap_export.evaluation.measure import RunnerOptions
+from gap_export.evaluation.measure import Runner, RunnerOptions
 from gap_export.evaluation.settings import Setting
-from gap_export.evaluation.workers import cut_shards, in_process
-from gap_export.evaluation.workers.in_process import InProcessExecutor
+from gap_export.evaluation.workers import cut_shards
 from tests.evaluation.answers import question
 
 SETTING = Setting(
@@ -36,7 +35,7 @@ def questions(*per_image):
         ([], []),
     ],
 )
-def test_shards_end_with_a_image(per_image, sizes):
+def test_shards_end_with_an_image(per_image, sizes):
     asked = questions(*per_image)
     shards = cut_shards(SETTING, asked, size=4)
     assert [len(shard.questions) for shard in shards] == sizes
@@ -48,25 +47,11 @@ def test_shards_end_with_a_image(per_image, sizes):
 
 def test_this_process_answers_in_the_order_given_and_closes_what_it_opened(monkeypatch):
     events = []
-
-    class Spy:
-        def __init__(self, options):
-            events.append(options)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *details):
-            events.append("closed")
-
-        def answer(self, shard):
-            return [shard.index]
-
-    monkeypatch.setattr(in_process, "Runner", Spy)
-    options = RunnerOptions(seed=3)
+    monkeypatch.setattr(Runner, "answer", lambda self, shard: [shard.index])
+    monkeypatch.setattr(Runner, "close", lambda self: events.append("closed"))
     shards = cut_shards(SETTING, questions(4, 4, 4), size=4)
-    results = InProcessExecutor(options).run(shards)
+    results = Runner(RunnerOptions(seed=3)).run(shards)
     assert next(results) == (shards[0], [0])
-    assert events == [options]
+    assert events == []
     results.close()
-    assert events == [options, "closed"]
+    assert events == ["closed"]
