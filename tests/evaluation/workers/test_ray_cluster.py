@@ -50,7 +50,7 @@ def test_a_node_is_lost_half_way_and_no_answer_with_it(
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
     (tmp_path / "go on").touch()
     found = by_question(iter([first, *answers]))
-    assert caplog.text.count("was lost") == 1
+    assert "was lost" in caplog.text
     assert [without_times(found[name]) for name in alone] == [
         without_times(record) for record in alone.values()
     ]
