@@ -32,8 +32,8 @@ if TYPE_CHECKING:
         UsageError,
     )
     from gap_export.exporting import ExportOptions, export_model
-    from gap_export.runtime.geometry import Box
     from gap_export.runtime.grounding import Grounding
+    from gap_export.runtime.images.geometry import Box
     from gap_export.runtime.session import GroundingSession
 
 __all__ = [
@@ -63,7 +63,7 @@ __all__ = [
 
 # Of what is not an error.
 _HOMES = {
-    "Box": "gap_export.runtime.geometry",
+    "Box": "gap_export.runtime.images.geometry",
     "ExportOptions": "gap_export.exporting",
     "Grounding": "gap_export.runtime.grounding",
     "GroundingSession": "gap_export.runtime.session",

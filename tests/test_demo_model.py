@@ -8,7 +8,7 @@ import pytest
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.evaluation.refshapes import iter_samples
 from gap_export.parity.question import Question
-from gap_export.runtime.image import load_image, prepare_image
+from gap_export.runtime.images.image import load_image, prepare_image
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.positions import gap_remap
 from gap_export.spec.recipe import find_recipe

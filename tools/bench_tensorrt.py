@@ -26,7 +26,7 @@ from tensorrt_bench.timing import Latency, Workload, measure
 
 from gap_export.bundle import open_bundle
 from gap_export.errors import GapExportError
-from gap_export.runtime.device import CudaDevice
+from gap_export.runtime.backends.device import CudaDevice
 from gap_export.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -71,7 +71,7 @@ def _version(name: str) -> str | None:
 
 def _execution_providers() -> list[str]:
     try:
-        from gap_export.runtime.quiet_onnxruntime import ort
+        from gap_export.runtime.backends.quiet_onnxruntime import ort
     except (ImportError, OSError):  # not installed, or a library that it links is missing
         return []
     return list(ort.get_available_providers())

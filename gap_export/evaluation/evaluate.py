@@ -59,8 +59,8 @@ from gap_export.families import native_protocol
 from gap_export.outputs import NO_RULE, OutputRule
 from gap_export.parity.patched.check import was_patched
 from gap_export.progress import Progress, SilentProgress
+from gap_export.runtime.backends.onnxruntime_backend import numpy_dtype
 from gap_export.runtime.drawing import draw_grounding, save_drawing
-from gap_export.runtime.onnxruntime_backend import numpy_dtype
 from gap_export.runtime.session import BackendName
 from gap_export.spec.manifest import BoxSpec, Manifest, PromptSpec
 

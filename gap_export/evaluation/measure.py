@@ -22,10 +22,10 @@ from gap_export.evaluation.records import Record
 from gap_export.evaluation.settings import Misalignment, Setting
 from gap_export.evaluation.workers import Shard
 from gap_export.runtime.answers import has_ended
-from gap_export.runtime.backend import Backend
+from gap_export.runtime.backends.backend import Backend
 from gap_export.runtime.boxes import parse_answer
 from gap_export.runtime.grounding import Grounding
-from gap_export.runtime.image import ImageInput
+from gap_export.runtime.images.image import ImageInput
 from gap_export.runtime.session import BackendName, GroundingSession
 from gap_export.spec.manifest import GridSpec, Manifest, PromptSpec
 
@@ -164,11 +164,11 @@ class _OpenBundle:
         name = setting.backend or options.backend
         key = (setting.bundle, name)
         if name == "tensorrt":
-            from gap_export.runtime.tensorrt_backend import TensorRTBackend
+            from gap_export.runtime.backends.tensorrt_backend import TensorRTBackend
 
             engines = TensorRTBackend.open(bundle, engines=options.engines)
             return cls(key, bundle, engines, min(MAX_BATCH, engines.max_batch))
-        from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+        from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
         return cls(key, bundle, OnnxRuntimeBackend(bundle, None, options.num_threads), MAX_BATCH)
 

@@ -26,7 +26,7 @@ from gap_export.evaluation.questions import Question
 from gap_export.evaluation.records import Record
 from gap_export.parity.metrics import Box, intersection_over_union
 from gap_export.runtime.boxes import parse_box
-from gap_export.runtime.geometry import Frame, ImageGeometry
+from gap_export.runtime.images.geometry import Frame, ImageGeometry
 from gap_export.spec.manifest import BoxSpec
 
 __all__ = ["NATIVE", "PROTOCOLS", "Protocol", "applicable", "resolve_protocol"]

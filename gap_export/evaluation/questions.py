@@ -8,8 +8,8 @@ from typing import Literal
 
 from gap_export.evaluation.refshapes import Split, generate_scene
 from gap_export.parity.metrics import Box
-from gap_export.runtime.image import ImageFrame, ImageInput
-from gap_export.runtime.image_files import EncodedImage
+from gap_export.runtime.images.files import EncodedImage
+from gap_export.runtime.images.image import ImageFrame, ImageInput
 
 UnusableReason = Literal[
     "missing picture",

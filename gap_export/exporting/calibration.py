@@ -23,8 +23,8 @@ from gap_export.exporting.quantization import (
 from gap_export.exporting.torch_backend import TorchBackend, TorchCache, to_torch
 from gap_export.families import Component, Reference
 from gap_export.progress import Progress
-from gap_export.runtime.backend import Feed, FloatArray, KVCache
-from gap_export.runtime.image import ImageInput
+from gap_export.runtime.backends.backend import Feed, FloatArray, KVCache
+from gap_export.runtime.images.image import ImageInput
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import Manifest
 

@@ -26,7 +26,7 @@ from gap_export.spec.positions import PositionMode
 from gap_export.spec.recipe import Recipe
 
 if TYPE_CHECKING:
-    from gap_export.runtime.image import ImageInput
+    from gap_export.runtime.images.image import ImageInput
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gap_export.checkpoint.weights import SAFETENSORS_NAMES, TORCH_DTYPES
 from gap_export.families import Component, Reference
 from gap_export.families.common.modules.pruned_vision import PrunedVisionEncoder
-from gap_export.runtime.backend import (
+from gap_export.runtime.backends.backend import (
     DECODER,
     NEWLINE,
     VISION,

@@ -17,7 +17,7 @@ from gap_export.parity.results import BackendKey
 from gap_export.parity.tally import Pair, Tally
 from gap_export.parity.truth import Recorded, Truth
 from gap_export.progress import Progress
-from gap_export.runtime.backend import Backend
+from gap_export.runtime.backends.backend import Backend
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.tolerances import Tolerance, tolerances_of
@@ -176,14 +176,14 @@ def _open(
 
 
 def _open_ort(bundle: Bundle, engines: str | None) -> _Loaded:
-    from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+    from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
     del engines  # of the other one
     return OnnxRuntimeBackend(bundle), bundle.manifest.graph(_DECODER).file, ""
 
 
 def _open_trt(bundle: Bundle, engines: str | None) -> _Loaded:
-    from gap_export.runtime.tensorrt_backend import TensorRTBackend
+    from gap_export.runtime.backends.tensorrt_backend import TensorRTBackend
 
     backend = TensorRTBackend.open(bundle, engines=engines)
     (file,) = (spec.graph for spec in backend.engines if spec.component == _DECODER)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gap_export.parity.replay import Call
 from gap_export.parity.tally import Pair
-from gap_export.runtime.backend import Backend, FloatArray
+from gap_export.runtime.backends.backend import Backend, FloatArray
 from gap_export.spec.positions import Int64Array, slots_from_mask, stack_tables
 
 # Slots of padding of the longest row.

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.runtime.geometry import Box
+from gap_export.runtime.images.geometry import Box
 
 
 @dataclass(frozen=True, kw_only=True)

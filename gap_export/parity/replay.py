@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.runtime.backend import (
+from gap_export.runtime.backends.backend import (
     DECODER,
     VISION,
     Backend,

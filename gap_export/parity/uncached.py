@@ -14,7 +14,7 @@ import numpy as np
 from gap_export.parity.replay import Call
 from gap_export.parity.results import TensorRow
 from gap_export.parity.tally import Pair, tensor_row
-from gap_export.runtime.backend import Backend
+from gap_export.runtime.backends.backend import Backend
 from gap_export.spec.tolerances import Tolerance
 
 

@@ -27,7 +27,7 @@ from gap_export.report.document import (
     Tile,
 )
 from gap_export.report.figures.errors import draw_errors, tolerated
-from gap_export.runtime.geometry import Box
+from gap_export.runtime.images.geometry import Box
 from gap_export.visible import clean, visible_strings
 
 _BACKENDS: Mapping[str, str] = MappingProxyType({"ort": "ONNX Runtime", "trt": "TensorRT"})

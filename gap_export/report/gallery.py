@@ -15,7 +15,7 @@ from gap_export.evaluation.results import Box, EvaluationReport, GalleryItem, Ga
 from gap_export.report.document import Answer, Card, Rectangle, Shelf, Stroke
 from gap_export.report.figures import BLUE, GREEN, INK, VERMILLION
 from gap_export.report.panels import Panel, panels_of
-from gap_export.runtime.image import load_image
+from gap_export.runtime.images.image import load_image
 from gap_export.visible import clean
 
 TITLES: Mapping[GalleryKind, str] = MappingProxyType(

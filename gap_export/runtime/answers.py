@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gap_export.runtime.boxes import parse_answer, to_pixels
-from gap_export.runtime.geometry import Box, ImageGeometry
+from gap_export.runtime.images.geometry import Box, ImageGeometry
 from gap_export.spec.manifest import BoxSpec, Manifest
 
 # By how much of the scale a coordinate may lie beyond its ends: a model that rounds, or is a little

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gap_export.runtime.geometry import Box, ImageGeometry
+from gap_export.runtime.images.geometry import Box, ImageGeometry
 from gap_export.spec.manifest import BoxSpec
 
 # Bounded digits: no number overflows a float, and matching stays linear.

@@ -9,9 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from gap_export.errors import OutputError
 from gap_export.outputs import DRAWING_SOFTWARE, NO_RULE, OutputRule
-from gap_export.runtime.geometry import Box, Frame
 from gap_export.runtime.grounding import Grounding, TokenGrid
-from gap_export.runtime.image import ColorOrder, ImageFrame, ImageInput, load_image
+from gap_export.runtime.images.geometry import Box, Frame
+from gap_export.runtime.images.image import ColorOrder, ImageFrame, ImageInput, load_image
 
 DRAWING = "the drawing"
 # EXIF 2.32, table 4.

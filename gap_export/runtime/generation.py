@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gap_export.errors import UsageError
-from gap_export.runtime.backend import EMBEDDING, Backend, FloatArray
+from gap_export.runtime.backends.backend import EMBEDDING, Backend, FloatArray
 from gap_export.runtime.computed import check_computed, choose_tokens
 from gap_export.spec.positions import (
     Int64Array,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from gap_export.runtime.geometry import Box, Frame
+from gap_export.runtime.images.geometry import Box, Frame
 from gap_export.spec.manifest import ADDED_LATER
 from gap_export.spec.tiles import TileTokens
 

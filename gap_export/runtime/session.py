@@ -21,7 +21,7 @@ import numpy as np
 from gap_export.bundle import Verify, open_bundle
 from gap_export.errors import BundleError, ExpressionError, GapExportError, UsageError
 from gap_export.runtime.answers import read_answer
-from gap_export.runtime.backend import Backend, FloatArray
+from gap_export.runtime.backends.backend import Backend, FloatArray
 from gap_export.runtime.clock import StageClock
 from gap_export.runtime.generation import (
     DecoderPrompt,
@@ -31,9 +31,9 @@ from gap_export.runtime.generation import (
     embed_tokens,
     generate,
 )
-from gap_export.runtime.geometry import ImageGeometry
 from gap_export.runtime.grounding import Grounding
-from gap_export.runtime.image import (
+from gap_export.runtime.images.geometry import ImageGeometry
+from gap_export.runtime.images.image import (
     ColorOrder,
     ImageFrame,
     ImageInput,
@@ -171,13 +171,13 @@ class GroundingSession:
         runs: Backend
         # Not at the top: a session with one backend needs nothing of the other.
         if backend == "tensorrt":
-            from gap_export.runtime.tensorrt_backend import TensorRTBackend
+            from gap_export.runtime.backends.tensorrt_backend import TensorRTBackend
 
             runs = TensorRTBackend.open(
                 opened, engines=engines, cuda_graphs=cuda_graphs, verify=verify
             )
         else:
-            from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+            from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
             runs = OnnxRuntimeBackend(opened, execution_providers, num_threads)
         return cls(opened.manifest, opened.path, runs, positions=positions)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gap_export.runtime.backend import TEXT, Backend, FloatArray
+from gap_export.runtime.backends.backend import TEXT, Backend, FloatArray
 from gap_export.runtime.computed import check_computed
 from gap_export.runtime.prompt import EncodedExpression
 

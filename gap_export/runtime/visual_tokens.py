@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.errors import BundleError
-from gap_export.runtime.backend import (
+from gap_export.runtime.backends.backend import (
     NEWLINE,
     PRUNER,
     VISION,
@@ -20,8 +20,8 @@ from gap_export.runtime.backend import (
 )
 from gap_export.runtime.budget import count_outliers, settle_numbers
 from gap_export.runtime.computed import check_computed
-from gap_export.runtime.geometry import ImageGeometry
 from gap_export.runtime.grounding import TokenGrid
+from gap_export.runtime.images.geometry import ImageGeometry
 from gap_export.spec.keep_indices import check_keep_indices
 from gap_export.spec.manifest import Manifest
 from gap_export.spec.positions import Int64Array

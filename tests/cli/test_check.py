@@ -13,7 +13,7 @@ from PIL import Image
 
 from gap_export.parity import check as parity_check
 from gap_export.parity.results import LEVELS, BackendResult, CheckReport, LevelResult
-from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from tests.engines.conftest import *  # noqa: F403 - its fixtures
 from tests.patching.conftest import *  # noqa: F403 - its fixtures
 

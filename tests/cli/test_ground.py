@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from gap_export.spec.manifest import EngineLimits
-from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
+from tests.runtime.backends.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 EXPRESSION = "the red circle"
 

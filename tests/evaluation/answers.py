@@ -7,7 +7,7 @@ from pathlib import Path
 from gap_export.evaluation.questions import ImageSource, Question
 from gap_export.evaluation.records import Record
 from gap_export.runtime.boxes import parse_answer, to_pixels
-from gap_export.runtime.geometry import ImageGeometry
+from gap_export.runtime.images.geometry import ImageGeometry
 from gap_export.spec.manifest import BoxSpec
 
 PADDED = BoxSpec(syntax="bracketed", scale=1.0, frame="padded_square")

@@ -19,7 +19,7 @@ from gap_export.evaluation.evaluate import Asking, evaluate_bundle, evaluate_mod
 from gap_export.exporting import ExportOptions, export_checkpoint, export_model, resolve_options
 from gap_export.report import EVALUATION_SCHEMA
 from gap_export.spec.manifest import EngineLimits
-from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
+from tests.runtime.backends.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from gap_export.evaluation.questions import ImageSource
 from gap_export.evaluation.settings import pruned_settings, whole_settings
 from gap_export.evaluation.workers import Shard, cut_shards
 from gap_export.runtime import session as session_module
-from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import (
     GridSpec,
@@ -171,7 +171,7 @@ def test_images_with_many_expressions_are_asked_in_batches(gap, monkeypatch):
 
 
 def test_one_bundle_is_open_at_a_time_and_each_once(tiny_bundle, tiny_whole_bundle, monkeypatch):
-    from gap_export.runtime import onnxruntime_backend
+    from gap_export.runtime.backends import onnxruntime_backend
 
     events = []
 

@@ -17,7 +17,7 @@ from PIL import Image
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families import Reference, build_reference, resolve_pruning
-from gap_export.runtime.image import prepare_image
+from gap_export.runtime.images.image import prepare_image
 from gap_export.spec.positions import VisualSpan, build_kept_positions
 from gap_export.spec.recipe import Recipe, load_recipe
 from gap_export.spec.tiles import TiledTokens, arrange_tiles

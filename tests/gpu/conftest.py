@@ -8,7 +8,7 @@ import pytest
 
 from gap_export.engines.targets import TARGETS
 from gap_export.errors import GapExportError
-from gap_export.runtime.device import CudaDevice
+from gap_export.runtime.backends.device import CudaDevice
 
 
 @pytest.fixture(scope="session")

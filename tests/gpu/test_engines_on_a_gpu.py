@@ -11,7 +11,7 @@ import pytest
 from gap_export.checkpoint.find.source import resolve_source
 from gap_export.evaluation.refshapes import iter_samples
 from gap_export.parity.question import Question
-from gap_export.runtime.device import CudaDevice, DeviceMemory
+from gap_export.runtime.backends.device import CudaDevice, DeviceMemory
 from gap_export.runtime.session import GroundingSession
 from tests.parity.checking import check_with_torch, level_of
 

@@ -28,12 +28,12 @@ from gap_export.parity.question import Question
 from gap_export.parity.record import record_truth
 from gap_export.parity.results import LEVELS
 from gap_export.parity.truth import GoldenTruth, TorchTruth
-from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.spec.manifest import EngineLimits
 from gap_export.spec.tolerances import TOLERANCES
 from tests.parity import mutants
 from tests.parity.checking import failed_outputs, level_of, outputs, statuses
-from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
+from tests.runtime.backends.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 LIMITS = EngineLimits(max_prompt=24, max_new_tokens=8, max_batch=1, max_images=1)
 ALL_PASSED = dict.fromkeys(LEVELS, "passed")

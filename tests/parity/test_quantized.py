@@ -37,7 +37,7 @@ from gap_export.spec.manifest import EngineLimits, QuantizationSpec
 from gap_export.spec.recipe import Recipe
 from gap_export.spec.tolerances import COMPUTED_WEIGHT
 from tests.parity.checking import check_with_torch, failed_outputs, outputs
-from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
+from tests.runtime.backends.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 DECODER = "decoder_model_merged"
 LOGITS = {"logits (prefill)", "logits (decode)", "logits (padded batch)"}

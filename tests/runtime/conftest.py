@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gap_export.spec.manifest import Manifest, TensorPlace, TextEncoderSpec, TilesSpec
-from tests.runtime.backends import FakeBackend
+from tests.runtime.fake_backends import FakeBackend
 
 MakeBackend = Callable[[Manifest], FakeBackend]
 

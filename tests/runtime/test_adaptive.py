@@ -18,8 +18,8 @@ from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import MANIFEST_NAME, EngineLimits
 from tests.parity.checking import check_with_torch, outputs
 from tests.pruning import slow
-from tests.runtime.backends import EditedBackend
-from tests.runtime.fake_tensorrt import copy_bundle, use_fakes, write_engines
+from tests.runtime.backends.fake_tensorrt import copy_bundle, use_fakes, write_engines
+from tests.runtime.fake_backends import EditedBackend
 
 EXPRESSIONS = ["the star", "a small red circle", "the big object left of a square", "blue"]
 

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from gap_export.runtime.answers import read_answer
-from gap_export.runtime.geometry import ImageGeometry
+from gap_export.runtime.images.geometry import ImageGeometry
 from gap_export.spec.manifest import BoxSpec, Manifest
 
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gap_export.runtime.boxes import parse_box, to_pixels
-from gap_export.runtime.geometry import Frame, ImageGeometry
+from gap_export.runtime.images.geometry import Frame, ImageGeometry
 from gap_export.spec.manifest import BoxSpec
 
 PADDED = BoxSpec(syntax="bracketed", scale=1.0, frame="padded_square")

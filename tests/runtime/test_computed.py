@@ -15,7 +15,7 @@ from gap_export.runtime.computed import check_computed, choose_tokens
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import Manifest
 from tests.parity.mutants import add_constant, rewrite_graph
-from tests.runtime.backends import EditedBackend
+from tests.runtime.fake_backends import EditedBackend
 
 INF, NAN = np.inf, np.nan
 PICTURE = np.random.default_rng(3).integers(0, 255, (40, 40, 3)).astype(np.uint8)

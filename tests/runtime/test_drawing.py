@@ -12,8 +12,8 @@ from PIL import Image
 
 from gap_export.errors import ImageError, OutputError
 from gap_export.runtime.drawing import draw_grounding, heat_color, save_drawing, token_box
-from gap_export.runtime.geometry import Frame
 from gap_export.runtime.grounding import Grounding, TokenGrid
+from gap_export.runtime.images.geometry import Frame
 from gap_export.spec.tiles import TileTokens
 
 YELLOW = (255, 225, 0)

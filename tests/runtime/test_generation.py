@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gap_export.errors import UsageError
-from gap_export.runtime.backend import Backend
+from gap_export.runtime.backends.backend import Backend
 from gap_export.runtime.generation import (
     DecoderPrompt,
     PromptRow,

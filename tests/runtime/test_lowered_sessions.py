@@ -21,7 +21,7 @@ from gap_export.parity.record import record_truth
 from gap_export.parity.truth import GoldenTruth, TorchTruth
 from gap_export.runtime.session import GroundingSession
 from tests.parity.checking import check_with_torch, statuses
-from tests.runtime.fake_tensorrt import use_fakes, write_engines
+from tests.runtime.backends.fake_tensorrt import use_fakes, write_engines
 from tests.shared import SharedExports
 
 

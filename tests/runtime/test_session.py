@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from gap_export.errors import BundleError, ExpressionError, GapExportError, ImageError
-from gap_export.runtime.geometry import Frame
+from gap_export.runtime.images.geometry import Frame
 from gap_export.runtime.prompt import PromptEncoder
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import BoxSpec, Manifest
 from gap_export.spec.tiles import TileTokens
-from tests.runtime.backends import EditedBackend
+from tests.runtime.fake_backends import EditedBackend
 
 MakeBackend = Callable[[Manifest], Any]
 EXPRESSIONS = ["the star", "the small red circle above the star", "blue square", "the star"]

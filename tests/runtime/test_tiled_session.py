@@ -13,11 +13,11 @@ from PIL import Image
 
 from gap_export.errors import BundleError, ExpressionError
 from gap_export.runtime.drawing import draw_grounding
-from gap_export.runtime.image import load_image, prepare_image
+from gap_export.runtime.images.image import load_image, prepare_image
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import Manifest
 from gap_export.spec.tiles import TileTokens
-from tests.runtime.backends import EditedBackend
+from tests.runtime.fake_backends import EditedBackend
 
 MakeBackend = Callable[[Manifest], Any]
 MakeSession = Callable[..., GroundingSession]

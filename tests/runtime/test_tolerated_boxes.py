@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gap_export.runtime import answers
 from gap_export.runtime.boxes import ParsedBox, parse_answer, parse_box
-from gap_export.runtime.geometry import ImageGeometry
+from gap_export.runtime.images.geometry import ImageGeometry
 from gap_export.spec.manifest import BoxSpec
 
 PADDED = BoxSpec(syntax="bracketed", scale=1.0, frame="padded_square")

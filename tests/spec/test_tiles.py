@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gap_export.errors import UsageError
-from gap_export.runtime.geometry import ImageGeometry, choose_canvas
+from gap_export.runtime.images.geometry import ImageGeometry, choose_canvas
 from gap_export.spec.manifest import GridSpec, ImageSpec, TilesSpec
 from gap_export.spec.recipe import find_recipe
 from gap_export.spec.tiles import TiledTokens, TileLayout, TileTokens, arrange_tiles

@@ -74,7 +74,7 @@ def prove(checkpoint: str, bundle: str, num_layers: int, num_tokens: int) -> dic
 
 
 def _run_cut(bundle: Path, num_layers: int, embeds: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    from gap_export.runtime.quiet_onnxruntime import ort
+    from gap_export.runtime.backends.quiet_onnxruntime import ort
 
     path = bundle / f"{DECODER}.onnx"
     model = ir.load(path)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gap_export.runtime.backend import Backend
+from gap_export.runtime.backends.backend import Backend
 from gap_export.spec.manifest import Manifest
 from gap_export.spec.positions import Int64Array
 

@@ -23,8 +23,8 @@ from gap_export.evaluation.datasets.annotations import Annotation
 from gap_export.evaluation.datasets.rows import Row, read_json_lines
 from gap_export.evaluation.datasets.stored import KnownSet, is_file, name_after
 from gap_export.evaluation.questions import ImageSource
-from gap_export.runtime.image import TURNED_ON_ITS_SIDE, ImageFrame
-from gap_export.runtime.image_files import open_encoded, read_file
+from gap_export.runtime.images.files import open_encoded, read_file
+from gap_export.runtime.images.image import TURNED_ON_ITS_SIDE, ImageFrame
 
 LOOKED_FOR = "questions.jsonl"
 ONLY_SPLIT = "all"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from gap_export.errors import UsageError
 from gap_export.parity.replay import NEW_CACHE, Call
-from gap_export.runtime.backend import DECODER, EMBEDDING, NEWLINE, PRUNER, TEXT, VISION
+from gap_export.runtime.backends.backend import DECODER, EMBEDDING, NEWLINE, PRUNER, TEXT, VISION
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.prompt import TOKENIZER_FILE
 from gap_export.spec.manifest import (

@@ -39,8 +39,8 @@ from gap_export.parity.golden.format import (
 from gap_export.parity.golden.layout import read_layout
 from gap_export.parity.question import Question
 from gap_export.parity.replay import Call
-from gap_export.runtime.geometry import Box
 from gap_export.runtime.grounding import Grounding
+from gap_export.runtime.images.geometry import Box
 from gap_export.spec.manifest import Manifest, QuantizationSpec, TensorPlace, differing_fields
 from gap_export.version import __version__
 

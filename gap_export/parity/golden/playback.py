@@ -19,7 +19,7 @@ from gap_export.errors import GapExportError, UsageError
 from gap_export.parity.golden.format import RECORD_AGAIN, without_scores
 from gap_export.parity.golden.opening import Golden
 from gap_export.parity.replay import NEW_CACHE, Call
-from gap_export.runtime.backend import DECODER, Backend, Feed, FloatArray, KVCache, Outputs
+from gap_export.runtime.backends.backend import DECODER, Backend, Feed, FloatArray, KVCache, Outputs
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import from_plain, to_plain

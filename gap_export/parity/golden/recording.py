@@ -43,7 +43,7 @@ from gap_export.parity.golden.format import (
 from gap_export.parity.question import Question
 from gap_export.parity.replay import Call
 from gap_export.runtime.grounding import Grounding
-from gap_export.runtime.image import load_image
+from gap_export.runtime.images.image import load_image
 from gap_export.spec.manifest import Manifest, QuantizationSpec
 from gap_export.version import __version__
 

@@ -16,7 +16,7 @@ from gap_export.parity.replay import Call
 from gap_export.parity.results import Divergence, TensorRow
 from gap_export.parity.truth import Recorded, TorchTruth, Truth
 from gap_export.progress import Progress
-from gap_export.runtime.backend import DECODER
+from gap_export.runtime.backends.backend import DECODER
 
 _NO_LAYERS = "where that begins is not known: a golden does not hold what is inside a model"
 _NO_ENGINES = "where that begins is not known: engines cannot be looked into; see --backend ort"

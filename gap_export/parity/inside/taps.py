@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from gap_export.engines.onnx_file import GraphNode, MessageField, message_fields, parse_node
 from gap_export.errors import BundleError, GapExportError
-from gap_export.runtime.onnxruntime_backend import ORT_ERRORS
-from gap_export.runtime.onnxruntime_options import session_options, spare_memory
-from gap_export.runtime.quiet_onnxruntime import ort
+from gap_export.runtime.backends.onnxruntime_backend import ORT_ERRORS
+from gap_export.runtime.backends.onnxruntime_options import session_options, spare_memory
+from gap_export.runtime.backends.quiet_onnxruntime import ort
 
 Arrays = Mapping[str, NDArray[Any]]
 

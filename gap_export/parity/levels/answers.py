@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from gap_export.errors import GapExportError
 from gap_export.parity.question import Question
 from gap_export.parity.replay import Call
-from gap_export.runtime.geometry import Box
 from gap_export.runtime.grounding import Grounding
+from gap_export.runtime.images.geometry import Box
 from gap_export.spec.tolerances import Tolerance
 
 

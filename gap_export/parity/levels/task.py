@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from gap_export.parity.levels.answers import AnswerPair
 from gap_export.parity.metrics import intersection_over_union, paired_difference_interval
 from gap_export.parity.results import LevelResult
-from gap_export.runtime.geometry import Box
+from gap_export.runtime.images.geometry import Box
 
 # Of Acc@0.5, as in every table of referring expressions.
 _HIT = 0.5

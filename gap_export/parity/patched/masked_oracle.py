@@ -28,7 +28,8 @@ from gap_export.parity.results import TensorRow, plain_values
 from gap_export.parity.tally import tensor_row
 from gap_export.parity.uncached import uncached_row
 from gap_export.progress import Progress, SilentProgress
-from gap_export.runtime.backend import VISION, FloatArray
+from gap_export.runtime.backends.backend import VISION, FloatArray
+from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.generation import (
     DecoderPrompt,
     PromptRow,
@@ -36,8 +37,7 @@ from gap_export.runtime.generation import (
     embed_tokens,
     generate,
 )
-from gap_export.runtime.image import ImageInput, load_image, prepare_image
-from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.runtime.images.image import ImageInput, load_image, prepare_image
 from gap_export.runtime.prompt import PromptEncoder
 from gap_export.spec.manifest import Manifest
 from gap_export.spec.positions import Int64Array, compact_positions, gap_remap

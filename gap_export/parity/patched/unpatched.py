@@ -13,10 +13,14 @@ from numpy.typing import NDArray
 from gap_export.bundle.files import sha256_of
 from gap_export.checkpoint.find.source import resolve_recipe
 from gap_export.errors import GapExportError, ParityError, UsageError
-from gap_export.runtime.backend import FloatArray
-from gap_export.runtime.onnxruntime_backend import ORT_ERRORS
-from gap_export.runtime.onnxruntime_options import session_options, spare_memory, start_session
-from gap_export.runtime.quiet_onnxruntime import ort
+from gap_export.runtime.backends.backend import FloatArray
+from gap_export.runtime.backends.onnxruntime_backend import ORT_ERRORS
+from gap_export.runtime.backends.onnxruntime_options import (
+    session_options,
+    spare_memory,
+    start_session,
+)
+from gap_export.runtime.backends.quiet_onnxruntime import ort
 from gap_export.spec.manifest import Manifest, SourcePart
 
 _DTYPES: Mapping[str, type] = {

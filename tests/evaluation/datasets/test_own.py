@@ -10,7 +10,7 @@ from PIL import Image
 from gap_export.errors import ImageError, UsageError
 from gap_export.evaluation.datasets import open_dataset
 from gap_export.evaluation.questions import Dataset
-from gap_export.runtime.image import load_image
+from gap_export.runtime.images.image import load_image
 from tests.evaluation.datasets.builders import save_image
 
 ROW = {"image": "images/yard.png", "expression": "the gate", "box": [1, 2, 30, 40]}

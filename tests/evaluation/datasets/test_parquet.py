@@ -12,7 +12,7 @@ from PIL import Image
 from gap_export.errors import ImageError, MissingDependencyError, UsageError
 from gap_export.evaluation.datasets import open_dataset, parquet_images
 from gap_export.evaluation.questions import Dataset, ImageSource
-from gap_export.runtime.image import load_image
+from gap_export.runtime.images.image import load_image
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from gap_export.errors import ImageError
 from gap_export.evaluation.questions import ImageSource
-from gap_export.runtime.image import load_image
+from gap_export.runtime.images.image import load_image
 from tests.evaluation.datasets.builders import save_image
 
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from gap_export.bundle import open_bundle
 from gap_export.errors import BundleError, GapExportError
 from gap_export.parity.inside.taps import Graph, run_taps
-from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
 FEED = {"x": np.array([1.0, 2.0], np.float32), "unused": np.zeros(1, np.float32)}
 

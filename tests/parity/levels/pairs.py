@@ -10,8 +10,8 @@ import numpy as np
 from gap_export.errors import GapExportError
 from gap_export.parity.levels.answers import AnswerPair
 from gap_export.parity.question import Question
-from gap_export.runtime.geometry import Box
 from gap_export.runtime.grounding import Grounding
+from gap_export.runtime.images.geometry import Box
 from gap_export.spec.tolerances import TOLERANCES
 
 BOX: Box = (10.0, 10.0, 50.0, 50.0)

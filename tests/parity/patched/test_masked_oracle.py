@@ -60,7 +60,7 @@ def test_compact_positions_are_noticed(tiny_export, patch, compare, monkeypatch)
     monkeypatch.setattr(
         masked_oracle._Question,
         "pruned_logits",
-        lambda self, prompt, tokens: run(self, self.renumbered(), tokens),
+        lambda self, prompt, tokens: run(self, self.renumbered, tokens),
     )
     report = compare(patch(tiny_export).bundle)
     assert rows(report) == {

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gap_export.runtime.boxes import parse_box, to_pixels
-from gap_export.runtime.geometry import ImageGeometry, choose_canvas, fitted_size
-from gap_export.runtime.image import load_image, prepare_image
+from gap_export.runtime.images.geometry import ImageGeometry, choose_canvas, fitted_size
+from gap_export.runtime.images.image import load_image, prepare_image
 from gap_export.spec.manifest import BoxSpec, GridSpec, ImageSpec, TilesSpec
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)

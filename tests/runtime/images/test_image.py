@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gap_export.errors import ImageError
-from gap_export.runtime.image import load_image, prepare_image
+from gap_export.runtime.images.image import load_image, prepare_image
 from gap_export.spec.manifest import ImageSpec, Manifest
 
 PAD = (122, 116, 104)

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from gap_export.errors import ImageError
-from gap_export.runtime.image import read_image
-from gap_export.runtime.image_files import EncodedImage
+from gap_export.runtime.images.files import EncodedImage
+from gap_export.runtime.images.image import read_image
 
 PAD = (122, 116, 104)
 SIZE = (160, 120)

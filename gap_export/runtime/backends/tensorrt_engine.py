@@ -20,7 +20,7 @@ from gap_export.engines.inspect import dtype_name
 from gap_export.engines.log import TensorRTLog, quote
 from gap_export.engines.plan import EngineSpec, ProfileSpec
 from gap_export.errors import BundleError, EngineError, UsageError
-from gap_export.runtime.device import DeviceBuffer, DeviceMemory
+from gap_export.runtime.backends.device import DeviceBuffer, DeviceMemory
 from gap_export.spec.manifest import GraphSpec, TensorSpec
 
 Shape = tuple[int, ...]

@@ -18,12 +18,12 @@ from gap_export.errors import (
     MissingDependencyError,
     UsageError,
 )
-from gap_export.runtime.device import DeviceMemory
+from gap_export.runtime.backends.device import DeviceMemory
+from gap_export.runtime.backends.tensorrt_loading import ChosenEngines, EngineLoader, choose_engines
 from gap_export.runtime.session import GroundingSession
-from gap_export.runtime.tensorrt_loading import ChosenEngines, EngineLoader, choose_engines
 from gap_export.spec.manifest import EngineLimits
-from tests.runtime.fake_gpu import FakeDevice
-from tests.runtime.fake_tensorrt import (
+from tests.runtime.backends.fake_gpu import FakeDevice
+from tests.runtime.backends.fake_tensorrt import (
     FakeModule,
     copy_bundle,
     fake_library,
@@ -176,7 +176,7 @@ def test_nothing_is_hashed_before_it_is_known_to_fit(
     def read(*args: Any, **options: Any) -> Any:
         raise GapExportError("hashed")
 
-    monkeypatch.setattr("gap_export.runtime.tensorrt_loading.read_engine_folder", read)
+    monkeypatch.setattr("gap_export.runtime.backends.tensorrt_loading.read_engine_folder", read)
     with pytest.raises(UsageError, match="SM 86"):
         choose(bundle)
     assert open_bundle(bundle.path)

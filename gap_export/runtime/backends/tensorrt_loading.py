@@ -27,8 +27,12 @@ from gap_export.errors import (
     MissingDependencyError,
     UsageError,
 )
-from gap_export.runtime.device import CudaDevice, Device, DeviceMemory
-from gap_export.runtime.tensorrt_engine import CapturedExecution, DirectExecution, Execution
+from gap_export.runtime.backends.device import CudaDevice, Device, DeviceMemory
+from gap_export.runtime.backends.tensorrt_engine import (
+    CapturedExecution,
+    DirectExecution,
+    Execution,
+)
 
 TITLES: Mapping[str, str] = MappingProxyType(
     {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}

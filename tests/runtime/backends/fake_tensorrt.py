@@ -28,10 +28,10 @@ from gap_export.engines.graph_hash import hash_weights, listed_file
 from gap_export.engines.library import TensorRT
 from gap_export.engines.plan import EnginePlan, EngineSpec, EngineTensor
 from gap_export.engines.profiles import make_profiles
-from gap_export.runtime import tensorrt_backend
-from gap_export.runtime.tensorrt_loading import choose_engines
+from gap_export.runtime.backends import tensorrt_backend
+from gap_export.runtime.backends.tensorrt_loading import choose_engines
 from gap_export.spec.manifest import EngineLimits, GraphSpec
-from tests.runtime.fake_gpu import FakeDevice
+from tests.runtime.backends.fake_gpu import FakeDevice
 
 VERSION = "10.16.0"
 MAGIC = b"fake engine "

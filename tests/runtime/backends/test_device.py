@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from gap_export.errors import GapExportError, MissingDependencyError, UsageError
-from gap_export.runtime import device as device_module
-from gap_export.runtime.device import CudaDevice, DeviceMemory
-from tests.runtime.fake_gpu import FakeDevice
+from gap_export.runtime.backends import device as device_module
+from gap_export.runtime.backends.device import CudaDevice, DeviceMemory
+from tests.runtime.backends.fake_gpu import FakeDevice
 
 
 class Error(enum.IntEnum):

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gap_export.bundle import open_bundle, write_bundle
 from gap_export.errors import BundleError, UsageError
-from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.spec.manifest import GraphSpec, Manifest, TensorPlace, TensorSpec
 from tests.programs import run_program
 
@@ -246,7 +246,7 @@ MEASURE = """
 import sys
 import numpy as np
 import onnxruntime as ort
-from gap_export.runtime.onnxruntime_options import session_options, spare_memory
+from gap_export.runtime.backends.onnxruntime_options import session_options, spare_memory
 
 def anonymous():
     lines = open("/proc/self/status").read().splitlines()

@@ -14,14 +14,14 @@ from gap_export.bundle import Bundle, open_bundle
 from gap_export.engines.plan import EngineSpec, parse_plan
 from gap_export.errors import BundleError, GapExportError, UsageError
 from gap_export.evaluation.refshapes import iter_samples
-from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.runtime.backends.tensorrt_backend import TensorRTBackend
+from gap_export.runtime.backends.tensorrt_engine import MAX_CAPTURED_GRAPHS
+from gap_export.runtime.backends.tensorrt_loading import choose_engines
 from gap_export.runtime.session import GroundingSession
-from gap_export.runtime.tensorrt_backend import TensorRTBackend
-from gap_export.runtime.tensorrt_engine import MAX_CAPTURED_GRAPHS
-from gap_export.runtime.tensorrt_loading import choose_engines
 from gap_export.spec.manifest import EngineLimits
-from tests.runtime.fake_gpu import FakeDevice
-from tests.runtime.fake_tensorrt import (
+from tests.runtime.backends.fake_gpu import FakeDevice
+from tests.runtime.backends.fake_tensorrt import (
     CudaGraphStrategy,
     ExecutionContextAllocationStrategy,
     FakeModule,
@@ -428,7 +428,7 @@ def test_cuda_graphs_beyond_the_limit_are_run_directly(
     make_setup: MakeSetup, expected: OnnxRuntimeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert MAX_CAPTURED_GRAPHS > 1
-    monkeypatch.setattr("gap_export.runtime.tensorrt_engine.MAX_CAPTURED_GRAPHS", 1)
+    monkeypatch.setattr("gap_export.runtime.backends.tensorrt_engine.MAX_CAPTURED_GRAPHS", 1)
     setup = make_setup("in_place")
     prompt = prompt_of(setup.bundle, 5)
     with setup.open(cuda_graphs=True) as backend:

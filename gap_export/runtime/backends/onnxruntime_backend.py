@@ -19,7 +19,7 @@ import numpy as np
 from gap_export.bundle import Bundle
 from gap_export.bundle.tensors import read_place
 from gap_export.errors import BundleError, GapExportError, UsageError
-from gap_export.runtime.backend import (
+from gap_export.runtime.backends.backend import (
     DECODER,
     NEWLINE,
     Backend,
@@ -30,8 +30,12 @@ from gap_export.runtime.backend import (
     graph_components,
     lacks_component,
 )
-from gap_export.runtime.onnxruntime_options import session_options, spare_memory, start_session
-from gap_export.runtime.quiet_onnxruntime import ort, ort_errors
+from gap_export.runtime.backends.onnxruntime_options import (
+    session_options,
+    spare_memory,
+    start_session,
+)
+from gap_export.runtime.backends.quiet_onnxruntime import ort, ort_errors
 from gap_export.spec.manifest import GraphSpec
 
 _CPU = "CPUExecutionProvider"

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from gap_export.errors import ImageError, UsageError
-from gap_export.runtime.geometry import ImageGeometry, Size, choose_canvas, fitted_size
-from gap_export.runtime.image_damage import NotCheckedError
-from gap_export.runtime.image_files import (
+from gap_export.runtime.images.damage import NotCheckedError
+from gap_export.runtime.images.files import (
     DAMAGED,
     MAX_MEMORY,
     MAX_PIXELS,
@@ -27,7 +26,8 @@ from gap_export.runtime.image_files import (
     read_file,
     too_large,
 )
-from gap_export.runtime.tiff import ORIENTATION
+from gap_export.runtime.images.geometry import ImageGeometry, Size, choose_canvas, fitted_size
+from gap_export.runtime.images.tiff import ORIENTATION
 from gap_export.spec.manifest import ImageSpec
 
 ImageInput = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | EncodedImage

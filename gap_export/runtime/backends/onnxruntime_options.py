@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gap_export.errors import UsageError
-from gap_export.runtime.quiet_onnxruntime import ort
+from gap_export.runtime.backends.quiet_onnxruntime import ort
 
 # Its errors reach the user as ours; it need not write them to stderr as well.
 _FATAL_ONLY = 4

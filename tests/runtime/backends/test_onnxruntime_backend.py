@@ -17,9 +17,9 @@ import pytest
 
 from gap_export.bundle import Bundle, open_bundle, write_bundle
 from gap_export.errors import BundleError, GapExportError, UsageError
-from gap_export.runtime import onnxruntime_backend
-from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from gap_export.runtime.onnxruntime_options import session_options
+from gap_export.runtime.backends import onnxruntime_backend
+from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.runtime.backends.onnxruntime_options import session_options
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import Manifest, QuantizationSpec
 from gap_export.spec.tolerances import TOLERANCES
@@ -245,7 +245,7 @@ def test_session_that_stays_open_looks_up_no_host(tiny_bundle: Path, tmp_path: P
 @pytest.mark.parametrize("value", ["0", "1"])
 def test_switch_that_the_user_has_set_is_left_alone(value: str) -> None:
     code = (
-        "import os; from gap_export.runtime.quiet_onnxruntime import TELEMETRY_SWITCH\n"
+        "import os; from gap_export.runtime.backends.quiet_onnxruntime import TELEMETRY_SWITCH\n"
         "print(os.environ[TELEMETRY_SWITCH])"
     )
     done = run_program(

@@ -13,7 +13,7 @@ from gap_export.bundle import Bundle, Verify
 from gap_export.bundle.tensors import read_place
 from gap_export.engines.plan import EngineSpec
 from gap_export.errors import UsageError
-from gap_export.runtime.backend import (
+from gap_export.runtime.backends.backend import (
     DECODER,
     NEWLINE,
     Backend,
@@ -24,8 +24,8 @@ from gap_export.runtime.backend import (
     graph_components,
     lacks_component,
 )
-from gap_export.runtime.device import DeviceMemory
-from gap_export.runtime.tensorrt_cache import (
+from gap_export.runtime.backends.device import DeviceMemory
+from gap_export.runtime.backends.tensorrt_cache import (
     CONTRACTS,
     PAST,
     PRESENT,
@@ -33,8 +33,8 @@ from gap_export.runtime.tensorrt_cache import (
     TensorRTCache,
     kv_layout,
 )
-from gap_export.runtime.tensorrt_engine import EngineRunner
-from gap_export.runtime.tensorrt_loading import (
+from gap_export.runtime.backends.tensorrt_engine import EngineRunner
+from gap_export.runtime.backends.tensorrt_loading import (
     TITLES,
     ChosenEngines,
     EngineLoader,

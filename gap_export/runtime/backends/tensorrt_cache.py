@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Protocol
 
 from gap_export.engines.plan import EngineSpec
-from gap_export.runtime.device import DeviceBuffer, DeviceMemory
-from gap_export.runtime.tensorrt_engine import Bound, EngineRunner
+from gap_export.runtime.backends.device import DeviceBuffer, DeviceMemory
+from gap_export.runtime.backends.tensorrt_engine import Bound, EngineRunner
 
 PAST, PRESENT = "past_key_values.", "present."
 

@@ -27,9 +27,9 @@ from PIL import (
 )
 
 from gap_export.errors import ImageError
-from gap_export.runtime.image_damage import gif_damage, jpeg_damage, png_damage, tiff_damage
-from gap_export.runtime.jpeg import JpegFile, read_jpeg
-from gap_export.runtime.tiff import ORIENTATION, SIGNATURES, Directory, read_directory
+from gap_export.runtime.images.damage import gif_damage, jpeg_damage, png_damage, tiff_damage
+from gap_export.runtime.images.jpeg import JpegFile, read_jpeg
+from gap_export.runtime.images.tiff import ORIENTATION, SIGNATURES, Directory, read_directory
 
 MAX_PIXELS = 64_000_000
 # What an image may take while it is decoded, its file included. It is below what a Jetson Orin Nano

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import simplejpeg
 
-from gap_export.runtime.jpeg import JpegFile, read_jpeg
-from gap_export.runtime.tiff import Directory
+from gap_export.runtime.images.jpeg import JpegFile, read_jpeg
+from gap_export.runtime.images.tiff import Directory
 
 # libjpeg's words for a file that uses what simplejpeg cannot decode.
 _UNKNOWN_TO_JUDGE = ("Unsupported", "Could not determine", "not implemented", "Unknown")

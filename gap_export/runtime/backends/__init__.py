@@ -1,0 +1,1 @@
+"""What runs the components of a model: ONNX Runtime and TensorRT behind one interface."""
