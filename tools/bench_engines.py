@@ -3,7 +3,7 @@
 
     tools/bench_engines.py                    under build/, needs 50 GB of disk, half an hour
     tools/bench_engines.py --only int4        one of the rows alone: int4, fp16, streamed, stripped
-    tools/bench_engines.py --write-readme     put the tables into README.md
+    tools/bench_engines.py --write            put the tables into docs/results
 
 The checkpoint of random weights is that of tools/bench_export.py, and made where it is missing.
 Export and build are processes of their own; bundles and engines are removed when measured. Needs
@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,11 +29,11 @@ from engine_bench.watch import Watched, watch
 from export_bench.checkpoint import write_checkpoint
 from export_bench.measured import Measured, measure
 from export_bench.ours import RECIPE, new_bytes
+from pages import ROOT, called_as, note, publish
 
 from gap_export.bundle import open_bundle
 from gap_export.spec.manifest import EngineLimits
 
-ROOT = Path(__file__).resolve().parent.parent
 TARGET, KEEP_RATIO, BLOCK_SIZE = "rtx:sm89", 0.3, 128
 DECODER, CUT_LAYERS, TRUE_LAYERS = "decoder_model_merged", (2, 4, 8), 32
 BAR_QUANTIZING, BAR_BUILDING = 4e9, 24 * (1 << 30)
@@ -82,7 +81,7 @@ def main(
     work: Path = ROOT / "build" / "bench-export",
     scratch: Path = ROOT / "build" / "bench-engines",
     only: Annotated[list[str] | None, typer.Option(metavar="ROW")] = None,
-    write_readme: bool = False,
+    write: bool = False,
 ) -> None:
     """Measure and print."""
     unknown = set(only or ()) - CASES.keys()
@@ -107,11 +106,7 @@ def main(
         shutil.rmtree(bundle)
     cuts = build_cuts(scratch / "cut") if CASES["fp16"] in cases else {}
     text = report(exports, cuts, {case.title: (case, builds[case.title]) for case in cases})
-    print(text)
-    if write_readme:
-        from readme_figures import README, write_section
-
-        write_section(README, "engines", text)
+    publish("engines", text, write=write)
     sys.exit(int(any(misses_bar(case, exports, builds[case.title]) for case in cases)))
 
 
@@ -183,8 +178,8 @@ def report(
     """The tables as Markdown; decimal units."""
     limits = next(iter(exports.values())).limits
     lines = [
-        f"`{' '.join(command_line())}`, {machine()}, no GPU; LLaVA-1.5-7B of true shape, random "
-        f"weights, 13.5 GB in float16, keep {KEEP_RATIO:g}, for SM 89 (fused; prompts up to "
+        f"`{called_as('bench_engines.py')}`, {machine()}, no GPU; LLaVA-1.5-7B of true shape, "
+        f"random weights, 13.5 GB in float16, keep {KEEP_RATIO:g}, for SM 89 (fused; prompts up to "
         f"{limits.max_prompt} tokens, answers up to {limits.max_new_tokens}, one row):",
         "",
         "| export | wall time | of it quantizing | peak memory, quantizing | peak memory, all "
@@ -289,19 +284,9 @@ def machine() -> str:
     return f"{library.name} {library.version}, {cores} CPU cores, {memory:.0f} GiB of memory"
 
 
-def command_line() -> Sequence[str]:
-    """What was called, but for the flag that changes no figure."""
-    return ["tools/bench_engines.py", *(a for a in sys.argv[1:] if a != "--write-readme")]
-
-
 def gb(size: float) -> str:
     """Decimal units."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
-def note(text: str) -> None:
-    """Progress, beside the result."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     tools/bench_export.py                   under build/bench-export, 13.5 GB
     tools/bench_export.py --work DIR        elsewhere; a checkpoint found there is used again
     tools/bench_export.py --no-rival        leave torch.onnx.export out
-    tools/bench_export.py --write-readme    put the table into README.md
+    tools/bench_export.py --write           put the table into docs/results
 
 Prints a Markdown table and exits with 1 where the export misses a bar. The rival's figures at 32
 layers are a straight line through those at fewer layers, and marked so.
@@ -20,8 +20,8 @@ import typer
 from export_bench.checkpoint import write_checkpoint
 from export_bench.measured import Measured, measure
 from export_bench.ours import new_bytes
+from pages import ROOT, note, publish
 
-ROOT = Path(__file__).resolve().parent.parent
 BAR_SECONDS, BAR_PEAK, BAR_NEW = 60.0, 2e9, 100e6
 RIVAL_LAYERS = (2, 4, 8)
 TRUE_LAYERS = 32
@@ -29,7 +29,7 @@ _PROOF_LAYERS, _PROOF_TOKENS = 2, 64
 
 
 def main(
-    work: Path = ROOT / "build" / "bench-export", rival: bool = True, write_readme: bool = False
+    work: Path = ROOT / "build" / "bench-export", rival: bool = True, write: bool = False
 ) -> None:
     """Measure and print."""
     checkpoint, bundle = work / "llava-1.5-7b-random", work / "bundle"
@@ -59,11 +59,7 @@ def main(
             "export_bench.rival", "export_plain", num_layers=layers, scratch=str(work)
         )
     text = report(ours, fresh, rivals, proof, answer)
-    print(text)
-    if write_readme:
-        from readme_figures import README, write_section
-
-        write_section(README, "export", text)
+    publish("export", text, write=write)
     missed = ours.seconds > BAR_SECONDS or ours.peak_bytes > BAR_PEAK or fresh > BAR_NEW
     # Sums of float16 products in another order: a hundredth of the largest logit is far above that.
     wrong = not proof["max_abs_diff"] < 0.01 * proof["max_abs_logit"]
@@ -123,11 +119,6 @@ def extrapolate(by_layers: dict[int, float]) -> float:
     """The value at the true depth of the straight line through those measured."""
     slope, intercept = np.polyfit(list(by_layers), list(by_layers.values()), 1)
     return float(slope * TRUE_LAYERS + intercept)
-
-
-def note(text: str) -> None:
-    """Progress, beside the result."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

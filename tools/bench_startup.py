@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long ``gap-export -h`` takes, and what it imports first.
 
-    tools/bench_startup.py [RUNS]
+    tools/bench_startup.py --runs 10
 
 Prints the best and the median wall time of fresh processes, then the slowest imports.
 """
@@ -13,19 +13,21 @@ import subprocess
 import sys
 import time
 
+import typer
+
 COMMAND = [sys.executable, "-m", "gap_export", "-h"]
 BAR_S = 0.5
 
 
-def main(runs: int = 10) -> int:
-    """Measure; 1 where the median is above the bar."""
+def main(runs: int = 10) -> None:
+    """Measure; exit code 1 where the median is above the bar."""
     seconds = sorted(_run_once() for _ in range(runs))
     median = statistics.median(seconds)
     print(f"gap-export -h: best {seconds[0]:.3f} s, median {median:.3f} s of {runs}")
     print("slowest imports, cumulative:")
     for microseconds, module in _slowest_imports(8):
         print(f"  {microseconds / 1e3:7.1f} ms  {module}")
-    return int(median > BAR_S)
+    sys.exit(int(median > BAR_S))
 
 
 def _run_once() -> float:
@@ -46,4 +48,4 @@ def _slowest_imports(count: int) -> list[tuple[int, str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    typer.run(main)

@@ -2,7 +2,7 @@
 """Break bundles of the demo model in every known way, and see at which level `check` notices.
 
     tools/check_mutants.py                  some minutes on two cores
-    tools/check_mutants.py --write-readme
+    tools/check_mutants.py --write          put the table into docs/results
 
 The faults are those of tests/parity/mutants.py. The honest bundle is checked with five seeds.
 """
@@ -14,21 +14,20 @@ import tempfile
 from pathlib import Path
 
 import typer
-from readme_figures import MODEL, README, write_section
+from pages import DEMO_MODEL, ROOT, note, publish
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gap_export.bundle import open_bundle  # noqa: E402
-from gap_export.checkpoint.find.source import Checkpoint, resolve_model  # noqa: E402
-from gap_export.evaluation.refshapes import iter_samples  # noqa: E402
-from gap_export.exporting import Dtype, ExportOptions, export_model  # noqa: E402
-from gap_export.parity.check import check_bundle  # noqa: E402
-from gap_export.parity.question import Question  # noqa: E402
-from gap_export.parity.results import LEVELS, CheckReport  # noqa: E402
-from gap_export.parity.truth import TorchTruth  # noqa: E402
-from gap_export.spec.recipe import Recipe  # noqa: E402
-from tests.parity.mutants import (  # noqa: E402
+from gap_export.bundle import open_bundle
+from gap_export.checkpoint.find.source import Checkpoint, resolve_model
+from gap_export.evaluation.refshapes import iter_samples
+from gap_export.exporting import Dtype, ExportOptions, export_model
+from gap_export.parity.check import check_bundle
+from gap_export.parity.question import Question
+from gap_export.parity.results import LEVELS, CheckReport
+from gap_export.parity.truth import TorchTruth
+from gap_export.spec.recipe import Recipe
+from tests.parity.mutants import (
     CAUGHT_AT,
     MUTANTS,
     checkpoint_with_long_context,
@@ -40,19 +39,19 @@ SEEDS = range(5)
 DTYPES: dict[str, Dtype] = {"fp16 overflow": "float16"}
 
 
-def main(samples: int = 12, pruner: str = "spatial", write_readme: bool = False) -> None:
+def main(samples: int = 12, pruner: str = "spatial", write: bool = False) -> None:
     """Check everything, and print one line a fault."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         honest: dict[str, Path] = {}
-        recipe, shipped = resolve_model(MODEL, recipe=None, parts={})
+        recipe, shipped = resolve_model(DEMO_MODEL, recipe=None, parts={})
         checkpoint = Checkpoint.of(
             checkpoint_with_long_context(shipped.parts["main"], Path(scratch) / "checkpoint")
         )
         for dtype in ("float32", "float16"):
             out = Path(scratch) / dtype
             export_model(
-                ExportOptions(model=MODEL, pruner=pruner, keep_ratio=0.3, dtype=dtype, out=out)
+                ExportOptions(model=DEMO_MODEL, pruner=pruner, keep_ratio=0.3, dtype=dtype, out=out)
             )
             honest[dtype] = with_long_context(out, Path(scratch) / f"{dtype}-long")
         for name, mutate in MUTANTS.items():
@@ -64,7 +63,7 @@ def main(samples: int = 12, pruner: str = "spatial", write_readme: bool = False)
             if first != CAUGHT_AT[name]:
                 raise SystemExit(f"{name}: first seen by {first}, not by {CAUGHT_AT[name]}")
             rows.append([name, *marks(report), where(report)])
-            typer.echo(f"{name}: {first}", err=True)
+            note(f"{name}: {first}")
         for seed in SEEDS:
             report = check(honest["float32"], recipe, checkpoint, seed=seed, samples=samples)
             if not report.passed:
@@ -80,9 +79,7 @@ def main(samples: int = 12, pruner: str = "spatial", write_readme: bool = False)
             *(f"| {' | '.join(row)} |" for row in rows),
         ]
     )
-    typer.echo(table)
-    if write_readme:
-        write_section(README, "mutants", table)
+    publish("mutants", table, write=write)
 
 
 def check(

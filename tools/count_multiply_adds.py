@@ -3,22 +3,21 @@
 
     tools/count_multiply_adds.py                     the demo model, and a 7B one: needs no weights
     tools/count_multiply_adds.py --model minigpt-v2 --keep 0.5
-    tools/count_multiply_adds.py --write-readme
+    tools/count_multiply_adds.py --write             puts the table into docs/results
 
 Traces the vision side alone, runs the passes, and adds up what MatMul, Gemm and Conv multiply for
-one picture, from the shapes in the graph.
+one image, from the shapes in the graph.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Annotated
 
 import onnx_ir as ir
 import typer
-from readme_figures import write_section
+from pages import DEMO_MODEL, publish
 
 from gap_export.checkpoint.find.source import resolve_model
 from gap_export.checkpoint.weights import SAFETENSORS_NAMES, TORCH_DTYPES, PlacedTensor
@@ -27,15 +26,13 @@ from gap_export.families import build_reference, resolve_pruning, supported_prun
 from gap_export.families.common.reference import Component
 from gap_export.graph.passes import PIPELINES, run_pipeline
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-DEMO = "refshapes-llava"
 VISION = ("vision_encoder", "token_pruner")
 
 
 def main(
-    model: Annotated[list[str], typer.Option()] = [DEMO, "llava-1.5-7b"],  # noqa: B006 - typer's
+    model: Annotated[list[str], typer.Option()] = [DEMO_MODEL, "llava-1.5-7b"],  # noqa: B006 - typer's
     keep: float = 0.3,
-    write_readme: bool = False,
+    write: bool = False,
 ) -> None:
     """Print a table: one line a pruner."""
     counts = {name: count_model(name, keep) for name in model}
@@ -53,16 +50,13 @@ def main(
             number = found.get(pruner)
             cells += ["", ""] if number is None else _cells(number, found["spatial"])
         lines.append(f"| `{pruner}` | {' | '.join(cells)} |")
-    table = "\n".join(lines)
-    typer.echo(table)
-    if write_readme:
-        write_section(README, "multiply-adds", table)
+    publish("multiply-adds", "\n".join(lines), write=write)
 
 
 def count_model(model: str, keep: float) -> dict[str, int]:
     """Multiply-adds of the vision graphs by pruner."""
     recipe, checkpoint = resolve_model(
-        model, recipe=None, parts={}, random_seed=None if model == DEMO else 0
+        model, recipe=None, parts={}, random_seed=None if model == DEMO_MODEL else 0
     )
     counts = {}
     for name in supported_pruners(recipe):
@@ -123,7 +117,7 @@ def _shape(value: ir.Value | None) -> list[int]:
 
 
 def _size(dim: int | ir.SymbolicDim) -> int:
-    """A dimension for one picture and one expression, which is what its names then stand for."""
+    """A dimension for one image and one expression, which is what its names then stand for."""
     if isinstance(dim, int):
         return dim
     factors = re.sub(r"[A-Za-z_]\w*", "1", str(dim.value)).strip("()").split("*")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Draw what every pruner keeps of one held-out picture, with a heat map of its scores.
+"""Draw what every pruner keeps of one held-out image, with a heat map of its scores.
 
-tools/draw_pruners.py        writes models/refshapes-llava/pictures/pruners.png
+tools/draw_pruners.py        writes docs/images/pruners.png
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import typer
 from image_sheet import Tile, draw_answer, make_sheet
+from pages import DEMO_MODEL, IMAGES
 
 from gap_export.evaluation.refshapes import generate_scene
 from gap_export.exporting import ExportOptions, GraphCache, export_model
@@ -18,9 +19,7 @@ from gap_export.families import supported_pruners
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.recipe import find_recipe
 
-MODEL = "refshapes-llava"
-ROOT = Path(__file__).resolve().parent.parent
-TARGET = ROOT / "models" / MODEL / "pictures" / "pruners.png"
+TARGET = IMAGES / "pruners.png"
 COLUMNS, WIDTH = 5, 360
 
 
@@ -33,9 +32,9 @@ def main(
     tiles = []
     cache = GraphCache()
     with tempfile.TemporaryDirectory() as scratch:
-        for number, name in enumerate(supported_pruners(find_recipe(MODEL)[0])):
+        for number, name in enumerate(supported_pruners(find_recipe(DEMO_MODEL)[0])):
             bundle = Path(scratch) / str(number)
-            options = ExportOptions(model=MODEL, pruner=name, keep_ratio=keep, out=bundle)
+            options = ExportOptions(model=DEMO_MODEL, pruner=name, keep_ratio=keep, out=bundle)
             export_model(options, cache=cache)
             with GroundingSession.open(bundle) as session:
                 drawing, answer, _ = draw_answer(session, shown, asked)

@@ -7,14 +7,15 @@ paper's two misalignments with no token dropped at all (permuted and shifted, it
     tools/paper_table.py                      all demo models, about an hour on two cores
     tools/paper_table.py --samples 200        quicker and coarser
     tools/paper_table.py --workers 2          sharded over local workers, needs the extra [ray]
-    tools/paper_table.py --no-publish         everything below --results, README and cards untouched
+    tools/paper_table.py --write              put the results into pages, plots and CSVs
     tools/paper_table.py --pruner trim        trim alone; the other rows stay as they were published
-    tools/paper_table.py --report eval.json   nothing: rows of `gap-export eval MODEL --report-json`
-                                              take the place of those that were published
+    tools/paper_table.py --published --write  measure nothing: pages and plots of what is published
+    tools/paper_table.py --report eval.json   measure nothing: rows of `gap-export eval MODEL
+                                              --report-json` replace those that were published
 
 Answers are kept below ``--results`` as they come: started again, it asks what is not answered yet.
-Each model gets a CSV, a Markdown table and plots; ``--publish`` puts them beside the model, and the
-summary into the README.
+Each model gets a CSV, a Markdown table and plots there; ``--write`` puts them beside the model, the
+plots into docs/images, and the tables into docs/results, README.md and the models' cards.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
+from pages import IMAGES, ROOT, publish, write_section
 from paper_report.measured import (
     Measured,
     Row,
@@ -36,8 +38,13 @@ from paper_report.measured import (
     write_csv,
 )
 from paper_report.plots import draw_table
-from paper_report.words import TEXT_KEEPS, format_card, format_model, format_summary
-from readme_figures import write_section
+from paper_report.words import (
+    TEXT_KEEPS,
+    format_card,
+    format_front,
+    format_model,
+    format_summary,
+)
 
 from gap_export.cli import main as run
 from gap_export.cli._progress import TerminalProgress
@@ -50,8 +57,6 @@ from gap_export.pruning import find_preset
 from gap_export.spec.manifest import PrunerText
 from gap_export.spec.recipe import find_recipe
 
-ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 MODELS = ("refshapes-llava", "refshapes-shikra", "refshapes-minigpt-v2")
 KEEPS = (0.5, 0.3, 0.1)
 DATA = "refshapes"
@@ -71,26 +76,19 @@ def main(
         typer.Option(help="Repeatable; what gap-export eval MODEL --report-json wrote."),
     ] = None,
     results: Path = Path("paper-results"),
-    publish: bool = True,
-    redraw: Annotated[
-        bool, typer.Option(help="The plots alone, of models/*/accuracy.csv.")
+    published: Annotated[
+        bool, typer.Option(help="Measure nothing; take models/*/accuracy.csv.")
     ] = False,
+    write: Annotated[bool, typer.Option(help="Put the results into the pages.")] = False,
 ) -> None:
     """Measure what is not measured yet, and write tables and plots."""
     # A slip in the last name must not cost the hours of those before it.
     names = dict.fromkeys(find_recipe(name)[0].name for name in model or MODELS)
     only = [find_preset(name).name for name in pruner or []]
-    if redraw:
-        for name in names:
-            home = ROOT / "models" / name
-            rows = read_csv(home / "accuracy.csv")
-            one = Measured(recipe=find_recipe(name)[0], spec="", all_rows=rows)
-            draw_table(one.rows(), home / "pictures" / "accuracy.png", title=name)
-        return
     command = f"tools/paper_table.py --samples {samples} --seed {seed}"
-    if report:
-        plain = [json.loads(path.read_text(encoding="utf-8")) for path in report]
-        put_in([published(name, plain) for name in MODELS], command)
+    if report or published:
+        plain = [json.loads(path.read_text(encoding="utf-8")) for path in report or ()]
+        show([read_published(name, plain) for name in names], command, write=write)
         return
     measured = []
     for name in names:
@@ -102,15 +100,10 @@ def main(
         draw_table(one.rows(), folder / "accuracy.png", title=one.recipe.name)
         (folder / "accuracy.md").write_text(format_model(one), encoding="utf-8")
         typer.echo(f"wrote {folder}", err=True)
-    summary = format_summary(measured, command=command)
-    (results / "summary.md").write_text(summary, encoding="utf-8")
-    if not publish:
-        typer.echo(summary)
-        return
-    put_in(measured, command, readme=not model)
+    show(measured, command, write=write)
 
 
-def published(name: str, reports: list[Row]) -> Measured:
+def read_published(name: str, reports: list[Row]) -> Measured:
     """What was published of a model, with rows of evaluations in place of the same settings'."""
     recipe, _ = find_recipe(name)
     rows = read_csv(ROOT / "models" / name / "accuracy.csv")
@@ -120,16 +113,17 @@ def published(name: str, reports: list[Row]) -> Measured:
     return Measured(recipe=recipe, spec=DATA, all_rows=rows)
 
 
-def put_in(measured: list[Measured], command: str, *, readme: bool = True) -> None:
-    """Put tables and plots beside the models and, of all models, into the README."""
-    for one in measured:
+def show(measured: list[Measured], command: str, *, write: bool) -> None:
+    """Print the tables, and with ``write`` put them into their pages, those of all models too."""
+    for one in measured if write else ():
         home = ROOT / "models" / one.recipe.name
-        (home / "pictures").mkdir(exist_ok=True)
         write_csv(home / "accuracy.csv", one.all_rows)
-        draw_table(one.rows(), home / "pictures" / "accuracy.png", title=one.recipe.name)
+        plot = IMAGES / f"accuracy-{one.recipe.name}.png"
+        draw_table(one.rows(), plot, title=one.recipe.name)
         write_section(home / "README.md", "accuracy", format_card(one, command=command))
-    if readme:
-        write_section(README, "paper", format_summary(measured, command=command))
+    of_all = {one.recipe.name for one in measured} == set(MODELS)
+    publish("summary", format_front(measured), write=write and of_all)
+    publish("paper", format_summary(measured, command=command), write=write and of_all)
 
 
 def measure(

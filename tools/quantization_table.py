@@ -3,19 +3,18 @@
 
     tools/quantization_table.py                     prints the table, some minutes on two cores
     tools/quantization_table.py --samples 200       quicker and coarser
-    tools/quantization_table.py --write-readme      puts it into README.md
+    tools/quantization_table.py --write             puts it into docs/results
 
-All rows answer the same held-out questions in ONNX Runtime. AWQ is calibrated with pictures of the
+All rows answer the same held-out questions in ONNX Runtime. AWQ is calibrated with images of the
 training split.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Literal
 
 import typer
-from readme_figures import MODEL, README, interval, percent, write_section
+from pages import DEMO_MODEL, called_as, interval, note, percent, publish
 
 from gap_export.evaluation.calibration import refshapes_questions
 from gap_export.evaluation.evaluate import evaluate_model
@@ -35,9 +34,7 @@ ROWS: dict[str, tuple[Dtype, Method | None]] = {
 }
 
 
-def main(
-    samples: int = 2000, seed: int = 0, pruner: str = "spatial", write_readme: bool = False
-) -> None:
+def main(samples: int = 2000, seed: int = 0, pruner: str = "spatial", write: bool = False) -> None:
     """Measure and print."""
     table = render(
         {
@@ -46,23 +43,16 @@ def main(
         },
         pruner=pruner,
     )
-    print(table)
-    if write_readme:
-        write_section(README, "quantization", f"`{' '.join(command())}`\n\n{table}")
-
-
-def command() -> list[str]:
-    """What was called, but for the flag that changes no figure."""
-    return ["tools/quantization_table.py", *(a for a in sys.argv[1:] if a != "--write-readme")]
+    publish("quantization", f"`{called_as('quantization_table.py')}`\n\n{table}", write=write)
 
 
 def measure(
     dtype: Dtype, method: Method | None, *, samples: int, seed: int, pruner: str
 ) -> tuple[SettingRow, SettingRow]:
     """The unpruned row and the GAP row of one form of the weights."""
-    print(f"measuring {method or dtype}", file=sys.stderr, flush=True)
+    note(f"measuring {method or dtype}")
     options = ExportOptions(
-        model=MODEL,
+        model=DEMO_MODEL,
         seed=seed,
         dtype=dtype,
         quantization=None if method is None else int4(method),
@@ -85,7 +75,7 @@ def render(rows: dict[str, tuple[SettingRow, SettingRow]], *, pruner: str) -> st
     """The table in Markdown."""
     first, _ = next(iter(rows.values()))
     lines = [
-        f"{first.n} held-out expressions on {first.num_images} pictures, greedy; pruner {pruner}, "
+        f"{first.n} held-out expressions on {first.num_images} images, greedy; pruner {pruner}, "
         f"keep {KEEP_RATIO:g}, GAP. INT4: the decoder's linear layers, in blocks of {BLOCK_SIZE}.",
         "",
         "| weights | unpruned | pruned, GAP | 95 % interval | of float32, pruned |",

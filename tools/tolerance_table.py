@@ -1,9 +1,30 @@
 #!/usr/bin/env python3
-"""Print how far outputs may be off, and why, as Markdown: the table that `check` judges by."""
+"""How far outputs may be off, and why: the table that `gap-export check` judges by.
+
+tools/tolerance_table.py            print it
+tools/tolerance_table.py --write    put it into docs/results
+"""
 
 from __future__ import annotations
 
+import typer
+from pages import publish
+
 from gap_export.spec.tolerances import TOLERANCES, Tolerance
+
+
+def main(write: bool = False) -> None:
+    """Print a line for the outputs that share a tolerance."""
+    lines = ["| dtype | outputs | may be off by | why |", "|---|---|---|---|"]
+    for dtype, tolerances in TOLERANCES.items():
+        by_tolerance: dict[Tolerance, list[str]] = {}
+        for output, tolerance in tolerances.items():
+            by_tolerance.setdefault(tolerance, []).append(f"`{output}`")
+        for tolerance, outputs in by_tolerance.items():
+            lines.append(
+                f"| {dtype} | {', '.join(outputs)} | {in_words(tolerance)} | {tolerance.why} |"
+            )
+    publish("tolerances", "\n".join(["`tools/tolerance_table.py`", "", *lines]), write=write)
 
 
 def in_words(tolerance: Tolerance) -> str:
@@ -24,16 +45,5 @@ def in_words(tolerance: Tolerance) -> str:
     return "; ".join(parts) or "none"
 
 
-def main() -> None:
-    """Outputs of one tolerance share a line."""
-    print("| dtype | outputs | may be off by | why |\n|---|---|---|---|")
-    for dtype, tolerances in TOLERANCES.items():
-        by_tolerance: dict[Tolerance, list[str]] = {}
-        for output, tolerance in tolerances.items():
-            by_tolerance.setdefault(tolerance, []).append(f"`{output}`")
-        for tolerance, outputs in by_tolerance.items():
-            print(f"| {dtype} | {', '.join(outputs)} | {in_words(tolerance)} | {tolerance.why} |")
-
-
 if __name__ == "__main__":
-    main()
+    typer.run(main)

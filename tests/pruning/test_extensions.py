@@ -1,4 +1,4 @@
-"""Pruners of other packages: the README's example as it stands there, and some that misbehave."""
+"""Pruners of other packages: the example of docs/add-a-pruner.md, and some that misbehave."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from gap_export.pruning import (
 )
 from gap_export.runtime.session import GroundingSession
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/add-a-pruner.md"
 
 
-def readme_example() -> tuple[str, str]:
+def documented_example() -> tuple[str, str]:
     """The module, and the name and value of its entry point."""
-    text = README.read_text(encoding="utf-8").partition("#### Your own")[2]
+    text = PAGE.read_text(encoding="utf-8")
     module = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     entry = re.search(r'"gap_export.pruners"\]\n(.*?)\n```', text, re.DOTALL)
     assert module and entry
@@ -56,10 +56,10 @@ def install(tmp_path, monkeypatch):
     sys.modules.pop("my_pruners", None)
 
 
-def test_the_readmes_pruner_is_exported_and_grounds(
+def test_the_documented_pruner_is_exported_and_grounds(
     install, tiny_checkpoint, tiny_recipe, exports, tmp_path
 ):
-    install(*readme_example())
+    install(*documented_example())
     assert "unusual" in supported_pruners(tiny_recipe)
     options = ExportOptions(
         model=str(tiny_checkpoint), pruner="unusual", keep_ratio=0.3, out=tmp_path / "bundle"
@@ -80,7 +80,7 @@ def test_the_readmes_pruner_is_exported_and_grounds(
 
 
 def test_our_own_names_are_not_taken_over(install):
-    install(readme_example()[0], "cls = my_pruners:UNUSUAL")
+    install(documented_example()[0], "cls = my_pruners:UNUSUAL")
     assert find_preset("cls") is presets.PRESETS["cls"]
 
 
@@ -94,14 +94,14 @@ def test_our_own_names_are_not_taken_over(install):
     ],
 )
 def test_an_entry_that_is_none_is_refused_by_name(install, entry, says):
-    install(readme_example()[0], entry)
+    install(documented_example()[0], entry)
     with pytest.raises(GapExportError) as caught:
         find_preset(entry.split()[0])
     assert says in str(caught.value)
 
 
 def test_an_unknown_name_lists_the_installed_ones(install):
-    install(*readme_example())
+    install(*documented_example())
     with pytest.raises(UsageError, match=r"unusaul.*dart, unusual.*did you mean unusual"):
         find_preset("unusaul")
 

@@ -25,7 +25,7 @@ def draw_table(rows: list[Row], path: Path, *, title: str) -> None:
     Args:
         rows: As `Measured.rows` gives them.
         path: A PNG that is written.
-        title: Of the whole picture.
+        title: Of the whole image.
     """
     whole = next(row for row in rows if row["positions"] == "none")
     fixed = [row for row in rows if row["budget"] == "fixed" and row["keep_ratio"] < 1]

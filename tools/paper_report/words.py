@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from readme_figures import interval, percent
+from pages import interval, percent
 
-from gap_export.spec.recipe import PublishedFigure, list_recipes
+from gap_export.spec.recipe import PublishedFigure, Recipe, list_recipes
 from paper_report.measured import Measured, Row
 
 KEEPS = (1.0, 0.5, 0.3, 0.1)
@@ -15,6 +15,7 @@ SHOWN_AT = 0.3
 # What the paper is held to: what is left without GAP, what GAP brings back.
 COLLAPSED, RECOVERED = 0.1, 0.9
 PAPER = "arXiv 2506.21873"
+CAPTION = "Acc@0.5 by share of visual tokens, compact ids and GAP, a panel for each pruner"
 
 
 def format_model(measured: Measured) -> str:
@@ -43,16 +44,49 @@ def format_card(measured: Measured, *, command: str) -> str:
             "",
             *_matrix(measured),
             "",
-            "![Acc@0.5 by share of tokens](pictures/accuracy.png)",
+            f"![Acc@0.5 by share of tokens](../../docs/images/accuracy-{measured.recipe.name}.png)",
         ]
     )
 
 
+def format_front(measured: Sequence[Measured]) -> str:
+    """The README's table: a line for each model at keep 0.3, and the paper's figures below."""
+    lines = [
+        "| model | images and expressions | all tokens | 30 %, compact ids | 30 %, GAP "
+        "| 30 %, GAP, best pruner |",
+        "|---" * 6 + "|",
+    ]
+    for one in measured:
+        rows = one.rows()
+        whole = next(row for row in rows if row["positions"] == "none")
+        at = [r for r in rows if r["budget"] == "fixed" and r["keep_ratio"] == SHOWN_AT]
+        compact, gap = (
+            [row["acc_at_50"] for row in at if row["positions"] == mode]
+            for mode in ("compact", "gap")
+        )
+        best = max((r for r in at if r["positions"] == "gap"), key=lambda r: r["acc_at_50"])
+        lines.append(
+            f"| {one.recipe.name} | held-out RefShapes | {percent(whole['acc_at_50'])} "
+            f"| {percent(sum(compact) / len(compact))} | **{percent(sum(gap) / len(gap))}** "
+            f"| **{percent(best['acc_at_50'])}** (`{best['pruner']}`) |"
+        )
+    for recipe, figures in _published():
+        whole, compact, gap = (figures[key].acc_at_50 for key in ("none", "compact", "gap"))
+        lines.append(
+            f"| {recipe.name} (paper) | {figures['gap'].dataset} {figures['gap'].split} "
+            f"| {percent(whole)} | {percent(compact)} | **{percent(gap)}** | |"
+        )
+    return "\n".join(lines)
+
+
 def format_summary(measured: Sequence[Measured], *, command: str) -> str:
-    """Section of the README: a matrix for each model, and the paper's figures beside."""
+    """The page of the paper's experiment: a matrix for each model, the paper's figures below."""
     lines = [f"`{command}`", ""]
     for one in measured:
-        lines += [f"**{one.recipe.name}**", "", *_matrix(one), "", *_verdict(one), ""]
+        name = one.recipe.name
+        lines += [f"## {name}", "", *_matrix(one), "", *_verdict(one), ""]
+        lines += [f"![{name}: {CAPTION}](../images/accuracy-{name}.png)", ""]
+    lines += ["## The paper's own figures", ""]
     lines += _paper()
     return "\n".join(lines)
 
@@ -62,7 +96,7 @@ def _matrix(measured: Measured) -> list[str]:
     rows = measured.rows()
     whole = next(row for row in rows if row["positions"] == "none")
     lines = [
-        f"{whole['n']} held-out expressions on {whole['num_images']} pictures ({measured.spec}, "
+        f"{whole['n']} held-out expressions on {whole['num_images']} images ({measured.spec}, "
         f"seed {whole['seed']}), greedy, protocol {whole['protocol']}; intervals are 95 %. "
         f"Unpruned, {whole['mean_visual_tokens']:.0f} visual tokens: "
         f"**{percent(whole['acc_at_50'])}** ({interval(whole['ci95'])}).",
@@ -234,12 +268,7 @@ def _paper() -> list[str]:
         "| source |",
         "|---" * 8 + "|",
     ]
-    for recipe, _ in list_recipes():
-        found: dict[str, PublishedFigure] = {
-            figure.positions: figure for figure in recipe.published if PAPER in figure.source
-        }
-        if set(found) != {"none", "compact", "gap"}:
-            continue
+    for recipe, found in _published():
         whole, compact, gap = (found[key].acc_at_50 for key in ("none", "compact", "gap"))
         first = found["gap"]
         lines.append(
@@ -248,6 +277,18 @@ def _paper() -> list[str]:
             f"| {percent(gap / whole)} | {first.source} |"
         )
     return lines
+
+
+def _published() -> list[tuple[Recipe, dict[str, PublishedFigure]]]:
+    """Models of which the paper has all three figures, and these by their positions."""
+    found = []
+    for recipe, _ in list_recipes():
+        figures: dict[str, PublishedFigure] = {
+            figure.positions: figure for figure in recipe.published if PAPER in figure.source
+        }
+        if set(figures) == {"none", "compact", "gap"}:
+            found.append((recipe, figures))
+    return found
 
 
 def _find(rows: list[Row], pruner: str, keep: float, positions: str) -> Row:

@@ -69,7 +69,7 @@ def _introduction(model: RefShapesModel, settings: dict[str, dict[str, object]])
         claim = (
             "**It has never seen a dropped or pruned token**: what GAP brings back is "
             "training-free. An LLM that was pre-trained on text looks at its first token where a "
-            "head has nothing to say; this decoder met no text without a picture, so a loss "
+            "head has nothing to say; this decoder met no text without an image, so a loss "
             f"(weight {language.get('background_weight')}) keeps its attention off empty "
             "background, which is always there in training and not always after pruning."
         )
@@ -112,7 +112,7 @@ def _prompt(model: RefShapesModel) -> str:
     rows, columns = design.grid
     height, width = IMAGE_SIZE // rows, IMAGE_SIZE // columns
     return (
-        f"Prompt: `{words}`. The {IMAGE_SIZE}x{IMAGE_SIZE} picture is {design.num_tokens} visual "
+        f"Prompt: `{words}`. The {IMAGE_SIZE}x{IMAGE_SIZE} image is {design.num_tokens} visual "
         f"tokens, {rows} rows of {columns}, each {width} px wide and {height} px high: position "
         f"ids {design.visual_start}..{design.visual_end - 1}, text goes on at {design.visual_end}."
     )
@@ -120,7 +120,7 @@ def _prompt(model: RefShapesModel) -> str:
 
 def _origin(design: Design) -> str:
     if design.starts_from is None:
-        return "Trained from nothing on synthetic pictures."
+        return "Trained from nothing on synthetic images."
     same_tower = DESIGNS[design.starts_from].tower == design.tower
     tower = (
         "its vision tower and text tower, which stay as they are (Shikra and LLaVA share CLIP's "
@@ -131,7 +131,7 @@ def _origin(design: Design) -> str:
     return (
         f"The run starts from `{design.starts_from}`: its decoder, its words, and {tower}; the "
         "projector and all tokens that it does not know are new. Everything before that was "
-        "trained from nothing on synthetic pictures."
+        "trained from nothing on synthetic images."
     )
 
 
@@ -160,10 +160,10 @@ def _data_section(design: Design) -> str:
 of their random generator, and {mosaics:.0%} of the training scenes are an augmentation that the
 held-out set has not: mosaics, objects edge to edge without background. Measured
 on the held-out questions of seed 0 ({len(samples)} questions,
-{len(scenes)} pictures):
+{len(scenes)} images):
 
 - kinds: {shares}
-- objects in a picture: mean {counts.mean():.1f}, from {counts.min()} to {counts.max()};
+- objects in an image: mean {counts.mean():.1f}, from {counts.min()} to {counts.max()};
   {small:.0%} of the targets are small
 - a target's box meets {by_box.mean():.1%} of the {design.num_tokens} visual tokens on average (5th
   to 95th percentile {low:.1%} to {high:.1%}); it is the main content of {by_mask.mean():.1%}

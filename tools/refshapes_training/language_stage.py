@@ -311,7 +311,7 @@ def _background_loss(
     """Attention of words and object patches that falls on empty background, -log(1 - share).
 
     A head with nothing to say must look somewhere. An LLM that was pre-trained on text looks at
-    its first token then (arXiv 2309.17453); this decoder has seen no text without a picture, and
+    its first token then (arXiv 2309.17453); this decoder has seen no text without an image, and
     would park on background, which is always there in training and not always after pruning.
     """
     images, _, length, _ = attention[0].shape

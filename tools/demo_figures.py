@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measure the demo model's figures in the README, and write them there.
+"""Accuracy and parity of the demo model, and the image of GAP above renumbered tokens.
 
-Runs the commands a reader could run, and puts what they print between the markers
-``<!-- figures:NAME -->`` and ``<!-- /figures:NAME -->``. Nothing is typed in by hand.
+    tools/demo_figures.py                   print both tables, about ten minutes on two cores
+    tools/demo_figures.py --samples 200     quicker and coarser
+    tools/demo_figures.py --write           put them into docs/results, and draw the image
+    tools/demo_figures.py --image           draw the image alone
 
-    tools/readme_figures.py                 everything, about ten minutes on two cores
-    tools/readme_figures.py --samples 200   quicker and coarser
-    tools/readme_figures.py --images-only   the image of GAP above compact ids alone
+The tables are made of what commands print that a reader can run.
 """
 
 from __future__ import annotations
@@ -20,36 +20,40 @@ from pathlib import Path
 
 import typer
 from image_sheet import Tile, draw_answer, make_sheet
+from pages import DEMO_MODEL, IMAGES, interval, percent, publish
 
 from gap_export.evaluation.refshapes import generate_scene
 from gap_export.runtime.session import GroundingSession
 
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = "refshapes-llava"
-README = ROOT / "README.md"
 # What any one command may take.
 LIMIT_S = 4 * 3600.0
-PICTURES = ROOT / "models" / MODEL / "pictures"
 PRUNERS = ("spatial", "random", "cls", "fastervlm", "text")
+# On the image of the front page.
+SCENES = 4
 
 
 def main(
-    samples: int = 2000, parity_samples: int = 500, seed: int = 0, images_only: bool = False
+    samples: int = 2000,
+    parity_samples: int = 500,
+    seed: int = 0,
+    image: bool = False,
+    write: bool = False,
 ) -> None:
-    """Measure, and rewrite the README."""
+    """Measure, print, and with --write put the tables into their pages."""
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Path(scratch) / "bundle"
-        gap_export("export", MODEL, "--keep", "0.3", "--out", str(bundle), "-q")
-        draw_pictures(bundle, Path(scratch))
-        if images_only:
+        gap_export("export", DEMO_MODEL, "--keep", "0.3", "--out", str(bundle), "-q")
+        if image or write:
+            draw_image(bundle, Path(scratch))
+        if image:
             return
-        write_section(README, "accuracy", measure_accuracy(samples, seed))
-        write_section(README, "parity", measure_parity(bundle, parity_samples, seed))
+        publish("accuracy", measure_accuracy(samples, seed), write=write)
+        publish("parity", measure_parity(bundle, parity_samples, seed), write=write)
 
 
 def measure_accuracy(samples: int, seed: int) -> str:
     """Table of Acc@0.5 for every pruner at keep 0.5 and 0.3."""
-    command = ["eval", MODEL, "--pruner", ",".join(PRUNERS), "--keep", "0.5", "--keep", "0.3"]
+    command = ["eval", DEMO_MODEL, "--pruner", ",".join(PRUNERS), "--keep", "0.5", "--keep", "0.3"]
     command += ["--data", "refshapes", "--samples", str(samples), "--seed", str(seed)]
     report = json.loads(gap_export(*command, "--json"))
     rows = report["rows"]
@@ -57,7 +61,7 @@ def measure_accuracy(samples: int, seed: int) -> str:
     lines = [
         f"`{shlex.join(['gap-export', *command])}`",
         "",
-        f"{whole['n']} held-out expressions on {whole['num_images']} pictures, greedy. Unpruned: "
+        f"{whole['n']} held-out expressions on {whole['num_images']} images, greedy. Unpruned: "
         f"**{percent(whole['acc_at_50'])}** (95 % interval {interval(whole['ci95'])}).",
         "",
         "| pruner | keep | compact ids | GAP | GAP, 95 % interval | of the unpruned |",
@@ -111,38 +115,33 @@ def measure_parity(bundle: Path, samples: int, seed: int) -> str:
     return "\n".join(lines)
 
 
-def draw_pictures(bundle: Path, scratch: Path) -> None:
-    """Draw a few held-out scenes with both boxes and kept tokens, GAP above compact."""
-    PICTURES.mkdir(parents=True, exist_ok=True)
+def draw_image(bundle: Path, scratch: Path) -> None:
+    """Draw the first held-out scenes with both boxes and the kept tokens, GAP above compact.
+
+    A second sheet, for narrow screens, has the first two of them.
+    """
     compact = scratch / "compact"
     gap_export(
-        "export", MODEL, "--keep", "0.3", "--positions", "compact", "--out", str(compact), "-q"
+        "export", DEMO_MODEL, "--keep", "0.3", "--positions", "compact", "--out", str(compact), "-q"
     )
-    rows = []
-    for label, folder in (
-        ("GAP: kept tokens have the position ids they had before pruning", bundle),
-        ("compact ids: kept tokens are numbered anew", compact),
-    ):
-        with GroundingSession.open(folder) as session:
-            tiles = []
-            for index in range(4):
-                scene = generate_scene(split="heldout", seed=1, index=index)
-                drawing, answer, iou = draw_answer(session, scene, scene.expressions[0])
-                text = answer.expression
-                tiles.append(Tile(drawing=drawing, title=text, note=f"IoU {iou:.2f}"))
-            rows.append((label, tiles))
-    make_sheet(rows, width=400).quantize(192).save(PICTURES / "gap-and-compact.png", optimize=True)
+    rows = [
+        ("GAP: kept tokens have the position ids they had before pruning", draw_scenes(bundle)),
+        ("compact ids: kept tokens are numbered anew", draw_scenes(compact)),
+    ]
+    for name, count in (("gap-and-compact", SCENES), ("gap-and-compact-narrow", SCENES // 2)):
+        sheet = make_sheet([(label, tiles[:count]) for label, tiles in rows], width=400)
+        sheet.quantize(192).save(IMAGES / f"{name}.png", optimize=True)
 
 
-def write_section(path: Path, name: str, content: str) -> None:
-    """Rewrite one marked section of a file."""
-    start, end = f"<!-- figures:{name} -->", f"<!-- /figures:{name} -->"
-    text = path.read_text(encoding="utf-8")
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise SystemExit(f"{path.name} has no single section {start} ... {end}")
-    head, rest = text.split(start)
-    tail = rest.split(end)[1]
-    path.write_text(f"{head}{start}\n{content}\n{end}{tail}", encoding="utf-8")
+def draw_scenes(bundle: Path) -> list[Tile]:
+    """Ask a bundle the first expression of each scene, and draw the answers."""
+    tiles = []
+    with GroundingSession.open(bundle) as session:
+        for index in range(SCENES):
+            scene = generate_scene(split="heldout", seed=1, index=index)
+            drawing, answer, iou = draw_answer(session, scene, scene.expressions[0])
+            tiles.append(Tile(drawing=drawing, title=answer.expression, note=f"IoU {iou:.2f}"))
+    return tiles
 
 
 def gap_export(*words: str) -> str:
@@ -152,16 +151,6 @@ def gap_export(*words: str) -> str:
     if done.returncode != 0:
         raise SystemExit(f"{shlex.join(command)} ended with exit code {done.returncode}")
     return done.stdout
-
-
-def percent(share: float) -> str:
-    """0.934 -> "93.4 %"."""
-    return f"{100 * share:.1f} %"
-
-
-def interval(ends: list[float]) -> str:
-    """[0.9, 0.95] -> "90.0-95.0 %"."""
-    return f"{100 * ends[0]:.1f}-{100 * ends[1]:.1f} %"
 
 
 if __name__ == "__main__":

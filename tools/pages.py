@@ -1,0 +1,70 @@
+"""Where published figures stand: sections between markers, which tools write and nobody types.
+
+A section begins with ``<!-- figures:NAME -->`` and ends with ``<!-- /figures:NAME -->``. It holds
+the command that wrote it. Every tool of a section prints it, and puts it there with ``--write``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+IMAGES = DOCS / "images"
+DEMO_MODEL = "refshapes-llava"
+SECTIONS = {
+    "summary": README,
+    "accuracy": DOCS / "results" / "index.md",
+    "paper": DOCS / "results" / "paper.md",
+    "parity": DOCS / "results" / "parity.md",
+    "mutants": DOCS / "results" / "parity.md",
+    "tolerances": DOCS / "results" / "parity.md",
+    "quantization": DOCS / "results" / "quantization.md",
+    "export": DOCS / "results" / "cost.md",
+    "engines": DOCS / "results" / "cost.md",
+    "multiply-adds": DOCS / "results" / "cost.md",
+}
+
+
+def publish(name: str, content: str, *, write: bool) -> None:
+    """Print a section, and put it into its page where that is asked for."""
+    print(content)
+    if write:
+        write_section(SECTIONS[name], name, content)
+
+
+def write_section(page: Path, name: str, content: str) -> None:
+    """Replace one section of a page.
+
+    Raises:
+        SystemExit: the page has no such section, or several.
+    """
+    start, end = f"<!-- figures:{name} -->", f"<!-- /figures:{name} -->"
+    text = page.read_text(encoding="utf-8")
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise SystemExit(f"{page} must hold {start} and {end} exactly once")
+    head, rest = text.split(start)
+    tail = rest.split(end)[1]
+    page.write_text(f"{head}{start}\n{content}\n{end}{tail}", encoding="utf-8")
+
+
+def called_as(tool: str) -> str:
+    """The command of this process without ``--write``, which changes no figure."""
+    return " ".join([f"tools/{tool}", *(word for word in sys.argv[1:] if word != "--write")])
+
+
+def note(text: str) -> None:
+    """Say on stderr what is being measured."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def percent(share: float) -> str:
+    """0.934 -> "93.4 %"."""
+    return f"{100 * share:.1f} %"
+
+
+def interval(ends: list[float]) -> str:
+    """[0.9, 0.95] -> "90.0-95.0 %"."""
+    return f"{100 * ends[0]:.1f}-{100 * ends[1]:.1f} %"
