@@ -95,7 +95,8 @@ def make_sheet(
     for (label, tiles), height in zip(rows, heights, strict=True):
         below = top
         if label:
-            pen.text((0, below), label, font=_font(TEXT), fill=_INK)
+            fits = next(s for s in range(TEXT, 0, -1) if _font(s).getlength(label) <= sheet.width)
+            pen.text((0, below), label, font=_font(fits), fill=_INK)
             below += _line(TEXT)
         for number, tile in enumerate(tiles):
             _put_tile(sheet, tile, (number * (width + GAP), below), width)

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import tomllib
+import torch
 from PIL import Image
 
 from gap_export.evaluation.refshapes import generate_scene
+from gap_export.pruning import VisionState, find_pruner, presets
 from tests.contract.snippets import PAGES, ROOT, Block, blocks_of, run_block
 from tests.contract.typed_commands import unknown_flags
 from tests.programs import run_program
@@ -109,10 +111,8 @@ def test_tools_and_files_that_a_page_names_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_to_files_and_images_lead_somewhere(page):
-    links = [
-        link for _, link in LINK.findall(re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
-    ]
-    files = [link.partition("#")[0] for link in links if "://" not in link]
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    files = [link.partition("#")[0] for link in LINK.findall(text) if "://" not in link]
     assert [file for file in files if file and not (page.parent / file).exists()] == []
 
 
@@ -142,7 +142,7 @@ def test_the_site_builds_without_warnings_and_asks_no_other_server(tmp_path):
     assert [page.name for page in pages if loaded.search(page.read_text())] == []
 
 
-def test_the_package_of_the_own_pruner_installs_as_printed_and_is_found(tmp_path):
+def test_the_package_of_the_own_pruner_installs_as_printed_and_is_found(tmp_path, monkeypatch):
     blocks = blocks_of(DOCS / "add-a-pruner.md")
     (code,) = [b.text for b in blocks if b.text.startswith('"""my_pruners.py"""')]
     (project,) = [b.text for b in blocks if b.language == "toml"]
@@ -152,15 +152,12 @@ def test_the_package_of_the_own_pruner_installs_as_printed_and_is_found(tmp_path
     # --no-build-isolation: hatchling is here, and no index is asked for it.
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-build-isolation"]
     subprocess.run([*pip, "--target", str(site), str(tmp_path)], check=True, timeout=300)
-    look = (
-        f"import sys; sys.path.insert(0, {str(site)!r})\n"
-        "import torch\n"
-        "from gap_export.pruning import VisionState, find_pruner\n"
-        "features = torch.tensor([[[1.0, 0.0], [3.0, 0.1], [0.0, 1.0], [2.0, 0.0]]])\n"
-        "scores = find_pruner('unusual').scores(VisionState(patch_features=features))\n"
-        "print(int(scores.argmax()))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", look], capture_output=True, text=True, check=True, timeout=300
-    )
-    assert done.stdout == "2\n"
+    monkeypatch.syspath_prepend(site)
+    presets.forget_entry_points()
+    try:
+        features = torch.tensor([[[1.0, 0.0], [3.0, 0.1], [0.0, 1.0], [2.0, 0.0]]])
+        scores = find_pruner("unusual").scores(VisionState(patch_features=features))
+    finally:
+        presets.forget_entry_points()
+        sys.modules.pop("my_pruners", None)
+    assert int(scores.argmax()) == 2

@@ -28,13 +28,13 @@ def run_tool(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(paper_table, "measure", measure)
 
     def run(*arguments):
-        argv = ["--no-publish", "--results", tmp_path / "results", *arguments]
+        argv = ["--results", tmp_path / "results", *arguments]
         code = paper_table.run(list(map(str, argv)), command=paper_table.build_command)
         return code, capsys.readouterr().err, measured
 
     yield run
     for name in ("paper_table", "paper_report.words", "paper_report.plots", "paper_report.measured",
-                 "paper_report", "readme_figures"):  # fmt: skip
+                 "paper_report", "pages"):  # fmt: skip
         sys.modules.pop(name, None)
 
 

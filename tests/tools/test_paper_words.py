@@ -20,7 +20,7 @@ def words(monkeypatch):
     from paper_report import words as paper_words
 
     yield paper_words
-    for name in ("paper_report.words", "paper_report.measured", "paper_report", "readme_figures"):
+    for name in ("paper_report.words", "paper_report.measured", "paper_report", "pages"):
         sys.modules.pop(name, None)
 
 
