@@ -1,6 +1,7 @@
 """Commands and Python of README.md and docs/: where they stand, and how they are run.
 
-An HTML comment before a block says ``not run: REASON``, or ``run: full`` for a slow one.
+An HTML comment before a block says ``not run: REASON``, ``run: full`` for a slow one, or
+``from: FILE`` for a part of a file that other tests run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # What a page asks of a model is asked as often; more would show the same.
 SAMPLES = "4"
 _BLOCK = re.compile(
-    r"(?:<!-- (?P<how>not run|run): (?P<why>[^>]+) -->\n)?"
+    r"(?:<!-- (?P<how>not run|run|from): (?P<why>[^>]+) -->\n)?"
     r"^```(?P<language>\w+)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
@@ -39,6 +40,7 @@ class Block:
         text: Without the fence.
         line: Number of the fence's line.
         left_out: Why it is not run; empty if it is.
+        source: The file that it is a part of, if it is one.
         is_slow: Whether only ``tools/test --full`` runs it.
     """
 
@@ -46,6 +48,7 @@ class Block:
     text: str
     line: int
     left_out: str
+    source: str
     is_slow: bool
 
     def commands(self) -> list[str]:
@@ -63,6 +66,7 @@ def blocks_of(page: Path) -> list[Block]:
             text=match["text"],
             line=text.count("\n", 0, match.start("language")) + 1,
             left_out=match["why"] if match["how"] == "not run" else "",
+            source=match["why"] if match["how"] == "from" else "",
             is_slow=(match["how"], match["why"]) == ("run", "full"),
         )
         for match in _BLOCK.finditer(text)

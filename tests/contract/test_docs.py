@@ -32,7 +32,8 @@ def name_of(page: Path) -> str:
 
 def runs(page: Path, *, slow: bool) -> list[Block]:
     """What is run of a page: slow blocks come with the quick ones that they build on."""
-    found = [b for b in blocks_of(page) if b.language in {"sh", "python"} and not b.left_out]
+    blocks = [b for b in blocks_of(page) if b.language in {"sh", "python"}]
+    found = [block for block in blocks if not (block.left_out or block.source)]
     if slow and not any(block.is_slow for block in found):
         return []
     return [block for block in found if slow or not block.is_slow]
@@ -100,6 +101,13 @@ def test_what_is_not_run_is_a_command_all_the_same(page):
                 assert (ROOT / words[0]).stat().st_mode & 0o111, line
         if block.language == "python":
             assert ast.parse(block.text).body
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_parts_of_a_file_are_in_it(page):
+    for block in blocks_of(page):
+        if block.source:
+            assert block.text in (ROOT / block.source).read_text(), block.source
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
