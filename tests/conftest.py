@@ -32,6 +32,7 @@ from gap_export.spec.manifest import (
     TensorSpec,
 )
 from gap_export.spec.recipe import Recipe, load_recipe
+from gap_export.spec.requests import PruningRequest
 from tests.shared import SharedExports, SharedFolder
 
 WORDS = "the a small big red green blue circle square star object left-most above left of".split()
@@ -245,14 +246,16 @@ class TinyGraphs:
 
         return resolve_pruning(
             self.recipe,
-            pruner=pruner,
-            keep_ratio=keep_ratio,
-            order=order,
-            positions="gap",
-            seed=seed,
-            extra_token=extra_token,
-            extra_position=extra_position,
-            budget=budget,
+            PruningRequest(
+                pruner=pruner,
+                keep_ratio=keep_ratio,
+                order=order,
+                positions="gap",
+                seed=seed,
+                extra_token=extra_token,
+                extra_position=extra_position,
+                budget=budget,
+            ),
         )
 
     def reference(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,11 +7,13 @@ import hashlib
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from gap_export.spec.manifest import GraphSpec
+from gap_export.spec.requests import EnginesRequest, PruningRequest
 
 
 class SharedFolder:
@@ -65,18 +67,29 @@ class SharedExports:
         self._shared = shared
 
     def bundle(self, **options: Any) -> Path:
-        """A bundle of these ``ExportOptions``. Read only."""
+        """A bundle of these options, see :func:`sort_options`. Read only."""
 
         def export(out: Path) -> None:
             from gap_export.exporting import ExportOptions, export_model
 
-            export_model(ExportOptions(**options, out=out), cache=self.graphs(options["model"]))
+            export = ExportOptions(**sort_options(options), out=out)
+            export_model(export, cache=self.graphs(options["model"]))
 
         return self._shared.once(f"bundle-{_short_hash(sorted(options.items()))}", export)
 
     def graphs(self, model: str) -> SharedGraphs:
         """The cache for exports of a model whose graphs without pruning other tests look at."""
         return SharedGraphs(self._shared.root / f"graphs-{_short_hash(model)}")
+
+
+def sort_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their own names, those of a request put into it."""
+    found = dict(options)
+    for name, request in (("pruning", PruningRequest), ("engines", EnginesRequest)):
+        given = {f.name: found.pop(f.name) for f in fields(request) if f.name in found}
+        if given:
+            found[name] = request(**given)
+    return found
 
 
 def _short_hash(value: object) -> str:

@@ -15,6 +15,7 @@ from gap_export.parity.question import Question
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.positions import gap_remap
 from gap_export.spec.recipe import find_recipe
+from gap_export.spec.requests import PruningRequest
 from tests.parity.checking import check_with_torch, level_of
 
 # Name, first visual id, visual tokens, how many of them are kept at 0.3.
@@ -85,4 +86,7 @@ def test_what_reads_the_text_does_not_apply_where_there_is_no_text_tower(pruner)
     recipe, _ = find_recipe("refshapes-minigpt-v2")
     assert pruner not in supported_pruners(recipe)
     with pytest.raises(UsageError, match=pruner):
-        resolve_options(recipe, ExportOptions(model=recipe.name, pruner=pruner, keep_ratio=0.3))
+        resolve_options(
+            recipe,
+            ExportOptions(model=recipe.name, pruning=PruningRequest(pruner=pruner, keep_ratio=0.3)),
+        )

@@ -37,6 +37,7 @@ from tests.families.llava_layouts import (
 )
 from tests.families.tiny_llava_next import RESOLUTIONS, write_llava_next
 from tests.parity.checking import check_with_torch, level_of, outputs
+from tests.shared import sort_options
 
 NUM_QUESTIONS = 20
 # (width, height): what pads, what tiles in every way, and what is cut to almost nothing.
@@ -252,9 +253,8 @@ def exported(request, shared, tiny_checkpoint) -> Exported:
     def export(folder: Path) -> None:
         folder.mkdir()
         recipe, checkpoint = case.write(tiny_checkpoint, folder)
-        options = ExportOptions(
-            model=recipe.name, **({"keep_ratio": 0.3, "out": folder / "bundle"} | case.options)
-        )
+        flat = {"keep_ratio": 0.3, **case.options}
+        options = ExportOptions(model=recipe.name, out=folder / "bundle", **sort_options(flat))
         export_checkpoint(recipe, checkpoint, options)
         (folder / "source").write_bytes(pickle.dumps((recipe, checkpoint)))
 

@@ -31,6 +31,7 @@ from gap_export.exporting import ExportOptions, export_model
 from gap_export.families import build_reference, resolve_pruning
 from gap_export.patching import PatchOptions, patch_export
 from gap_export.spec.manifest import MANIFEST_NAME, QuantizationSpec, parse_manifest
+from gap_export.spec.requests import EnginesRequest, PruningRequest
 
 RECORDED = Path(__file__).resolve().parent.parent / "tests/contract/bundle_hashes.json"
 _INT4 = QuantizationSpec(dtype="int4", block_size=32, method="rtn", lm_head=False)
@@ -93,10 +94,25 @@ def export_case(name: str, folder: Path) -> Path:
         recipe = resolve_model(model)[0].name
         export = write_foreign_export(model, folder / "export")
         patch_export(
-            PatchOptions(export=export, keep_ratio=0.3, pruner="spatial", recipe=recipe, out=out)
+            PatchOptions(
+                export=export,
+                pruning=PruningRequest(keep_ratio=0.3, pruner="spatial"),
+                recipe=recipe,
+                out=out,
+            )
         )
     else:
-        export_model(ExportOptions(model=model, keep_ratio=0.3, out=out, **options))
+        rest = {name: options[name] for name in ("dtype", "quantization") if name in options}
+        pruning = {name: options[name] for name in ("pruner", "budget") if name in options}
+        export_model(
+            ExportOptions(
+                model=model,
+                pruning=PruningRequest(keep_ratio=0.3, **pruning),
+                engines=EnginesRequest(targets=options.get("targets", ())),
+                out=out,
+                **rest,
+            )
+        )
     return out
 
 
@@ -135,7 +151,8 @@ def write_foreign_export(model: str, folder: Path) -> Path:
     """A demo model's unpruned graphs as torch's first exporter writes them, none of our passes."""
     recipe, checkpoint = resolve_model(model)
     pruning = resolve_pruning(
-        recipe, pruner="spatial", keep_ratio=1.0, order=None, positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner="spatial", keep_ratio=1.0, order=None),
     )
     reference = build_reference(recipe, checkpoint, pruning, device="cpu", dtype="float32")
     modules = {component.name: component.module for component in reference.components}

@@ -27,6 +27,7 @@ from gap_export.parity.question import Question
 from gap_export.parity.results import LEVELS, CheckReport
 from gap_export.parity.truth import TorchTruth
 from gap_export.spec.recipe import Recipe
+from gap_export.spec.requests import PruningRequest
 from tests.parity.mutants import (
     CAUGHT_AT,
     MUTANTS,
@@ -51,7 +52,12 @@ def main(samples: int = 12, pruner: str = "spatial", write: bool = False) -> Non
         for dtype in ("float32", "float16"):
             out = Path(scratch) / dtype
             export_model(
-                ExportOptions(model=DEMO_MODEL, pruner=pruner, keep_ratio=0.3, dtype=dtype, out=out)
+                ExportOptions(
+                    model=DEMO_MODEL,
+                    pruning=PruningRequest(pruner=pruner, keep_ratio=0.3),
+                    dtype=dtype,
+                    out=out,
+                )
             )
             honest[dtype] = with_long_context(out, Path(scratch) / f"{dtype}-long")
         for name, mutate in MUTANTS.items():

@@ -25,6 +25,7 @@ from gap_export.exporting.trace import trace_component
 from gap_export.families import build_reference, resolve_pruning, supported_pruners
 from gap_export.families.common.reference import Component
 from gap_export.graph.passes import PIPELINES, run_pipeline
+from gap_export.spec.requests import PruningRequest
 
 VISION = ("vision_encoder", "token_pruner")
 
@@ -61,7 +62,8 @@ def count_model(model: str, keep: float) -> dict[str, int]:
     counts = {}
     for name in supported_pruners(recipe):
         pruning = resolve_pruning(
-            recipe, pruner=name, keep_ratio=keep, order=None, positions="gap", seed=0
+            recipe,
+            PruningRequest(pruner=name, keep_ratio=keep, order=None),
         )
         reference = build_reference(recipe, checkpoint, pruning, device="meta")
         vision = [component for component in reference.components if component.name in VISION]

@@ -18,6 +18,7 @@ from gap_export.exporting import ExportOptions, GraphCache, export_model
 from gap_export.families import supported_pruners
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.recipe import find_recipe
+from gap_export.spec.requests import PruningRequest
 
 TARGET = IMAGES / "pruners.png"
 COLUMNS, WIDTH = 5, 360
@@ -34,7 +35,9 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         for number, name in enumerate(supported_pruners(find_recipe(DEMO_MODEL)[0])):
             bundle = Path(scratch) / str(number)
-            options = ExportOptions(model=DEMO_MODEL, pruner=name, keep_ratio=keep, out=bundle)
+            options = ExportOptions(
+                model=DEMO_MODEL, pruning=PruningRequest(pruner=name, keep_ratio=keep), out=bundle
+            )
             export_model(options, cache=cache)
             with GroundingSession.open(bundle) as session:
                 drawing, answer, _ = draw_answer(session, shown, asked)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -56,6 +57,7 @@ from gap_export.families import supported_pruners
 from gap_export.pruning import find_preset
 from gap_export.spec.manifest import PrunerText
 from gap_export.spec.recipe import find_recipe
+from gap_export.spec.requests import PruningRequest
 
 MODELS = ("refshapes-llava", "refshapes-shikra", "refshapes-minigpt-v2")
 KEEPS = (0.5, 0.3, 0.1)
@@ -144,9 +146,8 @@ def measure(
         misaligned = MISALIGNMENTS if part == "fixed" and not only else ()
         report = ask(
             folder / part,
-            ExportOptions(model=name, seed=seed, **how),
-            pruners=some,
-            keeps=keeps,
+            ExportOptions(model=name, pruning=PruningRequest(seed=seed)),
+            PruningRequest(seed=seed, **how).variants(some, keeps),
             samples=samples,
             asking=Asking(misaligned=misaligned, workers=workers, records=folder / part),
         )
@@ -170,17 +171,15 @@ def measure(
 def ask(
     folder: Path,
     options: ExportOptions,
+    prunings: Sequence[PruningRequest],
     *,
-    pruners: list[str],
-    keeps: tuple[float, ...],
     samples: int,
     asking: Asking,
 ) -> Row:
     """JSON form of one evaluation, kept beside its answers."""
     report = evaluate_model(
         options,
-        pruners=pruners,
-        keep_ratios=keeps,
+        prunings=prunings,
         num_samples=samples,
         asking=asking,
         progress=TerminalProgress(),

@@ -21,6 +21,7 @@ from gap_export.evaluation.evaluate import evaluate_model
 from gap_export.evaluation.results import SettingRow
 from gap_export.exporting import Dtype, ExportOptions
 from gap_export.spec.manifest import QuantizationSpec
+from gap_export.spec.requests import PruningRequest
 
 # The decoder is 160 wide, which 32 divides alone.
 BLOCK_SIZE = 32
@@ -53,14 +54,12 @@ def measure(
     note(f"measuring {method or dtype}")
     options = ExportOptions(
         model=DEMO_MODEL,
-        seed=seed,
+        pruning=PruningRequest(pruner=pruner, keep_ratio=KEEP_RATIO, seed=seed),
         dtype=dtype,
         quantization=None if method is None else int4(method),
         calibration=tuple(refshapes_questions()) if method == "awq" else None,
     )
-    report = evaluate_model(
-        options, pruners=(pruner,), keep_ratios=(KEEP_RATIO,), num_samples=samples
-    )
+    report = evaluate_model(options, num_samples=samples)
     (unpruned,) = [row for row in report.rows if row.positions == "none"]
     (gap,) = [row for row in report.rows if row.positions == "gap"]
     return unpruned, gap

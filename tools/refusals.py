@@ -38,6 +38,7 @@ from gap_export.cli import main as run_program
 from gap_export.cli.optimum_command import run_export
 from gap_export.exporting import ExportOptions, export_model
 from gap_export.spec.recipe import models_dir
+from gap_export.spec.requests import EnginesRequest, PruningRequest
 
 TABLE = Path(__file__).resolve().parent.parent / "tests/contract/refusals.txt"
 ROW = {"image": "a.png", "expression": "the red circle", "box": [1, 2, 20, 20]}
@@ -155,7 +156,11 @@ class World(dict[str, str]):
     # Bundles.
 
     def _bundle(self, path: Path) -> None:
-        export_model(ExportOptions(model="refshapes-llava", pruner="spatial", out=path))
+        export_model(
+            ExportOptions(
+                model="refshapes-llava", pruning=PruningRequest(pruner="spatial"), out=path
+            )
+        )
 
     def _bundle_flipped(self, path: Path) -> None:
         self._damaged(path, lambda: _flip(path / "embed_tokens.onnx"))
@@ -211,7 +216,13 @@ class World(dict[str, str]):
         self._damaged(path, write)
 
     def _bundle_rtx(self, path: Path) -> None:
-        export_model(ExportOptions(model="refshapes-llava", targets=("orin", "rtx:sm89"), out=path))
+        export_model(
+            ExportOptions(
+                model="refshapes-llava",
+                engines=EnginesRequest(targets=("orin", "rtx:sm89")),
+                out=path,
+            )
+        )
 
     def _golden(self, path: Path) -> None:
         arguments = ["check", self["bundle"], "--record", str(path), "--samples", "1", "-q"]

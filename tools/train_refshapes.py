@@ -41,6 +41,7 @@ from refshapes_training.warm_start import start_from
 
 from gap_export.evaluation.evaluate import evaluate_model
 from gap_export.exporting import ExportOptions
+from gap_export.spec.requests import PruningRequest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODELS = REPOSITORY / "models"
@@ -116,14 +117,14 @@ def _look(model: RefShapesModel) -> None:
     Teacher-forced figures flatter, and an evaluator of the training's own could differ from what
     users run.
     """
+    base = PruningRequest(keep_ratio=LOOK_KEEP_RATIO, seed=LOOK_SEED)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         export_checkpoint(copy.deepcopy(model), folder)
         shutil.copy(MODELS / model.design.name / "recipe.yaml", folder)
         report = evaluate_model(
-            ExportOptions(model=str(folder), seed=LOOK_SEED),
-            pruners=PRUNERS if model.design.has_text_tower else PRUNERS[:-1],
-            keep_ratios=(LOOK_KEEP_RATIO,),
+            ExportOptions(model=str(folder), pruning=base),
+            prunings=base.variants(PRUNERS if model.design.has_text_tower else PRUNERS[:-1]),
             num_samples=LOOK_SAMPLES,
         )
     for row in report.rows:

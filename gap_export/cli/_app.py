@@ -13,7 +13,6 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from gap_export.cli._engine_options import BARE_TRT
 from gap_export.cli._options import QuietOption, VerboseOption
 from gap_export.cli.build import build
 from gap_export.cli.check import check
@@ -49,7 +48,7 @@ class DefaultCommandGroup(TyperGroup):
             return self._parse(ctx, args)
 
     def _parse(self, ctx: Any, args: list[str]) -> list[str]:
-        args = fill_bare(args, BARE_TRT, AUTO)
+        args = fill_bare(args)
         place = next((n for n, arg in enumerate(args) if arg not in _ANYWHERE), None)
         if place is not None and args[place] not in {*self.commands, *_GROUP_ONLY}:
             self._refuse_near_miss(args[place])
@@ -99,12 +98,12 @@ def plain_messages() -> Iterator[None]:
         raise
 
 
-def fill_bare(args: list[str], flag: str, value: str) -> list[str]:
-    """Give a flag a value where it stands alone, which the parser has no notion of."""
+def fill_bare(args: list[str]) -> list[str]:
+    """Give ``--trt`` a value where it stands alone, which the parser has no notion of."""
     end = args.index("--") if "--" in args else len(args)
     return [
-        f"{arg}={value}"
-        if arg == flag and n < end and (n + 1 >= end or args[n + 1].startswith("-"))
+        f"{arg}={AUTO}"
+        if arg == "--trt" and n < end and (n + 1 >= end or args[n + 1].startswith("-"))
         else arg
         for n, arg in enumerate(args)
     ]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli._options import KEEP_OR_BOUND_HELP, PRUNER_HELP
 from gap_export.errors import OutputError, UsageError
+from gap_export.spec.requests import PruningRequest, options_of
 
 if TYPE_CHECKING:
     from gap_export.evaluation.settings import MisalignmentKind
@@ -22,10 +22,14 @@ TargetArgument = Annotated[
         show_default=False,
     ),
 ]
+_PRUNING = {each.name: each.option for each in options_of(PruningRequest)}
 KeepsOption = Annotated[
     list[float] | None,
     typer.Option(
-        "--keep", metavar="SHARE", help=f"{KEEP_OR_BOUND_HELP} Repeatable.", show_default=False
+        "--keep",
+        metavar="SHARE",
+        help=f"{_PRUNING['keep_ratio'].help} Repeatable.",
+        show_default=False,
     ),
 ]
 PrunersOption = Annotated[
@@ -33,7 +37,7 @@ PrunersOption = Annotated[
     typer.Option(
         "--pruner",
         metavar="NAME",
-        help=f"{PRUNER_HELP} Repeatable, or with commas.",
+        help=f"{_PRUNING['pruner'].help} Repeatable, or with commas.",
         show_default=False,
     ),
 ]

@@ -14,12 +14,6 @@ from gap_export.cli._terminal import Terminal
 if TYPE_CHECKING:
     from gap_export.runtime.session import BackendName
 
-Order: TypeAlias = Literal["raster", "score"]
-ExtraToken: TypeAlias = Literal["none", "mean", "weighted"]
-ExtraPosition: TypeAlias = Literal["last", "centroid"]
-Budget: TypeAlias = Literal["fixed", "adaptive"]
-PrunerText: TypeAlias = Literal["expression", "question"]
-Positions: TypeAlias = Literal["gap", "compact"]
 Backend: TypeAlias = Literal["ort", "trt"]
 
 # What a session calls them.
@@ -72,69 +66,6 @@ BundleArgument = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.", show_default=False)
 ]
 
-KEEP_HELP = "Share of the visual tokens to keep, in (0, 1]. [default: the recipe's]"
-# Where the budget can be chosen as well.
-KEEP_OR_BOUND_HELP = KEEP_HELP.replace("recipe's]", "recipe's; with an adaptive budget 1]")
-PRUNER_HELP = "Which tokens survive: see `gap-export pruners`. [default: the recipe's]"
-
-OrderOption = Annotated[
-    Order | None,
-    typer.Option(
-        "--order", help="Order of the kept tokens. [default: the pruner's]", show_default=False
-    ),
-]
-ExtraTokenOption = Annotated[
-    ExtraToken | None,
-    typer.Option(
-        "--extra-token",
-        help="One token for all that is dropped: their mean, or their sum weighted by score. "
-        "[default: the pruner's]",
-        show_default=False,
-    ),
-]
-ExtraPositionOption = Annotated[
-    ExtraPosition | None,
-    typer.Option(
-        "--extra-position",
-        help="Position id of the extra token: the last visual token's, or the centre's of all that "
-        "is dropped. [default: last]",
-        show_default=False,
-    ),
-]
-BudgetOption = Annotated[
-    Budget | None,
-    typer.Option(
-        "--budget",
-        help="fixed: --keep of every image; adaptive: exactly as many as stand out in each (by "
-        "the pruner's scores), at least 1 and at most --keep. "
-        "[default: the pruner's where --keep is not given, else fixed]",
-        show_default=False,
-    ),
-]
-PrunerTextOption = Annotated[
-    PrunerText | None,
-    typer.Option(
-        "--pruner-text",
-        help="What a pruner that reads the text reads: the expression alone, or the whole question "
-        "that the model is asked. [default: as the pruner's authors have it]",
-        show_default=False,
-    ),
-]
-PositionsOption = Annotated[
-    Positions,
-    typer.Option(
-        "--positions", help="gap: original position ids; compact: re-numbered, the naive baseline."
-    ),
-]
-SeedOption = Annotated[
-    int,
-    typer.Option(
-        "--seed",
-        metavar="N",
-        min=0,
-        help="Of the samples, of pruners that draw, and of random weights.",
-    ),
-]
 RecipeOption = Annotated[
     str | None,
     typer.Option(
@@ -170,4 +101,17 @@ EnginesOption = Annotated[
         help="With trt: a folder below the bundle's engines/. [default: the first that fits]",
         show_default=False,
     ),
+]
+CopyWeightsOption = Annotated[
+    bool,
+    typer.Option(
+        "--copy-weights", help="Copy weights that could be linked, for tools that refuse links."
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="The bundle. [default: ./<model>-<pruner>-<keep>]"),
+]
+ForceBundleOption = Annotated[
+    bool, typer.Option("--force", help="Replace a bundle that is there; nothing else.")
 ]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gap_export.cli._check_options import HtmlOption, MarkdownOption, ReportJsonOption
-from gap_export.cli._engine_options import ExportDtypeOption, split_dtype
 from gap_export.cli._evaluate_options import (
     BaselineOption,
     DataOption,
@@ -32,22 +31,18 @@ from gap_export.cli._evaluate_options import (
 from gap_export.cli._options import (
     BACKENDS,
     BackendOption,
-    BudgetOption,
     CheckpointOption,
     EnginesOption,
-    ExtraPositionOption,
-    ExtraTokenOption,
     JsonOption,
-    OrderOption,
-    PrunerTextOption,
     QuietOption,
     RecipeOption,
-    SeedOption,
     VerboseOption,
     terminal_of,
 )
 from gap_export.cli._outputs import ForceOption, output_rule, with_sources
+from gap_export.cli._requests import Only, takes_requests
 from gap_export.errors import ParityError, UsageError
+from gap_export.spec.requests import PruningRequest, WeightsRequest
 from gap_export.stop_signals import Stopped
 from gap_export.visible import visible
 
@@ -56,18 +51,19 @@ if TYPE_CHECKING:
     from gap_export.evaluation.results import EvaluationReport
 
 
+# The other options of a pruning are repeatable here, or measured both ways.
+_CHOICES = ("order", "extra_token", "extra_position", "budget", "pruner_text", "seed")
+
+
+@takes_requests
 def evaluate(
     ctx: typer.Context,
     target: TargetArgument,
+    pruning: Annotated[PruningRequest, Only(_CHOICES)],
+    weights: Annotated[WeightsRequest, Only(("dtype",))],
     keep: KeepsOption = None,
     pruner: PrunersOption = None,
-    order: OrderOption = None,
-    extra_token: ExtraTokenOption = None,
-    extra_position: ExtraPositionOption = None,
-    budget: BudgetOption = None,
-    pruner_text: PrunerTextOption = None,
     misaligned: MisalignedOption = None,
-    seed: SeedOption = 0,
     recipe: RecipeOption = None,
     data: DataOption = "refshapes",
     samples: EvaluateSamplesOption = None,
@@ -75,7 +71,6 @@ def evaluate(
     prompt: PromptOption = None,
     baseline: BaselineOption = None,
     checkpoint: CheckpointOption = None,
-    dtype: ExportDtypeOption = None,
     backend: BackendOption = "ort",
     engines: EnginesOption = None,
     workers: WorkersOption = "1",
@@ -125,10 +120,11 @@ def evaluate(
     if _is_bundle(target):
         _refuse(
             "a bundle is pruned already",
-            **{"keep": keep, "pruner": pruner, "order": order, "extra-token": extra_token},
-            **{"budget": budget, "extra-position": extra_position, "pruner-text": pruner_text},
+            keep=keep,
+            pruner=pruner,
+            **{name.replace("_", "-"): getattr(pruning, name) for name in _CHOICES[:-1]},
         )
-        _refuse("a bundle says that itself", recipe=recipe, dtype=dtype)
+        _refuse("a bundle says that itself", recipe=recipe, dtype=weights.dtype)
         if BACKENDS[backend] == "onnxruntime":
             _refuse("it is for --backend trt", engines=engines)
         if baseline is not None:
@@ -138,7 +134,7 @@ def evaluate(
                 Path(target),
                 baseline=baseline,
                 checkpoint=parts,
-                seed=seed,
+                seed=pruning.seed,
                 num_samples=samples,
                 asking=asking,
                 backend=BACKENDS[backend],
@@ -152,24 +148,18 @@ def evaluate(
                 "a MODEL is measured in ONNX Runtime; export it and name the BUNDLE",
                 backend=backend,
             )
-        graph_dtype, quantization = split_dtype(dtype)
+        dtype, quantization = weights.resolve()
         with _telling_how_to_go_on(terminal, records):
             report = evaluate_model(
                 ExportOptions(
                     model=target,
+                    pruning=pruning,
                     recipe=recipe,
                     checkpoint=parts,
-                    order=order,
-                    extra_token=extra_token,
-                    extra_position=extra_position,
-                    budget=budget,
-                    pruner_text=pruner_text,
-                    dtype=graph_dtype,
+                    dtype=dtype,
                     quantization=quantization,
-                    seed=seed,
                 ),
-                pruners=split_names("--pruner", pruner or []),
-                keep_ratios=keep or (),
+                prunings=pruning.variants(split_names("--pruner", pruner or []), keep or ()),
                 num_samples=samples,
                 asking=asking,
                 progress=terminal.progress(),

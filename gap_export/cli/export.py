@@ -2,86 +2,42 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gap_export.cli._describe import describe_holding, describe_tokens
-from gap_export.cli._engine_options import (
-    BatchOption,
-    BlockSizeOption,
-    ExportDtypeOption,
-    LmHeadOption,
-    LoweringOption,
-    MaxNewTokensOption,
-    MaxPromptOption,
-    QuantizerOption,
-    TrtOption,
-    WheelOption,
-    split_dtype,
-)
 from gap_export.cli._options import (
-    KEEP_OR_BOUND_HELP,
-    PRUNER_HELP,
-    BudgetOption,
     CheckpointOption,
-    ExtraPositionOption,
-    ExtraTokenOption,
+    CopyWeightsOption,
+    ForceBundleOption,
     JsonOption,
     ModelArgument,
-    OrderOption,
-    PositionsOption,
-    PrunerTextOption,
+    OutOption,
     QuietOption,
     RecipeOption,
-    SeedOption,
     VerboseOption,
     terminal_of,
 )
+from gap_export.cli._requests import takes_requests
 from gap_export.cli._terminal import format_size, format_table
+from gap_export.spec.requests import EnginesRequest, PruningRequest, WeightsRequest
 from gap_export.visible import visible, visible_strings
 
 if TYPE_CHECKING:
     from gap_export.exporting import ExportReport
 
 
+@takes_requests
 def export(
     ctx: typer.Context,
     model: ModelArgument,
-    keep: Annotated[
-        float | None,
-        typer.Option("--keep", metavar="SHARE", help=KEEP_OR_BOUND_HELP, show_default=False),
-    ] = None,
-    pruner: Annotated[
-        str | None, typer.Option("--pruner", metavar="NAME", help=PRUNER_HELP, show_default=False)
-    ] = None,
-    order: OrderOption = None,
-    extra_token: ExtraTokenOption = None,
-    extra_position: ExtraPositionOption = None,
-    budget: BudgetOption = None,
-    pruner_text: PrunerTextOption = None,
-    positions: PositionsOption = "gap",
-    seed: SeedOption = 0,
+    pruning: PruningRequest,
+    weights: WeightsRequest,
+    engines: EnginesRequest,
     recipe: RecipeOption = None,
     checkpoint: CheckpointOption = None,
-    dtype: ExportDtypeOption = None,
-    block_size: BlockSizeOption = None,
-    quantizer: QuantizerOption = None,
-    quantize_lm_head: LmHeadOption = False,
-    trt: TrtOption = None,
-    lowering: LoweringOption = None,
-    max_prompt: MaxPromptOption = None,
-    max_new_tokens: MaxNewTokensOption = None,
-    batch: BatchOption = 1,
-    wheel: WheelOption = False,
-    copy_weights: Annotated[
-        bool,
-        typer.Option(
-            "--copy-weights",
-            help="Copy weights that could be linked, for tools that refuse links.",
-        ),
-    ] = False,
+    copy_weights: CopyWeightsOption = False,
     random_weights: Annotated[
         bool,
         typer.Option(
@@ -89,15 +45,8 @@ def export(
             help="No checkpoint: noise of the model's true shape, for work on speed.",
         ),
     ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", metavar="DIR", help="The bundle. [default: ./<model>-<pruner>-<keep>]"
-        ),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace a bundle that is there; nothing else.")
-    ] = False,
+    out: OutOption = None,
+    force: ForceBundleOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -108,9 +57,7 @@ def export(
     from gap_export.checkpoint.find.source import parse_parts
     from gap_export.exporting import ExportOptions, export_model
 
-    graph_dtype, quantization = split_dtype(
-        dtype, block_size=block_size, quantizer=quantizer, lm_head=quantize_lm_head
-    )
+    dtype, quantization = weights.resolve()
     calibration = None
     if quantization is not None and quantization.method == "awq":
         from gap_export.evaluation.calibration import refshapes_questions
@@ -118,30 +65,17 @@ def export(
         calibration = tuple(refshapes_questions())
     options = ExportOptions(
         model=model,
-        keep_ratio=keep,
-        pruner=pruner,
-        order=order,
-        extra_token=extra_token,
-        extra_position=extra_position,
-        budget=budget,
-        pruner_text=pruner_text,
-        positions=positions,
-        seed=seed,
+        pruning=pruning,
         out=out,
         force=force,
         recipe=recipe,
         checkpoint=parse_parts(checkpoint or []),
-        dtype=graph_dtype,
-        copy_weights=copy_weights,
-        random_weights=random_weights,
+        dtype=dtype,
         quantization=quantization,
         calibration=calibration,
-        targets=tuple(trt or ()),
-        lowering=lowering,
-        max_prompt=max_prompt,
-        max_new_tokens=max_new_tokens,
-        max_batch=batch,
-        wheel=wheel,
+        copy_weights=copy_weights,
+        random_weights=random_weights,
+        engines=engines,
     )
     report = export_model(options, progress=terminal.progress(), warn=terminal.warning)
     if as_json:

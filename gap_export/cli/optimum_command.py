@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import typing
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -18,11 +17,10 @@ from typer.core import TyperCommand
 from typer.main import get_command
 
 from gap_export.cli._app import CONTEXT, fill_bare, plain_messages
-from gap_export.cli._engine_options import BARE_TRT
 from gap_export.cli._main import main
 from gap_export.cli._options import MODEL_HELP
+from gap_export.cli._requests import with_signature
 from gap_export.cli.export import export
-from gap_export.engines.targets import AUTO
 
 PROGRAM = "optimum-cli export gap"
 
@@ -65,20 +63,19 @@ class _OptimumExport(TyperCommand):
                 f"Missing option '--model' / '-m': here the model has a flag, --model {args[0]}"
             )
         with plain_messages():
-            return super().parse_args(ctx, fill_bare(args, BARE_TRT, AUTO))
+            return super().parse_args(ctx, fill_bare(args))
 
 
 def _with_model_option(function: Callable[..., None]) -> Callable[..., None]:
     """The same function to typer, but for where its ``model`` comes from."""
-    hints = {**typing.get_type_hints(function, include_extras=True), "model": _ModelOption}
     signature = inspect.signature(function)
-    parameters = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
+    parameters = [
+        p.replace(annotation=_ModelOption) if p.name == "model" else p
+        for p in signature.parameters.values()
+    ]
 
     @functools.wraps(function)
     def command(*args: Any, **values: Any) -> None:
         function(*args, **values)
 
-    command.__annotations__ = hints
-    # What typer reads, by way of inspect.
-    vars(command)["__signature__"] = signature.replace(parameters=parameters)
-    return command
+    return with_signature(command, parameters)

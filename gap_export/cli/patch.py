@@ -9,21 +9,24 @@ import typer
 
 from gap_export.cli._describe import describe_holding, describe_tokens
 from gap_export.cli._options import (
-    KEEP_HELP,
+    CopyWeightsOption,
+    ForceBundleOption,
     JsonOption,
-    PositionsOption,
+    OutOption,
     QuietOption,
-    SeedOption,
     VerboseOption,
     terminal_of,
 )
+from gap_export.cli._requests import Only, takes_requests
 from gap_export.cli._terminal import format_size
+from gap_export.spec.requests import PruningRequest
 from gap_export.visible import visible, visible_strings
 
 if TYPE_CHECKING:
     from gap_export.patching import PatchReport
 
 
+@takes_requests
 def patch(
     ctx: typer.Context,
     export: Annotated[
@@ -35,20 +38,7 @@ def patch(
             show_default=False,
         ),
     ],
-    keep: Annotated[
-        float | None, typer.Option("--keep", metavar="SHARE", help=KEEP_HELP, show_default=False)
-    ] = None,
-    pruner: Annotated[
-        str | None,
-        typer.Option(
-            "--pruner",
-            metavar="NAME",
-            help="Which tokens survive: spatial, random, cls, fastervlm. [default: spatial]",
-            show_default=False,
-        ),
-    ] = None,
-    positions: PositionsOption = "gap",
-    seed: SeedOption = 0,
+    pruning: Annotated[PruningRequest, Only(("keep_ratio", "pruner", "positions", "seed"))],
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -65,22 +55,9 @@ def patch(
             "--variant", help="Which files, where there are several of a graph.", show_default=False
         ),
     ] = None,
-    copy_weights: Annotated[
-        bool,
-        typer.Option(
-            "--copy-weights",
-            help="Copy weights that could be linked, for tools that refuse links.",
-        ),
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", metavar="DIR", help="The bundle. [default: ./<model>-<pruner>-<keep>]"
-        ),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace a bundle that is there; nothing else.")
-    ] = False,
+    copy_weights: CopyWeightsOption = False,
+    out: OutOption = None,
+    force: ForceBundleOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -93,10 +70,7 @@ def patch(
     report = patch_export(
         PatchOptions(
             export=export,
-            keep_ratio=keep,
-            pruner=pruner,
-            positions=positions,
-            seed=seed,
+            pruning=pruning,
             out=out,
             force=force,
             recipe=recipe,

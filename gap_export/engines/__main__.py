@@ -10,17 +10,16 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from gap_export.engines.build import LimitOverrides
 from gap_export.engines.command import describe_folders, run_build
-from gap_export.engines.compile import BuildOptions
 from gap_export.engines.targets import TARGETS
 from gap_export.errors import ExitCode, GapExportError
 from gap_export.progress import Advance, Progress, SilentProgress
+from gap_export.spec.requests import BuildOptions, LimitsRequest, options_of
 from gap_export.stop_signals import Stopped, stop_signals
 from gap_export.visible import VisibleFormatter, visible
 
@@ -87,16 +86,8 @@ def _build(options: argparse.Namespace) -> None:
         options.bundle,
         options.target,
         only=options.only or (),
-        overrides=LimitOverrides(
-            max_prompt=options.max_prompt,
-            max_new_tokens=options.max_new_tokens,
-            max_batch=options.batch,
-        ),
-        options=BuildOptions(
-            weights=options.weights,
-            workspace_mib=options.workspace,
-            optimization_level=options.optimization_level,
-        ),
+        overrides=LimitsRequest(**_values_of(LimitsRequest, options)),
+        options=BuildOptions(**_values_of(BuildOptions, options)),
         progress=progress,
         warn=lambda text: None if options.quiet else _say(f"warning: {visible(text)}"),
     )
@@ -127,40 +118,31 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--only", metavar="COMPONENT", action="append", help="build this one alone; repeatable"
     )
-    for flag, text in (
-        ("--max-prompt", "longest pruned prompt, in tokens"),
-        ("--max-new-tokens", "longest answer, in tokens"),
-        ("--batch", "most expressions at a time"),
-    ):
-        build.add_argument(flag, metavar="N", type=int, help=f"{text} (default: the bundle's)")
-    build.add_argument(
-        "--workspace",
-        metavar="MIB",
-        type=_positive,
-        help="most memory a layer may take for itself (default: all there is)",
-    )
-    build.add_argument(
-        "--weights",
-        choices=("included", "streamed", "stripped"),
-        default="included",
-        help="where the engines' weights are (default: %(default)s)",
-    )
-    build.add_argument(
-        "--optimization-level",
-        choices=range(6),
-        type=int,
-        help="how long TensorRT looks for fast kernels (default: TensorRT's own)",
-    )
+    for each in (*options_of(LimitsRequest), *options_of(BuildOptions)):
+        help_text, lowest, highest = each.option.help, each.option.min, each.option.max
+        how: dict[str, Any] = {"metavar": each.option.metavar, "type": _whole(lowest, highest)}
+        if get_origin(each.type) is Literal:
+            how = {"choices": get_args(each.type)}
+        build.add_argument(each.flag, dest=each.name, default=each.default, help=help_text, **how)
     build.add_argument("-q", "--quiet", action="store_true", help="nothing but errors on stderr")
     build.add_argument("-v", "--verbose", action="store_true", help="TensorRT's own messages")
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+def _values_of(request: type[Any], given: argparse.Namespace) -> dict[str, Any]:
+    return {each.name: getattr(given, each.name) for each in options_of(request)}
+
+
+def _whole(lowest: int | None, highest: int | None) -> Callable[[str], int]:
+    """A parser of whole numbers in a range."""
+
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if (lowest is not None and value < lowest) or (highest is not None and value > highest):
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return value
+
+    return whole_number
 
 
 if __name__ == "__main__":

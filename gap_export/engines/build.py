@@ -8,13 +8,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from gap_export.bundle import Bundle
 from gap_export.bundle.drafts import make_draft_folder, put_in_place, sweep_drafts, sync_tree
 from gap_export.bundle.files import ENGINES_FOLDER
-from gap_export.engines.compile import BuildOptions, BuildPlace, compile_graph
+from gap_export.engines.compile import BuildPlace, compile_graph
 from gap_export.engines.device import Gpu, find_gpu, free_memory
 from gap_export.engines.folder import EngineFolder, read_engine_folder
 from gap_export.engines.library import TensorRT, describe_versions, elsewhere, library_for
@@ -25,20 +24,12 @@ from gap_export.engines.targets import Target, TargetChoice
 from gap_export.errors import BundleError, OutputError, UsageError
 from gap_export.progress import Progress, SilentProgress
 from gap_export.spec.manifest import EngineLimits, GraphSpec, Manifest
+from gap_export.spec.requests import BuildOptions, LimitsRequest
 
 Tell = Callable[[str], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LimitOverrides:
-    """Sizes other than those the bundle was made for; None leaves the bundle's."""
-
-    max_prompt: int | None = None
-    max_new_tokens: int | None = None
-    max_batch: int | None = None
-
-
-BUNDLES_OWN = LimitOverrides()
+BUNDLES_OWN = LimitsRequest()
 DEFAULTS = BuildOptions()
 _ALL_AT_ONCE = "build all components: leave out --only"
 
@@ -48,7 +39,7 @@ def build_engines(
     choice: TargetChoice,
     *,
     only: tuple[str, ...] = (),
-    overrides: LimitOverrides = BUNDLES_OWN,
+    overrides: LimitsRequest = BUNDLES_OWN,
     options: BuildOptions = DEFAULTS,
     progress: Progress | None = None,
     warn: Tell = lambda _: None,
@@ -106,7 +97,7 @@ def check_build(
     choice: TargetChoice,
     *,
     only: tuple[str, ...] = (),
-    overrides: LimitOverrides = BUNDLES_OWN,
+    overrides: LimitsRequest = BUNDLES_OWN,
     options: BuildOptions = DEFAULTS,
 ) -> BuildPlace:
     """See, before anything is built, that a target's engines can be built here.
@@ -180,7 +171,7 @@ def target_graphs(
     )
 
 
-def resolve_limits(manifest: Manifest, overrides: LimitOverrides) -> EngineLimits:
+def resolve_limits(manifest: Manifest, overrides: LimitsRequest) -> EngineLimits:
     """The sizes to build for.
 
     Raises:

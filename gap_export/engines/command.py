@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.bundle import open_bundle
-from gap_export.engines.build import LimitOverrides, Tell, build_engines, check_build
-from gap_export.engines.compile import BuildOptions
+from gap_export.engines.build import Tell, build_engines, check_build
 from gap_export.engines.folder import EngineFolder
 from gap_export.engines.targets import parse_targets
 from gap_export.progress import Progress
+from gap_export.spec.requests import BuildOptions, LimitsRequest
 
 
 def run_build(
@@ -19,7 +19,7 @@ def run_build(
     targets: Sequence[str],
     *,
     only: Sequence[str],
-    overrides: LimitOverrides,
+    overrides: LimitsRequest,
     options: BuildOptions,
     progress: Progress,
     warn: Tell,

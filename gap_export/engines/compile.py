@@ -27,6 +27,7 @@ from gap_export.engines.timing_cache import keep_timing_cache, use_timing_cache
 from gap_export.errors import EngineError
 from gap_export.progress import Advance, Progress
 from gap_export.spec.manifest import EngineLimits, GraphSpec
+from gap_export.spec.requests import BuildOptions
 
 _CHUNK_BYTES = 16 << 20
 # Of BuilderFlag.
@@ -35,24 +36,6 @@ _FLAGS: Mapping[WeightsHeld, tuple[str, ...]] = MappingProxyType(
 )
 # How often the waiting thread looks up, so that a signal is heard while TensorRT works.
 _POLL_S = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """How to build.
-
-    Attributes:
-        weights: ``included`` in the plan; ``streamed``: as that, and the runtime may leave part of
-            them in the host's memory; ``stripped``: left out, and put in when the plan is loaded.
-        workspace_mib: Most memory a layer may take for itself while it runs, in MiB; None: all
-            that the GPU has.
-        optimization_level: TensorRT's, 0 to 5: how long it looks for the fastest kernels; None:
-            its own default.
-    """
-
-    weights: WeightsHeld = "included"
-    workspace_mib: int | None = None
-    optimization_level: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,8 @@ from gap_export.progress import Progress, SilentProgress
 from gap_export.runtime.backends.onnxruntime_backend import numpy_dtype
 from gap_export.runtime.drawing import draw_grounding, save_drawing
 from gap_export.runtime.session import BackendName
-from gap_export.spec.manifest import BoxSpec, Manifest, PromptSpec
+from gap_export.spec.manifest import BoxSpec, Manifest, PromptSpec, PruningSpec
+from gap_export.spec.requests import PruningRequest
 
 # Of a set that has no end.
 DEFAULT_SAMPLES = 500
@@ -100,19 +101,18 @@ class Asking:
 def evaluate_model(
     options: ExportOptions,
     *,
-    pruners: Sequence[str] = (),
-    keep_ratios: Sequence[float] = (),
+    prunings: Sequence[PruningRequest] = (),
     num_samples: int | None = None,
     asking: Asking = Asking(),
     progress: Progress | None = None,
 ) -> EvaluationReport:
-    """Export a model at every (pruner, keep ratio), and measure each beside the unpruned model.
+    """Export a model for every pruning, and measure each beside the unpruned model.
 
     Args:
-        options: Which model, and how it is exported. Its seed is also that of the samples and of
-            random orders; its pruner, keep ratio, positions and folder are not read.
-        pruners: Names; empty for the recipe's default.
-        keep_ratios: In (0, 1]; empty for what ``export_model`` keeps where none is given.
+        options: Which model, and how it is exported; its folder is not read. The seed of its
+            pruning is also that of the samples and of random orders.
+        prunings: What is measured; empty for the options' own. Each is measured with both modes of
+            positions, whichever it names.
         num_samples: Expressions to ask, the first of the data set; 0 for all; None for 500 of
             RefShapes, and all of any other.
         asking: What is asked, and how.
@@ -130,17 +130,22 @@ def evaluate_model(
     if options.dtype is not None:
         numpy_dtype(options.dtype)
     found, _ = resolve_model(options.model, recipe=options.recipe, parts=options.checkpoint)
-    base = replace(options, pruner=None, keep_ratio=None, positions="gap", out=None)
-    runs: dict[tuple[str, float], ExportOptions] = {}
-    reads_question = False
-    for keep_ratio in keep_ratios or (None,):
-        for pruner in pruners or (found.defaults.pruner,):
-            run = replace(base, pruner=pruner, keep_ratio=keep_ratio)
-            # All of them now: a slip in the last must not cost the measuring of those before it.
-            pruning = resolve_options(found, run)
-            runs.setdefault((pruning.pruner, pruning.keep_ratio), run)
-            reads_question |= pruning.pruner_text == "question"
-    runner = RunnerOptions(prompt=asking.prompt, seed=options.seed)
+    base = replace(options, out=None)
+    runs: dict[tuple[str, float], tuple[PruningSpec, ExportOptions]] = {}
+    for request in prunings or (options.pruning,):
+        run = replace(base, pruning=replace(request, positions="gap"))
+        # All of them now: a slip in the last must not cost the measuring of those before it.
+        pruning = resolve_options(found, run)
+        key = (pruning.pruner, pruning.keep_ratio)
+        if runs.setdefault(key, (pruning, run))[0] != pruning:
+            raise UsageError(
+                "two prunings would have the same name in the report",
+                seen=f"{pruning.pruner} at keep {pruning.keep_ratio:g}, twice and not alike",
+                fix="measure them one after the other",
+            )
+    reads_question = any(pruning.pruner_text == "question" for pruning, _ in runs.values())
+    seed = options.pruning.seed
+    runner = RunnerOptions(prompt=asking.prompt, seed=seed)
     asked = _Asked(
         family=found.family, prompt=found.prompt, box=found.box, reads_question=reads_question
     )
@@ -150,12 +155,7 @@ def evaluate_model(
         # Whatever order the others have: with all tokens in raster order nothing is pruned.
         unpruned = replace(
             base,
-            keep_ratio=1.0,
-            order="raster",
-            extra_token=None,
-            extra_position=None,
-            budget=None,
-            pruner_text=None,
+            pruning=PruningRequest(keep_ratio=1.0, order="raster", seed=seed),
             out=Path(scratch) / "unpruned",
         )
         whole = export_model(unpruned, progress=progress, cache=cache).bundle
@@ -163,7 +163,7 @@ def evaluate_model(
             export_model(
                 replace(run, out=Path(scratch) / str(number)), progress=progress, cache=cache
             ).bundle
-            for number, run in enumerate(runs.values())
+            for number, (_, run) in enumerate(runs.values())
         ]
         return job.measure(whole, pruned, progress)
 
@@ -225,7 +225,7 @@ def evaluate_bundle(
             calibrates = quantization is not None and quantization.method == "awq"
             options = ExportOptions(
                 model=recipe.name,
-                keep_ratio=1.0,
+                pruning=PruningRequest(keep_ratio=1.0),
                 dtype=dtype_of(manifest),
                 quantization=quantization,
                 calibration=tuple(refshapes_questions()) if calibrates else None,

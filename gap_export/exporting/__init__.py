@@ -6,11 +6,11 @@ from gap_export.exporting.export import export_checkpoint, export_model
 from gap_export.exporting.graph_cache import GraphCache
 from gap_export.exporting.options import (
     DTYPES,
-    Dtype,
     ExportOptions,
     ExportReport,
     resolve_options,
 )
+from gap_export.spec.requests import Dtype
 
 __all__ = [
     "DTYPES",

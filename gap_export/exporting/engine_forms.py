@@ -12,6 +12,7 @@ from pathlib import Path
 from gap_export.engines.targets import Lowering, TargetChoice
 from gap_export.errors import UsageError
 from gap_export.spec.manifest import EngineLimits, GraphSpec, ImageSpec, Manifest, TargetSpec
+from gap_export.spec.requests import LimitsRequest
 
 _SLACK = 4
 
@@ -66,18 +67,14 @@ def find_limits(
     manifest: Manifest,
     *,
     num_template_tokens: int,
-    max_prompt: int | None,
-    max_new_tokens: int | None,
-    max_batch: int,
+    request: LimitsRequest,
 ) -> EngineLimits:
     """The sizes engines are built for: the largest the bundle can be asked for, if not said.
 
     Args:
         manifest: Of the bundle to be.
         num_template_tokens: Of the prompt, without image and expression.
-        max_prompt: Prompt tokens after pruning, as the user has it.
-        max_new_tokens: Of an answer, as the user has it.
-        max_batch: Expressions at a time.
+        request: What is asked for.
 
     Raises:
         UsageError: too small to ask anything, or beyond the model's context.
@@ -87,24 +84,26 @@ def find_limits(
     largest = num_template_tokens + visual + manifest.prompt.max_expression_tokens + _SLACK
     smallest = num_template_tokens + visual + 1
     context = manifest.decoder.max_position_embeddings
-    chosen = min(largest, context) if max_prompt is None else max_prompt
+    chosen = min(largest, context) if request.max_prompt is None else request.max_prompt
     if not smallest <= chosen <= context:
         raise UsageError(
             "no such --max-prompt",
             seen=chosen,
             allowed=f"{smallest}..{context}: the template takes {num_template_tokens} tokens, the "
-            f"picture {visual}, the expression at least one, the model's context is {context}",
+            f"image {visual}, the expression at least one, the model's context is {context}",
         )
-    answer = manifest.prompt.max_new_tokens if max_new_tokens is None else max_new_tokens
+    answer, batch = request.max_new_tokens, request.max_batch
+    answer = manifest.prompt.max_new_tokens if answer is None else answer
+    batch = 1 if batch is None else batch
     if not 1 <= answer <= context:
         raise UsageError("no such --max-new-tokens", seen=answer, allowed=f"1..{context}")
-    if max_batch < 1:
-        raise UsageError("no such --batch", seen=max_batch, allowed=">= 1")
+    if batch < 1:
+        raise UsageError("no such --batch", seen=batch, allowed=">= 1")
     return EngineLimits(
         max_prompt=chosen,
         max_new_tokens=answer,
-        max_batch=max_batch,
-        max_images=max(1 + _max_tiles(manifest.image), max_batch),
+        max_batch=batch,
+        max_images=max(1 + _max_tiles(manifest.image), batch),
     )
 
 

@@ -61,7 +61,7 @@ def export_model(
         options.model,
         recipe=options.recipe,
         parts=options.checkpoint,
-        random_seed=options.seed if options.random_weights else None,
+        random_seed=options.pruning.seed if options.random_weights else None,
     )
     return export_checkpoint(recipe, checkpoint, options, progress=progress, cache=cache, warn=warn)
 
@@ -94,7 +94,7 @@ def export_checkpoint(
     pruning = resolve_options(recipe, options)
     choices = options.target_choices()
     # What cannot be built after all is said now, not after minutes of work.
-    to_build, prepared = split_choices(choices, options.targets)
+    to_build, prepared = split_choices(choices, options.engines.targets)
     out = options.out or Path(f"{recipe.name}-{pruning.pruner}-{pruning.keep_ratio:g}")
     seconds: dict[str, float] = {}
     with write_bundle(out, force=options.force) as draft:
@@ -147,7 +147,7 @@ class _Job:
         scales = self._calibrate(reference)
         reference = _scaled(reference, scales)
         forms = choose_form(
-            self.choices, base_dtype=reference.dtype, lowering=self.options.lowering
+            self.choices, base_dtype=reference.dtype, lowering=self.options.engines.lowering
         )
         wanted = _lowerings(reference.dtype, forms.values())
         quantized = self._quantize(reference, wanted)
@@ -250,9 +250,7 @@ class _Job:
         limits = find_limits(
             manifest,
             num_template_tokens=num_template_tokens,
-            max_prompt=self.options.max_prompt,
-            max_new_tokens=self.options.max_new_tokens,
-            max_batch=self.options.max_batch,
+            request=self.options.engines,
         )
         return replace(manifest, engine_limits=limits)
 
@@ -301,7 +299,7 @@ class _Job:
             targets = describe_targets(self.draft.folder, self.choices, forms, manifest.graphs)
         manifest = replace(manifest, targets=targets)
         wheel = None
-        if self.options.wheel:
+        if self.options.engines.wheel:
             from gap_export.exporting.own_wheel import write_own_wheel
 
             wheel = write_own_wheel(self.draft.folder).name

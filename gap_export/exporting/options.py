@@ -5,31 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 
 from gap_export.engines.folder import EngineFolder
-from gap_export.engines.targets import Lowering, TargetChoice, parse_targets
+from gap_export.engines.targets import TargetChoice, parse_targets
 from gap_export.errors import UsageError
 from gap_export.extras import require_extra
-from gap_export.spec.manifest import (
-    Budget,
-    ExtraPosition,
-    ExtraToken,
-    Manifest,
-    Order,
-    PrunerText,
-    PruningSpec,
-    QuantizationSpec,
-)
+from gap_export.spec.manifest import Manifest, PruningSpec, QuantizationSpec
 from gap_export.spec.manifest.block_sizes import check_block_size
-from gap_export.spec.positions import PositionMode
 from gap_export.spec.recipe import Recipe
+from gap_export.spec.requests import (
+    DEFAULT_PRUNING,
+    NO_ENGINES,
+    Dtype,
+    EnginesRequest,
+    PruningRequest,
+)
 
 if TYPE_CHECKING:
     from gap_export.runtime.images.image import ImageInput
 
-Dtype = Literal["float32", "float16", "bfloat16"]
-DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 # Held so, a file takes no room of its own.
 _SHARED = ("linked", "cloned")
 
@@ -40,64 +36,32 @@ class ExportOptions:
 
     Attributes:
         model: Recipe name, alias, hub id, or a checkpoint folder.
-        keep_ratio: Share of the visual tokens to keep, in (0, 1]; None for the recipe's default,
-            and for no bound where the budget is adaptive.
-        pruner: Name; None for the recipe's default.
-        order: ``raster``: kept tokens ascend; ``score``: best first; None for the pruner's.
-        extra_token: What stands for the dropped tokens: ``none``, their ``mean``, or their sum
-            ``weighted`` by score; None for the pruner's.
-        extra_position: Its id: that of the ``last`` visual token, which None is, or of the
-            ``centroid``; meant for an extra token alone.
-        budget: ``fixed``: the share of every picture; ``adaptive``: what stands out of each, that
-            share at most; None for the pruner's where no share is given, else fixed.
-        pruner_text: What a pruner that reads the text reads: the ``expression``, or the whole
-            ``question``; None for the pruner's.
-        positions: ``gap``, or ``compact`` for the naive baseline.
-        seed: For pruners that draw, and for random weights.
+        pruning: Which visual tokens survive.
         out: Bundle folder; None for ``./<model>-<pruner>-<keep>``.
         force: Replace a bundle that is already there. Other folders are never replaced.
         recipe: Recipe for a checkpoint folder that has no recipe.yaml of its own.
         checkpoint: Parts of the checkpoint by role, where they are not to be looked for.
-        dtype: Of all weights and of the graphs' interfaces; None for the checkpoint's own.
+        dtype: Dtype of all weights and of the graphs' interfaces; None for the checkpoint's own.
+        quantization: How the decoder's linear layers are quantized; None to leave them as they are.
+        calibration: Images and expressions that AWQ looks at, at least one; meant for it alone.
         copy_weights: Copy weights that could be linked, so that the bundle is a folder like any
             other: some ONNX tools refuse links.
         random_weights: Take no checkpoint; draw weights of the true shape from the seed.
-        quantization: Of the decoder's linear layers; None to leave them as they are.
-        calibration: Pictures and expressions that AWQ looks at, at least one; meant for it alone.
-        targets: What TensorRT is to build for, as ``--trt`` has it, e.g. ``rtx:sm89``; ``auto``:
-            all, building what can be built here.
-        lowering: Form of the graphs for TensorRT; None for the best each target builds.
-        max_prompt: Longest prompt after pruning that engines take; None: the longest there can be.
-        max_new_tokens: Longest answer that engines' caches have room for; None: the recipe's.
-        max_batch: Most expressions at a time that engines take.
-        wheel: Put the running gap-export into the bundle, for devices that build its engines.
+        engines: What is prepared for TensorRT.
     """
 
     model: str
-    keep_ratio: float | None = None
-    pruner: str | None = None
-    order: Order | None = None
-    extra_token: ExtraToken | None = None
-    extra_position: ExtraPosition | None = None
-    budget: Budget | None = None
-    pruner_text: PrunerText | None = None
-    positions: PositionMode = "gap"
-    seed: int = 0
+    pruning: PruningRequest = DEFAULT_PRUNING
     out: Path | None = None
     force: bool = False
     recipe: str | None = None
     checkpoint: Mapping[str, Path] = field(default_factory=dict)
     dtype: Dtype | None = None
-    copy_weights: bool = False
-    random_weights: bool = False
     quantization: QuantizationSpec | None = None
     calibration: tuple[tuple[ImageInput, str], ...] | None = None
-    targets: tuple[str, ...] = ()
-    lowering: Lowering | None = None
-    max_prompt: int | None = None
-    max_new_tokens: int | None = None
-    max_batch: int = 1
-    wheel: bool = False
+    copy_weights: bool = False
+    random_weights: bool = False
+    engines: EnginesRequest = NO_ENGINES
 
     def target_choices(self) -> tuple[TargetChoice, ...]:
         """The targets as rows of the table.
@@ -106,23 +70,19 @@ class ExportOptions:
             UsageError: an unknown one, one that takes no such weights, or an option that means
                 nothing without a target.
         """
-        for flag, value, unset in (
-            ("--lowering", self.lowering, None),
-            ("--max-prompt", self.max_prompt, None),
-            ("--max-new-tokens", self.max_new_tokens, None),
-            ("--batch", self.max_batch, 1),
-        ):
-            if not self.targets and value != unset:
+        engines = self.engines
+        for flag, value in (("--lowering", engines.lowering), *_limits(engines)):
+            if not engines.targets and value is not None:
                 raise UsageError(
                     f"{flag} is about TensorRT engines, and none are asked for",
                     seen=value,
                     fix=f"add --trt, or leave out {flag}",
                 )
-        choices = parse_targets(self.targets)
-        if self.wheel and not any(choice.target.built_on == "device" for choice in choices):
+        choices = parse_targets(engines.targets)
+        if engines.wheel and not any(choice.target.built_on == "device" for choice in choices):
             raise UsageError(
                 "--wheel is for bundles whose engines another machine builds",
-                seen=", ".join(f"--trt {target}" for target in self.targets) or "no --trt",
+                seen=", ".join(f"--trt {target}" for target in engines.targets) or "no --trt",
                 allowed="with --trt orin, thor, desktop, or --trt alone",
                 fix="leave out --wheel",
             )
@@ -130,6 +90,14 @@ class ExportOptions:
             for choice in choices:
                 choice.check_weights(self.quantization.dtype)
         return choices
+
+
+def _limits(engines: EnginesRequest) -> tuple[tuple[str, int | None], ...]:
+    return (
+        ("--max-prompt", engines.max_prompt),
+        ("--max-new-tokens", engines.max_new_tokens),
+        ("--batch", engines.max_batch),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,17 +155,13 @@ def resolve_options(recipe: Recipe, options: ExportOptions) -> PruningSpec:
     calibrates = options.quantization is not None and options.quantization.method == "awq"
     if calibrates != bool(options.calibration):
         raise UsageError(
-            "AWQ looks at pictures, and nothing else does",
+            "AWQ looks at images, and nothing else does",
             seen=f"{len(options.calibration or ())} calibration samples",
             allowed="at least one for method awq, none otherwise",
         )
     if options.quantization is not None:
         check_block_size(options.quantization.block_size)
-    for flag, number in (
-        ("--max-prompt", options.max_prompt),
-        ("--max-new-tokens", options.max_new_tokens),
-        ("--batch", options.max_batch),
-    ):
+    for flag, number in _limits(options.engines):
         if number is not None and number < 1:
             raise UsageError(f"no such {flag}", seen=number, allowed=">= 1")
     if options.random_weights and options.checkpoint:
@@ -208,15 +172,4 @@ def resolve_options(recipe: Recipe, options: ExportOptions) -> PruningSpec:
         )
     from gap_export.families import resolve_pruning
 
-    return resolve_pruning(
-        recipe,
-        pruner=options.pruner,
-        keep_ratio=options.keep_ratio,
-        order=options.order,
-        positions=options.positions,
-        seed=options.seed,
-        extra_token=options.extra_token,
-        extra_position=options.extra_position,
-        budget=options.budget,
-        pruner_text=options.pruner_text,
-    )
+    return resolve_pruning(recipe, options.pruning)

@@ -7,7 +7,6 @@ told at once.
 
 from __future__ import annotations
 
-import reprlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
@@ -22,18 +21,21 @@ from gap_export.checkpoint.find.source import (
     check_named_parts,
     check_required_parts,
 )
-from gap_export.errors import CheckpointError, RecipeError, UnsupportedPrunerError, UsageError
-from gap_export.families.common.choices import AskedChoices, settle_choices
+from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families.common.readings import clip_readings, eva_readings
 from gap_export.progress import Progress
-from gap_export.pruning import FixedPruner, Reading, all_presets, find_preset
+from gap_export.pruning import Reading
+from gap_export.pruning.resolve import (
+    MAX_RANKED_TOKENS,
+    MAX_SEED,
+    resolve_request,
+    served_pruners,
+)
 from gap_export.spec.manifest import PruningSpec
-from gap_export.spec.positions import PositionMode, num_kept_tokens
 from gap_export.spec.recipe import Recipe
+from gap_export.spec.requests import PruningRequest
 
 if TYPE_CHECKING:
-    from typing import Unpack
-
     from gap_export.families.common.reference import (
         Component,
         Device,
@@ -60,10 +62,6 @@ __all__ = [
     "supported_pruners",
 ]
 
-# What a signed 64-bit integer holds, in JSON readers of other languages too.
-MAX_SEED = 2**63 - 1
-# TensorRT's TopK takes no more.
-MAX_RANKED_TOKENS = 3840
 # Of a folder that nobody recognises; each may be opened.
 _MAX_FILES_TRIED = 16
 
@@ -176,103 +174,16 @@ def native_protocol(family: str) -> str | None:
 
 def supported_pruners(recipe: Recipe) -> tuple[str, ...]:
     """Names of the pruners this model can serve."""
-    readings = find_readings(recipe)
-    return tuple(name for name, preset in all_presets().items() if preset.pruner.reads <= readings)
+    return served_pruners(find_readings(recipe))
 
 
-def resolve_pruning(
-    recipe: Recipe,
-    *,
-    pruner: str | None,
-    keep_ratio: float | None,
-    positions: PositionMode,
-    seed: int,
-    **asked: Unpack[AskedChoices],
-) -> PruningSpec:
+def resolve_pruning(recipe: Recipe, request: PruningRequest) -> PruningSpec:
     """Check a pruning request against a model and settle its numbers.
 
-    Args:
-        recipe: What the model is.
-        pruner: Name of its preset; None for the recipe's default.
-        keep_ratio: In (0, 1]; None for the recipe's default. With an adaptive budget the most that
-            is kept; None for no bound.
-        positions: Which ids they get.
-        seed: Of the pruners that draw.
-        **asked: The other choices, see :class:`AskedChoices`.
-
     Raises:
-        UsageError: no such pruner, a keep ratio outside (0, 1], a seed outside 0..2**63 - 1, more
-            tokens than can be ranked, an order, extra token or budget the pruner has not got, a
-            position of an extra token that is not there, a text where none is read, or a question
-            that the recipe does not mark.
-        UnsupportedPrunerError: the model lacks what the pruner reads.
-        RecipeError: the recipe's default pruner does not exist, or does not fit its model.
+        UsageError: see :func:`gap_export.pruning.resolve.resolve_request`.
     """
-    if pruner is None:
-        pruner = _default_pruner(recipe)
-    preset = find_preset(pruner)
-    chosen = preset.pruner
-    lacking = chosen.reads - find_readings(recipe)
-    if lacking:
-        raise UnsupportedPrunerError(
-            f"model {recipe.name} cannot serve pruner {pruner}, it lacks",
-            seen=", ".join(sorted(lacking)),
-            allowed=", ".join(supported_pruners(recipe)),
-        )
-    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
-        raise UsageError("seed out of range", seen=reprlib.repr(seed), allowed=f"0..{MAX_SEED}")
-    choices = settle_choices(recipe, preset, asked, has_keep_ratio=keep_ratio is not None)
-    extra_position = asked.get("extra_position")
-    if extra_position is not None and choices.extra_token == "none":
-        raise UsageError(
-            f"pruner {pruner} as it is used here adds no extra token that could have a position",
-            seen=extra_position,
-            fix="choose an extra token (--extra-token), or leave out --extra-position",
-        )
-    num_visual = recipe.grid.num_visual_tokens
-    if num_visual > MAX_RANKED_TOKENS and not isinstance(chosen, FixedPruner):
-        raise UsageError(
-            f"pruner {pruner} cannot rank so many visual tokens",
-            seen=num_visual,
-            allowed=f"{MAX_RANKED_TOKENS} at most, which is all that TensorRT's TopK takes",
-            fix="use a pruner that does not rank: spatial or random",
-        )
-    adaptive = choices.budget == "adaptive"
-    if keep_ratio is None:
-        keep_ratio = 1.0 if adaptive else recipe.defaults.keep_ratio
-    num_kept, extra = num_kept_tokens(keep_ratio, num_visual), choices.extra_token
-    if num_kept == num_visual and extra != "none":
-        # Nothing is dropped that an extra token could stand for.
-        num_kept, extra = (num_visual - 1, extra) if adaptive else (num_visual, "none")
-    sign = recipe.text_tower.similarity_sign if recipe.text_tower is not None else None
-    return PruningSpec(
-        pruner=pruner,
-        order=choices.order,
-        extra_token=extra,
-        positions=positions,
-        keep_ratio=keep_ratio,
-        seed=seed if chosen.uses_seed else None,
-        num_visual_tokens=num_visual,
-        num_kept_tokens=num_kept,
-        num_emitted_tokens=num_kept + int(extra != "none"),
-        text_similarity_sign=sign if "text" in chosen.reads else None,
-        extra_position=(extra_position or "last") if extra != "none" else "last",
-        budget=choices.budget,
-        pruner_text=choices.pruner_text,
-    )
-
-
-def _default_pruner(recipe: Recipe) -> str:
-    """The pruner a recipe names, which its writer and not the user got wrong if it will not do."""
-    name, usable = recipe.defaults.pruner, supported_pruners(recipe)
-    if name not in usable:
-        raise RecipeError(
-            f"recipe {recipe.name}: defaults.pruner is not one its model can serve",
-            seen=reprlib.repr(name),
-            allowed=", ".join(usable),
-            fix="correct the recipe, or name a pruner: --pruner",
-        )
-    return name
+    return resolve_request(recipe, request, find_readings(recipe))
 
 
 def build_reference(

@@ -5,12 +5,7 @@ from __future__ import annotations
 from gap_export.bundle.writing import check_output
 from gap_export.extras import require_extra
 from gap_export.patching.find_export import find_export
-from gap_export.patching.options import (
-    DEFAULT_PRUNER,
-    PatchOptions,
-    PatchReport,
-    check_pruner,
-)
+from gap_export.patching.options import PatchOptions, PatchReport, check_request
 from gap_export.progress import Progress, SilentProgress
 from gap_export.spec.positions import check_keep_ratio
 from gap_export.spec.recipe import find_recipe
@@ -37,9 +32,9 @@ def patch_export(options: PatchOptions, *, progress: Progress | None = None) -> 
     progress = progress or SilentProgress()
     # Before onnx is imported, which takes seconds.
     found = find_export(options.export, variant=options.variant)
-    check_pruner(DEFAULT_PRUNER if options.pruner is None else options.pruner, options.seed)
-    if options.keep_ratio is not None:
-        check_keep_ratio(options.keep_ratio)
+    check_request(options.pruning)
+    if options.pruning.keep_ratio is not None:
+        check_keep_ratio(options.pruning.keep_ratio)
     if options.recipe is not None:
         find_recipe(options.recipe)
     if options.out is not None:

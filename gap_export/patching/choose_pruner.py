@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
-from gap_export.patching.options import DEFAULT_PRUNER, check_pruner
+from gap_export.patching.options import DEFAULT_PRUNER, check_request
 from gap_export.patching.prune_at_places import PruneAtPlaces
 from gap_export.patching.prune_by_attention import PruneByAttention
 from gap_export.patching.prune_by_cls import PruneByCls
 from gap_export.patching.prune_features import PruneFeatures
+from gap_export.pruning.resolve import resolve_request
 from gap_export.spec.manifest import GridSpec, PruningSpec
 from gap_export.spec.places import drawn_places, lattice_places
-from gap_export.spec.positions import PositionMode, num_kept_tokens
+from gap_export.spec.recipe import Recipe
+from gap_export.spec.requests import PruningRequest
 
 
 def _spatial(grid: GridSpec, pruning: PruningSpec) -> PruneFeatures:
@@ -45,42 +48,17 @@ def _fastervlm(grid: GridSpec, pruning: PruningSpec) -> PruneFeatures:
 PASSES: Mapping[str, Callable[[GridSpec, PruningSpec], PruneFeatures]] = MappingProxyType(
     {"spatial": _spatial, "random": _random, "cls": _cls, "fastervlm": _fastervlm}
 )
-_DRAWING = frozenset({"random"})
 
 
-def settle_pruning(
-    grid: GridSpec,
-    *,
-    pruner: str | None,
-    keep_ratio: float,
-    positions: PositionMode,
-    seed: int,
-) -> PruningSpec:
+def settle_pruning(recipe: Recipe, request: PruningRequest) -> PruningSpec:
     """Check a request and settle its numbers.
-
-    Args:
-        grid: Of the visual tokens.
-        pruner: Name; None for ``spatial``.
-        keep_ratio: In (0, 1].
-        positions: Which ids the kept tokens get.
-        seed: Of the pruner that draws.
 
     Raises:
         UnsupportedPrunerError: a pruner that no pass puts into a foreign graph.
         UsageError: a keep ratio or a seed out of range.
     """
-    name = DEFAULT_PRUNER if pruner is None else pruner
-    check_pruner(name, seed)
-    num_kept = num_kept_tokens(keep_ratio, grid.num_visual_tokens)
-    return PruningSpec(
-        pruner=name,
-        order="raster",
-        extra_token="none",
-        positions=positions,
-        keep_ratio=keep_ratio,
-        seed=seed if name in _DRAWING else None,
-        num_visual_tokens=grid.num_visual_tokens,
-        num_kept_tokens=num_kept,
-        num_emitted_tokens=num_kept,
-        text_similarity_sign=None,
-    )
+    check_request(request)
+    if request.pruner is None:
+        request = replace(request, pruner=DEFAULT_PRUNER)
+    # Whether the graph has a CLS token, its pass finds out.
+    return resolve_request(recipe, request, ("cls_features", "cls_attention"))

@@ -9,13 +9,13 @@ from typing import Any
 
 from gap_export.errors import UnsupportedPrunerError, UsageError
 from gap_export.spec.manifest import Manifest
-from gap_export.spec.positions import PositionMode
+from gap_export.spec.requests import DEFAULT_PRUNING, PruningRequest, options_of
 
 DEFAULT_PRUNER = "spatial"
 # Those that a graph pass can put into a graph as it is.
 PRUNERS = (DEFAULT_PRUNER, "random", "cls", "fastervlm")
-# What a signed 64-bit integer holds, in JSON readers of other languages too.
-_MAX_SEED = 2**63 - 1
+# The other choices of a request take an export from the checkpoint.
+CHOICES = ("keep_ratio", "pruner", "positions", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +24,7 @@ class PatchOptions:
 
     Attributes:
         export: Folder of the ONNX export; it stays as it is.
-        keep_ratio: Share of the visual tokens to keep, in (0, 1]; None for the recipe's default.
-        pruner: Name; None for ``spatial``, which fits every graph.
-        positions: ``gap``, or ``compact`` for the naive baseline.
-        seed: For the pruner that draws.
+        pruning: Which visual tokens survive; by default by ``spatial``, which fits every graph.
         out: Bundle folder; None for ``./<model>-<pruner>-<keep>``.
         force: Replace a bundle that is already there. Other folders are never replaced.
         recipe: That says how the model is asked; None for the export's own, or the one that fits.
@@ -36,10 +33,7 @@ class PatchOptions:
     """
 
     export: Path
-    keep_ratio: float | None = None
-    pruner: str | None = None
-    positions: PositionMode = "gap"
-    seed: int = 0
+    pruning: PruningRequest = DEFAULT_PRUNING
     out: Path | None = None
     force: bool = False
     recipe: str | None = None
@@ -81,20 +75,27 @@ class PatchReport:
         }
 
 
-def check_pruner(name: str, seed: int) -> None:
+def check_request(request: PruningRequest) -> None:
     """Refuse what no pass puts into a foreign graph; needs no onnx.
 
     Raises:
         UnsupportedPrunerError: another pruner.
-        UsageError: a seed out of range.
+        UsageError: a choice that only an export has.
     """
-    if name not in PRUNERS:
+    if request.pruner is not None and request.pruner not in PRUNERS:
         raise UnsupportedPrunerError(
             "this pruner cannot be put into a graph that is exported already",
-            seen=reprlib.repr(name),
+            seen=reprlib.repr(request.pruner),
             allowed=", ".join(PRUNERS),
             fix="others read what such a graph does not give, as text does a text tower; for them "
             "export the model from its checkpoint: gap-export MODEL --pruner NAME",
         )
-    if not 0 <= seed <= _MAX_SEED:
-        raise UsageError("seed out of range", seen=reprlib.repr(seed), allowed=f"0..{_MAX_SEED}")
+    defaults = DEFAULT_PRUNING
+    for each in options_of(PruningRequest):
+        given = getattr(request, each.name)
+        if each.name not in CHOICES and given != getattr(defaults, each.name):
+            raise UsageError(
+                f"{each.flag} cannot be had in a graph that is exported already",
+                seen=given,
+                fix=f"leave out {each.flag}, or export the model from its checkpoint",
+            )

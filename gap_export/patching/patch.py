@@ -70,13 +70,7 @@ def patch_found(found: FoundExport, options: PatchOptions, progress: Progress) -
     with _blaming(embed):
         _check_embedding(embed.model.graph)
     recipe = choose_recipe(found.folder, facts, _known_sizes(sizes), name=options.recipe)
-    pruning = settle_pruning(
-        recipe.grid,
-        pruner=options.pruner,
-        keep_ratio=recipe.defaults.keep_ratio if options.keep_ratio is None else options.keep_ratio,
-        positions=options.positions,
-        seed=options.seed,
-    )
+    pruning = settle_pruning(recipe, options.pruning)
     with _blaming(vision):
         _check_vision(vision.model, recipe)
         run_pipeline(vision.model, [PASSES[pruning.pruner](recipe.grid, pruning)])

@@ -10,14 +10,12 @@ M tokens of a tiled image after pruning.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from gap_export.errors import UsageError
+from gap_export.spec.manifest.specs import TileCode
 from gap_export.spec.positions import Int64Array
-
-TileCode = Literal["transformers", "authors"]
 
 
 @dataclass(frozen=True, kw_only=True)

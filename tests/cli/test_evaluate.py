@@ -17,6 +17,7 @@ from gap_export.evaluation.questions import Unusable
 from gap_export.evaluation.results import DataSummary, EvaluationReport, SettingRow
 from gap_export.exporting import ExportOptions
 from gap_export.outputs import NO_RULE
+from gap_export.spec.requests import PruningRequest
 from gap_export.stop_signals import Stopped
 
 
@@ -103,19 +104,20 @@ def test_every_flag_of_a_model_reaches_the_evaluation(run_cli, calls):
     run_cli("eval", "demo", *flags.split(), "--prompt", "<image> {expression}?")
     options = ExportOptions(
         model="demo",
+        pruning=PruningRequest(
+            order="score",
+            extra_token="mean",
+            extra_position="centroid",
+            budget="fixed",
+            pruner_text="question",
+            seed=3,
+        ),
         recipe="llava",
         checkpoint={"main": Path("weights"), "base": Path("llm")},
         dtype="float16",
-        order="score",
-        extra_token="mean",
-        extra_position="centroid",
-        budget="fixed",
-        pruner_text="question",
-        seed=3,
     )
     arguments = {
-        "pruners": ["cls", "spatial"],
-        "keep_ratios": [0.3, 0.5],
+        "prunings": options.pruning.variants(["cls", "spatial"], [0.3, 0.5]),
         "num_samples": 20,
         "asking": Asking(
             data="refcoco:coco:val",
@@ -134,7 +136,7 @@ def test_every_flag_of_a_model_reaches_the_evaluation(run_cli, calls):
 def test_nothing_but_the_model_needs_to_be_said(run_cli, calls):
     run_cli("eval", "demo")
     asking = Asking(rule=ANY)
-    arguments = {"pruners": [], "keep_ratios": (), "num_samples": None, "asking": asking}
+    arguments = {"prunings": (PruningRequest(),), "num_samples": None, "asking": asking}
     assert calls == [(ExportOptions(model="demo"), arguments)]
 
 

@@ -13,6 +13,7 @@ from gap_export import exporting
 from gap_export.bundle import open_bundle
 from gap_export.exporting import ExportOptions, ExportReport
 from gap_export.spec.manifest import QuantizationSpec, TilesSpec
+from gap_export.spec.requests import EnginesRequest, PruningRequest
 
 
 def test_every_flag_reaches_the_export(run_cli, seen_options, tmp_path):
@@ -24,15 +25,17 @@ def test_every_flag_reaches_the_export(run_cli, seen_options, tmp_path):
     assert seen_options == [
         ExportOptions(
             model="some/folder",
-            keep_ratio=0.5,
-            pruner="cls",
-            order="score",
-            extra_token="weighted",
-            extra_position="centroid",
-            budget="adaptive",
-            pruner_text="question",
-            positions="compact",
-            seed=7,
+            pruning=PruningRequest(
+                keep_ratio=0.5,
+                pruner="cls",
+                order="score",
+                extra_token="weighted",
+                extra_position="centroid",
+                budget="adaptive",
+                pruner_text="question",
+                positions="compact",
+                seed=7,
+            ),
             recipe="demo",
             checkpoint={"main": Path("weights"), "base": Path("llm")},
             dtype="float16",
@@ -51,14 +54,20 @@ def test_flags_about_engines_reach_the_export(run_cli, seen_options):
     assert seen_options == [
         ExportOptions(
             model="demo",
-            targets=("rtx:sm89", "orin"),
-            lowering="portable",
-            max_prompt=200,
-            max_new_tokens=20,
-            max_batch=4,
+            engines=EnginesRequest(
+                targets=("rtx:sm89", "orin"),
+                lowering="portable",
+                max_prompt=200,
+                max_new_tokens=20,
+                max_batch=4,
+            ),
         ),
-        ExportOptions(model="demo", keep_ratio=0.3, targets=("auto",)),
-        ExportOptions(model="demo", targets=("auto",)),
+        ExportOptions(
+            model="demo",
+            pruning=PruningRequest(keep_ratio=0.3),
+            engines=EnginesRequest(targets=("auto",)),
+        ),
+        ExportOptions(model="demo", engines=EnginesRequest(targets=("auto",))),
     ]
 
 
@@ -101,7 +110,9 @@ def test_engines_and_weights_that_make_no_sense_exit_2(run_cli, tmp_path, flags,
 
 def test_random_weights_are_asked_for_by_their_flag(run_cli, seen_options):
     run_cli("llava", "--random-weights", "--seed", "3")
-    assert seen_options == [ExportOptions(model="llava", random_weights=True, seed=3)]
+    assert seen_options == [
+        ExportOptions(model="llava", pruning=PruningRequest(seed=3), random_weights=True)
+    ]
 
 
 def test_weights_that_are_not_here_exit_2_with_the_way_to_get_them(run_cli, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 
 from gap_export import __version__, exporting
 from gap_export.errors import ExportError, ParityError, UsageError
+from gap_export.spec.requests import PruningRequest
 from gap_export.stop_signals import Stopped, stop_signals
 from tests.programs import run_program, start_program
 
@@ -28,7 +29,9 @@ from tests.programs import run_program, start_program
 )
 def test_export_runs_where_no_command_is_named(run_cli, seen_options, argv):
     run_cli(*argv)
-    assert seen_options == [exporting.ExportOptions(model="refshapes-llava", keep_ratio=0.3)]
+    assert seen_options == [
+        exporting.ExportOptions(model="refshapes-llava", pruning=PruningRequest(keep_ratio=0.3))
+    ]
 
 
 def test_a_mistyped_command_is_not_taken_for_a_model(run_cli, seen_options):

@@ -18,6 +18,7 @@ from gap_export.cli.optimum_command import build_optimum_command, run_export
 from gap_export.errors import ParityError
 from gap_export.exporting import ExportOptions
 from gap_export.extras import missing_modules
+from gap_export.spec.requests import EnginesRequest, PruningRequest
 from tests.programs import Finished, run_program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,14 +104,12 @@ def test_flags_reach_the_export(request, seen_options, tmp_path, runner):
     assert seen_options == [
         ExportOptions(
             model="llava",
-            keep_ratio=0.3,
-            pruner="cls",
-            positions="compact",
+            pruning=PruningRequest(keep_ratio=0.3, pruner="cls", positions="compact"),
+            engines=EnginesRequest(targets=("auto",)),
             checkpoint={"base": Path("llm"), "main": Path("weights")},
-            targets=("auto",),
             out=tmp_path,
         ),
-        ExportOptions(model="llava", targets=("rtx:sm89",), force=True),
+        ExportOptions(model="llava", engines=EnginesRequest(targets=("rtx:sm89",)), force=True),
     ]
 
 

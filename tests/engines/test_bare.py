@@ -120,7 +120,7 @@ def test_a_missing_tensorrt_is_one_line(python, trt_bundle):
         (["BUNDLE", "--target", "orin:sm89"], "error: target orin has no such GPU generation"),
         (["NOWHERE", "--target", "orin"], "error: no bundle there"),
         (["BUNDLE"], "the following arguments are required: --target"),
-        (["BUNDLE", "--target", "orin", "--workspace", "0"], "0 is not above 0"),
+        (["BUNDLE", "--target", "orin", "--workspace", "0"], "--workspace: 0 is out of range"),
         (["BUNDLE", "--target", "orin", "--weights", "none"], "invalid choice: 'none'"),
         (["BUNDLE", "--target", "orin", "--batch", "0"], "error: no such --batch: 0"),
     ],

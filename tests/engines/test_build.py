@@ -13,12 +13,12 @@ import pytest
 from gap_export.bundle import open_bundle
 from gap_export.engines import build as build_module
 from gap_export.engines import compile as compile_module
-from gap_export.engines.build import LimitOverrides, build_engines, resolve_limits, target_graphs
-from gap_export.engines.compile import BuildOptions
+from gap_export.engines.build import build_engines, resolve_limits, target_graphs
 from gap_export.engines.folder import read_engine_folder
 from gap_export.engines.profiles import check_cache_capacity, make_profiles
 from gap_export.engines.targets import TARGETS, TargetChoice
 from gap_export.errors import BundleError, UsageError
+from gap_export.spec.requests import BuildOptions, LimitsRequest
 from tests.engines.bundles import (
     LIMITS,
     SKIP_RTX,
@@ -93,7 +93,7 @@ def test_engines_of_other_sizes_do_not_mix(trt_bundle):
     before = contents(trt_bundle)
     with pytest.raises(UsageError, match=r"built for other sizes: max prompt 40.*leave out --only"):
         build_engines(
-            trt_bundle, SM89, only=("text_encoder",), overrides=LimitOverrides(max_batch=1)
+            trt_bundle, SM89, only=("text_encoder",), overrides=LimitsRequest(max_batch=1)
         )
     assert contents(trt_bundle) == before
 
@@ -107,7 +107,7 @@ def test_engines_that_are_damaged_do_not_stay_beside_a_new_one(trt_bundle):
 
 
 def test_sizes_may_be_others_than_the_bundles(trt_bundle):
-    overrides = LimitOverrides(max_prompt=16, max_new_tokens=3, max_batch=1)
+    overrides = LimitsRequest(max_prompt=16, max_new_tokens=3, max_batch=1)
     folder = build_engines(trt_bundle, SM89, only=COMPONENT, overrides=overrides)
     assert vars(folder.plan.limits) == {
         "max_prompt": 16,
@@ -129,7 +129,7 @@ def test_generations_have_folders_of_their_own(trt_bundle):
 def test_a_folder_is_replaced_when_the_new_one_is_complete(trt_bundle):
     build_engines(trt_bundle, SM89, only=COMPONENT)
     (trt_bundle.path / "engines" / "rtx-sm89" / "engine.json").write_text("damaged")
-    build_engines(trt_bundle, SM89, overrides=LimitOverrides(max_prompt=8))
+    build_engines(trt_bundle, SM89, overrides=LimitsRequest(max_prompt=8))
     plan = read_engine_folder(trt_bundle, "rtx-sm89").plan
     assert plan.limits.max_prompt == 8
     assert not [name for name in contents(trt_bundle) if name.startswith(".")]
@@ -241,10 +241,10 @@ def test_a_component_there_is_not_is_refused_with_those_that_are(trt_bundle):
 @pytest.mark.parametrize(
     ("overrides", "flag"),
     [
-        (LimitOverrides(max_prompt=0), "--max-prompt"),
-        (LimitOverrides(max_prompt=100_000), "--max-prompt"),
-        (LimitOverrides(max_new_tokens=-1), "--max-new-tokens"),
-        (LimitOverrides(max_batch=0), "--batch"),
+        (LimitsRequest(max_prompt=0), "--max-prompt"),
+        (LimitsRequest(max_prompt=100_000), "--max-prompt"),
+        (LimitsRequest(max_new_tokens=-1), "--max-new-tokens"),
+        (LimitsRequest(max_batch=0), "--batch"),
     ],
 )
 def test_sizes_out_of_range_are_refused_by_their_flag(trt_bundle, overrides, flag):
@@ -260,14 +260,14 @@ def test_more_than_a_fixed_cache_holds_is_refused_before_anything_is_built(
     # A component alone as well: the decoder could not follow it.
     for only in ((), COMPONENT):
         with pytest.raises(UsageError, match=r"49 slots; allowed: 48 slots together; export again"):
-            build_engines(bundle, SM89, only=only, overrides=LimitOverrides(**sizes))
+            build_engines(bundle, SM89, only=only, overrides=LimitsRequest(**sizes))
     assert contents(bundle) == set()
 
 
 def test_a_cache_that_grows_may_have_more_than_the_bundle_says(trt_bundle):
     manifest = trt_bundle.manifest
     most = manifest.decoder.max_position_embeddings
-    limits = resolve_limits(manifest, LimitOverrides(max_prompt=most - 100, max_new_tokens=100))
+    limits = resolve_limits(manifest, LimitsRequest(max_prompt=most - 100, max_new_tokens=100))
     *_, decoder = target_graphs(manifest, SM89.target)
     check_cache_capacity((decoder,), limits)
     _, decode = make_profiles(manifest, decoder, limits)
@@ -276,7 +276,7 @@ def test_a_cache_that_grows_may_have_more_than_the_bundle_says(trt_bundle):
 
 def test_more_than_the_model_s_context_is_refused(trt_bundle):
     most = trt_bundle.manifest.decoder.max_position_embeddings
-    overrides = LimitOverrides(max_prompt=most - 100, max_new_tokens=101)
+    overrides = LimitsRequest(max_prompt=most - 100, max_new_tokens=101)
     said = rf"context: --max-prompt {most - 100} and --max-new-tokens 101; allowed: {most} tokens"
     with pytest.raises(UsageError, match=said):
         resolve_limits(trt_bundle.manifest, overrides)
@@ -287,7 +287,7 @@ def test_what_was_exported_may_be_built_whatever_the_context(trt_bundle):
     most = trt_bundle.manifest.decoder.max_position_embeddings
     own = dataclasses.replace(LIMITS, max_prompt=most)
     manifest = dataclasses.replace(trt_bundle.manifest, engine_limits=own)
-    assert resolve_limits(manifest, LimitOverrides(max_batch=1)).max_prompt == most
+    assert resolve_limits(manifest, LimitsRequest(max_batch=1)).max_prompt == most
 
 
 def test_a_kept_engine_is_what_it_was(trt_bundle):

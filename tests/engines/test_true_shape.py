@@ -19,6 +19,7 @@ from gap_export.engines.build import build_engines
 from gap_export.engines.plan import EngineSpec
 from gap_export.spec.manifest import QuantizationSpec
 from gap_export.spec.recipe import Recipe, find_recipe
+from gap_export.spec.requests import EnginesRequest, PruningRequest
 from tests.engines.bundles import SKIP_RTX, SM89
 from tests.engines.gap_walk import assert_rope_sees_remapped_ids
 from tests.engines.sm89 import view_component
@@ -115,14 +116,11 @@ def export(recipe: Recipe, out: Path, quantization: QuantizationSpec | None) -> 
 
     options = ExportOptions(
         model=recipe.name,
-        pruner="spatial",
-        keep_ratio=0.3,
+        pruning=PruningRequest(pruner="spatial", keep_ratio=0.3),
+        engines=EnginesRequest(targets=("orin",), lowering="fused"),
         out=out,
         random_weights=True,
         quantization=quantization,
-        # An Orin's engines are built elsewhere, so that here they are prepared alone.
-        targets=("orin",),
-        lowering="fused",
     )
     export_checkpoint(recipe, Checkpoint(parts={}, random_seed=0), options)
     exported = open_bundle(out)

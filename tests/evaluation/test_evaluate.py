@@ -19,6 +19,7 @@ from gap_export.evaluation.evaluate import Asking, evaluate_bundle, evaluate_mod
 from gap_export.exporting import ExportOptions, export_checkpoint, export_model, resolve_options
 from gap_export.report import EVALUATION_SCHEMA
 from gap_export.spec.manifest import EngineLimits
+from gap_export.spec.requests import PruningRequest
 from tests.runtime.backends.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
 
@@ -59,9 +60,8 @@ def without_times(report):
 @pytest.mark.usefixtures("known_graphs")
 def test_rows_are_unpruned_then_compact_and_gap_for_each_configuration(tiny_checkpoint, tmp_path):
     report = evaluate_model(
-        ExportOptions(model=str(tiny_checkpoint), seed=4),
-        pruners=["spatial", "random", "spatial"],
-        keep_ratios=[0.5, 0.3],
+        ExportOptions(model=str(tiny_checkpoint), pruning=PruningRequest(seed=4)),
+        prunings=PruningRequest(seed=4).variants(["spatial", "random", "spatial"], [0.5, 0.3]),
         num_samples=8,
         asking=Asking(pictures=tmp_path / "drawn", misaligned=("shifted", "permuted")),
     )
@@ -200,7 +200,7 @@ def test_500_samples_of_refshapes_and_all_of_other_data_are_the_default(
         raise ImageError("far enough")
 
     monkeypatch.setattr(evaluate, "open_dataset", refuse)
-    options = ExportOptions(model=str(tiny_checkpoint), seed=3)
+    options = ExportOptions(model=str(tiny_checkpoint), pruning=PruningRequest(seed=3))
     for data in ("refshapes", "refshapes:train", str(per_split)):
         for number in (None, 7, 0):
             with pytest.raises(ImageError):
@@ -246,7 +246,9 @@ def test_a_baseline_of_other_weights_is_refused(
     tiny_bundle, tiny_checkpoint, make_checkpoint, exports, tmp_path
 ):
     other = str(make_checkpoint(seed=1))
-    options = ExportOptions(model=other, keep_ratio=1.0, out=tmp_path / "other")
+    options = ExportOptions(
+        model=other, pruning=PruningRequest(keep_ratio=1.0), out=tmp_path / "other"
+    )
     # Its weights differ, and no graph holds any.
     cache = exports.graphs(str(tiny_checkpoint))
     baseline = export_model(options, cache=cache).bundle
@@ -285,9 +287,9 @@ def test_a_slip_in_the_last_configuration_is_refused_before_anything_is_exported
     monkeypatch.setattr(evaluate, "export_model", None)
     options = ExportOptions(model=str(tiny_checkpoint))
     with pytest.raises(UsageError, match="keep ratio"):
-        evaluate_model(options, keep_ratios=[0.3, 1.5])
+        evaluate_model(options, prunings=PruningRequest().variants((), [0.3, 1.5]))
     with pytest.raises(UsageError, match="spatail"):
-        evaluate_model(options, pruners=["cls", "spatail"])
+        evaluate_model(options, prunings=PruningRequest().variants(["cls", "spatail"]))
 
 
 @pytest.mark.parametrize(
@@ -310,14 +312,17 @@ def test_without_a_share_a_pruner_leaves_the_number_to_the_image_as_in_export(
     monkeypatch.setattr(evaluate, "export_model", note)
     monkeypatch.setattr(evaluate._Job, "measure", lambda *_: None)
     options = ExportOptions(model=str(tiny_checkpoint))
-    evaluate_model(options, pruners=["trim", "spatial"], keep_ratios=keep_ratios, num_samples=1)
+    prunings = PruningRequest().variants(["trim", "spatial"], keep_ratios)
+    evaluate_model(options, prunings=prunings, num_samples=1)
     assert made == budgets
 
 
 @pytest.mark.usefixtures("known_graphs")
 def test_score_order_needs_no_pruner_but_those_asked_for(tiny_checkpoint):
-    options = ExportOptions(model=str(tiny_checkpoint), order="score")
-    report = evaluate_model(options, pruners=["cls"], num_samples=4)
+    options = ExportOptions(
+        model=str(tiny_checkpoint), pruning=PruningRequest(order="score", pruner="cls")
+    )
+    report = evaluate_model(options, num_samples=4)
     assert [row.pruner for row in report.rows] == ["none", "cls", "cls"]
 
 

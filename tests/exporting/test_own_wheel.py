@@ -17,6 +17,7 @@ from gap_export.errors import UsageError
 from gap_export.exporting import ExportOptions, own_wheel
 from gap_export.exporting.own_wheel import wheel_name, write_own_wheel
 from gap_export.extras import pip_install
+from gap_export.spec.requests import EnginesRequest
 from gap_export.version import SOURCE
 
 
@@ -115,7 +116,9 @@ def test_another_version_than_runs_is_not_packed(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("targets", [(), ("rtx:sm89",)], ids=str)
 def test_a_bundle_that_no_device_builds_from_takes_no_wheel(targets):
-    options = ExportOptions(model="refshapes-llava", targets=targets, wheel=True)
+    options = ExportOptions(
+        model="refshapes-llava", engines=EnginesRequest(targets=targets, wheel=True)
+    )
     with pytest.raises(UsageError, match="--wheel is for bundles whose engines another machine"):
         options.target_choices()
 

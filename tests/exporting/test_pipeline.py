@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,11 +22,12 @@ from gap_export.exporting import (
 )
 from gap_export.progress import Advance
 from gap_export.spec.recipe import load_recipe
+from tests.shared import sort_options
 
 
 def options(tiny_checkpoint: Path, out: Path, **changes: object) -> ExportOptions:
-    base = ExportOptions(model=str(tiny_checkpoint), pruner="spatial", keep_ratio=0.3, out=out)
-    return replace(base, **changes)
+    flat = {"model": str(tiny_checkpoint), "pruner": "spatial", "keep_ratio": 0.3, "out": out}
+    return ExportOptions(**sort_options(flat | changes))
 
 
 def test_bundle_holds_what_the_manifest_says_and_nothing_else(tiny_bundle):

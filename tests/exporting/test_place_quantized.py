@@ -31,6 +31,7 @@ from gap_export.graph.passes.quantize_linear import QuantizeLinear
 from gap_export.progress import SilentProgress
 from gap_export.spec.manifest import QuantizationSpec
 from gap_export.spec.recipe import load_recipe
+from gap_export.spec.requests import PruningRequest
 from gap_export.spec.tolerances import TOLERANCES
 
 DECODER = "decoder_model_merged"
@@ -43,7 +44,8 @@ def spec(block_size: int = 32, *, lm_head: bool = False) -> QuantizationSpec:
 def reference_of(folder: Path, dtype: str | None = None, pruner: str = "spatial") -> Reference:
     recipe = load_recipe(folder / "recipe.yaml")
     pruning = resolve_pruning(
-        recipe, pruner=pruner, keep_ratio=0.3, order="raster", positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner=pruner, keep_ratio=0.3, order="raster"),
     )
     return build_reference(recipe, Checkpoint.of(folder), pruning, device="meta", dtype=dtype)
 
@@ -254,7 +256,8 @@ def test_quantized_decoder_equals_pytorch_with_the_rounded_weights(
 
     recipe = load_recipe(tiny_checkpoint / "recipe.yaml")
     pruning = resolve_pruning(
-        recipe, pruner="spatial", keep_ratio=0.3, order="raster", positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner="spatial", keep_ratio=0.3, order="raster"),
     )
     reference = build_reference(recipe, Checkpoint.of(tiny_checkpoint), pruning, device="cpu")
     shape = reference.decoder_spec

@@ -17,12 +17,14 @@ from gap_export.exporting.place_weights import place_weights
 from gap_export.families import build_reference, resolve_pruning
 from gap_export.progress import SilentProgress
 from gap_export.spec.recipe import load_recipe
+from gap_export.spec.requests import PruningRequest
 
 
 def reference_of(folder: Path, dtype: str | None = None, pruner: str = "spatial"):
     recipe = load_recipe(folder / "recipe.yaml")
     pruning = resolve_pruning(
-        recipe, pruner=pruner, keep_ratio=0.3, order="raster", positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner=pruner, keep_ratio=0.3, order="raster"),
     )
     return build_reference(recipe, Checkpoint.of(folder), pruning, device="meta", dtype=dtype)
 

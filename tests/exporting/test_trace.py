@@ -27,6 +27,7 @@ from gap_export.families import Component, build_reference, resolve_pruning
 from gap_export.graph.passes import PIPELINES, run_pipeline
 from gap_export.spec.manifest import TensorSpec
 from gap_export.spec.recipe import load_recipe
+from gap_export.spec.requests import PruningRequest
 
 PRUNERS = ("cls", "text", "random", "spatial", "fastervlm")
 ATOL = 5e-5
@@ -236,7 +237,8 @@ def test_real_grid_sizes_equal_pytorch(make_checkpoint, tmp_path, grid, pruner):
     checkpoint = make_checkpoint(grid=grid)
     recipe = load_recipe(checkpoint / "recipe.yaml")
     pruning = resolve_pruning(
-        recipe, pruner=pruner, keep_ratio=0.3, order="raster", positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner=pruner, keep_ratio=0.3, order="raster"),
     )
     parts = Checkpoint.of(checkpoint)
     component = build_reference(recipe, parts, pruning, device="meta").component("vision_encoder")

@@ -16,6 +16,7 @@ from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import CheckpointError, ExitCode, RecipeError
 from gap_export.families import build_reference, resolve_pruning
 from gap_export.families.common.checkpoints.matching import check_config_readable, look_at
+from gap_export.spec.requests import PruningRequest
 
 LAYER = "language_model.model.layers.1.mlp.up_proj.weight"
 
@@ -28,7 +29,8 @@ def broken(tiny_checkpoint, tmp_path) -> Path:
 
 def build(folder: Path, recipe: Any, pruner: str = "spatial") -> None:
     pruning = resolve_pruning(
-        recipe, pruner=pruner, keep_ratio=0.3, order="raster", positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner=pruner, keep_ratio=0.3, order="raster"),
     )
     build_reference(recipe, Checkpoint.of(folder), pruning, device="meta")
 

@@ -15,6 +15,7 @@ from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import CheckpointError
 from gap_export.families import build_reference, resolve_pruning
 from gap_export.families.common.checkpoints.matching import build_config
+from gap_export.spec.requests import PruningRequest
 
 
 def refusal(
@@ -29,7 +30,8 @@ def refusal(
     target[key] = value
     file.write_text(json.dumps(plain))
     pruning = resolve_pruning(
-        recipe, pruner="text", keep_ratio=0.3, order="raster", positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner="text", keep_ratio=0.3, order="raster"),
     )
     with pytest.raises(CheckpointError) as caught:
         build_reference(recipe, Checkpoint.of(folder), pruning, device="meta")

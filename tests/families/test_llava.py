@@ -13,6 +13,7 @@ import torch
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.families import Reference, build_reference, resolve_pruning
 from gap_export.spec.recipe import load_recipe
+from gap_export.spec.requests import PruningRequest
 from tests.families.masked_oracle import logits_of_every_token
 
 PRUNERS = ("cls", "text", "random", "spatial", "fastervlm")
@@ -22,7 +23,8 @@ ATOL = 2e-5
 def reference(folder: Path, pruner: str = "spatial", keep_ratio: float = 1.0) -> Reference:
     recipe = load_recipe(folder / "recipe.yaml")
     pruning = resolve_pruning(
-        recipe, pruner=pruner, keep_ratio=keep_ratio, order="raster", positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner=pruner, keep_ratio=keep_ratio, order="raster"),
     )
     return build_reference(recipe, Checkpoint.of(folder), pruning, device="cpu")
 
@@ -186,7 +188,8 @@ def test_similarity_sign_turns_the_choice_round(tiny_checkpoint):
     text, kept = torch.randn(1, 16), []
     for each in (recipe, flipped):
         pruning = resolve_pruning(
-            each, pruner="text", keep_ratio=0.5, order="raster", positions="gap", seed=0
+            each,
+            PruningRequest(pruner="text", keep_ratio=0.5, order="raster"),
         )
         checkpoint = Checkpoint.of(tiny_checkpoint)
         encoder = build_reference(each, checkpoint, pruning, device="cpu").vision_encoder

@@ -16,6 +16,7 @@ from gap_export.errors import CheckpointError
 from gap_export.exporting.torch_backend import TorchBackend
 from gap_export.families import Reference, build_reference, resolve_pruning
 from gap_export.spec.recipe import load_recipe
+from gap_export.spec.requests import PruningRequest
 from tests.families import rewriting
 from tests.families.llava_layouts import write_state
 from tests.families.tiny_llava_next import write_llava_next
@@ -41,7 +42,8 @@ def original(request, tmp_path_factory, tiny_checkpoint) -> Path:
 def reference(folder: Path, *, dtype: str | None = None, device: Any = "cpu") -> Reference:
     recipe = load_recipe(folder / "recipe.yaml")
     pruning = resolve_pruning(
-        recipe, pruner="spatial", keep_ratio=1.0, order="raster", positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner="spatial", keep_ratio=1.0, order="raster"),
     )
     checkpoint = Checkpoint.of(folder)
     return build_reference(recipe, checkpoint, pruning, device=device, dtype=dtype)

@@ -14,6 +14,7 @@ from gap_export.checkpoint.weights import DerivedWeight, PickledTensor, TensorRe
 from gap_export.errors import CheckpointError
 from gap_export.families import Reference, build_reference, read_source, resolve_pruning
 from gap_export.spec.recipe import Recipe
+from gap_export.spec.requests import PruningRequest
 from tests.families.llava_layouts import (
     LINEARS,
     Pieces,
@@ -62,7 +63,8 @@ def parts(tmp_path: Path, pieces: Pieces) -> dict[str, Path]:
 
 def build(recipe: Recipe, parts: dict[str, Path], device: str = "cpu") -> Reference:
     pruning = resolve_pruning(
-        recipe, pruner="spatial", keep_ratio=1.0, order="raster", positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner="spatial", keep_ratio=1.0, order="raster"),
     )
     return build_reference(recipe, Checkpoint(parts=parts), pruning, device=device)
 

@@ -20,6 +20,7 @@ from gap_export.families import Reference, build_reference, resolve_pruning
 from gap_export.runtime.images.image import prepare_image
 from gap_export.spec.positions import VisualSpan, build_kept_positions
 from gap_export.spec.recipe import Recipe, load_recipe
+from gap_export.spec.requests import PruningRequest
 from gap_export.spec.tiles import TiledTokens, arrange_tiles
 from tests.families import rewriting
 from tests.families.masked_oracle import (
@@ -48,9 +49,8 @@ class Model:
     @cache  # noqa: B019 - a model lives as long as its module's tests
     def reference(self, pruner: str = "spatial", keep_ratio: float = 1.0) -> Reference:
         pruning = resolve_pruning(
-            self.recipe,
-            pruner=pruner, keep_ratio=keep_ratio, order="raster", positions="gap", seed=0,
-        )  # fmt: skip
+            self.recipe, PruningRequest(pruner=pruner, keep_ratio=keep_ratio, order="raster")
+        )
         return build_reference(self.recipe, Checkpoint.of(self.folder), pruning, device="cpu")
 
 

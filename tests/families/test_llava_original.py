@@ -16,6 +16,7 @@ from gap_export.errors import CheckpointError
 from gap_export.families import Reference, build_reference, read_source, resolve_pruning
 from gap_export.spec.manifest import TilesSpec
 from gap_export.spec.recipe import Recipe, load_recipe
+from gap_export.spec.requests import PruningRequest
 from tests.families.llava_layouts import (
     Pieces,
     edit_json,
@@ -53,7 +54,8 @@ def recipe(tiny_recipe: Recipe) -> Recipe:
 
 def build(recipe: Recipe, device: str = "cpu", **parts: Path) -> Reference:
     pruning = resolve_pruning(
-        recipe, pruner="spatial", keep_ratio=1.0, order="raster", positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner="spatial", keep_ratio=1.0, order="raster"),
     )
     return build_reference(recipe, Checkpoint(parts=parts), pruning, device=device)
 
@@ -255,7 +257,8 @@ def test_one_clip_gives_both_towers(tmp_path, recipe, pieces, tiny_checkpoint, f
     tower = recipe.text_tower.model_copy(update={"role": "tower", "folder": "."})
     recipe = recipe.model_copy(update={"text_tower": tower})
     pruning = resolve_pruning(
-        recipe, pruner="text", keep_ratio=0.5, order="raster", positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner="text", keep_ratio=0.5, order="raster"),
     )
     parts = {"main": write_original(tmp_path / "m", pieces), "tower": clip}
     ref = build_reference(recipe, Checkpoint(parts=parts), pruning, device="cpu")

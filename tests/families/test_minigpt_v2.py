@@ -27,6 +27,7 @@ from gap_export.runtime.prompt import PromptEncoder
 from gap_export.spec.manifest import GridSpec
 from gap_export.spec.positions import VisualSpan, build_kept_positions
 from gap_export.spec.recipe import Recipe
+from gap_export.spec.requests import PruningRequest
 from tests.families.llava_layouts import State
 from tests.families.masked_oracle import (
     check_masked_oracle,
@@ -87,7 +88,8 @@ def build(
     recipe: Recipe, parts: dict[str, Path], pruner: str = "spatial", keep_ratio: float = 1.0, **how
 ) -> Reference:
     pruning = resolve_pruning(
-        recipe, pruner=pruner, keep_ratio=keep_ratio, order="raster", positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner=pruner, keep_ratio=keep_ratio, order="raster"),
     )
     return build_reference(recipe, Checkpoint(parts=parts), pruning, **{"device": "cpu", **how})
 
@@ -220,13 +222,15 @@ def test_pruners_that_read_text_are_refused(recipe):
     assert set(supported_pruners(recipe)) == set(PRESETS) - reading - merging
     with pytest.raises(UnsupportedPrunerError, match="text"):
         resolve_pruning(
-            recipe, pruner="text", keep_ratio=0.3, order="raster", positions="gap", seed=0
+            recipe,
+            PruningRequest(pruner="text", keep_ratio=0.3, order="raster"),
         )
 
 
 def test_random_weights_need_no_checkpoint(recipe):
     pruning = resolve_pruning(
-        recipe, pruner="fastervlm", keep_ratio=0.5, order="raster", positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner="fastervlm", keep_ratio=0.5, order="raster"),
     )
     reference = build_reference(
         recipe, Checkpoint(parts={}, random_seed=4), pruning, device="cpu", dtype="float32"

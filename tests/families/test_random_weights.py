@@ -12,6 +12,7 @@ from gap_export.errors import UsageError
 from gap_export.families import build_reference, find_family, read_source, resolve_pruning
 from gap_export.families.common.reference import Reference
 from gap_export.spec.recipe import Recipe, load_recipe
+from gap_export.spec.requests import PruningRequest
 from tests.families.tiny_llava_next import write_llava_next
 
 
@@ -30,7 +31,8 @@ def recipe(request, tmp_path_factory, tiny_checkpoint) -> Recipe:
 
 def drawn(recipe: Recipe, seed: int = 0, pruner: str = "cls", **options: Any) -> Reference:
     pruning = resolve_pruning(
-        recipe, pruner=pruner, keep_ratio=0.3, order="raster", positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner=pruner, keep_ratio=0.3, order="raster"),
     )
     checkpoint = Checkpoint(parts={}, random_seed=seed)
     return build_reference(recipe, checkpoint, pruning, **({"device": "cpu"} | options))

@@ -26,6 +26,7 @@ from gap_export.families import (
 from gap_export.runtime.prompt import PromptEncoder
 from gap_export.spec.positions import VisualSpan, build_kept_positions
 from gap_export.spec.recipe import Recipe
+from gap_export.spec.requests import PruningRequest
 from tests.families.masked_oracle import (
     check_masked_oracle,
     logits_of_every_token,
@@ -90,7 +91,8 @@ def build(
     recipe: Recipe, parts: dict[str, Path], pruner: str = "spatial", keep_ratio: float = 1.0, **how
 ) -> Reference:
     pruning = resolve_pruning(
-        recipe, pruner=pruner, keep_ratio=keep_ratio, order="raster", positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner=pruner, keep_ratio=keep_ratio, order="raster"),
     )
     how = {"device": "cpu", "dtype": "float32", **how}
     return build_reference(recipe, Checkpoint(parts=parts), pruning, **how)
@@ -225,9 +227,7 @@ def test_masked_oracle_holds_in_mid_sentence(recipe, shared_parts, pruner):
 def test_random_weights_need_no_checkpoint(recipe, shared_parts):
     architecture = read_source(recipe, Checkpoint(parts=shared_parts)).architecture
     sized = recipe.model_copy(update={"architecture": architecture})
-    pruning = resolve_pruning(
-        sized, pruner="cls", keep_ratio=0.5, order="raster", positions="gap", seed=0
-    )
+    pruning = resolve_pruning(sized, PruningRequest(pruner="cls", keep_ratio=0.5, order="raster"))
     drawn = Checkpoint(parts={}, random_seed=4)
     reference = build_reference(sized, drawn, pruning, device="cpu", dtype="float32")
     with torch.inference_mode():

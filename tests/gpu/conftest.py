@@ -9,6 +9,7 @@ import pytest
 from gap_export.engines.targets import TARGETS
 from gap_export.errors import GapExportError
 from gap_export.runtime.backends.device import CudaDevice
+from gap_export.spec.requests import EnginesRequest, PruningRequest
 
 
 @pytest.fixture(scope="session")
@@ -56,12 +57,9 @@ def engine_bundle(
         pytest.skip(f"target {target} does not build the {request.param} lowering")
     options = ExportOptions(
         model="refshapes-llava",
-        pruner="spatial",
-        keep_ratio=0.3,
+        pruning=PruningRequest(pruner="spatial", keep_ratio=0.3),
+        engines=EnginesRequest(targets=(target,), lowering=request.param, max_batch=4),
         out=tmp_path_factory.mktemp("gpu") / "bundle",
-        targets=(target,),
-        lowering=request.param,
-        max_batch=4,
     )
     bundle = open_bundle(export_model(options).bundle)
     if not engine_folders(bundle):

@@ -25,6 +25,7 @@ from gap_export.graph.passes import PIPELINES, run_pipeline
 from gap_export.graph.passes.quantize_linear import QuantizeLinear
 from gap_export.spec.architecture import Architecture, DecoderShape, ProjectorShape, VisionShape
 from gap_export.spec.recipe import Recipe, find_recipe
+from gap_export.spec.requests import PruningRequest
 from tests.shared import SharedFolder
 
 NUM_LAYERS = 2
@@ -188,7 +189,8 @@ def _architecture(case: Family) -> Architecture:
 def _trace(case: Family, name: str, dtype: str, folder: Path) -> ir.Model:
     recipe = small_recipe(case)
     pruning = resolve_pruning(
-        recipe, pruner=case.pruner, keep_ratio=0.3, order="raster", positions="gap", seed=0
+        recipe,
+        PruningRequest(pruner=case.pruner, keep_ratio=0.3, order="raster"),
     )
     nothing = Checkpoint(parts={}, random_seed=0)
     reference = build_reference(recipe, nothing, pruning, device="meta", dtype=dtype)

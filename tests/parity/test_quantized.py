@@ -35,6 +35,7 @@ from gap_export.parity.results import CheckReport
 from gap_export.progress import SilentProgress
 from gap_export.spec.manifest import EngineLimits, QuantizationSpec
 from gap_export.spec.recipe import Recipe
+from gap_export.spec.requests import PruningRequest
 from gap_export.spec.tolerances import COMPUTED_WEIGHT
 from tests.parity.checking import check_with_torch, failed_outputs, outputs
 from tests.runtime.backends.fake_tensorrt import copy_bundle, use_fakes, write_engines
@@ -73,7 +74,7 @@ def export(
             samples = tuple((q.image, q.expression) for q in questions)
             options = ExportOptions(
                 model=str(tiny_checkpoint),
-                keep_ratio=0.3,
+                pruning=PruningRequest(keep_ratio=0.3),
                 out=tmp_path_factory.mktemp("quantized") / "bundle",
                 dtype=dtype,
                 quantization=spec(method),
@@ -268,7 +269,8 @@ def test_a_graph_that_reads_another_layer_s_weights_fails(export, check, tmp_pat
 @pytest.fixture
 def reference(tiny_recipe: Recipe, tiny_checkpoint: Path) -> Reference:
     pruning = resolve_pruning(
-        tiny_recipe, pruner="spatial", keep_ratio=0.3, order="raster", positions="gap", seed=0
+        tiny_recipe,
+        PruningRequest(pruner="spatial", keep_ratio=0.3, order="raster"),
     )
     return build_reference(tiny_recipe, Checkpoint.of(tiny_checkpoint), pruning, device="cpu")
 

@@ -10,6 +10,7 @@ import pytest
 
 from gap_export.patching import PatchOptions, PatchReport, patch_export
 from tests.patching.exports import Recipe, build_export
+from tests.shared import sort_options
 
 MakeExport = Callable[..., Path]
 Patch = Callable[..., PatchReport]
@@ -48,7 +49,8 @@ def patch(tmp_path: Path) -> Patch:
 
     def run(export: Path, *, keep_ratio: float = 0.3, **options: Any) -> PatchReport:
         out = tmp_path / f"bundle-{len(list(tmp_path.iterdir()))}"
-        return patch_export(PatchOptions(export=export, keep_ratio=keep_ratio, out=out, **options))
+        flat = {"keep_ratio": keep_ratio, **options}
+        return patch_export(PatchOptions(export=export, out=out, **sort_options(flat)))
 
     return run
 

@@ -22,6 +22,7 @@ from gap_export.parity.patched.masked_oracle import compare_with_unpatched
 from gap_export.patching import PatchOptions, patch_export
 from gap_export.spec.manifest import GridSpec
 from gap_export.spec.places import lattice_places
+from gap_export.spec.requests import PruningRequest
 from tests.programs import run_program
 
 EXPRESSIONS = ["the red circle", "the small blue star above the circle"]
@@ -206,20 +207,33 @@ def test_nothing_is_left_where_patching_fails(own_export, tmp_path):
     (own_export / "tokenizer.json").write_text("{}")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UsageError):
-        patch_export(PatchOptions(export=own_export, keep_ratio=0.3, out=tmp_path / "out"))
+        patch_export(
+            PatchOptions(
+                export=own_export, pruning=PruningRequest(keep_ratio=0.3), out=tmp_path / "out"
+            )
+        )
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_an_output_within_the_export_is_refused(own_export):
     with pytest.raises(UsageError, match="within the export"):
-        patch_export(PatchOptions(export=own_export, keep_ratio=0.3, out=own_export / "out"))
+        patch_export(
+            PatchOptions(
+                export=own_export, pruning=PruningRequest(keep_ratio=0.3), out=own_export / "out"
+            )
+        )
     assert not (own_export / "out").exists()
 
 
 def test_a_folder_of_something_else_is_never_replaced(tiny_export, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    options = PatchOptions(export=tiny_export, keep_ratio=0.3, out=tmp_path / "mine", force=True)
+    options = PatchOptions(
+        export=tiny_export,
+        pruning=PruningRequest(keep_ratio=0.3),
+        out=tmp_path / "mine",
+        force=True,
+    )
     with pytest.raises(OutputError, match="not only a gap-export bundle"):
         patch_export(options)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"

@@ -22,6 +22,7 @@ from gap_export.pruning import (
     presets,
 )
 from gap_export.runtime.session import GroundingSession
+from gap_export.spec.requests import PruningRequest
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/add-a-pruner.md"
 
@@ -62,7 +63,9 @@ def test_the_documented_pruner_is_exported_and_grounds(
     install(*documented_example())
     assert "unusual" in supported_pruners(tiny_recipe)
     options = ExportOptions(
-        model=str(tiny_checkpoint), pruner="unusual", keep_ratio=0.3, out=tmp_path / "bundle"
+        model=str(tiny_checkpoint),
+        pruning=PruningRequest(pruner="unusual", keep_ratio=0.3),
+        out=tmp_path / "bundle",
     )
     bundle = export_model(options, cache=exports.graphs(options.model)).bundle
     manifest = open_bundle(bundle).manifest
@@ -134,7 +137,9 @@ def test_places_that_are_none_stop_the_export(monkeypatch, tiny_checkpoint, tmp_
     mine = Preset(name="mine", pruner=Places(places))
     monkeypatch.setattr(presets, "PRESETS", {**presets.PRESETS, "mine": mine})
     options = ExportOptions(
-        model=str(tiny_checkpoint), pruner="mine", keep_ratio=0.3, out=tmp_path / "bundle"
+        model=str(tiny_checkpoint),
+        pruning=PruningRequest(pruner="mine", keep_ratio=0.3),
+        out=tmp_path / "bundle",
     )
     with pytest.raises(GapExportError, match="pruner mine does not keep what it should") as caught:
         export_model(options)
@@ -159,7 +164,9 @@ def test_what_a_fixed_pruner_gives_is_looked_at(
         presets, "PRESETS", {**presets.PRESETS, "mine": Preset(name="mine", pruner=pruner)}
     )
     options = ExportOptions(
-        model=str(tiny_checkpoint), pruner="mine", keep_ratio=0.3, out=tmp_path / "bundle"
+        model=str(tiny_checkpoint),
+        pruning=PruningRequest(pruner="mine", keep_ratio=0.3),
+        out=tmp_path / "bundle",
     )
     with pytest.raises(GapExportError) as caught:
         export_model(options)
@@ -189,7 +196,9 @@ def test_chosen_tokens_that_are_none_are_refused_when_they_are_chosen(
 ):
     install(CHOOSING.replace("CHOSEN", chosen), "mine = my_pruners:MINE")
     options = ExportOptions(
-        model=str(tiny_checkpoint), pruner="mine", keep_ratio=0.3, out=tmp_path / "bundle"
+        model=str(tiny_checkpoint),
+        pruning=PruningRequest(pruner="mine", keep_ratio=0.3),
+        out=tmp_path / "bundle",
     )
     with pytest.raises(GapExportError, match="does not keep what it should") as caught:
         export_model(options)
@@ -215,7 +224,9 @@ def refusal(install, module: str, checkpoint, tmp_path) -> str:
     """What an export with pruner ``mine`` of a module says."""
     install(module, "mine = my_pruners:MINE")
     options = ExportOptions(
-        model=str(checkpoint), pruner="mine", keep_ratio=0.3, out=tmp_path / "bundle"
+        model=str(checkpoint),
+        pruning=PruningRequest(pruner="mine", keep_ratio=0.3),
+        out=tmp_path / "bundle",
     )
     with pytest.raises(GapExportError) as caught:
         export_model(options)

@@ -11,6 +11,7 @@ import yaml
 
 from gap_export.errors import RecipeError, UnknownModelError
 from gap_export.spec.recipe import find_recipe, list_recipes, load_recipe, models_dir
+from gap_export.spec.requests import PruningRequest
 
 DEMO, LLAVA, MINIGPT, NEXT, SHIKRA = (
     models_dir() / name / "recipe.yaml"
@@ -103,7 +104,8 @@ def test_every_pruner_a_model_claims_can_be_asked_for(name):
     recipe = find_recipe(name)[0]
     for pruner in (None, *supported_pruners(recipe)):
         pruning = resolve_pruning(
-            recipe, pruner=pruner, keep_ratio=None, order="raster", positions="gap", seed=0
+            recipe,
+            PruningRequest(pruner=pruner, keep_ratio=None, order="raster"),
         )
         assert pruning.num_visual_tokens == recipe.grid.num_visual_tokens
     assert ("text" in supported_pruners(recipe)) == (recipe.text_tower is not None)

@@ -15,6 +15,7 @@ from gap_export.exporting import ExportOptions, export_checkpoint, export_model
 from gap_export.progress import Advance
 from gap_export.spec.manifest import QuantizationSpec
 from gap_export.spec.recipe import find_recipe
+from gap_export.spec.requests import EnginesRequest, PruningRequest
 
 # How the stages that matter here are called.
 QUANTIZING = "quantizing weights"
@@ -45,11 +46,11 @@ def export(
     stages = _UpToEngines()
     options = ExportOptions(
         model=checkpoint,
+        pruning=PruningRequest(keep_ratio=keep_ratio),
+        engines=EnginesRequest(targets=(target,)),
         recipe=recipe,
-        keep_ratio=keep_ratio,
         out=Path(out),
         force=True,
-        targets=(target,),
         quantization=quantization,
     )
     try:
@@ -75,10 +76,10 @@ def export_cut(out: str, recipe: str, keep_ratio: float, target: str, num_layers
     cut = replace(shape, decoder=replace(shape.decoder, num_layers=num_layers))
     options = ExportOptions(
         model=recipe,
-        keep_ratio=keep_ratio,
+        pruning=PruningRequest(keep_ratio=keep_ratio),
+        engines=EnginesRequest(targets=(target,)),
         out=Path(out),
         force=True,
-        targets=(target,),
         random_weights=True,
     )
     random = Checkpoint(parts={}, random_seed=0)

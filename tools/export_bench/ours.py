@@ -10,6 +10,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from gap_export.spec.requests import PruningRequest
+
 RECIPE = "llava-1.5-7b"
 DECODER = "decoder_model_merged"
 _NO_RESIDUAL = ("ReduceMean", "Constant")
@@ -20,7 +22,13 @@ def export(checkpoint: str, out: str) -> dict[str, Any]:
     from gap_export.exporting import ExportOptions, export_model
 
     report = export_model(
-        ExportOptions(model=checkpoint, recipe=RECIPE, keep_ratio=0.3, out=Path(out), force=True)
+        ExportOptions(
+            model=checkpoint,
+            pruning=PruningRequest(keep_ratio=0.3),
+            recipe=RECIPE,
+            out=Path(out),
+            force=True,
+        )
     )
     return report.to_plain()
 

@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 
 from gap_export.errors import BundleError
 from gap_export.spec.manifest.plain import ADDED_LATER, RARE, to_plain
-from gap_export.spec.tiles import TileCode
 
 FORMAT = "gap-export-bundle"
 FORMAT_VERSION = 1
@@ -20,6 +19,7 @@ ExtraPosition = Literal["last", "centroid"]
 Budget = Literal["fixed", "adaptive"]
 PrunerText = Literal["expression", "question"]
 LongTexts = Literal["cut", "segments"]
+TileCode = Literal["transformers", "authors"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from gap_export.parity.inside.divergence import compare_layers, find_divergence
 from gap_export.parity.inside.reference_taps import ReferenceTaps
 from gap_export.parity.replay import RecordingBackend
 from gap_export.runtime.session import GroundingSession
+from gap_export.spec.requests import PruningRequest
 from tests.parity import mutants
 
 COMPONENTS = ("text_encoder", "vision_encoder", "embed_tokens", "decoder_model_merged")
@@ -296,8 +297,7 @@ def test_activations_that_overflow_float16_are_found(tiny_checkpoint, tiny_recip
 
     options = ExportOptions(
         model=str(tiny_checkpoint),
-        pruner="spatial",
-        keep_ratio=0.3,
+        pruning=PruningRequest(pruner="spatial", keep_ratio=0.3),
         dtype="float16",
         out=tmp_path / "half",
     )
@@ -328,7 +328,10 @@ def test_int4_weights_are_looked_into_by_what_they_stand_for(
     spec = QuantizationSpec(dtype="int4", block_size=32, method="rtn", lm_head=False)
     out = tmp_path / "int4"
     options = ExportOptions(
-        model=str(tiny_checkpoint), pruner="spatial", keep_ratio=0.3, quantization=spec, out=out
+        model=str(tiny_checkpoint),
+        pruning=PruningRequest(pruner="spatial", keep_ratio=0.3),
+        quantization=spec,
+        out=out,
     )
     manifest = export_model(options).manifest
     reference = build_reference(

@@ -10,6 +10,7 @@ from gap_export.families import resolve_pruning, supported_pruners
 from gap_export.pruning import PRESETS
 from gap_export.spec.manifest import GridSpec
 from gap_export.spec.recipe import Recipe
+from gap_export.spec.requests import PruningRequest
 from tests.families.tiny_llava_next import plain_recipe
 
 
@@ -17,7 +18,7 @@ def resolve(recipe, **changes):
     request = {
         "pruner": "cls", "keep_ratio": 0.3, "order": "raster", "positions": "gap", "seed": 4,
     }  # fmt: skip
-    return resolve_pruning(recipe, **(request | changes))
+    return resolve_pruning(recipe, PruningRequest(**(request | changes)))
 
 
 def test_request_is_settled(tiny_recipe):
@@ -141,7 +142,7 @@ def test_more_tokens_than_topk_takes_are_refused_where_they_are_ranked(tiny_reci
     "changes", [{"extra_token": "mean"}, {"budget": "adaptive", "pruner": "prumerge"}]
 )
 def test_tiles_take_no_extra_token_and_no_number_of_their_own(changes):
-    with pytest.raises(UsageError, match=r"cuts its pictures into tiles"):
+    with pytest.raises(UsageError, match=r"cuts its images into tiles"):
         resolve(Recipe.model_validate(plain_recipe()), order="raster", **changes)
 
 
