@@ -45,8 +45,8 @@ class Case:
 
     Attributes:
         title: In the tables.
-        block_size: Of INT4 weights; None for float16.
-        weights: As ``gap-export build --weights`` has it.
+        block_size: Weights of INT4 that share a scale; None for float16.
+        weights: The value of ``gap-export build --weights``.
     """
 
     title: str
@@ -68,7 +68,7 @@ class Export:
 
     Attributes:
         took: The export's process; its value has the stages.
-        new_bytes: That the bundle took beside the checkpoint.
+        new_bytes: Bytes that the bundle takes beside the checkpoint.
         limits: The sizes engines are built for.
     """
 

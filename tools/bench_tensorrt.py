@@ -41,7 +41,7 @@ class Row:
         name: What ran, with version and device; empty where it did not.
         bundle: Its folder's name.
         model: Recipe.
-        keep_ratio: Of the bundle.
+        keep_ratio: The share of tokens that the bundle keeps.
         num_prompt_tokens: P.
         latency: None where it was refused.
         refusal: Why.

@@ -65,9 +65,9 @@ def main(samples: int = 12, pruner: str = "spatial", write: bool = False) -> Non
             faulty = mutate(honest[dtype], Path(scratch) / name.replace(" ", "-"))
             report = check(faulty, recipe, checkpoint, seed=0, samples=samples)
             failed = [lv.level for lv in report.backends[0].levels if lv.status == "failed"]
-            first = failed[0] if failed else "nobody"
+            first = failed[0] if failed else "no level"
             if first != CAUGHT_AT[name]:
-                raise SystemExit(f"{name}: first seen by {first}, not by {CAUGHT_AT[name]}")
+                raise SystemExit(f"{name}: first noticed by {first}, not by {CAUGHT_AT[name]}")
             rows.append([name, *marks(report), where(report)])
             note(f"{name}: {first}")
         for seed in SEEDS:

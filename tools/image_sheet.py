@@ -79,8 +79,8 @@ def make_sheet(
     """Rows of tiles on white.
 
     Args:
-        rows: Of each its label, which may be empty, and its tiles.
-        width: Of a tile; drawings are made so wide.
+        rows: The label of each row, which may be empty, and its tiles.
+        width: The width of a tile, which its drawing is scaled to.
         heading: A line above all.
         heat: Whether there are heat maps, which the legend then explains.
     """

@@ -1,4 +1,4 @@
-"""Where published figures stand: sections between markers, which tools write and nobody types.
+"""Where published figures stand: sections between markers, which only tools write.
 
 A section begins with ``<!-- figures:NAME -->`` and ends with ``<!-- /figures:NAME -->``. It holds
 the command that wrote it. Every tool of a section prints it, and puts it there with ``--write``.

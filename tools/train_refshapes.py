@@ -9,8 +9,8 @@
 full-size models start from an LLM and a tower that somebody trained; what they make of them
 (another prompt, other visual tokens, another way to say a box) is theirs.
 
-A killed run goes on where it was when started again. `--export-only` writes the checkpoint from
-whatever has been trained so far.
+A killed run goes on where it was when started again. `--export-only` writes the checkpoint of
+what has been trained so far.
 """
 
 from __future__ import annotations

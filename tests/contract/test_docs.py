@@ -61,6 +61,8 @@ def workspace(tmp_path, monkeypatch):
         Path("my-images/questions.jsonl").write_text(f"{json.dumps(question)}\n")
         if "bundle" in text and not re.search(r"--out bundle(?![\w-])", text):
             shutil.copytree(request.getfixturevalue("demo_bundle"), "bundle")
+        if "--baseline unpruned" in text:
+            shutil.copytree(request.getfixturevalue("demo_whole_bundle"), "unpruned")
         if "llava-onnx" in text:
             from tests.patching.exports import Recipe, build_export
 

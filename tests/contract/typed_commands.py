@@ -1,4 +1,4 @@
-"""Command lines that people or CI jobs are told to type."""
+"""Command lines in documentation and CI jobs."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ def export(
         out: The bundle's folder, replaced where there is one.
         recipe: What the checkpoint follows.
         keep_ratio: Share of the visual tokens to keep.
-        target: As ``--trt`` has it.
-        block_size: Of INT4 weights; None for the checkpoint's own dtype.
+        target: The value of ``--trt``.
+        block_size: Weights of INT4 that share a scale; None for the checkpoint's dtype.
 
     Returns:
         For each stage its seconds, and the process's peak memory in bytes when it ended.
@@ -67,8 +67,8 @@ def export_cut(out: str, recipe: str, keep_ratio: float, target: str, num_layers
         out: The bundle's folder, replaced where there is one.
         recipe: Whose shape.
         keep_ratio: Share of the visual tokens to keep.
-        target: As ``--trt`` has it.
-        num_layers: Of the decoder.
+        target: The value of ``--trt``.
+        num_layers: Layers of the decoder.
     """
     whole, _ = find_recipe(recipe)
     shape = whole.architecture

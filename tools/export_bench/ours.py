@@ -49,11 +49,11 @@ def answer(bundle: str) -> dict[str, float]:
     """
     from gap_export import GroundingSession
 
-    picture = np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)
     with GroundingSession.open(bundle) as session:
         manifest = session.manifest
         session.manifest = replace(manifest, prompt=replace(manifest.prompt, max_new_tokens=2))
-        timings = session.ground(picture, "the red cup on the left").timings_ms
+        timings = session.ground(image, "the red cup on the left").timings_ms
         status = Path("/proc/self/status").read_text()
     own = next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))
     return {"own_bytes": 1024.0 * int(own), **timings}
@@ -166,7 +166,7 @@ def _run_torch(
     out = model(
         inputs_embeds=torch.from_numpy(embeds).float(),
         position_ids=torch.from_numpy(kept),
-        # All may see what came before them, whatever the distance of their ids.
+        # Each token sees those before it, at any distance of their ids.
         attention_mask=torch.ones(1, embeds.shape[1], dtype=torch.int64),
         logits_to_keep=1,
     )

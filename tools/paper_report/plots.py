@@ -23,9 +23,9 @@ def draw_table(rows: list[Row], path: Path, *, title: str) -> None:
     """One small panel a pruner: Acc@0.5 by share of tokens, with 95 % intervals.
 
     Args:
-        rows: As `Measured.rows` gives them.
+        rows: The rows of `Measured.rows`.
         path: A PNG that is written.
-        title: Of the whole image.
+        title: The title of the image.
     """
     whole = next(row for row in rows if row["positions"] == "none")
     fixed = [row for row in rows if row["budget"] == "fixed" and row["keep_ratio"] < 1]

@@ -205,16 +205,16 @@ def _texts(measured: Measured, whole: Row) -> list[str]:
         "|---" * (1 + len(cells)) + "|",
     ]
     for name in pruners:
-        told = []
+        texts = []
         for cell in cells:
             row = pairs.get((name, *cell))
             if row is None:
-                told.append("not measured")
+                texts.append("not measured")
                 continue
             mark = "**" if row["pruner_text"] == measured.text_of(row) else ""
             span = f"{interval(row['ci95'])}{_of(row, whole, row['pruner_text'])}"
-            told.append(f"{mark}{percent(row['acc_at_50'])}{mark} ({span})")
-        lines.append(f"| `{name}` | {' | '.join(told)} |")
+            texts.append(f"{mark}{percent(row['acc_at_50'])}{mark} ({span})")
+        lines.append(f"| `{name}` | {' | '.join(texts)} |")
     return lines
 
 

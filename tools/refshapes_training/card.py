@@ -233,7 +233,7 @@ Not measured yet: `tools/paper_table.py` measures this checkpoint and writes the
 
 _LIMITS = """## Limits
 
-It knows the words, shapes and colours of RefShapes and nothing else. It is here to show, on a
+It knows the words, shapes and colors of RefShapes and nothing else. It is here to show, on a
 laptop and for real, what compact position ids do to grounding and what original ones restore;
 figures of a full-size model differ.
 """

@@ -185,7 +185,7 @@ def language_loss(
         heads: Training-only heads.
         batch: B images with Q questions.
         token_dropout: See `LanguageStage`.
-        weights: Of the losses that change while training goes on.
+        weights: The weights of losses that change during training.
 
     Returns:
         A scalar, and figures by name.

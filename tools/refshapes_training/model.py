@@ -135,7 +135,7 @@ class VisionHeads(nn.Module):
         self.linear = nn.Linear(VISION_WIDTH, sum(self.outputs))
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Colour logits, shape logits and box offsets; [B, N, 9], [B, N, 7], [B, N, 4]."""
+        """Color logits, shape logits and box offsets; [B, N, 9], [B, N, 7], [B, N, 4]."""
         color, shape, offsets = self.linear(patches).float().split(self.outputs, -1)
         return color, shape, offsets
 

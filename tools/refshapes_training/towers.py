@@ -31,7 +31,7 @@ class VisionTower(nn.Module):
     """The tower, its weights named as in CLIP's `vision_model`.
 
     Attributes:
-        design: Of the model it belongs to.
+        design: The design of the model.
         config: Sizes, in transformers' terms.
     """
 

@@ -171,7 +171,7 @@ def vision_loss(
 
 
 def patch_centers(side: int, device: torch.device) -> Tensor:
-    """Centre of each patch twice over, as (x, y, x, y) fractions; float32 [1, side * side, 4]."""
+    """Center of each patch twice over, as (x, y, x, y) fractions; float32 [1, side * side, 4]."""
     index = torch.arange(side * side, device=device)
     x = (index % side + 0.5) / side
     y = (index // side + 0.5) / side
