@@ -32,15 +32,15 @@ def in_words(tolerance: Tolerance) -> str:
     parts = []
     if tolerance.atol or tolerance.rtol:
         parts.append(f"{tolerance.atol:g} + {tolerance.rtol:g} of the value")
-    if tolerance.share:
-        parts.append(f"{100 * tolerance.share:.2g} % of the largest value")
-    if tolerance.others:
-        parts.append(f"{100 * tolerance.others:g} % of the tokens may be others, or one")
-    if tolerance.margin:
+    if tolerance.largest_fraction:
+        parts.append(f"{100 * tolerance.largest_fraction:.2g} % of the largest value")
+    if tolerance.max_changed_fraction:
+        parts.append(f"{100 * tolerance.max_changed_fraction:g} % of the tokens, or one")
+    if tolerance.tie_margin:
         parts = parts or ["none"]
         parts.append(
-            f"chosen one by one with a margin of {tolerance.margin:.2g} or less, "
-            f"{100 * tolerance.others_if_open:g} % of the tokens, or one"
+            f"chosen one by one with a margin of {tolerance.tie_margin:.2g} or less, "
+            f"{100 * tolerance.max_changed_fraction_in_tie:g} % of the tokens, or one"
         )
     return "; ".join(parts) or "none"
 

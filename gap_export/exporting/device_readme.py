@@ -84,7 +84,7 @@ def compare_line(manifest: Manifest, graph: GraphSpec) -> str:
     )
     # Polygraphy knows no share of the largest value; here values are about 1.
     allowed = TOLERANCES.get(graph.dtype, {}).get(_LIKE)
-    flags = "" if allowed is None else f" --atol {allowed.atol + allowed.share:.2g}"
+    flags = "" if allowed is None else f" --atol {allowed.atol + allowed.largest_fraction:.2g}"
     return (
         f"polygraphy run {graph.file} --onnxrt --trt --strongly-typed{flags} \\\n"
         f"  --input-shapes {shapes}"

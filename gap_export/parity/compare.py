@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,27 +27,26 @@ class Comparison:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Differences:
+class Differences(NamedTuple):
     """What separates a candidate from its reference, over all arrays that were paired.
 
     Attributes:
-        max_abs: Largest |reference - candidate|.
-        mean_abs: Their mean.
-        p99_abs: Their 99th percentile.
-        max_rel: Largest |reference - candidate| / |reference| where |reference| is not 0.
-        mean_rel: Their mean.
-        p99_rel: Their 99th percentile.
+        max_abs_diff: Largest |reference - candidate|.
+        mean_abs_diff: Their mean.
+        p99_abs_diff: Their 99th percentile.
+        max_rel_diff: Largest |reference - candidate| / |reference| where |reference| is not 0.
+        mean_rel_diff: Their mean.
+        p99_rel_diff: Their 99th percentile.
         cosine: Of two arrays as vectors, the smallest of all pairs.
         num_nonfinite: NaN and infinite elements of the candidates.
     """
 
-    max_abs: float
-    mean_abs: float
-    p99_abs: float
-    max_rel: float
-    mean_rel: float
-    p99_rel: float
+    max_abs_diff: float
+    mean_abs_diff: float
+    p99_abs_diff: float
+    max_rel_diff: float
+    mean_rel_diff: float
+    p99_rel_diff: float
     cosine: float
     num_nonfinite: int
 
@@ -65,33 +64,27 @@ def measure_differences(pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> D
     cosines: list[float] = []
     num_nonfinite, comparable = 0, True
     for reference, candidate in pairs:
-        judged = candidate.astype(np.float64)
-        truth = reference.astype(np.float64)
+        truth, judged = reference.astype(np.float64), candidate.astype(np.float64)
         num_nonfinite += int(judged.size - np.isfinite(judged).sum())
-        if truth.shape != judged.shape or truth.size == 0:
+        if (
+            truth.shape != judged.shape
+            or truth.size == 0
+            or not (np.isfinite(truth).all() and np.isfinite(judged).all())
+        ):
             comparable = False
             continue
-        if not (np.isfinite(truth).all() and np.isfinite(judged).all()):
-            comparable = False
-            continue
-        difference = np.abs(truth - judged).ravel()
-        size = np.abs(truth).ravel()
+        difference, size = np.abs(truth - judged).ravel(), np.abs(truth).ravel()
         absolute.append(difference)
         relative.append(difference[size > 0] / size[size > 0])
         cosines.append(_cosine(truth.ravel(), judged.ravel()))
-    far = float("inf")
-    whole = comparable and bool(absolute)
-    of_abs = _summary(np.concatenate(absolute)) if whole else (far, far, far)
-    of_rel = _summary(np.concatenate(relative)) if whole else (far, far, far)
+    if not (comparable and absolute):
+        far = float("inf")
+        return Differences(far, far, far, far, far, far, float("nan"), num_nonfinite)
     return Differences(
-        max_abs=of_abs[0],
-        mean_abs=of_abs[1],
-        p99_abs=of_abs[2],
-        max_rel=of_rel[0],
-        mean_rel=of_rel[1],
-        p99_rel=of_rel[2],
-        cosine=min(cosines) if whole else float("nan"),
-        num_nonfinite=num_nonfinite,
+        *_summary(np.concatenate(absolute)),
+        *_summary(np.concatenate(relative)),
+        min(cosines),
+        num_nonfinite,
     )
 
 
@@ -102,32 +95,21 @@ def measure_selections(pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> Di
         pairs: Twice int64 [I, K].
 
     Returns:
-        Differences are numbers of other tokens in a row, relative ones their share of the row, and
-        the cosine is that of two selections as vectors of 0 and 1.
+        Differences are numbers of changed tokens in a row, relative ones their fraction of the row,
+        and the cosine is that of two selections as vectors of 0 and 1.
     """
-    counts: list[int] = []
-    lengths: list[int] = []
+    changed, lengths = [], []
     for reference, candidate in pairs:
         if reference.shape != candidate.shape or reference.ndim != 2 or reference.size == 0:
             return measure_differences([(reference, candidate)])
         for truth, judged in zip(reference, candidate, strict=True):
-            counts.append(len(np.setdiff1d(truth, judged)))
+            changed.append(len(np.setdiff1d(truth, judged)))
             lengths.append(len(truth))
-    if not counts:
+    if not changed:
         return measure_differences([])
-    others = np.asarray(counts, dtype=np.float64)
-    shares = others / np.asarray(lengths)
-    of_abs, of_rel = _summary(others), _summary(shares)
-    return Differences(
-        max_abs=of_abs[0],
-        mean_abs=of_abs[1],
-        p99_abs=of_abs[2],
-        max_rel=of_rel[0],
-        mean_rel=of_rel[1],
-        p99_rel=of_rel[2],
-        cosine=float(1 - shares.max()),
-        num_nonfinite=0,
-    )
+    counts = np.asarray(changed, dtype=np.float64)
+    fractions = counts / np.asarray(lengths)
+    return Differences(*_summary(counts), *_summary(fractions), float(1 - fractions.max()), 0)
 
 
 def compare_arrays(
@@ -171,18 +153,18 @@ def compare_arrays(
 
 
 def compare_selections(
-    reference: NDArray[Any], candidate: NDArray[Any], *, others: float
+    reference: NDArray[Any], candidate: NDArray[Any], *, max_changed_fraction: float
 ) -> Comparison:
     """Which tokens were kept, where scores too close to tell apart may have decided.
 
     Args:
         reference: int64 [I, K], the truth.
         candidate: int64 [I, K], what is judged.
-        others: Share of each row's tokens that may be others; at least one may.
+        max_changed_fraction: Of each row's tokens; at least one may have changed.
 
     Returns:
-        ``max_abs_diff`` is the largest number of other tokens in a row. A row that repeats a token,
-        or that does not ascend where the truth does, fails.
+        ``max_abs_diff`` is the largest number of changed tokens in a row. A row that repeats a
+        token, or that does not ascend where the truth does, fails.
     """
     if reference.shape != candidate.shape or reference.dtype != candidate.dtype:
         return _refuse(
@@ -191,7 +173,7 @@ def compare_selections(
         )
     if reference.ndim != 2 or reference.size == 0:
         return _refuse("nothing to compare: no tokens")
-    allowed = max(1, int(others * reference.shape[1]))
+    allowed = max(1, int(max_changed_fraction * reference.shape[1]))
     worst = 0
     for truth, judged in zip(reference, candidate, strict=True):
         fault = _fault_of_selection(truth, judged)
@@ -204,46 +186,46 @@ def compare_selections(
         passed=worst <= allowed,
         reason=""
         if worst <= allowed
-        else f"{worst} of {reference.shape[1]} kept tokens are others",
+        else f"{worst} of {reference.shape[1]} kept tokens have changed",
     )
 
 
-def find_excused(
+def find_ties(
     reference: NDArray[Any],
     candidate: NDArray[Any],
     margins: NDArray[np.float32] | None,
     *,
-    margin: float,
-    most: int,
+    tie_margin: float,
+    max_changed: int,
 ) -> NDArray[np.bool_]:
-    """Which rows of kept tokens are others because rounding decided.
+    """Which rows of kept tokens differ because of a rounding tie.
 
     Args:
         reference: int64 [B, K], the truth.
         candidate: What is judged.
         margins: float32 [B], by how much the reference's closest choice was decided; None where
             that is not known.
-        margin: What rounding can decide.
-        most: Tokens of a row that may be others; 0 for none.
+        tie_margin: What rounding can decide.
+        max_changed: Tokens of a row that may have changed; 0 for none.
 
     Returns:
-        bool [B]: the reference's own choice hung on rounding, and the candidate chose otherwise, in
-        a way that holds together, and not too far off.
+        bool [B]: the reference's own choice was a tie, and the candidate chose otherwise, in a way
+        that holds together, and not too far off.
     """
-    excused = np.zeros(len(reference), dtype=np.bool_)
+    ties = np.zeros(len(reference), dtype=np.bool_)
     if (
-        most == 0
+        max_changed == 0
         or margins is None
-        or margins.shape != excused.shape
+        or margins.shape != ties.shape
         or reference.shape != candidate.shape
     ):
-        return excused
-    for row in np.flatnonzero(margins <= margin):
+        return ties
+    for row in np.flatnonzero(margins <= tie_margin):
         truth, judged = reference[row], candidate[row]
         if np.array_equal(truth, judged) or _fault_of_selection(truth, judged):
             continue
-        excused[row] = len(np.setdiff1d(truth, judged)) <= most
-    return excused
+        ties[row] = len(np.setdiff1d(truth, judged)) <= max_changed
+    return ties
 
 
 def _fault_of_selection(truth: NDArray[Any], judged: NDArray[Any]) -> str:
@@ -267,16 +249,15 @@ def pair_features(
     Returns:
         Twice [n, H]; where the shapes do not fit, both sides' features as they are.
     """
-    features, others = reference["image_features"], candidate["image_features"]
-    keep, other_keep = reference["keep_indices"], candidate["keep_indices"]
-    if features.shape != others.shape or keep.shape != other_keep.shape:
-        return features, others
-    mine, theirs = [], []
-    for row in range(len(keep)):
-        _, here, there = np.intersect1d(keep[row], other_keep[row], return_indices=True)
-        mine.append(features[row, here])
-        theirs.append(others[row, there])
-    return np.concatenate(mine), np.concatenate(theirs)
+    truth, judged = reference["image_features"], candidate["image_features"]
+    kept, judged_kept = reference["keep_indices"], candidate["keep_indices"]
+    if truth.shape != judged.shape or kept.shape != judged_kept.shape:
+        return truth, judged
+    pairs = []
+    for row in range(len(kept)):
+        _, here, there = np.intersect1d(kept[row], judged_kept[row], return_indices=True)
+        pairs.append((truth[row, here], judged[row, there]))
+    return np.concatenate([one for one, _ in pairs]), np.concatenate([one for _, one in pairs])
 
 
 def _summary(values: NDArray[np.float64]) -> tuple[float, float, float]:

@@ -152,20 +152,22 @@ class _Findings:
         """All of it as a row of the report; a 99th percentile is that of the worst part."""
         parts = [part for _, _, part in self._parts]
         num_values = sum(size for size, _, _ in self._parts)
-        num_relative = sum(size for _, size, _ in self._parts)
+        num_relative = max(1, sum(size for _, size, _ in self._parts))
+        differences = Differences(
+            max_abs_diff=max(part.max_abs_diff for part in parts),
+            mean_abs_diff=sum(n * part.mean_abs_diff for n, _, part in self._parts) / num_values,
+            p99_abs_diff=max(part.p99_abs_diff for part in parts),
+            max_rel_diff=max(part.max_rel_diff for part in parts),
+            mean_rel_diff=sum(n * part.mean_rel_diff for _, n, part in self._parts) / num_relative,
+            p99_rel_diff=max(part.p99_rel_diff for part in parts),
+            cosine=min(part.cosine for part in parts),
+            num_nonfinite=sum(part.num_nonfinite for part in parts),
+        )
         return TensorRow(
             component=_DECODER,
             tensor="int4 weights",
             calls=self._count,
-            max_abs_diff=max(part.max_abs for part in parts),
-            mean_abs_diff=sum(n * part.mean_abs for n, _, part in self._parts) / num_values,
-            p99_abs_diff=max(part.p99_abs for part in parts),
-            max_rel_diff=max(part.max_rel for part in parts),
-            mean_rel_diff=sum(n * part.mean_rel for _, n, part in self._parts)
-            / max(1, num_relative),
-            p99_rel_diff=max(part.p99_rel for part in parts),
-            cosine=min(part.cosine for part in parts),
-            num_nonfinite=sum(part.num_nonfinite for part in parts),
+            **differences._asdict(),
             max_abs_reference=self._largest,
             atol=0.0,
             rtol=0.0,
@@ -176,16 +178,7 @@ class _Findings:
 
 
 # Of values that are the same to the bit, which is all there are in an honest bundle.
-_NONE = Differences(
-    max_abs=0.0,
-    mean_abs=0.0,
-    p99_abs=0.0,
-    max_rel=0.0,
-    mean_rel=0.0,
-    p99_rel=0.0,
-    cosine=1.0,
-    num_nonfinite=0,
-)
+_NONE = Differences(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, cosine=1.0, num_nonfinite=0)
 
 
 def _measure_part(rounded: torch.Tensor, found: torch.Tensor) -> tuple[int, int, Differences]:

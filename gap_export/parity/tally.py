@@ -13,7 +13,7 @@ from gap_export.parity.compare import (
     Comparison,
     compare_arrays,
     compare_selections,
-    find_excused,
+    find_ties,
     measure_differences,
     measure_selections,
     pair_features,
@@ -74,15 +74,15 @@ class Tally:
         Args:
             tolerances: By name of output.
         """
-        return tuple(
-            replace(
-                tensor_row(
-                    component, label, _pairs(label, found, tolerances), _of(label, tolerances)
-                ),
-                ties=_count_ties(label, found, tolerances),
-            )
-            for (component, label), found in self._found.items()
-        )
+        found = []
+        for (component, label), calls in self._found.items():
+            name = _name(label)
+            row = tensor_row(component, label, _pairs(name, calls, tolerances), tolerances[name])
+            if name == _KEPT:
+                ties = sum(bool(_ties(one, tolerances[_KEPT]).any()) for one in calls)
+                row = replace(row, ties=ties)
+            found.append(row)
+        return tuple(found)
 
     def first_failures(self, tolerances: Mapping[str, Tolerance]) -> dict[str, Compared]:
         """The first call of each component whose output is beyond its tolerance.
@@ -92,8 +92,8 @@ class Tally:
         """
         failures: dict[str, Compared] = {}
         for (component, label), found in self._found.items():
-            pairs = _pairs(label, found, tolerances)
-            verdicts = _compare(pairs, _of(label, tolerances))
+            name = _name(label)
+            verdicts = _compare(_pairs(name, found, tolerances), tolerances[name])
             for compared, verdict in zip(found, verdicts, strict=True):
                 if not verdict.passed:
                     failures.setdefault(component, compared)
@@ -115,86 +115,69 @@ def tensor_row(
         component: The graph it comes from.
         tensor: Its name.
         pairs: Reference and candidate of each call, at least one.
-        tolerance: Of the tensor; of kept tokens it says how many may be others.
+        tolerance: Of the tensor; of kept tokens it says how many may have changed.
         module: Which module of the model gives it.
     """
     largest = max(_largest(truth) for truth, _ in pairs)
     found = _compare(pairs, tolerance)
-    measure = measure_selections if tolerance.others > 0 else measure_differences
-    differences = measure(pairs)
-    passed = all(one.passed for one in found)
+    selects = tolerance.max_changed_fraction > 0
+    differences = (measure_selections if selects else measure_differences)(pairs)
     # Selections that do not hold together are infinitely far off, however many tokens they share.
-    max_abs_diff = max([differences.max_abs, *(one.max_abs_diff for one in found)])
+    max_abs_diff = max([differences.max_abs_diff, *(one.max_abs_diff for one in found)])
     return TensorRow(
         component=component,
         tensor=tensor,
         module=module,
         calls=len(found),
-        max_abs_diff=max_abs_diff,
-        mean_abs_diff=differences.mean_abs,
-        p99_abs_diff=differences.p99_abs,
-        max_rel_diff=differences.max_rel,
-        mean_rel_diff=differences.mean_rel,
-        p99_rel_diff=differences.p99_rel,
-        cosine=differences.cosine,
-        num_nonfinite=differences.num_nonfinite,
+        **differences._replace(max_abs_diff=max_abs_diff)._asdict(),
         max_abs_reference=largest,
         atol=tolerance.absolute(largest),
         rtol=tolerance.rtol,
         why=tolerance.why,
-        passed=passed,
+        passed=all(one.passed for one in found),
         reason=next((one.reason for one in found if not one.passed), ""),
     )
 
 
 def _compare(pairs: Sequence[Pair], tolerance: Tolerance) -> list[Comparison]:
     """The verdict on each call; how far they may be off depends on the largest value of all."""
-    if tolerance.others > 0:
-        return [compare_selections(*pair, others=tolerance.others) for pair in pairs]
+    fraction = tolerance.max_changed_fraction
+    if fraction > 0:
+        return [compare_selections(*pair, max_changed_fraction=fraction) for pair in pairs]
     atol = tolerance.absolute(max(_largest(truth) for truth, _ in pairs))
     return [compare_arrays(*pair, atol=atol, rtol=tolerance.rtol) for pair in pairs]
 
 
-def _pairs(
-    label: str, found: Sequence[Compared], tolerances: Mapping[str, Tolerance]
-) -> list[Pair]:
-    name, selected = _name(label), tolerances[_KEPT]
+def _pairs(name: str, found: Sequence[Compared], tolerances: Mapping[str, Tolerance]) -> list[Pair]:
+    """Both sides of an output; what a tie explains is left out."""
+    selected = tolerances[_KEPT]
     pairs = [(one.call.outputs[name], one.outputs[name]) for one in found]
     if name not in {_KEPT, _FEATURES}:
         return pairs
     for place, one in enumerate(found):
-        excused = _excused(one, selected)
-        if name == _FEATURES and (selected.others > 0 or excused.any()):
+        ties = _ties(one, selected)
+        if name == _FEATURES and (selected.max_changed_fraction > 0 or ties.any()):
             # Features of tokens that only one side kept have nothing to be compared with.
             pairs[place] = pair_features(one.call.outputs, one.outputs)
-        elif name == _KEPT and excused.any():
+        elif name == _KEPT and ties.any():
             truth, judged = pairs[place]
-            pairs[place] = truth, np.where(excused[:, None], truth, judged)
+            pairs[place] = truth, np.where(ties[:, None], truth, judged)
     return pairs
 
 
-def _excused(one: Compared, selected: Tolerance) -> NDArray[np.bool_]:
+def _ties(one: Compared, selected: Tolerance) -> NDArray[np.bool_]:
     kept = one.call.outputs[_KEPT]
-    return find_excused(
+    return find_ties(
         kept,
         one.outputs[_KEPT],
         one.call.margins,
-        margin=selected.margin,
-        most=selected.most_if_open(kept.shape[-1]),
+        tie_margin=selected.tie_margin,
+        max_changed=selected.max_changed_in_tie(kept.shape[-1]),
     )
 
 
-def _count_ties(label: str, found: Sequence[Compared], tolerances: Mapping[str, Tolerance]) -> int:
-    if _name(label) != _KEPT:
-        return 0
-    return sum(bool(_excused(one, tolerances[_KEPT]).any()) for one in found)
-
-
-def _of(label: str, tolerances: Mapping[str, Tolerance]) -> Tolerance:
-    return tolerances[_name(label)]
-
-
 def _name(label: str) -> str:
+    """The output's name, without the phase behind it."""
     return label.split(" ", maxsplit=1)[0]
 
 

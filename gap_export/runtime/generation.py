@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gap_export.errors import UsageError
 from gap_export.runtime.backends.backend import EMBEDDING, Backend, FloatArray
@@ -64,6 +66,16 @@ class DecoderPrompt:
     position_ids: Int64Array
     kept_positions: Int64Array
     id_table: Int64Array
+
+    @property
+    def feed(self) -> dict[str, NDArray[Any]]:
+        """What the decoder reads at prefill, by its input names."""
+        return {
+            "inputs_embeds": self.inputs_embeds,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            "kept_positions": self.id_table,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,16 +167,10 @@ def generate(
     chosen: list[Int64Array] = []
     kept_logits: list[FloatArray] = []
     finished = np.zeros(num_rows, dtype=bool)
-    embeds, mask, slots = prompt.inputs_embeds, prompt.attention_mask, prompt.position_ids
-    cache = backend.new_cache(num_rows)
+    feed = prompt.feed
+    cache, ones = backend.new_cache(num_rows), np.ones((num_rows, 1), dtype=np.int64)
     started = first_done = time.perf_counter()
     for step in range(num_steps):
-        feed = {
-            "inputs_embeds": embeds,
-            "attention_mask": mask,
-            "position_ids": slots,
-            "kept_positions": prompt.id_table,
-        }
         logits = backend.decode(feed, cache)
         # Forced tokens come with somebody who looks at the logits, whatever they are.
         tokens = (
@@ -182,9 +188,11 @@ def generate(
             break
         # Finished rows go on being fed their own choices; nobody reads what they say.
         fed = tokens if forced_tokens is None else forced_tokens[:, step]
-        embeds = embed_tokens(backend, fed[:, None], may_be_constant=True)
-        mask = np.concatenate([mask, np.ones((num_rows, 1), dtype=np.int64)], axis=1)
-        slots = slots[:, -1:] + 1
+        feed |= {
+            "inputs_embeds": embed_tokens(backend, fed[:, None], may_be_constant=True),
+            "attention_mask": np.concatenate([feed["attention_mask"], ones], axis=1),
+            "position_ids": feed["position_ids"][:, -1:] + 1,
+        }
     ended = time.perf_counter()
     token_ids = np.stack(chosen, axis=1)
     return Generation(

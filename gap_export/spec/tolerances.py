@@ -11,12 +11,13 @@ models here, if the roundings are independent. Measured on the demo model, of 4 
 2.7 u (features) and 3.4 u (logits) of the largest value.
 
 What is selected rests on scores computed from such features, so that of two tokens whose scores are
-closer than that either may be kept: of 375 pictures of the demo model (43 of 144 tokens kept by
-``cls``) 11 had one token that was another than PyTorch's, none had two. Hence a few kept tokens may
-be others in float16; none in float32. Greedy pruners decide between two tokens at every choice, and
-what they choose next hangs on it: in float32 PyTorch's own margin says whether rounding could
-decide, and then some may be others. In float16 some choice is that close in every picture, so that
-a margin would excuse whatever is kept: there greedy pruners are held to the rule of all others.
+closer than that either may be kept: of 375 images of the demo model (43 of 144 tokens kept by
+``cls``) 11 had one token that was not PyTorch's, none had two. Hence a few kept tokens may have
+changed in float16, and none in float32. Greedy pruners decide between two tokens at every choice,
+and what they choose next hangs on it: in float32 PyTorch's own margin says whether a choice was a
+tie, which rounding decides, and then some tokens may have changed. In float16 every image has such
+a tie, which would excuse any selection: there greedy pruners are held to the rule of all the
+other pruners.
 """
 
 from __future__ import annotations
@@ -29,54 +30,55 @@ from gap_export.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """|reference - candidate| <= atol + share * max|reference| + rtol * |reference|.
+    """|reference - candidate| <= atol + largest_fraction * max|reference| + rtol * |reference|.
 
     Attributes:
         atol: Absolute, in the output's units.
         rtol: Relative to each element.
-        share: Of the largest element of all that is compared.
-        others: Of the kept tokens of one picture or tile, the share that may be others; one token
-            may in any case, where this is above 0.
-        margin: Where tokens are chosen one by one: a picture or tile whose closest choice was
-            decided by no more than this, in units of a cosine, is open; 0: none is.
-        others_if_open: Of the kept tokens of an open one, the share that may be others; one may in
-            any case.
+        largest_fraction: Relative to the largest element of all that is compared.
+        max_changed_fraction: Of the kept tokens of one image or tile, those that may have changed;
+            one may in any case where this is above 0.
+        tie_margin: Where tokens are chosen one by one: an image or tile whose closest choice was
+            decided by no more than this, in units of a cosine, has a tie; 0: none has.
+        max_changed_fraction_in_tie: As ``max_changed_fraction``, of an image with a tie; one token
+            may have changed in any case.
         why: Where it is from, in one sentence for reports.
     """
 
     atol: float
     rtol: float
-    share: float = 0.0
-    others: float = 0.0
-    margin: float = 0.0
-    others_if_open: float = 0.0
+    largest_fraction: float = 0.0
+    max_changed_fraction: float = 0.0
+    tie_margin: float = 0.0
+    max_changed_fraction_in_tie: float = 0.0
     why: str
 
     def absolute(self, largest: float) -> float:
         """Its part that is the same for all elements, of values of at most ``largest``."""
-        return self.atol + self.share * largest
+        return self.atol + self.largest_fraction * largest
 
-    def most_if_open(self, num_kept_tokens: int) -> int:
-        """Tokens that may be others in a picture that is open; 0 where none is."""
-        return max(1, int(self.others_if_open * num_kept_tokens)) if self.margin > 0 else 0
+    def max_changed_in_tie(self, num_kept_tokens: int) -> int:
+        """Tokens that may have changed in an image with a tie; 0 where there are no ties."""
+        if self.tie_margin <= 0:
+            return 0
+        return max(1, int(self.max_changed_fraction_in_tie * num_kept_tokens))
 
 
 _READ = Tolerance(atol=0.0, rtol=0.0, why="read from a table, not computed: the same to the bit")
 _SELECTED = Tolerance(
     atol=0.0,
     rtol=0.0,
-    margin=2.0**-20,
-    others_if_open=0.125,
-    why="an error of float32 has not been seen to decide between scores: no token may be another, "
-    "unless tokens are chosen one by one and two were closer than 16 units in the last place of a "
-    "cosine",
+    tie_margin=2.0**-20,
+    max_changed_fraction_in_tie=0.125,
+    why="float32 has not been seen to decide between scores: no token may have changed, unless "
+    "tokens are chosen one by one and two were closer than 16 units in the last place of a cosine",
 )
 _SELECTED_HALF = Tolerance(
     atol=0.0,
     rtol=0.0,
-    others=0.02,
+    max_changed_fraction=0.02,
     why="of two tokens whose scores are closer than roundings of float16 either may be kept; "
-    "measured: one other token in 11 of 375 pictures, never two",
+    "measured: one changed token in 11 of 375 images, never two",
 )
 _FLOAT32 = Tolerance(
     atol=1e-4,
@@ -86,7 +88,7 @@ _FLOAT32 = Tolerance(
 _FLOAT16 = Tolerance(
     atol=0.0,
     rtol=0.0,
-    share=18 * 2.0**-11,
+    largest_fraction=18 * 2.0**-11,
     why="18 roundings of float16, of the largest value: 10 a layer in 32 layers, independent of "
     "each other; measured on the demo model: 3.4",
 )

@@ -279,7 +279,9 @@ def test_quantized_decoder_equals_pytorch_with_the_rounded_weights(
         plain = reference_logits(tiny_checkpoint, recipe, pruning, given)
     tolerance = TOLERANCES[dtype]["logits"]
     bound = (
-        tolerance.atol + tolerance.share * np.abs(wanted).max() + tolerance.rtol * np.abs(wanted)
+        tolerance.atol
+        + tolerance.largest_fraction * np.abs(wanted).max()
+        + tolerance.rtol * np.abs(wanted)
     )
     assert (np.abs(logits - wanted) <= bound).all()
     # The bar can tell: weights that were not rounded give other logits.

@@ -56,7 +56,7 @@ def outputs(
 
 def check_close(name: str, reference: np.ndarray, candidate: np.ndarray) -> None:
     tolerance = TOLERANCES["float16"][name]
-    atol = tolerance.atol + tolerance.share * float(np.abs(reference).max())
+    atol = tolerance.atol + tolerance.largest_fraction * float(np.abs(reference).max())
     found = compare_arrays(reference, candidate, atol=atol, rtol=tolerance.rtol)
     assert found.passed, (name, found)
 

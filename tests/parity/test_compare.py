@@ -73,8 +73,8 @@ def test_integers_must_be_equal():
 
 def test_differences_of_equal_arrays_are_none():
     found = measure_differences([(REFERENCE, REFERENCE.copy())] * 2)
-    assert (found.max_abs, found.mean_abs, found.p99_abs) == (0, 0, 0)
-    assert (found.max_rel, found.mean_rel, found.p99_rel) == (0, 0, 0)
+    assert (found.max_abs_diff, found.mean_abs_diff, found.p99_abs_diff) == (0, 0, 0)
+    assert (found.max_rel_diff, found.mean_rel_diff, found.p99_rel_diff) == (0, 0, 0)
     assert found.cosine == 1 and found.num_nonfinite == 0
 
 
@@ -83,20 +83,20 @@ def test_differences_are_those_of_all_pairs():
     far = ones.copy()
     far[1, 49] = 3
     found = measure_differences([(ones, ones), (ones * 2, far * 2)])
-    assert found.max_abs == 4
-    assert found.mean_abs == pytest.approx(4 / 200)
+    assert found.max_abs_diff == 4
+    assert found.mean_abs_diff == pytest.approx(4 / 200)
     # One of 200 is beyond the 99th percentile.
-    assert found.p99_abs == 0
-    assert (found.max_rel, found.mean_rel) == (2, pytest.approx(2 / 200))
+    assert found.p99_abs_diff == 0
+    assert (found.max_rel_diff, found.mean_rel_diff) == (2, pytest.approx(2 / 200))
     assert found.cosine == pytest.approx(102 / np.sqrt(100 * 108))
 
 
 def test_relative_differences_leave_zeros_out():
     found = measure_differences([(np.asarray([0.0, 2.0]), np.asarray([1.0, 3.0]))])
-    assert (found.max_rel, found.mean_rel) == (0.5, 0.5)
-    assert found.max_abs == 1
+    assert (found.max_rel_diff, found.mean_rel_diff) == (0.5, 0.5)
+    assert found.max_abs_diff == 1
     none = measure_differences([(np.zeros(3), np.ones(3))])
-    assert none.max_rel == 0 and none.cosine == 0
+    assert none.max_rel_diff == 0 and none.cosine == 0
 
 
 @pytest.mark.parametrize(
@@ -110,13 +110,13 @@ def test_relative_differences_leave_zeros_out():
 )
 def test_differences_of_what_cannot_be_compared_are_infinite(candidate, nonfinite):
     found = measure_differences([(REFERENCE, REFERENCE), (REFERENCE, candidate)])
-    assert found.max_abs == found.mean_abs == found.p99_rel == np.inf
+    assert found.max_abs_diff == found.mean_abs_diff == found.p99_rel_diff == np.inf
     assert np.isnan(found.cosine) and found.num_nonfinite == nonfinite
 
 
 def test_differences_of_nothing_are_infinite():
-    assert measure_differences([]).max_abs == np.inf
-    assert measure_selections([]).max_abs == np.inf
+    assert measure_differences([]).max_abs_diff == np.inf
+    assert measure_selections([]).max_abs_diff == np.inf
 
 
 def test_cosine_knows_direction_at_any_scale():
@@ -129,6 +129,6 @@ def test_cosine_knows_direction_at_any_scale():
 def test_selections_are_counted_in_tokens():
     keep = np.arange(10, dtype=np.int64)[None]
     found = measure_selections([(keep, keep), (keep, keep[:, ::-1] + 1)])
-    assert (found.max_abs, found.mean_abs, found.max_rel) == (1, 0.5, 0.1)
+    assert (found.max_abs_diff, found.mean_abs_diff, found.max_rel_diff) == (1, 0.5, 0.1)
     assert found.cosine == pytest.approx(0.9)
-    assert measure_selections([(keep, keep[:, 1:])]).max_abs == np.inf
+    assert measure_selections([(keep, keep[:, 1:])]).max_abs_diff == np.inf

@@ -26,15 +26,19 @@ def with_others(number: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("number", "passed"), [(0, True), (1, True), (2, True), (3, False)])
 def test_a_few_other_tokens_pass_and_more_fail(number: int, passed: bool) -> None:
-    found = compare_selections(KEEP, with_others(number), others=0.02)
+    found = compare_selections(KEEP, with_others(number), max_changed_fraction=0.02)
     assert found.passed is passed
     assert found.max_abs_diff == number
     assert bool(found.reason) is not passed
 
 
 def test_one_other_token_passes_however_few_there_are() -> None:
-    assert compare_selections(KEEP[:, :5], KEEP[:, :5] + [[0, 0, 0, 0, 1]], others=0.02).passed
-    assert not compare_selections(KEEP[:, :5], KEEP[:, :5] + [[0, 0, 0, 1, 1]], others=0.02).passed
+    assert compare_selections(
+        KEEP[:, :5], KEEP[:, :5] + [[0, 0, 0, 0, 1]], max_changed_fraction=0.02
+    ).passed
+    assert not compare_selections(
+        KEEP[:, :5], KEEP[:, :5] + [[0, 0, 0, 1, 1]], max_changed_fraction=0.02
+    ).passed
 
 
 @pytest.mark.parametrize(
@@ -49,7 +53,7 @@ def test_one_other_token_passes_however_few_there_are() -> None:
     ids=["order", "fewer", "dtype", "shifted", "repeated"],
 )
 def test_wrong_selection_fails_with_a_reason(candidate: np.ndarray, words: str) -> None:
-    found = compare_selections(KEEP, candidate, others=0.02)
+    found = compare_selections(KEEP, candidate, max_changed_fraction=0.02)
     assert not found.passed
     assert words in found.reason
 
@@ -58,7 +62,7 @@ def test_score_order_may_differ_where_the_reference_has_it() -> None:
     best_first = KEEP[:, ::-1]
     swapped = best_first.copy()
     swapped[0, [3, 4]] = swapped[0, [4, 3]]
-    assert compare_selections(best_first, swapped, others=0.02).passed
+    assert compare_selections(best_first, swapped, max_changed_fraction=0.02).passed
 
 
 def test_features_are_paired_by_token() -> None:
@@ -198,7 +202,11 @@ def test_every_dtype_has_a_tolerance_for_every_output() -> None:
     assert len(names) == 1
     for outputs in TOLERANCES.values():
         for name in ("inputs_embeds", "image_newline"):
-            assert (outputs[name].atol, outputs[name].rtol, outputs[name].share) == (0, 0, 0)
+            assert (outputs[name].atol, outputs[name].rtol, outputs[name].largest_fraction) == (
+                0,
+                0,
+                0,
+            )
 
 
 def judge_choices(

@@ -133,7 +133,7 @@ def allowed_for(expected: NDArray[Any], tolerance: Tolerance) -> float:
     """Of floats a share of the largest: inside a graph there is no telling how small is nothing."""
     if expected.dtype.kind != "f":
         return 0.0
-    return (tolerance.share + tolerance.rtol) * largest_of(expected)
+    return (tolerance.largest_fraction + tolerance.rtol) * largest_of(expected)
 
 
 def rounding_of(expected: NDArray[Any]) -> float:

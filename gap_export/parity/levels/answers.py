@@ -30,7 +30,7 @@ class AnswerPair:
             finding and not a failed check.
         logits: The reference's [V] at each step.
         tolerances: By name of output, of the dtype both compute in.
-        is_open_choice: Whether the reference's own choice of tokens hung on rounding.
+        has_tie: Whether the reference's own choice of visual tokens was a tie.
     """
 
     question: Question
@@ -38,7 +38,7 @@ class AnswerPair:
     given: Grounding | GapExportError
     logits: Sequence[NDArray[Any]]
     tolerances: Mapping[str, Tolerance]
-    is_open_choice: bool = False
+    has_tie: bool = False
 
     @classmethod
     def of_calls(
@@ -57,7 +57,7 @@ class AnswerPair:
             given=given,
             logits=[call.outputs["logits"][0] for call in calls if call.is_decode],
             tolerances=tolerances,
-            is_open_choice=min(margins, default=math.inf) <= tolerances["keep_indices"].margin,
+            has_tie=min(margins, default=math.inf) <= tolerances["keep_indices"].tie_margin,
         )
 
     @property
@@ -102,8 +102,19 @@ class AnswerPair:
 
     @property
     def is_tie(self) -> bool:
-        """Whether the two differ where rounding decides."""
-        return self._is_undecided or self._saw_others
+        """Whether the two differ where rounding decides, of the answer or of the visual tokens."""
+        if not isinstance(self.given, Grounding) or self.same_tokens:
+            return False
+        kept, given = set(self.expected.keep_indices), set(self.given.keep_indices)
+        num_changed = max(len(kept - given), len(given - kept))
+        selected = self.tolerances["keep_indices"]
+        if self.has_tie:
+            max_changed = selected.max_changed_in_tie(len(kept))
+        elif selected.max_changed_fraction > 0:
+            max_changed = max(1, int(selected.max_changed_fraction * len(kept)))
+        else:
+            max_changed = 0
+        return 0 < num_changed <= max_changed or self._is_undecided
 
     @property
     def _is_undecided(self) -> bool:
@@ -118,20 +129,7 @@ class AnswerPair:
         if at_that_step[self.expected.token_ids[step - 1]] != np.max(at_that_step):
             return False
         largest = max((float(np.abs(logits).max()) for logits in self.logits), default=0.0)
-        undecided = 2 * self.tolerances["logits"].absolute(largest)
-        return self.margin <= undecided
-
-    @property
-    def _saw_others(self) -> bool:
-        """The two part after they saw other visual tokens, where and as few as is allowed."""
-        if not isinstance(self.given, Grounding) or self.same_tokens:
-            return False
-        allowed = self.tolerances["keep_indices"].others
-        mine, other = set(self.expected.keep_indices), set(self.given.keep_indices)
-        number = max(len(mine - other), len(other - mine))
-        if self.is_open_choice:
-            return 0 < number <= self.tolerances["keep_indices"].most_if_open(len(mine))
-        return allowed > 0 and 0 < number <= max(1, int(allowed * len(mine)))
+        return self.margin <= 2 * self.tolerances["logits"].absolute(largest)
 
 
 def share_text(part: int, whole: int) -> str:

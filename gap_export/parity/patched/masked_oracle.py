@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gap_export.bundle import Bundle, open_bundle
-from gap_export.errors import UsageError
-from gap_export.parity.patched.unpatched import UnpatchedGraphs
+from gap_export.errors import ComputationError, ParityError, UsageError
+from gap_export.parity.patched.unpatched import UnpatchedBackend
+from gap_export.parity.replay import RecordingBackend
 from gap_export.parity.results import TensorRow, plain_values
-from gap_export.parity.tally import tensor_row
-from gap_export.parity.uncached import uncached_row
+from gap_export.parity.tally import Pair, tensor_row
+from gap_export.parity.uncached import decode_uncached, uncached_row
 from gap_export.progress import Progress, SilentProgress
-from gap_export.runtime.backends.backend import VISION, FloatArray
+from gap_export.runtime.backends.backend import DECODER, VISION, Backend, FloatArray
 from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.generation import (
     DecoderPrompt,
@@ -40,10 +40,8 @@ from gap_export.runtime.generation import (
 from gap_export.runtime.images.image import ImageInput, load_image, prepare_image
 from gap_export.runtime.prompt import PromptEncoder
 from gap_export.spec.manifest import Manifest
-from gap_export.spec.positions import Int64Array, compact_positions, gap_remap
+from gap_export.spec.positions import Int64Array, compact_positions
 from gap_export.spec.tolerances import Tolerance, tolerances_of
-
-_Pairs = list[tuple[NDArray[Any], NDArray[Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +54,7 @@ class MaskedOracleReport:
         reference: The export it was compared with, in words.
         outputs: One row for the features, one each for logits of prefill and of decode steps, and
             one for the last step beside a prefill without a cache.
-        num_questions: Pictures with their expressions.
+        num_questions: Images with their expressions.
         compact_max_abs_diff: How far logits are off with re-numbered positions, in the question
             where that shows least; None where nothing was dropped.
     """
@@ -97,7 +95,7 @@ class MaskedOracleReport:
 def compare_with_unpatched(
     patched: str | Path | Bundle,
     original: str | Path,
-    pictures: Sequence[ImageInput],
+    images: Sequence[ImageInput],
     expressions: Sequence[str],
     *,
     num_steps: int = 8,
@@ -105,60 +103,73 @@ def compare_with_unpatched(
 ) -> MaskedOracleReport:
     """Compare a patched bundle with the export it was patched from.
 
-    Both run in ONNX Runtime, the bundle with original position ids whatever its manifest says, and
-    both are held in memory at a time. Tokens are those that the unpruned run prefers.
+    Both run in ONNX Runtime, the bundle with original position ids even where its manifest says
+    otherwise, and both are held in memory at a time. Tokens are those that the unpruned run
+    prefers.
 
     Args:
         patched: The bundle; every byte of it is hashed first, if it has not been opened.
         original: Folder of the export; every file that was patched is hashed first.
-        pictures: At least one.
-        expressions: One for each picture.
+        images: At least one.
+        expressions: One for each image.
         num_steps: T, logits compared in each question: one of prefill, the rest of decode steps.
-        progress: Told what is done.
+        progress: Progress reporter.
 
     Raises:
         UsageError: no questions, the bundle or the export is not usable, or the unpruned decoder
             does not hide what is masked in the middle of a prompt (as attention that reads the
             mask's sum alone), so that there is nothing to compare with.
+        ParityError: the unpruned decoder gives NaN or infinity.
     """
-    _check_arguments(pictures, expressions, num_steps)
+    if not images or len(images) != len(expressions) or num_steps < 1:
+        raise UsageError(
+            "nothing to compare with",
+            seen=f"{len(images)} images, {len(expressions)} expressions, {num_steps} steps",
+            allowed="at least one of each, and an expression for each image",
+        )
     bundle = patched if isinstance(patched, Bundle) else open_bundle(patched, verify="full")
     manifest = bundle.manifest
-    tolerances = tolerances_of(manifest.dtype)
     progress = progress or SilentProgress()
-    reference = UnpatchedGraphs(manifest, Path(original))
     found = _Found()
     with (
         OnnxRuntimeBackend(bundle, ["CPUExecutionProvider"]) as candidate,
-        progress.stage("comparing with the unpatched graphs", total=len(pictures)) as advance,
+        UnpatchedBackend(manifest, Path(original), candidate) as reference,
+        progress.stage("comparing with the unpatched graphs", total=len(images)) as advance,
     ):
         prompts = PromptEncoder(manifest, bundle.path)
-        for picture, expression in zip(pictures, expressions, strict=True):
-            question = _Question(manifest, prompts, candidate, reference, picture, expression)
+        for image, expression in zip(images, expressions, strict=True):
+            question = _ask(manifest, prompts, candidate, reference, image, expression)
             if not found.features:
-                question.check_hidden()
-            found.add(question, num_steps)
+                _check_hidden(reference, question.masked)
+            found.add(question, candidate, reference, num_steps)
             advance(1)
         name = candidate.name
     return MaskedOracleReport(
         bundle=str(bundle.path),
         candidate=name,
         reference=f"the unpatched graphs of {original}, dropped tokens masked out",
-        outputs=found.rows(tolerances),
-        num_questions=len(pictures),
+        outputs=found.rows(tolerances_of(manifest.dtype)),
+        num_questions=len(images),
         compact_max_abs_diff=min(found.compact) if found.compact else None,
     )
 
 
-def _check_arguments(
-    pictures: Sequence[ImageInput], expressions: Sequence[str], num_steps: int
-) -> None:
-    if not pictures or len(pictures) != len(expressions) or num_steps < 1:
-        raise UsageError(
-            "nothing to compare with",
-            seen=f"{len(pictures)} pictures, {len(expressions)} expressions, {num_steps} steps",
-            allowed="at least one of each, and an expression for each picture",
-        )
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    """One image and expression, on both sides.
+
+    Attributes:
+        features: What the unpatched encoder gives for the kept tokens, and what the patched one
+            does: twice [K, H].
+        pruned: The prompt as the patched decoder takes it.
+        renumbered: The same with compact positions; None where nothing was dropped.
+        masked: The unpruned prompt, dropped tokens masked out.
+    """
+
+    features: Pair
+    pruned: DecoderPrompt
+    renumbered: DecoderPrompt | None
+    masked: DecoderPrompt
 
 
 class _Found:
@@ -174,178 +185,126 @@ class _Found:
     """
 
     def __init__(self) -> None:
-        self.features: _Pairs = []
-        self.prefill: _Pairs = []
-        self.decode: _Pairs = []
-        self.uncached: _Pairs = []
+        self.features: list[Pair] = []
+        self.prefill: list[Pair] = []
+        self.decode: list[Pair] = []
+        self.uncached: list[Pair] = []
         self.compact: list[float] = []
 
-    def add(self, question: _Question, num_steps: int) -> None:
+    def add(
+        self, question: _Question, candidate: Backend, reference: Backend, num_steps: int
+    ) -> None:
         """Run one question on both sides."""
         self.features.append(question.features)
-        truth, tokens = question.masked_logits(num_steps)
-        judged = question.pruned_logits(question.prompt, tokens)
+        recorder = RecordingBackend(reference)
+        try:
+            truth, tokens = _run(recorder, question.masked, num_steps)
+        except ComputationError as err:
+            raise ParityError(
+                "the unpatched graphs do not compute this model in numbers",
+                seen=f"{err.what}: {err.seen}",
+            ) from err
+        judged, _ = _run(candidate, question.pruned, num_steps, forced=tokens)
         self.prefill.append((truth[:1], judged[:1]))
-        if num_steps > 1:
+        if pair := decode_uncached(reference, recorder.calls):
             self.decode.append((truth[1:], judged[1:]))
-            self.uncached.append((question.uncached_logits(tokens), truth[-1:]))
-        if question.drops:
-            renumbered = question.pruned_logits(question.renumbered, tokens)
+            self.uncached.append(pair)
+        if question.renumbered is not None:
+            renumbered, _ = _run(candidate, question.renumbered, num_steps, forced=tokens)
             self.compact.append(float(np.abs(renumbered - truth).max()))
 
     def rows(self, tolerances: Mapping[str, Tolerance]) -> tuple[TensorRow, ...]:
         """The verdict on each output."""
-        decoder, logits = "decoder_model_merged", tolerances["logits"]
+        features, logits = tolerances["image_features"], tolerances["logits"]
         rows = [
-            tensor_row(
-                "vision_encoder", "image_features", self.features, tolerances["image_features"]
-            ),
-            tensor_row(decoder, "logits (prefill)", self.prefill, logits),
+            tensor_row(VISION, "image_features", self.features, features),
+            tensor_row(DECODER, "logits (prefill)", self.prefill, logits),
         ]
         if self.decode:
-            rows.append(tensor_row(decoder, "logits (decode)", self.decode, logits))
+            rows.append(tensor_row(DECODER, "logits (decode)", self.decode, logits))
             rows.append(uncached_row(self.uncached, logits))
         return tuple(rows)
 
 
-class _Question:
-    """One picture and expression, on both sides.
+def _ask(
+    manifest: Manifest,
+    prompts: PromptEncoder,
+    candidate: Backend,
+    reference: Backend,
+    image: ImageInput,
+    expression: str,
+) -> _Question:
+    encoded = prompts.encode(expression)
+    loaded = load_image(image, pad_color=manifest.image.pad_color)
+    feed = {"pixel_values": prepare_image(loaded, manifest.image)[0]}
+    given = candidate.run(VISION, feed)
+    kept, keep = given["image_features"][0], given["keep_indices"][0]
+    every = reference.run(VISION, feed)["image_features"][0]
+    num_visual = manifest.pruning.num_visual_tokens
+    if len(every) != num_visual or keep.min() < 0 or keep.max() >= num_visual:
+        raise UsageError(
+            "the bundle and the export disagree on the number of visual tokens",
+            seen=f"{len(every)}, of which {keep.min()}..{keep.max()} are kept",
+            allowed=f"{num_visual}",
+        )
+    ids = np.concatenate([encoded.prefix_ids, encoded.suffix_ids])
+    text, start = embed_tokens(candidate, ids[None])[0], len(encoded.prefix_ids)
+    row = PromptRow(
+        prefix_embeds=text[:start],
+        suffix_embeds=text[start:],
+        image_features=kept,
+        keep_indices=keep,
+        num_visual_tokens=num_visual,
+        grid=(manifest.grid.rows, manifest.grid.cols),
+    )
+    axes = manifest.decoder.position_axes
+    pruned = assemble_prompt([row], positions="gap", position_axes=axes)
+    compact = assemble_prompt([row], positions="compact", position_axes=axes)
+    unpruned = replace(row, image_features=every, keep_indices=compact_positions(num_visual))
+    whole = assemble_prompt([unpruned], positions="gap", position_axes=axes)
+    mask = np.zeros_like(whole.attention_mask)
+    mask[0, pruned.kept_positions[0]] = 1
+    return _Question(
+        features=(every[keep], kept),
+        pruned=pruned,
+        renumbered=compact if len(keep) < num_visual else None,
+        masked=replace(whole, attention_mask=mask),
+    )
 
-    Attributes:
-        features: What the unpatched encoder gives for the kept tokens, and what the patched one
-            does: twice [K, H].
-        prompt: As the patched decoder takes it.
-        renumbered: The same with compact positions.
-        drops: Whether a token was dropped.
+
+def _run(
+    backend: Backend, prompt: DecoderPrompt, num_steps: int, *, forced: Int64Array | None = None
+) -> tuple[FloatArray, Int64Array]:
+    """Logits [T, V], and the tokens [T] they prefer; fed these, or those that are given."""
+    answer = generate(
+        backend,
+        prompt,
+        max_new_tokens=num_steps,
+        eos_token_ids=(),
+        forced_tokens=None if forced is None else forced[None],
+        keep_logits=True,
+    )
+    assert answer.logits is not None, "they were asked for"
+    return answer.logits[0], np.array(answer.token_ids[0], dtype=np.int64)
+
+
+def _check_hidden(reference: Backend, masked: DecoderPrompt) -> None:
+    """See that what is masked has no part in the logits: other vectors there change nothing.
+
+    Raises:
+        UsageError: it has.
     """
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        prompts: PromptEncoder,
-        candidate: OnnxRuntimeBackend,
-        reference: UnpatchedGraphs,
-        picture: ImageInput,
-        expression: str,
-    ) -> None:
-        self._candidate = candidate
-        self._reference = reference
-        self._eos = manifest.decoder.eos_token_ids
-        encoded = prompts.encode(expression)
-        image = load_image(picture, pad_color=manifest.image.pad_color)
-        pixel_values, _ = prepare_image(image, manifest.image)
-        given = candidate.run(VISION, {"pixel_values": pixel_values})
-        kept, keep = given["image_features"], given["keep_indices"]
-        every = reference.encode_image(pixel_values)[0]
-        num_visual = manifest.pruning.num_visual_tokens
-        if len(every) != num_visual or keep.min() < 0 or keep.max() >= num_visual:
-            raise UsageError(
-                "the bundle and the export disagree on the number of visual tokens",
-                seen=f"{len(every)}, of which {keep.min()}..{keep.max()} are kept",
-                allowed=f"{num_visual}",
-            )
-        self.features = (every[keep[0]], kept[0])
-        self.drops = len(keep[0]) < num_visual
-        ids = np.concatenate([encoded.prefix_ids, encoded.suffix_ids])
-        text = embed_tokens(candidate, ids[None])[0]
-        start = len(encoded.prefix_ids)
-        row = PromptRow(
-            prefix_embeds=text[:start],
-            suffix_embeds=text[start:],
-            image_features=kept[0],
-            keep_indices=keep[0],
-            num_visual_tokens=num_visual,
-            grid=(manifest.grid.rows, manifest.grid.cols),
+    hidden = masked.attention_mask[0] == 0
+    other = masked.inputs_embeds.copy()
+    other[0, hidden] = -other[0, hidden][::-1]
+    one, changed = (
+        reference.decode({**masked.feed, "inputs_embeds": embeds}, reference.new_cache(1))
+        for embeds in (masked.inputs_embeds, other)
+    )
+    if not np.array_equal(one, changed):
+        raise UsageError(
+            "the unpatched decoder does not hide tokens that its attention_mask blocks in the "
+            "middle of a prompt, so there is no unpruned run to compare with",
+            seen=f"logits change by {np.abs(one - changed).max():.1e} with what is hidden",
+            fix="compare with the checkpoint instead: gap-export check",
         )
-        axes = manifest.decoder.position_axes
-        self.prompt = assemble_prompt([row], positions="gap", position_axes=axes)
-        self.renumbered = assemble_prompt([row], positions="compact", position_axes=axes)
-        unpruned = replace(row, image_features=every, keep_indices=compact_positions(num_visual))
-        whole = assemble_prompt([unpruned], positions="gap", position_axes=axes)
-        self._full, self._all_ids = whole.inputs_embeds, whole.id_table
-
-    def _ids(self, start: int, length: int) -> Int64Array:
-        """Ids of so many tokens of the unpruned prompt and its answer, as RoPE reads them."""
-        return gap_remap(np.arange(start, start + length, dtype=np.int64)[None], self._all_ids)
-
-    def pruned_logits(self, prompt: DecoderPrompt, tokens: Int64Array) -> FloatArray:
-        """The patched decoder's [T, V], fed these tokens int64 [T]."""
-        answer = generate(
-            self._candidate,
-            prompt,
-            max_new_tokens=len(tokens),
-            eos_token_ids=self._eos,
-            forced_tokens=tokens[None],
-            keep_logits=True,
-        )
-        assert answer.logits is not None
-        logits: FloatArray = answer.logits[0]
-        return logits
-
-    def masked_logits(self, num_steps: int) -> tuple[FloatArray, Int64Array]:
-        """The unpatched decoder's [T, V], dropped tokens masked out, and the tokens it prefers."""
-        length = self._full.shape[1]
-        mask, ids = self._mask(), self._ids(0, length)
-        cache = self._reference.new_cache()
-        embeds, every = self._full, []
-        tokens: list[int] = []
-        for step in range(num_steps):
-            logits, cache = self._reference.decode(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=ids, cache=cache
-            )
-            every.append(logits[0])
-            tokens.append(int(logits[0].argmax()))
-            embeds = self._embed(np.array([tokens[-1:]], dtype=np.int64))
-            mask = np.concatenate([mask, np.ones((1, 1), dtype=np.int64)], axis=1)
-            ids = self._ids(length + step, 1)
-        return np.stack(every), np.array(tokens, dtype=np.int64)
-
-    def uncached_logits(self, tokens: Int64Array) -> FloatArray:
-        """The unpatched decoder's [1, V] behind all but the last of these tokens int64 [T]."""
-        fed = self._embed(tokens[None, :-1])
-        embeds = np.concatenate([self._full, fed], axis=1)
-        mask = np.concatenate([self._mask(), np.ones(fed.shape[:2], dtype=np.int64)], axis=1)
-        return self._reference.decode(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=self._ids(0, embeds.shape[1]),
-            cache=self._reference.new_cache(),
-        )[0]
-
-    def _embed(self, ids: Int64Array) -> FloatArray:
-        return embed_tokens(self._candidate, ids, may_be_constant=True)
-
-    def _mask(self) -> Int64Array:
-        """int64 [1, L], 0 for dropped tokens."""
-        mask = np.zeros(self._full.shape[:2], dtype=np.int64)
-        mask[0, self.prompt.kept_positions[0]] = 1
-        return mask
-
-    def check_hidden(self) -> None:
-        """See that what is masked has no part in the logits: other vectors there change nothing.
-
-        Raises:
-            UsageError: it has.
-        """
-        if not self.drops:
-            return
-        mask, ids = self._mask(), self._ids(0, self._full.shape[1])
-        other = self._full.copy()
-        hidden = mask[0] == 0
-        other[0, hidden] = -other[0, hidden][::-1]
-        one, other_one = (
-            self._reference.decode(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=ids,
-                cache=self._reference.new_cache(),
-            )[0]
-            for embeds in (self._full, other)
-        )
-        if not np.array_equal(one, other_one):
-            raise UsageError(
-                "the unpatched decoder does not hide tokens that its attention_mask blocks in the "
-                "middle of a prompt, so there is no unpruned run to compare with",
-                seen=f"logits change by {np.abs(one - other_one).max():.1e} with what is hidden",
-                fix="compare with the checkpoint instead: gap-export check",
-            )

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from gap_export.bundle.files import sha256_of
 from gap_export.checkpoint.find.source import resolve_recipe
-from gap_export.errors import GapExportError, ParityError, UsageError
-from gap_export.runtime.backends.backend import FloatArray
-from gap_export.runtime.backends.onnxruntime_backend import ORT_ERRORS
+from gap_export.errors import ParityError, UsageError
+from gap_export.runtime.backends.backend import (
+    DECODER,
+    EMBEDDING,
+    VISION,
+    Backend,
+    Feed,
+    FloatArray,
+    KVCache,
+    Outputs,
+)
+from gap_export.runtime.backends.onnxruntime_backend import (
+    ORT_ERRORS,
+    OnnxRuntimeGraphs,
+    first_line,
+)
 from gap_export.runtime.backends.onnxruntime_options import (
     session_options,
     spare_memory,
@@ -22,26 +30,24 @@ from gap_export.runtime.backends.onnxruntime_options import (
 )
 from gap_export.runtime.backends.quiet_onnxruntime import ort
 from gap_export.spec.manifest import Manifest, SourcePart
+from gap_export.spec.positions import gap_remap
 
-_DTYPES: Mapping[str, type] = {
-    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64,
-}  # fmt: skip
-_MAIN, _EMBEDDING = "main", "embed_tokens"
-_CPU = ["CPUExecutionProvider"]
-
-Cache = dict[str, NDArray[Any]]
+_MAIN = "main"
 
 
-class UnpatchedGraphs:
+class UnpatchedBackend(OnnxRuntimeGraphs):
     """Vision encoder and decoder of an export, in ONNX Runtime on the CPU.
 
-    Args:
-        manifest: Of the bundle that was patched from it.
-        folder: The export's.
+    Its decoder reads position ids as they are, so they are remapped before it is fed them.
     """
 
-    def __init__(self, manifest: Manifest, folder: Path) -> None:
+    def __init__(self, manifest: Manifest, folder: Path, patched: Backend) -> None:
         """Prove that these are the graphs the bundle was patched from, and load them.
+
+        Args:
+            manifest: Of the bundle that was patched from it.
+            folder: The export's.
+            patched: The bundle's; its word embeddings, which are the export's, are used here too.
 
         Raises:
             UsageError: they are not, or cannot be loaded; or the bundle was not patched, or not by
@@ -53,58 +59,25 @@ class UnpatchedGraphs:
         _check_unchanged(part, folder)
         _check_taken_over(part, manifest)
         _check_facts(manifest, folder)
+        self._patched = patched
         half = manifest.dtype == "float16"
-        self._vision = _load(folder / _graph_file(part, "vision_encoder"), half=half)
-        self._decoder = _load(folder / _graph_file(part, "decoder_model_merged"), half=half)
-        spec = manifest.decoder
-        self._cache_shape = (1, spec.num_key_value_heads, 0, spec.head_dim)
-
-    def encode_image(self, pixel_values: NDArray[np.float32]) -> FloatArray:
-        """All visual tokens: [I, 3, height, width] to [I, N, H]."""
-        features: FloatArray = _run(
-            self._vision, ["image_features"], {"pixel_values": pixel_values}
-        )[0]
-        return features
-
-    def new_cache(self) -> Cache:
-        """An empty cache of one row."""
-        return {
-            value.name: np.zeros(self._cache_shape, dtype=_DTYPES[value.type])
-            for value in self._decoder.get_inputs()
-            if value.name.startswith("past_key_values.")
+        sessions = {
+            component: _load(folder / _graph_file(part, component), half=half)
+            for component in (VISION, DECODER)
         }
+        super().__init__(sessions, manifest)
 
-    def decode(
-        self,
-        *,
-        inputs_embeds: FloatArray,
-        attention_mask: NDArray[np.int64],
-        position_ids: NDArray[np.int64],
-        cache: Cache,
-    ) -> tuple[FloatArray, Cache]:
-        """One step.
+    def run(self, component: str, feed: Feed) -> Outputs:
+        """See Backend."""
+        if component == EMBEDDING:
+            return self._patched.run(component, feed)
+        return super().run(component, feed)
 
-        Args:
-            inputs_embeds: [1, S, H].
-            attention_mask: int64 [1, past + S]; 0 hides a slot from every query.
-            position_ids: int64 [1, S], or [A, 1, S], which RoPE reads as they are.
-            cache: Of the steps before.
-
-        Returns:
-            logits [1, V] of the last token, and the cache of the next step.
-        """
-        present = [name.replace("past_key_values", "present", 1) for name in cache]
-        logits, *grown = _run(
-            self._decoder,
-            ["logits", *present],
-            {
-                "inputs_embeds": inputs_embeds,
-                "attention_mask": attention_mask,
-                "position_ids": position_ids,
-                **cache,
-            },
-        )
-        return logits[:, -1], dict(zip(cache, grown, strict=True))
+    def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
+        """See Backend."""
+        feed = dict(feed)
+        feed["position_ids"] = gap_remap(feed["position_ids"], feed.pop("kept_positions"))
+        return super().decode(feed, cache)
 
 
 def _source(manifest: Manifest) -> SourcePart:
@@ -142,11 +115,11 @@ def _check_unchanged(part: SourcePart, folder: Path) -> None:
 def _check_taken_over(part: SourcePart, manifest: Manifest) -> None:
     """What patching leaves as it is, and both sides of the comparison read, is the export's."""
     held = {file.path: file.sha256 for file in manifest.files}
-    embedding = manifest.graph(_EMBEDDING).file
+    embedding = manifest.graph(EMBEDDING).file
     for file in part.files:
         name = Path(file.path).name
         if name.endswith(".onnx"):
-            name = embedding if name.startswith(_EMBEDDING) else ""
+            name = embedding if name.startswith(EMBEDDING) else ""
         if held.get(name, file.sha256) != file.sha256:
             raise ParityError(
                 "the bundle has not got the export's own file",
@@ -192,30 +165,9 @@ def _load(path: Path, *, half: bool) -> ort.InferenceSession:
     if half:
         spare_memory(options)
     try:
-        return start_session(path, options, _CPU)
+        return start_session(path, options, ["CPUExecutionProvider"])
     except ORT_ERRORS as err:
         raise UsageError(
             f"ONNX Runtime {ort.__version__} refuses the unpatched graph",
-            seen=f"{path}: {_first_line(err)}",
+            seen=f"{path}: {first_line(err)}",
         ) from err
-
-
-def _run(
-    session: ort.InferenceSession, outputs: Sequence[str], feed: Mapping[str, NDArray[Any]]
-) -> list[NDArray[Any]]:
-    dtypes = {value.name: _DTYPES[value.type] for value in session.get_inputs()}
-    given: dict[str, NDArray[Any]] = {
-        name: array.astype(dtypes[name], copy=False) for name, array in feed.items()
-    }
-    try:
-        found: list[NDArray[Any]] = session.run(list(outputs), given)
-    except ORT_ERRORS as err:
-        raise GapExportError(
-            "ONNX Runtime failed while computing the unpatched graph",
-            seen=f"{outputs[0]}: {_first_line(err)}",
-        ) from err
-    return found
-
-
-def _first_line(err: Exception) -> str:
-    return (str(err).splitlines() or [type(err).__name__])[0]

@@ -1,17 +1,17 @@
 """A GPU's memory and its queue of work, as the TensorRT backend needs them.
 
 :class:`CudaDevice` is thin on purpose: each method is one call of the CUDA runtime (cuda-python 12
-or 13) with its error checked, so that all that can be got wrong stands above :class:`Device` and is
-tested without a GPU. Addresses and handles are plain integers at this boundary.
+or 13) with its error checked, so that all that can be got wrong stands above it and is
+tested without a GPU. Addresses and handles are plain integers here.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -25,73 +25,15 @@ _INSTALL = (
     "version of the driver (12 on JetPack 6)"
 )
 
-_Step = tuple[Callable[[int], None], int]
-
-
-class Device(Protocol):
-    """One GPU. Work given to a stream is done in order, and is over after ``synchronize``."""
-
-    @property
-    def name(self) -> str:
-        """As its maker calls it."""
-        ...
-
-    @property
-    def compute_capability(self) -> int:
-        """SM number, e.g. 89."""
-        ...
-
-    def allocate(self, num_bytes: int) -> int:
-        """Address of new memory, of at least 1 byte, aligned to 256 bytes."""
-        ...
-
-    def free(self, address: int) -> None:
-        """Give memory back."""
-        ...
-
-    def create_stream(self) -> int:
-        """Handle of a new queue of work."""
-        ...
-
-    def destroy_stream(self, stream: int) -> None:
-        """Give a queue back."""
-        ...
-
-    def synchronize(self, stream: int) -> None:
-        """Wait until all work of a queue is done."""
-        ...
-
-    def clear(self, address: int, num_bytes: int, stream: int) -> None:
-        """Fill with zero bytes."""
-        ...
-
-    def upload(self, address: int, array: NDArray[Any], stream: int) -> None:
-        """Copy a contiguous array to the GPU; it must live until the work is done."""
-        ...
-
-    def download(self, array: NDArray[Any], address: int, stream: int) -> None:
-        """Copy into a contiguous array; it is filled when the work is done."""
-        ...
-
-    def begin_capture(self, stream: int) -> None:
-        """Record what follows on this queue instead of doing it."""
-        ...
-
-    def end_capture(self, stream: int) -> int:
-        """Handle of what was recorded, ready to be launched."""
-        ...
-
-    def launch(self, graph: int, stream: int) -> None:
-        """Do what was recorded."""
-        ...
-
-    def destroy_graph(self, graph: int) -> None:
-        """Give a record back."""
-        ...
-
 
 class CudaDevice:
     """The GPU that CUDA calls device 0; choose another with ``CUDA_VISIBLE_DEVICES``.
+
+    Work given to a stream is done in order, and is over after :meth:`synchronize`.
+
+    Attributes:
+        name: As its maker calls it.
+        compute_capability: SM number, e.g. 89.
 
     Args:
         runtime: cuda-python's module ``cuda.bindings.runtime``; imported where not given.
@@ -102,7 +44,14 @@ class CudaDevice:
     """
 
     def __init__(self, runtime: Any = None) -> None:
-        self._cuda = runtime or _import_runtime()
+        if runtime is None:
+            try:
+                runtime = importlib.import_module(_BINDINGS)
+            except ImportError as err:
+                raise MissingDependencyError(
+                    "running TensorRT engines needs cuda-python", seen=err, fix=_INSTALL
+                ) from err
+        self._cuda = runtime
         self._graphs: dict[int, Any] = {}
         self._streams: dict[int, Any] = {}
         error, count = self._cuda.cudaGetDeviceCount()
@@ -113,24 +62,19 @@ class CudaDevice:
                 fix="run it on a machine with a GPU and its driver; --backend ort needs neither",
             )
         attributes = self._cuda.cudaDeviceAttr
-        major = self._read(attributes.cudaDevAttrComputeCapabilityMajor)
-        minor = self._read(attributes.cudaDevAttrComputeCapabilityMinor)
-        self._compute_capability = 10 * major + minor
+        major, minor = (
+            int(self._call("cudaDeviceGetAttribute", attribute, 0))
+            for attribute in (
+                attributes.cudaDevAttrComputeCapabilityMajor,
+                attributes.cudaDevAttrComputeCapabilityMinor,
+            )
+        )
+        self.compute_capability = 10 * major + minor
         properties = self._call("cudaGetDeviceProperties", 0)
-        self._name = bytes(properties.name).rstrip(b"\0").decode()
-
-    @property
-    def name(self) -> str:
-        """See Device."""
-        return self._name
-
-    @property
-    def compute_capability(self) -> int:
-        """See Device."""
-        return self._compute_capability
+        self.name = bytes(properties.name).rstrip(b"\0").decode()
 
     def allocate(self, num_bytes: int) -> int:
-        """See Device."""
+        """Allocate at least 1 byte, aligned to 256; gives the address."""
         error, address = self._cuda.cudaMalloc(max(num_bytes, 1))
         if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
             raise GapExportError(
@@ -143,42 +87,42 @@ class CudaDevice:
         return int(address)
 
     def free(self, address: int) -> None:
-        """See Device."""
+        """Give memory back."""
         self._call("cudaFree", address)
 
     def create_stream(self) -> int:
-        """See Device."""
+        """Make a new queue of work; gives its handle."""
         stream = self._call("cudaStreamCreate")
         self._streams[int(stream)] = stream
         return int(stream)
 
     def destroy_stream(self, stream: int) -> None:
-        """See Device."""
+        """Give a queue back."""
         self._call("cudaStreamDestroy", self._streams.pop(stream))
 
     def synchronize(self, stream: int) -> None:
-        """See Device."""
+        """Wait until all work of a queue is done."""
         self._call("cudaStreamSynchronize", self._streams[stream])
 
     def clear(self, address: int, num_bytes: int, stream: int) -> None:
-        """See Device."""
+        """Fill with zero bytes."""
         self._call("cudaMemsetAsync", address, 0, num_bytes, self._streams[stream])
 
     def upload(self, address: int, array: NDArray[Any], stream: int) -> None:
-        """See Device."""
+        """Copy a contiguous array to the GPU; it must live until the work is done."""
         self._copy(address, array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice", stream)
 
     def download(self, array: NDArray[Any], address: int, stream: int) -> None:
-        """See Device."""
+        """Copy into a contiguous array; it is filled when the work is done."""
         self._copy(array.ctypes.data, address, array.nbytes, "cudaMemcpyDeviceToHost", stream)
 
     def begin_capture(self, stream: int) -> None:
-        """See Device."""
+        """Record what follows on this queue instead of doing it."""
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self._streams[stream], mode)
 
     def end_capture(self, stream: int) -> int:
-        """See Device."""
+        """End the recording; gives the handle of a graph that can be launched."""
         recorded = self._call("cudaStreamEndCapture", self._streams[stream])
         try:
             graph = self._call("cudaGraphInstantiate", recorded, 0)
@@ -188,20 +132,17 @@ class CudaDevice:
         return int(graph)
 
     def launch(self, graph: int, stream: int) -> None:
-        """See Device."""
+        """Do what was recorded."""
         self._call("cudaGraphLaunch", self._graphs[graph], self._streams[stream])
 
     def destroy_graph(self, graph: int) -> None:
-        """See Device."""
+        """Give a recorded graph back."""
         self._call("cudaGraphExecDestroy", self._graphs.pop(graph))
 
     def _copy(self, target: int, source: int, num_bytes: int, kind: str, stream: int) -> None:
         direction = getattr(self._cuda.cudaMemcpyKind, kind)
         handle = self._streams[stream]
         self._call("cudaMemcpyAsync", target, source, num_bytes, direction, handle)
-
-    def _read(self, attribute: Any) -> int:
-        return int(self._call("cudaDeviceGetAttribute", attribute, 0))
 
     def _call(self, function: str, *args: Any) -> Any:
         """Call the CUDA runtime; its first result is the error code, the second what it gives."""
@@ -232,13 +173,9 @@ class DeviceBuffer:
 
 
 class DeviceMemory:
-    """All that a backend holds on a GPU, given back together: buffers and one stream.
+    """All that a backend holds on a GPU, given back together: buffers, graphs and one stream."""
 
-    Args:
-        device: Whose.
-    """
-
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: CudaDevice) -> None:
         self.device = device
         self.stream = device.create_stream()
         self._buffers: list[DeviceBuffer] = []
@@ -261,7 +198,7 @@ class DeviceMemory:
         return buffer
 
     def release(self, buffer: DeviceBuffer) -> None:
-        """Give one buffer back before the others."""
+        """Give one buffer back before the rest."""
         self._buffers.remove(buffer)
         self.device.free(buffer.address)
 
@@ -271,36 +208,25 @@ class DeviceMemory:
 
     def settle(self) -> None:
         """Wait for the stream, so that what it works with can go; a failure is only logged."""
-        self._try([(self.device.synchronize, self.stream)])
+        _try(self.device.synchronize, self.stream)
 
     def close(self) -> None:
-        """Give everything back, whatever fails on the way; a second call does nothing.
-
-        A GPU that has failed refuses these calls as well, which is only logged: the error that
-        came first is the one to be told.
-        """
+        """Give everything back, whatever fails on the way; a second call does nothing."""
         if self._closed:
             return
         self._closed = True
         self.settle()
-        steps: list[_Step] = [(self.device.destroy_graph, graph) for graph in self._graphs]
-        steps += [(self.device.free, buffer.address) for buffer in self._buffers]
-        steps.append((self.device.destroy_stream, self.stream))
+        for graph in self._graphs:
+            _try(self.device.destroy_graph, graph)
+        for buffer in self._buffers:
+            _try(self.device.free, buffer.address)
+        _try(self.device.destroy_stream, self.stream)
         self._graphs, self._buffers = [], []
-        self._try(steps)
-
-    def _try(self, steps: Sequence[_Step]) -> None:
-        for release, handle in steps:
-            try:
-                release(handle)
-            except GapExportError as err:
-                _log.warning("while giving GPU memory back: %s", err)
 
 
-def _import_runtime() -> Any:
+def _try(release: Callable[[int], None], handle: int) -> None:
+    """A GPU that has failed refuses these calls as well: the error that came first is the one."""
     try:
-        return importlib.import_module(_BINDINGS)
-    except ImportError as err:
-        raise MissingDependencyError(
-            "running TensorRT engines needs cuda-python", seen=err, fix=_INSTALL
-        ) from err
+        release(handle)
+    except GapExportError as err:
+        _log.warning("while giving GPU memory back: %s", err)

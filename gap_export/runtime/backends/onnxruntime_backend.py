@@ -36,7 +36,7 @@ from gap_export.runtime.backends.onnxruntime_options import (
     start_session,
 )
 from gap_export.runtime.backends.quiet_onnxruntime import ort, ort_errors
-from gap_export.spec.manifest import GraphSpec
+from gap_export.spec.manifest import GraphSpec, Manifest
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
@@ -80,7 +80,88 @@ class OnnxRuntimeCache:
     values: dict[str, ort.OrtValue] = field(default_factory=dict)
 
 
-class OnnxRuntimeBackend(Backend):
+class OnnxRuntimeGraphs(Backend):
+    """Graphs that are loaded already, in ONNX Runtime.
+
+    Args:
+        sessions: By component; the decoder's logits come first among its outputs.
+        manifest: Of the model.
+    """
+
+    def __init__(self, sessions: dict[str, ort.InferenceSession], manifest: Manifest) -> None:
+        decoder = sessions[DECODER]
+        used = decoder.get_providers()
+        self.name = f"ONNX Runtime {ort.__version__} ({used[0]})"
+        self.dtype = numpy_dtype(manifest.dtype).name
+        self._manifest = manifest
+        self._sessions = sessions
+        self._inputs = {name: _input_dtypes(found) for name, found in sessions.items()}
+        self._device = "cuda" if _CUDA in used else "cpu"
+        self._past = {
+            value.name.replace("present.", "past_key_values.", 1): value.name
+            for value in decoder.get_outputs()
+            if value.name.startswith("present.")
+        }
+
+    def close(self) -> None:
+        """Free the graphs."""
+        self._sessions.clear()
+
+    def run(self, component: str, feed: Feed) -> Outputs:
+        """See Backend."""
+        session = self._sessions.get(component)
+        if session is None:
+            raise lacks_component(component, self._manifest)
+        dtypes = self._inputs[component]
+        given = {name: array.astype(dtypes[name], copy=False) for name, array in feed.items()}
+        names = [value.name for value in session.get_outputs()]
+        try:
+            return dict(zip(names, session.run(names, given), strict=True))
+        except ORT_ERRORS as err:
+            raise _failed(component, err) from err
+
+    def new_cache(self, batch_size: int) -> OnnxRuntimeCache:
+        """See Backend."""
+        spec = self._manifest.decoder
+        shape = (batch_size, spec.num_key_value_heads, 0, spec.head_dim)
+        return OnnxRuntimeCache(
+            batch_size=batch_size,
+            values={
+                name: ort.OrtValue.ortvalue_from_numpy(
+                    np.zeros(shape, dtype=self._inputs[DECODER][name]), self._device
+                )
+                for name in self._past
+            },
+        )
+
+    def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
+        """See Backend."""
+        assert isinstance(cache, OnnxRuntimeCache), "a cache belongs to the backend that made it"
+        session, dtypes = self._sessions[DECODER], self._inputs[DECODER]
+        binding = session.io_binding()
+        # The binding reads these arrays in place: they must live, contiguous, until the run ends.
+        held = {
+            name: np.ascontiguousarray(array, dtype=dtypes[name]) for name, array in feed.items()
+        }
+        for name, array in held.items():
+            binding.bind_cpu_input(name, array)
+        for name, value in cache.values.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits", "cpu")
+        for name in self._past.values():
+            binding.bind_output(name, self._device)
+        try:
+            session.run_with_iobinding(binding)
+        except ORT_ERRORS as err:
+            raise _failed(DECODER, err) from err
+        logits, *present = binding.get_outputs()
+        cache.values = dict(zip(self._past, present, strict=True))
+        cache.length += feed["inputs_embeds"].shape[1]
+        last: FloatArray = logits.numpy()[:, -1].copy()
+        return last
+
+
+class OnnxRuntimeBackend(OnnxRuntimeGraphs):
     """The bundle's base graphs in ONNX Runtime."""
 
     def __init__(
@@ -104,89 +185,23 @@ class OnnxRuntimeBackend(Backend):
             BundleError: a graph that ONNX Runtime refuses, or whose inputs are not the manifest's,
                 a dtype other than float32 and float16, or a newline that cannot be read.
         """
-        self._manifest = manifest = bundle.manifest
+        manifest = bundle.manifest
         self._providers = _choose_providers(execution_providers)
         self._may_fall_back = execution_providers is None
         self._num_threads = num_threads
         dtype = numpy_dtype(manifest.dtype)
-        self.dtype = dtype.name
         self.quantization = manifest.graph(DECODER).quantization
         self._newline: FloatArray | None = None
         if manifest.newline is not None:
             self._newline = read_place(bundle.path, manifest.newline).astype(dtype)
-        self._sessions = {name: self._load(bundle, name) for name in graph_components(manifest)}
-        self._inputs = {name: _input_dtypes(found) for name, found in self._sessions.items()}
-        used = self._sessions[DECODER].get_providers()
-        self.name = f"ONNX Runtime {ort.__version__} ({used[0]})"
-        self._device = "cuda" if _CUDA in used else "cpu"
-        # In the order of the graph's outputs, behind the logits.
-        self._present = tuple(
-            value.name
-            for value in self._sessions[DECODER].get_outputs()
-            if value.name.startswith("present.")
-        )
-
-    def close(self) -> None:
-        """Free the graphs."""
-        self._sessions.clear()
+        components = graph_components(manifest)
+        super().__init__({name: self._load(bundle, name) for name in components}, manifest)
 
     def run(self, component: str, feed: Feed) -> Outputs:
         """See Backend."""
         if component == NEWLINE and self._newline is not None:
             return {"image_newline": self._newline}
-        session = self._sessions.get(component)
-        if session is None:
-            raise lacks_component(component, self._manifest)
-        dtypes = self._inputs[component]
-        given = {name: array.astype(dtypes[name], copy=False) for name, array in feed.items()}
-        names = [value.name for value in session.get_outputs()]
-        try:
-            return dict(zip(names, session.run(names, given), strict=True))
-        except ORT_ERRORS as err:
-            raise _failed(component, err) from err
-
-    def new_cache(self, batch_size: int) -> OnnxRuntimeCache:
-        """See Backend."""
-        spec = self._manifest.decoder
-        shape = (batch_size, spec.num_key_value_heads, 0, spec.head_dim)
-        names = [_past_name(name) for name in self._present]
-        return OnnxRuntimeCache(
-            batch_size=batch_size,
-            values={
-                name: ort.OrtValue.ortvalue_from_numpy(
-                    np.zeros(shape, dtype=self._inputs[DECODER][name]), self._device
-                )
-                for name in names
-            },
-        )
-
-    def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
-        """See Backend."""
-        assert isinstance(cache, OnnxRuntimeCache), "a cache belongs to the backend that made it"
-        session, dtypes = self._sessions[DECODER], self._inputs[DECODER]
-        binding = session.io_binding()
-        # The binding reads these arrays in place: they must live, contiguous, until the run ends.
-        held = {
-            name: np.ascontiguousarray(array, dtype=dtypes[name]) for name, array in feed.items()
-        }
-        for name, array in held.items():
-            binding.bind_cpu_input(name, array)
-        for name, value in cache.values.items():
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits", "cpu")
-        for name in self._present:
-            binding.bind_output(name, self._device)
-        try:
-            session.run_with_iobinding(binding)
-        except ORT_ERRORS as err:
-            raise _failed(DECODER, err) from err
-        logits, *present = binding.get_outputs()
-        cache.values = {
-            _past_name(name): value for name, value in zip(self._present, present, strict=True)
-        }
-        cache.length += feed["inputs_embeds"].shape[1]
-        last: FloatArray = logits.numpy()[:, -1].copy()
-        return last
+        return super().run(component, feed)
 
     def _load(self, bundle: Bundle, component: str) -> ort.InferenceSession:
         spec = bundle.manifest.graph(component)
@@ -295,7 +310,7 @@ def _check_interface(session: ort.InferenceSession, spec: GraphSpec) -> None:
 def _refused(spec: GraphSpec, err: Exception) -> BundleError:
     return BundleError(
         f"ONNX Runtime {ort.__version__} refuses {spec.file}",
-        seen=_first_line(err),
+        seen=first_line(err),
         fix="export the bundle again with this version of gap-export",
     )
 
@@ -303,23 +318,20 @@ def _refused(spec: GraphSpec, err: Exception) -> BundleError:
 def _not_loaded(provider: str, why: Exception | None) -> UsageError:
     return UsageError(
         "the execution provider could not be loaded",
-        seen=provider if why is None else f"{provider} ({_first_line(why)})",
+        seen=provider if why is None else f"{provider} ({first_line(why)})",
         allowed=f"{_CPU}, which always works",
         fix=f"check that the CUDA and cuDNN libraries are installed and found; {_CUDA_FIX}",
     )
 
 
-def _past_name(present_name: str) -> str:
-    return present_name.replace("present.", "past_key_values.", 1)
-
-
 def _failed(where: str, err: Exception) -> GapExportError:
     return GapExportError(
         "ONNX Runtime failed while computing",
-        seen=f"{where}: {_first_line(err)}",
+        seen=f"{where}: {first_line(err)}",
         fix="check the bundle with: gap-export check BUNDLE",
     )
 
 
-def _first_line(err: Exception) -> str:
+def first_line(err: Exception) -> str:
+    """What ONNX Runtime says, without the rest of it."""
     return (str(err).splitlines() or [type(err).__name__])[0]

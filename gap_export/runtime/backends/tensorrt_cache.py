@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
 
 from gap_export.engines.plan import EngineSpec
-from gap_export.runtime.backends.device import DeviceBuffer, DeviceMemory
+from gap_export.runtime.backends.device import DeviceMemory
 from gap_export.runtime.backends.tensorrt_engine import Bound, EngineRunner
 
 PAST, PRESENT = "past_key_values.", "present."
@@ -25,32 +25,6 @@ class TensorRTCache:
 
     batch_size: int
     length: int = 0
-
-
-class KVBuffers(Protocol):
-    """Keys and values of all layers on the GPU, for batches up to some size."""
-
-    max_batch: int
-
-    def reset(self) -> None:
-        """Make them fit for a new batch."""
-        ...
-
-    def past(self, cache: TensorRTCache) -> dict[str, Bound]:
-        """Inputs of the next step."""
-        ...
-
-    def present(self) -> dict[str, int]:
-        """Addresses of the next step's outputs."""
-        ...
-
-    def advance(self) -> None:
-        """A step is done: what was present is past."""
-        ...
-
-    def release(self) -> None:
-        """Give the memory back."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +50,8 @@ class KVLayout:
         return batch_size * self.heads * self.capacity * self.dim * self.itemsize
 
 
-class ConcatBuffers:
-    """Each step reads one set and writes past and new into the other.
+class KVBuffers(ABC):
+    """Keys and values of all layers on the GPU: past, which a step reads, and present.
 
     Args:
         memory: Holds the buffers.
@@ -85,73 +59,76 @@ class ConcatBuffers:
         max_batch: The largest B there is room for.
     """
 
+    num_sets: int
+
     def __init__(self, memory: DeviceMemory, layout: KVLayout, max_batch: int) -> None:
         self.max_batch = max_batch
         self._memory, self._layout = memory, layout
-        self._sets = [_allocate(memory, layout, max_batch) for _ in range(2)]
+        self._sets = [
+            {name: memory.allocate(layout.num_bytes(max_batch)) for name in layout.names}
+            for _ in range(self.num_sets)
+        ]
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Make them fit for a new batch."""
+
+    @abstractmethod
+    def num_slots(self, cache: TensorRTCache) -> int:
+        """Slots of past, as the graph is fed them."""
+
+    def past(self, cache: TensorRTCache) -> dict[str, Bound]:
+        """Inputs of the next step."""
+        layout = self._layout
+        shape = (cache.batch_size, layout.heads, self.num_slots(cache), layout.dim)
+        return {PAST + name: Bound(b.address, shape) for name, b in self._sets[0].items()}
+
+    def present(self) -> dict[str, int]:
+        """Addresses of the next step's outputs."""
+        return {PRESENT + name: buffer.address for name, buffer in self._sets[-1].items()}
+
+    def advance(self) -> None:
+        """A step is done: what was present is past."""
+        self._sets.reverse()
+
+    def release(self) -> None:
+        """Give the memory back."""
+        for buffers in self._sets:
+            for buffer in buffers.values():
+                self._memory.release(buffer)
+
+
+class ConcatBuffers(KVBuffers):
+    """Each step reads one set and writes past and new into the other."""
+
+    num_sets = 2
 
     def reset(self) -> None:
         """Nothing to do: past is read as far as it is filled."""
 
-    def past(self, cache: TensorRTCache) -> dict[str, Bound]:
-        """See KVBuffers."""
-        layout = self._layout
-        shape = (cache.batch_size, layout.heads, cache.length, layout.dim)
-        buffers = self._sets[0]
-        return {PAST + name: Bound(buffers[name].address, shape) for name in layout.names}
-
-    def present(self) -> dict[str, int]:
-        """See KVBuffers."""
-        return {PRESENT + name: buffer.address for name, buffer in self._sets[1].items()}
-
-    def advance(self) -> None:
-        """See KVBuffers."""
-        self._sets.reverse()
-
-    def release(self) -> None:
-        """See KVBuffers."""
-        _release(self._memory, *self._sets)
+    def num_slots(self, cache: TensorRTCache) -> int:
+        """Those that are filled."""
+        return cache.length
 
 
-class InPlaceBuffers:
-    """Each step writes the new slots into the set it reads.
+class InPlaceBuffers(KVBuffers):
+    """Each step writes the new slots into the set it reads."""
 
-    Args:
-        memory: Holds the buffers.
-        layout: What is cached.
-        max_batch: The largest B there is room for.
-    """
-
-    def __init__(self, memory: DeviceMemory, layout: KVLayout, max_batch: int) -> None:
-        self.max_batch = max_batch
-        self._memory, self._layout = memory, layout
-        self._buffers = _allocate(memory, layout, max_batch)
+    num_sets = 1
 
     def reset(self) -> None:
         """Zeros: slots that are not filled are masked, but 0 times NaN would be NaN."""
         device, stream = self._memory.device, self._memory.stream
-        for buffer in self._buffers.values():
+        for buffer in self._sets[0].values():
             device.clear(buffer.address, buffer.num_bytes, stream)
 
-    def past(self, cache: TensorRTCache) -> dict[str, Bound]:
-        """See KVBuffers."""
-        layout = self._layout
-        shape = (cache.batch_size, layout.heads, layout.capacity, layout.dim)
-        return {PAST + name: Bound(b.address, shape) for name, b in self._buffers.items()}
-
-    def present(self) -> dict[str, int]:
-        """See KVBuffers."""
-        return {PRESENT + name: buffer.address for name, buffer in self._buffers.items()}
-
-    def advance(self) -> None:
-        """Nothing to do: past and present are one."""
-
-    def release(self) -> None:
-        """See KVBuffers."""
-        _release(self._memory, self._buffers)
+    def num_slots(self, cache: TensorRTCache) -> int:
+        """All of them, filled or not."""
+        del cache
+        return self._layout.capacity
 
 
-CONTRACTS: Mapping[str, type[ConcatBuffers | InPlaceBuffers]] = MappingProxyType(
+CONTRACTS: Mapping[str, type[KVBuffers]] = MappingProxyType(
     {"concat": ConcatBuffers, "in_place": InPlaceBuffers}
 )
 
@@ -175,13 +152,3 @@ def kv_layout(spec: EngineSpec, runner: EngineRunner) -> KVLayout:
         capacity=capacity,
         itemsize=runner.num_bytes(first, (1,)),
     )
-
-
-def _allocate(memory: DeviceMemory, layout: KVLayout, max_batch: int) -> dict[str, DeviceBuffer]:
-    return {name: memory.allocate(layout.num_bytes(max_batch)) for name in layout.names}
-
-
-def _release(memory: DeviceMemory, *sets: Mapping[str, DeviceBuffer]) -> None:
-    for buffers in sets:
-        for buffer in buffers.values():
-            memory.release(buffer)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,22 +55,6 @@ class Bound:
     shape: Shape
 
 
-class Execution(Protocol):
-    """A way to have an engine's work done with one of its profiles."""
-
-    def enqueue(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
-        """Give the work to the stream.
-
-        Args:
-            shapes: Of every input.
-            addresses: Of every input and output; of shape tensors on the host.
-
-        Raises:
-            EngineError: TensorRT refuses.
-        """
-        ...
-
-
 class DirectExecution:
     """Each call goes through TensorRT, which is told of shapes and addresses that changed.
 
@@ -89,7 +73,15 @@ class DirectExecution:
         self._addresses: dict[str, int] = {}
 
     def enqueue(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
-        """See Execution."""
+        """Give the work to the stream.
+
+        Args:
+            shapes: Of every input.
+            addresses: Of every input and output; of shape tensors on the host.
+
+        Raises:
+            EngineError: TensorRT refuses.
+        """
         with self._log.recording() as errors:
             refusal = self._refusal(shapes, addresses)
         if refusal is not None:
@@ -133,7 +125,7 @@ class CapturedExecution:
         self._captured: dict[tuple[object, ...], tuple[int, DirectExecution]] = {}
 
     def enqueue(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
-        """See Execution."""
+        """See DirectExecution."""
         key = (*shapes.items(), *addresses.items())
         if key in self._captured:
             self._memory.device.launch(self._captured[key][0], self._memory.stream)
@@ -157,6 +149,9 @@ class CapturedExecution:
             graph = device.end_capture(stream)
             self._memory.keep_graph(graph)
         self._captured[key] = (graph, execution)
+
+
+Execution = DirectExecution | CapturedExecution
 
 
 class EngineRunner:

@@ -27,7 +27,7 @@ from gap_export.errors import (
     MissingDependencyError,
     UsageError,
 )
-from gap_export.runtime.backends.device import CudaDevice, Device, DeviceMemory
+from gap_export.runtime.backends.device import CudaDevice, DeviceMemory
 from gap_export.runtime.backends.tensorrt_engine import (
     CapturedExecution,
     DirectExecution,
@@ -51,7 +51,7 @@ class ChosenEngines:
 
     folder: EngineFolder
     library: TensorRT
-    device: Device
+    device: CudaDevice
 
 
 def choose_engines(
@@ -59,7 +59,7 @@ def choose_engines(
     *,
     engines: str | None = None,
     verify: Verify = "stamp",
-    open_device: Callable[[], Device] = CudaDevice,
+    open_device: Callable[[], CudaDevice] = CudaDevice,
     import_library: ImportLibrary = _import_library,
 ) -> ChosenEngines:
     """Find the folder of engines that fits the GPU and the TensorRT at hand.
@@ -106,7 +106,7 @@ def choose_engines(
     )
 
 
-def _check_means(names: tuple[str, ...], open_device: Callable[[], Device]) -> Device:
+def _check_means(names: tuple[str, ...], open_device: Callable[[], CudaDevice]) -> CudaDevice:
     """All that is missing in one message, since none of it helps alone."""
     lacks: list[GapExportError] = []
     if not names:

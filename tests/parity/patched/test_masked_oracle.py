@@ -15,7 +15,7 @@ from gap_export.errors import ParityError, UsageError
 from gap_export.graph.passes import insert_gap_remap
 from gap_export.parity.patched import masked_oracle
 from gap_export.parity.patched.masked_oracle import compare_with_unpatched
-from gap_export.parity.patched.unpatched import UnpatchedGraphs
+from gap_export.parity.patched.unpatched import UnpatchedBackend
 from gap_export.patching import patch as patching
 from gap_export.patching.prune_at_places import PruneAtPlaces
 from tests.parity.mutants import rewrite
@@ -56,12 +56,13 @@ def test_nothing_dropped_has_no_compact_run(tiny_export, patch, compare):
 
 
 def test_compact_positions_are_noticed(tiny_export, patch, compare, monkeypatch):
-    run = masked_oracle._Question.pruned_logits
-    monkeypatch.setattr(
-        masked_oracle._Question,
-        "pruned_logits",
-        lambda self, prompt, tokens: run(self, self.renumbered, tokens),
-    )
+    ask = masked_oracle._ask
+
+    def renumber(*given):
+        question = ask(*given)
+        return replace(question, pruned=question.renumbered)
+
+    monkeypatch.setattr(masked_oracle, "_ask", renumber)
     report = compare(patch(tiny_export).bundle)
     assert rows(report) == {
         "image_features": True, "logits (prefill)": False, "logits (decode)": False,
@@ -169,12 +170,13 @@ def test_a_bundle_that_was_not_patched_is_refused(tiny_bundle, compare):
 
 
 def test_a_decoder_that_hides_nothing_is_refused(tiny_export, patch, compare, monkeypatch):
-    decode = UnpatchedGraphs.decode
+    decode = UnpatchedBackend.decode
 
-    def see_all(self, *, attention_mask, **feed):
-        return decode(self, attention_mask=np.ones_like(attention_mask), **feed)
+    def see_all(self, feed, cache):
+        mask = np.ones_like(feed["attention_mask"])
+        return decode(self, {**feed, "attention_mask": mask}, cache)
 
-    monkeypatch.setattr(UnpatchedGraphs, "decode", see_all)
+    monkeypatch.setattr(UnpatchedBackend, "decode", see_all)
     with pytest.raises(UsageError, match="does not hide tokens"):
         compare(patch(tiny_export).bundle)
 
@@ -199,8 +201,8 @@ def test_attention_that_rotates_by_itself_is_not_patched(own_export, patch):
         patch(own_export)
 
 
-@pytest.mark.parametrize("changes", [{"num_steps": 0}, {"pictures": []}, {"expressions": []}])
+@pytest.mark.parametrize("changes", [{"num_steps": 0}, {"images": []}, {"expressions": []}])
 def test_nothing_to_compare_is_refused(tiny_export, pictures, changes):
-    given = {"pictures": pictures[:1], "expressions": EXPRESSION, **changes}
+    given = {"images": pictures[:1], "expressions": EXPRESSION, **changes}
     with pytest.raises(UsageError, match="nothing to compare with"):
         compare_with_unpatched(tiny_export, tiny_export, **given)
