@@ -64,11 +64,11 @@ def workspace(tmp_path, monkeypatch):
         if "--baseline unpruned" in text:
             shutil.copytree(request.getfixturevalue("demo_whole_bundle"), "unpruned")
         if "llava-onnx" in text:
-            from tests.patching.exports import Recipe, build_export
+            from tests.patching.exports import Recipe, shared_export
 
-            build_export(
-                request.getfixturevalue("tiny_checkpoint"), tmp_path / "llava-onnx", Recipe()
-            )
+            checkpoint = request.getfixturevalue("tiny_checkpoint")
+            shared = request.getfixturevalue("shared")
+            shutil.copytree(shared_export(shared, checkpoint, Recipe()), "llava-onnx")
         return tmp_path
 
     return make

@@ -9,24 +9,19 @@ import numpy as np
 import pytest
 
 from gap_export.patching import PatchOptions, PatchReport, patch_export
-from tests.patching.exports import Recipe, build_export
-from tests.shared import sort_options
+from tests.patching.exports import Recipe, shared_export
+from tests.shared import SharedFolder, sort_options
 
 MakeExport = Callable[..., Path]
 Patch = Callable[..., PatchReport]
 
 
 @pytest.fixture(scope="session")
-def make_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeExport:
-    """Exports of the tiny model, each made once; read only."""
-    made: dict[Recipe, Path] = {}
+def make_export(tiny_checkpoint: Path, shared: SharedFolder) -> MakeExport:
+    """Exports of the tiny model, each made once in a run; read only."""
 
     def make(**how: Any) -> Path:
-        recipe = Recipe(**how)
-        if recipe not in made:
-            folder = tmp_path_factory.mktemp("exports") / str(recipe)
-            made[recipe] = build_export(tiny_checkpoint, folder, recipe)
-        return made[recipe]
+        return shared_export(shared, tiny_checkpoint, Recipe(**how))
 
     return make
 

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import DynamicCache
 
+from tests.shared import SharedFolder
+
 ASSETS = ("config.json", "generation_config.json", "tokenizer.json", "recipe.yaml")
 COMPONENTS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 _HEADS, _HEAD_DIM, _HIDDEN, _SIDE = 2, 8, 32, 32
@@ -33,6 +35,11 @@ class Recipe:
     def __str__(self) -> str:
         how = "dynamo" if self.dynamo else "torchscript"
         return f"{how}-opset{self.opset}-{self.dtype}-{self.attention}"
+
+
+def shared_export(shared: SharedFolder, checkpoint: Path, how: Recipe) -> Path:
+    """The export of a checkpoint that is the same in all of a run, made by who asks first."""
+    return shared.once(f"export-{how}", lambda folder: build_export(checkpoint, folder, how))
 
 
 class Vision(nn.Module):
