@@ -35,12 +35,12 @@ def in_words(tolerance: Tolerance) -> str:
     if tolerance.largest_fraction:
         parts.append(f"{100 * tolerance.largest_fraction:.2g} % of the largest value")
     if tolerance.max_changed_fraction:
-        parts.append(f"{100 * tolerance.max_changed_fraction:g} % of the tokens, or one")
+        parts.append(f"{100 * tolerance.max_changed_fraction:g} % of the tokens, at least one")
     if tolerance.tie_margin:
         parts = parts or ["none"]
         parts.append(
-            f"chosen one by one with a margin of {tolerance.tie_margin:.2g} or less, "
-            f"{100 * tolerance.max_changed_fraction_in_tie:g} % of the tokens, or one"
+            f"in a tie (tokens chosen one by one, {tolerance.tie_margin:.2g} apart or less) "
+            f"{100 * tolerance.max_changed_fraction_in_tie:g} % of the tokens, at least one"
         )
     return "; ".join(parts) or "none"
 
