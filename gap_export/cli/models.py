@@ -25,12 +25,14 @@ def models(
     verbose: VerboseOption = False,
 ) -> None:
     """List the models that have a recipe, and whether their weights are here."""
-    from gap_export.spec.recipe import list_recipes
+    from gap_export.families import broken_families
+    from gap_export.spec.recipe import broken_recipes, list_recipes
 
     terminal = terminal_of(ctx)
     plain = [_describe(recipe, folder) for recipe, folder in list_recipes()]
+    broken = [str(err) for err in (*broken_families().values(), *broken_recipes())]
     if as_json:
-        terminal.json({"models": plain})
+        terminal.json({"models": plain, "broken": broken})
         return
     plain = visible_strings(plain)
     header = ["name", "aliases", "family", "visual tokens", "weights"]
@@ -39,6 +41,8 @@ def models(
     for place, item in reversed(list(enumerate(plain, start=3))):
         lines[place:place] = [f"  {line}" for line in _more_lines(item)]
     terminal.result("\n".join(lines))
+    for why in broken:
+        terminal.warning(why)
     missing = [item for item in plain if item["weights"] not in {_BUNDLED, _HERE}]
     if missing:
         terminal.message(

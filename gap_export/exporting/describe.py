@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from gap_export.bundle import BundleDraft
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import BundleError, CheckpointError, ExpressionError
+from gap_export.spec.family import FAMILY_MARK, OTHER_FAMILIES
 from gap_export.spec.manifest import (
     Manifest,
     ModelSpec,
@@ -61,7 +62,7 @@ def describe_bundle(
         opset=_OPSET_QUANTIZED if is_quantized else _OPSET,
         graphs=(),
         files=(),
-        tools={**tool_versions(), **_pruner_version(pruning.pruner)},
+        tools={**tool_versions(), **_other_packages(recipe.family, pruning.pruner)},
     )
 
 
@@ -138,12 +139,12 @@ def _newline_place(reference: Reference, placed: PlacedWeights) -> TensorPlace |
     )
 
 
-def _pruner_version(pruner: str) -> dict[str, str]:
-    """The package that the pruner is of, where it is not ours: ``check`` needs it again."""
+def _other_packages(family: str, pruner: str) -> dict[str, str]:
+    """The packages that family and pruner are of, where not ours: ``check`` needs them again."""
     from gap_export.pruning import PACKAGE_MARK, package_of
 
-    package = package_of(pruner)
-    return {f"{PACKAGE_MARK}{package}": version(package)} if package is not None else {}
+    found = {PACKAGE_MARK: package_of(pruner), FAMILY_MARK: OTHER_FAMILIES.package_of(family)}
+    return {f"{mark}{one}": version(one) for mark, one in found.items() if one is not None}
 
 
 def tool_versions(names: Sequence[str] = _TOOLS) -> dict[str, str]:

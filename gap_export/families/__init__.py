@@ -1,4 +1,6 @@
-"""Families of models. A new one is a file and a line here; nothing else names a family.
+"""Families of models. A new one is a folder and a name here; nothing else names a family.
+
+Another package adds one by an entry point, see :mod:`gap_export.spec.family`.
 
 Families are built on torch and transformers, whose imports take seconds. What is asked of a model
 before anything is built (its pruners, what an option means for it) needs neither, so that a slip is
@@ -8,11 +10,11 @@ told at once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from gap_export.checkpoint.find.foreign import refuse_foreign
 from gap_export.checkpoint.find.source import (
@@ -21,40 +23,39 @@ from gap_export.checkpoint.find.source import (
     check_named_parts,
     check_required_parts,
 )
-from gap_export.errors import CheckpointError, RecipeError
-from gap_export.families.common.readings import clip_readings, eva_readings
+from gap_export.errors import CheckpointError, GapExportError, RecipeError
+from gap_export.families.llava import LLAVA, LLAVA_NEXT
+from gap_export.families.minigpt_v2 import MINIGPT_V2
+from gap_export.families.shikra import SHIKRA
 from gap_export.progress import Progress
-from gap_export.pruning import Reading
 from gap_export.pruning.resolve import (
     MAX_RANKED_TOKENS,
     MAX_SEED,
     resolve_request,
     served_pruners,
 )
+from gap_export.spec.family import OTHER_FAMILIES, Family, other_families
 from gap_export.spec.manifest import PruningSpec
 from gap_export.spec.recipe import Recipe
 from gap_export.spec.requests import PruningRequest
 
 if TYPE_CHECKING:
-    from gap_export.families.common.reference import (
-        Component,
-        Device,
-        Family,
-        ModelSource,
-        Reference,
-    )
+    from gap_export.families.common.builder import ModelBuilder
+    from gap_export.families.common.reference import Component, Device, ModelSource, Reference
 
 __all__ = [
-    "FAMILIES",
     "MAX_RANKED_TOKENS",
     "MAX_SEED",
     "Component",
     "Device",
     "Family",
     "Reference",
+    "all_families",
+    "broken_families",
     "build_reference",
     "find_family",
     "find_readings",
+    "load_builder",
     "load_family",
     "native_protocol",
     "read_source",
@@ -66,55 +67,10 @@ __all__ = [
 _MAX_FILES_TRIED = 16
 
 
-class _Entry(NamedTuple):
-    """A family before it is imported.
-
-    Attributes:
-        module: Where it is.
-        variable: Its name in there.
-        readings: What pruners may read from its models.
-        protocol: The evaluation protocol of its authors' own program; None where they publish none.
-    """
-
-    module: str
-    variable: str
-    readings: Callable[[Recipe], frozenset[Reading]]
-    protocol: str | None = None
-
-
-_ENTRIES: Mapping[str, _Entry] = MappingProxyType(
-    {
-        "llava": _Entry("gap_export.families.llava", "LLAVA", clip_readings),
-        "llava_next": _Entry("gap_export.families.llava_next", "LLAVA_NEXT", clip_readings),
-        "shikra": _Entry("gap_export.families.shikra", "SHIKRA", clip_readings, "shikra"),
-        "minigpt_v2": _Entry(
-            "gap_export.families.minigpt_v2", "MINIGPT_V2", eva_readings, "minigpt-v2"
-        ),
-    }
-)
-
-
-class _Families(Mapping[str, "Family"]):
-    """All families by name; one is imported when it is taken."""
-
-    def __getitem__(self, name: str) -> Family:
-        entry = _ENTRIES[name]
-        family: Family = getattr(import_module(entry.module), entry.variable)
-        return family
-
-    def __contains__(self, name: object) -> bool:
-        return name in _ENTRIES
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_ENTRIES)
-
-    def __len__(self) -> int:
-        return len(_ENTRIES)
-
-
-FAMILIES: Mapping[str, Family] = _Families()
+# A new family of this package is a folder, and a name here.
+_OURS = {family.name: family for family in (LLAVA, LLAVA_NEXT, SHIKRA, MINIGPT_V2)}
 # Names of this package that are imported when somebody takes them.
-_LATE = ("Component", "Device", "Family", "Reference")
+_LATE = ("Component", "Device", "Reference")
 
 
 def __getattr__(name: str) -> Any:
@@ -123,53 +79,118 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def find_readings(recipe: Recipe) -> frozenset[Reading]:
-    """What a pruner may read from a recipe's model; imports no family.
+def all_families() -> Mapping[str, Family]:
+    """Our own, then those of other packages that can be used; see :func:`broken_families`."""
+    return MappingProxyType({**{one.name: one for one in other_families()}, **_OURS})
+
+
+def broken_families() -> Mapping[str, GapExportError]:
+    """Those of other packages that cannot be used, and why."""
+    found = {n: e for n, e in OTHER_FAMILIES.found.items() if isinstance(e, GapExportError)}
+    taken = {name: _taken(name) for name in OTHER_FAMILIES.entries if name in _OURS}
+    return MappingProxyType({**found, **taken})
+
+
+def find_family(recipe: Recipe) -> Family:
+    """The family a recipe names; no PyTorch is imported, and of other packages only its own.
+
+    Raises:
+        RecipeError: there is none of that name.
+        GapExportError: it is another package's and cannot be used.
+    """
+    name = recipe.family
+    if name in _OURS:
+        return _OURS[name]
+    if name in OTHER_FAMILIES.entries:
+        return OTHER_FAMILIES.load(name)
+    raise RecipeError(
+        f"recipe {recipe.name} names an unknown family",
+        seen=name,
+        allowed=", ".join((*_OURS, *OTHER_FAMILIES.entries)),
+        fix="correct the recipe, or install the package that brings the family",
+    )
+
+
+def load_builder(family: Family) -> ModelBuilder:
+    """What reads a family's checkpoints and builds its models; imports PyTorch.
+
+    Raises:
+        GapExportError: another package's cannot be imported, or is none.
+    """
+    from gap_export.families.common.builder import ModelBuilder
+
+    module, _, name = family.builder.partition(":")
+    try:
+        builder = getattr(import_module(module), name)
+    except Exception as err:
+        if family.name in _OURS:
+            raise
+        raise GapExportError(
+            f"family {family.name} cannot be loaded from {family.builder}",
+            seen=f"{type(err).__name__}: {err}",
+            fix="mend or uninstall the package that it comes with",
+        ) from err
+    if not isinstance(builder, ModelBuilder):
+        raise GapExportError(
+            f"{family.builder} builds no models of family {family.name}",
+            seen=type(builder).__name__,
+            allowed="a gap_export.families.common.builder.ModelBuilder",
+        )
+    return builder
+
+
+def load_family(recipe: Recipe, progress: Progress) -> None:
+    """Import what builds a recipe's model beforehand, and say so where that takes seconds.
 
     Raises:
         RecipeError: there is no family of the name it gives.
     """
-    _check_family(recipe)
-    return _ENTRIES[recipe.family].readings(recipe)
-
-
-def load_family(recipe: Recipe, progress: Progress) -> None:
-    """Import a recipe's family beforehand, and say so where that takes seconds.
-
-    Raises:
-        RecipeError: there is none of the name it gives.
-    """
     if "torch" not in sys.modules:
         with progress.stage("loading PyTorch"):
-            find_family(recipe)
+            load_builder(find_family(recipe))
 
 
-def find_family(recipe: Recipe) -> Family:
-    """The family a recipe names.
+def find_readings(recipe: Recipe) -> frozenset[str]:
+    """What a pruner may read from a recipe's model.
 
     Raises:
-        RecipeError: there is none of that name.
+        RecipeError: there is no family of the name it gives.
     """
-    _check_family(recipe)
-    return FAMILIES[recipe.family]
+    lacking = set()
+    if recipe.text_tower is None:
+        lacking.add("text")
+    if not _has_next_layer(recipe):
+        lacking.add("next_layer")
+    return find_family(recipe).readings - lacking
 
 
-def _check_family(recipe: Recipe) -> None:
-    if recipe.family not in FAMILIES:
-        raise RecipeError(
-            f"recipe {recipe.name} names an unknown family",
-            seen=recipe.family,
-            allowed=", ".join(FAMILIES),
-        )
+def _has_next_layer(recipe: Recipe) -> bool:
+    """Whether the tower has a layer behind the select layer, as far as the recipe tells."""
+    if recipe.select_layer < 0:
+        return recipe.select_layer < -1
+    # Counted from the front: without the sizes there is no telling.
+    shapes = recipe.architecture
+    return shapes is not None and recipe.select_layer < shapes.vision.num_layers
+
+
+def _taken(name: str) -> GapExportError:
+    entry = OTHER_FAMILIES.entries[name]
+    return GapExportError(
+        f"family {name}, which {entry.value} should define, has a name that is taken",
+        seen=name,
+        allowed=f"any name but {', '.join(_OURS)}",
+        fix=f"rename it, or uninstall {OTHER_FAMILIES.package_of(name) or 'its package'}",
+    )
 
 
 def native_protocol(family: str) -> str | None:
-    """The evaluation protocol of a family's authors; None where they publish none. Imports none.
+    """The evaluation protocol of a family's authors; None where they publish none.
 
     Args:
         family: Its name; of a bundle that another program made it may be unknown here.
     """
-    return _ENTRIES[family].protocol if family in _ENTRIES else None
+    found = all_families().get(family)
+    return None if found is None else found.protocol
 
 
 def supported_pruners(recipe: Recipe) -> tuple[str, ...]:
@@ -209,9 +230,8 @@ def build_reference(
         RecipeError: the recipe names an unknown family.
         UsageError: random weights of a recipe that does not say its sizes.
     """
-    family = find_family(recipe)
     source = read_source(recipe, checkpoint)
-    return family.build(
+    return load_builder(find_family(recipe)).build(
         recipe, source, checkpoint, pruning, dtype=dtype or source.dtype, device=device
     )
 
@@ -227,20 +247,18 @@ def read_source(recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
     from gap_export.families.common.checkpoints.random_weights import random_source
 
     family = find_family(recipe)
+    builder = load_builder(family)
     if checkpoint.random_seed is not None:
-        expected = (
-            family.expected_tensors(recipe.architecture) if recipe.architecture is not None else {}
-        )
-        return random_source(recipe, expected, seed=checkpoint.random_seed)
+        return random_source(recipe, builder.expected_tensors, seed=checkpoint.random_seed)
     check_named_parts(recipe, checkpoint)
     for place in checkpoint.parts.values():
         refuse_foreign(place)
     if MAIN not in checkpoint.parts:
         check_required_parts(recipe, checkpoint)
-    for layout in family.layouts:
+    for layout in builder.layouts:
         if layout.recognises(checkpoint):
             check_required_parts(recipe, checkpoint)
-            return layout.read(recipe, checkpoint)
+            return layout.read(recipe, checkpoint, builder.expected_tensors)
     raise _not_recognised(recipe, family, checkpoint.main)
 
 
@@ -255,7 +273,7 @@ def _not_recognised(recipe: Recipe, family: Family, main: Path) -> CheckpointErr
     check_config_readable(main)
     declared = recipe.checkpoint.parts.get(MAIN)
     file = declared.file if declared is not None else None
-    layouts = ", ".join(layout.name for layout in family.layouts)
+    layouts = ", ".join(layout.name for layout in load_builder(family).layouts)
     seen, fix = look_at(main), "use the recipe of that model, or name the right folder"
     for place in (main, *_near(main)):
         found = _who_recognises(place)
@@ -278,8 +296,8 @@ def _who_recognises(place: Path) -> dict[str, Family]:
     """Families that know a place for theirs, by what to call it in a message."""
     return {
         f"{family.name} ({layout.name})": family
-        for family in FAMILIES.values()
-        for layout in family.layouts
+        for family in all_families().values()
+        for layout in load_builder(family).layouts
         if layout.recognises(Checkpoint.of(place))
     }
 

@@ -32,7 +32,6 @@ class ModelFacts:
         num_visual_tokens: Of one picture, by the config's image and patch size.
         image_size: Side of the square that the vision encoder reads, in pixels.
         has_tiles: Whether pictures are cut into tiles.
-        selection: What the config calls the way CLS is dropped.
         image_token_id: Of the token that stands for the image.
         max_position_embeddings: Of the decoder.
         vocab_size: Of the decoder.
@@ -45,7 +44,6 @@ class ModelFacts:
     num_visual_tokens: int | None
     image_size: int | None
     has_tiles: bool
-    selection: str | None
     image_token_id: int | None
     max_position_embeddings: int | None
     vocab_size: int | None
@@ -77,7 +75,6 @@ def read_facts(folder: Path) -> ModelFacts:
         num_visual_tokens=None if side is None else side * side,
         image_size=image_size,
         has_tiles=bool(config.get("image_grid_pinpoints")),
-        selection=config.get("vision_feature_select_strategy"),
         image_token_id=token,
         max_position_embeddings=_size(text, "max_position_embeddings"),
         vocab_size=_size(text, "vocab_size"),
@@ -138,7 +135,6 @@ def _misfits(
         ("visual tokens", facts.num_visual_tokens, recipe.grid.num_visual_tokens),
         ("image height", facts.image_size, image.height),
         ("image width", facts.image_size, image.width),
-        ("vision_feature_select_strategy", facts.selection, "default"),
         ("tiles", facts.has_tiles, False),
     ]
     if image.tiles is not None:

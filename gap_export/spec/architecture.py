@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +79,36 @@ class ProjectorShape(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderShape(_Strict):
-    """A Llama or Mistral decoder.
+    """What a decoder is made of.
 
-    ``num_heads`` is a multiple of ``num_key_value_heads``; RoPE is the plain kind, without scaling.
+    The decoder in ``families/common`` serves Llama, Mistral, Qwen2 and Qwen3. Another family's own
+    decoder reads of this what it has use for.
+
+    Attributes:
+        hidden_size: H, without planes that are added behind later layers (see ``num_taps``).
+        intermediate_size: Inner width of the MLP.
+        num_layers: Layers, each with a KV cache.
+        num_heads: Query heads, a multiple of ``num_key_value_heads``.
+        num_key_value_heads: Heads that are cached.
+        head_dim: Width of a head, an even number; ``num_heads * head_dim`` need not be
+            ``hidden_size``.
+        vocab_size: Rows of the word embeddings and of the head.
+        max_position_embeddings: Position ids are below it.
+        rms_norm_eps: Epsilon of every norm.
+        rope_theta: Base of the frequencies by which RoPE turns.
+        rotary_dim: Leading channels of a head that RoPE turns; None for all of them.
+        rope_sections: How many frequencies each axis of a position turns (M-RoPE: time, row,
+            column); empty where a position is one number.
+        rope_interleaved: Whether the axes take turns in the frequencies (Qwen3-VL), or each has a
+            run of its own (Qwen2.5-VL).
+        activation: Name in transformers' ``ACT2FN``.
+        attention_bias: Which of attention's four linear layers have a bias: all or none of them, or
+            queries, keys and values without the output.
+        mlp_bias: Whether the MLP's linear layers have a bias.
+        qk_norm: Whether each head of queries and keys is normalized before it is turned.
+        tied_embeddings: Whether the head is the word embeddings, so that checkpoints leave it out.
+        num_taps: T, layers that are followed by an input of their own: behind layer i < T plane
+            i + 1 of ``inputs_embeds`` is added (DeepStack).
     """
 
     hidden_size: int
@@ -94,14 +121,55 @@ class DecoderShape(_Strict):
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
+    rotary_dim: int | None = None
+    rope_sections: tuple[int, ...] = ()
+    rope_interleaved: bool = False
     activation: str = "silu"
-    attention_bias: bool = False
+    attention_bias: bool | Literal["qkv"] = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    num_taps: int = 0
+
+    @property
+    def embeds_size(self) -> int:
+        """Width of ``inputs_embeds``: the hidden state, then a plane for each tap."""
+        return self.hidden_size * (1 + self.num_taps)
+
+    @property
+    def num_frequencies(self) -> int:
+        """By how many angles RoPE turns a head; each turns two channels."""
+        return (self.head_dim if self.rotary_dim is None else self.rotary_dim) // 2
+
+    @property
+    def position_axes(self) -> int:
+        """A, numbers that a position is made of."""
+        return len(self.rope_sections) or 1
+
+    def frequency_axes(self) -> tuple[int, ...]:
+        """For each frequency of RoPE the axis of a position that it turns by."""
+        if not self.rope_sections:
+            return (0,) * self.num_frequencies
+        if not self.rope_interleaved:
+            return tuple(
+                axis for axis, number in enumerate(self.rope_sections) for _ in range(number)
+            )
+        axes = [0] * self.num_frequencies
+        for axis, number in enumerate(self.rope_sections[1:], start=1):
+            for turn in range(number):
+                axes[axis + turn * self.position_axes] = axis
+        return tuple(axes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture(_Strict):
-    """All sizes of a model."""
+    """All sizes of a model.
+
+    Attributes:
+        vision: The vision tower's.
+        projector: What goes from one to the other.
+        decoder: The decoder's.
+    """
 
     vision: VisionShape
     projector: ProjectorShape

@@ -26,6 +26,7 @@ from pydantic import (
 
 from gap_export.errors import RecipeError, UnknownModelError
 from gap_export.spec.architecture import Architecture, TextShape
+from gap_export.spec.family import other_families
 from gap_export.spec.manifest import (
     BoxSpec,
     GridSpec,
@@ -315,7 +316,8 @@ def _check_sizes(architecture: Architecture, image: ImageSpec, grid: GridSpec) -
         for key, size in vars(module).items():
             if isinstance(size, int) and not isinstance(size, bool):
                 most = _MAX_SIZES.get(key, _MAX_WIDTH)
-                _in_range(f"architecture.{name}.{key}", size, 1, most)
+                low = 0 if key == "num_taps" else 1
+                _in_range(f"architecture.{name}.{key}", size, low, most)
     weights = decoder.num_layers * decoder.hidden_size * decoder.intermediate_size
     _in_range(f"weights of architecture.decoder's layers ({weights})", weights, 1, _MAX_WEIGHTS)
     if (image.height, image.width) != (vision.image_size,) * 2:
@@ -324,6 +326,12 @@ def _check_sizes(architecture: Architecture, image: ImageSpec, grid: GridSpec) -
         raise ValueError("architecture.projector must go from vision.width to decoder.hidden_size")
     if vision.width % vision.num_heads or decoder.num_heads % decoder.num_key_value_heads:
         raise ValueError("architecture: heads must divide the width, and groups the heads")
+    sections, turned = decoder.rope_sections, decoder.num_frequencies
+    if sections and sum(sections) != turned:
+        raise ValueError(f"architecture.decoder.rope_sections must add up to {turned}")
+    channels = decoder.rotary_dim if decoder.rotary_dim is not None else decoder.head_dim
+    if channels % 2 or channels > decoder.head_dim:
+        raise ValueError("architecture.decoder: RoPE turns pairs of a head's channels")
     # A projector may join neighbours of one row to a token.
     joined = projector.width // vision.width
     side = vision.grid_size
@@ -424,9 +432,47 @@ def _read_yaml(path: Path) -> Any:
 
 
 def list_recipes() -> list[tuple[Recipe, Path]]:
-    """Every shipped recipe with its folder, by name."""
-    folders = sorted(p.parent for p in models_dir().glob(f"*/{RECIPE_NAME}"))
-    return [(load_recipe(folder / RECIPE_NAME), folder) for folder in folders]
+    """Every recipe with its folder: those shipped, by name, then those of other packages."""
+    others = _other_recipes()
+    usable = [(one, folder) for folder, one in others.items() if isinstance(one, Recipe)]
+    return [*_recipes_in(models_dir()), *usable]
+
+
+def broken_recipes() -> list[RecipeError]:
+    """Why recipes of other packages cannot be used."""
+    return [one for one in _other_recipes().values() if isinstance(one, RecipeError)]
+
+
+def _recipes_in(folder: Path) -> list[tuple[Recipe, Path]]:
+    homes = sorted(file.parent for file in folder.glob(f"*/{RECIPE_NAME}"))
+    return [(load_recipe(home / RECIPE_NAME), home) for home in homes]
+
+
+def _other_recipes() -> dict[Path, Recipe | RecipeError]:
+    """By folder, recipes that come with other packages' families, or what is wrong with them."""
+    found: dict[Path, Recipe | RecipeError] = {}
+    folders = [family.recipes for family in other_families() if family.recipes is not None]
+    homes = [file.parent for folder in folders for file in sorted(folder.glob(f"*/{RECIPE_NAME}"))]
+    taken = {name for recipe, _ in _recipes_in(models_dir()) for name in _names(recipe)}
+    for home in homes:
+        try:
+            found[home] = recipe = load_recipe(home / RECIPE_NAME)
+        except RecipeError as err:
+            found[home] = err
+            continue
+        clash = taken.intersection(_names(recipe))
+        if clash:
+            found[home] = RecipeError(
+                f"recipe {home / RECIPE_NAME} has a name that is taken",
+                seen=", ".join(sorted(clash)),
+                fix="rename it, or uninstall the package that it comes with",
+            )
+        taken.update(_names(recipe))
+    return found
+
+
+def _names(recipe: Recipe) -> tuple[str, ...]:
+    return (recipe.name, *recipe.aliases)
 
 
 def find_recipe(name: str) -> tuple[Recipe, Path]:
@@ -437,7 +483,7 @@ def find_recipe(name: str) -> tuple[Recipe, Path]:
     """
     known: dict[str, tuple[Recipe, Path]] = {}
     for recipe, folder in list_recipes():
-        for key in (recipe.name, *recipe.aliases):
+        for key in _names(recipe):
             known[key] = (recipe, folder)
     if name in known:
         return known[name]

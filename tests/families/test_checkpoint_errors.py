@@ -223,7 +223,7 @@ def test_truncated_weights_are_refused(broken, tiny_recipe, size):
         (lambda c: c.update(model_type="llava_next"), "looks like llava_next (llava-next-hf)"),
         (lambda c: c.update(model_type="llama"), "model_type 'llama'"),
         (lambda c: c.pop("model_type"), "model_type None"),
-        (lambda c: c["text_config"].update(model_type="qwen2"), "decoder model_type"),
+        (lambda c: c["text_config"].update(model_type="phi"), "decoder model_type"),
         (
             lambda c: c["vision_config"].update(model_type="siglip_vision_model"),
             "vision model_type",

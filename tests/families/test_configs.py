@@ -136,7 +136,7 @@ def test_shipped_recipe_fits_the_published_config(name, kind, decoder):
     ("change", "says"),
     [
         ({"sliding_window": 4096}, r"sliding_window.*4096.*null"),
-        ({"model_type": "qwen2"}, r"decoder model_type.*qwen2.*llama or mistral"),
+        ({"model_type": "gemma"}, r"decoder model_type.*gemma.*llama, mistral, qwen2"),
         ({"num_key_value_heads": 5}, r"num_key_value_heads.*5.*divisor of.*32"),
         ({"rope_theta": None}, r"rope_theta.*None; allowed: a number above 0"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"rope_type.*yarn.*default"),

@@ -52,7 +52,7 @@ TOWER = "clip/config.json"
         *((VISION, "patch_size", v, "a whole number, 1..") for v in (0, None, -8, 2.5, True)),
         *((VISION, "image_size", v, "a whole number, 1..") for v in ("32", [32, 32], 10**9)),
         *((s, "num_attention_heads", 0, "1..") for s in (VISION, DECODER, TOWER)),
-        *((s, "num_attention_heads", 5, "hidden_size, 32") for s in (VISION, DECODER, TOWER)),
+        *((s, "num_attention_heads", 5, "hidden_size, 32") for s in (VISION, TOWER)),
         *((s, "hidden_size", 10**12, "1..") for s in (VISION, DECODER, TOWER)),
         *((s, "hidden_act", "geru", "gelu, ") for s in (VISION, DECODER, TOWER)),
         *((s, "hidden_act", "prelu", "gelu, ") for s in (VISION, DECODER, TOWER)),

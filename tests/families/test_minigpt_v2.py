@@ -18,6 +18,7 @@ from gap_export.families import (
     Reference,
     build_reference,
     find_family,
+    load_builder,
     read_source,
     resolve_pruning,
     supported_pruners,
@@ -130,9 +131,9 @@ def test_logits_of_all_tokens_equal_a_plain_forward(made, recipe, shared_parts):
     assert (source.layout, source.dtype) == ("minigpt-v2", "float32")
     assert source.eos_token_ids == (2,) and source.image_token_id is None
     assert {role for role, _ in source.files} == {"main", "base", "tower"}
-    assert {k: w.shape for k, w in source.weights.items()} == find_family(recipe).expected_tensors(
-        recipe.architecture
-    )
+    assert {k: w.shape for k, w in source.weights.items()} == load_builder(
+        find_family(recipe)
+    ).expected_tensors(recipe.architecture)
     assert_all_logits_equal(made, build(recipe, shared_parts))
 
 
@@ -263,7 +264,7 @@ def test_projector_that_takes_no_whole_patches_of_a_row_is_refused(recipe, width
     sizes = recipe.architecture
     odd = dataclasses.replace(sizes, projector=dataclasses.replace(sizes.projector, width=width))
     with pytest.raises(RecipeError, match="whole patches of one row"):
-        find_family(recipe).expected_tensors(odd)
+        load_builder(find_family(recipe)).expected_tensors(odd)
 
 
 def test_unknown_and_missing_tensors_of_the_trained_part_are_refused(tiny, recipe, parts):

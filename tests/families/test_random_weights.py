@@ -9,7 +9,13 @@ import torch
 
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import UsageError
-from gap_export.families import build_reference, find_family, read_source, resolve_pruning
+from gap_export.families import (
+    build_reference,
+    find_family,
+    load_builder,
+    read_source,
+    resolve_pruning,
+)
 from gap_export.families.common.reference import Reference
 from gap_export.spec.recipe import Recipe, load_recipe
 from gap_export.spec.requests import PruningRequest
@@ -46,7 +52,7 @@ def test_it_is_a_whole_model_in_half_precision(recipe):
     ref, source = drawn(recipe), read_source(recipe, Checkpoint(parts={}, random_seed=0))
     assert (ref.dtype, ref.checkpoint_files) == ("float16", ())
     assert ref.image_token_id == 3
-    expected = find_family(recipe).expected_tensors(recipe.architecture)
+    expected = load_builder(find_family(recipe)).expected_tensors(recipe.architecture)
     assert {key: weight.shape for key, weight in source.weights.items()} == dict(expected)
     assert (ref.newline is not None) == (recipe.image.tiles is not None)
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

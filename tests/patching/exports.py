@@ -20,7 +20,7 @@ from tests.shared import SharedFolder
 
 ASSETS = ("config.json", "generation_config.json", "tokenizer.json", "recipe.yaml")
 COMPONENTS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
-_HEADS, _HEAD_DIM, _HIDDEN, _SIDE = 2, 8, 32, 32
+_HIDDEN, _SIDE = 32, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,11 @@ class Vision(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
+        self.first = int(model.config.vision_feature_select_strategy == "default")
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         states = self.tower(pixel_values, output_hidden_states=True).hidden_states
-        return self.projector(states[-2][:, 1:])
+        return self.projector(states[-2][:, self.first :])
 
 
 class Embed(nn.Module):
@@ -88,7 +89,10 @@ def build_export(
     model = LlavaForConditionalGeneration.from_pretrained(
         checkpoint, dtype=getattr(torch, how.dtype), attn_implementation=how.attention
     ).eval()
-    layers = model.config.text_config.num_hidden_layers
+    text = model.config.text_config
+    layers = text.num_hidden_layers
+    heads = text.num_key_value_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     past = [f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")]
     present = [name.replace("past_key_values", "present") for name in past]
     dtype = getattr(torch, how.dtype)
@@ -111,7 +115,7 @@ def build_export(
                 torch.randn(batch, fed, _HIDDEN, dtype=dtype),
                 torch.ones(batch, filled + fed, dtype=torch.int64),
                 torch.arange(filled, filled + fed).repeat(batch, 1),
-                *(torch.randn(batch, _HEADS, filled, _HEAD_DIM, dtype=dtype) for _ in past),
+                *(torch.randn(batch, heads, filled, head_dim, dtype=dtype) for _ in past),
             ),
             {
                 "inputs_embeds": tokens, "attention_mask": {0: "batch", 1: "total"},
@@ -123,7 +127,8 @@ def build_export(
     for component, job in zip(COMPONENTS, jobs, strict=True):
         _export(*job, folder / f"{component}{ending}.onnx", how)
     for name in ASSETS:
-        shutil.copyfile(checkpoint / name, folder / name)
+        if (checkpoint / name).exists():
+            shutil.copyfile(checkpoint / name, folder / name)
     return folder
 
 

@@ -36,7 +36,7 @@ def test_facts_of_a_config_are_read(folder):
     write(folder, "preprocessor_config.json", image_mean=[0.4, 0.5, 0.6], image_std=[0.1, 1, 1])
     facts = read_facts(folder)
     assert (facts.num_visual_tokens, facts.image_size) == (576, 336)
-    assert (facts.image_token_id, facts.selection, facts.has_tiles) == (32000, "default", False)
+    assert (facts.image_token_id, facts.has_tiles) == (32000, False)
     assert (facts.vocab_size, facts.max_position_embeddings) == (32064, 4096)
     assert facts.hidden_size is None
     assert (facts.mean, facts.std) == ((0.4, 0.5, 0.6), (0.1, 1.0, 1.0))
@@ -107,7 +107,7 @@ def test_no_recipe_of_these_sizes_is_refused(folder):
 
 def test_several_recipes_are_refused_naming_them(folder):
     everything_open = ModelFacts(
-        num_visual_tokens=None, image_size=None, has_tiles=False, selection=None,
+        num_visual_tokens=None, image_size=None, has_tiles=False,
         image_token_id=None, max_position_embeddings=None, vocab_size=None, hidden_size=None,
         eos_token_ids=(), mean=None, std=None,
     )  # fmt: skip
@@ -119,7 +119,6 @@ def test_several_recipes_are_refused_naming_them(folder):
     ("changes", "message"),
     [
         ({"num_visual_tokens": 256}, "visual tokens 256; allowed: visual tokens 576"),
-        ({"selection": "full"}, "vision_feature_select_strategy full"),
         ({"has_tiles": True}, "tiles True"),
         ({"mean": (0.5, 0.5, 0.5)}, r"image_mean \[0.5, 0.5, 0.5\]"),
     ],

@@ -19,6 +19,7 @@ import torch
 from gap_export.checkpoint.weights import DerivedWeight, Weight, quantize_columns
 from gap_export.exporting.quantization.calibration import Observed, observe_inputs
 from gap_export.families import Component, Reference
+from gap_export.families.common.decoder_kind import ChannelGroup
 from gap_export.progress import Progress
 
 _GRID = tuple(step / 10 for step in range(11))
@@ -26,34 +27,6 @@ _GRID = tuple(step / 10 for step in range(11))
 _SMALLEST_SHARE = 1e-4
 # Values of a weight that are worked on at a time; a few of that size are in memory.
 _PIECE = 1 << 23
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChannelGroup:
-    """Layers that read one input, and where it comes from.
-
-    Attributes:
-        readers: Dotted names of linear layers, at least one.
-        producer: Of the norm or linear layer whose output, channel by channel, is the readers'
-            input; or a factor of it.
-        same_heads: Whether this holds only where every query head has a value head of its own.
-    """
-
-    readers: tuple[str, ...]
-    producer: str
-    same_heads: bool = False
-
-
-# By names below a layer of families.modules.llama_decoder.
-_GROUPS = (
-    ChannelGroup(
-        readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        producer="input_layernorm",
-    ),
-    ChannelGroup(readers=("self_attn.o_proj",), producer="self_attn.v_proj", same_heads=True),
-    ChannelGroup(readers=("mlp.gate_proj", "mlp.up_proj"), producer="post_attention_layernorm"),
-    ChannelGroup(readers=("mlp.down_proj",), producer="mlp.up_proj"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +93,7 @@ def channel_groups(component: Component) -> tuple[ChannelGroup, ...]:
     found = []
     layers = component.module.get_submodule(str(component.repeated))
     for index, _ in enumerate(layers.children()):
-        for group in _GROUPS:
+        for group in component.channel_groups:
             start = f"{component.repeated}.{index}"
             named = replace(
                 group,

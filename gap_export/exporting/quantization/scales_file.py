@@ -21,8 +21,9 @@ from gap_export.checkpoint.weights import (
     store_weights,
 )
 from gap_export.errors import BundleError
-from gap_export.exporting.quantization.awq import ChannelGroup, ChannelScale, channel_groups
+from gap_export.exporting.quantization.awq import ChannelScale, channel_groups
 from gap_export.families import Component
+from gap_export.families.common.decoder_kind import ChannelGroup
 
 SCALES_NAME = "awq.safetensors"
 _DTYPE = "F32"

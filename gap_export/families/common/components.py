@@ -11,13 +11,10 @@ from gap_export.checkpoint.weights import SAFETENSORS_NAMES, TORCH_DTYPES, cast
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families.common.checkpoints.clip_text_tower import TextTowerSource
 from gap_export.families.common.checkpoints.unread import look_for_unread
+from gap_export.families.common.decoder_kind import DecoderKind
 from gap_export.families.common.modules.clip_text import ClipTextEncoder
+from gap_export.families.common.modules.decoder_stack import TokenEmbedding
 from gap_export.families.common.modules.expected import NEWLINE_KEY, decoder_key
-from gap_export.families.common.modules.llama_decoder import (
-    LlamaDecoder,
-    TokenEmbedding,
-    rope_frequencies,
-)
 from gap_export.families.common.reference import Component, Device, ModelSource, Reference
 from gap_export.pruning import find_preset
 from gap_export.spec.architecture import DecoderShape
@@ -47,7 +44,7 @@ def embedding_component(source: ModelSource, *, dtype: str) -> Component:
     """Prompt ids to vectors."""
     shape = source.architecture.decoder
     inputs = (_spec("input_ids", "batch_size", "sequence_length", dtype=_I64),)
-    hidden = _spec("inputs_embeds", "batch_size", "sequence_length", shape.hidden_size, dtype=dtype)
+    hidden = _spec("inputs_embeds", "batch_size", "sequence_length", shape.embeds_size, dtype=dtype)
     return Component(
         name="embed_tokens",
         module=TokenEmbedding(shape),
@@ -59,10 +56,11 @@ def embedding_component(source: ModelSource, *, dtype: str) -> Component:
     )
 
 
-def decoder_component(source: ModelSource, *, dtype: str) -> Component:
+def decoder_component(source: ModelSource, kind: DecoderKind, *, dtype: str) -> Component:
     """Prefill and decode in one graph; position ids explicit, not yet remapped."""
     shape = source.architecture.decoder
-    module = LlamaDecoder(shape)
+    module = kind.module(shape)
+    axes = (shape.position_axes,) if shape.position_axes > 1 else ()
     width, heads = shape.head_dim, shape.num_key_value_heads
     cache = [f"{i}.{part}" for i in range(shape.num_layers) for part in ("key", "value")]
     past = [
@@ -85,9 +83,9 @@ def decoder_component(source: ModelSource, *, dtype: str) -> Component:
         name="decoder_model_merged",
         module=module,
         inputs=(
-            _spec("inputs_embeds", "batch_size", "sequence_length", shape.hidden_size, dtype=dtype),
+            _spec("inputs_embeds", "batch_size", "sequence_length", shape.embeds_size, dtype=dtype),
             _spec("attention_mask", "batch_size", "total_sequence_length", dtype=_I64),
-            _spec("position_ids", "batch_size", "sequence_length", dtype=_I64),
+            _spec("position_ids", *axes, "batch_size", "sequence_length", dtype=_I64),
             *past,
         ),
         outputs=(_spec("logits", "batch_size", 1, shape.vocab_size, dtype=dtype), *present),
@@ -98,9 +96,10 @@ def decoder_component(source: ModelSource, *, dtype: str) -> Component:
             "total_sequence_length": 12,
         },
         weight_refs={key: source.weights[decoder_key(key)] for key in module.state_dict()},
-        constants={"inv_freq": rope_frequencies(shape.rope_theta, width).numpy()},
+        constants={name: value.numpy() for name, value in kind.constants(shape).items()},
         kv_contract="concat",
         repeated="layers",
+        channel_groups=kind.channel_groups,
     )
 
 

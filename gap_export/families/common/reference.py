@@ -1,8 +1,8 @@
-"""What a family takes and gives: a checkpoint's tensors in, PyTorch modules and their facts out."""
+"""What a family takes and gives: a checkpoint's tensors in, PyTorch modules and facts out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -13,11 +13,11 @@ from torch import nn
 
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.checkpoint.weights import SAFETENSORS_NAMES, Weight, cast
+from gap_export.families.common.decoder_kind import ChannelGroup
 from gap_export.spec.architecture import Architecture
 from gap_export.spec.manifest import (
     DecoderSpec,
     ImageSpec,
-    PruningSpec,
     TensorSpec,
     TextEncoderSpec,
     TilesSpec,
@@ -25,6 +25,7 @@ from gap_export.spec.manifest import (
 from gap_export.spec.recipe import Recipe
 
 Device = Literal["meta", "cpu"]
+Expected = Callable[[Architecture], Mapping[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,13 @@ class Layout(Protocol):
         """Whether the main part looks like this; cheap, and never raises for a strange folder."""
         ...
 
-    def read(self, recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
+    def read(self, recipe: Recipe, checkpoint: Checkpoint, expected: Expected) -> ModelSource:
         """Read headers and configs; no tensor is loaded.
+
+        Args:
+            recipe: What the model is.
+            checkpoint: Its parts.
+            expected: Gives the shape of every tensor of a model of the sizes that were read.
 
         Raises:
             CheckpointError: a part is missing or damaged, does not fit the recipe, or its tensors
@@ -96,6 +102,7 @@ class Component:
         prunes: Whether the graph depends on the pruning; only the vision encoder's does.
         repeated: Dotted name of the module's list of equal layers, which need not be traced one by
             one; None where there is none.
+        channel_groups: What AWQ may scale in each of those layers.
     """
 
     name: str
@@ -108,6 +115,7 @@ class Component:
     kv_contract: Literal["none", "concat"] = "none"
     prunes: bool = False
     repeated: str | None = None
+    channel_groups: tuple[ChannelGroup, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,34 +189,3 @@ class Reference:
     def component(self, name: str) -> Component:
         """The component of that name; one that is always there, or KeyError."""
         return {c.name: c for c in self.components}[name]
-
-
-class Family(Protocol):
-    """An architecture: knows its layouts and builds its modules."""
-
-    @property
-    def name(self) -> str:
-        """Key of the registry, which a recipe names."""
-        ...
-
-    @property
-    def layouts(self) -> Sequence[Layout]:
-        """How its checkpoints are stored; the first that recognises one reads it."""
-        ...
-
-    def expected_tensors(self, architecture: Architecture) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every tensor of a model, by our names; those never run included."""
-        ...
-
-    def build(
-        self,
-        recipe: Recipe,
-        source: ModelSource,
-        checkpoint: Checkpoint,
-        pruning: PruningSpec,
-        *,
-        dtype: str,
-        device: Device,
-    ) -> Reference:
-        """See :func:`gap_export.families.build_reference`."""
-        ...

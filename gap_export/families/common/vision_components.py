@@ -105,9 +105,10 @@ def _vision(
     assert isinstance(layers, nn.ModuleList)
     weights = _weights(source.weights, text, num_layers=len(layers))
     pruning, pruner = module.pruning, module.pruner
-    scores = _spec("token_scores", rows, pruning.num_visual_tokens, dtype=_F32)
+    tokens = pruning.num_visual_tokens
+    scores = _spec("token_scores", rows, tokens, dtype=_F32)
     if isinstance(module, ScoredVisionEncoder):
-        outputs = [scores, *_patches(module.pruner, source, rows=rows, dtype=dtype)]
+        outputs = [scores, *_patches(module.pruner, source, tokens=tokens, rows=rows, dtype=dtype)]
     else:
         emitted, hidden = pruning.num_emitted_tokens, source.architecture.decoder.hidden_size
         outputs = [
@@ -130,7 +131,8 @@ def _vision(
 
 def _token_pruner(module: TokenPruner, source: ModelSource, *, rows: str, dtype: str) -> Component:
     pruning, hidden = module.pruning, source.architecture.decoder.hidden_size
-    scores = _spec("token_scores", rows, pruning.num_visual_tokens, dtype=_F32)
+    tokens = pruning.num_visual_tokens
+    scores = _spec("token_scores", rows, tokens, dtype=_F32)
     emitted = "num_kept_tokens" if pruning.extra_token == "none" else "num_kept_tokens + 1"
     return Component(
         name="token_pruner",
@@ -139,7 +141,7 @@ def _token_pruner(module: TokenPruner, source: ModelSource, *, rows: str, dtype:
         inputs=(
             _spec("kept_slots", "num_kept_tokens", dtype=_I64),
             scores,
-            *_patches(module.pruner, source, rows=rows, dtype=dtype),
+            *_patches(module.pruner, source, tokens=tokens, rows=rows, dtype=dtype),
         ),
         outputs=(
             _spec("image_features", rows, emitted, hidden, dtype=dtype),
@@ -153,12 +155,11 @@ def _token_pruner(module: TokenPruner, source: ModelSource, *, rows: str, dtype:
 
 
 def _patches(
-    pruner: ScoringPruner | object, source: ModelSource, *, rows: str, dtype: str
+    pruner: ScoringPruner | object, source: ModelSource, *, tokens: int, rows: str, dtype: str
 ) -> list[TensorSpec]:
     """What the second graph takes from the first beside the scores."""
     assert isinstance(pruner, ScoringPruner)
     vision, projector = source.architecture.vision, source.architecture.projector
-    tokens = vision.grid_size**2 * vision.width // projector.width
     found = [_spec("patch_features", rows, tokens, projector.width, dtype=dtype)]
     if pruner.merges_by is not None:
         heads = vision.num_heads if pruner.merges_by == "keys" else 1

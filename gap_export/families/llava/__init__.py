@@ -1,19 +1,15 @@
-"""LLaVA-1.5: CLIP tower with CLS, two-layer MLP projector, Llama decoder with RoPE."""
+"""LLaVA-1.5 and LLaVA-1.6: CLIP tower with CLS, two-layer MLP projector, Llama or Mistral decoder.
+
+LLaVA-1.6 cuts images into tiles, with a newline vector after each row. A tile is encoded and pruned
+like an image of its own, with its own CLS and its own K.
+"""
 
 from __future__ import annotations
 
-from transformers import LlavaConfig
+from gap_export.families.common.readings import CLIP
+from gap_export.spec.family import Family
 
-from gap_export.families.common.clip_llama import ClipLlamaFamily
-from gap_export.families.llava.hf import LlavaHfLayout
-from gap_export.families.llava.lora import LlavaLoraLayout
-from gap_export.families.llava.original import LlavaOriginalLayout
-
-LLAVA = ClipLlamaFamily(
-    name="llava",
-    layouts=(
-        LlavaHfLayout(name="llava-hf", config_class=LlavaConfig),
-        LlavaOriginalLayout(name="llava-original"),
-        LlavaLoraLayout(name="llava-lora"),
-    ),
+LLAVA = Family(name="llava", builder="gap_export.families.llava.builder:LLAVA", readings=CLIP)
+LLAVA_NEXT = Family(
+    name="llava_next", builder="gap_export.families.llava.builder:LLAVA_NEXT", readings=CLIP
 )

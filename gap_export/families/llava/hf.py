@@ -26,8 +26,8 @@ from gap_export.families.common.checkpoints.matching import (
     peek_config,
 )
 from gap_export.families.common.checkpoints.parts import index_folder
-from gap_export.families.common.modules.expected import NEWLINE_KEY, expected_clip_llama
-from gap_export.families.common.reference import ModelSource
+from gap_export.families.common.modules.expected import NEWLINE_KEY
+from gap_export.families.common.reference import Expected, ModelSource
 from gap_export.spec.architecture import Architecture, ProjectorShape
 from gap_export.spec.recipe import Recipe
 
@@ -70,7 +70,7 @@ class LlavaHfLayout:
         nested = "mm_vision_tower" not in plain
         return nested and plain.get("model_type") == self.config_class.model_type
 
-    def read(self, recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
+    def read(self, recipe: Recipe, checkpoint: Checkpoint, expected: Expected) -> ModelSource:
         """See :class:`gap_export.families.common.reference.Layout`."""
         folder = checkpoint.main
         found = index_folder(folder)
@@ -86,8 +86,7 @@ class LlavaHfLayout:
         layout = replace(
             _KEYS, tied={"lm_head.weight": "decoder.embed_tokens.weight"} if tied else {}
         )
-        expected = expected_clip_llama(architecture, newline=self.newline)
-        weights = match_tensors(found, expected, layout, where=folder)
+        weights = match_tensors(found, expected(architecture), layout, where=folder)
         generation = folder / "generation_config.json"
         files = [file, *([generation] if generation.is_file() else [])]
         files += sorted({ref.file for ref in found.values()})

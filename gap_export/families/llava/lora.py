@@ -15,7 +15,7 @@ from gap_export.checkpoint.weights import index_pickle
 from gap_export.errors import CheckpointError
 from gap_export.families.common.checkpoints.lora import merge_adapter
 from gap_export.families.common.checkpoints.parts import Stored, check_base, read_language_model
-from gap_export.families.common.reference import ModelSource
+from gap_export.families.common.reference import Expected, ModelSource
 from gap_export.families.llava.original import (
     KEYS,
     TRAINED_FILE,
@@ -45,7 +45,7 @@ class LlavaLoraLayout:
         folder = checkpoint.main
         return is_adapter(folder) and is_original(folder, newline=self.newline)
 
-    def read(self, recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
+    def read(self, recipe: Recipe, checkpoint: Checkpoint, expected: Expected) -> ModelSource:
         """See :class:`gap_export.families.common.reference.Layout`."""
         folder = checkpoint.main
         trained = _index_trained(folder)
@@ -64,6 +64,7 @@ class LlavaLoraLayout:
             checkpoint,
             config,
             {**found, **merged.weights},
+            expected,
             layout=self.name,
             files=[
                 *((MAIN, file) for file in (*merged.files, *trained_files)),

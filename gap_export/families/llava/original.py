@@ -36,12 +36,8 @@ from gap_export.families.common.checkpoints.matching import (
     peek_config,
 )
 from gap_export.families.common.checkpoints.parts import has_weights, index_folder, read_clip_tower
-from gap_export.families.common.modules.expected import (
-    NEWLINE_KEY,
-    expected_clip_llama,
-    expected_clip_tower,
-)
-from gap_export.families.common.reference import ModelSource
+from gap_export.families.common.modules.expected import NEWLINE_KEY, expected_clip_tower
+from gap_export.families.common.reference import Expected, ModelSource
 from gap_export.spec.architecture import Architecture, DecoderShape, ProjectorShape, VisionShape
 from gap_export.spec.manifest import TilesSpec
 from gap_export.spec.recipe import Recipe
@@ -89,7 +85,7 @@ class LlavaOriginalLayout:
         folder = checkpoint.main
         return is_original(folder, newline=self.newline) and not is_adapter(folder)
 
-    def read(self, recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
+    def read(self, recipe: Recipe, checkpoint: Checkpoint, expected: Expected) -> ModelSource:
         """See :class:`gap_export.families.common.reference.Layout`."""
         folder = checkpoint.main
         found = index_folder(folder)
@@ -99,6 +95,7 @@ class LlavaOriginalLayout:
             checkpoint,
             config,
             found,
+            expected,
             layout=self.name,
             files=[(MAIN, file) for file in sorted({ref.file for ref in found.values()})],
             tokenizers=[folder],
@@ -197,6 +194,7 @@ def assemble_original(
     checkpoint: Checkpoint,
     config: OriginalConfig,
     found: Mapping[str, Weight],
+    expected: Expected,
     *,
     layout: str,
     files: Sequence[tuple[str, Path]],
@@ -209,6 +207,7 @@ def assemble_original(
         checkpoint: Its parts.
         config: Of the main part.
         found: All weights but those of a tower elsewhere, by original names or by ours.
+        expected: Shapes of all tensors of a model.
         layout: Name of the layout.
         files: That ``found`` was read from, with their part.
         tokenizers: Folders where the tokenizer may be; the first that has one gives it.
@@ -239,8 +238,7 @@ def assemble_original(
     compare_facts(recipe, folder, [("mm_hidden_size", width, vision.width)])
     check_architecture(recipe, architecture, folder)
     _check_projector(rest, folder)
-    expected = expected_clip_llama(architecture, newline=config.newline)
-    own = {key: shape for key, shape in expected.items() if key not in tower}
+    own = {key: shape for key, shape in expected(architecture).items() if key not in tower}
     weights = {**tower, **match_tensors(rest, own, _keys(config), where=folder)}
     generation = folder / "generation_config.json"
     configs = [config.file, *([generation] if generation.is_file() else [])]

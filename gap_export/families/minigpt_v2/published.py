@@ -20,7 +20,7 @@ from gap_export.families.common.checkpoints.parts import (
     end_of_answer,
     read_language_model,
 )
-from gap_export.families.common.reference import ModelSource
+from gap_export.families.common.reference import Expected, ModelSource
 from gap_export.families.minigpt_v2.eva_checkpoint import read_eva_tower
 from gap_export.spec.architecture import Architecture
 from gap_export.spec.recipe import Recipe
@@ -72,7 +72,12 @@ class MiniGptV2Layout:
         except CheckpointError:
             return True
 
-    def read(self, recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
+    def read(
+        self,
+        recipe: Recipe,
+        checkpoint: Checkpoint,
+        expected: Expected,  # noqa: ARG002 - each part is held against its own
+    ) -> ModelSource:
         """See :class:`gap_export.families.common.reference.Layout`."""
         architecture, file = recipe_architecture(recipe), checkpoint.main
         eos = end_of_answer(recipe)

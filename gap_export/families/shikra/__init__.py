@@ -5,16 +5,12 @@ Its image stands in mid-sentence, which is a matter of the recipe's prompt.
 
 from __future__ import annotations
 
-from gap_export.families.common.checkpoints.whole import WholeLayout
-from gap_export.families.common.clip_llama import ClipLlamaFamily
-from gap_export.families.common.modules.expected import expected_clip_llama
-from gap_export.families.shikra.delta import ShikraDeltaLayout, ShikraMergedLayout
+from gap_export.families.common.readings import CLIP
+from gap_export.spec.family import Family
 
-SHIKRA = ClipLlamaFamily(
+SHIKRA = Family(
     name="shikra",
-    layouts=(
-        ShikraDeltaLayout(),
-        ShikraMergedLayout(),
-        WholeLayout(family="shikra", expected_tensors=expected_clip_llama),
-    ),
+    builder="gap_export.families.shikra.builder:SHIKRA",
+    readings=CLIP,
+    protocol="shikra",
 )

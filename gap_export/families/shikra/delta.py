@@ -36,7 +36,7 @@ from gap_export.families.common.checkpoints.parts import (
     read_language_model,
 )
 from gap_export.families.common.modules.expected import expected_language
-from gap_export.families.common.reference import ModelSource
+from gap_export.families.common.reference import Expected, ModelSource
 from gap_export.spec.architecture import Architecture, DecoderShape, ProjectorShape
 from gap_export.spec.recipe import Recipe
 
@@ -70,7 +70,12 @@ class ShikraDeltaLayout:
         """Shikra's config, unless the weights are whole."""
         return _is_shikra(checkpoint.main) and not _is_merged(checkpoint.main)
 
-    def read(self, recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
+    def read(
+        self,
+        recipe: Recipe,
+        checkpoint: Checkpoint,
+        expected: Expected,  # noqa: ARG002 - each part is held against its own
+    ) -> ModelSource:
         """See :class:`gap_export.families.common.reference.Layout`."""
         delta = _read_main(recipe, checkpoint)
         base = read_language_model(checkpoint.part(BASE, recipe))
@@ -99,7 +104,12 @@ class ShikraMergedLayout:
         """Shikra's config, and weights that are whole."""
         return _is_shikra(checkpoint.main) and _is_merged(checkpoint.main)
 
-    def read(self, recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
+    def read(
+        self,
+        recipe: Recipe,
+        checkpoint: Checkpoint,
+        expected: Expected,  # noqa: ARG002 - each part is held against its own
+    ) -> ModelSource:
         """See :class:`gap_export.families.common.reference.Layout`."""
         main = _read_main(recipe, checkpoint)
         if BASE in checkpoint.parts:

@@ -10,6 +10,7 @@ import torch
 from gap_export.checkpoint.weights import DerivedWeight
 from gap_export.families import Component
 from gap_export.families.common.components import decoder_component
+from gap_export.families.common.decoder_kind import LLAMA
 from gap_export.families.common.modules.expected import decoder_key
 from gap_export.families.common.modules.llama_decoder import LlamaDecoder
 from gap_export.spec.architecture import DecoderShape
@@ -54,7 +55,7 @@ def build_decoder(*, key_value_heads: int = 4, bias: bool = False, loud: float =
         )
     source: Any = SimpleNamespace(architecture=SimpleNamespace(decoder=shape), weights=weights)
     with torch.device("meta"):
-        return decoder_component(source, dtype="float32")
+        return decoder_component(source, LLAMA, dtype="float32")
 
 
 def draw_prompts(*, key_value_heads: int = 4, seed: int = 0) -> list[tuple[torch.Tensor, ...]]:

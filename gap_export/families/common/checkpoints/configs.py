@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gap_export.checkpoint.weights import read_json_object
 from gap_export.errors import CheckpointError, RecipeError
@@ -14,11 +14,17 @@ from gap_export.families.common.checkpoints.limits import require
 from gap_export.spec.architecture import Architecture, DecoderShape, VisionShape
 from gap_export.spec.recipe import Recipe
 
-_DECODER_TYPES = ("llama", "mistral")
+# Whose attention has which biases; Llama's and Qwen3's configs say it themselves.
+_BIASES: Mapping[str, bool | Literal["qkv"] | None] = {
+    "llama": None, "mistral": False, "qwen2": "qkv", "qwen3": None,
+}  # fmt: skip
+# What differs between checkpoints of one model: conversions pad the vocabulary (32,064 rows for
+# LLaVA's 32,000 tokens and the image's), and may store a tied head all the same.
+_FREE = ("vocab_size", "tied_embeddings")
 
 
 def decoder_shape(text: Any, file: Path) -> DecoderShape:
-    """Sizes of a Llama or Mistral config.
+    """What the config of a Llama, Mistral, Qwen2 or Qwen3 says.
 
     Args:
         text: The parsed config; its class leaves most fields open.
@@ -29,9 +35,7 @@ def decoder_shape(text: Any, file: Path) -> DecoderShape:
     """
     where: Any = file
     kind = text.model_type
-    require(
-        kind in _DECODER_TYPES, "decoder model_type", kind, " or ".join(_DECODER_TYPES), where=where
-    )
+    require(kind in _BIASES, "decoder model_type", kind, ", ".join(_BIASES), where=where)
     heads, groups = text.num_attention_heads, text.num_key_value_heads
     require(
         heads % groups == 0,
@@ -44,10 +48,13 @@ def decoder_shape(text: Any, file: Path) -> DecoderShape:
     theta: Any = rope.get("rope_theta")
     # A null gets past check_values, and transformers leaves it as it is.
     require(type(theta) in (int, float), "rope_theta", theta, "a number above 0", where=where)
-    kind = rope.get("rope_type", "default")
-    require(kind == "default", "rope_type", kind, "default: RoPE without scaling", where=where)
+    scaling = rope.get("rope_type", "default")
+    require(
+        scaling == "default", "rope_type", scaling, "default: RoPE without scaling", where=where
+    )
     window = getattr(text, "sliding_window", None)
     require(window is None, "sliding_window", window, "null: every token sees all", where=where)
+    bias = _BIASES[kind]
     return DecoderShape(
         hidden_size=text.hidden_size,
         intermediate_size=text.intermediate_size,
@@ -61,8 +68,10 @@ def decoder_shape(text: Any, file: Path) -> DecoderShape:
         rms_norm_eps=text.rms_norm_eps,
         rope_theta=float(theta),
         activation=text.hidden_act,
-        attention_bias=getattr(text, "attention_bias", False),
+        attention_bias=text.attention_bias if bias is None else bias,
         mlp_bias=getattr(text, "mlp_bias", False),
+        qk_norm=kind == "qwen3",
+        tied_embeddings=text.tie_word_embeddings,
     )
 
 
@@ -130,8 +139,7 @@ def check_architecture(recipe: Recipe, architecture: Architecture, where: Path) 
     for part in ("vision", "projector", "decoder"):
         seen = dataclasses.asdict(getattr(architecture, part))
         wanted = dataclasses.asdict(getattr(recipe.architecture, part))
-        # Conversions pad the vocabulary: 32,064 rows for LLaVA's 32,000 tokens and the image's.
-        keys = [key for key in wanted if key != "vocab_size"]
+        keys = [key for key in wanted if key not in _FREE]
         compare_facts(recipe, where, [(f"{part} {key}", seen[key], wanted[key]) for key in keys])
 
 

@@ -130,7 +130,7 @@ def _check_section(plain: Mapping[str, Any], where: str, prefix: str, max_layers
 def _check_fit(plain: Mapping[str, Any], where: str, prefix: str) -> None:
     """Sizes that are fine one by one and do not fit each other."""
     width, heads = plain.get("hidden_size"), plain.get("num_attention_heads")
-    if width is not None and heads is not None:
+    if width is not None and heads is not None and plain.get("head_dim") is None:
         allowed = f"a divisor of hidden_size, {width}"
         require(width % heads == 0, f"{prefix}num_attention_heads", heads, allowed, where=where)
     head_dim = plain.get("head_dim")

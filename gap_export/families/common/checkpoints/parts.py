@@ -7,7 +7,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, MistralConfig
+from transformers import (
+    CLIPConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from gap_export.checkpoint.weights import (
     INDEX_NAME,
@@ -36,9 +43,8 @@ Stored = TensorRef | PickledTensor
 LLAMA_KEYS = KeyLayout(
     prefixes=(("model.", "decoder."),), ignored_suffixes=(".rotary_emb.inv_freq",), tied={}
 )
-_LANGUAGE_MODELS: Mapping[str, type[LlamaConfig | MistralConfig]] = {
-    LlamaConfig.model_type: LlamaConfig,
-    MistralConfig.model_type: MistralConfig,
+_LANGUAGE_MODELS: Mapping[str, type[LlamaConfig | MistralConfig | Qwen2Config | Qwen3Config]] = {
+    kind.model_type: kind for kind in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 }
 _CLIP_KEYS = KeyLayout(
     prefixes=(("vision_model.", "tower."),),
@@ -51,7 +57,7 @@ _NO_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_sca
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """A ``LlamaForCausalLM`` or ``MistralForCausalLM``, checked.
+    """A Llama, Mistral, Qwen2 or Qwen3, checked.
 
     Attributes:
         folder: Where it is.
@@ -110,7 +116,7 @@ def index_folder(folder: Path) -> Mapping[str, Stored]:
 
 
 def read_language_model(folder: Path) -> LanguageModel:
-    """Read the headers of a ``LlamaForCausalLM`` or ``MistralForCausalLM``.
+    """Read the headers of a language model: Llama, Mistral, Qwen2 or Qwen3.
 
     Raises:
         CheckpointError: anything is missing, damaged, of another architecture or left over.
@@ -174,7 +180,7 @@ def check_base(base: LanguageModel, wanted: DecoderShape, recipe: Recipe, *, rol
     Raises:
         CheckpointError: with every size that differs.
     """
-    names = [field.name for field in fields(DecoderShape)]
+    names = [field.name for field in fields(DecoderShape) if field.name != "tied_embeddings"]
     pairs = [(name, getattr(base.shape, name), getattr(wanted, name)) for name in names]
     wrong = [(name, seen, allowed) for name, seen, allowed in pairs if seen != allowed]
     if wrong:

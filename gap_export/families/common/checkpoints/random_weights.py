@@ -10,7 +10,7 @@ from gap_export.checkpoint.weights import Weight, filled, random_normal
 from gap_export.errors import UsageError
 from gap_export.families.common.checkpoints.clip_text_tower import TextTowerSource
 from gap_export.families.common.modules.expected import expected_text_tensors
-from gap_export.families.common.reference import ModelSource
+from gap_export.families.common.reference import Expected, ModelSource
 from gap_export.spec.recipe import Recipe
 
 _DTYPE = "F16"
@@ -18,14 +18,12 @@ _DTYPE = "F16"
 _STD = 0.02
 
 
-def random_source(
-    recipe: Recipe, expected: Mapping[str, tuple[int, ...]], *, seed: int
-) -> ModelSource:
+def random_source(recipe: Recipe, expected: Expected, *, seed: int) -> ModelSource:
     """A model of the recipe's sizes whose weights are drawn from a seed.
 
     Args:
         recipe: Has an ``architecture``.
-        expected: Shape of every tensor by our names.
+        expected: Gives the shape of every tensor.
         seed: The same seed gives the same weights.
 
     Raises:
@@ -38,10 +36,13 @@ def random_source(
             fix="leave it out: the weights are here, or add architecture to the recipe",
         )
     tokens = recipe.special_tokens
+    weights = _draw(expected(recipe.architecture), seed)
+    if recipe.architecture.decoder.tied_embeddings:
+        weights["lm_head.weight"] = weights["decoder.embed_tokens.weight"]
     return ModelSource(
         layout="random",
         architecture=recipe.architecture,
-        weights=_draw(expected, seed),
+        weights=weights,
         dtype="float16",
         eos_token_ids=tuple(tokens[name] for name in recipe.end_of_answer) or (2,),
         image_token_id=tokens.get(recipe.prompt.image_token),
@@ -106,8 +107,8 @@ def stand_in_tokenizer(
 def _draw(expected: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Weight]:
     drawn: dict[str, Weight] = {}
     for key, shape in expected.items():
-        is_norm = "norm" in key and key.endswith("weight")
-        if is_norm:
+        # Every model calls them so: layer_norm1, q_norm, final_layernorm.
+        if "norm" in key and key.endswith("weight"):
             drawn[key] = filled(shape, 1.0, _DTYPE)
         else:
             own_seed = zlib.crc32(key.encode()) ^ seed

@@ -5,7 +5,6 @@ The demo models of families whose published checkpoints come in parts are stored
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gap_export.checkpoint.find.source import MAIN, Checkpoint
@@ -19,8 +18,7 @@ from gap_export.families.common.checkpoints.matching import (
     peek_config,
 )
 from gap_export.families.common.checkpoints.parts import end_of_answer
-from gap_export.families.common.reference import ModelSource
-from gap_export.spec.architecture import Architecture
+from gap_export.families.common.reference import Expected, ModelSource
 from gap_export.spec.recipe import Recipe
 
 MODEL_TYPE = "gap-export"
@@ -38,11 +36,9 @@ class WholeLayout:
 
     Attributes:
         family: Name of the family.
-        expected_tensors: Shape of each tensor of a model of given sizes.
     """
 
     family: str
-    expected_tensors: Callable[[Architecture], Mapping[str, tuple[int, ...]]]
     name: str = "whole"
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
@@ -50,15 +46,16 @@ class WholeLayout:
         plain = peek_config(checkpoint.main)
         return plain.get("model_type") == MODEL_TYPE and plain.get("family") == self.family
 
-    def read(self, recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
+    def read(self, recipe: Recipe, checkpoint: Checkpoint, expected: Expected) -> ModelSource:
         """See :class:`gap_export.families.common.reference.Layout`."""
         folder = checkpoint.main
         file = folder / "config.json"
         architecture = recipe_architecture(recipe)
         check_architecture(recipe, architecture, folder)
         found = index_checkpoint(folder)
-        expected = self.expected_tensors(architecture)
-        weights = match_tensors(found, expected, _AS_THEY_ARE, where=folder, sizes_of=_SIZES_OF)
+        weights = match_tensors(
+            found, expected(architecture), _AS_THEY_ARE, where=folder, sizes_of=_SIZES_OF
+        )
         files = (file, *sorted({ref.file for ref in found.values()}))
         return ModelSource(
             layout=self.name,

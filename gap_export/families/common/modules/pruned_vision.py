@@ -26,20 +26,20 @@ from gap_export.spec.manifest import GridSpec, PruningSpec
 
 
 class VisionFeatures(NamedTuple):
-    """What a tower gives.
+    """What a tower gives; None what it has not got, which its family's readings leave out.
 
     Attributes:
         patches: float [I, N, D], at the select layer, raster order of the grid.
-        cls: float [I, D], of the CLS token at the same layer.
+        keys: float [I, N, C], of the layer that produced the features, averaged over the heads.
+        cls: float [I, D], of the CLS token at the select layer.
         cls_attention: float [I, N], attention of CLS to each, averaged over the heads, in the layer
             that produced the features.
-        keys: float [I, N, C], of the same layer, averaged over the heads.
     """
 
     patches: torch.Tensor
-    cls: torch.Tensor
-    cls_attention: torch.Tensor
-    keys: torch.Tensor
+    keys: torch.Tensor | None = None
+    cls: torch.Tensor | None = None
+    cls_attention: torch.Tensor | None = None
 
 
 class JointSpace(nn.Module):
@@ -73,6 +73,7 @@ class NextLayer(nn.Module):
 
     def forward(self, features: VisionFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of CLS to each patch [I, N], as one head of width D, and keys [I, N, D]."""
+        assert features.cls is not None, "read from towers with CLS alone"
         hidden = torch.cat([features.cls[:, None], features.patches], dim=1)
         batch, length, width = hidden.shape
         query = self.q_proj(self.layer_norm1(features.cls))[:, :, None]

@@ -1,0 +1,121 @@
+"""Builds the models that consist of a vision tower, a projector and a decoder: all so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gap_export.checkpoint.find.source import Checkpoint
+from gap_export.errors import RecipeError
+from gap_export.families.common.checkpoints.clip_text_tower import TextTowerSource, read_text_tower
+from gap_export.families.common.checkpoints.configs import select_index
+from gap_export.families.common.checkpoints.random_weights import random_text_tower
+from gap_export.families.common.components import (
+    assemble,
+    decoder_component,
+    embedding_component,
+    text_component,
+)
+from gap_export.families.common.decoder_kind import LLAMA, DecoderKind
+from gap_export.families.common.modules.expected import (
+    NEWLINE_KEY,
+    Shapes,
+    expected_language,
+    prefixed,
+)
+from gap_export.families.common.reference import Device, Layout, ModelSource, Reference
+from gap_export.families.common.vision_components import vision_components
+from gap_export.pruning import find_pruner
+from gap_export.spec.architecture import Architecture
+from gap_export.spec.manifest import PruningSpec
+from gap_export.spec.recipe import Recipe
+
+
+def _nothing(_: Architecture) -> Shapes:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelBuilder:
+    """How a family's checkpoints are read, and what its modules are.
+
+    Attributes:
+        layouts: How its checkpoints are stored; the first that recognises one reads it.
+        tower: Makes the first so many layers of the vision tower, a module from pixel_values to
+            :class:`VisionFeatures` whose layers are a ``ModuleList`` called ``encoder.layers``.
+        never_run: Shapes of tensors that checkpoints hold and no tower runs, by our names.
+        decoder: The decoder's kind.
+        newline: Whether there is the vector that ends each row of a tiled image.
+    """
+
+    layouts: Sequence[Layout]
+    tower: Callable[[Architecture, int], nn.Module]
+    never_run: Callable[[Architecture], Shapes] = _nothing
+    decoder: DecoderKind = LLAMA
+    newline: bool = False
+
+    def expected_tensors(self, architecture: Architecture) -> Shapes:
+        """Shape of every tensor of a model, by our names; those never run included."""
+        with torch.device("meta"):
+            tower = self.tower(architecture, architecture.vision.num_layers)
+        expected = {**prefixed("tower.", tower), **self.never_run(architecture)}
+        expected |= expected_language(architecture, self.decoder)
+        if self.newline:
+            expected[NEWLINE_KEY] = (architecture.decoder.hidden_size,)
+        return expected
+
+    def build(
+        self,
+        recipe: Recipe,
+        source: ModelSource,
+        checkpoint: Checkpoint,
+        pruning: PruningSpec,
+        *,
+        dtype: str,
+        device: Device,
+    ) -> Reference:
+        """See :func:`gap_export.families.build_reference`."""
+        self._check_tiles(recipe)
+        vision = source.architecture.vision
+        reads = find_pruner(pruning.pruner).reads
+        text = _text_tower(recipe, source, checkpoint) if "text" in reads else None
+        with torch.device("meta"):
+            tower = self.tower(source.architecture, select_index(recipe, vision))
+            components = [
+                *vision_components(tower, source, pruning, recipe=recipe, text=text, dtype=dtype),
+                *([text_component(text, dtype=dtype)] if text is not None else []),
+                embedding_component(source, dtype=dtype),
+                decoder_component(source, self.decoder, dtype=dtype),
+            ]
+        return assemble(
+            components,
+            source,
+            recipe=recipe,
+            pruning=pruning,
+            text=text,
+            dtype=dtype,
+            device=device,
+        )
+
+    def _check_tiles(self, recipe: Recipe) -> None:
+        """Tiles and the vector that ends their rows go together.
+
+        Raises:
+            RecipeError: the recipe has one, its family the other.
+        """
+        if (recipe.image.tiles is not None) != self.newline:
+            raise RecipeError(
+                f"recipe {recipe.name}: image.preparation does not fit family {recipe.family}",
+                seen=recipe.image.preparation,
+                allowed="anyres" if self.newline else "pad or squash",
+            )
+
+
+def _text_tower(recipe: Recipe, source: ModelSource, checkpoint: Checkpoint) -> TextTowerSource:
+    width = source.architecture.vision.width
+    if checkpoint.random_seed is not None:
+        return random_text_tower(recipe, vision_width=width, seed=checkpoint.random_seed)
+    return read_text_tower(recipe, checkpoint, vision_width=width)

@@ -1,0 +1,115 @@
+"""Attention with a KV cache and rotary positions, for any decoder.
+
+Written out so that an export sees plain operators, and so that the lowerings to fused ones find
+them: RoPE reads the position ids that are fed and nothing else, the mask is a key mask over cache
+slots, the cache goes in and comes out.
+
+Shape letters: B rows, S fed tokens, T = past + S slots, A axes of a position, F frequencies,
+d head width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+
+
+def allowed_keys(attention_mask: torch.Tensor, *, num_queries: int, past: int) -> torch.Tensor:
+    """Bool [B, 1, S, T]: not hidden, and not in the future. Causality goes by slot, not by id."""
+    device = attention_mask.device
+    key_slots = torch.arange(past + num_queries, device=device)
+    query_slots = torch.arange(num_queries, device=device) + past
+    causal = key_slots.unsqueeze(0) <= query_slots.unsqueeze(1)
+    return causal & (attention_mask != 0).unsqueeze(1).unsqueeze(1)
+
+
+def rope_frequencies(theta: float, width: int) -> torch.Tensor:
+    """Float32 [width / 2]: theta ** (-2i / width) (RoFormer, arXiv 2104.09864)."""
+    # On the CPU whatever the default device: these are values, also of a model without weights.
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
+    return 1.0 / (theta**exponents)
+
+
+def rope_rotation(
+    position_ids: torch.Tensor,
+    inv_freq: torch.Tensor,
+    dtype: torch.dtype,
+    axes: torch.Tensor | None = None,
+) -> Rotation:
+    """Cosines and sines by which heads are turned, worked out in float32 whatever ``dtype`` is.
+
+    Args:
+        position_ids: int64 [B, S], or [A, B, S] with ``axes``.
+        inv_freq: float32 [F].
+        dtype: What they end in.
+        axes: int64 [F], the axis that each frequency turns by; None for positions of one axis.
+
+    Returns:
+        Both [B, 1, S, 2 * F].
+    """
+    if axes is None:
+        ids = position_ids.to(torch.float32).unsqueeze(1).unsqueeze(3)
+    else:
+        chosen = position_ids.index_select(0, axes).permute(1, 2, 0)
+        ids = chosen.to(torch.float32).unsqueeze(1)
+    half = ids * inv_freq
+    angles = torch.cat((half, half), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(heads: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """Turn heads [B, heads, S, d]; where there are fewer cosines than d, the leading channels."""
+    cos, sin = rotation
+    width = cos.shape[-1]
+    turning = heads if width == heads.shape[-1] else heads[..., :width]
+    half = width // 2
+    first, second = turning[..., :half], turning[..., half:]
+    quarter = torch.cat((-second, first), dim=-1)
+    turned = turning * cos + quarter * sin
+    return turned if turning is heads else torch.cat((turned, heads[..., width:]), dim=-1)
+
+
+def split_heads(projected: torch.Tensor, size: tuple[int, int], num_heads: int) -> torch.Tensor:
+    """A matrix [B * S, heads * d] to [B, heads, S, d]; ``size`` is (B, S)."""
+    return projected.reshape(*size, num_heads, projected.shape[1] // num_heads).transpose(1, 2)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    past: tuple[torch.Tensor, torch.Tensor],
+    allowed: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Grow the cache, and mix its values.
+
+    Args:
+        query: [B, heads, S, d].
+        key: [B, key-value heads, S, d].
+        value: As the key.
+        past: Keys and values of the slots before, [B, key-value heads, past, d].
+        allowed: bool [B, 1, S, T].
+
+    Returns:
+        The mixed values as a matrix [B * S, heads * d], then keys and values of all T slots.
+    """
+    key, value = torch.cat((past[0], key), dim=2), torch.cat((past[1], value), dim=2)
+    _, num_heads, _, width = query.shape
+    shared = num_heads // key.shape[1]
+    scores = torch.matmul(query, _repeat(key, shared).transpose(2, 3)) * width**-0.5
+    # The finite minimum, never -inf: a row that may see nothing (padding) stays a number.
+    scores = torch.where(allowed, scores, torch.finfo(scores.dtype).min)
+    # Cast first: softmax's own dtype argument is exported as a cast of its result.
+    weights = torch.softmax(scores.to(torch.float32), dim=-1).to(query.dtype)
+    mixed = torch.matmul(weights, _repeat(value, shared)).transpose(1, 2)
+    return mixed.reshape(-1, num_heads * width), key, value
+
+
+def _repeat(heads: torch.Tensor, groups: int) -> torch.Tensor:
+    """[B, key-value heads, T, d] to [B, heads, T, d]; query head h reads head h // groups."""
+    if groups == 1:
+        return heads
+    batch, num_heads, length, width = heads.shape
+    wide = heads.unsqueeze(2).expand(batch, num_heads, groups, length, width)
+    return wide.reshape(batch, num_heads * groups, length, width)

@@ -1,0 +1,121 @@
+"""What all decoders have in common: a stack of layers with explicit position ids and KV cache.
+
+Between attention's own steps the hidden state is a matrix, [B * S, H]: a linear layer on a matrix
+is one ONNX Gemm that reads its weight as the checkpoint stores it. On three dimensions it would be
+a MatMul by a transposed weight, and runtimes keep the transposed copy of every weight in memory.
+
+Shape letters: B rows, S fed tokens, T = past + S slots, H hidden, V vocabulary, d head width,
+A axes of a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from gap_export.families.common.modules.attention import (
+    allowed_keys,
+    rope_frequencies,
+    rope_rotation,
+)
+from gap_export.spec.architecture import DecoderShape
+
+
+class DecoderStack(nn.Module):
+    """Layers, final norm and LM head.
+
+    Args:
+        shape: What the decoder is made of.
+        layers: Each takes the hidden state [B * S, H], the size (B, S), bool [B, 1, S, T] of the
+            keys that may be seen, a rotation, and its past keys and values; it gives the hidden
+            state, keys and values.
+        norm: Before the head.
+    """
+
+    inv_freq: torch.Tensor
+    rope_axes: torch.Tensor
+
+    def __init__(
+        self, shape: DecoderShape, *, layers: Sequence[nn.Module], norm: nn.Module
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+        self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        # Not in any checkpoint: their values are rope_constants.
+        for name, value in rope_constants(shape).items():
+            empty = torch.empty(value.shape, dtype=value.dtype)
+            self.register_buffer(name, empty, persistent=False)
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        *past_key_values: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """One step: prefill (past of length 0) or decode.
+
+        Args:
+            inputs_embeds: float [B, S, (1 + T) * H]: the hidden state, then a plane for each of the
+                T taps.
+            attention_mask: int64 [B, T], over cache slots; 0 hides a slot from every query. Zeros
+                may lie anywhere.
+            position_ids: int64 [B, S], what RoPE sees; [A, B, S] where positions have axes.
+            *past_key_values: key and value of each layer in turn, float
+                [B, key-value heads, past, d].
+
+        Returns:
+            logits [B, 1, V] of the last position, then key and value of each layer,
+            [B, key-value heads, T, d].
+        """
+        past_length = past_key_values[0].shape[2]
+        allowed = allowed_keys(attention_mask, num_queries=inputs_embeds.shape[1], past=past_length)
+        axes = self.rope_axes if self.shape.position_axes > 1 else None
+        rotation = rope_rotation(position_ids, self.inv_freq, inputs_embeds.dtype, axes)
+        batch, length, _ = inputs_embeds.shape
+        width = self.shape.hidden_size
+        hidden, *taps = self._planes(inputs_embeds)
+        present: list[torch.Tensor] = []
+        for index, layer in enumerate(self.layers):
+            past = past_key_values[2 * index], past_key_values[2 * index + 1]
+            hidden, key, value = layer(hidden, (batch, length), allowed, rotation, past)
+            present += [key, value]
+            if index < len(taps):
+                hidden = hidden + taps[index]
+        last = hidden.reshape(batch, length, width)[:, -1]
+        logits = self.lm_head(self.norm(last)).unsqueeze(1)
+        return (logits, *present)
+
+    def _planes(self, inputs_embeds: torch.Tensor) -> list[torch.Tensor]:
+        """[B, S, (1 + T) * H] to 1 + T matrices [B * S, H]."""
+        width = self.shape.hidden_size
+        flat = inputs_embeds.reshape(-1, inputs_embeds.shape[2])
+        if not self.shape.num_taps:
+            return [flat]
+        return [flat[:, start : start + width] for start in range(0, flat.shape[1], width)]
+
+
+def rope_constants(shape: DecoderShape) -> dict[str, torch.Tensor]:
+    """Buffers that RoPE reads, by name: frequencies, and their axes where there are several."""
+    found = {"inv_freq": rope_frequencies(shape.rope_theta, 2 * shape.num_frequencies)}
+    if shape.position_axes > 1:
+        found["rope_axes"] = torch.tensor(shape.frequency_axes(), device="cpu")
+    return found
+
+
+class TokenEmbedding(nn.Module):
+    """Token ids to vectors; the weight is named ``weight``."""
+
+    def __init__(self, shape: DecoderShape) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape.vocab_size, shape.hidden_size))
+        self.extra = shape.embeds_size - shape.hidden_size
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Int64 [B, T] to float [B, T, (1 + taps) * H]; what taps add to words is nothing."""
+        words = nn.functional.embedding(input_ids, self.weight)
+        return nn.functional.pad(words, (0, self.extra)) if self.extra else words

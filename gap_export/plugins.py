@@ -1,0 +1,86 @@
+"""What other packages add to this one, by entry points.
+
+An entry point of a group has the thing's name, and its object is the thing. One that cannot be used
+stops nobody who does not ask for it: it is listed with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
+
+from gap_export.errors import GapExportError
+
+T = TypeVar("T")
+
+
+class Plugins(Generic[T]):
+    """Things of one kind that other packages bring.
+
+    Args:
+        group: The entry points' group.
+        kind: What such a thing is called in messages, e.g. ``pruner``.
+        check: Given the name, the object and how to call it in messages: the object, checked.
+    """
+
+    def __init__(self, *, group: str, kind: str, check: Callable[[str, object, str], T]) -> None:
+        self.group = group
+        self._kind, self._check = kind, check
+
+    @cached_property
+    def entries(self) -> Mapping[str, EntryPoint]:
+        """Entry points by name; of two of one name the last, which is then refused."""
+        return {entry.name: entry for entry in entry_points(group=self.group)}
+
+    @cached_property
+    def found(self) -> Mapping[str, T | GapExportError]:
+        """All of them by name, or what is wrong with one; every package is imported."""
+        found: dict[str, T | GapExportError] = {}
+        for name in sorted(self.entries):
+            try:
+                found[name] = self.load(name)
+            except GapExportError as err:
+                found[name] = err
+        return found
+
+    def load(self, name: str) -> T:
+        """One of :attr:`entries`; no other package is imported.
+
+        Raises:
+            GapExportError: several packages bring one of that name, it cannot be imported, or is
+                not what it should be.
+        """
+        entry = self.entries[name]
+        where = f"{self._kind} {name}, which {entry.value} should define,"
+        packages = self._packages(name)
+        if len(packages) > 1:
+            raise GapExportError(
+                f"{self._kind} {name} comes with several packages",
+                seen=", ".join(packages),
+                fix="uninstall all of them but one",
+            )
+        try:
+            thing = entry.load()
+        except (Exception, SystemExit) as err:  # anything may happen in another package's code
+            raise GapExportError(
+                f"{where} cannot be loaded",
+                seen=f"{type(err).__name__}: {err}",
+                fix=f"mend or uninstall the package that declares {self.group}",
+            ) from err
+        return self._check(name, thing, where)
+
+    def package_of(self, name: str) -> str | None:
+        """The package that one comes with, where its maker says it."""
+        entry = self.entries.get(name)
+        return entry.dist.name if entry is not None and entry.dist is not None else None
+
+    def forget(self) -> None:
+        """Look anew, where packages came or went in this process."""
+        for name in ("entries", "found"):
+            self.__dict__.pop(name, None)
+
+    def _packages(self, name: str) -> list[str]:
+        found = entry_points(group=self.group, name=name)
+        return sorted({entry.dist.name for entry in found if entry.dist is not None})

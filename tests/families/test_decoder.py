@@ -1,0 +1,190 @@
+"""One module computes what transformers' own Llama, Mistral, Qwen2 and Qwen3 do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from gap_export.families.common.checkpoints.configs import decoder_shape
+from gap_export.families.common.modules.decoder_stack import TokenEmbedding, rope_constants
+from gap_export.families.common.modules.llama_decoder import LlamaDecoder
+from gap_export.spec.architecture import DecoderShape
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+}
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
+    "llama-biased": (LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, head_dim=12, sliding_window=None)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES, rope_theta=1e6)),
+    # Heads times their width is not the hidden size; the head is the word embeddings.
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)),
+}
+
+
+def randomised(kind: type, config: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    model = kind(config).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    return model
+
+
+def filled(shape: DecoderShape, state: dict[str, torch.Tensor]) -> LlamaDecoder:
+    module = LlamaDecoder(shape).eval()
+    module.load_state_dict(state)
+    for name, value in rope_constants(shape).items():
+        setattr(module, name, value)
+    return module
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prefill_and_cached_decode_are_transformers_own(name, tmp_path):
+    """Ids with gaps, a hidden slot in the middle, then four tokens one by one."""
+    theirs = randomised(*MODELS[name])
+    shape = decoder_shape(theirs.config, tmp_path)
+    state = {
+        key.removeprefix("model."): value
+        for key, value in theirs.state_dict().items()
+        if key != "model.embed_tokens.weight"
+    }
+    assert shape.tied_embeddings == (name == "qwen3")
+    ours = filled(shape, state)
+    generator = torch.Generator().manual_seed(1)
+    embeds = torch.randn(2, 11, shape.hidden_size, generator=generator)
+    ids = torch.tensor([0, 1, 2, 5, 9, 30, 31, 40, 41, 42, 43]).expand(2, -1)
+    mask = torch.ones(2, 11, dtype=torch.int64)
+    mask[1, 3] = 0
+    past = [torch.zeros(2, shape.num_key_value_heads, 0, shape.head_dim)] * 2 * shape.num_layers
+    cache = None
+    for start, end in ((0, 7), (7, 8), (8, 9), (9, 10), (10, 11)):
+        step = embeds[:, start:end], mask[:, :end], ids[:, start:end]
+        with torch.inference_mode():
+            logits, *past = ours(*step, *past)
+            answer = theirs(
+                inputs_embeds=step[0],
+                attention_mask=step[1],
+                position_ids=step[2],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache = answer.past_key_values
+        assert logits.std() > 0.1
+        torch.testing.assert_close(logits[:, 0], answer.logits[:, -1], atol=2e-5, rtol=1e-5)
+
+
+SMALL = DecoderShape(
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=3,
+    num_heads=2,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=50,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+)
+
+
+def drawn(shape: DecoderShape) -> LlamaDecoder:
+    generator = torch.Generator().manual_seed(0)
+    state = LlamaDecoder(shape).state_dict()
+    return filled(
+        shape, {key: torch.randn(t.shape, generator=generator) * 0.3 for key, t in state.items()}
+    )
+
+
+def run(module: LlamaDecoder, embeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    batch, length = embeds.shape[:2]
+    past = [torch.zeros(batch, 2, 0, 16)] * 2 * module.shape.num_layers
+    with torch.inference_mode():
+        return module(embeds, torch.ones(batch, length, dtype=torch.int64), ids, *past)[0]
+
+
+@pytest.mark.parametrize(
+    ("interleaved", "sections", "axes"),
+    [
+        (False, (2, 3, 3), (0, 0, 1, 1, 1, 2, 2, 2)),
+        # Rows at 1, 4, columns at 2, 5; time has the others (Qwen3-VL).
+        (True, (4, 2, 2), (0, 1, 2, 0, 1, 2, 0, 0)),
+    ],
+)
+def test_axes_of_a_position_turn_their_own_frequencies(interleaved, sections, axes):
+    """Checked against positions of one number, a frequency at a time."""
+    shape = DecoderShape(
+        **{**vars(SMALL), "rope_sections": sections, "rope_interleaved": interleaved}
+    )
+    assert shape.frequency_axes() == axes and shape.position_axes == 3
+    generator = torch.Generator().manual_seed(2)
+    embeds = torch.randn(2, 9, 32, generator=generator)
+    ids = torch.randint(0, 40, (3, 2, 9), generator=generator)
+    module, plain = drawn(shape), drawn(SMALL)
+    same = ids[:1].expand(3, -1, -1)
+    torch.testing.assert_close(run(module, embeds, same), run(plain, embeds, ids[0]))
+    moved = run(module, embeds, ids)
+    assert (moved - run(module, embeds, same)).abs().max() > 0.01
+    for axis in range(3):
+        # With only this axis' frequencies left, it is the only one that counts.
+        for each in (module, plain):
+            each.inv_freq = rope_constants(shape)["inv_freq"] * (torch.tensor(axes) == axis)
+        torch.testing.assert_close(run(module, embeds, ids), run(plain, embeds, ids[axis]))
+
+
+def test_taps_are_added_behind_their_layers():
+    """A plane behind each of the first layers: what DeepStack needs; words bring none."""
+    shape = DecoderShape(**{**vars(SMALL), "num_taps": 2})
+    module = drawn(shape)
+    generator = torch.Generator().manual_seed(3)
+    embeds = torch.randn(1, 6, 96, generator=generator)
+    ids = torch.arange(6)[None]
+    added = []
+
+    def add(_: Any, __: Any, output: Any) -> Any:
+        plane = embeds[..., 32 * (len(added) + 1) : 32 * (len(added) + 2)].reshape(6, 32)
+        added.append(plane)
+        return (output[0] + plane, *output[1:])
+
+    plain = drawn(SMALL)
+    for layer in plain.layers[:2]:
+        layer.register_forward_hook(add)
+    torch.testing.assert_close(
+        run(module, embeds, ids), run(plain, embeds[..., :32].contiguous(), ids)
+    )
+    assert len(added) == 2
+    words = TokenEmbedding(shape)
+    torch.nn.init.normal_(words.weight)
+    found = words(torch.tensor([[3, 4]]))
+    assert found.shape == (1, 2, 96) and not found[..., 32:].any() and found[..., :32].any()
+
+
+def test_only_the_leading_channels_of_a_head_turn():
+    shape = DecoderShape(**{**vars(SMALL), "rotary_dim": 4})
+    from gap_export.families.common.modules.attention import rope_rotation, rotate
+
+    heads = torch.randn(1, 2, 5, 16)
+    inv_freq = rope_constants(shape)["inv_freq"]
+    turned = rotate(heads, rope_rotation(torch.arange(5)[None], inv_freq, torch.float32))
+    assert torch.equal(turned[..., 4:], heads[..., 4:])
+    lone = rotate(heads[..., :4], rope_rotation(torch.arange(5)[None], inv_freq, torch.float32))
+    assert torch.equal(turned[..., :4], lone)
