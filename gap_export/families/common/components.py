@@ -113,6 +113,7 @@ def decoder_spec(shape: DecoderShape, eos_token_ids: tuple[int, ...]) -> Decoder
         vocab_size=shape.vocab_size,
         max_position_embeddings=shape.max_position_embeddings,
         eos_token_ids=eos_token_ids,
+        position_axes=shape.position_axes,
         num_heads=shape.num_heads
         if shape.num_heads * shape.head_dim != shape.hidden_size
         else None,
