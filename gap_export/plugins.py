@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
@@ -84,3 +85,34 @@ class Plugins(Generic[T]):
     def _packages(self, name: str) -> list[str]:
         found = entry_points(group=self.group, name=name)
         return sorted({entry.dist.name for entry in found if entry.dist is not None})
+
+
+def load_object(place: str, kind: type[T], *, what: str) -> T:
+    """An object by its place.
+
+    Args:
+        place: ``module:NAME``.
+        kind: What it must be.
+        what: What it is called in messages.
+
+    Raises:
+        GapExportError: it cannot be imported, or is something else.
+    """
+    module, _, name = place.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except Exception as err:  # anything may happen in another package's code
+        if isinstance(err, GapExportError) or module.startswith("gap_export."):
+            raise
+        raise GapExportError(
+            f"{what} cannot be loaded from {place}",
+            seen=f"{type(err).__name__}: {err}",
+            fix="mend or uninstall the package that it comes with",
+        ) from err
+    if not isinstance(found, kind):
+        raise GapExportError(
+            f"{what}: {place} is not what it should be",
+            seen=type(found).__name__,
+            allowed=f"a {kind.__module__}.{kind.__name__}",
+        )
+    return found

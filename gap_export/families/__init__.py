@@ -27,6 +27,7 @@ from gap_export.errors import CheckpointError, GapExportError, RecipeError
 from gap_export.families.llava import LLAVA, LLAVA_NEXT
 from gap_export.families.minigpt_v2 import MINIGPT_V2
 from gap_export.families.shikra import SHIKRA
+from gap_export.plugins import load_object
 from gap_export.progress import Progress
 from gap_export.pruning.resolve import (
     MAX_RANKED_TOKENS,
@@ -119,24 +120,7 @@ def load_builder(family: Family) -> ModelBuilder:
     """
     from gap_export.families.common.builder import ModelBuilder
 
-    module, _, name = family.builder.partition(":")
-    try:
-        builder = getattr(import_module(module), name)
-    except Exception as err:
-        if family.name in _OURS:
-            raise
-        raise GapExportError(
-            f"family {family.name} cannot be loaded from {family.builder}",
-            seen=f"{type(err).__name__}: {err}",
-            fix="mend or uninstall the package that it comes with",
-        ) from err
-    if not isinstance(builder, ModelBuilder):
-        raise GapExportError(
-            f"{family.builder} builds no models of family {family.name}",
-            seen=type(builder).__name__,
-            allowed="a gap_export.families.common.builder.ModelBuilder",
-        )
-    return builder
+    return load_object(family.builder, ModelBuilder, what=f"family {family.name}")
 
 
 def load_family(recipe: Recipe, progress: Progress) -> None:

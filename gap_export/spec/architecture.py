@@ -142,9 +142,9 @@ class DecoderShape(_Strict):
         return (self.head_dim if self.rotary_dim is None else self.rotary_dim) // 2
 
     @property
-    def position_axes(self) -> int:
+    def position_axes(self) -> Literal[1, 3]:
         """A, numbers that a position is made of."""
-        return len(self.rope_sections) or 1
+        return 3 if self.rope_sections else 1
 
     def frequency_axes(self) -> tuple[int, ...]:
         """For each frequency of RoPE the axis of a position that it turns by."""

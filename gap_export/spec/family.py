@@ -29,7 +29,7 @@ class Family:
             ``text`` and ``next_layer`` only where a recipe has them as well.
         protocol: The evaluation protocol of its authors' own program; None where they publish none.
         preparations: Ways to prepare an image that it brings, ``module:NAME`` of a
-            :class:`gap_export.runtime.preparations.Preparation` by the name that recipes use. That
+            :class:`gap_export.runtime.images.preparations.Preparation` by the name that recipes use. That
             module is imported on devices, so it imports no PyTorch.
         recipes: Folder of its models, ``NAME/recipe.yaml`` each; None where there are none, or
             they are this package's.

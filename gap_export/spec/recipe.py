@@ -34,6 +34,7 @@ from gap_export.spec.manifest import (
     PromptSpec,
 )
 from gap_export.spec.manifest.sizes import image_sizes, prompt_sizes
+from gap_export.spec.preparations import SHARED, TILED, known_preparations
 
 RECIPE_NAME = "recipe.yaml"
 
@@ -53,6 +54,8 @@ _MAX_SIZES = {
 # One matrix of each layer's MLP; in a 70B model they have 19e9.
 _MAX_WEIGHTS = 1 << 38
 _SLOT = "{expression}"
+# Of a position in M-RoPE: time, row, column.
+_AXES = 3
 HUB_ID = r"^[\w-][\w.-]*/[\w-][\w.-]*$"
 # A name becomes part of a folder's name, and must not lead out of the current folder.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -233,7 +236,10 @@ class Recipe(_Strict):
         _in_range("width", image.width, 1, _MAX_IMAGE_SIDE)
         for value in image.pad_color:
             _in_range("pad_color", value, 0, 255)
-        if (image.tiles is not None) != (image.preparation == "anyres"):
+        if image.preparation not in SHARED and image.preparation not in known_preparations():
+            raise ValueError(f"preparation must be one of {', '.join(known_preparations())}")
+        tiled = image.preparation in TILED
+        if image.preparation in SHARED and (image.tiles is not None) != tiled:
             raise ValueError("tiles go with preparation anyres, and only with it")
         for height, width in image.tiles.resolutions if image.tiles is not None else ():
             if height < 1 or width < 1 or height % image.height or width % image.width:
@@ -327,8 +333,10 @@ def _check_sizes(architecture: Architecture, image: ImageSpec, grid: GridSpec) -
     if vision.width % vision.num_heads or decoder.num_heads % decoder.num_key_value_heads:
         raise ValueError("architecture: heads must divide the width, and groups the heads")
     sections, turned = decoder.rope_sections, decoder.num_frequencies
-    if sections and sum(sections) != turned:
-        raise ValueError(f"architecture.decoder.rope_sections must add up to {turned}")
+    if sections and (len(sections) != _AXES or sum(sections) != turned):
+        raise ValueError(
+            f"architecture.decoder.rope_sections must be {_AXES} numbers that add up to {turned}"
+        )
     channels = decoder.rotary_dim if decoder.rotary_dim is not None else decoder.head_dim
     if channels % 2 or channels > decoder.head_dim:
         raise ValueError("architecture.decoder: RoPE turns pairs of a head's channels")

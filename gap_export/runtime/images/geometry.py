@@ -47,11 +47,13 @@ class ImageGeometry:
 
     def input_frame(self, spec: ImageSpec) -> Frame:
         """What the vision encoder's first input, and so its grid of visual tokens, covers."""
-        return self._padded_square() if spec.preparation == "pad" else self._whole()
+        from gap_export.runtime.images.preparations import find_preparation
+
+        return find_preparation(spec.preparation).frame(self)
 
     def box_frame(self, spec: BoxSpec) -> Frame:
         """What the answer's coordinates are relative to."""
-        return self._padded_square() if spec.frame == "padded_square" else self._whole()
+        return self.padded_square if spec.frame == "padded_square" else self.whole
 
     def tile_layout(self, spec: ImageSpec, grid: GridSpec) -> TileLayout | None:
         """How the tokens of its tiles are joined; None without tiles."""
@@ -82,10 +84,14 @@ class ImageGeometry:
             height=layout.num_rows * token_height * down,
         )
 
-    def _whole(self) -> Frame:
+    @property
+    def whole(self) -> Frame:
+        """The image."""
         return Frame(left=0, top=0, width=self.width, height=self.height)
 
-    def _padded_square(self) -> Frame:
+    @property
+    def padded_square(self) -> Frame:
+        """The image in the middle of a square."""
         side = max(self.width, self.height)
         left, top = (side - self.width) // 2, (side - self.height) // 2
         return Frame(left=-left, top=-top, width=side, height=side)

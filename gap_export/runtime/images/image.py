@@ -26,7 +26,8 @@ from gap_export.runtime.images.files import (
     read_file,
     too_large,
 )
-from gap_export.runtime.images.geometry import ImageGeometry, Size, choose_canvas, fitted_size
+from gap_export.runtime.images.geometry import ImageGeometry
+from gap_export.runtime.images.preparations import find_preparation
 from gap_export.runtime.images.tiff import ORIENTATION
 from gap_export.spec.manifest import ImageSpec
 
@@ -42,10 +43,6 @@ _MAX_16_BIT = 65_535
 _MAX_SIDE = math.isqrt(MAX_PIXELS)
 # Pixels that are converted at once: what a conversion takes beside its result is next to nothing.
 _PIECE = 1 << 20
-_RESAMPLE = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-}
 # EXIF 2.32, table 6: what turns a stored image upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -151,7 +148,7 @@ def read_image(
 
 
 def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[NDArray[np.float32], ImageGeometry]:
-    """Pad, squash or cut into tiles; resize and normalise.
+    """Prepare an image in its model's way, and normalise.
 
     Args:
         image: RGB, from :func:`load_image`.
@@ -161,22 +158,17 @@ def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[NDArray[np.float
         pixel_values float32 [I, 3, height, width] and the image's geometry. I is 1, but for
         ``anyres``: the squashed image, then its tiles row by row.
     """
-    picture = (image.height, image.width)
-    image = _shrink_thin(image)
-    canvas: Size | None = None
-    if spec.preparation == "pad":
-        inputs = [_resize(_pad_to_square(image, spec.pad_color), spec)]
-    else:
-        inputs = [_resize(image, spec)]
-    if spec.preparation == "anyres":
-        assert spec.tiles is not None, "the manifest's values were checked"
-        canvas = choose_canvas(picture, spec.tiles.resolutions)
-        inputs += _cut_tiles(image, canvas, fitted_size(picture, canvas), spec)
-    pixels: NDArray[np.float32] = np.stack([np.asarray(each, dtype=np.float32) for each in inputs])
+    preparation = find_preparation(spec.preparation)
+    canvas = preparation.canvas((image.height, image.width), spec)
+    geometry = ImageGeometry(
+        width=image.width, height=image.height, canvas=None if canvas is None else canvas.size
+    )
+    views = preparation.views(_shrink_thin(image), spec, canvas)
+    pixels: NDArray[np.float32] = np.stack([np.asarray(each, dtype=np.float32) for each in views])
     unit = pixels / np.float32(255.0)
     normal = (unit - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
     pixel_values: NDArray[np.float32] = np.ascontiguousarray(normal.transpose(0, 3, 1, 2))
-    return pixel_values, ImageGeometry(width=picture[1], height=picture[0], canvas=canvas)
+    return pixel_values, geometry
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -323,31 +315,3 @@ def _shrink_thin(image: Image.Image) -> Image.Image:
     scale = _MAX_SIDE / side
     small = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(small, Image.Resampling.BOX)
-
-
-def _pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-    side = max(image.size)
-    return image if image.size == (side, side) else _center(image, (side, side), color)
-
-
-def _cut_tiles(
-    image: Image.Image, canvas: Size, fitted: Size, spec: ImageSpec
-) -> list[Image.Image]:
-    """Tiles row by row of the image, resized to ``fitted``, in the middle of its canvas."""
-    resized = image.resize((fitted[1], fitted[0]), _RESAMPLE[spec.resample])
-    whole = _center(resized, canvas, spec.pad_color)
-    return [
-        whole.crop((left, top, left + spec.width, top + spec.height))
-        for top in range(0, canvas[0], spec.height)
-        for left in range(0, canvas[1], spec.width)
-    ]
-
-
-def _center(image: Image.Image, size: Size, color: tuple[int, int, int]) -> Image.Image:
-    canvas = Image.new("RGB", (size[1], size[0]), color)
-    canvas.paste(image, ((size[1] - image.width) // 2, (size[0] - image.height) // 2))
-    return canvas
-
-
-def _resize(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    return image.resize((spec.width, spec.height), _RESAMPLE[spec.resample])

@@ -63,9 +63,10 @@ class ImageSpec(_Strict):
     Attributes:
         height: Pixels the vision encoder reads, vertical; of one tile where there are tiles.
         width: Pixels the vision encoder reads, horizontal.
-        preparation: ``pad``: padded to a square, centred, with pad_color, then resized;
-            ``squash``: resized without regard to the aspect ratio; ``anyres``: squashed as the
-            base tile, and fitted with pad_color to one of ``tiles.resolutions``, cut into tiles.
+        preparation: A name of :mod:`gap_export.spec.preparations`. ``pad``: padded to a square,
+            centred, with pad_color, then resized; ``squash``: resized without regard to the aspect
+            ratio; ``anyres``: squashed as the base tile, and fitted with pad_color to one of
+            ``tiles.resolutions``, cut into tiles.
         pad_color: RGB 0..255 of the padding.
         resample: Filter of the resize.
         mean: Per channel, of values in 0..1.
@@ -75,7 +76,7 @@ class ImageSpec(_Strict):
 
     height: int
     width: int
-    preparation: Literal["pad", "squash", "anyres"]
+    preparation: str
     pad_color: tuple[int, int, int]
     resample: Literal["bicubic", "bilinear"]
     mean: tuple[float, float, float]

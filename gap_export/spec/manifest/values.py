@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from gap_export.errors import BundleError
 from gap_export.spec.manifest.sizes import decoder_sizes, engine_sizes, image_sizes
 from gap_export.spec.manifest.specs import GraphSpec, ImageSpec, Manifest, PruningSpec
+from gap_export.spec.preparations import SHARED, TILED, known_preparations
 
 DTYPES = ("float32", "float16", "bfloat16")
 _DECODER = "decoder_model_merged"
@@ -158,7 +159,9 @@ def _check_image(manifest: Manifest) -> None:
 
 
 def _check_tiles(image: ImageSpec) -> None:
-    if (image.tiles is not None) != (image.preparation == "anyres"):
+    if image.preparation not in SHARED:
+        _one_of("image.preparation", image.preparation, tuple(known_preparations()))
+    elif (image.tiles is not None) != (image.preparation in TILED):
         raise _refuse("image.tiles", image.tiles, "there with preparation anyres, and only there")
     if image.tiles is None:
         return
