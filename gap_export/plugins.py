@@ -1,7 +1,7 @@
 """What other packages add to this one, by entry points.
 
 An entry point of a group has the thing's name, and its object is the thing. One that cannot be used
-stops nobody who does not ask for it: it is listed with its reason.
+stops only those who ask for it, and is listed with its reason.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def test_keep_one_equals_plain_transformers_token_for_token(demo_whole_bundle, n
     samples = list(iter_samples(seed=11, num_samples=number))
     with GroundingSession.open(demo_whole_bundle) as session:
         for sample in samples:
-            picture = load_image(sample.image, pad_color=recipe.image.pad_color)
-            pixels, _ = prepare_image(picture, recipe.image)
+            image = load_image(sample.image, pad_color=recipe.image.pad_color)
+            pixels, _ = prepare_image(image, recipe.image)
             text = recipe.prompt.template.format(expression=sample.expression.text)
             image_tokens = " ".join(["<image>"] * recipe.grid.num_visual_tokens)
             ids = tokenizer(text.replace("<image>", image_tokens), return_tensors="pt")
@@ -70,8 +70,8 @@ def test_ids_of_the_demo_prompt_are_those_before_pruning(demo_bundle):
             return decode(feed, cache)
 
         session.backend.decode = watch
-        picture = np.full((96, 96, 3), 90, np.uint8)
-        answer = session.ground(picture, "the red circle")
+        image = np.full((96, 96, 3), 90, np.uint8)
+        answer = session.ground(image, "the red circle")
     prompt = seen[0]
     assert prompt[:2] == [0, 1]
     assert prompt[2:45] == [2 + index for index in answer.keep_indices]

@@ -302,7 +302,7 @@ def check_outputs(report: CheckReport, *, tiled: bool) -> None:
     assert ("image_newline" in compared) == tiled
 
 
-def test_answers_depend_on_picture_and_positions(exported):
+def test_answers_depend_on_image_and_positions(exported):
     """Else equality would show little."""
     given = exported.answers
     assert len({answer.token_ids for answer in given}) > NUM_QUESTIONS // 4
@@ -354,7 +354,7 @@ def test_every_visual_token_is_accounted_for(exported):
         assert totals == {per_view}
         assert {len(answer.keep_indices) for answer in given} == {pruning.num_kept_tokens}
     else:
-        # The base tile alone, where a picture is too thin to fill one line of the others.
+        # The base tile alone, where an image is too thin to fill one line of the others.
         assert min(totals) == per_view and len(totals) > 3
         assert all(
             len(answer.keep_indices) == answer.num_visual_tokens

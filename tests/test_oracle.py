@@ -40,20 +40,20 @@ def in_onnx(graphs: Any, *, bare: bool = False) -> Decoder:
 
 
 def visual_features(graphs: Any) -> np.ndarray:
-    """All N projected features of one picture, [N, H]."""
+    """All N projected features of one image, [N, H]."""
     with torch.inference_mode():
-        features, _, *_ = graphs.reference("spatial", 1.0).vision_encoder(picture())
+        features, _, *_ = graphs.reference("spatial", 1.0).vision_encoder(image())
     return features.numpy()[0]
 
 
-def picture() -> torch.Tensor:
+def image() -> torch.Tensor:
     return torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 
 def kept_by(graphs: Any, pruner: str, keep_ratio: float, *, onnx: bool) -> np.ndarray:
-    """keep_indices [K] of the picture, by the graph or by PyTorch."""
+    """keep_indices [K] of the image, by the graph or by PyTorch."""
     reference = graphs.reference(pruner, keep_ratio)
-    feeds = {"pixel_values": picture()}
+    feeds = {"pixel_values": image()}
     if reference.text_encoder is not None:
         with torch.inference_mode():
             feeds["text_embeds"] = reference.text_encoder(torch.tensor([[1, 12, 15, 2]]))
@@ -65,7 +65,7 @@ def kept_by(graphs: Any, pruner: str, keep_ratio: float, *, onnx: bool) -> np.nd
 
 
 def unpruned_prompt(graphs: Any, before: int, after: int) -> np.ndarray:
-    """Text, picture, text: [1, L, H]."""
+    """Text, image, text: [1, L, H]."""
     return spliced(graphs.reference(), visual_features(graphs), before=before, after=after)
 
 
@@ -102,9 +102,9 @@ def test_oracle_holds_wherever_the_image_stands(tiny_graphs, build, before, afte
 @pytest.mark.parametrize("build", [in_torch, in_onnx])
 def test_oracle_holds_for_two_images(tiny_graphs, build):
     decode, tokens = build(tiny_graphs), random_ids(50, seed=1).tolist()
-    picture_rows = visual_features(tiny_graphs)
+    image_rows = visual_features(tiny_graphs)
     text = embed(tiny_graphs.reference(), random_ids(9)[None])[0]
-    full = np.concatenate([text[:3], picture_rows, text[3:5], picture_rows[::-1], text[5:]])[None]
+    full = np.concatenate([text[:3], image_rows, text[3:5], image_rows[::-1], text[5:]])[None]
     spans = [
         VisualSpan(start=start, num_visual_tokens=NUM_VISUAL, keep_indices=np.array(keep))
         for start, keep in ((3, [0, 7, 8]), (21, [2, 15]))

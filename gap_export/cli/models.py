@@ -13,6 +13,7 @@ from gap_export.cli._terminal import format_table
 from gap_export.visible import visible_strings
 
 if TYPE_CHECKING:
+    from gap_export.errors import GapExportError
     from gap_export.spec.recipe import CheckpointPart, Recipe
 
 _BUNDLED, _HERE, _INCOMPLETE, _MISSING = "bundled", "here", "incomplete", "missing"
@@ -25,12 +26,11 @@ def models(
     verbose: VerboseOption = False,
 ) -> None:
     """List the models that have a recipe, and whether their weights are here."""
-    from gap_export.families import broken_families
     from gap_export.spec.recipe import broken_recipes, list_recipes
 
     terminal = terminal_of(ctx)
     plain = [_describe(recipe, folder) for recipe, folder in list_recipes()]
-    broken = [str(err) for err in (*broken_families().values(), *broken_recipes())]
+    broken = [str(err) for err in (*_broken_families(), *broken_recipes())]
     if as_json:
         terminal.json({"models": plain, "broken": broken})
         return
@@ -49,6 +49,17 @@ def models(
             "missing weights: `gap-export NAME` says how to get them; --checkpoint [ROLE=]PATH "
             "names those that lie elsewhere; --random-weights does without"
         )
+
+
+def _broken_families() -> list[GapExportError]:
+    """Why families of other packages cannot be used; where there are none, nothing is imported."""
+    from gap_export.spec.family import OTHER_FAMILIES
+
+    if not OTHER_FAMILIES.entries:
+        return []
+    from gap_export.families import broken_families
+
+    return list(broken_families().values())
 
 
 def _table_row(item: dict[str, Any]) -> list[str]:

@@ -64,7 +64,7 @@ __all__ = [
     "supported_pruners",
 ]
 
-# Of a folder that nobody recognises; each may be opened.
+# Files of a folder that no layout recognizes; each may be opened.
 _MAX_FILES_TRIED = 16
 
 
@@ -240,13 +240,13 @@ def read_source(recipe: Recipe, checkpoint: Checkpoint) -> ModelSource:
     if MAIN not in checkpoint.parts:
         check_required_parts(recipe, checkpoint)
     for layout in builder.layouts:
-        if layout.recognises(checkpoint):
+        if layout.recognizes(checkpoint):
             check_required_parts(recipe, checkpoint)
             return layout.read(recipe, checkpoint, builder.expected_tensors)
-    raise _not_recognised(recipe, family, checkpoint.main)
+    raise _not_recognized(recipe, family, checkpoint.main)
 
 
-def _not_recognised(recipe: Recipe, family: Family, main: Path) -> CheckpointError:
+def _not_recognized(recipe: Recipe, family: Family, main: Path) -> CheckpointError:
     """What to say of a main part that is in none of a family's layouts.
 
     Raises:
@@ -260,7 +260,7 @@ def _not_recognised(recipe: Recipe, family: Family, main: Path) -> CheckpointErr
     layouts = ", ".join(layout.name for layout in load_builder(family).layouts)
     seen, fix = look_at(main), "use the recipe of that model, or name the right folder"
     for place in (main, *_near(main)):
-        found = _who_recognises(place)
+        found = _who_recognizes(place)
         if family in found.values():
             fix = f"name what is one: {place}"
         elif found:
@@ -276,13 +276,13 @@ def _not_recognised(recipe: Recipe, family: Family, main: Path) -> CheckpointErr
     )
 
 
-def _who_recognises(place: Path) -> dict[str, Family]:
+def _who_recognizes(place: Path) -> dict[str, Family]:
     """Families that know a place for theirs, by what to call it in a message."""
     return {
         f"{family.name} ({layout.name})": family
         for family in all_families().values()
         for layout in load_builder(family).layouts
-        if layout.recognises(Checkpoint.of(place))
+        if layout.recognizes(Checkpoint.of(place))
     }
 
 

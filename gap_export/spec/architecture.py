@@ -39,7 +39,7 @@ class TransformerShape(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class VisionShape(TransformerShape):
-    """A vision tower: square pictures of ``image_size`` pixels, square patches."""
+    """A vision tower: square images of ``image_size`` pixels, square patches."""
 
     image_size: int
     patch_size: int

@@ -42,7 +42,7 @@ MODELS = {
 }
 
 
-def randomised(kind: type, config: Any) -> Any:
+def randomized(kind: type, config: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     model = kind(config).eval()
     for parameter in model.parameters():
@@ -61,7 +61,7 @@ def filled(shape: DecoderShape, state: dict[str, torch.Tensor]) -> LlamaDecoder:
 @pytest.mark.parametrize("name", MODELS)
 def test_prefill_and_cached_decode_are_transformers_own(name, tmp_path):
     """Ids with gaps, a hidden slot in the middle, then four tokens one by one."""
-    theirs = randomised(*MODELS[name])
+    theirs = randomized(*MODELS[name])
     shape = decoder_shape(theirs.config, tmp_path)
     state = {
         key.removeprefix("model."): value

@@ -46,7 +46,7 @@ def ln_vision() -> State:
     }
 
 
-def pictures(count: int = 2) -> torch.Tensor:
+def images(count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, 4 * SIDE, 4 * SIDE, generator=torch.Generator().manual_seed(3))
 
 
@@ -69,8 +69,8 @@ def refusal(folder: Path, eva: State) -> str:
 
 def test_tokens_are_four_neighbours_of_the_plain_forward(eva, ln_vision, tmp_path):
     with torch.inference_mode():
-        ours = load_tower(tmp_path, eva, ln_vision)(pictures())
-        wanted = tokens_by_hand(eva, pictures(), ln_vision)
+        ours = load_tower(tmp_path, eva, ln_vision)(images())
+        wanted = tokens_by_hand(eva, images(), ln_vision)
     assert ours.patches.shape == (2, TOKENS, JOIN * WIDTH)
     assert wanted.abs().max() > 0.5
     assert (ours.patches - wanted).abs().max() < ATOL
@@ -82,24 +82,24 @@ def test_a_token_is_wide_and_not_high(eva, ln_vision, tmp_path):
     for layer in tower.encoder.layers:
         for linear in (layer.self_attn.out_proj, layer.mlp.fc2):
             torch.nn.init.zeros_(linear.weight)
-    changed = pictures(1)
+    changed = images(1)
     # Row 3 and columns 4 to 7 of the patches.
     changed[:, :, 12:16, 16:32] += 1.0
     with torch.inference_mode():
-        moved = (tower(changed).patches - tower(pictures(1)).patches).abs().amax(dim=2)[0]
+        moved = (tower(changed).patches - tower(images(1)).patches).abs().amax(dim=2)[0]
     assert torch.nonzero(moved > 1e-4).flatten().tolist() == [3 * (SIDE // JOIN) + 1]
 
 
 def test_cls_is_repeated_and_its_attention_averaged(eva, ln_vision, tmp_path):
     tower = load_tower(tmp_path, eva, ln_vision)
     with torch.inference_mode():
-        ours = tower(pictures())
-        before = hidden_by_hand(eva, pictures(), num_blocks=1)
+        ours = tower(images())
+        before = hidden_by_hand(eva, images(), num_blocks=1)
         block = block_of(eva, 1)
         norm1 = block["norm1.weight"], block["norm1.bias"]
         normed = torch.nn.functional.layer_norm(before, (WIDTH,), *norm1, eps=1e-6)
         weights, _ = attention_by_hand(block, normed)
-        cls = norm_by_hand(hidden_by_hand(eva, pictures(), num_blocks=2), ln_vision)[:, 0]
+        cls = norm_by_hand(hidden_by_hand(eva, images(), num_blocks=2), ln_vision)[:, 0]
     assert weights.shape[1] == HEADS
     wanted = weights[:, :, 0, 1:].mean(dim=1).reshape(2, TOKENS, JOIN).mean(dim=2)
     assert (ours.cls_attention - wanted).abs().max() < ATOL

@@ -36,7 +36,7 @@ def transformers_model(folder: Path) -> Any:
     return model.eval()
 
 
-def pictures(count: int, size: int = 32) -> torch.Tensor:
+def images(count: int, size: int = 32) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(3))
 
 
@@ -62,13 +62,13 @@ def test_unpruned_logits_equal_transformers_through_decode(checkpoint):
     later = [7, 30, 99, 4]
     with torch.inference_mode():
         embeds = ref.embed_tokens(ids)
-        embeds[:, 2:18] = ref.vision_encoder(pictures(1))[0]
+        embeds[:, 2:18] = ref.vision_encoder(images(1))[0]
         past, slots = no_past(ref, 1), torch.arange(24)[None]
         mask = torch.ones(1, 24, dtype=torch.int64)
         fed = ids
         for token in [*later, None]:
             logits, *past = ref.decoder(embeds, mask, slots, *past)
-            wanted = theirs(input_ids=fed, pixel_values=pictures(1)).logits[:, -1:]
+            wanted = theirs(input_ids=fed, pixel_values=images(1)).logits[:, -1:]
             assert wanted.abs().max() > 0.5
             assert (logits - wanted).abs().max() < ATOL
             if token is not None:
@@ -84,8 +84,8 @@ def test_unpruned_logits_of_every_token_equal_transformers(checkpoint):
     ids[0, 5:21] = 3
     with torch.inference_mode():
         embeds = ref.embed_tokens(ids)
-        embeds[:, 5:21] = ref.vision_encoder(pictures(1))[0]
-        wanted = theirs(input_ids=ids, pixel_values=pictures(1)).logits[0].numpy()
+        embeds[:, 5:21] = ref.vision_encoder(images(1))[0]
+        wanted = theirs(input_ids=ids, pixel_values=images(1)).logits[0].numpy()
     assert np.abs(wanted).max() > 0.5
     assert np.abs(logits_of_every_token(ref, embeds.numpy()) - wanted).max() < ATOL
 
@@ -94,12 +94,12 @@ def test_features_and_cls_attention_equal_transformers(tiny_checkpoint):
     theirs = transformers_model(tiny_checkpoint)
     tower = reference(tiny_checkpoint).vision_encoder.tower
     with torch.inference_mode():
-        features = tower(pictures(2))
+        features = tower(images(2))
         seen = theirs.model.vision_tower(
-            pictures(2), output_hidden_states=True, output_attentions=True
+            images(2), output_hidden_states=True, output_attentions=True
         )
-        wanted = theirs.model.get_image_features(pictures(2)).pooler_output
-        ours = reference(tiny_checkpoint).vision_encoder(pictures(2))[0]
+        wanted = theirs.model.get_image_features(images(2)).pooler_output
+        ours = reference(tiny_checkpoint).vision_encoder(images(2))[0]
     # Our tower drops CLS from the patches and gives it apart.
     assert (features.patches - seen.hidden_states[-2][:, 1:]).abs().max() < ATOL
     assert (features.cls - seen.hidden_states[-2][:, 0]).abs().max() < ATOL
@@ -152,9 +152,9 @@ def test_text_encoder_pools_where_transformers_does(tiny_checkpoint, tmp_path, e
 def test_pruned_features_are_the_unpruned_ones_at_keep_indices(tiny_graphs, pruner, order):
     encoder = tiny_graphs.reference(pruner, 0.3, order=order).vision_encoder
     text = [torch.randn(3, 16, generator=torch.Generator().manual_seed(5))]
-    inputs = [pictures(3), *(text if pruner == "text" else [])]
+    inputs = [images(3), *(text if pruner == "text" else [])]
     with torch.inference_mode():
-        every, _, *_ = tiny_graphs.reference("spatial", 1.0).vision_encoder(pictures(3))
+        every, _, *_ = tiny_graphs.reference("spatial", 1.0).vision_encoder(images(3))
         features, keep, *_ = encoder(*inputs)
     assert keep.shape == (3, 5)
     index = keep[:, :, None].expand(-1, -1, every.shape[2])
@@ -167,13 +167,13 @@ def test_pruned_features_are_the_unpruned_ones_at_keep_indices(tiny_graphs, prun
         assert not torch.equal(keep, ascending)
 
 
-def test_one_picture_serves_many_expressions(tiny_graphs):
+def test_one_image_serves_many_expressions(tiny_graphs):
     encoder = tiny_graphs.reference("text", 0.3).vision_encoder
     text = torch.randn(4, 16, generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
-        together = encoder(pictures(1), text)
-        apart = [encoder(pictures(1), row[None]) for row in text]
-        repeated = encoder(pictures(1).expand(4, -1, -1, -1), text)
+        together = encoder(images(1), text)
+        apart = [encoder(images(1), row[None]) for row in text]
+        repeated = encoder(images(1).expand(4, -1, -1, -1), text)
     assert torch.equal(together[1], torch.cat([row[1] for row in apart]))
     assert torch.equal(together[1], repeated[1])
     assert len({tuple(row) for row in together[1].tolist()}) > 1
@@ -194,7 +194,7 @@ def test_similarity_sign_turns_the_choice_round(tiny_checkpoint):
         checkpoint = Checkpoint.of(tiny_checkpoint)
         encoder = build_reference(each, checkpoint, pruning, device="cpu").vision_encoder
         with torch.inference_mode():
-            kept.append(set(encoder(pictures(1), text)[1][0].tolist()))
+            kept.append(set(encoder(images(1), text)[1][0].tolist()))
     assert kept[0] | kept[1] == set(range(16)) and not kept[0] & kept[1]
 
 

@@ -65,7 +65,7 @@ def equal(ours: Reference, theirs: Reference) -> bool:
 
 
 def logits(ref: Reference) -> torch.Tensor:
-    """Of the last token of a prompt with a picture in it, [V], as float32."""
+    """Of the last token of a prompt with an image in it, [V], as float32."""
     backend = TorchBackend(ref)
     pixels = np.random.default_rng(3).normal(size=(1, 3, 32, 32)).astype(np.float32)
     features = backend.run("vision_encoder", {"pixel_values": pixels})["image_features"]

@@ -64,7 +64,7 @@ def model(request, tmp_path_factory) -> Model:
     return Model(folder=folder, recipe=load_recipe(folder / "recipe.yaml"), theirs=theirs.eval())
 
 
-def picture(size: tuple[int, int]) -> Image.Image:
+def noise(size: tuple[int, int]) -> Image.Image:
     pixels = np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -84,7 +84,7 @@ def tiled(model: Model, reference: Reference, image: Image.Image) -> tuple[np.nd
 
 @pytest.mark.parametrize("size", SIZES)
 def test_unpruned_logits_of_every_token_equal_transformers(model, size):
-    reference, image = model.reference(), picture(size)
+    reference, image = model.reference(), noise(size)
     visual, tokens = tiled(model, reference, image)
     full = spliced(reference, visual, before=BEFORE, after=AFTER)
 
@@ -106,8 +106,8 @@ def test_unpruned_logits_of_every_token_equal_transformers(model, size):
 @pytest.mark.parametrize("pruner", ["cls", "random", "spatial", "fastervlm"])
 @pytest.mark.parametrize("size", [(40, 120), (150, 60), (64, 64)])
 def test_pruned_tiles_equal_the_unpruned_sequence_at_keep_indices(model, pruner, size):
-    unpruned, every = tiled(model, model.reference(), picture(size))
-    pruned, tokens = tiled(model, model.reference(pruner, 0.3), picture(size))
+    unpruned, every = tiled(model, model.reference(), noise(size))
+    pruned, tokens = tiled(model, model.reference(pruner, 0.3), noise(size))
     assert tokens.num_visual_tokens == every.num_visual_tokens == len(unpruned)
     assert np.abs(pruned - unpruned[tokens.keep_indices]).max() < 2e-5
     # All newlines survive, where they were.
@@ -118,8 +118,8 @@ def test_pruned_tiles_equal_the_unpruned_sequence_at_keep_indices(model, pruner,
 @pytest.mark.parametrize("pruner", ["cls", "random", "spatial", "fastervlm"])
 @pytest.mark.parametrize("size", [(40, 120), (150, 60), (64, 64)])
 def test_oracle_holds_with_tiles_and_newlines(model, pruner, size):
-    visual, every = tiled(model, model.reference(), picture(size))
-    _, tokens = tiled(model, model.reference(pruner, 0.3), picture(size))
+    visual, every = tiled(model, model.reference(), noise(size))
+    _, tokens = tiled(model, model.reference(pruner, 0.3), noise(size))
     full = spliced(model.reference(), visual, before=BEFORE, after=AFTER)
     span = VisualSpan(
         start=BEFORE,
@@ -132,7 +132,7 @@ def test_oracle_holds_with_tiles_and_newlines(model, pruner, size):
 
 @pytest.mark.parametrize("pruner", ["cls", "fastervlm"])
 def test_each_tile_is_pruned_by_its_own_cls(model, pruner):
-    pixel_values = torch.from_numpy(prepare_image(picture((64, 64)), model.recipe.image)[0])
+    pixel_values = torch.from_numpy(prepare_image(noise((64, 64)), model.recipe.image)[0])
     encoder = model.reference(pruner, 0.3).vision_encoder
     with torch.inference_mode():
         _, together, *_ = encoder(pixel_values)

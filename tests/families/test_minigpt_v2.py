@@ -102,7 +102,7 @@ def refusal(recipe: Recipe, parts: dict[str, Path]) -> str:
     return str(caught.value)
 
 
-def pictures(count: int = 1) -> torch.Tensor:
+def images(count: int = 1) -> torch.Tensor:
     return torch.randn(count, 3, 4 * SIDE, 4 * SIDE, generator=torch.Generator().manual_seed(3))
 
 
@@ -114,11 +114,11 @@ def assert_all_logits_equal(
     # Two times <s>, then words around the image.
     before, after = [1, 1, 20, 14], [40, 9, 12, 25, 31]
     with torch.inference_mode():
-        visual = tokens_by_hand(tiny.eva, pictures(), ln_vision)[0]
+        visual = tokens_by_hand(tiny.eva, images(), ln_vision)[0]
         visual = visual @ tiny.trained["llama_proj.weight"].T + tiny.trained["llama_proj.bias"]
         full = torch.cat((table[before], visual, table[after]))[None]
         wanted = model(inputs_embeds=full).logits[0]
-        ours = reference.vision_encoder(pictures())[0][0]
+        ours = reference.vision_encoder(images())[0][0]
         assert (ours - visual).abs().max() < ATOL
         words = reference.embed_tokens(torch.tensor([before + after]))[0]
         mine = torch.cat((words[:4], ours, words[4:]))[None]
@@ -188,7 +188,7 @@ def test_model_has_the_base_models_dtype(tiny, recipe, parts, tmp_path):
     assert (merged - (base + 0.25 * up @ down)).abs().max() < 2e-3
     reference = build(recipe, parts)
     with torch.inference_mode():
-        features, _, *_ = reference.vision_encoder(pictures())
+        features, _, *_ = reference.vision_encoder(images())
     assert features.dtype == torch.float16 and torch.isfinite(features).all()
 
 
@@ -207,8 +207,8 @@ def test_meta_reference_loads_no_weight(recipe, shared_parts, monkeypatch):
 def test_masked_oracle_holds(recipe, shared_parts, pruner):
     every, pruned = build(recipe, shared_parts), build(recipe, shared_parts, pruner, 0.3)
     with torch.inference_mode():
-        visual, _, *_ = every.vision_encoder(pictures())
-        features, keep, *_ = pruned.vision_encoder(pictures())
+        visual, _, *_ = every.vision_encoder(images())
+        features, keep, *_ = pruned.vision_encoder(images())
     assert (features[0] - visual[0, keep[0]]).abs().max() < 1e-5
     full = spliced(every, visual[0].numpy(), before=4, after=6)
     span = VisualSpan(start=4, num_visual_tokens=NUM_VISUAL, keep_indices=keep[0].numpy())
@@ -237,7 +237,7 @@ def test_random_weights_need_no_checkpoint(recipe):
         recipe, Checkpoint(parts={}, random_seed=4), pruning, device="cpu", dtype="float32"
     )
     with torch.inference_mode():
-        features, keep, *_ = reference.vision_encoder(pictures(2))
+        features, keep, *_ = reference.vision_encoder(images(2))
     assert features.shape == (2, 8, 32) and keep.shape == (2, 8)
     assert torch.isfinite(features).all() and features.std() > 0
 

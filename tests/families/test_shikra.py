@@ -106,13 +106,13 @@ def refusal(recipe: Recipe, parts: dict[str, Path]) -> str:
     return str(caught.value)
 
 
-def pictures(count: int = 1) -> torch.Tensor:
+def images(count: int = 1) -> torch.Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 
 def features_by_hand(tiny: TinyShikra) -> torch.Tensor:
     """CLIP's last hidden state but one without CLS, through one linear layer: [N, H]."""
-    seen = tiny.clip.vision_model(pictures(), output_hidden_states=True)
+    seen = tiny.clip.vision_model(images(), output_hidden_states=True)
     weight, bias = (tiny.delta[f"model.mm_projector.{k}"].float() for k in ("weight", "bias"))
     return seen.hidden_states[-2][0, 1:] @ weight.T + bias
 
@@ -129,7 +129,7 @@ def assert_all_logits_equal(tiny: TinyShikra, reference: Reference) -> None:
     with torch.inference_mode():
         full = prompt_by_hand(model, features_by_hand(tiny))
         wanted = model(inputs_embeds=full).logits[0]
-        ours = prompt_by_hand(model, reference.vision_encoder(pictures())[0][0])
+        ours = prompt_by_hand(model, reference.vision_encoder(images())[0][0])
         assert (ours - full).abs().max() < 1e-5
         ids = torch.tensor([[1, 20, BASE_VOCAB + 2]])
         table = model.get_input_embeddings().weight
@@ -213,8 +213,8 @@ def test_masked_oracle_holds_in_mid_sentence(recipe, shared_parts, pruner):
     every = build(recipe, shared_parts)
     pruned = build(recipe, shared_parts, pruner, 0.3)
     with torch.inference_mode():
-        visual, _, *_ = every.vision_encoder(pictures())
-        feeds = [pictures()]
+        visual, _, *_ = every.vision_encoder(images())
+        feeds = [images()]
         if pruned.text_encoder is not None:
             feeds.append(pruned.text_encoder(torch.tensor([[1, 12, 15, 2]])))
         features, keep, *_ = pruned.vision_encoder(*feeds)
@@ -232,7 +232,7 @@ def test_random_weights_need_no_checkpoint(recipe, shared_parts):
     drawn = Checkpoint(parts={}, random_seed=4)
     reference = build_reference(sized, drawn, pruning, device="cpu", dtype="float32")
     with torch.inference_mode():
-        features, keep, *_ = reference.vision_encoder(pictures(2))
+        features, keep, *_ = reference.vision_encoder(images(2))
     assert features.shape == (2, 8, 32) and keep.shape == (2, 8)
     assert torch.isfinite(features).all() and features.std() > 0
 

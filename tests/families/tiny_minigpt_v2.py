@@ -33,7 +33,7 @@ class TinyMiniGpt:
     Attributes:
         trained: Projector and adapters, by the names in the .pth.
         base: ``LlamaForCausalLM``.
-        eva: One block more than the tower has, positions of a picture of half the size.
+        eva: One block more than the tower has, positions of a image of half the size.
         rank: Of the adapters.
     """
 
@@ -157,7 +157,7 @@ def norm_by_hand(hidden: torch.Tensor, ln_vision: State) -> torch.Tensor:
 
 
 def hidden_by_hand(eva: State, pixels: torch.Tensor, *, num_blocks: int) -> torch.Tensor:
-    """What some blocks make of a picture, CLS first: [I, 1 + G * G, D]."""
+    """What some blocks make of a image, CLS first: [I, 1 + G * G, D]."""
     hidden = torch.nn.functional.conv2d(
         pixels, eva["patch_embed.proj.weight"], eva["patch_embed.proj.bias"], stride=4
     )

@@ -5,8 +5,8 @@ Nothing in gap_export knows of it. A package brings it by an entry point::
     [project.entry-points."gap_export.families"]
     phi_siglip = "outside_family:PHI_SIGLIP"
 
-Read on in model.py (what is computed), checkpoint.py (where the weights are) and
-recipes/tiny-phi/recipe.yaml (a model of the family).
+Read on in model.py (what is computed), checkpoint.py (where the weights are), images.py (how an
+image is prepared) and recipes/tiny-phi/recipe.yaml (a model of the family).
 """
 
 from __future__ import annotations
@@ -21,5 +21,7 @@ PHI_SIGLIP = Family(
     builder=f"{__name__}.checkpoint:BUILDER",
     # SigLIP has no CLS token: the pruners that need one are not offered.
     readings=frozenset({"image_embeds", "keys"}),
+    # A name that recipes use; found on devices, too, so nothing there imports PyTorch.
+    preparations={"center_crop": f"{__name__}.images:CENTER_CROP"},
     recipes=Path(__file__).parent / "recipes",
 )

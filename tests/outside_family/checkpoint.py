@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from gap_export.checkpoint.find.source import MAIN, Checkpoint
 from gap_export.checkpoint.tokenizers.tokenizer_json import read_tokenizer
@@ -14,7 +12,7 @@ from gap_export.families.common.checkpoints.matching import (
     KeyLayout,
     main_dtype,
     match_tensors,
-    peek_config,
+    model_type_of,
 )
 from gap_export.families.common.checkpoints.parts import end_of_answer, index_folder
 from gap_export.families.common.modules.expected import clip_norm_behind
@@ -41,11 +39,10 @@ class PhiSiglipLayout:
 
     name: str = "phi-siglip"
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognizes(self, checkpoint: Checkpoint) -> bool:
         """By the two models that config.json nests."""
-        config = peek_config(checkpoint.main)
-        text, vision = _section(config, "text_config"), _section(config, "vision_config")
-        return (text.get("model_type"), vision.get("model_type")) == ("phi", "siglip_vision_model")
+        kinds = (model_type_of(checkpoint.main, part) for part in ("text_config", "vision_config"))
+        return tuple(kinds) == ("phi", "siglip_vision_model")
 
     def read(self, recipe: Recipe, checkpoint: Checkpoint, expected: Expected) -> ModelSource:
         """Read the headers of the weights; none is loaded."""
@@ -66,11 +63,6 @@ class PhiSiglipLayout:
             tokenizer=read_tokenizer(folder, recipe),
             files=tuple((MAIN, file) for file in files),
         )
-
-
-def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    section = config.get(key)
-    return section if isinstance(section, dict) else {}
 
 
 BUILDER = ModelBuilder(

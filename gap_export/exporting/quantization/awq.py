@@ -11,8 +11,9 @@ after rounding, are nearest to what they were; alpha = 0 is plain rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -100,7 +101,10 @@ def channel_groups(component: Component) -> tuple[ChannelGroup, ...]:
                 readers=tuple(f"{start}.{name}" for name in group.readers),
                 producer=f"{start}.{group.producer}",
             )
-            if not group.same_heads or _same_width(component, named):
+            rows = component.weight_refs[f"{named.producer}.weight"].shape[0]
+            width = component.weight_refs[f"{named.readers[0]}.weight"].shape[1]
+            # Fewer channels come out than go in where query heads share values.
+            if not group.same_heads or rows == width:
                 found.append(named)
     return tuple(found)
 
@@ -119,22 +123,20 @@ def scale_channels(reference: Reference, scales: Iterable[ChannelScale], *, of: 
         if bool((found.scale == 1).all()):
             continue
         for name in found.group.readers:
-            refs[f"{name}.weight"] = _scaled(refs[f"{name}.weight"], found.scale)
+            times = partial(torch.mul, other=found.scale)
+            refs[f"{name}.weight"] = _changed(refs[f"{name}.weight"], times, "input")
         for leaf in ("weight", "bias"):
             key = f"{found.group.producer}.{leaf}"
             if key in refs:
-                refs[key] = _divided(refs[key], found.scale)
+                # Rows of a weight, or elements of a bias or a norm.
+                shape = (-1, *(1 for _ in refs[key].shape[1:]))
+                by = partial(torch.div, other=found.scale.reshape(shape))
+                refs[key] = _changed(refs[key], by, "output")
     scaled = replace(component, weight_refs=refs)
     return replace(
         reference,
         components=tuple(scaled if c.name == of else c for c in reference.components),
     )
-
-
-def _same_width(component: Component, group: ChannelGroup) -> bool:
-    """Whether there are as many channels coming out as going in: not where heads share values."""
-    rows = component.weight_refs[f"{group.producer}.weight"].shape[0]
-    return rows == component.weight_refs[f"{group.readers[0]}.weight"].shape[1]
 
 
 def _search(
@@ -148,7 +150,8 @@ def _search(
         for floats in _pieces(weight):
             size += _power(rows @ floats.T)
             for index, scale in enumerate(scales):
-                lost = _rounded(floats * scale, block_size).div_(scale).sub_(floats)
+                steps, sizes = quantize_columns(floats * scale, block_size=block_size)
+                lost = (steps * sizes).reshape(floats.shape).div_(scale).sub_(floats)
                 errors[index] += _power(rows @ lost.T)
     best = int(errors.argmin())
     whole = size or 1.0
@@ -182,30 +185,12 @@ def _scale(mean: torch.Tensor, alpha: float) -> torch.Tensor:
     return powers / (powers.max() * powers.min()).sqrt()
 
 
-def _rounded(weight: torch.Tensor, block_size: int) -> torch.Tensor:
-    """A weight [N, K] as its INT4 form has it."""
-    steps, scales = quantize_columns(weight, block_size=block_size)
-    return (steps * scales).reshape(weight.shape)
-
-
-def _scaled(weight: Weight, scale: torch.Tensor) -> Weight:
-    """Columns of a weight [N, K], each times its channel's scale; float32."""
+def _changed(weight: Weight, change: Callable[[torch.Tensor], torch.Tensor], what: str) -> Weight:
+    """A weight with its input or output channels scaled; float32."""
     return DerivedWeight(
         dtype="F32",
         shape=weight.shape,
         sources=(weight,),
-        compute=lambda tensor: tensor.to(torch.float32) * scale,
-        origin=f"{weight.origin}, input channels scaled",
-    )
-
-
-def _divided(weight: Weight, scale: torch.Tensor) -> Weight:
-    """Rows of a weight or elements of a bias, each by its channel's scale; float32."""
-    shape = (-1, *(1 for _ in weight.shape[1:]))
-    return DerivedWeight(
-        dtype="F32",
-        shape=weight.shape,
-        sources=(weight,),
-        compute=lambda tensor: tensor.to(torch.float32) / scale.reshape(shape),
-        origin=f"{weight.origin}, output channels scaled",
+        compute=lambda tensor: change(tensor.to(torch.float32)),
+        origin=f"{weight.origin}, {what} channels scaled",
     )

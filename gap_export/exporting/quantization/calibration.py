@@ -6,7 +6,7 @@ them back after, so that no more than one of them is in memory. Computed in floa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from gap_export.checkpoint.weights import cast
+from gap_export.checkpoint.weights import Weight, cast
 from gap_export.errors import UsageError
 from gap_export.families import Component
 
@@ -120,77 +120,58 @@ def loaded(component: Component) -> Iterator[None]:
     Raises:
         CheckpointError: a weight cannot be read.
     """
-    with ExitStack() as stack:
-        for owner, leaves in _by_owner(component).items():
-            module = component.module.get_submodule(owner)
-            before = {leaf: getattr(module, leaf) for leaf in leaves}
-            stack.callback(_set_parameters, module, before)
-            _set_parameters(module, _load(component, owner, leaves))
-        stack.enter_context(_constants(component))
+    with _constants(component) as stack:
+        for module, load, drop in _loaders(component):
+            stack.callback(drop, module)
+            load(module)
         yield
 
 
 @contextmanager
 def _weights_on_call(component: Component) -> Iterator[None]:
     """Give each module its parameters, in float32, while it computes."""
-    with ExitStack() as stack:
-        for owner, leaves in _by_owner(component).items():
-            module = component.module.get_submodule(owner)
-            before = {leaf: getattr(module, leaf) for leaf in leaves}
-            stack.callback(_set_parameters, module, before)
-
-            def load(
-                module: nn.Module, _: object, owner: str = owner, leaves: list[str] = leaves
-            ) -> None:
-                _set_parameters(module, _load(component, owner, leaves))
-
-            def drop(
-                module: nn.Module,
-                _: object,
-                __: object,
-                before: Mapping[str, nn.Parameter] = before,
-            ) -> None:
-                _set_parameters(module, before)
-
+    with _constants(component) as stack:
+        for module, load, drop in _loaders(component):
             stack.callback(module.register_forward_pre_hook(load).remove)
             stack.callback(module.register_forward_hook(drop).remove)
-        stack.enter_context(_constants(component))
         yield
 
 
-def _by_owner(component: Component) -> dict[str, list[str]]:
-    """Names of the weights by the module they belong to."""
-    found: dict[str, list[str]] = {}
+_Hook = Callable[..., None]
+
+
+def _loaders(component: Component) -> Iterator[tuple[nn.Module, _Hook, _Hook]]:
+    """Each module that has weights, what loads them, and what takes them away again."""
+    owners: dict[str, list[str]] = {}
     for key in component.weight_refs:
         owner, _, leaf = key.rpartition(".")
-        found.setdefault(owner, []).append(leaf)
-    return found
+        owners.setdefault(owner, []).append(leaf)
+    for owner, leaves in owners.items():
+        module = component.module.get_submodule(owner)
+        refs = {leaf: component.weight_refs[f"{owner}.{leaf}".strip(".")] for leaf in leaves}
+        before = {leaf: getattr(module, leaf) for leaf in leaves}
 
+        def load(module: nn.Module, *_: object, refs: Mapping[str, Weight] = refs) -> None:
+            for leaf, ref in refs.items():
+                weight = nn.Parameter(cast(ref, "F32").load(), requires_grad=False)
+                setattr(module, leaf, weight)
 
-def _load(component: Component, owner: str, leaves: Sequence[str]) -> dict[str, nn.Parameter]:
-    found = {}
-    for leaf in leaves:
-        weight = cast(component.weight_refs[f"{owner}.{leaf}" if owner else leaf], "F32")
-        found[leaf] = nn.Parameter(weight.load(), requires_grad=False)
-    return found
+        def drop(
+            module: nn.Module, *_: object, before: Mapping[str, nn.Parameter] = before
+        ) -> None:
+            for leaf, parameter in before.items():
+                setattr(module, leaf, parameter)
 
-
-def _set_parameters(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    for leaf, parameter in parameters.items():
-        setattr(module, leaf, parameter)
+        yield module, load, drop
 
 
 @contextmanager
-def _constants(component: Component) -> Iterator[None]:
-    """Give a component's non-persistent buffers their values meanwhile."""
-    before: list[tuple[nn.Module, str, torch.Tensor]] = []
-    for name, value in component.constants.items():
-        owner, _, leaf = name.rpartition(".")
-        module = component.module.get_submodule(owner)
-        before.append((module, leaf, getattr(module, leaf)))
-        setattr(module, leaf, torch.from_numpy(value.copy()))
-    try:
-        yield
-    finally:
-        for module, leaf, buffer in before:
-            setattr(module, leaf, buffer)
+def _constants(component: Component) -> Iterator[ExitStack]:
+    """Give a component's non-persistent buffers their values; the stack ends before they go."""
+    with ExitStack() as stack:
+        for name, value in component.constants.items():
+            owner, _, leaf = name.rpartition(".")
+            module = component.module.get_submodule(owner)
+            stack.callback(setattr, module, leaf, getattr(module, leaf))
+            setattr(module, leaf, torch.from_numpy(value.copy()))
+        yield stack

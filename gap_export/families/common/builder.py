@@ -43,7 +43,7 @@ class ModelBuilder:
     """How a family's checkpoints are read, and what its modules are.
 
     Attributes:
-        layouts: How its checkpoints are stored; the first that recognises one reads it.
+        layouts: How its checkpoints are stored; the first that recognizes one reads it.
         tower: Makes the first so many layers of the vision tower, a module from pixel_values to
             :class:`VisionFeatures` whose layers are a ``ModuleList`` called ``encoder.layers``.
         never_run: Shapes of tensors that checkpoints hold and no tower runs, by our names.

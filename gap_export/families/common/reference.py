@@ -30,7 +30,7 @@ Expected = Callable[[Architecture], Mapping[str, tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A checkpoint as a family's modules see it, whatever its files call things.
+    """A checkpoint by the names of a family's modules, whichever names its files use.
 
     Attributes:
         layout: Name of the layout it was read by.
@@ -66,7 +66,7 @@ class Layout(Protocol):
         """For messages, e.g. ``llava-hf``."""
         ...
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognizes(self, checkpoint: Checkpoint) -> bool:
         """Whether the main part looks like this; cheap, and never raises for a strange folder."""
         ...
 
@@ -129,7 +129,7 @@ class Reference:
         decoder_spec: Facts of the decoder for the manifest.
         text_encoder_spec: None where the pruner reads no text.
         image_token_id: What stands for the image in a prompt; None where nothing does.
-        newline_weight: [H], ends each row of a tiled picture; None without tiles.
+        newline_weight: [H], ends each row of a tiled image; None without tiles.
         assets: For each name in a bundle a file to copy, or what to write: the tokenizers.
         checkpoint_files: Every file of the checkpoint that was read, with its part.
         notes: What the user should know of how it was read, a sentence each.

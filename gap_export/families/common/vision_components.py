@@ -1,7 +1,7 @@
-"""The vision side of any family: picture to kept tokens, as one graph or as two.
+"""The vision side of any family: image to kept tokens, as one graph or as two.
 
-Where each picture decides how many of its tokens are kept, one graph gives features and scores, and
-a second keeps as many as it is told: the tower runs once all the same.
+Where each image decides how many of its tokens are kept, one graph gives features and scores, and a
+second keeps the number that it is given: the tower runs once all the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from gap_export.families.common.modules.pruned_vision import (
 from gap_export.families.common.reference import Component, ModelSource
 from gap_export.pruning import PRESETS, FixedPruner, ScoringPruner, find_pruner
 from gap_export.pruning.probe import fixed_places, probe_pruner
-from gap_export.spec.architecture import Architecture
 from gap_export.spec.keep_indices import check_keep_indices
 from gap_export.spec.manifest import GridSpec, PruningSpec, TensorSpec
 from gap_export.spec.recipe import Recipe
@@ -49,32 +48,35 @@ def vision_components(
     """``vision_encoder`` and, with an adaptive budget, ``token_pruner``.
 
     Args:
-        tower: On the meta device, picture to ``VisionFeatures``. Its tensors are the source's
+        tower: On the meta device, image to ``VisionFeatures``. Its tensors are the source's
             ``tower.*``, its layers ``encoder.layers``.
         source: Holds the weights.
         pruning: Who survives, how many, in which order, with which extra token.
-        recipe: Says the picture's size and the grid.
+        recipe: Says the image's size and the grid.
         text: Where the pruner reads the text.
         dtype: Of the float outputs; scores are float32 in any case.
 
     Raises:
-        GapExportError: a pruner of another package chooses what are no K different tokens.
+        GapExportError: a pruner of another package does not choose K different tokens.
     """
-    pruner, architecture = find_pruner(pruning.pruner), source.architecture
+    pruner, vision = find_pruner(pruning.pruner), source.architecture.vision
+    width, eps = vision.width, vision.layer_norm_eps
     parts = VisionParts(
         tower=tower,
-        joint_space=_joint_space(architecture, text),
-        next_layer=_next_layer(architecture) if "next_layer" in pruner.reads else None,
+        joint_space=None
+        if text is None
+        else JointSpace(width=width, embed_dim=text.shape.embed_dim, eps=eps),
+        next_layer=NextLayer(width=width, eps=eps) if "next_layer" in pruner.reads else None,
         pruner=pruner,
         pruning=pruning,
     )
     if pruning.pruner not in PRESETS and not isinstance(pruner, FixedPruner):
         probe_pruner(pruner, pruning)
-    projector = build_projector(architecture.projector)
+    projector = build_projector(source.architecture.projector)
     if pruning.budget == "fixed":
         encoder = PrunedVisionEncoder(parts, projector=projector, grid=recipe.grid)
         return [_vision(encoder, source, recipe=recipe, text=text, dtype=dtype)]
-    assert isinstance(pruner, ScoringPruner), "a picture decides by scores"
+    assert isinstance(pruner, ScoringPruner), "an image decides by scores"
     return [
         _vision(ScoredVisionEncoder(parts), source, recipe=recipe, text=text, dtype=dtype),
         _token_pruner(
@@ -167,23 +169,10 @@ def _patches(
     return found
 
 
-def _joint_space(architecture: Architecture, text: TextTowerSource | None) -> JointSpace | None:
-    """Vision features into CLIP's joint space; None where no text is read."""
-    if text is None:
-        return None
-    vision = architecture.vision
-    return JointSpace(width=vision.width, embed_dim=text.shape.embed_dim, eps=vision.layer_norm_eps)
-
-
-def _next_layer(architecture: Architecture) -> NextLayer:
-    vision = architecture.vision
-    return NextLayer(width=vision.width, eps=vision.layer_norm_eps)
-
-
 def _weights(
     named: Mapping[str, Weight], text: TextTowerSource | None, *, num_layers: int
 ) -> dict[str, Weight]:
-    """The source's weights, and under our modules' names those that are read in another place."""
+    """The source's weights, some of them also by the names of modules that read them again."""
     found = dict(named)
     behind = f"tower.{_LAYERS}.{num_layers}"
     for ours, theirs in (

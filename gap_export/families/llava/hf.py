@@ -63,7 +63,7 @@ class LlavaHfLayout:
     config_class: type[LlavaConfig | LlavaNextConfig]
     newline: bool = False
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognizes(self, checkpoint: Checkpoint) -> bool:
         """By the model_type of config.json."""
         plain = peek_config(checkpoint.main)
         # The original LLaVA calls itself the same, but nests no configs.

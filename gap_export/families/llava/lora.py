@@ -40,7 +40,7 @@ class LlavaLoraLayout:
     name: str
     newline: bool = False
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognizes(self, checkpoint: Checkpoint) -> bool:
         """By an adapter's config beside an original LLaVA's."""
         folder = checkpoint.main
         return is_adapter(folder) and is_original(folder, newline=self.newline)
@@ -75,7 +75,7 @@ class LlavaLoraLayout:
 
 
 def _index_trained(folder: Path) -> dict[str, Stored]:
-    """What was trained as a whole, by our names: the projector, and whatever else replaces."""
+    """What was trained as a whole, by our names: the projector, and what replaces a weight."""
     file = folder / TRAINED_FILE
     if not file.is_file():
         raise CheckpointError(

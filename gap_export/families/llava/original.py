@@ -80,7 +80,7 @@ class LlavaOriginalLayout:
     name: str
     newline: bool = False
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognizes(self, checkpoint: Checkpoint) -> bool:
         """By the keys of config.json: transformers' own LLaVA calls itself ``llava`` as well."""
         folder = checkpoint.main
         return is_original(folder, newline=self.newline) and not is_adapter(folder)
@@ -112,7 +112,7 @@ class OriginalConfig:
         plain: All of it.
         language: Its other keys, as the language model's config.
         decoder: Sizes of the language model.
-        newline: Whether pictures are cut into tiles.
+        newline: Whether images are cut into tiles.
     """
 
     file: Path
@@ -127,7 +127,7 @@ def is_original(folder: Path, *, newline: bool) -> bool:
 
     Args:
         folder: Any path.
-        newline: Whether it has to be one that cuts pictures into tiles, or one that does not.
+        newline: Whether it has to be one that cuts images into tiles, or one that does not.
     """
     plain = peek_config(folder)
     ours = str(plain.get("model_type")).startswith("llava") and "mm_vision_tower" in plain
@@ -150,7 +150,7 @@ def read_original_config(
         recipe: What it must fit.
         folder: Holds it.
         num_tensors: Of the checkpoint; it bounds how many layers the config may claim.
-        newline: Whether the family cuts pictures into tiles.
+        newline: Whether the family cuts images into tiles.
 
     Raises:
         CheckpointError: missing, damaged, of a model that is not implemented, or not the recipe's.

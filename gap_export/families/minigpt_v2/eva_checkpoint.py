@@ -39,7 +39,7 @@ def read_eva_tower(file: Path, shape: VisionShape) -> dict[str, Weight]:
 
     The file has one block more than the tower, which was trained with it; that block and the
     classifier are left out, by name. Query, key and value are one matrix there and three here. Keys
-    have no bias there: it is zero. Positions are those of a smaller picture and are interpolated
+    have no bias there: it is zero. Positions are those of a smaller image and are interpolated
     (bicubic), as the model's own code does.
 
     Args:
@@ -76,7 +76,7 @@ def read_eva_tower(file: Path, shape: VisionShape) -> dict[str, Weight]:
 
 
 def interpolated_positions(table: Weight, grid_size: int) -> Weight:
-    """A table of positions for another size of picture; the very weight where it fits already.
+    """A table of positions for another size of image; the very weight where it fits already.
 
     Args:
         table: [1 + g * g, D], CLS first.

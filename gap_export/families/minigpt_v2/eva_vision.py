@@ -5,7 +5,7 @@ them. What differs: the patch projection has a bias, no norm stands before the f
 behind the last one (``ln_vision`` in BLIP-2's code) belongs to the features, and each token is
 ``join`` patches side by side.
 
-Shape letters: I pictures, G patches along one side, J patches to a token, N = G * G / J tokens,
+Shape letters: I images, G patches along one side, J patches to a token, N = G * G / J tokens,
 D width of a patch.
 """
 
@@ -74,5 +74,5 @@ class EvaVisionTower(nn.Module):
 
     def _joined(self, per_patch: torch.Tensor) -> torch.Tensor:
         """[I, G * G, ...] to [I, N, J, ...]: patches that follow each other in a row."""
-        pictures, patches, *rest = per_patch.shape
-        return per_patch.reshape(pictures, patches // self.join, self.join, *rest)
+        images, patches, *rest = per_patch.shape
+        return per_patch.reshape(images, patches // self.join, self.join, *rest)

@@ -62,7 +62,7 @@ class MiniGptV2Layout:
 
     name: str = "minigpt-v2"
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognizes(self, checkpoint: Checkpoint) -> bool:
         """A pickle with the projector in it, or one that cannot be read (which read() reports)."""
         file = checkpoint.main
         if not file.is_file() or file.suffix not in _SUFFIXES:

@@ -66,7 +66,7 @@ class ShikraDeltaLayout:
 
     name: str = "shikra-delta"
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognizes(self, checkpoint: Checkpoint) -> bool:
         """Shikra's config, unless the weights are whole."""
         return _is_shikra(checkpoint.main) and not _is_merged(checkpoint.main)
 
@@ -100,7 +100,7 @@ class ShikraMergedLayout:
 
     name: str = "shikra-merged"
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognizes(self, checkpoint: Checkpoint) -> bool:
         """Shikra's config, and weights that are whole."""
         return _is_shikra(checkpoint.main) and _is_merged(checkpoint.main)
 

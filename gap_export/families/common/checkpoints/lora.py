@@ -211,7 +211,7 @@ def _read_config(file: Path) -> _Adapter:
 
 
 def _check_config(plain: Mapping[str, Any], file: Path) -> None:
-    """Refuse whatever makes an adapter something else than B A on plain linear layers."""
+    """Refuse what makes an adapter something else than B A on plain linear layers."""
     targets, saved = plain.get("target_modules"), plain.get("modules_to_save")
     a_rank, an_alpha = f"a whole number, 1..{_MAX_RANK}", f"a number above 0, up to {_MAX_RANK}"
     checks = [

@@ -75,7 +75,7 @@ def parse_config(cls: type[ConfigT], file: Path, *, num_tensors: int) -> ConfigT
 def build_config(
     cls: type[ConfigT], plain: Mapping[str, Any], file: Path, *, num_tensors: int
 ) -> ConfigT:
-    """Check and parse what a config.json says, whatever kind it says it is.
+    """Check what a config.json says, and parse it as a kind of our choice.
 
     Args:
         cls: The kind to read it as.
@@ -114,14 +114,16 @@ def check_config_readable(folder: Path) -> None:
             raise
 
 
-def model_type_of(folder: Path) -> str | None:
-    """The ``model_type`` of a folder's config.json; None where there is no such thing."""
-    kind = peek_config(folder).get("model_type")
+def model_type_of(folder: Path, section: str | None = None) -> str | None:
+    """The ``model_type`` of a folder's config.json, or of a config that it nests; None without."""
+    plain = peek_config(folder)
+    found = plain if section is None else plain.get(section)
+    kind = found.get("model_type") if isinstance(found, Mapping) else None
     return kind if isinstance(kind, str) else None
 
 
 def peek_config(folder: Path) -> Mapping[str, Any]:
-    """A folder's config.json, to recognise it by; empty where there is none that can be read."""
+    """A folder's config.json, to recognize it by; empty where there is none that can be read."""
     try:
         return read_json_object(folder / "config.json")
     except CheckpointError:

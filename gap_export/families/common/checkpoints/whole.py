@@ -41,7 +41,7 @@ class WholeLayout:
     family: str
     name: str = "whole"
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognizes(self, checkpoint: Checkpoint) -> bool:
         """By config.json's model_type and family."""
         plain = peek_config(checkpoint.main)
         return plain.get("model_type") == MODEL_TYPE and plain.get("family") == self.family

@@ -26,7 +26,7 @@ def allowed_keys(attention_mask: torch.Tensor, *, num_queries: int, past: int) -
 
 def rope_frequencies(theta: float, width: int) -> torch.Tensor:
     """Float32 [width / 2]: theta ** (-2i / width) (RoFormer, arXiv 2104.09864)."""
-    # On the CPU whatever the default device: these are values, also of a model without weights.
+    # On the CPU, not on the default device: these are values, also of a model without weights.
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
     return 1.0 / (theta**exponents)
 
@@ -37,7 +37,7 @@ def rope_rotation(
     dtype: torch.dtype,
     axes: torch.Tensor | None = None,
 ) -> Rotation:
-    """Cosines and sines by which heads are turned, worked out in float32 whatever ``dtype`` is.
+    """Cosines and sines by which heads are turned, worked out in float32 in any dtype.
 
     Args:
         position_ids: int64 [B, S], or [A, B, S] with ``axes``.

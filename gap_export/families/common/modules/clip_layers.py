@@ -49,7 +49,7 @@ class ClipEncoder(nn.Module):
 
         Returns:
             hidden states [B, T, D], and the last layer's attention (None where there are no
-            layers). Parts of it that nobody reads leave no trace in an export.
+            layers). Parts of it that are not read leave no trace in an export.
         """
         batch, length, width = hidden.shape
         attended = None

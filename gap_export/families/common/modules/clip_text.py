@@ -28,13 +28,13 @@ class ClipTextEncoder(nn.Module):
         self.text_projection = nn.Linear(shape.width, shape.embed_dim, bias=False)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embed texts. Causal, so whatever follows the end-of-text token changes nothing.
+        """Embed texts. Causal, so what follows the end-of-text token changes nothing.
 
         Args:
             input_ids: int64 [B, T], padded on the right.
 
         Returns:
-            text_embeds [B, E], not normalised.
+            text_embeds [B, E], not normalized.
         """
         slots = torch.arange(input_ids.shape[1], device=input_ids.device)
         causal = slots.unsqueeze(0) <= slots.unsqueeze(1)

@@ -1,6 +1,6 @@
 """CLIP's vision tower up to the select layer.
 
-Shape letters: I pictures, N patches, D vision features.
+Shape letters: I images, N patches, D vision features.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class LlamaDecoder(DecoderStack):
 
 
 class RmsNorm(nn.Module):
-    """Root mean square norm (arXiv 1910.07467), in float32 whatever comes in."""
+    """Root mean square norm (arXiv 1910.07467), computed in float32."""
 
     def __init__(self, width: int, *, eps: float) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """What every family's vision encoder is: a tower, the pruner behind it, and the projector.
 
-Shape letters: I pictures, B rows (I is 1 or B), N visual tokens, K kept, K' emitted, D vision
+Shape letters: I images, B rows (I is 1 or B), N visual tokens, K kept, K' emitted, D vision
 features, C width of a key, E CLIP embedding, H the decoder's hidden size.
 """
 
@@ -102,7 +102,7 @@ class VisionParts(NamedTuple):
 
 
 class _VisionReader(nn.Module):
-    """From a picture to what the pruner reads."""
+    """From an image to what the pruner reads."""
 
     def __init__(self, parts: VisionParts) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class PrunedVisionEncoder(_VisionReader):
         """Encode and prune.
 
         Args:
-            pixel_values: float32 [I, 3, h, w], whatever the weights' dtype.
+            pixel_values: float32 [I, 3, h, w], also where weights are of 16 bits.
             text_embeds: float [B, E], where the pruner reads the text; I is then 1 or B.
 
         Returns:
@@ -243,7 +243,7 @@ class ScoredVisionEncoder(_VisionReader):
             patch_keys [B, N, C or D].
         """
         pruner = self.pruner
-        assert isinstance(pruner, ScoringPruner), "a picture decides by scores"
+        assert isinstance(pruner, ScoringPruner), "an image decides by scores"
         state = self._state(pixel_values, text_embeds, None)
         scores = pruner.scores(state).to(torch.float32)
         if pruner.merges_by is None:
@@ -312,7 +312,7 @@ class TokenPruner(nn.Module):
 
 
 def per_row(per_image: torch.Tensor, num_rows: int | None) -> torch.Tensor:
-    """[I, ...] to [B, ...]: the only picture for every row, or each row its own.
+    """[I, ...] to [B, ...]: the only image for every row, or each row its own.
 
     Args:
         per_image: I is 1 or B.

@@ -18,7 +18,7 @@ NAME = "minigptv2_checkpoint.pth"
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
-    """As much of a MiniGPT-v2 as it is recognised by, in a folder of its own."""
+    """As much of a MiniGPT-v2 as it is recognized by, in a folder of its own."""
     folder = tmp_path / "mini"
     folder.mkdir()
     return write_trained(folder / NAME, {"llama_proj.weight": torch.zeros(1, 1)})
