@@ -28,8 +28,8 @@ class Family:
         readings: What a pruner may read from its towers, see :data:`gap_export.pruning.Reading`;
             ``text`` and ``next_layer`` only where a recipe has them as well.
         protocol: The evaluation protocol of its authors' own program; None where they publish none.
-        preparations: Ways to prepare an image that it brings, ``module:NAME`` of a
-            :class:`gap_export.runtime.images.preparations.Preparation` by the name that recipes use. That
+        preparations: Ways to prepare an image that it brings, by the name that recipes use:
+            ``module:NAME`` of a :class:`gap_export.runtime.images.preparations.Preparation`. That
             module is imported on devices, so it imports no PyTorch.
         recipes: Folder of its models, ``NAME/recipe.yaml`` each; None where there are none, or
             they are this package's.

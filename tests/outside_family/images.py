@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gap_export.runtime.geometry import Frame, ImageGeometry
-from gap_export.runtime.preparations import Preparation, resize
+from gap_export.runtime.images.geometry import Frame, ImageGeometry
+from gap_export.runtime.images.preparations import Preparation, resize
 
 
 class CenterCrop(Preparation):
