@@ -316,18 +316,3 @@ def test_trained_tensors_must_match_exactly(recipe, parts, pieces, trained, said
     whole = under("base_model.model.", pieces.projector) if trained else {}
     torch.save({**whole, **trained}, parts["main"] / "non_lora_trainables.bin")
     assert said in refusal(recipe, parts)
-
-
-class _Runs:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.mark,)
-
-
-@pytest.mark.parametrize("name", ["non_lora_trainables.bin", "adapter_model.bin"])
-def test_pickle_that_runs_code_is_refused_unrun(tmp_path, recipe, parts, name):
-    torch.save({"a": _Runs(tmp_path / "ran")}, parts["main"] / name)
-    assert "wants to run code" in refusal(recipe, parts)
-    assert not (tmp_path / "ran").exists()

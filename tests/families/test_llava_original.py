@@ -391,21 +391,6 @@ def test_truncated_weights_are_refused(tmp_path, recipe, pieces, form):
     assert "damaged" in refusal(recipe, main=main, tower=write_clip(tmp_path / "clip", pieces))
 
 
-class _Runs:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.mark,)
-
-
-def test_pickle_that_runs_code_is_refused_unrun(tmp_path, recipe, pieces):
-    main = write_original(tmp_path / "m", pieces, form="bin")
-    torch.save({"model.norm.weight": _Runs(tmp_path / "ran")}, main / "pytorch_model.bin")
-    text = refusal(recipe, main=main, tower=write_clip(tmp_path / "clip", pieces))
-    assert "wants to run code" in text and not (tmp_path / "ran").exists()
-
-
 def test_folder_without_weights_or_tokenizer_is_refused(tmp_path, recipe, pieces):
     main = write_original(tmp_path / "m", pieces)
     clip = write_clip(tmp_path / "clip", pieces)

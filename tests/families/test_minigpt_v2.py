@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -314,20 +312,6 @@ def test_truncated_trained_part_is_damaged_and_not_of_another_family(recipe, par
     assert "damaged" in refusal(recipe, parts)
 
 
-def test_pickle_that_wants_to_run_code_is_not_run(tiny, recipe, parts, tmp_path):
-    class Evil:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.mkdir, (str(tmp_path / "pwned"),)
-
-    # Outside the state dict as well: unpickling would run it.
-    write_trained(parts["main"], tiny.trained, more={"scaler": Evil()})
-    assert "wants to run code" in refusal(recipe, parts)
-    write_trained(parts["main"], tiny.trained)
-    torch.save({**tiny.eva, "norm.bias": Evil()}, parts["tower"])
-    assert "wants to run code" in refusal(recipe, parts)
-    assert not (tmp_path / "pwned").exists()
-
-
 @pytest.mark.parametrize(
     ("key", "value", "seen"),
     [
@@ -345,13 +329,6 @@ def test_base_of_another_size_is_refused(recipe, parts, tmp_path, key, value, se
     message = refusal(recipe, parts)
     assert "is not the base model of tiny-minigpt" in message and seen in message
     assert "Llama-2-7b-chat" in message
-
-
-def test_missing_shard_of_the_base_is_named(recipe, parts):
-    shard = sorted(parts["base"].glob("model-*.safetensors"))[0]
-    shard.unlink()
-    message = refusal(recipe, parts)
-    assert shard.name in message and "1 of the checkpoint's 2 weight files" in message
 
 
 def test_llava_as_base_is_refused(recipe, parts, tiny_checkpoint):

@@ -29,7 +29,6 @@ _KEYS = KeyLayout(
         ("vision_tower.", "tower."),
         ("multi_modal_projector.", "projector."),
     ),
-    tied={},
 )
 
 

@@ -34,10 +34,6 @@ from gap_export.spec.manifest import PruningSpec
 from gap_export.spec.recipe import Recipe
 
 
-def _nothing(_: Architecture) -> Shapes:
-    return {}
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelBuilder:
     """How a family's checkpoints are read, and what its modules are.
@@ -53,7 +49,7 @@ class ModelBuilder:
 
     layouts: Sequence[Layout]
     tower: Callable[[Architecture, int], nn.Module]
-    never_run: Callable[[Architecture], Shapes] = _nothing
+    never_run: Callable[[Architecture], Shapes] = lambda _: {}
     decoder: DecoderKind = LLAMA
     newline: bool = False
 

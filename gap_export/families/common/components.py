@@ -17,7 +17,6 @@ from gap_export.families.common.modules.decoder_stack import TokenEmbedding
 from gap_export.families.common.modules.expected import NEWLINE_KEY, decoder_key
 from gap_export.families.common.reference import Component, Device, ModelSource, Reference
 from gap_export.pruning import find_preset
-from gap_export.spec.architecture import DecoderShape
 from gap_export.spec.manifest import DecoderSpec, PruningSpec, TensorSpec, TextEncoderSpec
 from gap_export.spec.recipe import Recipe
 
@@ -103,23 +102,6 @@ def decoder_component(source: ModelSource, kind: DecoderKind, *, dtype: str) -> 
     )
 
 
-def decoder_spec(shape: DecoderShape, eos_token_ids: tuple[int, ...]) -> DecoderSpec:
-    """Facts of the decoder for the manifest."""
-    return DecoderSpec(
-        num_layers=shape.num_layers,
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
-        hidden_size=shape.hidden_size,
-        vocab_size=shape.vocab_size,
-        max_position_embeddings=shape.max_position_embeddings,
-        eos_token_ids=eos_token_ids,
-        position_axes=shape.position_axes,
-        num_heads=shape.num_heads
-        if shape.num_heads * shape.head_dim != shape.hidden_size
-        else None,
-    )
-
-
 def assemble(
     components: Sequence[Component],
     source: ModelSource,
@@ -148,6 +130,7 @@ def assemble(
             max_tokens=text.shape.max_tokens,
             long_texts=find_preset(pruning.pruner).long_texts,
         )
+    shape = source.architecture.decoder
     torch_dtype = TORCH_DTYPES[SAFETENSORS_NAMES[dtype]]
     for component in components:
         # Parameters alone: RoPE's frequencies stay float32 in any model.
@@ -160,7 +143,19 @@ def assemble(
     return Reference(
         components=tuple(components),
         dtype=dtype,
-        decoder_spec=decoder_spec(source.architecture.decoder, source.eos_token_ids),
+        decoder_spec=DecoderSpec(
+            num_layers=shape.num_layers,
+            num_key_value_heads=shape.num_key_value_heads,
+            head_dim=shape.head_dim,
+            hidden_size=shape.hidden_size,
+            vocab_size=shape.vocab_size,
+            max_position_embeddings=shape.max_position_embeddings,
+            eos_token_ids=source.eos_token_ids,
+            position_axes=shape.position_axes,
+            num_heads=shape.num_heads
+            if shape.num_heads * shape.head_dim != shape.hidden_size
+            else None,
+        ),
         text_encoder_spec=text_spec,
         image_token_id=source.image_token_id,
         newline_weight=source.weights.get(NEWLINE_KEY),

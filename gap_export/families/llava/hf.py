@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ _KEYS = KeyLayout(
         ("model.image_newline", NEWLINE_KEY),
     ),
     ignored_suffixes=(".rotary_emb.inv_freq", ".embeddings.position_ids"),
-    tied={},
 )
 
 
@@ -77,16 +77,12 @@ class LlavaHfLayout:
         # Its annotations leave the nested configs open.
         file = folder / "config.json"
         config: Any = parse_config(self.config_class, file, num_tensors=len(found))
-        _check_selection(recipe, config, folder)
-        if self.newline:
-            _check_tiles(recipe, config, folder)
+        compare_facts(recipe, folder, self._facts(recipe, config))
         architecture = _architecture(config, file)
         check_architecture(recipe, architecture, folder)
         tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
-        layout = replace(
-            _KEYS, tied={"lm_head.weight": "decoder.embed_tokens.weight"} if tied else {}
-        )
-        weights = match_tensors(found, expected(architecture), layout, where=folder)
+        keys = _KEYS.tying(head=tied)
+        weights = match_tensors(found, expected(architecture), keys, where=folder)
         generation = folder / "generation_config.json"
         files = [file, *([generation] if generation.is_file() else [])]
         files += sorted({ref.file for ref in found.values()})
@@ -102,27 +98,18 @@ class LlavaHfLayout:
         )
         return with_adapter(source, folder, _KEYS)
 
-
-def _check_selection(recipe: Recipe, config: Any, folder: Path) -> None:
-    strategy = config.vision_feature_select_strategy
-    compare_facts(
-        recipe,
-        folder,
-        [
-            ("vision_feature_select_strategy", strategy, "default"),
-            ("vision_feature_layer", config.vision_feature_layer, recipe.select_layer),
-        ],
-    )
-
-
-def _check_tiles(recipe: Recipe, config: Any, folder: Path) -> None:
-    # Older transformers had a switch for newlines, which every published checkpoint turns on.
-    newlines = getattr(config, "use_image_newline_parameter", True)
-    facts: list[tuple[str, Any, Any]] = [("use_image_newline_parameter", newlines, True)]
-    if recipe.image.tiles is not None:
-        wanted = [list(size) for size in recipe.image.tiles.resolutions]
-        facts.append(("image_grid_pinpoints", config.image_grid_pinpoints, wanted))
-    compare_facts(recipe, folder, facts)
+    def _facts(self, recipe: Recipe, config: Any) -> Iterator[tuple[str, Any, Any]]:
+        """What is not a size: what it is, as the config has it, as it must be."""
+        strategy = config.vision_feature_select_strategy
+        yield "vision_feature_select_strategy", strategy, "default"
+        yield "vision_feature_layer", config.vision_feature_layer, recipe.select_layer
+        if self.newline:
+            # Older transformers had a switch, which every published checkpoint turns on.
+            newlines = getattr(config, "use_image_newline_parameter", True)
+            yield "use_image_newline_parameter", newlines, True
+        if self.newline and recipe.image.tiles is not None:
+            wanted = [list(size) for size in recipe.image.tiles.resolutions]
+            yield "image_grid_pinpoints", config.image_grid_pinpoints, wanted
 
 
 def _architecture(config: Any, file: Path) -> Architecture:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,6 @@ KEYS = KeyLayout(
         ("model.", "decoder."),
     ),
     ignored_suffixes=(".rotary_emb.inv_freq", ".embeddings.position_ids"),
-    tied={},
 )
 _DECODERS: Mapping[str, type[LlamaConfig | MistralConfig]] = {
     "llava": LlamaConfig,
@@ -239,7 +238,8 @@ def assemble_original(
     check_architecture(recipe, architecture, folder)
     _check_projector(rest, folder)
     own = {key: shape for key, shape in expected(architecture).items() if key not in tower}
-    weights = {**tower, **match_tensors(rest, own, _keys(config), where=folder)}
+    keys = KEYS.tying(head=config.language.tie_word_embeddings)
+    weights = {**tower, **match_tensors(rest, own, keys, where=folder)}
     generation = folder / "generation_config.json"
     configs = [config.file, *([generation] if generation.is_file() else [])]
     home = next((place for place in tokenizers if has_tokenizer(place)), folder)
@@ -262,11 +262,6 @@ def assemble_original(
 
 def _of_tower(key: str) -> bool:
     return key.startswith(("model.vision_tower.", "tower."))
-
-
-def _keys(config: OriginalConfig) -> KeyLayout:
-    tied = config.language.tie_word_embeddings
-    return replace(KEYS, tied={"lm_head.weight": "decoder.embed_tokens.weight"} if tied else {})
 
 
 def _inner_tower_shape(
@@ -323,10 +318,8 @@ def _resolutions(plain: Mapping[str, Any]) -> Any:
             pinpoints = json.loads(pinpoints.replace("(", "[").replace(")", "]"))
         except ValueError:
             return pinpoints
-    if not isinstance(pinpoints, list) or not all(_is_pair(size) for size in pinpoints):
+    if not isinstance(pinpoints, list) or not all(
+        isinstance(size, list) and [type(side) for side in size] == [int, int] for size in pinpoints
+    ):
         return pinpoints
     return [[height, width] for width, height in pinpoints]
-
-
-def _is_pair(size: Any) -> bool:
-    return isinstance(size, list) and [type(side) for side in size] == [int, int]

@@ -20,7 +20,7 @@ from gap_export.errors import CheckpointError
 from gap_export.families.common.checkpoints.matching import KeyLayout, match_tensors
 from gap_export.spec.architecture import VisionShape
 
-_AS_THEY_ARE = KeyLayout(prefixes=(), tied={})
+_AS_THEY_ARE = KeyLayout(prefixes=())
 # No config.json comes with the file.
 _SIZES_OF = "the recipe"
 # What the tower was trained with and BLIP-2 does without.

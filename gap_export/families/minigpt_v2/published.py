@@ -46,7 +46,7 @@ class _PeftKeys(KeyLayout):
         return key.replace(".default.weight", ".weight")
 
 
-_KEYS = _PeftKeys(prefixes=(), tied={})
+_KEYS = _PeftKeys(prefixes=())
 
 
 @dataclass(frozen=True, kw_only=True)

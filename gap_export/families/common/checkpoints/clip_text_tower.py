@@ -15,6 +15,7 @@ from transformers import CLIPConfig, CLIPTextConfig
 
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.checkpoint.weights import Weight, index_files, read_json_object
+from gap_export.families.common.checkpoints.configs import layer_sizes
 from gap_export.families.common.checkpoints.limits import require
 from gap_export.families.common.checkpoints.matching import KeyLayout, match_tensors, parse_config
 from gap_export.families.common.checkpoints.parts import Stored, index_folder
@@ -27,9 +28,7 @@ from gap_export.spec.recipe import Recipe, TextTower
 _MAX_KEY = 1 << 24
 _VISUAL_PROJECTION = "visual_projection.safetensors"
 _VISUAL_PROJECTION_KEY = "visual_projection.weight"
-_KEYS = KeyLayout(
-    prefixes=(("text_model.", ""),), ignored_suffixes=(".embeddings.position_ids",), tied={}
-)
+_KEYS = KeyLayout(prefixes=(("text_model.", ""),), ignored_suffixes=(".embeddings.position_ids",))
 # Of a whole CLIP the text tower is one half.
 _OTHER_HALF = ("vision_model.", _VISUAL_PROJECTION_KEY, "logit_scale")
 
@@ -87,7 +86,13 @@ def read_text_tower(
         text = found
     shape = _text_shape(config, config_file)
     weights = match_tensors(text, expected_text_tensors(shape), _KEYS, where=folder)
-    projection = _projection(projections, (shape.embed_dim, vision_width), folder)
+    key = _VISUAL_PROJECTION_KEY
+    projection = match_tensors(
+        {name: ref for name, ref in projections.items() if name == key},
+        {key: (shape.embed_dim, vision_width)},
+        _KEYS,
+        where=folder,
+    )[key]
     weight_files = {ref.file for ref in (*text.values(), projection)}
     return TextTowerSource(
         tower=tower,
@@ -97,12 +102,6 @@ def read_text_tower(
         tokenizer=folder / "tokenizer.json",
         files=tuple((tower.role, file) for file in (config_file, *sorted(weight_files))),
     )
-
-
-def _projection(found: Mapping[str, Stored], shape: tuple[int, int], folder: Path) -> Stored:
-    ours = {key: ref for key, ref in found.items() if key == _VISUAL_PROJECTION_KEY}
-    matched = match_tensors(ours, {_VISUAL_PROJECTION_KEY: shape}, _KEYS, where=folder)
-    return matched[_VISUAL_PROJECTION_KEY]
 
 
 def _text_shape(config: Any, file: Path) -> TextShape:
@@ -126,12 +125,7 @@ def _text_shape(config: Any, file: Path) -> TextShape:
         where=file,
     )
     return TextShape(
-        width=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        layer_norm_eps=config.layer_norm_eps,
-        activation=config.hidden_act,
+        **layer_sizes(config),
         vocab_size=config.vocab_size,
         max_tokens=config.max_position_embeddings,
         embed_dim=config.projection_dim,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,15 +90,22 @@ def clip_vision_shape(vision: Any, file: Path) -> VisionShape:
         where=file,
     )
     return VisionShape(
-        width=vision.hidden_size,
-        intermediate_size=vision.intermediate_size,
-        num_layers=vision.num_hidden_layers,
-        num_heads=vision.num_attention_heads,
-        layer_norm_eps=vision.layer_norm_eps,
-        activation=vision.hidden_act,
+        **layer_sizes(vision),
         image_size=vision.image_size,
         patch_size=vision.patch_size,
     )
+
+
+def layer_sizes(config: Any) -> dict[str, Any]:
+    """What a CLIP config says of a tower's layers, for a ``TransformerShape``."""
+    return {
+        "width": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_layers": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "layer_norm_eps": config.layer_norm_eps,
+        "activation": config.hidden_act,
+    }
 
 
 def recipe_architecture(recipe: Recipe) -> Architecture:
@@ -143,7 +150,7 @@ def check_architecture(recipe: Recipe, architecture: Architecture, where: Path) 
         compare_facts(recipe, where, [(f"{part} {key}", seen[key], wanted[key]) for key in keys])
 
 
-def compare_facts(recipe: Recipe, where: Path, facts: Sequence[tuple[str, Any, Any]]) -> None:
+def compare_facts(recipe: Recipe, where: Path, facts: Iterable[tuple[str, Any, Any]]) -> None:
     """Refuse what is not as the recipe has it: (what it is, value seen, value wanted).
 
     Raises:

@@ -124,16 +124,11 @@ def _check_section(plain: Mapping[str, Any], where: str, prefix: str, max_layers
             )
         elif key in _SECTIONS and isinstance(value, dict):
             _check_section(value, where, f"{name}.", max_layers)
-    _check_fit(plain, where, prefix)
-
-
-def _check_fit(plain: Mapping[str, Any], where: str, prefix: str) -> None:
-    """Sizes that are fine one by one and do not fit each other."""
-    width, heads = plain.get("hidden_size"), plain.get("num_attention_heads")
-    if width is not None and heads is not None and plain.get("head_dim") is None:
-        allowed = f"a divisor of hidden_size, {width}"
-        require(width % heads == 0, f"{prefix}num_attention_heads", heads, allowed, where=where)
-    head_dim = plain.get("head_dim")
+    # Sizes that are fine one by one and do not fit each other.
+    width, heads, head_dim = map(plain.get, ("hidden_size", "num_attention_heads", "head_dim"))
     if head_dim is not None:
         allowed = "an even number: RoPE turns pairs"
         require(head_dim % 2 == 0, f"{prefix}head_dim", head_dim, allowed, where=where)
+    elif width is not None and heads is not None:
+        allowed = f"a divisor of hidden_size, {width}"
+        require(width % heads == 0, f"{prefix}num_attention_heads", heads, allowed, where=where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +39,11 @@ class KeyLayout:
 
     prefixes: tuple[tuple[str, str], ...]
     ignored_suffixes: tuple[str, ...] = ()
-    tied: Mapping[str, str]
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    def tying(self, *, head: bool) -> KeyLayout:
+        """The same, where the head may be left out if it is the word embeddings."""
+        return replace(self, tied={"lm_head.weight": "decoder.embed_tokens.weight"} if head else {})
 
     def canonical(self, key: str) -> str:
         """Our name of a tensor in a file."""

@@ -41,7 +41,7 @@ from gap_export.spec.recipe import Recipe
 Stored = TensorRef | PickledTensor
 
 LLAMA_KEYS = KeyLayout(
-    prefixes=(("model.", "decoder."),), ignored_suffixes=(".rotary_emb.inv_freq",), tied={}
+    prefixes=(("model.", "decoder."),), ignored_suffixes=(".rotary_emb.inv_freq",)
 )
 _LANGUAGE_MODELS: Mapping[str, type[LlamaConfig | MistralConfig | Qwen2Config | Qwen3Config]] = {
     kind.model_type: kind for kind in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
@@ -49,7 +49,6 @@ _LANGUAGE_MODELS: Mapping[str, type[LlamaConfig | MistralConfig | Qwen2Config | 
 _CLIP_KEYS = KeyLayout(
     prefixes=(("vision_model.", "tower."),),
     ignored_suffixes=(".embeddings.position_ids",),
-    tied={},
 )
 # The rest of a whole CLIP.
 _NO_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
@@ -127,20 +126,13 @@ def read_language_model(folder: Path) -> LanguageModel:
     kind = _LANGUAGE_MODELS.get(model_type_of(folder) or "", LlamaConfig)
     config: Any = parse_config(kind, config_file, num_tensors=len(found))
     shape = decoder_shape(config, config_file)
-    weights = match_tensors(found, expected_decoder(shape), llama_keys(config), where=folder)
+    keys = LLAMA_KEYS.tying(head=config.tie_word_embeddings)
+    weights = match_tensors(found, expected_decoder(shape), keys, where=folder)
     return LanguageModel(
         folder=folder,
         shape=shape,
         weights=weights,
         files=(config_file, *sorted({ref.file for ref in found.values()})),
-    )
-
-
-def llama_keys(config: Any) -> KeyLayout:
-    """Names of a Llama's tensors; its head may be left out where the config ties it."""
-    tied = {"lm_head.weight": "decoder.embed_tokens.weight"} if config.tie_word_embeddings else {}
-    return KeyLayout(
-        prefixes=LLAMA_KEYS.prefixes, ignored_suffixes=LLAMA_KEYS.ignored_suffixes, tied=tied
     )
 
 

@@ -41,7 +41,11 @@ def look_for_unread(files: Iterable[tuple[str, Path]]) -> tuple[str, ...]:
         names = _names(folder)
         unread = [name for name in names if folder / name not in read]
         _refuse_adapter(folder, unread, applied=folder / ADAPTER_CONFIG in read)
-        looks = [name for name in unread if _looks_like_weights(name)]
+        looks = [
+            name
+            for name in unread
+            if Path(name).suffix in _SUFFIXES and not _NO_WEIGHTS.fullmatch(name)
+        ]
         # What lies beside a file that stands alone has nothing to do with it.
         if looks and any(folder / name in read for name in names if name.endswith(".json")):
             notes.append(f"in {folder} these look like weights and were not read: {some(looks)}")
@@ -71,7 +75,3 @@ def _names(folder: Path) -> list[str]:
         raise CheckpointError(
             "the checkpoint's folder cannot be listed", seen=f"{folder}: {err.strerror}"
         ) from err
-
-
-def _looks_like_weights(name: str) -> bool:
-    return Path(name).suffix in _SUFFIXES and not _NO_WEIGHTS.fullmatch(name)

@@ -22,7 +22,7 @@ from gap_export.families.common.reference import Expected, ModelSource
 from gap_export.spec.recipe import Recipe
 
 MODEL_TYPE = "gap-export"
-_AS_THEY_ARE = KeyLayout(prefixes=(), tied={})
+_AS_THEY_ARE = KeyLayout(prefixes=())
 # config.json speaks of no sizes.
 _SIZES_OF = "the recipe"
 
