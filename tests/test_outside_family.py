@@ -34,10 +34,12 @@ from gap_export.runtime.session import GroundingSession
 from gap_export.spec.family import OTHER_FAMILIES
 from gap_export.spec.manifest import QuantizationSpec
 from gap_export.spec.recipe import broken_recipes, find_recipe, list_recipes
+from gap_export.spec.requests import PruningRequest
 from tests import outside_family
 from tests.conftest import _randomise, _write_tokenizer
 from tests.parity.checking import check_with_torch, statuses
 from tests.patching.exports import build_export
+from tests.shared import sort_options
 
 MODEL = "tiny-phi"
 
@@ -110,7 +112,7 @@ def checkpoint(theirs, tmp_path_factory):
 
 
 def export(checkpoint: Path, out: Path, **options) -> Path:
-    given = {"pruner": "divprune", "keep_ratio": 0.4, **options}
+    given = sort_options({"pruner": "divprune", "keep_ratio": 0.4, **options})
     export_model(ExportOptions(model=MODEL, checkpoint={"main": checkpoint}, out=out, **given))
     return out
 
@@ -136,7 +138,7 @@ def test_its_model_is_found_and_offers_what_its_tower_can(package):
 
 def test_unpruned_it_is_what_transformers_computes(package, theirs, checkpoint):
     recipe, _ = find_recipe(MODEL)
-    pruning = resolve_pruning(recipe, pruner="spatial", keep_ratio=1.0, positions="gap", seed=0)
+    pruning = resolve_pruning(recipe, PruningRequest(pruner="spatial", keep_ratio=1.0))
     reference = build_reference(
         recipe, Checkpoint(parts={"main": checkpoint}), pruning, device="cpu", dtype="float32"
     )
@@ -195,10 +197,9 @@ def test_it_is_quantized_and_checked(package, checkpoint, tmp_path, method):
 def test_an_unpruned_export_that_others_made_is_patched(package, checkpoint, tmp_path):
     """Made with torch.onnx.export from transformers' own modules; logits tell whether it holds."""
     made = build_export(checkpoint, tmp_path / "export")
+    pruning = PruningRequest(pruner="spatial", keep_ratio=0.4)
     report = patch_export(
-        PatchOptions(
-            export=made, recipe=MODEL, pruner="spatial", keep_ratio=0.4, out=tmp_path / "bundle"
-        )
+        PatchOptions(export=made, recipe=MODEL, pruning=pruning, out=tmp_path / "bundle")
     )
     asked = questions(2)
     verdict = compare_with_unpatched(
