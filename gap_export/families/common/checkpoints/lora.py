@@ -14,7 +14,9 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gap_export.checkpoint.find.hub_cache import ADAPTER_CONFIG
 from gap_export.checkpoint.find.source import MAIN
@@ -38,19 +40,12 @@ _PREFIX = "base_model.model."
 _HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
 # The matrix or bias of a module that has an adapter.
 _WRAPPED = ".base_layer."
-# Of adapter_config.json: what is done as it says, what changes nothing here, and the rest, which
-# must be off.
-_USED_KEYS = {
-    "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "init_lora_weights",
-    "rank_pattern", "alpha_pattern", "modules_to_save",
-}  # fmt: skip
+# Of adapter_config.json: what changes nothing here; what else is not read must be off.
 _IRRELEVANT_KEYS = {
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
     "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "runtime_config",
 }  # fmt: skip
 _OFF: tuple[Any, ...] = (None, False, [], {}, "none")
-# The other ways to begin take something away from the base's weights.
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 # Far above any adapter's.
 _MAX_RANK = 1 << 20
 
@@ -106,8 +101,9 @@ def merge_adapter(folder: Path, found: Mapping[str, Weight], keys: KeyLayout) ->
     Raises:
         CheckpointError: an adapter that is not implemented, or does not fit the model.
     """
-    adapter = _read_config(folder / ADAPTER_CONFIG)
-    tensors = _index_adapter(folder)
+    adapter = _Adapter.read(folder / ADAPTER_CONFIG)
+    tensors, targets = _index_adapter(folder), adapter.target_modules
+    targets = [targets] if isinstance(targets, str) else targets
     pairs, others = _sort(tensors, keys)
     complete = {key: pair for key, pair in pairs.items() if set(pair.halves) == {"A", "B"}}
     linear = {key for key, weight in found.items() if _is_linear(key, weight)}
@@ -122,7 +118,7 @@ def merge_adapter(folder: Path, found: Mapping[str, Weight], keys: KeyLayout) ->
             ("missing modules_to_save", adapter.unsaved([name for name, _ in others])),
             ("no pair of lora_A and lora_B among", [] if pairs else sorted(tensors)),
         ],
-        allowed=f"one adapter for each of {adapter.targets_in_words}",
+        allowed=f"one adapter for each of {', '.join(targets)}",
     )
     base = {**found, **replaced}
     _check_shapes(adapter, complete, replaced, found, folder)
@@ -135,7 +131,7 @@ def merge_adapter(folder: Path, found: Mapping[str, Weight], keys: KeyLayout) ->
     return MergedAdapter(
         weights={**replaced, **merged},
         files=(folder / ADAPTER_CONFIG, *files),
-        note=f"the adapter in {folder} is merged: LoRA of rank {adapter.rank} for {len(merged)} "
+        note=f"the adapter in {folder} is merged: LoRA of rank {adapter.r} for {len(merged)} "
         f"matrices{saved}",
     )
 
@@ -148,126 +144,94 @@ class _Pair:
     halves: dict[str, Stored]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Adapter:
-    """What an adapter_config.json says.
+_Rank = Annotated[int, Field(ge=1, le=_MAX_RANK)]
+_Alpha = Annotated[float, Field(gt=0, le=_MAX_RANK)]
+_Name = Annotated[str, Field(min_length=1)]
+# Plain names alone: peft reads them as regular expressions, which are not run here.
+_End = Annotated[str, Field(pattern=r"^[\w.]+$")]
+_A_RANK, _AN_ALPHA = f"a whole number, 1..{_MAX_RANK}", f"a number above 0, up to {_MAX_RANK}"
 
-    Attributes:
-        rank: Of every adapter but those of ``ranks``.
-        alpha: Likewise; over the rank it is the scale of what is added.
-        ranks: By the end of a module's name.
-        alphas: Likewise.
-        root: Whether the scale is over the root of the rank.
-        targets: Ends of the names of the modules that have one; a text is a regular expression.
-        saved: Ends of the names of the modules that were trained as a whole.
+
+class _Adapter(BaseModel):
+    """What an adapter_config.json says, by peft's names; a description is what is allowed.
+
+    Anything that makes an adapter something else than B A on plain linear layers is refused.
     """
 
-    rank: int
-    alpha: float
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
-    root: bool
-    targets: tuple[str, ...] | str
-    saved: tuple[str, ...]
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    peft_type: Literal["LORA"] = Field(description="LORA")
+    r: _Rank = Field(description=_A_RANK)
+    lora_alpha: _Alpha = Field(description=_AN_ALPHA)
+    use_rslora: bool = Field(default=False, description="true or false")
+    target_modules: _Name | Annotated[list[_Name], Field(min_length=1)] = Field(
+        description="a list of names of linear layers, or a regular expression"
+    )
+    modules_to_save: list[_Name] | None = Field(
+        default=None, description="a list of names of modules"
+    )
+    rank_pattern: dict[_End, _Rank] | None = Field(
+        default=None, description=f"for names of modules {_A_RANK}"
+    )
+    alpha_pattern: dict[_End, _Alpha] | None = Field(
+        default=None, description=f"for names of modules {_AN_ALPHA}"
+    )
+    # The other ways to begin take something away from the base's weights.
+    init_lora_weights: Literal[True, False, "gaussian", "orthogonal", "eva"] | None = Field(
+        default=None, description="a start that leaves the base model's weights as they are"
+    )
+
+    @classmethod
+    def read(cls, file: Path) -> _Adapter:
+        """Read a config.
+
+        Raises:
+            CheckpointError: a value that cannot be used, or a switch that is not known and on.
+        """
+        plain = read_json_object(file)
+        wrong: tuple[str, str] | None = None
+        try:
+            adapter = cls.model_validate(plain)
+        except ValidationError as err:
+            key = str(err.errors()[0]["loc"][0])
+            wrong = key, str(cls.model_fields[key].description)
+        else:
+            for key in adapter.model_extra or {}:
+                # 0 equals False, but is the first layer where layers are numbered.
+                is_off = any(type(plain[key]) is type(off) and plain[key] == off for off in _OFF)
+                if not is_off and key not in _IRRELEVANT_KEYS:
+                    wrong = key, "off: it is not implemented"
+        if wrong is None:
+            return adapter
+        raise CheckpointError(
+            f"{file}: {wrong[0]} cannot be used",
+            seen=reprlib.repr(plain.get(wrong[0])),
+            allowed=wrong[1],
+            fix="merge the adapter with peft's merge_and_unload and export what that saves",
+        )
 
     def rank_of(self, module: str) -> int:
-        """Of a module's adapter, by its name in the file."""
-        return next((r for end, r in self.ranks.items() if _ends(module, end)), self.rank)
+        """The rank of a module's adapter, by its name in the file."""
+        ranks = self.rank_pattern or {}
+        return next((rank for end, rank in ranks.items() if _ends(module, end)), self.r)
 
     def scale(self, module: str) -> float:
-        """Of what is added to a module's matrix, by its name in the file."""
-        alpha = next((a for end, a in self.alphas.items() if _ends(module, end)), self.alpha)
+        """By what B A is multiplied before it is added to a module's matrix."""
+        alphas = self.alpha_pattern or {}
+        alpha = next((a for end, a in alphas.items() if _ends(module, end)), self.lora_alpha)
         rank = self.rank_of(module)
-        return alpha / (math.sqrt(rank) if self.root else rank)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def wants(self, pair: _Pair) -> bool:
         """Whether the config names a module."""
-        return isinstance(self.targets, str) or any(_ends(pair.module, t) for t in self.targets)
+        targets = self.target_modules
+        return isinstance(targets, str) or any(_ends(pair.module, end) for end in targets)
 
     def unsaved(self, names: Sequence[str]) -> list[str]:
         """The modules that should have been saved, and of which the file holds no tensor."""
-        modules = [name.rpartition(".")[0] for name in names]
-        return [end for end in self.saved if not any(f".{end}." in f".{m}." for m in modules)]
-
-    @property
-    def targets_in_words(self) -> str:
-        """For messages."""
-        return self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
-
-
-def _read_config(file: Path) -> _Adapter:
-    plain = read_json_object(file)
-    _check_config(plain, file)
-    targets = plain["target_modules"]
-    return _Adapter(
-        rank=plain["r"],
-        alpha=plain["lora_alpha"],
-        ranks=plain.get("rank_pattern") or {},
-        alphas=plain.get("alpha_pattern") or {},
-        root=bool(plain.get("use_rslora")),
-        targets=targets if isinstance(targets, str) else tuple(targets),
-        saved=tuple(plain.get("modules_to_save") or ()),
-    )
-
-
-def _check_config(plain: Mapping[str, Any], file: Path) -> None:
-    """Refuse what makes an adapter something else than B A on plain linear layers."""
-    targets, saved = plain.get("target_modules"), plain.get("modules_to_save")
-    a_rank, an_alpha = f"a whole number, 1..{_MAX_RANK}", f"a number above 0, up to {_MAX_RANK}"
-    checks = [
-        ("peft_type", plain.get("peft_type") == "LORA", "LORA"),
-        ("r", _is_rank(plain.get("r")), a_rank),
-        ("lora_alpha", _is_alpha(plain.get("lora_alpha")), an_alpha),
-        ("use_rslora", plain.get("use_rslora", False) in (True, False), "true or false"),
-        ("target_modules", bool(targets) and (isinstance(targets, str) or _are_names(targets)),
-         "a list of names of linear layers, or a regular expression"),
-        ("modules_to_save", saved is None or _are_names(saved), "a list of names of modules"),
-        ("rank_pattern", _is_pattern(plain.get("rank_pattern"), _is_rank),
-         f"for names of modules {a_rank}"),
-        ("alpha_pattern", _is_pattern(plain.get("alpha_pattern"), _is_alpha),
-         f"for names of modules {an_alpha}"),
-        ("init_lora_weights", plain.get("init_lora_weights") in _PLAIN_STARTS,
-         "a start that leaves the base model's weights as they are"),
-        *(
-            (key, _is_off(value), "off: it is not implemented")
-            for key, value in plain.items()
-            if key not in _USED_KEYS | _IRRELEVANT_KEYS
-        ),
-    ]  # fmt: skip
-    for key, ok, allowed in checks:
-        if not ok:
-            raise CheckpointError(
-                f"{file}: {key} cannot be used",
-                seen=reprlib.repr(plain.get(key)),
-                allowed=allowed,
-                fix="merge the adapter with peft's merge_and_unload and export what that saves",
-            )
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and 0 < value <= _MAX_RANK
-
-
-def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= _MAX_RANK
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
-
-
-def _is_pattern(value: Any, is_value: Any) -> bool:
-    """Plain names alone: peft reads them as regular expressions, which are not run here."""
-    if value is None:
-        return True
-    return isinstance(value, dict) and all(
-        re.fullmatch(r"[\w.]+", name) and is_value(number) for name, number in value.items()
-    )
-
-
-def _is_off(value: Any) -> bool:
-    # 0 equals False, but is the first layer where layers are numbered.
-    return any(type(value) is type(off) and value == off for off in _OFF)
+        modules = [f".{name.rpartition('.')[0]}." for name in names]
+        saved = self.modules_to_save or ()
+        return [end for end in saved if not any(f".{end}." in module for module in modules)]
 
 
 def _ends(module: str, end: str) -> bool:
@@ -333,11 +297,11 @@ def _replaced(
 
 def _lacking(adapter: _Adapter, linear: set[str], pairs: Mapping[str, _Pair]) -> set[str]:
     """Matrices that the config names and that have no adapter, in the parts that have any."""
-    if isinstance(adapter.targets, str):
+    if isinstance(adapter.target_modules, str):
         return set()
     parts = {_part(key) for key in pairs}
     wanted = {key for key in linear if _part(key) in parts}
-    ends = [f"{target}.weight" for target in adapter.targets]
+    ends = [f"{target}.weight" for target in adapter.target_modules]
     return {key for key in wanted if any(_ends(key, end) for end in ends)} - set(pairs)
 
 
@@ -367,7 +331,7 @@ def _check_shapes(
         for name, weight, size in wanted
         if weight.shape != size or weight.dtype not in FLOAT_DTYPES
     ]
-    _refuse(folder, [("misshaped", wrong)], allowed=f"adapters of rank {adapter.rank}")
+    _refuse(folder, [("misshaped", wrong)], allowed=f"adapters of rank {adapter.r}")
 
 
 def _refuse(folder: Path, problems: Sequence[tuple[str, list[str]]], *, allowed: str) -> None:
