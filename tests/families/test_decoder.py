@@ -184,7 +184,7 @@ def test_only_the_leading_channels_of_a_head_turn():
 
     heads = torch.randn(1, 2, 5, 16)
     inv_freq = rope_constants(shape)["inv_freq"]
-    turned = rotate(heads, rope_rotation(torch.arange(5)[None], inv_freq, torch.float32))
+    turned = rotate(heads, rope_rotation(torch.arange(5)[None], inv_freq, torch.float32), 4)
     assert torch.equal(turned[..., 4:], heads[..., 4:])
     lone = rotate(heads[..., :4], rope_rotation(torch.arange(5)[None], inv_freq, torch.float32))
     assert torch.equal(turned[..., :4], lone)

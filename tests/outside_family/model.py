@@ -72,7 +72,7 @@ class PhiLayer(nn.Module):
 class _Attention(nn.Module):
     def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
-        self.num_heads = shape.num_heads
+        self.shape = shape
         width = shape.num_heads * shape.head_dim
         self.q_proj = nn.Linear(shape.hidden_size, width)
         self.k_proj = nn.Linear(shape.hidden_size, width)
@@ -80,13 +80,13 @@ class _Attention(nn.Module):
         self.dense = nn.Linear(width, shape.hidden_size)
 
     def forward(self, normal, size, allowed, rotation, past):
+        shape = self.shape
         query, key, value = (
-            split_heads(linear(normal), size, self.num_heads)
+            split_heads(linear(normal), size, shape.num_heads, shape.head_dim)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # There are cosines for the leading channels alone: rotate leaves the rest as it is.
-        turned = rotate(query, rotation), rotate(key, rotation)
-        merged, key, value = attend(*turned, value, past, allowed)
+        turned = (rotate(part, rotation, shape.rotary_dim) for part in (query, key))
+        merged, key, value = attend(*turned, value, past, allowed, shape)
         return self.dense(merged), key, value
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from gap_export.spec.architecture import DecoderShape
+
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -58,21 +60,23 @@ def rope_rotation(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(heads: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Turn heads [B, heads, S, d]; where there are fewer cosines than d, the leading channels."""
+def rotate(heads: torch.Tensor, rotation: Rotation, width: int | None = None) -> torch.Tensor:
+    """Turn heads [B, heads, S, d], or their leading ``width`` channels alone."""
+    if width is not None:
+        turned = rotate(heads[..., :width], rotation)
+        return torch.cat((turned, heads[..., width:]), dim=-1)
     cos, sin = rotation
-    width = cos.shape[-1]
-    turning = heads if width == heads.shape[-1] else heads[..., :width]
-    half = width // 2
-    first, second = turning[..., :half], turning[..., half:]
-    quarter = torch.cat((-second, first), dim=-1)
-    turned = turning * cos + quarter * sin
-    return turned if turning is heads else torch.cat((turned, heads[..., width:]), dim=-1)
+    half = heads.shape[-1] // 2
+    first, second = heads[..., :half], heads[..., half:]
+    turned = torch.cat((-second, first), dim=-1)
+    return heads * cos + turned * sin
 
 
-def split_heads(projected: torch.Tensor, size: tuple[int, int], num_heads: int) -> torch.Tensor:
+def split_heads(
+    projected: torch.Tensor, size: tuple[int, int], num_heads: int, head_dim: int
+) -> torch.Tensor:
     """A matrix [B * S, heads * d] to [B, heads, S, d]; ``size`` is (B, S)."""
-    return projected.reshape(*size, num_heads, projected.shape[1] // num_heads).transpose(1, 2)
+    return projected.reshape(*size, num_heads, head_dim).transpose(1, 2)
 
 
 def attend(
@@ -81,6 +85,7 @@ def attend(
     value: torch.Tensor,
     past: tuple[torch.Tensor, torch.Tensor],
     allowed: torch.Tensor,
+    shape: DecoderShape,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Grow the cache, and mix its values.
 
@@ -90,20 +95,20 @@ def attend(
         value: As the key.
         past: Keys and values of the slots before, [B, key-value heads, past, d].
         allowed: bool [B, 1, S, T].
+        shape: The decoder's.
 
     Returns:
         The mixed values as a matrix [B * S, heads * d], then keys and values of all T slots.
     """
     key, value = torch.cat((past[0], key), dim=2), torch.cat((past[1], value), dim=2)
-    _, num_heads, _, width = query.shape
-    shared = num_heads // key.shape[1]
-    scores = torch.matmul(query, _repeat(key, shared).transpose(2, 3)) * width**-0.5
+    shared = shape.num_heads // shape.num_key_value_heads
+    scores = torch.matmul(query, _repeat(key, shared).transpose(2, 3)) * shape.head_dim**-0.5
     # The finite minimum, never -inf: a row that may see nothing (padding) stays a number.
     scores = torch.where(allowed, scores, torch.finfo(scores.dtype).min)
     # Cast first: softmax's own dtype argument is exported as a cast of its result.
     weights = torch.softmax(scores.to(torch.float32), dim=-1).to(query.dtype)
     mixed = torch.matmul(weights, _repeat(value, shared)).transpose(1, 2)
-    return mixed.reshape(-1, num_heads * width), key, value
+    return mixed.reshape(-1, shape.num_heads * shape.head_dim), key, value
 
 
 def _repeat(heads: torch.Tensor, groups: int) -> torch.Tensor:

@@ -76,9 +76,13 @@ class DecoderStack(nn.Module):
         allowed = allowed_keys(attention_mask, num_queries=inputs_embeds.shape[1], past=past_length)
         axes = self.rope_axes if self.shape.position_axes > 1 else None
         rotation = rope_rotation(position_ids, self.inv_freq, inputs_embeds.dtype, axes)
-        batch, length, _ = inputs_embeds.shape
-        width = self.shape.hidden_size
-        hidden, *taps = self._planes(inputs_embeds)
+        batch, length, width = inputs_embeds.shape
+        hidden = inputs_embeds.reshape(-1, width)
+        taps: Sequence[torch.Tensor] = ()
+        if self.shape.num_taps:
+            # [B * S, (1 + T) * H] to 1 + T matrices [B * S, H].
+            width = self.shape.hidden_size
+            hidden, *taps = torch.chunk(hidden, 1 + self.shape.num_taps, dim=1)
         present: list[torch.Tensor] = []
         for index, layer in enumerate(self.layers):
             past = past_key_values[2 * index], past_key_values[2 * index + 1]
@@ -89,14 +93,6 @@ class DecoderStack(nn.Module):
         last = hidden.reshape(batch, length, width)[:, -1]
         logits = self.lm_head(self.norm(last)).unsqueeze(1)
         return (logits, *present)
-
-    def _planes(self, inputs_embeds: torch.Tensor) -> list[torch.Tensor]:
-        """[B, S, (1 + T) * H] to 1 + T matrices [B * S, H]."""
-        width = self.shape.hidden_size
-        flat = inputs_embeds.reshape(-1, inputs_embeds.shape[2])
-        if not self.shape.num_taps:
-            return [flat]
-        return [flat[:, start : start + width] for start in range(0, flat.shape[1], width)]
 
 
 def rope_constants(shape: DecoderShape) -> dict[str, torch.Tensor]:

@@ -90,12 +90,13 @@ class _Attention(nn.Module):
         past: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         shape = self.shape
-        query = split_heads(self.q_proj(hidden), size, shape.num_heads)
-        query = rotate(self.q_norm(query) if shape.qk_norm else query, rotation)
-        key = split_heads(self.k_proj(hidden), size, shape.num_key_value_heads)
-        key = rotate(self.k_norm(key) if shape.qk_norm else key, rotation)
-        value = split_heads(self.v_proj(hidden), size, shape.num_key_value_heads)
-        merged, key, value = attend(query, key, value, past, allowed)
+        heads, groups, width = shape.num_heads, shape.num_key_value_heads, shape.head_dim
+        query = split_heads(self.q_proj(hidden), size, heads, width)
+        query = rotate(self.q_norm(query) if shape.qk_norm else query, rotation, shape.rotary_dim)
+        key = split_heads(self.k_proj(hidden), size, groups, width)
+        key = rotate(self.k_norm(key) if shape.qk_norm else key, rotation, shape.rotary_dim)
+        value = split_heads(self.v_proj(hidden), size, groups, width)
+        merged, key, value = attend(query, key, value, past, allowed, shape)
         return self.o_proj(merged), key, value
 
 
