@@ -73,7 +73,7 @@ class Plugins(Generic[T]):
         return self._check(name, thing, where)
 
     def package_of(self, name: str) -> str | None:
-        """The package that one comes with, where its maker says it."""
+        """The package that one comes with, where that is known."""
         entry = self.entries.get(name)
         return entry.dist.name if entry is not None and entry.dist is not None else None
 

@@ -3,8 +3,8 @@
 Another package adds one by an entry point, see :mod:`gap_export.spec.family`.
 
 Families are built on torch and transformers, whose imports take seconds. What is asked of a model
-before anything is built (its pruners, what an option means for it) needs neither, so that a slip is
-told at once.
+before anything is built (its pruners, what an option means for it) needs neither, so that a mistake
+is reported at once.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _MAX_FILES_TRIED = 16
 
 # A new family of this package is a folder, and a name here.
 _OURS = {family.name: family for family in (LLAVA, LLAVA_NEXT, SHIKRA, MINIGPT_V2)}
-# Names of this package that are imported when somebody takes them.
+# Names of this package that are imported when they are taken.
 _LATE = ("Component", "Device", "Reference")
 
 

@@ -21,11 +21,11 @@ class TransformerShape(_Strict):
     """What the layers of a CLIP-like encoder read.
 
     Attributes:
-        width: D, of the hidden states.
-        intermediate_size: Of the MLP.
-        num_layers: All of them, also those behind a select layer.
+        width: D, width of the hidden states.
+        intermediate_size: Inner width of the MLP.
+        num_layers: All layers, also those behind a select layer.
         num_heads: A divisor of ``width``.
-        layer_norm_eps: Of every norm.
+        layer_norm_eps: Epsilon of every norm.
         activation: Name in transformers' ``ACT2FN``.
     """
 

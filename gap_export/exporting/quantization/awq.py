@@ -49,7 +49,7 @@ class FoundScale(ChannelScale):
 
     Attributes:
         alpha: 0 where nothing is scaled.
-        error: Of the readers' outputs on the calibration rows, squared, relative to the outputs.
+        error: Squared error of the readers' outputs on the calibration rows, relative.
         plain_error: The same with alpha = 0.
     """
 
@@ -70,8 +70,8 @@ def find_scales(
     Args:
         component: Meta or not; one of its weights is in memory at a time, and what its layers saw.
         batches: See :func:`gap_export.exporting.quantization.calibration.observe_inputs`.
-        block_size: That the weights will be quantized with.
-        progress: Told the groups of layers that are through.
+        block_size: Block size of the quantization to come.
+        progress: Progress reporter.
 
     Raises:
         CheckpointError: a weight cannot be read.

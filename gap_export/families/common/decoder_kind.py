@@ -19,8 +19,8 @@ class ChannelGroup:
 
     Attributes:
         readers: Dotted names of linear layers, at least one.
-        producer: Of the norm or linear layer whose output, channel by channel, is the readers'
-            input; or a factor of it.
+        producer: Name of the norm or linear layer whose output, channel by channel, is the
+            readers' input; or a factor of it.
         same_heads: Whether this holds only where every query head has a value head of its own.
     """
 

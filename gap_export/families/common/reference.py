@@ -94,7 +94,7 @@ class Component:
         module: Takes the inputs in order and returns the outputs in order. Its parameters may lie
             on the meta device.
         inputs: Names, dtypes and shapes; a named dimension is dynamic.
-        outputs: Likewise; a named dimension also occurs in an input, or is a sum of some.
+        outputs: As inputs; a named dimension also occurs in an input, or is a sum of some.
         example_sizes: For each named input dimension a size to trace with, each another and >= 2.
         weight_refs: For each key of the module's state dict, what it is made of.
         constants: For each non-persistent buffer, its value.

@@ -54,7 +54,7 @@ def vision_components(
         pruning: Who survives, how many, in which order, with which extra token.
         recipe: Says the image's size and the grid.
         text: Where the pruner reads the text.
-        dtype: Of the float outputs; scores are float32 in any case.
+        dtype: Dtype of the float outputs; scores are float32 in any case.
 
     Raises:
         GapExportError: a pruner of another package does not choose K different tokens.

@@ -148,7 +148,7 @@ def read_original_config(
     Args:
         recipe: What it must fit.
         folder: Holds it.
-        num_tensors: Of the checkpoint; it bounds how many layers the config may claim.
+        num_tensors: Number of tensors there are; the config may not claim more layers.
         newline: Whether the family cuts images into tiles.
 
     Raises:
@@ -204,11 +204,11 @@ def assemble_original(
     Args:
         recipe: What the model is.
         checkpoint: Its parts.
-        config: Of the main part.
+        config: The main part's.
         found: All weights but those of a tower elsewhere, by original names or by ours.
         expected: Shapes of all tensors of a model.
         layout: Name of the layout.
-        files: That ``found`` was read from, with their part.
+        files: Files that ``found`` was read from, with their part.
         tokenizers: Folders where the tokenizer may be; the first that has one gives it.
 
     Raises:

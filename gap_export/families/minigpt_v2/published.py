@@ -130,7 +130,7 @@ def _trained(file: Path, architecture: Architecture) -> dict[str, Weight]:
 
 
 def _rank(found: Mapping[str, Stored], file: Path) -> int:
-    """Of the first adapter; that the others have the same is checked with the shapes."""
+    """The first adapter's rank; shapes are checked against it."""
     shapes = [ref.shape for key, ref in found.items() if ".lora_A." in key]
     if not shapes or not shapes[0] or not shapes[0][0]:
         raise CheckpointError(

@@ -122,8 +122,8 @@ class _Main:
     """The main part, checked, with the tower that it goes with.
 
     Attributes:
-        folder: Of the main part.
-        architecture: Of the whole model.
+        folder: The main part.
+        architecture: Sizes of the whole model.
         weights: ``projector.*``, ``decoder.*`` and ``lm_head.weight`` as they are in the files.
         tower: ``tower.*``.
         files: All files that were read, with their part.

@@ -154,7 +154,7 @@ def compare_facts(recipe: Recipe, where: Path, facts: Iterable[tuple[str, Any, A
     """Refuse what is not as the recipe has it: (what it is, value seen, value wanted).
 
     Raises:
-        CheckpointError: the first that differs, with all others that do.
+        CheckpointError: facts differ; all of them are named.
     """
     wrong = [(what, seen, wanted) for what, seen, wanted in facts if seen != wanted]
     if wrong:

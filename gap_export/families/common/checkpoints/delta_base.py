@@ -2,7 +2,7 @@
 
 A delta to another model of the same shape adds up without complaint, and what comes out answers,
 only worse: Shikra's delta is to LLaMA-7B, and with Vicuna as its base, which is LLaMA-7B trained
-further, RefCOCO drops by 8 points and more (shikras/shikra#49). Two things can be told.
+further, RefCOCO drops by 8 points and more (shikras/shikra#49). Two checks are possible.
 
 *By name*: a config.json, or a folder, that says it is a model trained further.
 
@@ -13,7 +13,7 @@ it one, and for some numbers it is none. Simulated with normal values: 0.2 % whe
 differs by 0.03 % of the size of its weights, 4 % where it differs by 3 %, and none at all for the
 right base. A bfloat16 copy of the right base is found out as well.
 
-What cannot be told: which base a delta of higher precision, or one stored as bfloat16, belongs to.
+Not detectable: which base a delta of higher precision, or one stored as bfloat16, belongs to.
 Nothing but its name then speaks against a wrong one.
 """
 
@@ -59,15 +59,15 @@ def is_whole_model(final_norm: Weight) -> bool:
 def check_delta_base(
     delta: Mapping[str, Weight], base: LanguageModel, recipe: Recipe, *, role: str
 ) -> None:
-    """Refuse a base that the delta was not made from, where that can be told.
+    """Refuse a base that the delta was not made from, where that is detectable.
 
     Reads some megabytes of each.
 
     Args:
         delta: By our names.
-        base: Of the right shapes.
+        base: Has the right shapes.
         recipe: Says in words what the base is.
-        role: Of the part.
+        role: The base's role.
 
     Raises:
         CheckpointError: a delta itself, a model trained further, or one that does not add up.

@@ -59,7 +59,7 @@ def parse_config(cls: type[ConfigT], file: Path, *, num_tensors: int) -> ConfigT
     Args:
         cls: The kind.
         file: The config.json.
-        num_tensors: Of the checkpoint; it bounds how many layers the config may claim.
+        num_tensors: Number of tensors there are; the config may not claim more layers.
 
     Raises:
         CheckpointError: missing, not JSON, of another ``model_type``, with a value that no model
@@ -85,7 +85,7 @@ def build_config(
         cls: The kind to read it as.
         plain: The content of ``file``, or the part of it that is meant.
         file: Named in messages.
-        num_tensors: Of the checkpoint; it bounds how many layers the config may claim.
+        num_tensors: Number of tensors there are; the config may not claim more layers.
 
     Raises:
         CheckpointError: a value that no model can have, or not valid.

@@ -167,7 +167,7 @@ def check_base(base: LanguageModel, wanted: DecoderShape, recipe: Recipe, *, rol
         base: The part of the checkpoint.
         wanted: The sizes.
         recipe: Says in words what the base is.
-        role: Of the part.
+        role: The part's role.
 
     Raises:
         CheckpointError: with every size that differs.

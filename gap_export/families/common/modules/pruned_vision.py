@@ -154,9 +154,9 @@ class PrunedVisionEncoder(_VisionReader):
     """Tower, selection, projection of the survivors alone.
 
     Args:
-        parts: Of the encoder.
+        parts: What it is made of.
         projector: [..., D] to [..., H].
-        grid: Of the N tokens.
+        grid: Rows and columns of the N tokens.
     """
 
     fixed_places: torch.Tensor
@@ -210,7 +210,7 @@ class PrunedVisionEncoder(_VisionReader):
 
         Args:
             pixel_values: As of :meth:`forward`.
-            text_embeds: Likewise.
+            text_embeds: As of :meth:`forward`.
 
         Returns:
             float [B]; None of another pruner.
@@ -259,7 +259,7 @@ class TokenPruner(nn.Module):
         projector: [..., D] to [..., H].
         pruner: Who survives.
         pruning: In which order, with which extra token.
-        grid: Of the N tokens.
+        grid: Rows and columns of the N tokens.
     """
 
     def __init__(
