@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from gap_export.errors import UsageError
 from gap_export.spec.positions import (
     VisualSpan,
+    build_id_table,
     build_kept_positions,
     check_keep_ratio,
     compact_positions,
@@ -20,6 +22,7 @@ from gap_export.spec.positions import (
     num_kept_tokens,
     slots_from_mask,
     stack_tables,
+    unpruned_ids,
 )
 
 # A prompt: text lengths around images, and for each image which of its tokens stay, in feed order.
@@ -217,3 +220,171 @@ def test_gap_remap_refuses_shapes_that_do_not_fit(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         gap_remap(position_ids, kept_positions)
+
+
+def mrope_span(start: int, grid: tuple[int, int], keep: Any = (0,)) -> VisualSpan:
+    return VisualSpan(
+        start=start,
+        num_visual_tokens=grid[0] * grid[1],
+        keep_indices=np.asarray(keep),
+        grid=grid,
+    )
+
+
+def mrope_by_loop(length: int, spans: list[VisualSpan]) -> list[list[int]]:
+    """[L, 3], token by token."""
+    starts = {span.start: span.grid or (0, 0) for span in spans}
+    ids: list[list[int]] = []
+    counter = 0
+    while len(ids) < length:
+        if len(ids) in starts:
+            rows, cols = starts[len(ids)]
+            ids += [[counter, counter + r, counter + c] for r in range(rows) for c in range(cols)]
+            counter += max(rows, cols)
+        else:
+            ids.append([counter] * 3)
+            counter += 1
+    return ids
+
+
+@st.composite
+def mrope_prompts(draw: st.DrawFn) -> tuple[int, list[VisualSpan]]:
+    cursor, spans = 0, []
+    for _ in range(draw(st.integers(0, 3))):
+        cursor += draw(st.integers(1, 5))
+        grid = (draw(st.integers(1, 6)), draw(st.integers(1, 6)))
+        tokens = st.sets(st.integers(0, grid[0] * grid[1] - 1), min_size=1)
+        spans.append(mrope_span(cursor, grid, sorted(draw(tokens))))
+        cursor += grid[0] * grid[1]
+    return cursor + draw(st.integers(1, 5)), spans
+
+
+@given(mrope_prompts())
+def test_three_axes_equal_a_loop_and_what_transformers_gives(
+    prompt: tuple[int, list[VisualSpan]],
+) -> None:
+    length, spans = prompt
+    ids = unpruned_ids(length, spans, position_axes=3)
+    assert ids.T.tolist() == mrope_by_loop(length, spans)
+    kinds = np.zeros((1, length), dtype=np.int64)
+    for span in spans:
+        kinds[0, span.start : span.start + span.num_visual_tokens] = 1
+    grids = [[1, 2 * (span.grid or (0, 0))[0], 2 * (span.grid or (0, 0))[1]] for span in spans]
+    for theirs, delta in rope_index(kinds, grids):
+        assert np.array_equal(ids, theirs)
+        assert delta == ids.max() + 1 - length
+
+
+def rope_index(kinds: np.ndarray, grids: list[list[int]]) -> list[tuple[np.ndarray, int]]:
+    """What Qwen2.5-VL and Qwen3-VL of transformers say; nothing where that is not installed."""
+    try:
+        import torch
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+    except ImportError:
+        return []
+    found = []
+    for model in (Qwen2_5_VLModel, Qwen3VLModel):
+        vision = SimpleNamespace(spatial_merge_size=2, tokens_per_second=2)
+        this = SimpleNamespace(config=SimpleNamespace(vision_config=vision))
+        this.get_vision_position_ids = model.get_vision_position_ids.__get__(this)
+        ids, delta = model.get_rope_index(
+            this,
+            input_ids=torch.from_numpy(kinds),
+            mm_token_type_ids=torch.from_numpy(kinds),
+            image_grid_thw=torch.tensor(grids).reshape(-1, 3),
+        )
+        found.append((ids[:, 0].numpy(), int(delta)))
+    return found
+
+
+def test_three_axes_of_a_small_prompt_are_the_published_ones() -> None:
+    ids = unpruned_ids(19, [mrope_span(3, (3, 4))], position_axes=3)
+    assert [" ".join(map(str, axis)) for axis in ids.tolist()] == [
+        "0 1 2 3 3 3 3 3 3 3 3 3 3 3 3 7 8 9 10",
+        "0 1 2 3 3 3 3 4 4 4 4 5 5 5 5 7 8 9 10",
+        "0 1 2 3 4 5 6 3 4 5 6 3 4 5 6 7 8 9 10",
+    ]
+    # Qwen2.5-VL, 640x480.
+    ids = unpruned_ids(426, [mrope_span(15, (17, 23))], position_axes=3)
+    assert (ids[:, 406].tolist(), ids[:, -1].tolist()) == ([38] * 3, [57] * 3)
+
+
+@given(mrope_prompts(), st.integers(0, 9))
+def test_a_table_of_three_axes_is_a_choice_of_columns_and_goes_on_at_the_largest(
+    prompt: tuple[int, list[VisualSpan]], extra: int
+) -> None:
+    length, spans = prompt
+    kept = build_kept_positions(unpruned_length=length, spans=spans)
+    table = build_id_table(kept, unpruned_length=length, spans=spans, position_axes=3)
+    ids = mrope_by_loop(length, spans)
+    assert table.T.tolist() == [ids[index] for index in kept]
+    slots = np.arange(len(kept) + extra)[None]
+    found = gap_remap(slots, stack_tables([table]))[:, 0]
+    largest = max(map(max, ids))
+    more = [[largest + 1 + step] * 3 for step in range(extra)]
+    assert found.T.tolist() == table.T.tolist() + more
+
+
+def test_tables_of_three_axes_are_stacked_and_continued_on_each_axis() -> None:
+    tables = []
+    for length, grid, keep in ((9, (2, 3), [1, 4]), (13, (3, 3), list(range(9)))):
+        span = mrope_span(2, grid, keep)
+        kept = build_kept_positions(unpruned_length=length, spans=[span])
+        tables.append(build_id_table(kept, unpruned_length=length, spans=[span], position_axes=3))
+    stacked = stack_tables(tables)
+    assert stacked.shape == (3, 2, 13)
+    assert stacked[:, 0].tolist() == [
+        [0, 1, 2, 2, 5, 6, 7, 8, 9, 10, 11, 12, 13],
+        [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13],
+        [0, 1, 3, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13],
+    ]
+    with pytest.raises(UsageError, match="differ in their axes"):
+        stack_tables([tables[0], tables[1][0]])
+
+
+@pytest.mark.parametrize(
+    ("rule", "keep", "last_axis"),
+    [
+        ("compact", [0, 2, 4], [0, 1, 2, 3, 4, 5, 6]),
+        # 3 columns: of the last one a token is left, so text goes on where it would.
+        ("text-shifted", [0, 2, 4], [0, 1, 2, 4, 3, 5, 6]),
+        # And here none is.
+        ("text-shifted", [0, 3], [0, 1, 2, 2, 4, 5]),
+        ("gap", [0, 3], [0, 1, 2, 2, 5, 6]),
+    ],
+)
+def test_baselines_of_three_axes(rule: Any, keep: list[int], last_axis: list[int]) -> None:
+    span = mrope_span(2, (2, 3), keep)
+    kept = build_kept_positions(unpruned_length=10, spans=[span])
+    table = build_id_table(kept, unpruned_length=10, spans=[span], position_axes=3, rule=rule)
+    assert table[2].tolist() == last_axis
+
+
+@pytest.mark.parametrize("rule", ["gap", "compact", "text-shifted"])
+def test_with_one_axis_an_id_is_an_index_but_for_the_baselines(rule: Any) -> None:
+    span = VisualSpan(start=2, num_visual_tokens=6, keep_indices=np.array([1, 4]))
+    kept = build_kept_positions(unpruned_length=10, spans=[span])
+    table = build_id_table(kept, unpruned_length=10, spans=[span], rule=rule)
+    assert (
+        table.tolist()
+        == {
+            "gap": kept.tolist(),
+            "compact": [0, 1, 2, 3, 4, 5],
+            "text-shifted": [0, 1, 3, 6, 7, 8],
+        }[rule]
+    )
+
+
+@pytest.mark.parametrize(
+    ("axes", "grid", "message"),
+    [
+        (2, (2, 3), "no such number of position axes: 2; allowed: 1 or 3"),
+        (3, None, "no grid to take its position ids from: 6 visual tokens, grid None"),
+        (3, (2, 4), r"no grid .*: 6 visual tokens, grid \(2, 4\)"),
+    ],
+)
+def test_axes_without_ids_are_refused(axes: int, grid: Any, message: str) -> None:
+    span = VisualSpan(start=2, num_visual_tokens=6, keep_indices=np.array([1]), grid=grid)
+    with pytest.raises(UsageError, match=message):
+        unpruned_ids(10, [span], position_axes=axes)

@@ -49,20 +49,23 @@ class IdReader:
     Attributes:
         name: Operator and node, for messages.
         ids_name: The value that holds the ids, [B, S] in whatever shape; empty if it was not found.
+        choice: With several position axes, where each frequency has taken the ids of one: the
+            constant [F] that says which; else empty.
         tables: Values that hold cosines and sines, a row an id; empty where angles are computed.
     """
 
     name: str
     ids_name: str
+    choice: str = ""
     tables: tuple[str, str] | tuple[()] = ()
 
     @property
     def values(self) -> tuple[str, ...]:
         """All that :meth:`ids` has to be given."""
-        return tuple(filter(None, (self.ids_name, *self.tables)))
+        return tuple(filter(None, (self.ids_name, self.choice, *self.tables)))
 
     def ids(self, values: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> Ids | str:
-        """Which ids it sees, [B, S]; or, in words, why there is no telling.
+        """Which ids it sees, of that shape; or, in words, why there is no telling.
 
         Args:
             values: Those of :attr:`values`.
@@ -74,6 +77,8 @@ class IdReader:
         if found.size == shape[-1]:
             # Of a row that all rows share.
             found = np.broadcast_to(found.reshape(1, shape[-1]), shape)
+        if len(shape) == 3 and self.choice and found.size != np.prod(shape):
+            found = _by_axis(found, values[self.choice].ravel(), shape)
         if found.size != np.prod(shape):
             return f"{self.name} reads {list(found.shape)} ids instead of {list(shape)}"
         ids: Ids = found.reshape(shape)
@@ -114,7 +119,8 @@ def _as_reader(
     if node.domain not in _STANDARD:
         return None
     if node.op_type in _TRIGONOMETRY and depends[node.inputs[0]]:
-        return IdReader(name=name, ids_name=_ids_behind(graph, node.inputs[0], depends))
+        ids = _ids_behind(graph, node.inputs[0], depends)
+        return IdReader(name=name, ids_name=ids, choice=_choice_behind(graph, ids, depends))
     if node.op_type == "Gather" and node.inputs[0] in tables and depends[node.inputs[1]]:
         return IdReader(name=name, ids_name=node.inputs[1])
     return None
@@ -134,11 +140,51 @@ def _ids_behind(graph: Graph, angles: str, depends: Mapping[str, _Depends]) -> s
             left, right = node.inputs[:2]
             if depends[left] != depends[right]:
                 return left if depends[left] > depends[right] else right
-        elif node.domain in _STANDARD and node.op_type in _PASS_FIRST:
+        elif node.domain in _STANDARD and (
+            node.op_type in _PASS_FIRST or _is_choice(node, depends)
+        ):
             waiting.append(node.inputs[0])
         elif node.domain in _STANDARD and node.op_type in _PASS_ALL:
             waiting += node.inputs
     return ""
+
+
+def _is_choice(node: GraphNode, depends: Mapping[str, _Depends]) -> bool:
+    """Whether a node picks from its first input by a constant, as axes of ids are picked."""
+    return node.op_type == "Gather" and not depends[node.inputs[1]]
+
+
+def _choice_behind(graph: Graph, ids: str, depends: Mapping[str, _Depends]) -> str:
+    """The constant by which each frequency was given the ids of one axis; empty if none."""
+    index = graph.producers.get(ids)
+    while index is not None and graph.nodes[index].domain in _STANDARD:
+        node = graph.nodes[index]
+        if _is_choice(node, depends):
+            return node.inputs[1]
+        index = graph.producers.get(node.inputs[0]) if node.op_type in _PASS_FIRST else None
+    return ""
+
+
+def _by_axis(found: Ids, axes: NDArray[Any], shape: tuple[int, ...]) -> Ids:
+    """Ids [F, B, S] or [B, S, F] of frequencies as those of axes, [A, B, S].
+
+    Of frequencies of one axis that differ, the furthest off from the first is taken; an axis that
+    turns no frequency has no ids. What does not fit comes back as it is.
+    """
+    num_axes, batch, length = shape
+    if found.size != len(axes) * batch * length:
+        return found
+    last = found.ndim > 2 and found.shape[-1] == len(axes)
+    each = found.reshape(batch, length, -1) if last else found.reshape(-1, batch * length).T
+    each = each.reshape(batch, length, len(axes))
+    seen = np.full(shape, np.nan)
+    for axis in range(num_axes):
+        of_axis = each[..., axes == axis]
+        if of_axis.size:
+            first = of_axis[..., :1]
+            furthest = np.abs(of_axis - first).argmax(axis=-1)[..., None]
+            seen[axis] = np.take_along_axis(of_axis, furthest, axis=-1)[..., 0]
+    return seen
 
 
 def _dependencies(graph: Graph) -> dict[str, _Depends]:

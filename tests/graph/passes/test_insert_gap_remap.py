@@ -211,6 +211,16 @@ def prompts(draw: st.DrawFn) -> np.ndarray:
     return stack_tables(rows)
 
 
+def test_ids_of_three_axes_give_a_table_of_three_and_take_slots_of_one(small_decoder, run_model):
+    model = small_decoder(shape=[3, "batch", "sequence"])
+    InsertGapRemap().run(model)
+    shapes = [[str(dim) for dim in value.shape] for value in model.graph.inputs[:2]]
+    assert shapes == [["batch", "sequence"], ["3", "batch", "prompt_length"]]
+    table = np.stack([TABLE, TABLE + 1, TABLE * 2])
+    negative = run_model(model, position_ids=SLOTS, attention_mask=MASK, kept_positions=table)[1]
+    assert np.array_equal(negative, -gap_remap(SLOTS, table))
+
+
 @settings(max_examples=150, deadline=None)
 @given(table=prompts(), first=st.integers(0, 60), length=st.integers(1, 40))
 def test_function_equals_positions_and_a_slow_walk(remap, table, first, length):

@@ -1,0 +1,257 @@
+"""A decoder whose RoPE reads three ids a token (M-RoPE), from the prompt to the last token.
+
+The tiny LLaVA is given such a decoder, whose frequencies turn by time, row, column and column. All
+of it is exported, checked and run as any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gap_export.bundle import open_bundle
+from gap_export.checkpoint.find.source import Checkpoint
+from gap_export.exporting import ExportOptions, export_model
+from gap_export.exporting.torch_backend import TorchBackend
+from gap_export.families import build_reference
+from gap_export.families.common import components
+from gap_export.families.common.modules.llama_decoder import LlamaDecoder
+from gap_export.parity.inside.positions_seen import read_positions
+from gap_export.parity.question import Question
+from gap_export.runtime.generation import PromptRow, assemble_prompt, generate
+from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.runtime.session import GroundingSession
+from gap_export.spec.manifest import TensorSpec
+from gap_export.spec.positions import compact_positions
+from tests.parity.checking import check_with_torch, statuses
+
+# Which axis turns each of the four frequencies of a head of width 8.
+AXES = (0, 1, 2, 2)
+ATOL = 1e-4
+STEPS = np.array([[7, 20, 11, 30, 9]])
+# Rows and columns, and kept tokens; none in the last row, nor in the last two columns.
+GRIDS = {
+    "rows < cols": ((3, 6), [0, 2, 7, 9]),
+    "rows > cols": ((6, 3), [0, 3, 7, 9, 12]),
+    "all rows": ((6, 3), [0, 3, 7, 9, 15]),
+}
+
+
+class MropeDecoder(LlamaDecoder):
+    def _rotation(self, position_ids: torch.Tensor, dtype: torch.dtype) -> Any:
+        # [3, B, S, d / 2], of which each frequency takes one axis.
+        every = position_ids.to(torch.float32).unsqueeze(3) * self.inv_freq
+        half = torch.cat([every[axis, ..., i : i + 1] for i, axis in enumerate(AXES)], dim=-1)
+        angles = torch.cat((half, half), dim=-1).unsqueeze(1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@pytest.fixture(scope="module")
+def mrope() -> Iterator[None]:
+    """Decoders of families have three position axes."""
+    spec, facts = components._spec, components.decoder_spec
+
+    def with_axes(name: str, *shape: Any, dtype: str) -> TensorSpec:
+        return spec(name, *((3,) if name == "position_ids" else ()), *shape, dtype=dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(components, "LlamaDecoder", MropeDecoder)
+        patch.setattr(components, "_spec", with_axes)
+        patch.setattr(
+            components,
+            "decoder_spec",
+            lambda *given: dataclasses.replace(facts(*given), position_axes=3),
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def bundle(mrope: None, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("mrope") / "bundle"
+    export_model(
+        ExportOptions(model=str(tiny_checkpoint), pruner="spatial", keep_ratio=0.3, out=out)
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def backend(bundle: Path) -> Iterator[OnnxRuntimeBackend]:
+    with OnnxRuntimeBackend(open_bundle(bundle)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def reference(bundle: Path, tiny_graphs: Any) -> Any:
+    """The PyTorch model; its decoder is :class:`MropeDecoder`."""
+    parts = Checkpoint.of(tiny_graphs.checkpoint)
+    return build_reference(tiny_graphs.recipe, parts, tiny_graphs.pruning(), device="cpu")
+
+
+def prompt_row(
+    backend: Any, grid: tuple[int, int], keep: list[int], *, before: int = 4, after: int = 5
+) -> tuple[PromptRow, np.ndarray]:
+    """A row of random words and visual tokens, and the visual tokens of which some are kept."""
+    rng = np.random.default_rng(7)
+    text = backend.embed_tokens(rng.integers(5, 60, size=(1, before + after)))[0]
+    every = rng.normal(size=(grid[0] * grid[1], text.shape[1])).astype(np.float32)
+    row = PromptRow(
+        prefix_embeds=text[:before],
+        suffix_embeds=text[before:],
+        image_features=every[keep],
+        keep_indices=np.array(keep),
+        num_visual_tokens=len(every),
+        grid=grid,
+    )
+    return row, every
+
+
+def logits_of(backend: Any, rows: list[PromptRow], positions: Any = "gap") -> np.ndarray:
+    """[B, steps, V], the same tokens forced."""
+    prompt = assemble_prompt(rows, positions=positions, position_axes=3)
+    answer = generate(
+        backend,
+        prompt,
+        max_new_tokens=1,
+        eos_token_ids=(2,),
+        forced_tokens=np.repeat(STEPS, len(rows), axis=0),
+        keep_logits=True,
+    )
+    assert answer.logits is not None
+    return answer.logits
+
+
+def masked_logits(reference: Any, row: PromptRow, every: np.ndarray) -> np.ndarray:
+    """[1, steps, V] of the plain decoder, all tokens fed, dropped ones hidden; ids by a loop."""
+    rows, cols = row.grid or (0, 0)
+    start = len(row.prefix_embeds)
+    ids = [[place] * 3 for place in range(start)]
+    ids += [[start, start + r, start + c] for r in range(rows) for c in range(cols)]
+    more = len(row.suffix_embeds) + STEPS.size
+    ids += [[start + max(rows, cols) + place] * 3 for place in range(more)]
+    full = np.concatenate([row.prefix_embeds, every, row.suffix_embeds])
+    with torch.inference_mode():
+        fed = reference.embed_tokens(torch.from_numpy(STEPS[0, :-1])).numpy()
+    dropped = set(range(len(every))) - set(row.keep_indices.tolist())
+    found = []
+    for step in range(STEPS.size):
+        embeds = np.concatenate([full, fed[:step]])
+        mask = np.ones((1, len(embeds)), dtype=np.int64)
+        mask[0, [start + index for index in dropped]] = 0
+        table = np.array(ids[: len(embeds)]).T[:, None]
+        spec = reference.decoder_spec
+        past = torch.zeros(1, spec.num_key_value_heads, 0, spec.head_dim)
+        with torch.inference_mode():
+            logits, *_ = reference.decoder(
+                *(torch.from_numpy(array) for array in (embeds[None], mask, table)),
+                *[past] * (2 * spec.num_layers),
+            )
+        found.append(logits[:, 0].numpy())
+    return np.stack(found, axis=1)
+
+
+@pytest.mark.parametrize("after", [1, 5])
+@pytest.mark.parametrize("before", [0, 4])
+@pytest.mark.parametrize(("grid", "keep"), GRIDS.values(), ids=GRIDS)
+def test_pruned_equals_unpruned_with_dropped_tokens_hidden(
+    backend, reference, grid, keep, before, after
+):
+    row, every = prompt_row(backend, grid, keep, before=before, after=after)
+    truth = masked_logits(reference, row, every)
+    assert np.abs(truth).max() > 0.5
+    assert np.abs(logits_of(backend, [row]) - truth).max() <= ATOL
+    assert np.abs(logits_of(TorchBackend(reference), [row]) - truth).max() <= ATOL
+    assert np.abs(logits_of(backend, [row], "compact") - truth).max() > 0.1
+    shifted = np.abs(logits_of(backend, [row], "text-shifted") - truth).max()
+    # Where a token of the longest axis' last line is left, text goes on where it should.
+    keeps_last_line = max(keep) // grid[1] == grid[0] - 1
+    assert shifted <= ATOL if keeps_last_line else shifted > 0.05
+
+
+def test_all_kept_equals_unpruned_ids_bit_for_bit_and_compact_does_not(backend):
+    row, _ = prompt_row(backend, (3, 6), list(range(18)))
+    prompt = assemble_prompt([row], positions="gap", position_axes=3)
+    # The unpruned ids for every slot: nothing is left to the rule beyond the table.
+    whole = dataclasses.replace(
+        prompt, id_table=np.concatenate([prompt.id_table, 15 + np.zeros((3, 1, 5), int)], axis=-1)
+    )
+    whole.id_table[..., -5:] += np.arange(5)
+    runs = [
+        generate(
+            backend, given, max_new_tokens=1, eos_token_ids=(2,), forced_tokens=STEPS,
+            keep_logits=True,
+        ).logits
+        for given in (prompt, whole)
+    ]  # fmt: skip
+    assert prompt.id_table[0, 0, -1] == 14
+    assert np.array_equal(*runs)
+    # The plane is lost though nothing is dropped: other than with one axis.
+    assert np.abs(logits_of(backend, [row], "compact") - runs[0]).max() > 0.1
+
+
+def test_rows_of_a_padded_batch_equal_the_rows_alone(backend):
+    rows = [
+        prompt_row(backend, (3, 6), [0, 2, 7, 9])[0],
+        prompt_row(backend, (6, 3), list(range(18)), before=2, after=9)[0],
+        prompt_row(backend, (1, 1), [0], before=0, after=1)[0],
+    ]
+    batch = logits_of(backend, rows)
+    for index, row in enumerate(rows):
+        assert np.abs(batch[index] - logits_of(backend, [row])[0]).max() <= ATOL
+
+
+def test_a_session_feeds_slots_and_three_axes(bundle):
+    manifest = open_bundle(bundle).manifest
+    assert manifest.decoder.position_axes == 3
+    shapes = {tensor.name: tensor.shape for tensor in manifest.graph("decoder_model_merged").inputs}
+    assert shapes["position_ids"] == ("batch_size", "sequence_length")
+    assert shapes["kept_positions"] == (3, "batch_size", "prompt_length")
+    image = Image.effect_noise((48, 32), 90).convert("RGB")
+    with GroundingSession.open(bundle) as session:
+        alone = [session.ground(image, words) for words in ("the star", "a big red square")]
+        both = session.ground_batch(image, ["the star", "a big red square"])
+    assert [one.token_ids for one in both] == [one.token_ids for one in alone]
+
+
+def test_context_counts_ids_and_not_tokens(bundle):
+    opened = open_bundle(bundle)
+    # 16 visual tokens take up 4 ids: <s> USER: + 4 + 2 words + ASSISTANT: = 9, 8 for the answer.
+    decoder = dataclasses.replace(opened.manifest.decoder, max_position_embeddings=21)
+    manifest = dataclasses.replace(opened.manifest, decoder=decoder)
+    with GroundingSession(manifest, bundle, OnnxRuntimeBackend(opened)) as session:
+        session.ground(Image.new("RGB", (32, 32)), "the star")
+
+
+def check(bundle: Path, graphs: Any) -> Any:
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    questions = [
+        Question(image=image, expression=words) for words in ("the star", "a big red square")
+    ]
+    parts = Checkpoint.of(graphs.checkpoint)
+    return check_with_torch(bundle, graphs.recipe, parts, questions)
+
+
+def test_check_compares_with_the_same_decoder_and_reads_ids_of_all_axes(bundle, mrope, tiny_graphs):
+    report = check(bundle, tiny_graphs)
+    failed = [level for level in report.backends[0].levels if level.status == "failed"]
+    assert not failed, [(level.level, level.reason) for level in failed]
+    rows = read_positions(open_bundle(bundle))
+    assert isinstance(rows, tuple) and all(row.passed for row in rows)
+
+
+def test_a_graph_whose_rows_turn_what_columns_should_fails(bundle, mrope, tiny_graphs, monkeypatch):
+    monkeypatch.setitem(globals(), "AXES", (0, 2, 1, 1))
+    assert statuses(check(bundle, tiny_graphs))["tensor"] == "failed"
+
+
+def test_compact_table_has_the_slot_on_every_axis(backend):
+    row, _ = prompt_row(backend, (3, 6), [0, 2, 7, 9])
+    prompt = assemble_prompt([row], positions="compact", position_axes=3)
+    assert prompt.id_table.tolist() == [[compact_positions(13).tolist()]] * 3
+    assert prompt.kept_positions.tolist() == [[0, 1, 2, 3, 4, 6, 11, 13, 22, 23, 24, 25, 26]]
