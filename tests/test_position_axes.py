@@ -25,7 +25,7 @@ from gap_export.families.common import components
 from gap_export.families.common.modules.llama_decoder import LlamaDecoder
 from gap_export.parity.inside.positions_seen import read_positions
 from gap_export.parity.question import Question
-from gap_export.runtime.generation import PromptRow, assemble_prompt, generate
+from gap_export.runtime.generation import PromptRow, assemble_prompt, embed_tokens, generate
 from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import TensorSpec
@@ -99,7 +99,7 @@ def prompt_row(
 ) -> tuple[PromptRow, np.ndarray]:
     """A row of random words and visual tokens, and the visual tokens of which some are kept."""
     rng = np.random.default_rng(7)
-    text = backend.embed_tokens(rng.integers(5, 60, size=(1, before + after)))[0]
+    text = embed_tokens(backend, rng.integers(5, 60, size=(1, before + after)))[0]
     every = rng.normal(size=(grid[0] * grid[1], text.shape[1])).astype(np.float32)
     row = PromptRow(
         prefix_embeds=text[:before],

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gap_export.errors import UsageError
@@ -259,6 +259,8 @@ def mrope_prompts(draw: st.DrawFn) -> tuple[int, list[VisualSpan]]:
     return cursor + draw(st.integers(1, 5)), spans
 
 
+# Importing transformers takes its time.
+@settings(deadline=None, max_examples=50)
 @given(mrope_prompts())
 def test_three_axes_equal_a_loop_and_what_transformers_gives(
     prompt: tuple[int, list[VisualSpan]],

@@ -1,8 +1,7 @@
 """Safetensors by reference: where each tensor's bytes lie, without reading one of them.
 
 An export need not load weights; the ONNX files point into the checkpoint by offset. So this module
-reads headers, with bounds on everything a damaged or hostile file could claim, and maps the bytes
-of one tensor where somebody asks for them.
+reads headers, which safetensors itself checks, and maps the bytes of one tensor when it is loaded.
 Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header,
 tensor bytes without holes).
 """
@@ -12,13 +11,12 @@ from __future__ import annotations
 import math
 import mmap
 import reprlib
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from gap_export.checkpoint.weights.files import (
     MAX_KEY,
@@ -33,14 +31,8 @@ from gap_export.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-
-# The format's own reader refuses more as well.
-_MAX_HEADER_BYTES = 100_000_000
-_MAX_NATURAL = 2**63 - 1
-_ITEM_BYTES: Mapping[str, int] = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
-    "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_MAX_SIZE = (1 << 63) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,34 +108,43 @@ def index_files(files: Iterable[Path]) -> dict[str, TensorRef]:
 
 
 def read_header(file: Path) -> dict[str, TensorRef]:
-    """Parse and check one file's header; no tensor byte is read.
+    """Where the tensors of one file lie, once the format's own reader has accepted its header.
 
     Raises:
-        CheckpointError: missing, truncated, not safetensors, a header longer than the file or than
-            100 MB, an unknown dtype, a length that does not fit the shape, or offsets that overlap,
-            leave holes or leave the file.
+        CheckpointError: missing, a Git LFS pointer, or not a whole safetensors file.
     """
     try:
-        size = file.stat().st_size
         with file.open("rb") as stream:
-            prefix = stream.read(8)
-            header_length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 2 <= header_length <= min(_MAX_HEADER_BYTES, size - 8):
-                check_no_pointer(file, prefix + stream.read(64))
-                raise damaged(
-                    file,
-                    f"header of {header_length} bytes in a file of {size}"
-                    if header_length >= 0
-                    else f"{size} bytes in all",
-                )
-            raw = stream.read(header_length)
+            start = stream.read(64)
+            check_no_pointer(file, start)
+            # It refuses a header that is damaged, or does not fit the file byte for byte.
+            with safe_open(file, framework="pt"):
+                pass
+            header_length = int.from_bytes(start[:8], "little")
+            stream.seek(8)
+            header = parse_json_object(file, stream.read(header_length))
+    except SafetensorError as err:
+        raise damaged(file, str(err)) from err
     except OSError as err:
         raise CheckpointError("weight file cannot be read", seen=f"{file}: {err}") from err
-    header = parse_json_object(file, raw)
     header.pop("__metadata__", None)
-    data_start = 8 + header_length
-    refs = {key: _entry(file, key, value, data_start) for key, value in header.items()}
-    _check_layout(file, refs.values(), start=data_start, end=size)
+    refs = {}
+    for key, entry in header.items():
+        if len(key) > MAX_KEY:
+            raise damaged(file, f"a tensor with a name of {len(key)} characters, {key[:100]!r}...")
+        shape = entry["shape"]
+        strange = len(shape) > MAX_RANK or max(shape, default=0) > _MAX_SIZE
+        if strange or set(entry) != _ENTRY_KEYS:
+            raise damaged(file, f"entry {key!r} is {reprlib.repr(entry)}")
+        first, end = entry["data_offsets"]
+        refs[key] = TensorRef(
+            file=file,
+            key=key,
+            dtype=entry["dtype"],
+            shape=tuple(shape),
+            offset=8 + header_length + first,
+            length=end - first,
+        )
     return refs
 
 
@@ -209,43 +210,3 @@ def map_bytes(
     # Headers of odd length are legal; loads from odd addresses are not, everywhere.
     aligned = flat if flat.data_ptr() % dtype.itemsize == 0 else flat.clone()
     return aligned.view(dtype)
-
-
-def _entry(file: Path, key: str, value: Any, data_start: int) -> TensorRef:
-    if len(key) > MAX_KEY:
-        raise damaged(file, f"a tensor with a name of {len(key)} characters, {key[:100]!r}...")
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise damaged(file, f"entry {key!r} is {reprlib.repr(value)}")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise damaged(file, f"{key} has dtype {dtype!r}")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise damaged(file, f"{key} has shape {reprlib.repr(shape)} at {reprlib.repr(offsets)}")
-    length = offsets[1] - offsets[0]
-    if length != math.prod(shape) * _ITEM_BYTES[dtype]:
-        raise damaged(file, f"{key}: {length} bytes for {dtype} {shape}")
-    return TensorRef(
-        file=file,
-        key=key,
-        dtype=dtype,
-        shape=tuple(shape),
-        offset=data_start + offsets[0],
-        length=length,
-    )
-
-
-def _naturals(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) > MAX_RANK:
-        return False
-    return all(type(v) is int and 0 <= v <= _MAX_NATURAL for v in value)
-
-
-def _check_layout(file: Path, refs: Iterable[TensorRef], *, start: int, end: int) -> None:
-    cursor = start
-    for ref in sorted(refs, key=lambda r: (r.offset, r.length)):
-        if ref.offset != cursor:
-            word = "overlaps the tensor before it" if ref.offset < cursor else "follows a hole"
-            raise damaged(file, f"{ref.key} {word}")
-        cursor += ref.length
-    if cursor != end:
-        raise damaged(file, f"tensors end at byte {cursor} of {end}")
