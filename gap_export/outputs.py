@@ -27,7 +27,8 @@ DRAWING_SOFTWARE = "gap-export drawing"
 # Where GitHub Actions says which file a step's summary is: reports are added to it.
 _SUMMARY = "GITHUB_STEP_SUMMARY"
 # What folders hold that list all they hold.
-_LISTS = {"gap.json.sha256": "a bundle", "golden.json.sha256": "a golden"}
+BUNDLE_MARK, GOLDEN_MARK = "gap.json.sha256", "golden.json.sha256"
+_LISTS = {BUNDLE_MARK: "a bundle", GOLDEN_MARK: "a golden"}
 # Each form says what it is near its beginning or its end.
 _LOOKED_AT = 1024
 _FORMS = (
@@ -107,7 +108,7 @@ class OutputRule:
         """
         self.check({what: path})
         # Not named after the file, whose name may be as long as names can be.
-        target = _in_real_folder(path)
+        target = in_real_folder(path)
         part = target.with_name(f".gap-export-{secrets.token_hex(8)}.part")
         try:
             with part.open("xb") as stream:
@@ -184,7 +185,7 @@ def _check_place(what: str, path: Path) -> tuple[Path, bool]:
         )
     folder = path.absolute().parent
     try:
-        real = _in_real_folder(path)
+        real = in_real_folder(path)
         folder = real.parent
         mode: int | None = real.lstat().st_mode
     except FileNotFoundError:
@@ -212,10 +213,11 @@ def _check_place(what: str, path: Path) -> tuple[Path, bool]:
     return real, mode is not None
 
 
-def _in_real_folder(path: Path) -> Path:
+def in_real_folder(path: Path) -> Path:
     """The path with links and ``..`` of its folder resolved; what it names may still be a link."""
-    absolute = path.absolute()
-    return absolute.parent.resolve() / absolute.name
+    if path.name in ("", ".."):
+        return path.resolve()
+    return path.parent.resolve() / path.name
 
 
 def _real(path: Path) -> Path:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gap_export.errors import BundleError
+from gap_export.outputs import BUNDLE_MARK
 from gap_export.spec.manifest import MANIFEST_NAME
 
-HASH_NAME = f"{MANIFEST_NAME}.sha256"
+HASH_NAME = BUNDLE_MARK
 ENGINES_FOLDER = "engines"
 
 _CHUNK_BYTES = 1 << 20
@@ -21,9 +22,9 @@ _CHUNK_BYTES = 1 << 20
 _MAX_DEPTH, _MAX_SHOWN = 32, 80
 
 
-def hash_line(raw_manifest: bytes) -> bytes:
+def hash_line(raw: bytes, *, name: str = MANIFEST_NAME) -> bytes:
     """Content of ``gap.json.sha256`` for a manifest's bytes, as ``sha256sum -c`` reads it."""
-    return f"{hashlib.sha256(raw_manifest).hexdigest()}  {MANIFEST_NAME}\n".encode()
+    return f"{hashlib.sha256(raw).hexdigest()}  {name}\n".encode()
 
 
 def sha256_of(path: Path) -> str:
@@ -58,8 +59,12 @@ def reserve_space(stream: BinaryIO, size: int) -> None:
                 raise
 
 
-def walk_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+def walk_files(folder: Path, *, prefix: str = "") -> Iterator[tuple[str, os.stat_result]]:
     """Every file below a folder, by name, as (POSIX path within the folder, lstat).
+
+    Args:
+        folder: The folder.
+        prefix: Put before each path, for folders within folders.
 
     Raises:
         BundleError: something is neither a plain file nor a folder. A symbolic link could lead out
@@ -67,10 +72,6 @@ def walk_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
             deeper than any bundle's.
         OSError: a folder cannot be read.
     """
-    yield from _walk(folder, prefix="")
-
-
-def _walk(folder: Path, *, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
     with os.scandir(folder) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
@@ -84,7 +85,7 @@ def _walk(folder: Path, *, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
                 fix="remove them, or export the bundle again",
             )
         if stat.S_ISDIR(status.st_mode):
-            yield from _walk(folder / entry.name, prefix=f"{name}/")
+            yield from walk_files(folder / entry.name, prefix=f"{name}/")
         elif stat.S_ISREG(status.st_mode):
             # scandir's cached stat may lack device and inode on some systems; ask again.
             yield name, os.lstat(folder / entry.name)

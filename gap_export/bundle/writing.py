@@ -28,7 +28,7 @@ from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME, hash_line, walk_f
 from gap_export.bundle.hashing import FileHasher, FileState, changed
 from gap_export.bundle.holding import Held, HeldFile, Hold, hold_file
 from gap_export.errors import BundleError, OutputError
-from gap_export.outputs import check_outside_listings
+from gap_export.outputs import check_outside_listings, in_real_folder
 from gap_export.spec.manifest import (
     MANIFEST_NAME,
     FileSpec,
@@ -153,7 +153,7 @@ def write_bundle(out: str | Path, *, force: bool = False) -> Iterator[BundleDraf
     Raises:
         OutputError: the folder is taken, the disk is full, or the place cannot be written.
     """
-    final = _absolute(Path(out))
+    final = in_real_folder(Path(out))
     created: list[Path] = []
     draft: BundleDraft | None = None
     lock = -1
@@ -202,17 +202,12 @@ def check_output(out: str | Path, *, force: bool) -> None:
     Raises:
         OutputError: the folder is taken.
     """
-    _check_final(_absolute(Path(out)), force=force)
-
-
-def _absolute(path: Path) -> Path:
-    """The path without ``..``; a link as its last part is kept, so that it can be refused."""
-    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+    _check_final(in_real_folder(Path(out)), force=force)
 
 
 def _is_ours(path: Path, final: Path) -> bool:
     """Whether a path is the bundle's, a draft's or a folder around them; not a file beside them."""
-    absolute = _absolute(path)
+    absolute = in_real_folder(path)
     # Creating missing parents may fail at any of them.
     if final.is_relative_to(absolute):
         return True

@@ -6,11 +6,11 @@ import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from gap_export.bundle.files import sha256_of
 from gap_export.checkpoint.find.foreign import describe_config, refuse_foreign
 from gap_export.checkpoint.find.hub_cache import ADAPTER_CONFIG, find_part
 from gap_export.checkpoint.find.parts import (
@@ -48,7 +48,6 @@ __all__ = [
     "Checkpoint",
     "check_named_parts",
     "check_required_parts",
-    "hash_file",
     "parse_parts",
     "resolve_model",
     "resolve_recipe",
@@ -180,15 +179,6 @@ def resolve_recipe(manifest: Manifest, homes: Sequence[Path]) -> Recipe:
     recipe = _recipe_of(manifest, homes, _shipped(manifest.model.name))
     _check_unchanged(manifest, recipe)
     return recipe
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    digest = sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _find_model(
@@ -388,7 +378,7 @@ def _verified(part: SourcePart, place: Path, recipe: Recipe) -> Path:
     for file in part.files:
         # A file may have been given another name: its bytes say what it is.
         path = place / file.path if place.is_dir() else place
-        if not path.is_file() or path.stat().st_size != file.size or hash_file(path) != file.sha256:
+        if not path.is_file() or path.stat().st_size != file.size or sha256_of(path) != file.sha256:
             raise CheckpointError(
                 "this is not the checkpoint the bundle was made from",
                 seen=f"{path} is missing or differs",

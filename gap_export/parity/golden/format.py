@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
+from gap_export.bundle import files
 from gap_export.errors import UsageError
+from gap_export.outputs import GOLDEN_MARK
 from gap_export.parity.replay import NEW_CACHE, Call
 from gap_export.runtime.backends.backend import DECODER, EMBEDDING, NEWLINE, PRUNER, TEXT, VISION
 from gap_export.runtime.grounding import Grounding
@@ -30,7 +31,7 @@ from gap_export.spec.manifest import (
 )
 
 GOLDEN_NAME = "golden.json"
-HASH_NAME = f"{GOLDEN_NAME}.sha256"
+HASH_NAME = GOLDEN_MARK
 TENSORS_NAME = "golden.safetensors"
 NAMES = frozenset({GOLDEN_NAME, HASH_NAME, TENSORS_NAME})
 FORMAT = "gap-export-golden"
@@ -281,7 +282,7 @@ def without_scores(answer: Grounding) -> Grounding:
 
 def hash_line(raw: bytes) -> bytes:
     """Content of ``golden.json.sha256``, as ``sha256sum -c`` reads it."""
-    return f"{hashlib.sha256(raw).hexdigest()}  {GOLDEN_NAME}\n".encode()
+    return files.hash_line(raw, name=GOLDEN_NAME)
 
 
 def source_of(manifest: Manifest) -> dict[str, tuple[SourceFile, ...]]:
