@@ -1,8 +1,8 @@
 """Damage that an image library passes over: what a decoder recovers from is not the image that was.
 
-Pillow reports files that end early and data that cannot be decoded at all. Each
-check here finds what it decodes without a word. What no check can find is in docs/ground.md, "Damaged
-images": most formats have no checksum, and a changed byte of theirs is another valid image.
+Pillow reports files that end early and data that cannot be decoded at all. Each check here finds
+what it decodes without a word. What no check can find is in docs/ground.md, "Damaged images": most
+formats have no checksum, and a changed byte of theirs is another valid image.
 """
 
 from __future__ import annotations
