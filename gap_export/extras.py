@@ -16,7 +16,7 @@ DISTRIBUTION = "gap-export"
 
 # extra -> modules that must import for it to count as installed
 EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "export": ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "trtcheck"),
+    "export": ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors"),
     "patch": ("onnx", "onnx_ir", "onnxscript"),
     "trt-rtx": ("tensorrt_rtx", "cuda.bindings"),
     "trt": ("tensorrt", "cuda.bindings"),

@@ -1,13 +1,16 @@
 """The targets of ``--trt``, as one table. Nothing else in the package tests a target's name.
 
 Sources: NVIDIA's support matrices for TensorRT, TensorRT-RTX and JetPack, as of November 2026; for
-opsets, ``docs/operators.md`` of onnx-tensorrt: 9 to 20 in 10.0, to 22 in 10.6, to 24 in 10.15.
+opsets and operators, ``docs/operators.md`` of onnx-tensorrt: opsets 9 to 20 in 10.0, to 22 in 10.6,
+to 24 in 10.15. Each lowering has a closed list of operators (:mod:`gap_export.graph.lowering`), all
+of which the releases below document for the dtypes of our graphs, but for those in
+:attr:`Platform.undocumented`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
@@ -33,6 +36,8 @@ class Platform:
         max_version: Highest, of which every patch is meant.
         max_opset: Highest ONNX opset its parser is known to read.
         lowerings: Which forms of the graphs build there, best first.
+        undocumented: Operators of our graphs that its documentation does not cover as we use them,
+            each with the reason. They may build all the same; nobody has tried on such a device.
         python: The Python it brings, for the instructions; None where the user chooses.
         cuda: The CUDA release it brings, for the instructions.
     """
@@ -42,6 +47,7 @@ class Platform:
     max_version: Version
     max_opset: int
     lowerings: tuple[Lowering, ...]
+    undocumented: Mapping[str, str] = field(default_factory=dict)
     python: str | None = None
     cuda: str | None = None
 
@@ -94,6 +100,20 @@ class Target:
 
 
 _BOTH: tuple[Lowering, ...] = ("portable", "fused")
+_INTEGERS: Mapping[str, str] = MappingProxyType(
+    {
+        "CumSum": "CumSum is documented for floats; the graph sums integers",
+        "Scan": "Scan is documented for floats; the graph scans integers and booleans as well",
+    }
+)
+# TensorRT has INT4 since 10.0. The parser of 10.6 takes the blocks from the shape of the scales,
+# whatever the opset; nothing is known of that of 10.3.
+_INTEGERS_AND_INT4: Mapping[str, str] = MappingProxyType(
+    {
+        **_INTEGERS,
+        "DequantizeLinear": "INT4 weights in blocks are of opset 21; documented are opsets 9 to 20",
+    }
+)
 # Of both Jetsons.
 _JETPACK_7_2 = Platform(
     name="JetPack 7.2",
@@ -101,6 +121,7 @@ _JETPACK_7_2 = Platform(
     max_version=(11, 4),
     max_opset=24,
     lowerings=_BOTH,
+    undocumented=_INTEGERS,
     python="3.12",
     cuda="13.2",
 )
@@ -137,6 +158,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                         max_version=(10, 14),
                         max_opset=20,
                         lowerings=("portable",),
+                        undocumented=_INTEGERS_AND_INT4,
                     ),
                     Platform(
                         name="TensorRT 10.15 to 11.5",
@@ -144,6 +166,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                         max_version=(11, 5),
                         max_opset=24,
                         lowerings=_BOTH,
+                        undocumented=_INTEGERS,
                     ),
                 ),
                 compute_capabilities=(),
@@ -161,6 +184,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                         max_version=(10, 3),
                         max_opset=20,
                         lowerings=("portable",),
+                        undocumented=_INTEGERS_AND_INT4,
                         python="3.10",
                         cuda="12.6",
                     ),
@@ -181,6 +205,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                         max_version=(10, 13),
                         max_opset=22,
                         lowerings=("portable",),
+                        undocumented=_INTEGERS,
                         python="3.12",
                         cuda="13",
                     ),

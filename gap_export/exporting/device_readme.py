@@ -247,8 +247,9 @@ def _preflight(verdicts: Sequence[PreflightVerdict]) -> str:
     rows = [(v.component, v.verdict, ", ".join(v.operators) or "-") for v in verdicts]
     lines = [f"- {v.component}: {reason}" for v in verdicts for reason in v.reasons]
     legend = (
-        "*fine*: all of it is documented for the oldest TensorRT above; *unverified*: nobody "
-        "vouches for the operators named; *blocked*: it will not build there."
+        "*fine*: all of it is documented for the oldest TensorRT above; *unverified*: the "
+        "operators named are not documented for it as the graph uses them; *blocked*: it will not "
+        "build there."
     )
     parts = ["### Pre-flight", _table(("component", "verdict", "operators"), rows), legend]
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])])

@@ -9,9 +9,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gap_export.engines.targets import Lowering, TargetChoice
+from gap_export.engines.onnx_file import read_operators
+from gap_export.engines.targets import Lowering, Platform, TargetChoice
 from gap_export.errors import UsageError
-from gap_export.spec.manifest import EngineLimits, GraphSpec, ImageSpec, Manifest, TargetSpec
+from gap_export.spec.manifest import (
+    EngineLimits,
+    GraphSpec,
+    ImageSpec,
+    Manifest,
+    PreflightVerdict,
+    TargetSpec,
+)
 from gap_export.spec.requests import LimitsRequest
 
 _SLACK = 4
@@ -121,8 +129,6 @@ def describe_targets(
         forms: By target name.
         graphs: All graphs of the bundle.
     """
-    from gap_export.exporting.preflight import preflight
-
     graphs = tuple(graphs)
     specs: dict[str, TargetSpec] = {}
     for choice in choices:
@@ -131,7 +137,7 @@ def describe_targets(
             continue
         able = [p for p in target.platforms if form.lowering in p.lowerings]
         verdicts = [
-            preflight(folder / graph.file, graph, able[0])
+            _preflight(folder / graph.file, graph.component, able[0])
             for graph in graphs
             if target.built_on == "device" and (graph.lowering, graph.dtype) == _key(form)
         ]
@@ -139,6 +145,21 @@ def describe_targets(
             name=target.name, lowering=form.lowering, dtype=form.dtype, preflight=tuple(verdicts)
         )
     return tuple(specs.values())
+
+
+def _preflight(path: Path, component: str, platform: Platform) -> PreflightVerdict:
+    """What can be said, before it travels, of building a graph with a platform's TensorRT.
+
+    The lowering itself has refused every operator that no TensorRT of the platform takes.
+    """
+    used = set(read_operators(path).values())
+    notes = {name: why for name, why in platform.undocumented.items() if name in used}
+    return PreflightVerdict(
+        component=component,
+        verdict="unverified" if notes else "fine",
+        operators=tuple(notes),
+        reasons=tuple(f"{platform.name}: {why}" for why in notes.values()),
+    )
 
 
 def _key(form: GraphForm) -> tuple[str, str]:

@@ -8,6 +8,7 @@ import pytest
 
 from gap_export.engines.targets import AUTO, TARGETS, TargetChoice, parse_targets
 from gap_export.errors import UsageError
+from gap_export.graph.lowering import FUSED_OPERATORS, LOWERINGS
 
 
 def folders(*specs: str) -> list[str]:
@@ -63,6 +64,12 @@ def test_rows_hold_together(target):
     assert versions == sorted(versions)
     # One TensorRT belongs to one release.
     assert all(a[1] < b[0] for a, b in pairwise(versions))
+    for platform in target.platforms:
+        assert set(platform.undocumented) <= FUSED_OPERATORS
+        # What is noted is the dtype of an operator, or INT4 weights, which raise the opset by one.
+        assert ("DequantizeLinear" in platform.undocumented) == (platform.max_opset < 21)
+        opsets = [LOWERINGS[name].opset for name in platform.lowerings]
+        assert max(opsets) <= max(platform.max_opset, LOWERINGS["portable"].opset)
 
 
 def test_platform_goes_by_the_version_of_tensorrt():

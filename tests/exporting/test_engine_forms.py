@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from gap_export.engines.targets import parse_targets
 from gap_export.errors import UsageError
-from gap_export.exporting.engine_forms import GraphForm, choose_form, find_limits
-from gap_export.spec.manifest import TilesSpec
+from gap_export.exporting.engine_forms import (
+    GraphForm,
+    choose_form,
+    describe_targets,
+    find_limits,
+)
+from gap_export.spec.manifest import GraphSpec, TilesSpec
 
 
 def forms(*specs, base_dtype="float16", lowering=None):
@@ -37,6 +44,41 @@ def test_bfloat16_bundle_keeps_it_but_on_turing():
 def test_lowering_is_the_users_to_choose():
     assert forms("rtx", lowering="portable")["rtx"].lowering == "portable"
     assert forms("orin", lowering="fused")["orin"].lowering == "fused"
+
+
+@pytest.mark.parametrize(
+    ("operators", "noted"),
+    [
+        ("Neg", {}),
+        ("Neg CumSum", dict.fromkeys(("desktop", "orin", "thor"), "CumSum")),
+        ("DequantizeLinear", dict.fromkeys(("desktop", "orin"), "DequantizeLinear")),
+    ],
+)
+def test_what_the_oldest_tensorrt_does_not_document_is_noted(tmp_path, operators, noted):
+    nodes = [helper.make_node(name, ["x"], [name], name) for name in operators.split()]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [])), tmp_path / "g.onnx")
+    graph = GraphSpec(
+        component="vision_encoder",
+        lowering="portable",
+        dtype="float16",
+        kv_contract="none",
+        file="g.onnx",
+        inputs=(),
+        outputs=(),
+    )
+    choices = parse_targets(["rtx:sm89", "desktop", "orin", "thor"])
+    made = choose_form(choices, base_dtype="float16", lowering="portable")
+    found = {t.name: t.preflight for t in describe_targets(tmp_path, choices, made, [graph])}
+    # Built by the export itself: nothing is to be foretold.
+    assert found.pop("rtx") == ()
+    for name, (verdict,) in found.items():
+        wanted = (noted[name],) if name in noted else ()
+        assert verdict.operators == wanted
+        assert verdict.verdict == ("unverified" if wanted else "fine")
+        assert [reason.split(": ")[0] for reason in verdict.reasons] == [
+            parse_targets([name])[0].target.platforms[0].name for _ in wanted
+        ]
 
 
 def limits(manifest, **how):
