@@ -274,7 +274,7 @@ class TinyGraphs:
         from gap_export.checkpoint.weights import place_reference
         from gap_export.exporting.trace import save_graph, trace_component
         from gap_export.families import build_reference
-        from gap_export.graph.passes import PIPELINES, run_pipeline
+        from gap_export.graph.pipelines import PIPELINES, run_pipeline
 
         pruning = self.pruning(*args, **kwargs)
         mark = f"-{pruning.pruner}-{pruning.keep_ratio}-{pruning.order}-{pruning.seed}"

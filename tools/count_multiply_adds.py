@@ -24,7 +24,7 @@ from gap_export.checkpoint.weights import SAFETENSORS_NAMES, TORCH_DTYPES, Place
 from gap_export.exporting.trace import trace_component
 from gap_export.families import build_reference, resolve_pruning, supported_pruners
 from gap_export.families.common.reference import Component
-from gap_export.graph.passes import PIPELINES, run_pipeline
+from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.spec.requests import PruningRequest
 
 VISION = ("vision_encoder", "token_pruner")

@@ -2,8 +2,8 @@
 
 Sources: NVIDIA's support matrices for TensorRT, TensorRT-RTX and JetPack, as of November 2026; for
 opsets and operators, ``docs/operators.md`` of onnx-tensorrt: opsets 9 to 20 in 10.0, to 22 in 10.6,
-to 24 in 10.15. Each lowering has a closed list of operators (:mod:`gap_export.graph.lowering`), all
-of which the releases below document for the dtypes of our graphs, but for those in
+to 24 in 10.15. Each lowering has a closed list of operators (:mod:`gap_export.graph.pipelines`).
+The releases below document all of them for the dtypes of our graphs, but for those in
 :attr:`Platform.undocumented`.
 """
 

@@ -16,8 +16,8 @@ from gap_export.exporting.graph_cache import GraphCache
 from gap_export.exporting.timing import timed
 from gap_export.exporting.trace import OPSET, describe_interface, save_graph, trace_component
 from gap_export.families import Component
-from gap_export.graph.passes import LOWERINGS, PIPELINES, DecoderLimits, lower, run_pipeline
 from gap_export.graph.passes.quantize_linear import QuantizeLinear
+from gap_export.graph.pipelines import LOWERINGS, PIPELINES, DecoderLimits, lower, run_pipeline
 from gap_export.spec.manifest import GraphSpec, Manifest, QuantizationSpec
 
 # The form that ONNX Runtime gets, which is what the passes leave.

@@ -15,10 +15,11 @@ from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME
 from gap_export.checkpoint.find.source import MAIN, Checkpoint
 from gap_export.errors import BundleError, CheckpointError, PassError, UsageError
 from gap_export.exporting.describe import check_prompt, describe_source
-from gap_export.graph.passes import InsertGapRemap, run_pipeline
 from gap_export.graph.passes.graph_pass import GraphPass
 from gap_export.graph.passes.insert_gap_remap import DOMAIN as GAP_DOMAIN
+from gap_export.graph.passes.insert_gap_remap import InsertGapRemap
 from gap_export.graph.passes.matching import static_dim
+from gap_export.graph.pipelines import run_pipeline
 from gap_export.patching.cache_roles import check_cache_roles
 from gap_export.patching.choose_pruner import PASSES, settle_pruning
 from gap_export.patching.decoder_interface import DecoderFacts, read_decoder_interface

@@ -8,7 +8,7 @@ import pytest
 
 from gap_export.engines.targets import AUTO, TARGETS, TargetChoice, parse_targets
 from gap_export.errors import UsageError
-from gap_export.graph.lowering import FUSED_OPERATORS, LOWERINGS
+from gap_export.graph.pipelines import FUSED_OPERATORS, LOWERINGS
 
 
 def folders(*specs: str) -> list[str]:

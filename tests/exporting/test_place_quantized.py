@@ -26,8 +26,8 @@ from gap_export.exporting.place_weights import (
 from gap_export.exporting.quantization import linear_keys
 from gap_export.exporting.trace import save_graph, trace_component
 from gap_export.families import Reference, build_reference, resolve_pruning
-from gap_export.graph.passes import PIPELINES, run_pipeline
 from gap_export.graph.passes.quantize_linear import QuantizeLinear
+from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.progress import SilentProgress
 from gap_export.spec.manifest import QuantizationSpec
 from gap_export.spec.recipe import load_recipe

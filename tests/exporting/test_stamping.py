@@ -31,7 +31,7 @@ from gap_export.families.common.modules.llama_decoder import LlamaDecoder
 from gap_export.families.common.modules.projector import build_projector
 from gap_export.families.common.modules.pruned_vision import PrunedVisionEncoder, VisionParts
 from gap_export.families.common.reference import Component
-from gap_export.graph.passes import PIPELINES, run_pipeline
+from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.pruning import find_pruner
 from gap_export.spec.architecture import DecoderShape, ProjectorShape, VisionShape
 from gap_export.spec.manifest import GridSpec, PruningSpec, TensorSpec

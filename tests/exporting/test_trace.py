@@ -24,7 +24,7 @@ from gap_export.exporting.trace import (
     trace_component,
 )
 from gap_export.families import Component, build_reference, resolve_pruning
-from gap_export.graph.passes import PIPELINES, run_pipeline
+from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.spec.manifest import TensorSpec
 from gap_export.spec.recipe import load_recipe
 from gap_export.spec.requests import PruningRequest

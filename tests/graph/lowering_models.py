@@ -21,8 +21,8 @@ from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.checkpoint.weights import index_files, place_reference, store_quantized
 from gap_export.exporting.trace import trace_component
 from gap_export.families import build_reference, resolve_pruning
-from gap_export.graph.passes import PIPELINES, run_pipeline
 from gap_export.graph.passes.quantize_linear import QuantizeLinear
+from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.spec.architecture import Architecture, DecoderShape, ProjectorShape, VisionShape
 from gap_export.spec.recipe import Recipe, find_recipe
 from gap_export.spec.requests import PruningRequest

@@ -9,8 +9,14 @@ import onnx_ir as ir
 import pytest
 
 from gap_export.errors import PassError
-from gap_export.graph.lowering import FUSED_OPERATORS, PORTABLE_OPERATORS
-from gap_export.graph.passes import LOWERINGS, DecoderLimits, fingerprint, lower
+from gap_export.graph.passes.graph_pass import fingerprint
+from gap_export.graph.pipelines import (
+    FUSED_OPERATORS,
+    LOWERINGS,
+    PORTABLE_OPERATORS,
+    DecoderLimits,
+    lower,
+)
 from gap_export.parity.compare import compare_arrays
 from gap_export.spec.tolerances import TOLERANCES
 from tests.graph.lowering_models import (

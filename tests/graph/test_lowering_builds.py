@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from gap_export.graph.passes import LOWERINGS, DecoderLimits, lower
+from gap_export.graph.pipelines import LOWERINGS, DecoderLimits, lower
 from tests.engines.sm89 import build_plan
 from tests.graph.lowering_models import COMPONENTS, MAX_POSITIONS
 

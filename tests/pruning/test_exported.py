@@ -24,7 +24,7 @@ from gap_export.families.common.modules.pruned_vision import (
     VisionParts,
 )
 from gap_export.families.common.reference import Component
-from gap_export.graph.passes import PIPELINES, run_pipeline
+from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.pruning import PRESETS, FixedPruner, ScoringPruner, find_preset
 from gap_export.spec.manifest import GridSpec, PruningSpec, TensorSpec
 from gap_export.spec.positions import (

@@ -5,25 +5,11 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
 
 from gap_export.errors import PassError
-
-
-@dataclass(frozen=True, kw_only=True)
-class PassReport:
-    """What one pass did.
-
-    Attributes:
-        name: Of the pass.
-        modified: Whether the model is another one now.
-    """
-
-    name: str
-    modified: bool
 
 
 class GraphPass(ABC):
@@ -39,8 +25,11 @@ class GraphPass(ABC):
     def apply(self, model: ir.Model) -> bool:
         """Transform; True exactly if the model changed."""
 
-    def run(self, model: ir.Model) -> PassReport:
-        """Apply the pass and hold it to its word.
+    def run(self, model: ir.Model) -> bool:
+        """Apply the pass and hold it to what it says.
+
+        Returns:
+            Whether the model changed.
 
         Raises:
             PassError: the pass declined, or claimed the opposite of what it did.
@@ -54,7 +43,7 @@ class GraphPass(ABC):
                 seen=f"it reported modified={modified} and the graph "
                 + ("changed" if changed else "is the same"),
             )
-        return PassReport(name=self.name, modified=modified)
+        return modified
 
 
 def fingerprint(model: ir.Model) -> str:

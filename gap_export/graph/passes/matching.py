@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from gap_export.errors import PassError
 
+HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
 
 def is_operator(node: ir.Node | None, op_type: str) -> bool:
     """Whether a node is that standard operator."""
@@ -25,47 +27,6 @@ def describe(value: ir.Value | None) -> str:
     return f"{value.name}{origin}"
 
 
-def require_producer(value: ir.Value | None, op_type: str, *, part: str) -> ir.Node:
-    """The node of that operator that computes a value.
-
-    Args:
-        value: To look behind.
-        op_type: The operator that must be there.
-        part: What is looked for, for the message.
-
-    Raises:
-        PassError: something else is there.
-    """
-    node = None if value is None else value.producer()
-    if node is None or not is_operator(node, op_type):
-        raise PassError(f"{part} is not a {op_type}", seen=describe(value), allowed=op_type)
-    return node
-
-
-def require_reader(value: ir.Value, op_type: str, *, part: str) -> ir.Node:
-    """The one node that reads a value.
-
-    Raises:
-        PassError: it is another operator, several nodes read it, or it is a graph output.
-    """
-    readers = [node for node, _ in value.uses()]
-    if len(readers) != 1 or value.is_graph_output() or not is_operator(readers[0], op_type):
-        seen = [f"{node.op_type} {node.name}" for node in readers]
-        seen += ["graph output"] if value.is_graph_output() else []
-        raise PassError(
-            f"{part} is not read by a {op_type} alone",
-            seen=f"{describe(value)}, read by {', '.join(seen) or 'nobody'}",
-            allowed=op_type,
-        )
-    return readers[0]
-
-
-def other_input(node: ir.Node, known: ir.Value | None) -> ir.Value | None:
-    """The operand of a two-operand node that is not ``known``."""
-    left, right = node.inputs
-    return right if left is known else left
-
-
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
     """The numbers of a constant or an initializer; None for others and for external weights.
 
@@ -77,18 +38,6 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
     if tensor is None or isinstance(tensor, ir.ExternalTensor):
         return None
     return np.asarray(tensor.numpy())
-
-
-def require_constant(value: ir.Value | None, *, part: str) -> NDArray[Any]:
-    """The numbers of a constant.
-
-    Raises:
-        PassError: it is computed, fed, or an external weight.
-    """
-    found = constant(value)
-    if found is None:
-        raise PassError(f"{part} is not a constant", seen=describe(value))
-    return found
 
 
 def static_dim(value: ir.Value, axis: int) -> int | None:

@@ -12,7 +12,7 @@ from gap_export.graph.passes.graph_pass import GraphPass
 _FROM, _TO = 20, 24
 # Operators whose newer versions up to 24 only take more types, or have more attributes with a
 # default that means what the old version did.
-_UNCHANGED = frozenset(
+UNCHANGED_OPERATORS = frozenset(
     """
     Abs Add And ArgMax Cast Clip Concat Constant Conv Cos CumSum DequantizeLinear Div Equal Erf
     Expand Gather GatherElements Gelu Gemm Greater GreaterOrEqual LayerNormalization Less
@@ -45,11 +45,11 @@ class RaiseOpset(GraphPass):
         graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
         for graph in graphs:
             for node in graph.all_nodes():
-                if node.domain == "" and node.op_type not in _UNCHANGED:
+                if node.domain == "" and node.op_type not in UNCHANGED_OPERATORS:
                     raise PassError(
                         f"an operator is not known to mean the same in opset {_TO}",
                         seen=f"{node.op_type}, node {node.name}",
-                        allowed=", ".join(sorted(_UNCHANGED)),
+                        allowed=", ".join(sorted(UNCHANGED_OPERATORS)),
                     )
         for graph in graphs:
             graph.opset_imports[""] = _TO

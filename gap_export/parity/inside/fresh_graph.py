@@ -20,8 +20,8 @@ from gap_export.errors import ExportError
 from gap_export.exporting.quantization import linear_keys
 from gap_export.exporting.trace import trace_component
 from gap_export.families import Component, build_reference
-from gap_export.graph.passes import PIPELINES, run_pipeline
 from gap_export.graph.passes.quantize_linear import QuantizeLinear
+from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.parity.inside.reference_taps import ReferenceTaps
 from gap_export.parity.inside.taps import Graph
 from gap_export.spec.manifest import QuantizationSpec

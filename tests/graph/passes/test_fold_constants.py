@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gap_export.graph.passes import FoldConstants
+from gap_export.graph.passes.fold_constants import FoldConstants
 
 
 def constant(name: str, values: object) -> ir.Node:
@@ -57,7 +57,7 @@ def test_constant_axes_become_an_initializer(run_model):
     data = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     before = run_model(mean_over_reshaped_axis(), data=data)[0]
     model = mean_over_reshaped_axis()
-    assert FoldConstants().run(model).modified
+    assert FoldConstants().run(model)
     assert [node.op_type for node in model.graph] == ["ReduceMean"]
     axes = next(iter(model.graph)).inputs[1]
     assert axes.const_value.numpy().tolist() == [-1]
@@ -69,11 +69,11 @@ def test_constant_axes_become_an_initializer(run_model):
 def test_second_run_finds_nothing():
     model = mean_over_reshaped_axis()
     FoldConstants().run(model)
-    assert not FoldConstants().run(model).modified
+    assert not FoldConstants().run(model)
 
 
 def test_graph_without_constants_is_reported_unmodified(small_decoder):
-    assert not FoldConstants().run(small_decoder()).modified
+    assert not FoldConstants().run(small_decoder())
 
 
 @pytest.mark.parametrize("length", [1, 4, 100])
@@ -85,7 +85,7 @@ def test_weight_of_any_size_is_neither_folded_nor_read(tmp_path, monkeypatch, le
 
     monkeypatch.setattr(ir.ExternalTensor, "numpy", forbidden)
     monkeypatch.setattr(ir.ExternalTensor, "tobytes", forbidden)
-    assert not FoldConstants().run(model).modified
+    assert not FoldConstants().run(model)
     assert [node.op_type for node in model.graph] == ["Neg", "Mul"]
 
 
@@ -101,7 +101,7 @@ def test_export_reads_no_weight(tiny_graphs, tmp_path, monkeypatch):
     from gap_export.checkpoint.weights import place_reference
     from gap_export.exporting.trace import save_graph, trace_component
     from gap_export.families import build_reference
-    from gap_export.graph.passes import PIPELINES, run_pipeline
+    from gap_export.graph.pipelines import PIPELINES, run_pipeline
 
     def forbidden(self: ir.ExternalTensor) -> None:
         raise AssertionError(f"{self.name} was read")

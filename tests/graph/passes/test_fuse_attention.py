@@ -16,6 +16,8 @@ RNG = np.random.default_rng(0)
 LOWEST = np.array(np.finfo(np.float16).min, np.float16)
 SCALE = np.array(0.25, np.float16)
 
+MISSED = "1 places resemble the pattern and do not match it: Softmax .*; use the portable"
+
 PLAIN = """
 attention (float16[b, 2, s, 16] q, float16[b, 2, t, 16] k, float16[b, 2, t, 16] v,
            float16 scale) => (float16[b, 2, s, 16] y) {
@@ -67,7 +69,7 @@ def feeds(heads: int = 2, **more: np.ndarray) -> dict[str, np.ndarray]:
 
 def fused(model: ir.Model) -> ir.Model:
     RaiseOpset().run(model)
-    assert FuseAttention().run(model).modified
+    assert FuseAttention().run(model)
     return model
 
 
@@ -138,30 +140,30 @@ def test_weights_that_somebody_reads_stay():
         ("=> (float16[b, 2, s, 16] y)", "=> (float16[b, 2, s, 16] y, float16[b, 2, s, t] weights)")
     )
     before = fingerprint(model)
-    assert not FuseAttention().run(model).modified
+    assert not FuseAttention().run(model)
     assert fingerprint(model) == before
 
 
 def test_softmax_that_is_no_attention_stays():
     model = plain(("MatMul (weights, v)", "Neg (weights)"), ("[b, 2, s, 16] y", "[b, 2, s, t] y"))
-    assert not FuseAttention().run(model).modified
+    assert not FuseAttention().run(model)
 
 
 def test_second_run_finds_nothing():
     model = fused(plain(text=MASKED))
-    assert not FuseAttention().run(model).modified
+    assert not FuseAttention().run(model)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ([("axis = -1", "axis = 2")], "softmax not over the keys: 2"),
-        ([("Mul (product, scale)", "Mul (product, product)")], "the scale is not a constant"),
+        ([("Mul (product, scale)", "Mul (product, product)")], "scale is not one number: prod"),
         ([("perm = [0, 1, 3, 2]", "perm = [0, 2, 3, 1]"), ("MatMul (q, turned)",
-          "MatMul (q, k)\n    other = Neg (turned)")], "the keys, transposed is not a Transpose"),
-        ([("perm = [0, 1, 3, 2]", "perm = [1, 0, 3, 2]")], "the keys are transposed otherwise"),
+          "MatMul (q, k)\n    other = Neg (turned)")], MISSED),
+        ([("perm = [0, 1, 3, 2]", "perm = [1, 0, 3, 2]")], MISSED),
         ([("product = MatMul", "sum = MatMul"), ("Mul (product", "Mul (product"),
-          ("    scaled", "    product = Neg (sum)\n    scaled")], "the scores is not a MatMul"),
+          ("    scaled", "    product = Neg (sum)\n    scaled")], MISSED),
         ([(", 16]", ", 8]")], r"no fused kernel for such heads: k?q?.*8\]; allowed: .*16 to 256"),
         ([(", 16]", ", 20]")], "a multiple of 8"),
         ([(", 16]", ", 264]")], "use the portable lowering"),

@@ -18,6 +18,8 @@ X = (RNG.standard_normal((5, 8)) * 100).astype(np.float16)
 # ONNX Runtime rounds in between where it does not fuse the nodes by itself.
 ONE_ROUNDING = 2.0**-10
 
+MISSED = "1 places resemble the pattern and do not match it: Reciprocal .*; use the portable"
+
 NORM = """
 norm (float16[n, 8] x, float16[8] weight) => (float16[n, 8] y) {
     two = Constant <value = float {2.0}> ()
@@ -49,8 +51,8 @@ def norm(*changes: tuple[str, str]):
 def test_norm_becomes_one_node_with_the_same_result(order):
     model = norm(order, ("Mul (wide, inverse)", "Mul (inverse, wide)"))
     before = run(model, x=X)
-    assert RaiseOpset().run(model).modified
-    assert FuseRmsNorm().run(model).modified
+    assert RaiseOpset().run(model)
+    assert FuseRmsNorm().run(model)
     assert kinds(model) == ["RMSNormalization"]
     (node,) = model.graph
     assert [value.name for value in node.inputs] == ["x", "weight"]
@@ -65,7 +67,7 @@ def test_norm_becomes_one_node_with_the_same_result(order):
 def test_second_run_finds_nothing():
     model = norm()
     FuseRmsNorm().run(model)
-    assert not FuseRmsNorm().run(model).modified
+    assert not FuseRmsNorm().run(model)
 
 
 @pytest.mark.parametrize(
@@ -79,21 +81,21 @@ def test_second_run_finds_nothing():
 def test_what_is_no_norm_stays(change):
     model = norm(change)
     before = fingerprint(model)
-    assert not FuseRmsNorm().run(model).modified
+    assert not FuseRmsNorm().run(model)
     assert fingerprint(model) == before
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("float {2.0}", "float {3.0}"), "the exponent"),
+        (("float {2.0}", "float {3.0}"), MISSED),
         (("int64[1] {-1}", "int64[1] {0}"), "the mean is not over the last axis"),
-        (("Mul (wide, inverse)", "Mul (square, inverse)"), "it scales something else"),
-        (("Add (mean, epsilon)", "Add (mean, wide)"), "epsilon is not a constant"),
-        (("Mul (weight, narrow)", "Mul (x, narrow)"), "its weight is not an initializer"),
-        (("Mul (weight, narrow)", "Add (weight, narrow)"), "its result is not read by a Mul alone"),
+        (("Mul (wide, inverse)", "Mul (square, inverse)"), MISSED),
+        (("Add (mean, epsilon)", "Add (mean, wide)"), "epsilon is not one number: wide of Cast"),
+        (("Mul (weight, narrow)", "Mul (x, narrow)"), "not what is handled: FLOAT16, x"),
+        (("Mul (weight, narrow)", "Add (weight, narrow)"), MISSED),
         (("wide = Cast <to = 1> (x)", "cast = Cast <to = 1> (x)\n    wide = Exp (cast)"),
-         "its input in float32 is not a Cast"),
+         MISSED),
     ],
 )  # fmt: skip
 def test_near_miss_is_refused_and_left(change, message):

@@ -13,6 +13,8 @@ RNG = np.random.default_rng(0)
 FREQUENCIES = (1.0 / 10000 ** (np.arange(0, 8, 2) / 8)).astype(np.float32)
 ROWS = 40000
 
+MISSED = "places resemble the pattern and do not match it: (Cos|Sin) .*; use the portable"
+
 ROTARY = """
 rotary (float16[b, 2, s, 8] x, int64[b, s] ids, float[4] inv_freq) => (float16[b, 2, s, 8] y) {
     one = Constant <value = int64[1] {1}> ()
@@ -58,7 +60,7 @@ def test_rotation_becomes_one_node_with_the_same_result_for_ids_float16_cannot_h
     given = feeds(0, 1, 2047, 2049, 4095, 32769, 39999)
     before = run(model, **given)[0]
     RaiseOpset().run(model)
-    assert FuseRotary(max_position_embeddings=ROWS).run(model).modified
+    assert FuseRotary(max_position_embeddings=ROWS).run(model)
     assert kinds(model) == ["RotaryEmbedding"]
     (node,) = model.graph
     assert [value.name for value in node.inputs] == ["x", "rotary.cos", "rotary.sin", "ids"]
@@ -84,31 +86,29 @@ def test_tables_are_the_cosines_of_exact_ids():
 def test_second_run_finds_nothing():
     model = rotary()
     FuseRotary(max_position_embeddings=16).run(model)
-    assert not FuseRotary(max_position_embeddings=16).run(model).modified
+    assert not FuseRotary(max_position_embeddings=16).run(model)
 
 
 def test_graph_without_cosine_stays():
-    model = rotary(("Cos (angles)", "Sin (angles)"))
-    assert not FuseRotary(max_position_embeddings=16).run(model).modified
+    model = rotary(("Cos (angles)", "Neg (angles)"), ("Sin (angles)", "Exp (angles)"))
+    assert not FuseRotary(max_position_embeddings=16).run(model)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ([("Concat <axis = -1> (half, half)", "Concat <axis = -1> (half, column)")], "halves"),
+        ([("Concat <axis = -1> (half, half)", "Concat <axis = -1> (half, column)")], MISSED),
         ([("float[4] inv_freq", "float[4] other, float[4] inv_freq"),
-          ("Mul (column, inv_freq)", "Mul (column, other)")], "frequencies is not a constant"),
-        ([("Unsqueeze (row, three)", "Unsqueeze (row, one)")], "position ids as a column"),
+          ("Mul (column, inv_freq)", "Mul (column, other)")], "not a row of float32"),
+        ([("Unsqueeze (row, three)", "Unsqueeze (row, one)")], MISSED),
         ([("Concat <axis = -1> (minus, first)", "Concat <axis = -1> (first, minus)")],
-         "the second half is not a Neg"),
+         MISSED),
         ([("Slice (x, zero, four, three, one)", "Slice (x, one, four, three, one)")],
-         "a half of it"),
+         "turns other halves: .*(1, 4)"),
         ([("Slice (x, four, end, three, one)", "Slice (y0, four, end, three, one)"),
-          ("first = ", "y0 = Exp (x)\n    first = ")], "a half of it"),
-        ([("Add (by_cos, by_sin)", "Sub (by_cos, by_sin)")], "not read by a Add alone"),
-        ([("Mul (turned, sin16)", "Mul (turned, cos16)")], "the other part is not by the sine"),
-        ([("cos16 = Cast <to = 10> (cos)", "cos16 = Cast <to = 10> (cos)\n    more = Cos (half)")],
-         "starts in several places"),
+          ("first = ", "y0 = Exp (x)\n    first = ")], MISSED),
+        ([("Add (by_cos, by_sin)", "Sub (by_cos, by_sin)")], MISSED),
+        ([("Mul (turned, sin16)", "Mul (turned, cos16)")], MISSED),
     ],
 )  # fmt: skip
 def test_near_miss_is_refused_and_left(changes, message):
@@ -121,6 +121,13 @@ def test_near_miss_is_refused_and_left(changes, message):
     with pytest.raises(PassError, match=message):
         FuseRotary(max_position_embeddings=16).run(model)
     assert fingerprint(model) == before
+
+
+def test_a_cosine_beside_the_rotation_is_refused():
+    outputs = ("float16[b, 2, s, 8] y)", "float16[b, 2, s, 8] y, float[b, 1, s, 4] more)")
+    model = rotary(outputs, ("cos16 = ", "more = Cos (half)\n    cos16 = "))
+    with pytest.raises(PassError, match=MISSED):
+        FuseRotary(max_position_embeddings=16).run(model)
 
 
 def test_rotation_in_float32_is_refused():

@@ -20,8 +20,9 @@ from gap_export.checkpoint.weights import (
     store_quantized,
 )
 from gap_export.errors import PassError
-from gap_export.graph.passes import fingerprint, run_pipeline
+from gap_export.graph.passes.graph_pass import fingerprint
 from gap_export.graph.passes.quantize_linear import QuantizeLinear
+from gap_export.graph.pipelines import run_pipeline
 
 RNG = np.random.default_rng(0)
 WIDTH = 64
@@ -151,7 +152,7 @@ def test_named_layers_compute_with_the_rounded_weights_and_nothing_dequantizes_t
     wanted = expected(model, x, names)
     places = store(tmp_path, {name: floats_of(model, name) for name in names})
     report = QuantizeLinear(places).run(model)
-    assert report.modified
+    assert report
     assert model.opset_imports[""] == 21
     kinds = Counter(node.op_type for node in model.graph)
     assert kinds["DequantizeLinear"] == kinds["MatMul"] == 2
@@ -176,7 +177,7 @@ def test_layers_that_are_not_named_stay(tmp_path, run):
 
 
 def test_nothing_named_is_nothing_done():
-    assert not QuantizeLinear({}).run(two_layers()).modified
+    assert not QuantizeLinear({}).run(two_layers())
 
 
 def test_second_run_misses_the_weight(tmp_path):

@@ -5,8 +5,8 @@ import onnx_ir as ir
 import pytest
 
 from gap_export.errors import PassError
-from gap_export.graph.passes import InsertGapRemap
 from gap_export.graph.passes.graph_pass import fingerprint
+from gap_export.graph.passes.insert_gap_remap import InsertGapRemap
 from gap_export.graph.passes.raise_opset import RaiseOpset
 from tests.graph.lowering_models import parse, run
 
@@ -17,7 +17,7 @@ def test_opset_is_raised_and_results_stay():
     x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
     model = parse(GRAPH)
     before = run(model, x=x)[0]
-    assert RaiseOpset().run(model).modified
+    assert RaiseOpset().run(model)
     assert model.opset_imports[""] == 24
     np.testing.assert_array_equal(run(model, x=x)[0], before)
 
@@ -25,7 +25,7 @@ def test_opset_is_raised_and_results_stay():
 def test_second_run_finds_nothing():
     model = parse(GRAPH)
     RaiseOpset().run(model)
-    assert not RaiseOpset().run(model).modified
+    assert not RaiseOpset().run(model)
 
 
 def test_functions_are_raised_too(small_decoder, run_model):

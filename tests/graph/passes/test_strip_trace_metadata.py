@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gap_export.graph.passes import StripTraceMetadata
+from gap_export.graph.passes.strip_trace_metadata import StripTraceMetadata
 
 
 def test_metadata_and_doc_strings_are_cleared_everywhere(small_decoder):
@@ -12,12 +12,12 @@ def test_metadata_and_doc_strings_are_cleared_everywhere(small_decoder):
     for holder in holders:
         holder.metadata_props["stack_trace"] = "File /somewhere/model.py"
         holder.doc_string = "traced"
-    assert StripTraceMetadata().run(model).modified
+    assert StripTraceMetadata().run(model)
     assert not any(holder.metadata_props or holder.doc_string for holder in holders)
 
 
 def test_clean_graph_is_reported_unmodified(small_decoder):
-    assert not StripTraceMetadata().run(small_decoder()).modified
+    assert not StripTraceMetadata().run(small_decoder())
 
 
 def test_numerics_stay(small_decoder, run_model):

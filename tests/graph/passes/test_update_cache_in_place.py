@@ -52,7 +52,7 @@ def step(past: np.ndarray, num_new: int, total: int) -> dict[str, np.ndarray]:
 def test_cache_is_written_where_the_past_ends():
     growing, fixed = decoder(), decoder()
     RaiseOpset().run(fixed)
-    assert UpdateCacheInPlace(capacity=CAPACITY).run(fixed).modified
+    assert UpdateCacheInPlace(capacity=CAPACITY).run(fixed)
     assert kinds(fixed).count("TensorScatter") == 1 and "Concat" not in kinds(fixed)
     assert list(fixed.graph.inputs[3].shape)[2] == CAPACITY
     assert list(fixed.graph.outputs[0].shape)[2] == CAPACITY
@@ -72,13 +72,13 @@ def test_cache_is_written_where_the_past_ends():
 def test_second_run_finds_nothing():
     model = decoder()
     UpdateCacheInPlace(capacity=CAPACITY).run(model)
-    assert not UpdateCacheInPlace(capacity=CAPACITY).run(model).modified
+    assert not UpdateCacheInPlace(capacity=CAPACITY).run(model)
 
 
 def test_graph_without_cache_stays():
     model = decoder()
     model.graph.inputs[3].name = "memory"
-    assert not UpdateCacheInPlace(capacity=CAPACITY).run(model).modified
+    assert not UpdateCacheInPlace(capacity=CAPACITY).run(model)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,197 @@
+"""The passes of each graph in order: of the base form, and of the forms for TensorRT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import onnx_ir as ir
+
+from gap_export.errors import PassError
+from gap_export.graph.passes.check_operators import CheckOperators
+from gap_export.graph.passes.decompose_integer_clip import DecomposeIntegerClip
+from gap_export.graph.passes.drop_zero_bias import DropZeroBias
+from gap_export.graph.passes.fold_constants import FoldConstants
+from gap_export.graph.passes.fuse_attention import FuseAttention
+from gap_export.graph.passes.fuse_linear import FuseLinear
+from gap_export.graph.passes.fuse_rms_norm import FuseRmsNorm
+from gap_export.graph.passes.fuse_rotary import FuseRotary
+from gap_export.graph.passes.graph_pass import GraphPass
+from gap_export.graph.passes.insert_gap_remap import InsertGapRemap
+from gap_export.graph.passes.matching import is_operator
+from gap_export.graph.passes.raise_opset import UNCHANGED_OPERATORS, RaiseOpset
+from gap_export.graph.passes.strip_trace_metadata import StripTraceMetadata
+from gap_export.graph.passes.take_num_kept_tokens import TakeNumKeptTokens
+from gap_export.graph.passes.update_cache_in_place import PAST, UpdateCacheInPlace
+
+DECODER = "decoder_model_merged"
+PIPELINES: Mapping[str, tuple[GraphPass, ...]] = MappingProxyType(
+    {
+        name: (FoldConstants(), *passes, StripTraceMetadata())
+        for name, passes in (
+            ("vision_encoder", (FuseLinear(),)),
+            ("token_pruner", (FuseLinear(), TakeNumKeptTokens())),
+            ("text_encoder", (FuseLinear(),)),
+            ("embed_tokens", ()),
+            (DECODER, (FuseLinear(), InsertGapRemap())),
+        )
+    }
+)
+
+# Read by TensorRT's parser from 10.3 on; neither If nor Loop nor NonZero, nor anything fused.
+PORTABLE_OPERATORS = UNCHANGED_OPERATORS
+FUSED_OPERATORS = PORTABLE_OPERATORS | {
+    "Attention",
+    "RMSNormalization",
+    "RotaryEmbedding",
+    "TensorScatter",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderLimits:
+    """What the fused decoder must know beforehand.
+
+    Attributes:
+        max_position_embeddings: Position ids are below it; the model's own figure.
+        cache_capacity: Slots of the KV cache: the longest prompt and all new tokens.
+    """
+
+    max_position_embeddings: int
+    cache_capacity: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowering:
+    """A form of the graphs.
+
+    Attributes:
+        opset: The highest it declares.
+        operators: All that it may use.
+        kv_contract: Whether the decoder's cache grows or is written in place.
+        dtypes: Those its floats may have.
+    """
+
+    opset: int
+    operators: frozenset[str]
+    kv_contract: Literal["concat", "in_place"]
+    dtypes: tuple[str, ...]
+
+
+LOWERINGS: Mapping[str, Lowering] = MappingProxyType(
+    {
+        "portable": Lowering(
+            # Blocked DequantizeLinear is of opset 21; without INT4 weights a graph stays at 20.
+            opset=21,
+            operators=PORTABLE_OPERATORS,
+            kv_contract="concat",
+            dtypes=("float16", "bfloat16", "float32"),
+        ),
+        "fused": Lowering(
+            opset=24,
+            operators=FUSED_OPERATORS,
+            kv_contract="in_place",
+            # TensorRT has no Attention kernel for float32.
+            dtypes=("float16", "bfloat16"),
+        ),
+    }
+)
+
+
+def run_pipeline(model: ir.Model, passes: Sequence[GraphPass]) -> None:
+    """Run passes in order, in place.
+
+    Raises:
+        PassError: one declined or broke its contract.
+    """
+    for graph_pass in passes:
+        graph_pass.run(model)
+
+
+def lower(
+    model: ir.Model, component: str, lowering: str, *, limits: DecoderLimits | None = None
+) -> ir.Model:
+    """A component's graph in another form.
+
+    Args:
+        model: As the component's base pipeline left it; it is not changed.
+        component: Its name.
+        lowering: Name of the form.
+        limits: Of the decoder, where the form asks for them.
+
+    Returns:
+        A copy that refers to the same weights; none of them is read.
+
+    Raises:
+        PassError: no such form or component, a dtype the form has no kernels for, limits that are
+            missing, or a graph that is not what a pass handles.
+    """
+    form = LOWERINGS.get(lowering)
+    if form is None:
+        raise PassError("no such lowering", seen=lowering, allowed=", ".join(LOWERINGS))
+    if component not in PIPELINES:
+        raise PassError("no such component", seen=component, allowed=", ".join(PIPELINES))
+    # The narrowest of the float outputs, since scores are float32 in any graph.
+    floats = [v.dtype for v in model.graph.outputs if v.dtype and v.dtype.is_floating_point()]
+    dtype = min(floats, key=lambda d: d.bitwidth).numpy().name if floats else "none"
+    if dtype not in form.dtypes:
+        raise PassError(
+            f"the {lowering} form of {component} is not made in this dtype",
+            seen=dtype,
+            allowed=", ".join(form.dtypes),
+            fix="export in one of them (--dtype), or use another lowering",
+        )
+    passes: list[GraphPass] = [DropZeroBias(), DecomposeIntegerClip()]
+    if lowering == "fused":
+        cached = _cached_passes(limits) if component == DECODER else []
+        passes = [RaiseOpset(), *passes, *cached, FuseAttention()]
+    check = CheckOperators(lowering=lowering, operators=form.operators, max_opset=form.opset)
+    lowered = model.clone()
+    run_pipeline(lowered, [*passes, check])
+    if form.kv_contract == "in_place":
+        _check_every_layer(lowered.graph)
+    return lowered
+
+
+def _cached_passes(limits: DecoderLimits | None) -> list[GraphPass]:
+    """What a fused decoder has besides."""
+    if limits is None:
+        raise PassError(
+            "the fused decoder must know its limits beforehand",
+            seen="none",
+            allowed="max_position_embeddings and cache_capacity",
+        )
+    return [
+        FuseRmsNorm(),
+        FuseRotary(max_position_embeddings=limits.max_position_embeddings),
+        UpdateCacheInPlace(capacity=limits.cache_capacity),
+    ]
+
+
+def _check_every_layer(graph: ir.Graph) -> None:
+    """Hold a decoder to one attention, two rotations and caches a layer, and to all of its norms.
+
+    How many norms a layer has, and of which kind, the weights say: one of a single axis belongs to
+    a norm unless it is added. So it is for Llama (2 a layer), Qwen3 (4) and GPT-NeoX (LayerNorm).
+    """
+    layers = sum(PAST.fullmatch(value.name or "") is not None for value in graph.inputs) // 2
+    if not layers:
+        return
+    wanted = {"Attention": layers, "RotaryEmbedding": 2 * layers, "TensorScatter": 2 * layers}
+    kinds = [node.op_type for node in graph]
+    seen = {kind: kinds.count(kind) for kind in wanted}
+    if seen != wanted:
+        raise PassError(
+            f"a decoder of {layers} layers was not fused in full", seen=seen, allowed=str(wanted)
+        )
+    for weight in graph.initializers.values():
+        if isinstance(weight.const_value, ir.ExternalTensor) and len(weight.const_value.shape) == 1:
+            for node, _ in weight.uses():
+                if is_operator(node, "Mul"):
+                    raise PassError(
+                        "a norm of the decoder was not fused",
+                        seen=f"{weight.name}, read by Mul {node.name}",
+                        allowed="RMSNormalization, LayerNormalization",
+                    )
