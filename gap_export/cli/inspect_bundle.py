@@ -88,11 +88,11 @@ def _token_accounting(manifest: Manifest) -> dict[str, int]:
 
 def _find_remaps(bundle: Bundle) -> list[dict[str, Any]]:
     """Every GapRemap node, read from the graphs themselves, with the nodes that read its output."""
-    from gap_export.engines.onnx_file import read_nodes
+    from gap_export.graph.onnx_file import OnnxFile
 
     found = []
     for graph in bundle.manifest.graphs:
-        nodes = read_nodes(bundle.file(graph.file))
+        nodes = OnnxFile.read(bundle.file(graph.file)).nodes
         for node in nodes:
             if node.op_type != GAP_REMAP:
                 continue

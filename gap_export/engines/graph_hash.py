@@ -6,8 +6,8 @@ import hashlib
 from pathlib import PurePosixPath
 
 from gap_export.bundle import Bundle
-from gap_export.engines.onnx_file import read_initializers
 from gap_export.errors import BundleError
+from gap_export.graph.onnx_file import OnnxFile
 from gap_export.spec.manifest import FileSpec, check_member_path
 
 
@@ -39,7 +39,7 @@ def weight_files(bundle: Bundle, graph: str) -> tuple[str, ...]:
     folder = PurePosixPath(graph).parent
     paths = {
         str(check_member_path(str(folder / constant.location)))
-        for constant in read_initializers(bundle.file(graph))
+        for constant in OnnxFile.read(bundle.file(graph)).initializers.values()
         if constant.location is not None
     }
     return tuple(sorted(paths))

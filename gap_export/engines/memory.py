@@ -11,8 +11,8 @@ from types import MappingProxyType
 
 from gap_export.bundle import Bundle
 from gap_export.engines.device import Gpu
-from gap_export.engines.onnx_file import read_initializers
 from gap_export.engines.profiles import cache_capacity
+from gap_export.graph.onnx_file import OnnxFile
 from gap_export.spec.manifest import EngineLimits, GraphSpec
 
 _STATUS = Path("/proc/self/status")
@@ -97,7 +97,7 @@ def weight_bytes(bundle: Bundle, graph: GraphSpec) -> int:
     Raises:
         BundleError: not an ONNX file.
     """
-    constants = read_initializers(bundle.file(graph.file))
+    constants = OnnxFile.read(bundle.file(graph.file)).initializers.values()
     return sum(constant.size or 0 for constant in constants)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from gap_export.bundle import Bundle
 from gap_export.engines.library import TensorRT
 from gap_export.engines.log import TensorRTLog, quote
-from gap_export.engines.onnx_file import read_operators
 from gap_export.engines.targets import TargetChoice
 from gap_export.errors import EngineError
+from gap_export.graph.onnx_file import OnnxFile
 from gap_export.spec.manifest import GraphSpec
 
 # What TensorRT, its driver and the C++ library say where memory is short.
@@ -152,7 +152,8 @@ def _has_stack(error: Any) -> bool:
 
 def _where(path: Path, errors: Sequence[str]) -> str:
     """Nodes of the graph that an error names, or whose operator it does, for the message."""
-    operators = read_operators(path)
+    file = OnnxFile.read(path)
+    operators = {node.name: node.op_type for node in (*file.nodes, *file.function_nodes)}
     found = (word for error in errors for word in _NAME.findall(error))
     # A name at the end of a sentence has its full stop on it.
     words = dict.fromkeys(word.rstrip(".:") for word in found)

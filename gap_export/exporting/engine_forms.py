@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gap_export.engines.onnx_file import read_operators
 from gap_export.engines.targets import Lowering, Platform, TargetChoice
 from gap_export.errors import UsageError
+from gap_export.graph.onnx_file import OnnxFile
 from gap_export.spec.manifest import (
     EngineLimits,
     GraphSpec,
@@ -152,7 +152,8 @@ def _preflight(path: Path, component: str, platform: Platform) -> PreflightVerdi
 
     The lowering itself has refused every operator that no TensorRT of the platform takes.
     """
-    used = set(read_operators(path).values())
+    file = OnnxFile.read(path)
+    used = {node.op_type for node in (*file.all_nodes, *file.function_nodes)}
     notes = {name: why for name, why in platform.undocumented.items() if name in used}
     return PreflightVerdict(
         component=component,

@@ -15,9 +15,11 @@ from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME
 from gap_export.checkpoint.find.source import MAIN, Checkpoint
 from gap_export.errors import BundleError, CheckpointError, PassError, UsageError
 from gap_export.exporting.describe import check_prompt, describe_source
+from gap_export.graph.id_readers import PositionReach, find_position_reach
+from gap_export.graph.onnx_file import OnnxFile
 from gap_export.graph.passes.graph_pass import GraphPass
 from gap_export.graph.passes.insert_gap_remap import DOMAIN as GAP_DOMAIN
-from gap_export.graph.passes.insert_gap_remap import InsertGapRemap
+from gap_export.graph.passes.insert_gap_remap import POSITION_IDS, InsertGapRemap
 from gap_export.graph.passes.matching import static_dim
 from gap_export.graph.pipelines import run_pipeline
 from gap_export.patching.cache_roles import check_cache_roles
@@ -35,7 +37,6 @@ from gap_export.patching.model_facts import (
     read_facts,
 )
 from gap_export.patching.options import PatchOptions, PatchReport
-from gap_export.patching.position_reach import PositionReach, find_position_reach
 from gap_export.patching.prune_features import FEATURES, check_opset
 from gap_export.patching.read_graph import ForeignGraph, all_nodes, read_graph, save_patched
 from gap_export.progress import Progress
@@ -150,7 +151,7 @@ def _look_at_decoder(graph: ForeignGraph) -> tuple[DecoderFacts, PositionReach]:
         )
     facts = read_decoder_interface(graph.model.graph)
     check_cache_roles(graph.model.graph, facts.num_layers)
-    return facts, find_position_reach(graph.model, facts.position_ids)
+    return facts, find_position_reach(OnnxFile.read(graph.path), POSITION_IDS)
 
 
 def _check_embedding(graph: ir.Graph) -> None:

@@ -17,6 +17,7 @@ from gap_export.engines.folder import (
     engine_folders,
     read_engine_folder,
 )
+from gap_export.engines.graph_hash import hash_weights, weight_files
 from gap_export.engines.plan import PLAN_NAME, hash_plan
 from gap_export.errors import BundleError, UsageError
 from gap_export.spec.manifest import Manifest
@@ -199,3 +200,11 @@ def test_engines_of_another_version_are_refused(folder):
 def test_engines_of_the_other_library_are_refused(folder):
     with pytest.raises(UsageError, match=r"of another library: tensorrt; allowed: tensorrt_rtx"):
         here(folder, library="tensorrt", library_version="10.3.0")
+
+
+def test_the_hash_of_weights_is_over_the_files_they_lie_in(trt_bundle):
+    assert weight_files(trt_bundle, "embed_tokens.onnx") == ("model.safetensors",)
+    files = weight_files(trt_bundle, "vision_encoder.onnx")
+    assert list(files) == sorted(files) and len(files) > 1
+    hashes = {hash_weights(trt_bundle, g.file) for g in trt_bundle.manifest.graphs}
+    assert len(hashes) > 1

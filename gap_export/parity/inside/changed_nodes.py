@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
-from gap_export.engines.onnx_file import GraphNode
+from gap_export.graph.onnx_file import Node, OnnxFile
 from gap_export.parity.inside.fresh_graph import export_again
 from gap_export.parity.inside.graph_search import CHUNK, Look, Search, distance_of, rounding_of
 from gap_export.parity.inside.module_taps import Tap
 from gap_export.parity.inside.reference_taps import ReferenceTaps
 from gap_export.parity.inside.stored_weights import compare_weight
-from gap_export.parity.inside.taps import Arrays, Graph, run_taps
+from gap_export.parity.inside.taps import Arrays, run_taps
 
 # Of the fresh graph's values, the share that the bundle's graph must have by name.
 _SHARED_NAMES = 0.9
@@ -39,9 +39,9 @@ def wrong_weight(search: Search, first: Look, before: Sequence[Tap]) -> Place | 
     held = graph.initializers.keys() & parameters.keys()
     agreeing = [tap.value for tap in before]
     for index in sorted(graph.above([first.tap.value]) - graph.above(agreeing)):
-        for name in sorted(graph.reads[index] & held):
+        for name in sorted(graph.nodes[index].reads & held):
             initializer = graph.initializers[name]
-            fault = compare_weight(initializer, parameters[name], folder=graph.folder)
+            fault = compare_weight(initializer.raw, parameters[name], folder=graph.folder)
             if fault:
                 node = graph.nodes[index]
                 return Place(
@@ -96,7 +96,9 @@ def wrong_operator(
     return "its weights and nodes are those of an export made now: the runtime computes otherwise"
 
 
-def _changed(name: str, fresh: Graph, graph: Graph, right: Arrays, seen: Arrays) -> Place | None:
+def _changed(
+    name: str, fresh: OnnxFile, graph: OnnxFile, right: Arrays, seen: Arrays
+) -> Place | None:
     """What there is to say of a value that is not what a fresh export has."""
     wanted = fresh.nodes[fresh.producers[name]]
     if name not in seen:
@@ -130,11 +132,11 @@ def _changed(name: str, fresh: Graph, graph: Graph, right: Arrays, seen: Arrays)
     )
 
 
-def _is_known(node: GraphNode, fresh: Graph) -> bool:
+def _is_known(node: Node, fresh: OnnxFile) -> bool:
     return any(name in fresh.producers for name in node.outputs)
 
 
-def _module_of(graph: Graph, value: str, wrong: Tap, before: Sequence[Tap]) -> str:
+def _module_of(graph: OnnxFile, value: str, wrong: Tap, before: Sequence[Tap]) -> str:
     """The innermost module that holds both what comes before a value and what comes behind."""
     known = {name for index in graph.above([value]) for name in graph.nodes[index].outputs}
     above = [tap.module for tap in before if tap.side is not None and tap.value in known]

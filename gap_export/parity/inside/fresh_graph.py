@@ -20,17 +20,17 @@ from gap_export.errors import ExportError
 from gap_export.exporting.quantization import linear_keys
 from gap_export.exporting.trace import trace_component
 from gap_export.families import Component, build_reference
+from gap_export.graph.onnx_file import OnnxFile
 from gap_export.graph.passes.quantize_linear import QuantizeLinear
 from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.parity.inside.reference_taps import ReferenceTaps
-from gap_export.parity.inside.taps import Graph
 from gap_export.spec.manifest import QuantizationSpec
 
 # Which parts of an INT4 weight are initializers of their own.
 _PARTS = ("", ".int4", ".scales")
 
 
-def export_again(candidate: Graph, component: str, truth: ReferenceTaps) -> Graph | None:
+def export_again(candidate: OnnxFile, component: str, truth: ReferenceTaps) -> OnnxFile | None:
     """Trace a component anew, by the same steps as an export.
 
     Args:
@@ -49,7 +49,7 @@ def export_again(candidate: Graph, component: str, truth: ReferenceTaps) -> Grap
     names = truth.reference.component(component).weight_refs
     weights = {f"{key}{part}" for key in names for part in _PARTS}
     given = {name: held for name, held in candidate.initializers.items() if name in weights}
-    return Graph(raw, candidate.folder).with_initializers(given)
+    return OnnxFile(raw, candidate.folder).with_initializers(given)
 
 
 def _trace(name: str, truth: ReferenceTaps) -> bytes | None:

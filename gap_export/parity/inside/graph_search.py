@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from gap_export.bundle import Bundle
 from gap_export.errors import UsageError
+from gap_export.graph.onnx_file import OnnxFile
 from gap_export.parity.inside.module_taps import Tap
 from gap_export.parity.inside.reference_taps import ReferenceCall, ReferenceTaps
-from gap_export.parity.inside.taps import Graph, run_taps
+from gap_export.parity.inside.taps import run_taps
 from gap_export.parity.replay import Call
 from gap_export.spec.tolerances import Tolerance, tolerances_of
 
@@ -53,7 +54,7 @@ class Search:
         tolerance: Of the graph's dtype.
     """
 
-    graph: Graph
+    graph: OnnxFile
     replayed: ReferenceCall
     tolerance: Tolerance
 
@@ -80,7 +81,7 @@ class Search:
                 allowed=spec.dtype,
             )
         return cls(
-            graph=Graph.read(bundle.file(spec.file)),
+            graph=OnnxFile.read(bundle.file(spec.file)),
             replayed=truth.replay(component, call, calls),
             # The widest there is for that dtype is what outputs have.
             tolerance=tolerances_of(spec.dtype)["logits"],

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from gap_export.engines.onnx_file import GraphNode
+from gap_export.graph.onnx_file import Node, OnnxFile
 from gap_export.parity.inside.reference_taps import Side
-from gap_export.parity.inside.taps import Graph
 
 _WEIGHT, _BIAS, _PACKED = "weight", "bias", ".int4"
 # What hands a weight on, in another dtype, shape or order.
@@ -34,7 +33,7 @@ class Tap:
     turn: int = 0
 
 
-def find_taps(graph: Graph, outputs: Collection[str]) -> tuple[Tap, ...]:
+def find_taps(graph: OnnxFile, outputs: Collection[str]) -> tuple[Tap, ...]:
     """The taps of a graph, in an order in which they are computed; each value once.
 
     Args:
@@ -53,7 +52,7 @@ def find_taps(graph: Graph, outputs: Collection[str]) -> tuple[Tap, ...]:
     return tuple(sorted(found.values(), key=lambda tap: order.get(tap.value, -1)))
 
 
-def _module_taps(graph: Graph) -> Iterator[Tap]:
+def _module_taps(graph: OnnxFile) -> Iterator[Tap]:
     owners = {
         name: name.removesuffix(_PACKED).removesuffix(_WEIGHT).removesuffix(".")
         for name in graph.initializers
@@ -74,7 +73,7 @@ def _module_taps(graph: Graph) -> Iterator[Tap]:
         yield Tap(value=value, module=module, side="output", turn=turn)
 
 
-def _behind_bias(graph: Graph, node: GraphNode, bias: str) -> str:
+def _behind_bias(graph: OnnxFile, node: Node, bias: str) -> str:
     """What a linear layer gives, where its bias is added by a node of its own."""
     value = result = node.outputs[0]
     for follower in graph.nodes[graph.producers[value] + 1 :]:

@@ -18,11 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gap_export.bundle import Bundle
+from gap_export.graph.onnx_file import OnnxFile
 from gap_export.parity.inside.divergence import name_of_call
 from gap_export.parity.inside.graph_search import CHUNK, largest_of
 from gap_export.parity.inside.module_taps import find_taps
 from gap_export.parity.inside.reference_taps import ReferenceCall, ReferenceTaps
-from gap_export.parity.inside.taps import Arrays, Graph, run_taps
+from gap_export.parity.inside.taps import Arrays, run_taps
 from gap_export.parity.replay import Call
 from gap_export.parity.results import Divergence
 
@@ -80,7 +81,7 @@ def find_overflow(
     replayed = truth.replay(component, call, calls)
     inside = _in_reference(replayed)
     spec = bundle.manifest.graph(component)
-    graph = Graph.read(bundle.file(spec.file)) if spec.dtype == truth.reference.dtype else None
+    graph = OnnxFile.read(bundle.file(spec.file)) if spec.dtype == truth.reference.dtype else None
     outside = None if graph is None else _in_graph(graph, replayed.feed)
     if inside is None and outside is None:
         return None
@@ -189,7 +190,7 @@ def _tracked(module: torch.nn.Module, running: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def _in_graph(graph: Graph, feed: Arrays) -> _InGraph | None:
+def _in_graph(graph: OnnxFile, feed: Arrays) -> _InGraph | None:
     """By bisection: what is not finite stays so, down to an output."""
     if not _any_nonfinite(run_taps(graph, graph.outputs, feed)):
         return None
@@ -209,7 +210,7 @@ def _in_graph(graph: Graph, feed: Arrays) -> _InGraph | None:
     return None
 
 
-def _named(graph: Graph, name: str, feed: Arrays) -> _InGraph:
+def _named(graph: OnnxFile, name: str, feed: Arrays) -> _InGraph:
     node = graph.nodes[graph.producers[name]]
     given = run_taps(graph, [value for value in node.inputs if value], feed).values()
     return _InGraph(
@@ -222,7 +223,7 @@ def _named(graph: Graph, name: str, feed: Arrays) -> _InGraph:
     )
 
 
-def _node_of(graph: Graph, module: str) -> _InGraph | None:
+def _node_of(graph: OnnxFile, module: str) -> _InGraph | None:
     """The node that gives what a module gives."""
     for tap in find_taps(graph, ()):
         if tap.module == module and tap.side == "output" and tap.value in graph.producers:

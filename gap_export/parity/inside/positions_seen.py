@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from gap_export.bundle import Bundle
 from gap_export.errors import BundleError, GapExportError
-from gap_export.parity.inside.id_readers import IdReader, find_id_readers
-from gap_export.parity.inside.taps import Graph, run_taps
+from gap_export.graph.id_readers import IdReader, find_id_readers
+from gap_export.graph.onnx_file import OnnxFile
+from gap_export.parity.inside.taps import run_taps
 from gap_export.parity.results import PositionsRow
 from gap_export.spec.manifest import GraphSpec, Manifest
 from gap_export.spec.positions import (
@@ -124,7 +125,7 @@ def read_positions(
     """
     manifest = bundle.manifest
     spec = _decoder_graph(manifest, file)
-    graph = Graph.read(bundle.file(spec.file))
+    graph = OnnxFile.read(bundle.file(spec.file))
     readers = find_id_readers(graph)
     prompts = [
         *(
@@ -212,7 +213,7 @@ class _Seen:
 
 
 def _look(
-    graph: Graph, spec: GraphSpec, readers: Sequence[IdReader], prompt: _Prompt, step: int
+    graph: OnnxFile, spec: GraphSpec, readers: Sequence[IdReader], prompt: _Prompt, step: int
 ) -> _Seen:
     """One step of one prompt."""
     mask, slots = prompt.at(step)

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from gap_export.graph.onnx_file import OnnxFile
 from gap_export.parity.inside.module_taps import Tap, find_taps
-from gap_export.parity.inside.taps import Graph
 
 
 def graph_of(nodes, weights, tmp_path):
@@ -18,7 +18,7 @@ def graph_of(nodes, weights, tmp_path):
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [onnx.numpy_helper.from_array(np.ones(2, np.float32), name) for name in weights],
     )
-    return Graph(helper.make_model(made).SerializeToString(), tmp_path)
+    return OnnxFile(helper.make_model(made).SerializeToString(), tmp_path)
 
 
 def test_a_linear_layer_gives_what_is_behind_its_bias(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import onnx
@@ -12,7 +11,6 @@ from onnx import TensorProto, helper
 
 from gap_export.bundle import open_bundle
 from gap_export.errors import BundleError
-from gap_export.parity.inside.id_readers import IdReader
 from gap_export.parity.inside.positions_seen import PositionsNotRead, read_positions
 from tests.parity import mutants
 
@@ -263,29 +261,3 @@ def test_a_file_that_is_no_decoder_of_the_bundle_is_refused(tiny_bundle):
     assert read(tiny_bundle, file=DECODER, steps=[0])[0].passed
     with pytest.raises(BundleError, match=rf"vision_encoder.onnx; allowed: {DECODER}"):
         read(tiny_bundle, file="vision_encoder.onnx")
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_a_table_tells_which_id_each_row_stands_for(dtype):
-    """As many rows as any model here has, of wide heads."""
-    cos, sin = table(np.arange(32768), width=128, dtype=dtype)
-    reader = IdReader(name="x", ids_name="ids", tables=("cos", "sin"))
-    ids = partial(reader.ids, shape=(1, 3))
-    values = {"cos": cos, "sin": sin}
-    given = np.array([[0, 2049, 32767]])
-    np.testing.assert_array_equal(ids({**values, "ids": given}), given)
-    # One row of two turned round: each stands for the other.
-    swapped = {name: rows.copy() for name, rows in values.items()}
-    for rows in swapped.values():
-        rows[[2048, 2049]] = rows[[2049, 2048]]
-    np.testing.assert_array_equal(ids({**swapped, "ids": given}), [[0, 2048, 32767]])
-    assert "reads row 32768 of a table of 32768" in ids({**values, "ids": given + 1})
-
-
-def test_ids_of_another_number_are_told_from_shared_ones():
-    reader = IdReader(name="Cos c", ids_name="ids")
-    shared = reader.ids({"ids": np.array([[[3], [5]]])}, (2, 2))
-    np.testing.assert_array_equal(shared, [[3, 5], [3, 5]])
-    assert reader.ids({"ids": np.zeros((2, 3))}, (2, 2)) == (
-        "Cos c reads [2, 3] ids instead of [2, 2]"
-    )

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper
 
 from gap_export.bundle import open_bundle
 from gap_export.errors import BundleError, GapExportError
-from gap_export.parity.inside.taps import Graph, run_taps
+from gap_export.graph.onnx_file import Initializer, OnnxFile
+from gap_export.parity.inside.taps import run_taps
 from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
 FEED = {"x": np.array([1.0, 2.0], np.float32), "unused": np.zeros(1, np.float32)}
@@ -48,7 +49,7 @@ def chain(tmp_path):
     made.opset_import.append(helper.make_opsetid("nobody", 1))
     path = tmp_path / "chain.onnx"
     path.write_bytes(made.SerializeToString())
-    return Graph.read(path)
+    return OnnxFile.read(path)
 
 
 def test_only_what_lies_above_a_value_is_run(chain):
@@ -95,16 +96,17 @@ def test_what_a_subgraph_reads_is_kept(tmp_path):
         ),
         helper.make_node("Identity", ["unused"], ["apart"], "apart"),
     ]
-    graph = Graph(model(nodes, ["chosen", "apart"]).SerializeToString(), tmp_path)
+    graph = OnnxFile(model(nodes, ["chosen", "apart"]).SerializeToString(), tmp_path)
     assert graph.above(["chosen"]) == {0, 1, 2, 3}
     np.testing.assert_array_equal(run_taps(graph, ["chosen"], FEED)["chosen"], [-2, -4])
 
 
 def test_initializers_are_taken_from_another_graph(tmp_path):
     nodes = [helper.make_node("Mul", ["x", "two"], ["double"], "double")]
-    graph = Graph(model(nodes, ["double"]).SerializeToString(), tmp_path)
+    graph = OnnxFile(model(nodes, ["double"]).SerializeToString(), tmp_path)
     other = onnx.numpy_helper.from_array(np.array(5.0, np.float32), "two").SerializeToString()
-    changed = graph.with_initializers({"two": memoryview(other), "absent": memoryview(other)})
+    held = Initializer.of(memoryview(other))
+    changed = graph.with_initializers({"two": held, "absent": held})
     assert changed.initializers.keys() == {"two"}
     np.testing.assert_array_equal(run_taps(changed, ["double"], FEED)["double"], [5, 10])
     np.testing.assert_array_equal(run_taps(graph, ["double"], FEED)["double"], [2, 4])
@@ -118,7 +120,7 @@ def test_a_name_that_is_no_text_is_refused(tmp_path, name):
         model(nodes, ["double"]).SerializeToString().replace(name, name[:-1] + b"\xff")
     )
     with pytest.raises(BundleError, match=r"not an ONNX file, or cut short: .*can't decode"):
-        Graph.read(path)
+        OnnxFile.read(path)
 
 
 def test_subgraphs_without_end_are_refused(tmp_path):
@@ -135,7 +137,7 @@ def test_subgraphs_without_end_are_refused(tmp_path):
     path = tmp_path / "deep.onnx"
     path.write_bytes(field(7, field(1, node)))
     with pytest.raises(BundleError, match="not an ONNX file, or cut short"):
-        Graph.read(path)
+        OnnxFile.read(path)
 
 
 @pytest.mark.parametrize("content", [b"\x08", b"no protobuf"], ids=["cut", "text"])
@@ -143,7 +145,7 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path, content):
     path = tmp_path / "damaged.onnx"
     path.write_bytes(content)
     with pytest.raises(BundleError, match="not an ONNX file, or cut short"):
-        Graph.read(path)
+        OnnxFile.read(path)
 
 
 def decoder_feed(length):
@@ -172,7 +174,7 @@ def linked(tiny_bundle, tmp_path) -> Path:
 
 def test_a_bundle_s_graph_gives_what_it_gives_unchanged(tiny_bundle, linked):
     feed, past = decoder_feed(6)
-    graph = Graph.read(linked / "decoder_model_merged.onnx")
+    graph = OnnxFile.read(linked / "decoder_model_merged.onnx")
     before = sorted((path.name, path.stat().st_mtime_ns) for path in linked.iterdir())
     seen = run_taps(graph, ["logits", "original_position_ids", "mul_81"], feed | past)
     with OnnxRuntimeBackend(open_bundle(tiny_bundle), ["CPUExecutionProvider"]) as backend:
@@ -186,7 +188,7 @@ def test_a_bundle_s_graph_gives_what_it_gives_unchanged(tiny_bundle, linked):
 
 def test_ids_need_no_weight(tiny_bundle, tmp_path):
     """The file of weights is not even there."""
-    graph = Graph((tiny_bundle / "decoder_model_merged.onnx").read_bytes(), tmp_path)
+    graph = OnnxFile((tiny_bundle / "decoder_model_merged.onnx").read_bytes(), tmp_path)
     feed, past = decoder_feed(3)
     found = run_taps(graph, ["original_position_ids"], feed)
     np.testing.assert_array_equal(found["original_position_ids"], [[0, 3, 6]])

@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from gap_export.engines.graph_hash import hash_weights, weight_files
-from gap_export.engines.onnx_file import read_initializers, read_nodes, read_operators
 from gap_export.errors import BundleError
+from gap_export.graph.onnx_file import OnnxFile
 
 
 @pytest.fixture(params=["vision_encoder", "text_encoder", "embed_tokens", "decoder_model_merged"])
@@ -46,7 +45,7 @@ def odd_path(odd_model, tmp_path):
 
 def test_constants_are_those_onnx_sees(path):
     graph = onnx.load(path, load_external_data=False).graph
-    found = {constant.name: constant for constant in read_initializers(path)}
+    found = OnnxFile.read(path).initializers
     assert list(found) == [tensor.name for tensor in graph.initializer]
     for tensor in graph.initializer:
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -58,21 +57,45 @@ def test_constants_are_those_onnx_sees(path):
 def test_operators_are_those_onnx_sees(path):
     model = onnx.load(path, load_external_data=False)
     nodes = [*model.graph.node, *(node for part in model.functions for node in part.node)]
-    assert read_operators(path) == {node.name: node.op_type for node in nodes}
+    file = OnnxFile.read(path)
+    found = [(node.name, node.op_type) for node in (*file.nodes, *file.function_nodes)]
+    assert found == [(node.name, node.op_type) for node in nodes]
 
 
 def test_nodes_are_those_onnx_sees(odd_model, odd_path):
     expected = [
         (n.name, n.op_type, n.domain, tuple(n.input), tuple(n.output)) for n in odd_model.graph.node
     ]
-    found = [(n.name, n.op_type, n.domain, n.inputs, n.outputs) for n in read_nodes(odd_path)]
+    found = [
+        (n.name, n.op_type, n.domain, n.inputs, n.outputs) for n in OnnxFile.read(odd_path).nodes
+    ]
     assert found == expected
+    assert OnnxFile.read(odd_path).nodes[1].integer("axis") == -1
+
+
+@pytest.mark.parametrize("kind", ["raw", "typed", "node", "ints", "int"])
+def test_integers_are_read_wherever_they_stand(kind):
+    numbers = np.array([3, -1, 2**40])
+    held = numpy_helper.from_array(numbers, "w")
+    if kind == "typed":
+        held = helper.make_tensor("w", TensorProto.INT64, [3], numbers)
+    given = {
+        "node": {"value": held},
+        "ints": {"value_ints": numbers.tolist()},
+        "int": {"value_int": -1},
+    }
+    nodes = [helper.make_node("Constant", [], ["w"], **given[kind])] if kind in given else []
+    graph = helper.make_graph(nodes, "g", [], [], [] if kind in given else [held])
+    file = OnnxFile(helper.make_model(graph).SerializeToString(), Path())
+    found = file.integers("w")
+    assert found.tolist() == ([-1] if kind == "int" else numbers.tolist())
+    assert file.integers("other") is None
 
 
 def test_a_file_cut_short_is_refused(odd_path):
     odd_path.write_bytes(odd_path.read_bytes()[:-40])
     with pytest.raises(BundleError, match="not an ONNX file, or cut short"):
-        read_nodes(odd_path)
+        OnnxFile.read(odd_path)
 
 
 @settings(max_examples=200, deadline=None)
@@ -81,14 +104,14 @@ def test_any_bytes_end_in_nodes_or_in_our_error(tmp_path_factory, raw):
     path = tmp_path_factory.mktemp("raw") / "m.onnx"
     path.write_bytes(raw)
     with suppress(BundleError):
-        assert isinstance(read_nodes(path), list)
+        assert isinstance(OnnxFile.read(path), OnnxFile)
 
 
 def test_a_number_without_an_end_is_refused(tmp_path):
     path = tmp_path / "m.onnx"
     path.write_bytes(b"\xff" * 40)
     with pytest.raises(BundleError, match="longer than 10 bytes"):
-        read_nodes(path)
+        OnnxFile.read(path)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -101,19 +124,11 @@ def test_a_damaged_file_is_refused_or_read(tiny_text_bundle, tmp_path, data):
     (tmp_path / "damaged.onnx").write_bytes(raw[:end])
     # Nothing else is raised, whatever the bytes.
     with suppress(BundleError):
-        read_initializers(tmp_path / "damaged.onnx")
+        OnnxFile.read(tmp_path / "damaged.onnx")
 
 
 def test_a_file_larger_than_protobuf_allows_is_not_read(tmp_path):
     with (tmp_path / "huge.onnx").open("wb") as file:
         file.truncate(1 << 31)
     with pytest.raises(BundleError, match="not an ONNX file"):
-        read_initializers(tmp_path / "huge.onnx")
-
-
-def test_the_hash_of_weights_is_over_the_files_they_lie_in(trt_bundle):
-    assert weight_files(trt_bundle, "embed_tokens.onnx") == ("model.safetensors",)
-    files = weight_files(trt_bundle, "vision_encoder.onnx")
-    assert list(files) == sorted(files) and len(files) > 1
-    hashes = {hash_weights(trt_bundle, g.file) for g in trt_bundle.manifest.graphs}
-    assert len(hashes) > 1
+        OnnxFile.read(tmp_path / "huge.onnx")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import helper
 
 from gap_export.errors import PassError
-from gap_export.patching.position_reach import find_position_reach
+from gap_export.graph.id_readers import IdReader, find_position_reach
+from gap_export.graph.onnx_file import OnnxFile
 from tests.patching.graphs import (
     BOOL,
     FLOAT,
@@ -28,8 +33,8 @@ make = helper.make_node
 
 
 def reach_of(model):
-    ids = next(value for value in model.graph.inputs if value.name == "position_ids")
-    return find_position_reach(model, ids)
+    raw = ir.to_proto(model).SerializeToString()
+    return find_position_reach(OnnxFile(raw, Path()), "position_ids")
 
 
 def refusal(model) -> str:
@@ -161,7 +166,7 @@ def test_ids_that_nobody_rotates_by_are_refused():
 def test_ids_that_nobody_reads_are_refused():
     nodes = [make("Identity", ["x"], ["y"])]
     made = decoder(nodes, inputs=[value("x", FLOAT, [1])], outputs=[value("y", FLOAT, [1])])
-    assert "position_ids is read by nobody" in refusal(made)
+    assert "position_ids is read by no node" in refusal(made)
 
 
 def test_attention_that_rotates_by_itself_is_refused():
@@ -230,3 +235,36 @@ def test_a_call_of_a_function_is_refused_by_name():
     from tests.patching.graphs import to_ir
 
     assert "Rotate call reads position_ids" in refusal(to_ir(proto))
+
+
+def table(ids, width=8, dtype=np.float16):
+    """Cosines and sines [R, d / 2] as FuseRotary makes them, of the ids that rows stand for."""
+    frequencies = 1e4 ** -(np.arange(0, width, 2) / width)
+    turns = np.asarray(ids, np.float32)[:, None] * frequencies[None].astype(np.float32)
+    return np.cos(turns).astype(dtype), np.sin(turns).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_table_tells_which_id_each_row_stands_for(dtype):
+    """As many rows as any model here has, of wide heads."""
+    cos, sin = table(np.arange(32768), width=128, dtype=dtype)
+    reader = IdReader(name="x", ids_name="ids", tables=("cos", "sin"))
+    ids = partial(reader.ids, shape=(1, 3))
+    values = {"cos": cos, "sin": sin}
+    given = np.array([[0, 2049, 32767]])
+    np.testing.assert_array_equal(ids({**values, "ids": given}), given)
+    # One row of two turned round: each stands for the other.
+    swapped = {name: rows.copy() for name, rows in values.items()}
+    for rows in swapped.values():
+        rows[[2048, 2049]] = rows[[2049, 2048]]
+    np.testing.assert_array_equal(ids({**swapped, "ids": given}), [[0, 2048, 32767]])
+    assert "reads row 32768 of a table of 32768" in ids({**values, "ids": given + 1})
+
+
+def test_ids_of_another_number_are_told_from_shared_ones():
+    reader = IdReader(name="Cos c", ids_name="ids")
+    shared = reader.ids({"ids": np.array([[[3], [5]]])}, (2, 2))
+    np.testing.assert_array_equal(shared, [[3, 5], [3, 5]])
+    assert reader.ids({"ids": np.zeros((2, 3))}, (2, 2)) == (
+        "Cos c reads [2, 3] ids instead of [2, 2]"
+    )

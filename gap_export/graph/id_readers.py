@@ -1,0 +1,384 @@
+"""Where a decoder's graph turns position ids into angles, and whether ids go there alone.
+
+Three forms are known: a Cos or Sin of the product of ids and frequencies; rows taken by id from a
+constant table; a RotaryEmbedding that takes ids and does so itself. No name is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gap_export.errors import PassError
+from gap_export.graph.onnx_file import BFLOAT16, DOUBLE, FLOAT, FLOAT16, Node, OnnxFile
+
+Ids = NDArray[np.float64]
+
+_TRIGONOMETRY = ("Cos", "Sin")
+_ROTARY = "RotaryEmbedding"
+# Inputs of RotaryEmbedding by domain: ids, cosines, sines.
+_ROTARY_INPUTS: Mapping[str, tuple[int, int, int]] = {
+    "": (3, 1, 2),
+    "ai.onnx": (3, 1, 2),
+    "com.microsoft": (1, 2, 3),
+}
+_PRODUCTS = ("Einsum", "MatMul", "Mul")
+# What hands its first input on as it is, or rounded, or in another shape.
+_RESHAPES = ("CastLike", "Expand", "Flatten", "Reshape", "Squeeze", "Tile", "Unsqueeze")
+_PASS_FIRST = (*_RESHAPES, "Cast", "Identity", "Slice", "Transpose")
+# What turns ids into angles and keeps a token's angle a function of its own id.
+_BY_TOKEN = (*_PRODUCTS, "Cast", "Concat", "Identity", "Transpose")
+_SIZES = ("Shape", "Size")
+_HALF = (FLOAT16, BFLOAT16)
+_FLOATS = (FLOAT, DOUBLE, *_HALF)
+_LOOKED_FOR = "Cos and Sin, RotaryEmbedding, or a Gather from a constant table"
+_MAX_SHOWN = 4
+# torch writes "to the end" as the largest integer, or as one above any length.
+_TO_THE_END = (1 << 31) - 1
+# A row's own angle is told from its neighbors' where it is this near to a whole number of turns.
+_NEAR = 0.25
+
+# What a value depends on: nothing that is fed; sizes of what is fed; what is fed.
+_Depends = Literal[0, 1, 2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdReader:
+    """One place that turns ids into angles.
+
+    Attributes:
+        name: Operator and node, for messages.
+        ids_name: The value that holds the ids, [B, S] in some shape; empty if it was not found.
+        choice: With several position axes, where each frequency has taken the ids of one: the
+            constant [F] that says which; else empty.
+        tables: Values that hold cosines and sines, a row an id; empty where angles are computed.
+    """
+
+    name: str
+    ids_name: str
+    choice: str = ""
+    tables: tuple[str, str] | tuple[()] = ()
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """All that :meth:`ids` has to be given."""
+        return tuple(filter(None, (self.ids_name, self.choice, *self.tables)))
+
+    def ids(self, values: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> Ids | str:
+        """Which ids it sees, of that shape; or, in words, why there is no telling.
+
+        Args:
+            values: Those of :attr:`values`.
+            shape: (B, S).
+        """
+        if not self.ids_name:
+            return f"{self.name} does not read a product of ids and frequencies"
+        found = values[self.ids_name].astype(np.float64)
+        if found.size == shape[-1]:
+            # Of a row that all rows share.
+            found = np.broadcast_to(found.reshape(1, shape[-1]), shape)
+        if len(shape) == 3 and self.choice and found.size != np.prod(shape):
+            found = _by_axis(found, values[self.choice].ravel(), shape)
+        if found.size != np.prod(shape):
+            return f"{self.name} reads {list(found.shape)} ids instead of {list(shape)}"
+        ids: Ids = found.reshape(shape)
+        if not self.tables:
+            return ids
+        cos, sin = (values[name] for name in self.tables)
+        stands_for = _ids_of_rows(cos, sin)
+        rows = ids.astype(np.int64)
+        if rows.min() < 0 or rows.max() >= len(stands_for):
+            return f"{self.name} reads row {rows.max()} of a table of {len(stands_for)}"
+        return stands_for[rows]
+
+
+def find_id_readers(graph: OnnxFile) -> tuple[IdReader, ...]:
+    """Every place of a graph where ids become angles, in its order."""
+    values = _Values(graph.nodes, graph)
+    found = []
+    for node in graph.nodes:
+        place = values.place_of_ids(node)
+        given = "" if place is None or place >= len(node.inputs) else node.inputs[place]
+        # Without ids of its own, a RotaryEmbedding reads cosines that another node made.
+        if not given or not values.depends[given]:
+            continue
+        tables: tuple[str, str] | tuple[()] = ()
+        choice = ""
+        if node.is_standard(*_TRIGONOMETRY):
+            given = _ids_behind(graph, given, values.depends)
+            choice = _choice_behind(graph, given, values.depends)
+        elif node.op_type == _ROTARY:
+            cos, sin = (node.inputs[i] for i in _ROTARY_INPUTS[node.domain][1:])
+            known = cos and sin and not values.depends[cos] and not values.depends[sin]
+            tables = (cos, sin) if known else ()
+        name = f"{node.op_type} {node.name}"
+        found.append(IdReader(name=name, ids_name=given, choice=choice, tables=tables))
+    return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionReach:
+    """Where position ids arrive.
+
+    Attributes:
+        rotary: Operator and name of each node that turns ids, or angles of them, into a rotation.
+        rounded: Nodes that round ids or angles to 16 bits before that: float16 holds whole numbers
+            up to 2048 exactly, so later ids are not exact, in the graph as it came, too.
+    """
+
+    rotary: tuple[str, ...]
+    rounded: tuple[str, ...]
+
+
+def find_position_reach(graph: OnnxFile, position_ids: str) -> PositionReach:
+    """Follow the position ids of a decoder, into branches and loops as well.
+
+    A remapped id is larger than its slot. That is what RoPE must see and a causal mask must not, so
+    a graph in which ids go anywhere but to RoPE is refused, and so is one whose RoPE, or a part of
+    it, does not come from them.
+
+    Args:
+        graph: The decoder's.
+        position_ids: Its input.
+
+    Raises:
+        PassError: as above, with what was looked for and what was found.
+    """
+    nodes, values = graph.all_nodes, _Values(graph.all_nodes, graph)
+    readers: dict[str, list[tuple[Node, int]]] = {}
+    for node in nodes:
+        for index, name in enumerate(node.inputs):
+            readers.setdefault(name, []).append((node, index))
+    # Attention that rotates by itself counts slots, whatever position ids say: GroupQueryAttention
+    # may be given ids, but of a prompt reads the first of them alone.
+    own = [node for node in (*nodes, *graph.function_nodes) if node.integer("do_rotary")]
+    if own:
+        raise PassError(
+            "attention rotates by itself (do_rotary) and counts slots, so that no id can be kept",
+            seen=_list(own),
+            allowed=_LOOKED_FOR,
+            fix="export the decoder with the rotary embedding outside of attention",
+        )
+    # Nodes by identity, since names may be missing.
+    anchors: dict[int, Node] = {}
+    passed: dict[int, Node] = {}
+    waiting = [position_ids]
+    while waiting:
+        name = waiting.pop()
+        for node, index in readers.get(name, []):
+            if node.is_standard(*_SIZES):
+                continue
+            if values.place_of_ids(node) == index:
+                anchors[id(node)] = node
+            elif not _keeps_tokens_apart(node, index, graph, values):
+                raise PassError(
+                    "the position ids do not go to the rotary embedding alone",
+                    seen=f"{_name(node)} reads {name}",
+                    allowed=_LOOKED_FOR,
+                    fix="what compares ids with each other, such as a causal mask, must be made "
+                    "from the cache's length; export the decoder so",
+                )
+            elif id(node) not in passed:
+                passed[id(node)] = node
+                waiting += filter(None, node.outputs)
+    if not anchors:
+        raise PassError(
+            "the position ids do not reach a rotary embedding",
+            seen=f"{position_ids} is read by {_list(n for n, _ in readers.get(position_ids, []))}",
+            allowed=_LOOKED_FOR,
+            fix="export the decoder so that RoPE reads its position_ids input",
+        )
+    others = list(_unreached(graph, values, anchors))
+    if others:
+        raise PassError(
+            "a part of the rotary embedding does not come from position_ids",
+            seen=_list(others),
+            allowed=_LOOKED_FOR + ", reached from position_ids",
+            fix="export the decoder so that all of RoPE reads its position_ids input",
+        )
+    rounded = [n for n in passed.values() if n.is_standard("Cast") and n.integer("to") in _HALF]
+    return PositionReach(
+        rotary=tuple(map(_name, anchors.values())), rounded=tuple(map(_name, rounded))
+    )
+
+
+class _Values:
+    """What the values of some nodes depend on, by name."""
+
+    def __init__(self, nodes: Sequence[Node], graph: OnnxFile | None) -> None:
+        self.depends: dict[str, _Depends] = {"": 0}
+        self._dtypes: Mapping[str, int] = {}
+        if graph is not None:
+            self.depends |= dict.fromkeys(graph.initializers, 0)
+            self.depends.update(dict.fromkeys(graph.inputs, 2))
+            self._dtypes = graph.dtypes
+        for node in nodes:
+            found: _Depends = max((self.depends.get(name, 2) for name in node.reads), default=0)
+            if node.is_standard(*_SIZES):
+                found = min(found, 1)
+            self.depends.update(dict.fromkeys(filter(None, node.outputs), found))
+
+    def is_constant(self, name: str) -> bool:
+        """Whether no input of the graph has a part in a value, but for sizes."""
+        return self.depends.get(name, 2) < 2
+
+    def place_of_ids(self, node: Node) -> int | None:
+        """Which input of a node takes ids, or angles of them, to a rotation; None of others."""
+        if node.op_type == _ROTARY and node.domain in _ROTARY_INPUTS:
+            return _ROTARY_INPUTS[node.domain][0]
+        if node.is_standard(*_TRIGONOMETRY):
+            return 0
+        if node.is_standard("Gather") and self.is_constant(node.inputs[0]):
+            # Rows may be taken by id from a table of floats; one of booleans is a causal mask.
+            return 1 if self._dtypes.get(node.inputs[0], FLOAT) in _FLOATS else None
+        return None
+
+
+def _ids_behind(graph: OnnxFile, angles: str, depends: Mapping[str, _Depends]) -> str:
+    """The factor of the product behind some angles that is not the frequencies; empty if none."""
+    waiting, seen = [angles], set[str]()
+    while waiting:
+        name = waiting.pop()
+        index = graph.producers.get(name)
+        if name in seen or index is None or not depends[name]:
+            continue
+        seen.add(name)
+        node = graph.nodes[index]
+        if node.is_standard(*_PRODUCTS) and len(node.inputs) > 1:
+            left, right = node.inputs[:2]
+            if depends[left] != depends[right]:
+                return left if depends[left] > depends[right] else right
+        elif node.is_standard(*_PASS_FIRST) or _is_choice(node, depends):
+            waiting.append(node.inputs[0])
+        elif node.is_standard("Concat"):
+            waiting += node.inputs
+    return ""
+
+
+def _is_choice(node: Node, depends: Mapping[str, _Depends]) -> bool:
+    """Whether a node picks from its first input by a constant, as axes of ids are picked."""
+    return node.is_standard("Gather") and not depends[node.inputs[1]]
+
+
+def _choice_behind(graph: OnnxFile, ids: str, depends: Mapping[str, _Depends]) -> str:
+    """The constant by which each frequency was given the ids of one axis; empty if none."""
+    index = graph.producers.get(ids)
+    while index is not None:
+        node = graph.nodes[index]
+        if _is_choice(node, depends):
+            return node.inputs[1]
+        index = graph.producers.get(node.inputs[0]) if node.is_standard(*_PASS_FIRST) else None
+    return ""
+
+
+def _by_axis(found: Ids, axes: NDArray[Any], shape: tuple[int, ...]) -> Ids:
+    """Ids [F, B, S] or [B, S, F] of frequencies as those of axes, [A, B, S].
+
+    Of frequencies of one axis that differ, the furthest off from the first is taken; an axis that
+    turns no frequency has no ids. What does not fit comes back as it is.
+    """
+    num_axes, batch, length = shape
+    if found.size != len(axes) * batch * length:
+        return found
+    last = found.ndim > 2 and found.shape[-1] == len(axes)
+    each = found.reshape(batch, length, -1) if last else found.reshape(-1, batch * length).T
+    each = each.reshape(batch, length, len(axes))
+    seen = np.full(shape, np.nan)
+    for axis in range(num_axes):
+        of_axis = each[..., axes == axis]
+        if of_axis.size:
+            first = of_axis[..., :1]
+            furthest = np.abs(of_axis - first).argmax(axis=-1)[..., None]
+            seen[axis] = np.take_along_axis(of_axis, furthest, axis=-1)[..., 0]
+    return seen
+
+
+def _keeps_tokens_apart(node: Node, index: int, graph: OnnxFile, values: _Values) -> bool:
+    """Whether each token's part of a result is a function of its own id."""
+    if node.is_standard(*_BY_TOKEN):
+        return True
+    if node.is_standard(*_RESHAPES):
+        return index == 0
+    if node.is_standard("Add", "Sub"):
+        return values.is_constant(node.inputs[1 - index])
+    if not node.is_standard("Slice") or index != 0:
+        return False
+    # A Slice in name only, as traces of ``ids[:, None, :]`` have them.
+    starts, ends = (graph.integers(name) for name in node.inputs[1:3])
+    steps = graph.integers(node.inputs[4]) if len(node.inputs) > 4 else np.ones(1)
+    return (
+        starts is not None
+        and ends is not None
+        and steps is not None
+        and not starts.any()
+        and bool((ends >= _TO_THE_END).all())
+        and bool((steps == 1).all())
+    )
+
+
+def _unreached(graph: OnnxFile, values: _Values, anchors: Mapping[int, Node]) -> Iterator[Node]:
+    """Nodes that rotate or compute angles of something else than the ids."""
+    producers = {name: node for node in graph.all_nodes for name in node.outputs}
+    for nodes, known in (
+        (graph.all_nodes, values),
+        (graph.function_nodes, _Values(graph.function_nodes, None)),
+    ):
+        for node in nodes:
+            if id(node) in anchors:
+                continue
+            if node.is_standard(*_TRIGONOMETRY) and not known.is_constant(node.inputs[0]):
+                yield node
+            elif node.op_type == _ROTARY:
+                # One without ids of its own reads a cosine that may come from an anchor.
+                has_ids = len(node.inputs) > 3 and node.inputs[3]
+                if (
+                    not node.is_standard(_ROTARY)
+                    or has_ids
+                    or not _rests_on(node.inputs[1], anchors, producers)
+                ):
+                    yield node
+
+
+def _rests_on(value: str, anchors: Mapping[int, Node], producers: Mapping[str, Node]) -> bool:
+    waiting, seen = [value], set[int]()
+    while waiting:
+        node = producers.get(waiting.pop())
+        if node is None or id(node) in seen:
+            continue
+        if id(node) in anchors:
+            return True
+        seen.add(id(node))
+        waiting += node.inputs
+    return False
+
+
+def _ids_of_rows(cos: NDArray[Any], sin: NDArray[Any]) -> Ids:
+    """Which id each row [d / 2] of a table [R, d / 2] stands for.
+
+    From one row to the next the fastest column turns by less than half a turn, so that its angle
+    can be followed from row to row, and is its row's number times a step.
+    """
+    angles = np.unwrap(
+        np.arctan2(sin.astype(np.float64), cos.astype(np.float64)), axis=0, period=2 * np.pi
+    )
+    numbers = np.arange(len(angles), dtype=np.float64)
+    # Least squares: how the numbers were rounded to 16 bits is as often too much as too little.
+    steps = numbers @ angles / max(float(numbers @ numbers), 1.0)
+    fastest = int(np.argmax(np.abs(steps)))
+    ids: Ids = angles[:, fastest] / (steps[fastest] or 1.0)
+    whole = np.rint(ids)
+    return np.where(np.abs(ids - whole) < _NEAR, whole, ids)
+
+
+def _name(node: Node) -> str:
+    return f"{node.op_type} {node.name or '(no name)'}"
+
+
+def _list(nodes: Iterable[Node]) -> str:
+    names = list(dict.fromkeys(map(_name, nodes)))
+    more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
+    return (", ".join(names[:_MAX_SHOWN]) or "no node") + more
