@@ -69,7 +69,7 @@ def build_engines(
     graphs = target_graphs(bundle.manifest, choice.target, only)
     library = place.library
     estimate = estimate_memory(bundle, graphs, place.limits)
-    here = find_gpu() if not library.traits.sets_compute_capability else None
+    here = None if library.is_rtx else find_gpu()
     for text in memory_warnings(estimate, gpu=here, free_host=free_memory()):
         warn(text)
     with _draft(bundle, choice.folder) as draft:
@@ -137,7 +137,13 @@ def check_build(
         compute_capability=_compute_capability(library, choice, gpu),
     )
     _check_platform(place, graphs)
-    _check_options(library, options, gpu)
+    if options.weights == "stripped" and gpu is None:
+        # So it is with both packages; seen with TensorRT-RTX 1.7.1.
+        raise UsageError(
+            f"{library.name} compiles plans without their weights on a GPU alone",
+            seen="--weights stripped, and no GPU at hand",
+            allowed="--weights included or streamed",
+        )
     return place
 
 
@@ -208,7 +214,7 @@ def resolve_limits(manifest: Manifest, overrides: LimitsRequest) -> EngineLimits
 def _compute_capability(library: TensorRT, choice: TargetChoice, gpu: Gpu | None) -> int:
     """The GPU generation the engines will be for."""
     wanted = choice.compute_capability
-    if library.traits.sets_compute_capability and wanted is not None:
+    if library.is_rtx and wanted is not None:
         return wanted
     if gpu is None:
         raise _needs_gpu(choice)
@@ -244,16 +250,6 @@ def _check_platform(place: BuildPlace, graphs: tuple[GraphSpec, ...]) -> None:
                 allowed=", ".join(known) or describe_versions(target),
                 fix=f"export with --lowering {known[0]}" if known else None,
             )
-
-
-def _check_options(library: TensorRT, options: BuildOptions, gpu: Gpu | None) -> None:
-    stripped = options.weights == "stripped"
-    if stripped and library.traits.refit_needs_gpu and gpu is None:
-        raise UsageError(
-            f"{library.name} compiles plans without their weights on a GPU alone",
-            seen="--weights stripped, and no GPU at hand",
-            allowed="--weights included or streamed",
-        )
 
 
 def _compile(

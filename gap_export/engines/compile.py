@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from gap_export.bundle import Bundle
 from gap_export.engines.graph_hash import hash_weights, listed_file
-from gap_export.engines.inspect import NetworkView, check_interface, view_network
+from gap_export.engines.inspect import check_interface, read_interface
 from gap_export.engines.library import TensorRT
 from gap_export.engines.log import log_of, quote
 from gap_export.engines.memory import peak_bytes, reset_peak
@@ -88,21 +88,6 @@ def compile_graph(
             raise out_of_memory(graph, str(err) or "Python could not allocate") from err
 
 
-def view_graph(place: BuildPlace, graph: GraphSpec) -> NetworkView:
-    """A graph as TensorRT parses it; nothing is built.
-
-    Raises:
-        EngineError: TensorRT does not take the graph.
-    """
-    module = place.library.module
-    log = log_of(module)
-    builder = _create_builder(place.library)
-    path = place.bundle.file(graph.file)
-    advice = other_ways(place.bundle, graph, place.choice, place.library)
-    parsed = parse_graph(place.library, log, builder, graph, path, advice)
-    return view_network(module, parsed.network)
-
-
 def _compile(
     place: BuildPlace,
     graph: GraphSpec,
@@ -120,8 +105,8 @@ def _compile(
     log = log_of(module)
     builder = _create_builder(library)
     parsed = parse_graph(library, log, builder, graph, path, advice)
-    view = view_network(module, parsed.network)
-    check_interface(view, graph)
+    interface = read_interface(parsed.network)
+    check_interface(interface, graph)
     config = _configure(place, builder, options)
     for profile in profiles:
         config.add_optimization_profile(_to_tensorrt(builder, profile))
@@ -138,8 +123,7 @@ def _compile(
         raise plan.failure
     if not built:
         raise build_failed(library, graph, path, errors, advice)
-    if library.traits.has_timing_cache:
-        keep_timing_cache(library, config, place.compute_capability)
+    keep_timing_cache(library, config, place.compute_capability)
     return EngineSpec(
         component=graph.component,
         file=name,
@@ -154,8 +138,8 @@ def _compile(
         kv_contract=graph.kv_contract,
         weights=options.weights,
         profiles=profiles,
-        inputs=view.inputs,
-        outputs=view.outputs,
+        inputs=interface.inputs,
+        outputs=interface.outputs,
         build_seconds=round(time.perf_counter() - started, 3),
         peak_memory_bytes=peak_bytes(),
     )
@@ -177,9 +161,9 @@ def _create_builder(library: TensorRT) -> Any:
 
 
 def _configure(place: BuildPlace, builder: Any, options: BuildOptions) -> Any:
-    module, traits = place.library.module, place.library.traits
+    module = place.library.module
     config = builder.create_builder_config()
-    if traits.sets_compute_capability:
+    if place.library.is_rtx:
         config.num_compute_capabilities = 1
         generation = getattr(module.ComputeCapability, f"SM{place.compute_capability}")
         config.set_compute_capability(generation, 0)
@@ -189,8 +173,7 @@ def _configure(place: BuildPlace, builder: Any, options: BuildOptions) -> Any:
         config.builder_optimization_level = options.optimization_level
     for flag in _FLAGS[options.weights]:
         config.set_flag(getattr(module.BuilderFlag, flag))
-    if traits.has_timing_cache:
-        use_timing_cache(place.library, config, place.compute_capability)
+    use_timing_cache(place.library, config, place.compute_capability)
     return config
 
 

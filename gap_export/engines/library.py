@@ -16,39 +16,9 @@ from gap_export.extras import pip_install
 LibraryName = Literal["tensorrt", "tensorrt_rtx"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LibraryTraits:
-    """In what the two packages differ for us.
-
-    Attributes:
-        extra: Of gap-export, which installs it.
-        has_timing_cache: What was measured on the GPU can be kept; TensorRT-RTX measures nothing
-            while building and warns where it is asked.
-        sets_compute_capability: The GPU generation is chosen, not that of the GPU at hand.
-        refit_needs_gpu: Plans that can be refitted are compiled on a GPU alone; seen with 1.7.1.
-    """
-
-    extra: str
-    has_timing_cache: bool
-    sets_compute_capability: bool
-    refit_needs_gpu: bool
-
-
-TRAITS: Mapping[str, LibraryTraits] = MappingProxyType(
-    {
-        "tensorrt": LibraryTraits(
-            extra="trt",
-            has_timing_cache=True,
-            sets_compute_capability=False,
-            refit_needs_gpu=True,
-        ),
-        "tensorrt_rtx": LibraryTraits(
-            extra="trt-rtx",
-            has_timing_cache=False,
-            sets_compute_capability=True,
-            refit_needs_gpu=True,
-        ),
-    }
+# The extra of gap-export that installs each.
+_EXTRAS: Mapping[LibraryName, str] = MappingProxyType(
+    {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}
 )
 
 
@@ -73,9 +43,13 @@ class TensorRT:
         return int(numbers[0]), int(numbers[1])
 
     @property
-    def traits(self) -> LibraryTraits:
-        """In what it differs from the other one."""
-        return TRAITS[self.name]
+    def is_rtx(self) -> bool:
+        """Whether it is TensorRT-RTX.
+
+        That builds for a GPU generation that is chosen, the other one for the GPU at hand; and it
+        measures nothing while building, so that there is no timing cache to keep.
+        """
+        return self.name == "tensorrt_rtx"
 
 
 def import_tensorrt(
@@ -97,7 +71,7 @@ def import_tensorrt(
     except ModuleNotFoundError as err:
         if err.name != name:
             raise _not_loadable(name, purpose, err) from err
-        install = f"install it with: {pip_install(TRAITS[name].extra)}"
+        install = f"install it with: {pip_install(_EXTRAS[name])}"
         raise MissingDependencyError(
             f"{purpose} needs a package that is not installed",
             seen=name,
@@ -176,7 +150,7 @@ def installed_targets() -> tuple[str, ...]:
     return tuple(names)
 
 
-def _not_loadable(name: str, purpose: str, err: Exception) -> MissingDependencyError:
+def _not_loadable(name: LibraryName, purpose: str, err: Exception) -> MissingDependencyError:
     return MissingDependencyError(
         f"{purpose} needs {name}, which is installed but cannot be loaded",
         seen=err,
@@ -184,6 +158,6 @@ def _not_loadable(name: str, purpose: str, err: Exception) -> MissingDependencyE
     )
 
 
-def _reinstall(name: str) -> str:
-    line = pip_install(TRAITS[name].extra)
+def _reinstall(name: LibraryName) -> str:
+    line = pip_install(_EXTRAS[name])
     return f"install it again: {line.replace('install', 'install --force-reinstall', 1)}"

@@ -59,7 +59,7 @@ def keep_timing_cache(library: TensorRT, config: Any, compute_capability: int | 
 
 def _cache_file(library: TensorRT, compute_capability: int | None) -> Path | None:
     folder = cache_folder()
-    if folder is None or compute_capability is None or not library.traits.has_timing_cache:
+    if folder is None or compute_capability is None or library.is_rtx:
         return None
     name = f"{library.name}-{library.version}-sm{compute_capability}.cache"
     return folder / "timing" / name

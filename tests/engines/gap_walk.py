@@ -2,7 +2,53 @@
 
 from __future__ import annotations
 
-from gap_export.engines.inspect import LayerView, NetworkView
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# What a layer does, where its type says only half of it: the class to see it as, the attribute.
+_OPERATIONS = {
+    "ELEMENTWISE": ("IElementWiseLayer", "op"),
+    "UNARY": ("IUnaryLayer", "op"),
+    "GATHER": ("IGatherLayer", "mode"),
+    "REDUCE": ("IReduceLayer", "op"),
+    "ACTIVATION": ("IActivationLayer", "type"),
+    "TOPK": ("ITopKLayer", "op"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerView:
+    """One layer: its type as TensorRT calls it, and its operation where that leaves it open."""
+
+    name: str
+    type: str
+    operation: str | None
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NetworkView:
+    """A network's layers in the order they were parsed, which is one they can run in."""
+
+    layers: tuple[LayerView, ...]
+
+    def consumers(self, tensor: str) -> Iterator[LayerView]:
+        return (layer for layer in self.layers if tensor in layer.inputs)
+
+    def downstream(self, tensor: str) -> Iterator[LayerView]:
+        """Every layer that what is in a tensor reaches, in order."""
+        reached = {tensor}
+        for layer in self.layers:
+            if reached & set(layer.inputs):
+                reached |= set(layer.outputs)
+                yield layer
+
+
+def view_network(module: Any, network: Any) -> NetworkView:
+    layers = (network.get_layer(i) for i in range(network.num_layers))
+    return NetworkView(tuple(_layer(module, layer) for layer in layers))
 
 
 def rotary_layers(view: NetworkView) -> list[LayerView]:
@@ -42,9 +88,7 @@ def assert_rope_sees_remapped_ids(view: NetworkView) -> None:
     assert all(layer in reached for layer in rotary)
     # Without the remap's last layer nothing of the slots, but their number, gets there.
     cut = NetworkView(
-        inputs=view.inputs,
-        outputs=view.outputs,
-        layers=tuple(
+        tuple(
             layer
             for layer in view.layers
             if remapped not in layer.outputs and layer.type != "SHAPE"
@@ -60,3 +104,25 @@ def _only(view: NetworkView, tensor: str, kind: str, operation: str) -> list[Lay
         for layer in view.consumers(tensor)
         if (layer.type, layer.operation) == (kind, operation)
     ]
+
+
+def _layer(module: Any, layer: Any) -> LayerView:
+    kind = str(layer.type.name)
+    inputs = (layer.get_input(i) for i in range(layer.num_inputs))
+    return LayerView(
+        name=layer.name,
+        type=kind,
+        operation=_operation(module, layer, kind),
+        # An optional input that is not given is None.
+        inputs=tuple(tensor.name for tensor in inputs if tensor is not None),
+        outputs=tuple(layer.get_output(i).name for i in range(layer.num_outputs)),
+    )
+
+
+def _operation(module: Any, layer: Any, kind: str) -> str | None:
+    if kind not in _OPERATIONS:
+        return None
+    class_name, attribute = _OPERATIONS[kind]
+    # TensorRT's own way: a layer of a network is an ILayer until it is told what it is.
+    layer.__class__ = getattr(module, class_name)
+    return str(getattr(layer, attribute).name)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
 from gap_export.bundle import Bundle
 from gap_export.engines.build import target_graphs
-from gap_export.engines.compile import BuildPlace, view_graph
-from gap_export.engines.inspect import NetworkView
-from gap_export.engines.library import library_for
+from gap_export.engines.inspect import Interface, read_interface
 from gap_export.engines.log import log_of
 from gap_export.spec.manifest import GraphSpec
 from tests.engines.bundles import SKIP_RTX, SM89
+from tests.engines.gap_walk import NetworkView, view_network
 
 trt = pytest.importorskip("tensorrt_rtx", reason=SKIP_RTX)
 
@@ -23,14 +23,27 @@ trt = pytest.importorskip("tensorrt_rtx", reason=SKIP_RTX)
 Lengths = Mapping[str, tuple[int, int, int]]
 
 
-def build_plan(path: Path, *profiles: Lengths) -> bytes:
-    """The plan of an ONNX file, by TensorRT's own calls; the test fails with what it says."""
+def parse(path: Path) -> tuple[Any, Any, Any]:
+    """Builder, network and parser, which must live as long as the network; or the test fails."""
     log = log_of(trt)
     builder = trt.Builder(log.handle)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log.handle)
     if not parser.parse_from_file(str(path)):
         pytest.fail("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
+    return builder, network, parser
+
+
+def view_file(path: Path) -> tuple[Interface, NetworkView]:
+    """An ONNX file as TensorRT parses it."""
+    _builder, network, _parser = parse(path)
+    return read_interface(network), view_network(trt, network)
+
+
+def build_plan(path: Path, *profiles: Lengths) -> bytes:
+    """The plan of an ONNX file, by TensorRT's own calls; the test fails with what it says."""
+    log = log_of(trt)
+    builder, network, _parser = parse(path)
     config = builder.create_builder_config()
     for lengths in profiles:
         profile = builder.create_optimization_profile()
@@ -52,15 +65,7 @@ def build_plan(path: Path, *profiles: Lengths) -> bytes:
     return bytes(plan)
 
 
-def view_component(bundle: Bundle, component: str) -> tuple[GraphSpec, NetworkView]:
+def view_component(bundle: Bundle, component: str) -> tuple[GraphSpec, Interface, NetworkView]:
     """The graph that a component's engine is built from, and that as TensorRT parses it."""
-    assert bundle.manifest.engine_limits is not None
-    place = BuildPlace(
-        bundle=bundle,
-        choice=SM89,
-        library=library_for(SM89.target),
-        limits=bundle.manifest.engine_limits,
-        compute_capability=89,
-    )
     (graph,) = target_graphs(bundle.manifest, SM89.target, (component,))
-    return graph, view_graph(place, graph)
+    return graph, *view_file(bundle.file(graph.file))

@@ -90,8 +90,8 @@ def test_the_parsed_network_is_what_the_manifest_says(bundle, folder):
 
 
 def test_rope_sees_what_the_gap_remap_makes_of_position_ids(bundle):
-    graph, view = view_component(bundle, DECODER)
-    check_interface(view, graph)
+    graph, interface, view = view_component(bundle, DECODER)
+    check_interface(interface, graph)
     assert_rope_sees_remapped_ids(view)
 
 

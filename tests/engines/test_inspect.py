@@ -7,31 +7,14 @@ from typing import Any
 
 import pytest
 
-from gap_export.engines.inspect import (
-    LayerView,
-    NetworkView,
-    check_interface,
-    dtype_name,
-    view_network,
-)
-from gap_export.engines.log import log_of
+from gap_export.engines.inspect import check_interface, dtype_name
 from gap_export.errors import EngineError
 from gap_export.spec.manifest import GraphSpec, TensorSpec
 from tests.engines.bundles import SKIP_RTX
-from tests.engines.gap_walk import (
-    assert_rope_sees_remapped_ids,
-    gap_remap_output,
-)
+from tests.engines.gap_walk import LayerView, assert_rope_sees_remapped_ids, gap_remap_output
+from tests.engines.sm89 import view_file
 
 trt = pytest.importorskip("tensorrt_rtx", reason=SKIP_RTX)
-
-
-def view_file(path: Any) -> NetworkView:
-    log = log_of(trt)
-    network = trt.Builder(log.handle).create_network(0)
-    parser = trt.OnnxParser(network, log.handle)
-    assert parser.parse_from_file(str(path))
-    return view_network(trt, network)
 
 
 def graph_of(bundle: Any, component: str) -> GraphSpec:
@@ -43,19 +26,19 @@ def graph_of(bundle: Any, component: str) -> GraphSpec:
 )
 def test_inputs_and_outputs_are_the_manifests(trt_bundle, component):
     graph = graph_of(trt_bundle, component)
-    view = view_file(trt_bundle.file(graph.file))
-    check_interface(view, graph)
-    assert [t.name for t in view.inputs] == [t.name for t in graph.inputs]
+    interface, _ = view_file(trt_bundle.file(graph.file))
+    check_interface(interface, graph)
+    assert [t.name for t in interface.inputs] == [t.name for t in graph.inputs]
 
 
 def test_rope_sees_remapped_ids(trt_bundle):
     graph = graph_of(trt_bundle, "decoder_model_merged")
-    assert_rope_sees_remapped_ids(view_file(trt_bundle.file(graph.file)))
+    assert_rope_sees_remapped_ids(view_file(trt_bundle.file(graph.file))[1])
 
 
 @pytest.mark.parametrize("operation", ["MIN", "ELEMENT", "SUB", "SUM"])
 def test_a_decoder_without_all_of_the_remap_is_noticed(trt_bundle, operation):
-    view = view_file(trt_bundle.file("decoder_model_merged.onnx"))
+    _, view = view_file(trt_bundle.file("decoder_model_merged.onnx"))
     rest = tuple(layer for layer in view.layers if layer.operation != operation)
     with pytest.raises(ValueError, match="not enough values to unpack"):
         gap_remap_output(dataclasses.replace(view, layers=rest))
@@ -63,7 +46,7 @@ def test_a_decoder_without_all_of_the_remap_is_noticed(trt_bundle, operation):
 
 def test_rope_beside_the_remap_is_noticed(trt_bundle):
     """One more layer, from the slots to an angle, is enough."""
-    view = view_file(trt_bundle.file("decoder_model_merged.onnx"))
+    _, view = view_file(trt_bundle.file("decoder_model_merged.onnx"))
     angle = next(layer for layer in view.layers if layer.operation == "COS")
     bypass = LayerView(
         name="bypass", type="CAST", operation=None, inputs=("position_ids",), outputs=angle.inputs
@@ -72,16 +55,6 @@ def test_rope_beside_the_remap_is_noticed(trt_bundle):
     wrong = dataclasses.replace(view, layers=(*view.layers[:at], bypass, *view.layers[at:]))
     with pytest.raises(AssertionError):
         assert_rope_sees_remapped_ids(wrong)
-
-
-def test_a_network_is_walked_both_ways(trt_bundle):
-    view = view_file(trt_bundle.file("embed_tokens.onnx"))
-    assert view.producer("input_ids") is None
-    last = view.producer("inputs_embeds")
-    assert last is not None
-    assert last in list(view.downstream("input_ids"))
-    assert next(view.consumers("input_ids")).inputs[-1] == "input_ids"
-    assert list(view.downstream("nothing")) == []
 
 
 def changed(graph: GraphSpec, **changes: Any) -> GraphSpec:
@@ -99,10 +72,10 @@ def changed(graph: GraphSpec, **changes: Any) -> GraphSpec:
 )
 def test_an_input_unlike_the_manifests_is_refused(trt_bundle, changes, message):
     graph = graph_of(trt_bundle, "embed_tokens")
-    view = view_file(trt_bundle.file(graph.file))
-    check_interface(view, graph)
+    interface, _ = view_file(trt_bundle.file(graph.file))
+    check_interface(interface, graph)
     with pytest.raises(EngineError, match=message):
-        check_interface(view, changed(graph, **changes))
+        check_interface(interface, changed(graph, **changes))
 
 
 def test_an_output_that_is_not_there_is_refused(trt_bundle):
@@ -110,7 +83,7 @@ def test_an_output_that_is_not_there_is_refused(trt_bundle):
     more = (*graph.outputs, TensorSpec(name="logits", dtype="float32", shape=(1,)))
     with pytest.raises(EngineError, match=r"other outputs in embed_tokens\.onnx.*logits"):
         check_interface(
-            view_file(trt_bundle.file(graph.file)), dataclasses.replace(graph, outputs=more)
+            view_file(trt_bundle.file(graph.file))[0], dataclasses.replace(graph, outputs=more)
         )
 
 

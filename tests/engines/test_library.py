@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from gap_export.engines.library import (
-    TRAITS,
     TensorRT,
     describe_versions,
     elsewhere,
@@ -58,7 +57,7 @@ def test_a_version_that_the_target_has_is_taken(monkeypatch, target, version):
     library = library_for(TARGETS[target])
     assert (library.version, library.module.__version__) == (version, version)
     assert library.release == tuple(map(int, version.split(".")[:2]))
-    assert library.traits is TRAITS[library.name]
+    assert library.is_rtx is (target == "rtx")
 
 
 @pytest.mark.parametrize("version", ["10.4.0", "8.6.2", "11.5.0"])

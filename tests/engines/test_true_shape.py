@@ -154,5 +154,5 @@ def test_true_shape_engine_has_the_true_interface(case, engine):
 
 
 def test_true_shape_rope_sees_remapped_ids(bundle):
-    _, view = view_component(bundle, DECODER)
+    _, _, view = view_component(bundle, DECODER)
     assert_rope_sees_remapped_ids(view)
