@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gap_export.patching.options import DEFAULT_PRUNER, check_request
-from gap_export.patching.prune_at_places import PruneAtPlaces
-from gap_export.patching.prune_by_attention import PruneByAttention
-from gap_export.patching.prune_by_cls import PruneByCls
-from gap_export.patching.prune_features import PruneFeatures
+from gap_export.patching.prune_by_score import PruneByAttention, PruneByCls, PruneByScore
+from gap_export.patching.prune_features import PruneAtPlaces, PruneFeatures
 from gap_export.pruning.resolve import resolve_request
 from gap_export.spec.manifest import GridSpec, PruningSpec
 from gap_export.spec.places import drawn_places, lattice_places
@@ -18,35 +19,22 @@ from gap_export.spec.recipe import Recipe
 from gap_export.spec.requests import PruningRequest
 
 
-def _spatial(grid: GridSpec, pruning: PruningSpec) -> PruneFeatures:
-    places = lattice_places(grid, num_kept_tokens=pruning.num_kept_tokens)
-    return PruneAtPlaces(places, num_visual_tokens=pruning.num_visual_tokens)
+def _lattice(grid: GridSpec, pruning: PruningSpec) -> NDArray[np.int64]:
+    return lattice_places(grid, num_kept_tokens=pruning.num_kept_tokens)
 
 
-def _random(grid: GridSpec, pruning: PruningSpec) -> PruneFeatures:
+def _drawn(grid: GridSpec, pruning: PruningSpec) -> NDArray[np.int64]:
+    """Fed in raster order, in whichever order they were drawn."""
     assert pruning.seed is not None
-    places = drawn_places(
-        grid.num_visual_tokens, num_kept_tokens=pruning.num_kept_tokens, seed=pruning.seed
-    )
-    # Fed in raster order, whatever the order drawn.
-    places.sort()
-    return PruneAtPlaces(places, num_visual_tokens=pruning.num_visual_tokens)
+    kept = pruning.num_kept_tokens
+    return np.sort(drawn_places(grid.num_visual_tokens, num_kept_tokens=kept, seed=pruning.seed))
 
 
-def _cls(grid: GridSpec, pruning: PruningSpec) -> PruneFeatures:
-    return PruneByCls(
-        num_kept_tokens=pruning.num_kept_tokens, num_visual_tokens=grid.num_visual_tokens
-    )
-
-
-def _fastervlm(grid: GridSpec, pruning: PruningSpec) -> PruneFeatures:
-    return PruneByAttention(
-        num_kept_tokens=pruning.num_kept_tokens, num_visual_tokens=grid.num_visual_tokens
-    )
-
-
-PASSES: Mapping[str, Callable[[GridSpec, PruningSpec], PruneFeatures]] = MappingProxyType(
-    {"spatial": _spatial, "random": _random, "cls": _cls, "fastervlm": _fastervlm}
+PLACES: Mapping[str, Callable[[GridSpec, PruningSpec], NDArray[np.int64]]] = MappingProxyType(
+    {"spatial": _lattice, "random": _drawn}
+)
+SCORES: Mapping[str, type[PruneByScore]] = MappingProxyType(
+    {"cls": PruneByCls, "fastervlm": PruneByAttention}
 )
 
 
@@ -62,3 +50,11 @@ def settle_pruning(recipe: Recipe, request: PruningRequest) -> PruningSpec:
         request = replace(request, pruner=DEFAULT_PRUNER)
     # Whether the graph has a CLS token, its pass finds out.
     return resolve_request(recipe, request, ("cls_features", "cls_attention"))
+
+
+def pruning_pass(grid: GridSpec, pruning: PruningSpec) -> PruneFeatures:
+    """The pass of a pruner that :func:`settle_pruning` let through."""
+    total = grid.num_visual_tokens
+    if pruning.pruner in PLACES:
+        return PruneAtPlaces(PLACES[pruning.pruner](grid, pruning), num_visual_tokens=total)
+    return SCORES[pruning.pruner](num_kept_tokens=pruning.num_kept_tokens, num_visual_tokens=total)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from gap_export.errors import PassError
 from gap_export.graph.passes.matching import constant, describe
-from gap_export.patching.infer_shapes import with_shapes
+from gap_export.patching.read_graph import with_shapes
 
 # What mixes tokens: a path that meets one of these has left the projector for the tower.
 _MIXING = frozenset({"Attention", "Conv", "MultiHeadAttention", "Softmax"})

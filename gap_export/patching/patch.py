@@ -23,11 +23,10 @@ from gap_export.graph.passes.insert_gap_remap import POSITION_IDS, InsertGapRema
 from gap_export.graph.passes.matching import static_dim
 from gap_export.graph.pipelines import run_pipeline
 from gap_export.patching.cache_roles import check_cache_roles
-from gap_export.patching.choose_pruner import PASSES, settle_pruning
+from gap_export.patching.choose_pruner import pruning_pass, settle_pruning
 from gap_export.patching.decoder_interface import DecoderFacts, read_decoder_interface
 from gap_export.patching.describe import PatchedGraph, check_special_tokens, describe_patch
 from gap_export.patching.find_export import COMPONENTS, FoundExport
-from gap_export.patching.infer_shapes import with_shapes
 from gap_export.patching.model_facts import (
     CONFIG,
     GENERATION,
@@ -38,7 +37,13 @@ from gap_export.patching.model_facts import (
 )
 from gap_export.patching.options import PatchOptions, PatchReport
 from gap_export.patching.prune_features import FEATURES, check_opset
-from gap_export.patching.read_graph import ForeignGraph, all_nodes, read_graph, save_patched
+from gap_export.patching.read_graph import (
+    ForeignGraph,
+    all_nodes,
+    read_graph,
+    save_patched,
+    with_shapes,
+)
 from gap_export.progress import Progress
 from gap_export.spec.manifest import (
     MANIFEST_NAME,
@@ -75,7 +80,7 @@ def patch_found(found: FoundExport, options: PatchOptions, progress: Progress) -
     pruning = settle_pruning(recipe, options.pruning)
     with _blaming(vision):
         _check_vision(vision.model, recipe)
-        run_pipeline(vision.model, [PASSES[pruning.pruner](recipe.grid, pruning)])
+        run_pipeline(vision.model, [pruning_pass(recipe.grid, pruning)])
     with _blaming(decoder):
         run_pipeline(decoder.model, DECODER_PASSES)
     patched = (

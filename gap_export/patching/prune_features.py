@@ -1,10 +1,10 @@
-"""What passes have in common that make a vision encoder give the kept tokens' features alone."""
+"""Passes that make a vision encoder give the kept tokens' features alone; at fixed places."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from typing import Any
+from itertools import count
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -25,15 +25,17 @@ class PruneFeatures(GraphPass):
     """Gathers kept tokens from the output ``image_features`` [I, N, H]; adds ``keep_indices``.
 
     Tokens are taken after the projector: nothing but the drop of CLS need be known of the graph,
-    and each kept row is computed as it was before. What the projector does for the others is lost,
-    two products of [N, H], next to a tower's hundreds. Does not handle features of all pictures in
-    one list, [I * N, H].
+    and each kept row is computed as it was before. What the projector does for the dropped ones is
+    lost, two products of [N, H], next to a tower's hundreds. Does not handle features of all images
+    in one list, [I * N, H].
 
     Args:
+        num_kept_tokens: K.
         num_visual_tokens: N.
     """
 
-    def __init__(self, *, num_visual_tokens: int) -> None:
+    def __init__(self, *, num_kept_tokens: int, num_visual_tokens: int) -> None:
+        self._num_kept_tokens = num_kept_tokens
         self._num_visual_tokens = num_visual_tokens
 
     def apply(self, model: ir.Model) -> bool:
@@ -64,11 +66,6 @@ class PruneFeatures(GraphPass):
         graph.outputs.append(keep)
         return True
 
-    @property
-    @abstractmethod
-    def _num_kept_tokens(self) -> int:
-        """K."""
-
     @abstractmethod
     def _choose(self, model: ir.Model, features: ir.Value, steps: Steps) -> ir.Value:
         """int64 [I, K]."""
@@ -76,6 +73,31 @@ class PruneFeatures(GraphPass):
     @abstractmethod
     def _gather(self, features: ir.Value, keep: ir.Value, steps: Steps) -> ir.Value:
         """[I, K, H]."""
+
+
+class PruneAtPlaces(PruneFeatures):
+    """``spatial`` and ``random``: the same places in every image, a constant of the graph.
+
+    Args:
+        places: int64 [K] of 0..N-1, in the order they are fed.
+        num_visual_tokens: N.
+    """
+
+    name: ClassVar[str] = "PruneAtPlaces"
+
+    def __init__(self, places: NDArray[np.int64], *, num_visual_tokens: int) -> None:
+        super().__init__(num_kept_tokens=len(places), num_visual_tokens=num_visual_tokens)
+        self._places = places
+
+    def _choose(self, model: ir.Model, features: ir.Value, steps: Steps) -> ir.Value:
+        del model
+        rows = steps("Slice", steps("Shape", features), [0], [1], [0])
+        shape = steps("Concat", rows, [self._num_kept_tokens], axis=0)
+        return steps("Expand", self._places[None], shape)
+
+    def _gather(self, features: ir.Value, keep: ir.Value, steps: Steps) -> ir.Value:
+        del keep
+        return steps("Gather", features, self._places, axis=1)
 
 
 def check_opset(model: ir.Model) -> None:
@@ -111,7 +133,7 @@ def check_features(model: ir.Model, *, num_visual_tokens: int) -> ir.Value:
         )
     if inputs != ["pixel_values"]:
         raise PassError(
-            "the vision encoder has inputs that nobody would feed",
+            "the vision encoder has inputs that are not fed",
             seen=", ".join(inputs),
             allowed="pixel_values",
         )
@@ -123,13 +145,13 @@ def check_features(model: ir.Model, *, num_visual_tokens: int) -> ir.Value:
         )
     features = outputs[FEATURES]
     shape = features.shape
-    # A length that the graph leaves open is measured by whoever knows how to run it.
+    # A length that the graph leaves open is measured where the recipe is known.
     is_other = static_dim(features, 1) not in (None, num_visual_tokens)
     if shape is None or shape.rank() != 3 or is_other:
         raise PassError(
             f"{FEATURES} is not of the shape that is pruned",
             seen=shape,
-            allowed=f"[pictures, {num_visual_tokens}, width]",
+            allowed=f"[images, {num_visual_tokens}, width]",
         )
     taken = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
     if KEEP_INDICES in taken or _UNPRUNED in taken:
@@ -142,7 +164,7 @@ class Steps:
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
-        self._numbers: Iterator[int] = iter(range(1 << 30))
+        self._numbers = count()
 
     def __call__(
         self,

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from gap_export.errors import BundleError, UsageError
+from gap_export.errors import BundleError, PassError, UsageError
 from gap_export.spec.manifest import check_member_path
 
 # A protobuf message cannot be larger.
@@ -103,6 +104,25 @@ def quiet(logger_name: str) -> Iterator[None]:
 def first_line(err: Exception) -> str:
     """What an error of the onnx packages says, without the dump that follows."""
     return (str(err).splitlines() or [type(err).__name__])[0][:200]
+
+
+def with_shapes(model: ir.Model) -> ir.Model:
+    """A copy of a model with all the shapes that ONNX's own inference finds; no weight is read.
+
+    Raises:
+        PassError: the graph does not hold together.
+    """
+    inference = common_passes.ShapeInferencePass(data_prop=True)
+    try:
+        # What it fails at, it reports, and leaves the shapes open.
+        with quiet(type(inference).__module__):
+            return inference(model.clone()).model
+    except (RuntimeError, ValueError) as err:
+        raise PassError(
+            "shapes cannot be worked out",
+            seen=first_line(err),
+            fix="get the export again, or export the model again",
+        ) from err
 
 
 def _damaged(path: Path, seen: str) -> UsageError:

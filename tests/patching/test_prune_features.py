@@ -9,9 +9,8 @@ import pytest
 from onnx import helper
 
 from gap_export.errors import PassError
-from gap_export.patching.prune_at_places import PruneAtPlaces
-from gap_export.patching.prune_by_attention import PruneByAttention
-from gap_export.patching.prune_by_cls import PruneByCls
+from gap_export.patching.prune_by_score import PruneByAttention, PruneByCls
+from gap_export.patching.prune_features import PruneAtPlaces
 from tests.patching.graphs import FLOAT, constant, model, to_ir, value
 
 PLACES = np.array([0, 2], dtype=np.int64)

@@ -17,7 +17,7 @@ from gap_export.parity.patched import masked_oracle
 from gap_export.parity.patched.masked_oracle import compare_with_unpatched
 from gap_export.parity.patched.unpatched import UnpatchedBackend
 from gap_export.patching import patch as patching
-from gap_export.patching.prune_at_places import PruneAtPlaces
+from gap_export.patching.prune_features import PruneAtPlaces
 from tests.parity.mutants import rewrite
 from tests.patching.cache_faults import FAULTS, break_cache
 from tests.patching.conftest import *  # noqa: F403 - its fixtures
