@@ -6,7 +6,7 @@ nothing of it, and a cache under wrong names is wrong in every step in the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -43,7 +43,7 @@ _OPERATORS: Mapping[tuple[str, str], _Attention] = MappingProxyType(
 )
 _PRODUCTS = frozenset({"Conv", "Einsum", "Gemm", "MatMul"})
 _SOFTMAX = "Softmax"
-# What hands a tensor on, whole or joined with others; and which of its inputs is the tensor.
+# What hands a tensor on, whole or joined with other tensors; and which of its inputs is the tensor.
 _MOVES: Mapping[str, tuple[int, ...] | None] = MappingProxyType(
     {
         **dict.fromkeys(("Cast", "Concat", "Identity", "Transpose"), None),
@@ -62,7 +62,7 @@ _CHANGES = frozenset({"Add", "Div", "Mul", "Neg", "RotaryEmbedding", "Sub"})
 def check_cache_roles(graph: ir.Graph, num_layers: int) -> None:
     """See that cache tensors are what their names say, as far as the graph shows it.
 
-    What cannot be followed (an operator that is not known, a softmax made of others) is left to
+    What cannot be followed (an operator that is not known, a softmax made of several) is left to
     the check of the patched bundle, which decodes with the cache and without.
 
     Args:
@@ -117,42 +117,39 @@ def _roles(start: ir.Value) -> set[Role]:
             if attention is not None:
                 found |= {role for at, role in attention.roles.items() if at == index}
             elif node.domain == "" and node.op_type in {"MatMul", "Einsum"}:
-                found |= _role_in(node, index)
+                factors = [v for at, v in enumerate(node.inputs) if at != index and v is not None]
+                if any(_meets_softmax(factor, _before) for factor in factors):
+                    found.add("value")
+                elif _meets_softmax(node.outputs[0], _behind):
+                    found.add("key")
             elif _hands_on(node, index) or node.op_type in _CHANGES:
                 waiting += node.outputs
     return found
 
 
-def _role_in(product: ir.Node, index: int) -> set[Role]:
-    others = [value for at, value in enumerate(product.inputs) if at != index]
-    if any(_comes_from_softmax(value) for value in others):
-        return {"value"}
-    return {"key"} if _reaches_softmax(product.outputs[0]) else set()
+def _before(value: ir.Value) -> list[tuple[ir.Node, list[ir.Value]]]:
+    """The node that gives a value, with what it reads."""
+    node = value.producer()
+    return [] if node is None else [(node, [each for each in node.inputs if each is not None])]
 
 
-def _comes_from_softmax(start: ir.Value | None) -> bool:
+def _behind(value: ir.Value) -> list[tuple[ir.Node, list[ir.Value]]]:
+    """The nodes that read a value, each with what it gives."""
+    return [(node, list(node.outputs)) for node, _ in value.uses()]
+
+
+def _meets_softmax(
+    start: ir.Value, step: Callable[[ir.Value], list[tuple[ir.Node, list[ir.Value]]]]
+) -> bool:
+    """Whether a Softmax is met on the way, without passing through a product."""
     waiting, seen = [start], set[int]()
     while waiting:
-        value = waiting.pop()
-        node = None if value is None else value.producer()
-        if node is None or id(node) in seen or node.op_type in _PRODUCTS:
-            continue
-        if node.op_type == _SOFTMAX:
-            return True
-        seen.add(id(node))
-        waiting += node.inputs
-    return False
-
-
-def _reaches_softmax(start: ir.Value) -> bool:
-    waiting, seen = [start], set[int]()
-    while waiting:
-        for node, _ in waiting.pop().uses():
+        for node, values in step(waiting.pop()):
             if node.op_type == _SOFTMAX:
                 return True
             if id(node) not in seen and node.op_type not in _PRODUCTS:
                 seen.add(id(node))
-                waiting += node.outputs
+                waiting += values
     return False
 
 

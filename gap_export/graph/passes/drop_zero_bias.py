@@ -25,17 +25,14 @@ class DropZeroBias(GraphPass):
         """Drop; True if there was one."""
         modified = False
         for node in model.graph:
-            if is_operator(node, "Conv") and len(node.inputs) == 3 and _is_zero(node.inputs[2]):
+            bias = node.inputs[2] if is_operator(node, "Conv") and len(node.inputs) == 3 else None
+            expand = None if bias is None else bias.producer()
+            if expand is None or not is_operator(expand, "Expand"):
+                continue
+            number = constant(expand.inputs[0])
+            if number is not None and not number.any():
                 node.resize_inputs(2)
                 modified = True
         if modified:
             common_passes.RemoveUnusedNodesPass()(model)
         return modified
-
-
-def _is_zero(bias: ir.Value | None) -> bool:
-    node = None if bias is None else bias.producer()
-    if node is None or not is_operator(node, "Expand"):
-        return False
-    number = constant(node.inputs[0])
-    return number is not None and not number.any()

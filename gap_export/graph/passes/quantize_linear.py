@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from gap_export.checkpoint.weights import PlacedTensor, QuantizedPlace
 from gap_export.errors import PassError
 from gap_export.graph.passes.graph_pass import GraphPass
+from gap_export.graph.passes.matching import add_initializer
 
 # DequantizeLinear has blocks and INT4 from 21 on, ONNX files from IR version 10 on. All operators
 # of opset 20 but GroupNormalization mean the same in 21, which only lets some take more types.
 _OPSET, _FROM_OPSET = 21, 20
 _MIN_IR_VERSION = 10
 _CHANGED = "GroupNormalization"
-_SAFETENSORS_NAMES: Mapping[ir.DataType, str] = {
+_SAFETENSORS_NAMES: Mapping[ir.DataType | None, str] = {
     ir.DataType.FLOAT: "F32",
     ir.DataType.FLOAT16: "F16",
     ir.DataType.BFLOAT16: "BF16",
@@ -82,11 +84,11 @@ def _find_layer(graph: ir.Graph, name: str, place: QuantizedPlace) -> ir.Node:
             fix="run the pass on a graph whose weights have the checkpoint's names",
         )
     uses = list(weight.uses())
-    readers = " and ".join(sorted(f"{node.op_type} {node.name}" for node, _ in uses)) or "nobody"
-    if len(uses) != 1 or weight.is_graph_output() or not _is_linear(uses[0][0], uses[0][1]):
+    if len(uses) != 1 or weight.is_graph_output() or not _is_linear(*uses[0]):
+        readers = sorted(f"{node.op_type} {node.name}" for node, _ in uses)
         raise PassError(
             f"the weight {name} is not that of one linear layer",
-            seen=f"read by {readers}",
+            seen=f"read by {' and '.join(readers) or 'no node'}",
             allowed="the second operand of one Gemm with transB=1",
             fix="run FuseLinear before",
         )
@@ -95,9 +97,14 @@ def _find_layer(graph: ir.Graph, name: str, place: QuantizedPlace) -> ir.Node:
         raise PassError(
             f"the weight {name} is held with another shape",
             seen=f"(in, out) = {place.shape}",
-            allowed=f"{shape} turned round, as the graph has it",
+            allowed=f"{shape} transposed, as the graph has it",
         )
-    _scales_for(weight, place)
+    if _SAFETENSORS_NAMES.get(weight.dtype) not in place.scales:
+        raise PassError(
+            f"there are no scales of the dtype of {weight.name}",
+            seen=weight.dtype,
+            allowed=", ".join(place.scales),
+        )
     return uses[0][0]
 
 
@@ -109,27 +116,11 @@ def _is_linear(node: ir.Node, index: int) -> bool:
     return {**plain, **numbers} == {**plain, "transB": 1}
 
 
-def _scales_for(weight: ir.Value, place: QuantizedPlace) -> PlacedTensor:
-    """The scales of the dtype a weight has.
-
-    Raises:
-        PassError: there are none.
-    """
-    dtype = _SAFETENSORS_NAMES.get(weight.dtype, "") if weight.dtype is not None else ""
-    if dtype not in place.scales:
-        raise PassError(
-            f"there are no scales of the dtype of {weight.name}",
-            seen=weight.dtype,
-            allowed=", ".join(place.scales),
-        )
-    return place.scales[dtype]
-
-
 def _raise_opset(model: ir.Model) -> None:
     """Have the operators of opset 21, where they are not newer.
 
     Raises:
-        PassError: the model is older than 20, or holds what 21 means something else by.
+        PassError: the model is older than 20, or holds an operator that 21 defines anew.
     """
     opset = model.opset_imports.get("")
     if opset is None or opset < _FROM_OPSET or model.ir_version < _MIN_IR_VERSION:
@@ -155,7 +146,7 @@ def _raise_opset(model: ir.Model) -> None:
 
 def _rewrite(graph: ir.Graph, gemm: ir.Node, name: str, place: QuantizedPlace) -> None:
     weight = graph.initializers[name]
-    scales = _scales_for(weight, place)
+    scales = place.scales[_SAFETENSORS_NAMES[weight.dtype]]
     packed = _initializer(graph, f"{name}.int4", place.packed, ir.DataType.INT4, place.shape)
     assert weight.dtype is not None
     factors = _initializer(graph, f"{name}.scales", scales, weight.dtype, scales.shape)
@@ -175,7 +166,11 @@ def _rewrite(graph: ir.Graph, gemm: ir.Node, name: str, place: QuantizedPlace) -
     product = ir.Node("", "MatMul", [gemm.inputs[0], floats], name=gemm.name or f"{name}.product")
     nodes = [dequantize, product]
     if bias is not None or any(user.op_type == "Add" for user, _ in old.uses()):
-        nodes.append(_keep_apart(graph, product, place.shape[1]))
+        # A Reshape of [rows, width] to what it is.
+        width = place.shape[1]
+        shape = add_initializer(graph, f"rows_of_{width}", np.array([-1, width]))
+        apart = [product.outputs[0], shape]
+        nodes.append(ir.Node("", "Reshape", apart, name=f"{product.name}.apart"))
     if bias is not None:
         nodes.append(ir.Node("", "Add", [nodes[-1].outputs[0], bias], name=f"{name}.add_bias"))
     for node in nodes[1:]:
@@ -189,22 +184,6 @@ def _rewrite(graph: ir.Graph, gemm: ir.Node, name: str, place: QuantizedPlace) -
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(gemm, safe=True)
     del graph.initializers[name]
-
-
-def _keep_apart(graph: ir.Graph, product: ir.Node, width: int) -> ir.Node:
-    """A Reshape of a product [rows, width] to what it is."""
-    name = f"rows_of_{width}"
-    shape = graph.initializers.get(name)
-    if shape is None:
-        tensor = ir.tensor([-1, width], dtype=ir.DataType.INT64, name=name)
-        shape = ir.Value(
-            name=name,
-            type=ir.TensorType(ir.DataType.INT64),
-            shape=ir.Shape([2]),
-            const_value=tensor,
-        )
-        graph.register_initializer(shape)
-    return ir.Node("", "Reshape", [product.outputs[0], shape], name=f"{product.name}.apart")
 
 
 def _initializer(

@@ -22,7 +22,9 @@ class StripTraceMetadata(GraphPass):
     def apply(self, model: ir.Model) -> bool:
         """Clear; True if there was anything."""
         modified = False
-        for holder in _holders(model):
+        graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+        holders = [model, *(part for graph in graphs for part in _parts(graph))]
+        for holder in (*holders, *model.graph.initializers.values()):
             if holder.metadata_props:
                 holder.metadata_props.clear()
                 modified = True
@@ -30,14 +32,6 @@ class StripTraceMetadata(GraphPass):
                 holder.doc_string = None
                 modified = True
         return modified
-
-
-def _holders(model: ir.Model) -> Iterator[Any]:
-    yield model
-    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    for graph in graphs:
-        yield from _parts(graph)
-    yield from model.graph.initializers.values()
 
 
 def _parts(graph: ir.Graph | ir.Function) -> Iterator[Any]:

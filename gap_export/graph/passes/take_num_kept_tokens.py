@@ -34,7 +34,7 @@ class TakeNumKeptTokens(GraphPass):
         if strange or not readers:
             raise PassError(
                 f"{self.name}: {_SLOTS} is read for more than its length",
-                seen=", ".join(strange) or "nobody reads it",
+                seen=", ".join(strange) or "read by no node",
                 allowed="Shape",
             )
         number = ir.Value(name=_NUMBER, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))

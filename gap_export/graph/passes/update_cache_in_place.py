@@ -57,7 +57,12 @@ class UpdateCacheInPlace(GraphPass):
         """
         graph = model.graph
         pasts = [value for value in graph.inputs if PAST.fullmatch(value.name or "")]
-        if not pasts or all(_is_in_place(past) for past in pasts):
+        written = [
+            static_dim(past, _SLOTS) is not None
+            and any(is_operator(node, "TensorScatter") for node, _ in past.uses())
+            for past in pasts
+        ]
+        if all(written):
             return False
         caches = [_match(past) for past in pasts]
         mask, ids = _input(graph, _ATTENTION_MASK), _input(graph, _POSITION_IDS)
@@ -122,12 +127,6 @@ class _Lengths:
     axis: ir.Value
 
 
-def _is_in_place(past: ir.Value) -> bool:
-    return static_dim(past, _SLOTS) is not None and any(
-        is_operator(node, "TensorScatter") for node, _ in past.uses()
-    )
-
-
 def _match(past: ir.Value) -> _Cache:
     concats, lengths = [], []
     for node, _ in past.uses():
@@ -139,8 +138,17 @@ def _match(past: ir.Value) -> _Cache:
                 seen=f"{node.op_type} {node.name}",
                 allowed="Concat, Shape",
             )
-        elif _measures_slots(node, past):
-            lengths.append(node)
+        else:
+            # Batch, heads and width do not change: a Shape of these alone may stay.
+            start, end = (node.attributes.get_int(k, d) for k, d in (("start", 0), ("end", 4)))
+            measured = range(4)[start:end]
+            if _SLOTS in measured and len(measured) > 1:
+                raise PassError(
+                    f"the length of the cache {past.name} is read along with other sizes",
+                    seen=f"Shape {node.name} {start}:{end}",
+                    allowed=f"Shape {_SLOTS}:{_SLOTS + 1}",
+                )
+            lengths += [node] if _SLOTS in measured else []
     if len(concats) != 1 or past.shape is None or past.shape.rank() != 4:
         raise PassError(
             f"the cache {past.name} is not extended once",
@@ -158,21 +166,6 @@ def _match(past: ir.Value) -> _Cache:
             allowed=f"Concat(past, new) on axis {_SLOTS}, a graph output",
         )
     return _Cache(past=past, concat=concat, length_of=tuple(lengths))
-
-
-def _measures_slots(shape: ir.Node, past: ir.Value) -> bool:
-    """Whether a Shape gives the number of slots alone; batch, heads and width do not change."""
-    start = shape.attributes.get("start")
-    end = shape.attributes.get("end")
-    first, last = start.as_int() if start else 0, end.as_int() if end else 4
-    measured = range(4)[first:last]
-    if _SLOTS in measured and len(measured) > 1:
-        raise PassError(
-            f"the length of the cache {past.name} is read with others",
-            seen=f"Shape {shape.name} {first}:{last}",
-            allowed=f"Shape {_SLOTS}:{_SLOTS + 1}",
-        )
-    return _SLOTS in measured
 
 
 def _input(graph: ir.Graph, name: str) -> ir.Value:

@@ -32,30 +32,24 @@ _UNFILLED = ("empty", "new_empty")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _InReference:
-    """An operation of PyTorch's.
+class _Place:
+    """An operation whose result is not finite.
 
     Attributes:
-        operator: PyTorch's name of it.
-        module: The innermost one it is part of, dotted.
-        largest_input: Of what it was given.
-        value: Largest of its result, worked out in float32.
+        operator: PyTorch's name of it, or the node's operator.
+        largest_input: Largest number that it was given.
+        module: The innermost module of the reference that it is part of, dotted.
+        value: Largest number of its result, computed in float32.
+        tensor: What the node of a graph gives.
+        node: Its name.
     """
 
     operator: str
-    module: str
-    largest_input: float
-    value: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class _InGraph:
-    """A node of a graph, and the largest number it was given."""
-
-    tensor: str
-    operator: str
-    node: str
-    largest_input: float
+    largest_input: float = float("inf")
+    module: str = ""
+    value: float = float("inf")
+    tensor: str = ""
+    node: str = ""
 
 
 def find_overflow(
@@ -85,44 +79,36 @@ def find_overflow(
     outside = None if graph is None else _in_graph(graph, replayed.feed)
     if inside is None and outside is None:
         return None
-    named = outside
-    if named is None and inside is not None and graph is not None:
-        named = _node_of(graph, inside.module)
+    if inside is None:
+        assert outside is not None, "one of the two was found"
+        cause = (
+            f"The largest number it is given is {outside.largest_input:.4g}. PyTorch computes the "
+            "same call in finite numbers."
+        )
+    else:
+        cause = (
+            f"The largest number it is given is {inside.largest_input:.4g}; so it is in PyTorch "
+            f"({inside.operator})"
+        )
+        if outside is not None:
+            cause += " and in the bundle's graph."
+        else:
+            cause += "." if graph is None else ", while the bundle's graph ends in finite numbers."
+    named = outside or (graph and inside and _node_of(graph, inside.module)) or inside
+    assert named is not None
     return Divergence(
         kind="overflows",
         component=component,
         call=name_of_call(call, component),
-        tensor="" if named is None else named.tensor,
-        operator=inside.operator if named is None and inside is not None else _operator(named),
-        node="" if named is None else named.node,
+        tensor=named.tensor,
+        operator=named.operator,
+        node=named.node,
         module="" if inside is None else inside.module,
         max_abs_diff=float("inf") if inside is None else inside.value,
-        allowed=float(np.finfo(np.float32 if spec.dtype == "float32" else np.float16).max)
-        if spec.dtype != "bfloat16"
-        else float(torch.finfo(torch.bfloat16).max),
+        allowed=float(torch.finfo(getattr(torch, spec.dtype)).max),
         last_agreeing="",
-        cause=_words(inside, outside, has_graph=graph is not None),
+        cause=cause,
     )
-
-
-def _operator(named: _InGraph | None) -> str:
-    return "" if named is None else named.operator
-
-
-def _words(inside: _InReference | None, outside: _InGraph | None, *, has_graph: bool) -> str:
-    if inside is None:
-        assert outside is not None, "one of the two was found"
-        return (
-            f"The largest number it is given is {outside.largest_input:.4g}. PyTorch computes the "
-            "same call in finite numbers."
-        )
-    text = (
-        f"The largest number it is given is {inside.largest_input:.4g}; so it is in PyTorch "
-        f"({inside.operator})"
-    )
-    if outside is not None:
-        return f"{text} and in the bundle's graph."
-    return f"{text}, while the bundle's graph ends in finite numbers." if has_graph else f"{text}."
 
 
 class _FirstOverflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -130,7 +116,7 @@ class _FirstOverflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, running: Sequence[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: _InReference | None = None
+        self.found: _Place | None = None
         self._running = running
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -139,11 +125,12 @@ class _FirstOverflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = str(func.overloadpacket).rpartition(".")[2]
-        if self.found is None and name not in _UNFILLED and not _all_finite(result):
+        is_fine = self.found is not None or name in _UNFILLED
+        if not is_fine and not all(map(_is_finite, _floats(result))):
             given = _floats((args, kwargs))
             if all(map(_is_finite, given)):
                 wide = func(*tree_map(_widen, args), **tree_map(_widen, kwargs))
-                self.found = _InReference(
+                self.found = _Place(
                     operator=name,
                     module=self._running[-1] if self._running else "",
                     largest_input=max((_largest(value) for value in given), default=0.0),
@@ -152,16 +139,11 @@ class _FirstOverflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def _in_reference(replayed: ReferenceCall) -> _InReference | None:
+def _in_reference(replayed: ReferenceCall) -> _Place | None:
     module, running = replayed.component.module, list[str]()
     for name, parameter in module.named_parameters():
         if not _is_finite(parameter):
-            return _InReference(
-                operator=f"the weight {name}",
-                module=name.rpartition(".")[0],
-                largest_input=float("inf"),
-                value=float("inf"),
-            )
+            return _Place(operator=f"the weight {name}", module=name.rpartition(".")[0])
     seen = _FirstOverflow(running)
     with _tracked(module, running), seen:
         replayed.modules(())
@@ -190,52 +172,38 @@ def _tracked(module: torch.nn.Module, running: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def _in_graph(graph: OnnxFile, feed: Arrays) -> _InGraph | None:
+def _in_graph(graph: OnnxFile, feed: Arrays) -> _Place | None:
     """By bisection: what is not finite stays so, down to an output."""
-    if not _any_nonfinite(run_taps(graph, graph.outputs, feed)):
+    if all(map(_is_number, run_taps(graph, graph.outputs, feed).values())):
         return None
     names = [name for node in graph.nodes for name in node.outputs if name]
     chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
     low, high = 0, len(chunks) - 1
     while low < high:
         middle = (low + high) // 2
-        if _any_nonfinite(run_taps(graph, chunks[middle], feed)):
-            high = middle
-        else:
+        if all(map(_is_number, run_taps(graph, chunks[middle], feed).values())):
             low = middle + 1
+        else:
+            high = middle
     seen = run_taps(graph, chunks[low], feed)
-    for name in chunks[low]:
-        if not _is_number(seen[name]):
-            return _named(graph, name, feed)
-    return None
-
-
-def _named(graph: OnnxFile, name: str, feed: Arrays) -> _InGraph:
+    name = next((name for name in chunks[low] if not _is_number(seen[name])), None)
+    if name is None:
+        return None
     node = graph.nodes[graph.producers[name]]
     given = run_taps(graph, [value for value in node.inputs if value], feed).values()
-    return _InGraph(
-        tensor=name,
-        operator=node.op_type,
-        node=node.name,
-        largest_input=max(
-            (largest_of(value) for value in given if value.dtype.kind == "f"), default=0
-        ),
+    sizes = (largest_of(value) for value in given if value.dtype.kind == "f")
+    return _Place(
+        operator=node.op_type, tensor=name, node=node.name, largest_input=max(sizes, default=0)
     )
 
 
-def _node_of(graph: OnnxFile, module: str) -> _InGraph | None:
+def _node_of(graph: OnnxFile, module: str) -> _Place | None:
     """The node that gives what a module gives."""
     for tap in find_taps(graph, ()):
         if tap.module == module and tap.side == "output" and tap.value in graph.producers:
             node = graph.nodes[graph.producers[tap.value]]
-            return _InGraph(
-                tensor=tap.value, operator=node.op_type, node=node.name, largest_input=0.0
-            )
+            return _Place(operator=node.op_type, tensor=tap.value, node=node.name)
     return None
-
-
-def _any_nonfinite(values: Arrays) -> bool:
-    return not all(map(_is_number, values.values()))
 
 
 def _is_number(values: NDArray[Any]) -> bool:
@@ -252,10 +220,6 @@ def _floats(values: Any) -> list[torch.Tensor]:
 
 def _is_finite(value: torch.Tensor) -> bool:
     return bool(torch.isfinite(value).all())
-
-
-def _all_finite(values: Any) -> bool:
-    return all(map(_is_finite, _floats(values)))
 
 
 def _largest(value: torch.Tensor) -> float:

@@ -85,7 +85,7 @@ def test_graph_without_cache_stays():
     ("changes", "message"),
     [
         ([("start = 2, end = 3", "start = 1, end = 3"), ("int64[1] past_l", "int64[2] past_l")],
-         "is read with others: Shape Shape_0 1:3; allowed: Shape 2:3"),
+         "is read along with other sizes: Shape Shape_0 1:3; allowed: Shape 2:3"),
         ([("doubled = Add (present.0.key, present.0.key)",
            "doubled = Concat <axis = 2> (past_key_values.0.key, new)")],
          "is not extended once: 2 Concat"),
