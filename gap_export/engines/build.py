@@ -297,20 +297,17 @@ def _keep_others(place: BuildPlace, draft: Path, only: tuple[str, ...]) -> tuple
                 fix=_ALL_AT_ONCE,
             )
     for engine in others:
-        _link_or_copy(present.path / engine.file, draft / engine.file)
+        source, target = present.path / engine.file, draft / engine.file
+        try:
+            os.link(source, target)
+        except OSError:
+            # Some file systems have no hard links.
+            shutil.copyfile(source, target)
     return others
 
 
 def _describe_limits(limits: EngineLimits) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(limits).items())
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        # Some file systems have no hard links.
-        shutil.copyfile(source, target)
 
 
 @contextmanager

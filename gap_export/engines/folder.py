@@ -131,7 +131,20 @@ def read_engine_folder(bundle: Bundle, folder: str, *, verify: Verify = "stamp")
         _check_presence(path, plan)
         for engine in plan.engines:
             _check_graph(bundle, plan, engine)
-        _check_bytes(path, plan, raw, verify)
+        hashes = {engine.file: engine.sha256 for engine in plan.engines}
+        verify_hashes(
+            path,
+            hashes,
+            {name: os.lstat(path / name) for name in hashes},
+            verify=verify,
+            owner_sha256=hashlib.sha256(raw).hexdigest(),
+            refusal=lambda name, seen: BundleError(
+                f"engine {name} is not what was built",
+                seen=f"SHA-256 {seen}",
+                allowed=hashes[name],
+                fix=_build_again(plan),
+            ),
+        )
     except OSError as err:
         raise BundleError(
             "the engines cannot be read", seen=err, fix="build them again: gap-export build"
@@ -289,20 +302,3 @@ def _check_graph(bundle: Bundle, plan: EnginePlan, engine: EngineSpec) -> None:
 
 def _form_words(form: tuple[object, ...]) -> str:
     return ", ".join(str(part) for part in form if part is not None)
-
-
-def _check_bytes(path: Path, plan: EnginePlan, raw_plan: bytes, verify: Verify) -> None:
-    hashes = {engine.file: engine.sha256 for engine in plan.engines}
-    verify_hashes(
-        path,
-        hashes,
-        {name: os.lstat(path / name) for name in hashes},
-        verify=verify,
-        owner_sha256=hashlib.sha256(raw_plan).hexdigest(),
-        refusal=lambda name, seen: BundleError(
-            f"engine {name} is not what was built",
-            seen=f"SHA-256 {seen}",
-            allowed=hashes[name],
-            fix=_build_again(plan),
-        ),
-    )

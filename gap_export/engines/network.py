@@ -136,7 +136,8 @@ def _refused(library: TensorRT, graph: GraphSpec, error: Any, advice: str) -> En
     operator = error.node_operator()
     name = error.node_name() or f"number {error.node()}"
     # A function node's inner node has a name of its own; what calls it is in our graph.
-    calls = [str(frame) for frame in error.local_function_stack()] if _has_stack(error) else []
+    has_stack = hasattr(error, "local_function_stack") and error.local_function_stack_size() > 0
+    calls = [str(frame) for frame in error.local_function_stack()] if has_stack else []
     inside = f" within {' > '.join(calls)}" if calls else ""
     return EngineError(
         f"{library.name} {library.version} does not take operator {operator}, at node {name}"
@@ -144,10 +145,6 @@ def _refused(library: TensorRT, graph: GraphSpec, error: Any, advice: str) -> En
         seen=" ".join(str(error.desc()).split()),
         fix=advice,
     )
-
-
-def _has_stack(error: Any) -> bool:
-    return hasattr(error, "local_function_stack") and error.local_function_stack_size() > 0
 
 
 def _where(path: Path, errors: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from gap_export.engines.plan import ProfileName, ProfileSpec, ShapeRange
 from gap_export.errors import BundleError, UsageError
-from gap_export.spec.manifest import EngineLimits, GraphSpec, Manifest, PruningSpec
+from gap_export.spec.manifest import EngineLimits, GraphSpec, Manifest
 
 # Smallest, usual and largest size of a dimension.
 Sizes = tuple[int, int, int]
@@ -36,9 +36,27 @@ def make_profiles(
     """
     if graph.kv_contract == "none":
         return (_profile("only", graph, _plain_sizes(manifest, graph, limits)),)
+    capacity, usual = cache_capacity(limits), limits.max_prompt
+    # Most of a prompt are visual tokens, whose number hardly varies: it is close to the largest.
+    whole = (1, limits.max_prompt, limits.max_prompt)
+    common = {
+        "batch_size": (1, 1, limits.max_batch),
+        "prompt_length": (1, usual, usual),
+        "cache_capacity": (capacity,) * 3,
+    }
+    prefill = {
+        "sequence_length": whole,
+        "past_sequence_length": (0, 0, 0),
+        "total_sequence_length": whole,
+    }
+    decode = {
+        "sequence_length": (1, 1, 1),
+        "past_sequence_length": (1, usual, capacity - 1),
+        "total_sequence_length": (2, usual + 1, capacity),
+    }
     return (
-        _profile("prefill", graph, _prefill_sizes(limits)),
-        _profile("decode", graph, _decode_sizes(limits)),
+        _profile("prefill", graph, common | prefill),
+        _profile("decode", graph, common | decode),
     )
 
 
@@ -87,48 +105,15 @@ def _plain_sizes(manifest: Manifest, graph: GraphSpec, limits: EngineLimits) -> 
     batch = images if tiled else limits.max_batch
     # The tiles of a picture come all at once; of whole pictures one at a time is the rule.
     usual = 1 if manifest.image.tiles is None else images
+    most = manifest.pruning.num_kept_tokens
     return {
         "batch_size": (1, usual if tiled else 1, batch),
         "num_images": (1, usual, images),
         "sequence_length": (1, max(1, prompt // 2), prompt),
         "text_length": (1, max(1, text // 2), text),
-        "num_kept_tokens": _kept_sizes(manifest.pruning),
+        # The number is an input, so that one profile takes every one of its range.
+        "num_kept_tokens": (1, max(1, most // 2), most),
     }
-
-
-def _kept_sizes(pruning: PruningSpec) -> Sizes:
-    # The number is an input, so that one profile takes every one of its range.
-    most = pruning.num_kept_tokens
-    return 1, max(1, most // 2), most
-
-
-def _prefill_sizes(limits: EngineLimits) -> dict[str, Sizes]:
-    # Most of a prompt are visual tokens, whose number hardly varies: it is close to the largest.
-    whole = (1, limits.max_prompt, limits.max_prompt)
-    return {
-        "batch_size": (1, 1, limits.max_batch),
-        "sequence_length": whole,
-        "past_sequence_length": (0, 0, 0),
-        "total_sequence_length": whole,
-        "prompt_length": whole,
-        "cache_capacity": _fixed(cache_capacity(limits)),
-    }
-
-
-def _decode_sizes(limits: EngineLimits) -> dict[str, Sizes]:
-    capacity, usual = cache_capacity(limits), limits.max_prompt
-    return {
-        "batch_size": (1, 1, limits.max_batch),
-        "sequence_length": (1, 1, 1),
-        "past_sequence_length": (1, usual, capacity - 1),
-        "total_sequence_length": (2, usual + 1, capacity),
-        "prompt_length": (1, usual, usual),
-        "cache_capacity": _fixed(capacity),
-    }
-
-
-def _fixed(size: int) -> Sizes:
-    return size, size, size
 
 
 def _profile(name: ProfileName, graph: GraphSpec, sizes: Mapping[str, Sizes]) -> ProfileSpec:
@@ -149,7 +134,7 @@ def _range(dims: Sequence[Sizes]) -> ShapeRange:
 
 def _sizes_of(dim: int | str, graph: GraphSpec, tensor: str, sizes: Mapping[str, Sizes]) -> Sizes:
     if isinstance(dim, int):
-        return _fixed(dim)
+        return dim, dim, dim
     known = sizes.get(dim)
     if known is None:
         raise BundleError(

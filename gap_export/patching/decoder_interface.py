@@ -66,7 +66,14 @@ def read_decoder_interface(graph: ir.Graph) -> DecoderFacts:
         if not is_cache and name not in {POSITION_IDS, _MASK, _EMBEDS}
     ]  # fmt: skip
     if strange:
-        _refuse_strange(strange)
+        is_cache = any(name.startswith("past") for name in strange)
+        raise PassError(
+            "the decoder's KV cache has a layout that is not known"
+            if is_cache
+            else "the decoder has inputs that are not fed",
+            seen=_shorten(strange),
+            allowed=_LAYOUT if is_cache else f"{_EMBEDS}, {_MASK}, {POSITION_IDS}, the KV cache",
+        )
     layers = {int(match[1]) for match in caches.values() if match}
     shape = _cache_shape(inputs, layers)
     if _LOGITS not in outputs:
@@ -107,20 +114,6 @@ def _find(inputs: Mapping[str, ir.Value], name: str, *dtypes: ir.DataType, rank:
             allowed=allowed,
         )
     return value
-
-
-def _refuse_strange(names: list[str]) -> None:
-    if any(name.startswith("past") for name in names):
-        raise PassError(
-            "the decoder's KV cache has a layout that is not known",
-            seen=_shorten(names),
-            allowed=_LAYOUT,
-        )
-    raise PassError(
-        "the decoder has inputs that nobody would feed",
-        seen=_shorten(names),
-        allowed=f"{_EMBEDS}, {_MASK}, {POSITION_IDS} and the KV cache",
-    )
 
 
 def _cache_shape(inputs: Mapping[str, ir.Value], layers: set[int]) -> tuple[int, int]:

@@ -93,7 +93,8 @@ def find_cls_attention(model: ir.Model, drop: ClsDrop, *, num_visual_tokens: int
     last = found[-1] if found else None
     axis = None if last is None else last.attributes.get_int("axis", -1)
     if last is not None and last.op_type == "Softmax" and axis is not None:
-        shape = _inferred_shape(model, last.outputs[0])
+        values = (value for node in with_shapes(model).graph for value in node.outputs)
+        shape = next((v.shape for v in values if v.name == last.outputs[0].name), None)
         rank = 0 if shape is None else shape.rank()
         square = shape is not None and rank in {3, 4} and list(shape)[-2:] == [length, length]
         if square and axis in {-1, rank - 1}:
@@ -121,14 +122,6 @@ def _ancestors(value: ir.Value) -> set[int]:
             seen.add(id(node))
             waiting += node.inputs
     return seen
-
-
-def _inferred_shape(model: ir.Model, value: ir.Value) -> ir.Shape | None:
-    for node in with_shapes(model).graph:
-        for output in node.outputs:
-            if output.name == value.name:
-                return output.shape
-    return None
 
 
 def _drops_first(node: ir.Node) -> bool:

@@ -76,7 +76,10 @@ def patch_found(found: FoundExport, options: PatchOptions, progress: Progress) -
         sizes, reach = _look_at_decoder(decoder)
     with _blaming(embed):
         _check_embedding(embed.model.graph)
-    recipe = choose_recipe(found.folder, facts, _known_sizes(sizes), name=options.recipe)
+    # Those that the decoder's graph shows.
+    names = ("hidden_size", "num_layers", "num_key_value_heads", "head_dim")
+    known = {name: getattr(sizes, name) for name in names if getattr(sizes, name) is not None}
+    recipe = choose_recipe(found.folder, facts, known, name=options.recipe)
     pruning = settle_pruning(recipe, options.pruning)
     with _blaming(vision):
         _check_vision(vision.model, recipe)
@@ -90,7 +93,12 @@ def patch_found(found: FoundExport, options: PatchOptions, progress: Progress) -
     )
     manifest = describe_patch(recipe, pruning, facts, sizes, patched)
     out = options.out or Path(f"{recipe.name}-{pruning.pruner}-{pruning.keep_ratio:g}")
-    _refuse_inside(out, found.folder)
+    if out.resolve().is_relative_to(found.folder):
+        raise UsageError(
+            "the bundle would lie within the export, which stays as it is",
+            seen=out,
+            fix="choose another place with --out",
+        )
     with write_bundle(out, force=options.force) as draft:
         _write_tokenizer(draft, found.folder, recipe, facts, manifest)
         for each in patched:
@@ -200,13 +208,6 @@ def _check_vision(model: ir.Model, recipe: Recipe) -> None:
         )
 
 
-def _known_sizes(decoder: DecoderFacts) -> dict[str, int]:
-    """Those of its sizes that a decoder's graph shows."""
-    names = ("hidden_size", "num_layers", "num_key_value_heads", "head_dim")
-    sizes = {name: getattr(decoder, name) for name in names}
-    return {name: size for name, size in sizes.items() if size is not None}
-
-
 def _check_weight_names(graphs: Iterable[ForeignGraph]) -> None:
     """Refuse weight files whose names mean something else in a bundle, or two files of one name."""
     taken: dict[str, Path] = {}
@@ -233,15 +234,6 @@ def _check_readable(manifest: Manifest, export: Path) -> None:
             allowed=err.allowed,
             fix="its graphs or its configs say so; get the export again, or export the model again",
         ) from err
-
-
-def _refuse_inside(out: Path, export: Path) -> None:
-    if out.resolve().is_relative_to(export):
-        raise UsageError(
-            "the bundle would lie within the export, which stays as it is",
-            seen=out,
-            fix="choose another place with --out",
-        )
 
 
 def _write_graph(draft: BundleDraft, patched: PatchedGraph, *, copy: bool) -> None:

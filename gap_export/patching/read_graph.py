@@ -61,7 +61,13 @@ def read_graph(path: Path) -> ForeignGraph:
             is not there, too short, or out of the folder.
     """
     try:
-        _check_size(path)
+        size = path.stat().st_size
+        if not 0 < size <= _MAX_BYTES:
+            raise UsageError(
+                "not an ONNX file of sensible size",
+                seen=f"{path}: {size} bytes",
+                allowed=f"1..{_MAX_BYTES} bytes; larger models hold weights in a file beside",
+            )
         # What it has to say of a graph that does not hold together is said by an error.
         with quiet(ir.serde.__name__):
             model = ir.load(path)
@@ -129,16 +135,6 @@ def _damaged(path: Path, seen: str) -> UsageError:
     return UsageError(
         "not an ONNX file, or a damaged one", seen=f"{path}: {seen}", fix="get it again"
     )
-
-
-def _check_size(path: Path) -> None:
-    size = path.stat().st_size
-    if not 0 < size <= _MAX_BYTES:
-        raise UsageError(
-            "not an ONNX file of sensible size",
-            seen=f"{path}: {size} bytes",
-            allowed=f"1..{_MAX_BYTES} bytes; larger models hold their weights in a file beside",
-        )
 
 
 def all_nodes(model: ir.Model) -> Iterator[ir.Node]:

@@ -107,7 +107,7 @@ def test_a_layer_that_is_left_out_is_refused():
 def test_an_input_that_nobody_feeds_is_refused_by_name(strange):
     inputs, outputs = interface()
     message = refusal([IDS, *inputs, strange], outputs)
-    assert f"inputs that nobody would feed: {strange.name}" in message
+    assert f"inputs that are not fed: {strange.name}" in message
 
 
 @pytest.mark.parametrize("lacking", ["logits", "present.1.value"])

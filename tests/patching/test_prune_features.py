@@ -213,7 +213,7 @@ def test_another_interface_is_refused(changes, message):
 def test_another_input_is_refused():
     made = encoder()
     made.graph.inputs[0].name = "pixels"
-    assert "inputs that nobody would feed: pixels" in refusal(made)
+    assert "inputs that are not fed: pixels" in refusal(made)
 
 
 def test_features_of_all_pictures_in_one_list_are_refused():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
-from gap_export.graph.onnx_file import Node, OnnxFile
+from gap_export.graph.onnx_file import OnnxFile
 from gap_export.parity.inside.fresh_graph import export_again
 from gap_export.parity.inside.graph_search import CHUNK, Look, Search, distance_of, rounding_of
 from gap_export.parity.inside.module_taps import Tap
@@ -112,7 +112,11 @@ def _changed(
     if distance <= allowed:
         return None
     node = graph.nodes[graph.producers[name]]
-    added = [index for index in graph.above([name]) if not _is_known(graph.nodes[index], fresh)]
+    added = [
+        index
+        for index in graph.above([name])
+        if not fresh.producers.keys() & set(graph.nodes[index].outputs)
+    ]
     if added:
         node = graph.nodes[min(added)]
         cause = f"the graph has this {node.op_type} before {name}, and an export has not"
@@ -130,10 +134,6 @@ def _changed(
         max_abs_diff=distance,
         allowed=allowed,
     )
-
-
-def _is_known(node: Node, fresh: OnnxFile) -> bool:
-    return any(name in fresh.producers for name in node.outputs)
 
 
 def _module_of(graph: OnnxFile, value: str, wrong: Tap, before: Sequence[Tap]) -> str:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from gap_export.bundle import Bundle
 from gap_export.errors import GapExportError
@@ -71,7 +67,7 @@ def look_inside(
     if not failures and not per_layer:
         return Inside()
     from gap_export.parity.inside.divergence import compare_layers, find_divergence
-    from gap_export.parity.inside.overflow import find_overflow
+    from gap_export.parity.inside.overflow import find_overflow, is_number
 
     taps = reference.taps(bundle)
     found: list[Divergence] = []
@@ -83,7 +79,7 @@ def look_inside(
                 place = find_divergence(bundle, component, one.call, taps, calls=one.calls)
                 overflow = (
                     None
-                    if _are_numbers(one.outputs)
+                    if all(map(is_number, one.outputs.values()))
                     else find_overflow(bundle, one.call, taps, calls=one.calls)
                 )
             except GapExportError as err:
@@ -108,12 +104,6 @@ def look_inside(
         layers=tuple(layers),
         divergences=tuple(found),
         note="; ".join(notes),
-    )
-
-
-def _are_numbers(outputs: Mapping[str, NDArray[Any]]) -> bool:
-    return all(
-        bool(np.isfinite(output).all()) for output in outputs.values() if output.dtype.kind == "f"
     )
 
 

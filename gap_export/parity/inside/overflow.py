@@ -174,19 +174,19 @@ def _tracked(module: torch.nn.Module, running: list[str]) -> Iterator[None]:
 
 def _in_graph(graph: OnnxFile, feed: Arrays) -> _Place | None:
     """By bisection: what is not finite stays so, down to an output."""
-    if all(map(_is_number, run_taps(graph, graph.outputs, feed).values())):
+    if all(map(is_number, run_taps(graph, graph.outputs, feed).values())):
         return None
     names = [name for node in graph.nodes for name in node.outputs if name]
     chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
     low, high = 0, len(chunks) - 1
     while low < high:
         middle = (low + high) // 2
-        if all(map(_is_number, run_taps(graph, chunks[middle], feed).values())):
+        if all(map(is_number, run_taps(graph, chunks[middle], feed).values())):
             low = middle + 1
         else:
             high = middle
     seen = run_taps(graph, chunks[low], feed)
-    name = next((name for name in chunks[low] if not _is_number(seen[name])), None)
+    name = next((name for name in chunks[low] if not is_number(seen[name])), None)
     if name is None:
         return None
     node = graph.nodes[graph.producers[name]]
@@ -206,7 +206,8 @@ def _node_of(graph: OnnxFile, module: str) -> _Place | None:
     return None
 
 
-def _is_number(values: NDArray[Any]) -> bool:
+def is_number(values: NDArray[Any]) -> bool:
+    """Whether all floats of an array are finite."""
     return values.dtype.kind != "f" or bool(np.isfinite(values).all())
 
 
