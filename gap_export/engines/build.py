@@ -46,7 +46,7 @@ def build_engines(
 ) -> EngineFolder:
     """Build a target's engines, into ``engines/<target>`` of the bundle.
 
-    Whatever stops it, the folder is there as it was before, or as a whole.
+    If it is stopped, the folder is there as it was before.
 
     Args:
         bundle: Opened, and so checked.
@@ -54,8 +54,8 @@ def build_engines(
         only: Components; empty for all. The folder's other engines stay, if they fit.
         overrides: Of the bundle's sizes.
         options: How to build.
-        progress: Told of each component's building.
-        warn: Told what may go wrong for want of memory, before anything is built.
+        progress: Progress reporter, a stage for each component.
+        warn: Is called, before anything is built, where memory may not suffice.
 
     Raises:
         BundleError: the bundle was not made for the target.
@@ -122,10 +122,10 @@ def check_build(
     for quantization in filter(None, (graph.quantization for graph in graphs)):
         choice.check_weights(quantization.dtype)
     limits = resolve_limits(bundle.manifest, overrides)
-    # Of all components: an engine of a size that the others cannot have serves nobody.
+    # Of all components: engines of different sizes cannot be used together.
     check_cache_capacity(target_graphs(bundle.manifest, choice.target), limits)
     gpu = find_gpu()
-    # First: who has no GPU need not install a TensorRT to be told so.
+    # First: without a GPU there is no need to install a TensorRT.
     if gpu is None and choice.target.built_on != "any":
         raise _needs_gpu(choice)
     library = library_for(choice.target)
@@ -205,7 +205,7 @@ def resolve_limits(manifest: Manifest, overrides: LimitsRequest) -> EngineLimits
             seen=f"--max-prompt {limits.max_prompt} and --max-new-tokens {limits.max_new_tokens}",
             allowed=f"{most} tokens together",
         )
-    # A batch may ask of as many pictures; the tiles of one picture stay as many as they are.
+    # A batch may ask of as many images; the tiles of one image stay as many as they are.
     tiled = manifest.image.tiles is not None
     images = max(limits.max_images, limits.max_batch) if tiled else limits.max_batch
     return dataclasses.replace(limits, max_images=images)
@@ -312,7 +312,7 @@ def _describe_limits(limits: EngineLimits) -> str:
 
 @contextmanager
 def _draft(bundle: Bundle, folder: str) -> Iterator[Path]:
-    """A folder for the engines, beside the one they go to; gone afterwards, whatever happens."""
+    """A folder for the engines, beside the one they go to; gone afterwards in any case."""
     parent = bundle.path / ENGINES_FOLDER
     final = parent / folder
     draft, lock, made_parent = None, -1, False

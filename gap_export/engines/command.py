@@ -32,8 +32,8 @@ def run_build(
         only: Components; empty for all.
         overrides: Of the bundle's sizes.
         options: How to build.
-        progress: Told of each component's building.
-        warn: Told what may go wrong for want of memory.
+        progress: Progress reporter, a stage for each component.
+        warn: Is called with a sentence where memory may not suffice.
 
     Returns:
         A folder for each target and GPU generation, in the order given.

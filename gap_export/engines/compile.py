@@ -62,7 +62,7 @@ def compile_graph(
 ) -> EngineSpec:
     """Build one engine into ``<component>.engine`` of a folder.
 
-    TensorRT works in a thread of its own, so that Ctrl+C is heard at once: the builder is told to
+    TensorRT works in a thread of its own, so that Ctrl+C is heard at once: the builder is asked to
     stop, which it does at its next step, and what interrupted goes on from here.
 
     Raises:

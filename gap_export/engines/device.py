@@ -67,7 +67,7 @@ def find_gpu() -> Gpu | None:
 
 
 def free_memory() -> int | None:
-    """Bytes of the machine's memory that can be had without swapping; None where nobody knows."""
+    """Bytes of the machine's memory that can be had without swapping; None if not known."""
     try:
         lines = _MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:

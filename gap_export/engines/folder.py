@@ -121,8 +121,8 @@ def read_engine_folder(bundle: Bundle, folder: str, *, verify: Verify = "stamp")
             not changed since.
 
     Raises:
-        BundleError: not there, damaged, incomplete, with files nobody listed, with links, or built
-            from a graph or weights that the bundle does not have.
+        BundleError: not there, damaged, incomplete, with files that are not listed, with links, or
+            built from a graph or weights that the bundle does not have.
     """
     path = _locate(bundle, folder)
     try:
@@ -164,7 +164,7 @@ def check_runs_here(
         folder: The engines.
         library: The package at hand, ``tensorrt`` or ``tensorrt_rtx``.
         library_version: Its full version.
-        compute_capability: SM number of the GPU at hand; None where nobody can tell.
+        compute_capability: SM number of the GPU at hand; None where it is not known.
 
     Raises:
         UsageError: built by another library, by another version of it, or for another GPU.

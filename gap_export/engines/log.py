@@ -38,7 +38,7 @@ class TensorRTLog:
     def _take(self, is_error: bool, is_chatter: bool, message: str) -> None:
         if is_error:
             self._errors.append(message.strip())
-        # Errors too: whoever asked for the work raises an error that quotes them.
+        # Errors too: the caller raises an error that quotes them.
         logger.log(logging.DEBUG if is_chatter else logging.INFO, "%s", message.strip())
 
 

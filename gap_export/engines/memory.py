@@ -109,7 +109,7 @@ def memory_warnings(
     Args:
         estimate: Of the engines.
         gpu: That they are for; None where it is not at hand.
-        free_host: Bytes of the machine's memory that are free; None where nobody knows.
+        free_host: Bytes of the machine's memory that are free; None where that is not known.
     """
     found = []
     advice = "lower --max-prompt or --batch, or export with --dtype int4"

@@ -8,7 +8,7 @@ from typing import Any
 
 from gap_export.progress import Advance
 
-# A stage is told as this many steps.
+# A stage is reported as this many steps.
 STEPS = 100
 
 
@@ -21,7 +21,7 @@ class _Phase:
 
 
 class PhaseTally:
-    """How far nested phases are, as steps of one stage; may be told from several threads.
+    """How far nested phases are, as steps of one stage; safe to call from several threads.
 
     TensorRT's phases are steps of other phases, and how many there will be is known only one by
     one: a phase that is under way counts as a part of its parent's next step.
@@ -82,8 +82,8 @@ def make_monitor(module: Any, tally: PhaseTally, stop: threading.Event) -> Any:
 
     Args:
         module: ``tensorrt`` or ``tensorrt_rtx``.
-        tally: Told of every phase.
-        stop: Set by whoever waits for the build.
+        tally: It is given every phase.
+        stop: The caller sets it to stop the build.
     """
 
     class _Monitor(module.IProgressMonitor):  # type: ignore[misc]

@@ -41,7 +41,7 @@ class ParsedGraph:
 def parse_graph(
     library: TensorRT, log: TensorRTLog, builder: Any, graph: GraphSpec, path: Path, advice: str
 ) -> ParsedGraph:
-    """Parse a graph; its weights are read by their offsets, whatever holds the files.
+    """Parse a graph; its weights are read by their offsets, hard links included.
 
     Args:
         library: TensorRT.

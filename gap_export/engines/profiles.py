@@ -26,7 +26,7 @@ def make_profiles(
     Args:
         manifest: Of the bundle.
         graph: One of its graphs.
-        limits: The largest sizes; the manifest's own, or others.
+        limits: The largest sizes; the manifest's own, or smaller ones.
 
     Returns:
         In the order the engine is to have them.
@@ -100,10 +100,10 @@ def _plain_sizes(manifest: Manifest, graph: GraphSpec, limits: EngineLimits) -> 
     prompt, images = limits.max_prompt, limits.max_images
     text = prompt if manifest.text_encoder is None else manifest.text_encoder.max_tokens
     names = {dim for tensor in graph.inputs for dim in tensor.shape}
-    # Tiles come each with its own copy of the text; a whole picture with all that is asked of it.
+    # Tiles come each with its own copy of the text; a whole image with all that is asked of it.
     tiled = "num_images" in names and manifest.image.tiles is not None
     batch = images if tiled else limits.max_batch
-    # The tiles of a picture come all at once; of whole pictures one at a time is the rule.
+    # The tiles of an image come all at once; whole images mostly one at a time.
     usual = 1 if manifest.image.tiles is None else images
     most = manifest.pruning.num_kept_tokens
     return {

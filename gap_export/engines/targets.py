@@ -37,7 +37,7 @@ class Platform:
         max_opset: Highest ONNX opset its parser is known to read.
         lowerings: Which forms of the graphs build there, best first.
         undocumented: Operators of our graphs that its documentation does not cover as we use them,
-            each with the reason. They may build all the same; nobody has tried on such a device.
+            each with the reason. They may build all the same; none was tried on such a device.
         python: The Python it brings, for the instructions; None where the user chooses.
         cuda: The CUDA release it brings, for the instructions.
     """
@@ -61,7 +61,7 @@ class Target:
         summary: One line for people.
         library: The Python package that builds and runs its engines.
         platforms: Releases it may have, oldest first. Graphs made on a host suit all of them.
-        compute_capabilities: SM numbers it may have, e.g. 89; empty: whatever the GPU has.
+        compute_capabilities: SM numbers it may have, e.g. 89; empty: that of the GPU.
         default_compute_capabilities: Those built for where the user names none.
         dtypes: Of the graphs' floats; the first is used where the bundle's own is not among them.
         quantizations: Of weights, beyond none.

@@ -28,7 +28,7 @@ def use_timing_cache(library: TensorRT, config: Any, compute_capability: int | N
     Args:
         library: That builds.
         config: Its IBuilderConfig.
-        compute_capability: Of the GPU; None where nobody can tell, and then nothing is kept.
+        compute_capability: Of the GPU; None where it is not known; then nothing is kept.
     """
     path = _cache_file(library, compute_capability)
     if path is None:

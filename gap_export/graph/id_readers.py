@@ -153,7 +153,7 @@ def find_position_reach(graph: OnnxFile, position_ids: str) -> PositionReach:
     for node in nodes:
         for index, name in enumerate(node.inputs):
             readers.setdefault(name, []).append((node, index))
-    # Attention that rotates by itself counts slots, whatever position ids say: GroupQueryAttention
+    # Attention that rotates by itself counts slots, not position ids: GroupQueryAttention
     # may be given ids, but of a prompt reads the first of them alone.
     own = [node for node in (*nodes, *graph.function_nodes) if node.integer("do_rotary")]
     if own:

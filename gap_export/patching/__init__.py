@@ -1,4 +1,4 @@
-"""Puts a pruner and GapRemap into ONNX exports of somebody else's, by graph passes alone."""
+"""Puts a pruner and GapRemap into ONNX exports of other tools, by graph passes alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def patch_export(options: PatchOptions, *, progress: Progress | None = None) -> 
 
     Args:
         options: What to patch, and how.
-        progress: Told what is done.
+        progress: Progress reporter.
 
     Raises:
         UsageError: the export cannot be patched, and why; an option or the output folder is not

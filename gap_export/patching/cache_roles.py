@@ -104,7 +104,7 @@ def _refused(seen: str, allowed: str) -> PassError:
 
 
 def _roles(start: ir.Value) -> set[Role]:
-    """What a tensor is used as; empty where that cannot be told."""
+    """What a tensor is used as; empty where the graph does not show it."""
     found: set[Role] = set()
     waiting, seen = [start], set[int]()
     while waiting:

@@ -49,7 +49,7 @@ def read_decoder_interface(graph: ir.Graph) -> DecoderFacts:
     """Read and check a decoder's inputs and outputs.
 
     Raises:
-        PassError: an input that nobody would feed, one that is missing, or a KV cache of another
+        PassError: an input that is not fed, one that is missing, or a KV cache of another
             layout.
     """
     inputs = {str(value.name): value for value in graph.inputs}
@@ -136,7 +136,7 @@ def _cache_shape(inputs: Mapping[str, ir.Value], layers: set[int]) -> tuple[int,
         raise PassError(
             "the decoder's KV cache has a layout that is not known",
             seen=f"{seen.name}: {seen.dtype} {seen.shape}"
-            + (f", others {sorted(shapes, key=str)}" if len(shapes) > 1 else ""),
+            + (f", also {sorted(shapes, key=str)}" if len(shapes) > 1 else ""),
             allowed=_LAYOUT,
         )
     return heads, width

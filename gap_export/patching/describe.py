@@ -106,7 +106,7 @@ def _decoder_spec(recipe: Recipe, facts: ModelFacts, decoder: DecoderFacts) -> D
     eos = eos or facts.eos_token_ids
     if not eos:
         raise CheckpointError(
-            "nobody says which token ends an answer",
+            "the token that ends an answer is not known",
             seen="no eos_token_id in config.json or generation_config.json",
             fix="add one to generation_config.json",
         )
@@ -136,7 +136,7 @@ def _known(name: str, *sources: int | None) -> int:
         if value is not None:
             return value
     raise CheckpointError(
-        f"nobody says the decoder's {name}",
+        f"the decoder's {name} is not known",
         seen="neither the graph, nor text_config in config.json, nor the recipe",
         fix="add it to text_config",
     )

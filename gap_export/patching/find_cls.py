@@ -64,7 +64,7 @@ def find_cls_drop(features: ir.Value) -> ClsDrop:
     if len(drops) != 1:
         names = ", ".join(f"{node.op_type} {node.name}" for node in drops.values())
         raise PassError(
-            "where the CLS token is dropped cannot be told",
+            "it is not clear where the CLS token is dropped",
             seen=names or "no such node",
             allowed=_LOOKED_FOR,
             fix="take another pruner",

@@ -139,7 +139,7 @@ def _choose(folder: Path, component: str, variant: str | None) -> Path:
         allowed="one",
         fix=f"say which: {' or '.join(f'--variant {name}' for name in choices)}"
         if len(choices) > 1
-        else "move the others away",
+        else "move all but one away",
     )
 
 

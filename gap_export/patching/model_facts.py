@@ -26,12 +26,12 @@ _SAME = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """Facts of an export; None where nobody says.
+    """Facts of an export; None where they do not say.
 
     Attributes:
-        num_visual_tokens: Of one picture, by the config's image and patch size.
+        num_visual_tokens: Of one image, by the config's image and patch size.
         image_size: Side of the square that the vision encoder reads, in pixels.
-        has_tiles: Whether pictures are cut into tiles.
+        has_tiles: Whether images are cut into tiles.
         image_token_id: Of the token that stands for the image.
         max_position_embeddings: Of the decoder.
         vocab_size: Of the decoder.
@@ -88,7 +88,7 @@ def read_facts(folder: Path) -> ModelFacts:
 def choose_recipe(
     folder: Path, facts: ModelFacts, sizes: Mapping[str, int], *, name: str | None
 ) -> Recipe:
-    """The recipe that says how an export's model is asked: prompt, picture, answer.
+    """The recipe that says how an export's model is asked: prompt, image, answer.
 
     Args:
         folder: The export's; a recipe.yaml in it comes first where none is named.
@@ -118,7 +118,7 @@ def choose_recipe(
     if len(fitting) == 1:
         return fitting[0]
     raise UsageError(
-        "which model this is cannot be told from its sizes",
+        "the sizes do not show which model this is",
         seen=", ".join(each.name for each in fitting) or "no recipe of these sizes",
         fix="say which: --recipe NAME (names: gap-export models)"
         if fitting
@@ -138,7 +138,7 @@ def _misfits(
         ("tiles", facts.has_tiles, False),
     ]
     if image.tiles is not None:
-        pairs.append(("pictures", "whole", "cut into tiles, which is not patched"))
+        pairs.append(("images", "whole", "cut into tiles, which is not patched"))
     if recipe.architecture is not None:
         decoder = recipe.architecture.decoder
         pairs += [(key, size, getattr(decoder, key)) for key, size in sizes.items()]

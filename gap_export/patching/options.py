@@ -87,7 +87,7 @@ def check_request(request: PruningRequest) -> None:
             "this pruner cannot be put into a graph that is exported already",
             seen=reprlib.repr(request.pruner),
             allowed=", ".join(PRUNERS),
-            fix="others read what such a graph does not give, as text does a text tower; for them "
+            fix="others need what such a graph does not give, as text does a text tower; for them "
             "export the model from its checkpoint: gap-export MODEL --pruner NAME",
         )
     defaults = DEFAULT_PRUNING

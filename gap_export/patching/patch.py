@@ -178,10 +178,10 @@ def _check_embedding(graph: ir.Graph) -> None:
 
 
 def _check_vision(model: ir.Model, recipe: Recipe) -> None:
-    """See that a picture of the recipe's goes in, and a grid of its tokens comes out.
+    """See that an image of the recipe's goes in, and a grid of its tokens comes out.
 
     The number of tokens is worked out from the graph: indices of another grid would select
-    something, and nobody would notice.
+    something, without an error.
     """
     # First, since shapes of another opset's operators cannot be worked out.
     check_opset(model)
@@ -190,9 +190,9 @@ def _check_vision(model: ir.Model, recipe: Recipe) -> None:
         image = recipe.image
         if height not in (None, image.height) or width not in (None, image.width):
             raise PassError(
-                "the vision encoder reads pictures of another size",
+                "the vision encoder reads images of another size",
                 seen=value.shape,
-                allowed=f"[pictures, 3, {image.height}, {image.width}], as in recipe {recipe.name}",
+                allowed=f"[images, 3, {image.height}, {image.width}], as in recipe {recipe.name}",
             )
     features = next((v for v in model.graph.outputs if v.name == FEATURES), None)
     if features is None or static_dim(features, 1) is not None:
@@ -204,7 +204,7 @@ def _check_vision(model: ir.Model, recipe: Recipe) -> None:
             f"{FEATURES} has not got the shape that recipe {recipe.name} says, or none that can be "
             "worked out",
             seen=shape,
-            allowed=f"[pictures, {recipe.grid.num_visual_tokens}, width]",
+            allowed=f"[images, {recipe.grid.num_visual_tokens}, width]",
         )
 
 

@@ -137,7 +137,7 @@ def test_a_text_is_no_longer_than_its_tower_reads(sample_manifest):
     assert three(made, "input_ids", 1) == (1, 12, 24)
 
 
-def test_a_picture_is_asked_about_as_often_as_a_batch_allows(sample_manifest):
+def test_an_image_is_asked_about_as_often_as_a_batch_allows(sample_manifest):
     limits = dataclasses.replace(LIMITS, max_batch=3, max_images=3)
     (made,) = make_profiles(sample_manifest, VISION, limits)
     assert three(made, "pixel_values", 0) == (1, 1, 3)

@@ -156,14 +156,14 @@ def test_a_slice_of_everything_is_none():
     assert reach_of(decoder(nodes, outputs=[COS], constants=numbers)).rotary == ("Cos cosine",)
 
 
-def test_ids_that_nobody_rotates_by_are_refused():
+def test_ids_that_rotate_nothing_are_refused():
     nodes = [make("Identity", ["position_ids"], ["same"], name="same")]
     message = refusal(decoder(nodes, outputs=[value("same", INT64, None)]))
     assert "do not reach a rotary embedding: position_ids is read by Identity same" in message
     assert "allowed: Cos and Sin, RotaryEmbedding, or a Gather from a constant table" in message
 
 
-def test_ids_that_nobody_reads_are_refused():
+def test_ids_that_are_not_read_are_refused():
     nodes = [make("Identity", ["x"], ["y"])]
     made = decoder(nodes, inputs=[value("x", FLOAT, [1])], outputs=[value("y", FLOAT, [1])])
     assert "position_ids is read by no node" in refusal(made)

@@ -51,7 +51,7 @@ def patch(tmp_path: Path) -> Patch:
 
 
 @pytest.fixture(scope="session")
-def pictures() -> list[np.ndarray]:
-    """Two pictures of noise, wide and tall."""
+def images() -> list[np.ndarray]:
+    """Two images of noise, wide and tall."""
     random = np.random.default_rng(0)
     return [random.integers(0, 255, size, dtype=np.uint8) for size in ((40, 50, 3), (64, 33, 3))]

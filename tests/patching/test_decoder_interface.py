@@ -104,7 +104,7 @@ def test_a_layer_that_is_left_out_is_refused():
 @pytest.mark.parametrize(
     "strange", [value("use_cache_branch", BOOL, [1]), value("num_logits_to_keep", INT64, [])]
 )
-def test_an_input_that_nobody_feeds_is_refused_by_name(strange):
+def test_an_input_that_is_not_fed_is_refused_by_name(strange):
     inputs, outputs = interface()
     message = refusal([IDS, *inputs, strange], outputs)
     assert f"inputs that are not fed: {strange.name}" in message

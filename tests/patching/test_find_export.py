@@ -1,4 +1,4 @@
-"""Which files are taken, and what is said where that cannot be told."""
+"""Which files are taken, and what is said where that is not clear."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_same_file_in_two_folders_is_refused(folder):
         find_export(folder)
     message = str(caught.value)
     assert "decoder_model_merged.onnx, onnx/decoder_model_merged.onnx" in message
-    assert message.endswith("move the others away")
+    assert message.endswith("move all but one away")
 
 
 def test_quantized_files_alone_are_refused_naming_them(folder):

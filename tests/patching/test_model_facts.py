@@ -130,6 +130,6 @@ def test_a_recipe_that_does_not_fit_is_refused(folder, changes, message):
         choose_recipe(folder, facts, SIZES_7B, name="llava")
 
 
-def test_a_model_whose_pictures_are_cut_into_tiles_is_refused(folder):
+def test_a_model_whose_images_are_cut_into_tiles_is_refused(folder):
     with pytest.raises(UsageError, match="cut into tiles, which is not patched"):
         choose_recipe(folder, read_facts(folder), SIZES_7B, name="llava-next")

@@ -48,9 +48,9 @@ def tree_hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def check_against_unpatched(patch, export, pictures, *, pruner):
+def check_against_unpatched(patch, export, images, *, pruner):
     report = patch(export, pruner=pruner)
-    verdict = compare_with_unpatched(report.bundle, export, pictures, EXPRESSIONS)
+    verdict = compare_with_unpatched(report.bundle, export, images, EXPRESSIONS)
     assert verdict.passed, verdict
     # Far from the tolerance: what is compared is of size 5.
     assert verdict.compact_max_abs_diff > 0.5
@@ -60,32 +60,32 @@ def check_against_unpatched(patch, export, pictures, *, pruner):
 @pytest.mark.parametrize("pruner", ["spatial", "random", "cls", "fastervlm"])
 @pytest.mark.parametrize("how", SAMPLE, ids=str)
 def test_logits_are_those_of_the_unpatched_graphs_with_dropped_tokens_hidden(
-    make_export, patch, pictures, how, pruner
+    make_export, patch, images, how, pruner
 ):
-    check_against_unpatched(patch, make_export(**how), pictures, pruner=pruner)
+    check_against_unpatched(patch, make_export(**how), images, pruner=pruner)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("how", EVERY, ids=str)
-def test_every_opset_dtype_and_exporter(make_export, patch, pictures, how):
+def test_every_opset_dtype_and_exporter(make_export, patch, images, how):
     export = make_export(**how)
-    report = check_against_unpatched(patch, export, pictures, pruner="spatial")
+    report = check_against_unpatched(patch, export, images, pruner="spatial")
     assert report.manifest.opset == how["opset"]
-    check_against_unpatched(patch, export, pictures, pruner="cls")
+    check_against_unpatched(patch, export, images, pruner="cls")
     if how["dynamo"] and how["opset"] >= 23 and how["attention"] == "sdpa":
         with pytest.raises(UsageError, match="does not show what CLS attends to: Attention"):
             patch(export, pruner="fastervlm")
     else:
-        check_against_unpatched(patch, export, pictures, pruner="fastervlm")
+        check_against_unpatched(patch, export, images, pruner="fastervlm")
 
 
-def test_a_patched_bundle_grounds_with_the_tokens_it_kept(tiny_export, patch, pictures):
+def test_a_patched_bundle_grounds_with_the_tokens_it_kept(tiny_export, patch, images):
     report = patch(tiny_export)
     assert report.rotary == ("Cos /model/rotary_emb/Cos", "Sin /model/rotary_emb/Sin")
     assert report.warnings == ()
     with GroundingSession.open(report.bundle) as session:
-        grounding = session.ground(pictures[0], EXPRESSIONS[0])
-        both = session.ground_batch(pictures[0], EXPRESSIONS)
+        grounding = session.ground(images[0], EXPRESSIONS[0])
+        both = session.ground_batch(images[0], EXPRESSIONS)
     places = lattice_places(GridSpec(rows=4, cols=4), num_kept_tokens=5)
     assert grounding.keep_indices == tuple(places.tolist())
     # Rows of one batch are what they are alone: left padding and slots fit the graph, too.
@@ -138,7 +138,7 @@ def test_the_export_stays_as_it_is(own_export, patch):
     assert tree_hashes(own_export) == before
 
 
-def test_weights_beside_the_graph_are_brought_along(own_export, patch, pictures):
+def test_weights_beside_the_graph_are_brought_along(own_export, patch, images):
     graphs = own_export / "onnx"
     graphs.mkdir()
     for path in own_export.glob("*.onnx"):
@@ -153,7 +153,7 @@ def test_weights_beside_the_graph_are_brought_along(own_export, patch, pictures)
     copied = patch(own_export, copy_weights=True)
     path = copied.bundle / "decoder_model_merged.onnx_data"
     assert path.stat().st_nlink == 1
-    assert compare_with_unpatched(report.bundle, own_export, pictures, EXPRESSIONS).passed
+    assert compare_with_unpatched(report.bundle, own_export, images, EXPRESSIONS).passed
 
 
 @pytest.mark.parametrize("keep_ratio", [0.01, 0.3, 1.0])
@@ -277,13 +277,13 @@ def test_a_tokenizer_without_the_image_token_is_refused(own_export, patch):
     ("key", "value", "message"),
     [
         ("grid", {"rows": 5, "cols": 5}, r"image_features has not got .*\[images,16,32\]"),
-        ("image", {"height": 40, "width": 40}, r"pictures of another size: \[images,3,32,32\]"),
+        ("image", {"height": 40, "width": 40}, r"images of another size: \[images,3,32,32\]"),
     ],
 )
 def test_sizes_are_those_of_the_graph_where_the_config_says_nothing(
     own_export, patch, key, value, message
 ):
-    """Indices of another grid would select something, and nobody would notice."""
+    """Indices of another grid would select something, without an error."""
     config = json.loads((own_export / "config.json").read_text())
     del config["vision_config"]["patch_size"], config["vision_config"]["image_size"]
     (own_export / "config.json").write_text(json.dumps(config))

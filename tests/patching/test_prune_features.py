@@ -93,7 +93,7 @@ def test_of_equally_good_patches_the_first_are_kept():
 
 
 def attending(*, joined: bool) -> ir.Model:
-    """States attend to each other; ``joined``: pictures and heads on one axis."""
+    """States attend to each other; ``joined``: images and heads on one axis."""
     make = helper.make_node
     split = [-1, 5, 3] if joined else [0, 1, 5, 3]
     turned = [0, 2, 1] if joined else [0, 1, 3, 2]
@@ -160,7 +160,7 @@ def test_twice_is_refused():
 
 def test_an_encoder_that_never_had_cls_is_refused():
     message = refusal(encoder(drop="last"), BY_CLS)
-    assert "where the CLS token is dropped cannot be told: no such node" in message
+    assert "it is not clear where the CLS token is dropped: no such node" in message
     assert "one Slice from 1 to the end, or one Gather of 1..N" in message
 
 
@@ -216,7 +216,7 @@ def test_another_input_is_refused():
     assert "inputs that are not fed: pixels" in refusal(made)
 
 
-def test_features_of_all_pictures_in_one_list_are_refused():
+def test_features_of_all_images_in_one_list_are_refused():
     made = encoder()
     made.graph.outputs[0].shape = ir.Shape(["all", 2])
     assert "not of the shape that is pruned: [all,2]" in refusal(made)

@@ -15,7 +15,7 @@ _SIZE_LIMIT = 64
 
 
 class FoldConstants(GraphPass):
-    """Replaces constant subgraphs by their value and removes nodes nobody reads.
+    """Replaces constant subgraphs by their value and removes nodes that nothing reads.
 
     torch writes the axes of a reduction as a reshaped constant; TensorRT's parser wants a constant
     there. Weights are never folded, not even small ones, nor read: a weight stays a reference.

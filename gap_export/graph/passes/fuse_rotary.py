@@ -27,8 +27,8 @@ class FuseRotary(PatternPass):
 
     The tables [positions, d / 2] are computed here as the graph does it, in float32 from whole
     numbers, and cast then: an id above 2048, which float16 cannot hold, is still exact. The node
-    reads the ids that the graph's cos and sin came from, whatever made them (GapRemap). An id
-    beyond the table is out of the node's range: whoever feeds the graph keeps below it. Where a
+    reads the ids that the graph's cos and sin came from, be it an input or GapRemap. An id beyond
+    the table is out of the node's range: what feeds the graph must keep below it. Where a
     part of each head is rotated, x is that part.
 
     What marks the maths is a Cos. Does not handle: interleaved pairs, frequencies that depend on

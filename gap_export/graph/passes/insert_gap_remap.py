@@ -28,7 +28,7 @@ class InsertGapRemap(GraphPass):
     (arXiv 2506.21873) as one node, an ONNX local function made of standard operators. The maths is
     that of :func:`gap_export.spec.positions.gap_remap`.
 
-    Works on any decoder with an explicit int64 ``position_ids`` input, whoever exported it. Where
+    Works on any decoder with an explicit int64 ``position_ids`` input, of any exporter. Where
     that is [B, S], ``kept_positions`` is [B, P]. Where it is [3, B, S] (M-RoPE), ``kept_positions``
     is [3, B, P], and the input becomes [B, S]: slots have one axis.
     Does not handle: position ids computed inside the graph, another number of axes, ids that are
@@ -41,7 +41,7 @@ class InsertGapRemap(GraphPass):
         """Insert the node.
 
         Raises:
-            PassError: no usable ``position_ids`` input, nobody reads it, the node is there
+            PassError: no usable ``position_ids`` input, no node reads it, the node is there
                 already, a name is taken, or the model's opset is too old.
         """
         graph = model.graph

@@ -28,9 +28,9 @@ def describe(value: ir.Value | None) -> str:
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
-    """The numbers of a constant or an initializer; None for others and for external weights.
+    """The numbers of a constant or an initializer; None for any other value.
 
-    External weights are never read, whatever they are for.
+    External weights are never read and count as no numbers.
     """
     if value is None or value.is_graph_input():
         return None

@@ -28,7 +28,7 @@ class PatternPass(GraphPass):
 
     @abstractmethod
     def replace(self, last: ir.Node, **values: Any) -> ir.Node | None:
-        """The node for the place of ``last``, or None to leave it; may insert others before it.
+        """The node for the place of ``last``, or None to leave it; may insert more before it.
 
         Raises:
             PassError: the nodes match, and what they compute is still something else.

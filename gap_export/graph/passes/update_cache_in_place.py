@@ -36,7 +36,7 @@ class UpdateCacheInPlace(GraphPass):
     multiplied by 0. The capacity is a number and no symbol: TensorRT demands that of a cache.
 
     Does not handle: caches that are concatenated on another axis, whose length is used otherwise
-    than by Shape, a past that nobody extends, rings, rows of different past lengths.
+    than by Shape, a past that no node extends, rings, rows of different past lengths.
 
     Args:
         capacity: Slots of each buffer.

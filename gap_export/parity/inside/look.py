@@ -52,7 +52,7 @@ def look_inside(
         recorded: What it gave.
         answered: What the candidate gave for the same.
         per_layer: Whether rows of layers are wanted; of the first question.
-        progress: Told what is done.
+        progress: Progress reporter.
     """
     # The newline is a tensor in a file and has no graph.
     failures = {

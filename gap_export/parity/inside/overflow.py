@@ -27,7 +27,7 @@ from gap_export.parity.inside.taps import Arrays, run_taps
 from gap_export.parity.replay import Call
 from gap_export.parity.results import Divergence
 
-# Their results are whatever was in the memory.
+# Their results are what was in the memory before.
 _UNFILLED = ("empty", "new_empty")
 
 

@@ -1,6 +1,6 @@
 """The position ids that RoPE really saw, read out of a decoder's graph.
 
-Found by structure: whatever turns ids into angles is a Cos or a Sin, or takes rows from a table of
+Found by structure: what turns ids into angles is a Cos or a Sin, or takes rows from a table of
 them. Of the graph only what makes the ids is run, and the ids do not depend on a token or on what
 the cache holds, so that the prompts here are only tables of positions. What must be seen is worked
 out apart from any graph, by :mod:`gap_export.spec.positions`.
@@ -293,7 +293,7 @@ def _feed(
     feed: dict[str, NDArray[Any]] = dict(given)
     for tensor in spec.inputs:
         if tensor.name not in given:
-            # Whatever no other input has is the number of slots that are filled.
+            # A size that no other input has is the number of slots that are filled.
             shape = [dim if isinstance(dim, int) else sizes.get(dim, past) for dim in tensor.shape]
             feed[tensor.name] = np.zeros(shape, dtype=_DTYPES[tensor.dtype])
     return feed

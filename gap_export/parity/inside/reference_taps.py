@@ -51,7 +51,7 @@ class ReferenceTaps:
         Args:
             component: Which it is of.
             call: As it was recorded.
-            calls: The others of its question, in order; a decode step needs those before it, from
+            calls: All calls of its question, in order; a decode step needs those before it, from
                 which its cache is made once more.
 
         Raises:
@@ -145,7 +145,7 @@ def _keeper(found: dict[tuple[str, Side], list[NDArray[Any]]], name: str) -> _Ho
         values: Mapping[Side, Any] = {"input": args[0] if args else None, "output": output}
         for side, value in values.items():
             if isinstance(value, torch.Tensor):
-                # What is kept must stay as it is, whatever is later done in place.
+                # What is kept must stay as it is, also where it is later changed in place.
                 found.setdefault((name, side), []).append(to_numpy(value).copy())
 
     return keep

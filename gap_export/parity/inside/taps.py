@@ -4,7 +4,7 @@ Only what lies above the chosen values is run, so that a look at a decoder's pos
 nothing, however large the decoder. Weights stay where they are: ONNX Runtime reads them from the
 bundle's folder, and nothing is written there.
 
-Graph optimizations are off: a value that was fused with others does not exist any more.
+Graph optimizations are off: a value that was fused with another does not exist any more.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def slow_remap(slot: int, row: list[int]) -> int:
 
 @st.composite
 def prompts(draw: st.DrawFn) -> np.ndarray:
-    """Tables of a batch: each row text and up to three pictures of which some tokens survive."""
+    """Tables of a batch: each row text and up to three images of which some tokens survive."""
     rows = []
     for _ in range(draw(st.integers(1, 3))):
         spans, cursor = [], draw(st.integers(0, 5))

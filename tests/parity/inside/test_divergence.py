@@ -29,8 +29,8 @@ class Question:
     def __init__(self, bundle, reference, recipe, checkpoint):
         manifest = open_bundle(bundle).manifest
         recorder = RecordingBackend(TorchBackend(reference))
-        picture = np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8)
-        GroundingSession(manifest, bundle, recorder).ground(picture, "the red circle")
+        image = np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8)
+        GroundingSession(manifest, bundle, recorder).ground(image, "the red circle")
         self.calls = recorder.calls
         self.taps = ReferenceTaps(
             reference=reference,
