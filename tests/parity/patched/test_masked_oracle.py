@@ -27,9 +27,9 @@ EXPRESSION = ["the red circle"]
 
 
 @pytest.fixture
-def compare(tiny_export, pictures):
+def compare(tiny_export, images):
     def run(bundle, original=tiny_export, **options):
-        return compare_with_unpatched(bundle, original, pictures[:1], EXPRESSION, **options)
+        return compare_with_unpatched(bundle, original, images[:1], EXPRESSION, **options)
 
     return run
 
@@ -202,7 +202,7 @@ def test_attention_that_rotates_by_itself_is_not_patched(own_export, patch):
 
 
 @pytest.mark.parametrize("changes", [{"num_steps": 0}, {"images": []}, {"expressions": []}])
-def test_nothing_to_compare_is_refused(tiny_export, pictures, changes):
-    given = {"images": pictures[:1], "expressions": EXPRESSION, **changes}
+def test_nothing_to_compare_is_refused(tiny_export, images, changes):
+    given = {"images": images[:1], "expressions": EXPRESSION, **changes}
     with pytest.raises(UsageError, match="nothing to compare with"):
         compare_with_unpatched(tiny_export, tiny_export, **given)
