@@ -112,7 +112,8 @@ def find_id_readers(graph: OnnxFile) -> tuple[IdReader, ...]:
             given = _ids_behind(graph, given, values.depends)
             choice = _choice_behind(graph, given, values.depends)
         elif node.op_type == _ROTARY:
-            cos, sin = (node.inputs[i] for i in _ROTARY_INPUTS[node.domain][1:])
+            places = _ROTARY_INPUTS[node.domain][1:]
+            cos, sin = (node.inputs[i] if i < len(node.inputs) else "" for i in places)
             known = cos and sin and not values.depends[cos] and not values.depends[sin]
             tables = (cos, sin) if known else ()
         name = f"{node.op_type} {node.name}"
@@ -309,14 +310,14 @@ def _keeps_tokens_apart(node: Node, index: int, graph: OnnxFile, values: _Values
         return False
     # A Slice in name only, as traces of ``ids[:, None, :]`` have them.
     starts, ends = (graph.integers(name) for name in node.inputs[1:3])
-    steps = graph.integers(node.inputs[4]) if len(node.inputs) > 4 else np.ones(1)
+    steps = graph.integers(node.inputs[4]) if len(node.inputs) > 4 else [1]
     return (
         starts is not None
         and ends is not None
         and steps is not None
-        and not starts.any()
-        and bool((ends >= _TO_THE_END).all())
-        and bool((steps == 1).all())
+        and not any(starts)
+        and min(ends, default=0) >= _TO_THE_END
+        and set(steps) <= {1}
     )
 
 

@@ -1,19 +1,17 @@
 """The structure of an ONNX file: nodes, attributes, places of weights, without the onnx package.
 
 Reads protobuf's wire format (https://protobuf.dev/programming-guides/encoding/) with the standard
-library and numpy alone, since a device may have nothing else, and since the onnx package refuses
+library alone, since a device may have nothing else, and since the onnx package refuses
 the hard links by which a bundle may hold its weights. No weight in another file is read.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from gap_export.errors import BundleError
 
@@ -258,27 +256,27 @@ class OnnxFile:
                     found.update({value.text(_VALUE_NAME): code[-1]} if code else {})
         return found | {name: tensor.dtype for name, tensor in self.initializers.items()}
 
-    def integers(self, name: str) -> NDArray[np.int64] | None:
+    def integers(self, name: str) -> list[int] | None:
         """An int64 constant whose numbers stand in the file; None for any other value."""
         tensor = self.initializers.get(name)
         raw = None if tensor is None else tensor.raw
         if raw is None:
             index = self.producers.get(name)
             node = None if index is None else self.nodes[index]
-            if node is None or not node.is_standard("Constant"):
+            if node is None or not node.is_standard("Constant") or len(node.attributes) != 1:
                 return None
             (attribute,) = map(_Message, node.attributes.values())
             if not (tensors := attribute.contents(_ATTRIBUTE_TENSOR)):
                 given = attribute.integers(_ATTRIBUTE_INT) + attribute.integers(_ATTRIBUTE_INTS)
-                return np.array(given, np.int64) if given else None
+                return given or None
             (raw,) = tensors
         message = _Message(raw)
         if message.integers(_TENSOR_DTYPE) != [INT64] or message.contents(_TENSOR_EXTERNAL):
             return None
         held = message.contents(_TENSOR_RAW)
-        if held:
-            return np.frombuffer(held[-1], "<i8").astype(np.int64)
-        return np.array(message.integers(_TENSOR_INTS), np.int64)
+        if held and len(held[-1]) % 8 == 0:
+            return [number for (number,) in struct.iter_unpack("<q", held[-1])]
+        return message.integers(_TENSOR_INTS)
 
     def above(self, names: Iterable[str]) -> set[int]:
         """Indices of the nodes that have a part in some values."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import gap_export
+from gap_export.engines.__main__ import main
 from gap_export.engines.folder import read_engine_folder
 from tests.engines.bundles import copy_with_fixed_cache
 from tests.programs import Finished, run_program
@@ -116,39 +117,32 @@ def test_a_missing_tensorrt_is_one_line(python, trt_bundle):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["BUNDLE", "--target", "jetson"], "error: unknown TensorRT target: 'jetson'"),
-        (["BUNDLE", "--target", "orin:sm89"], "error: target orin has no such GPU generation"),
-        (["NOWHERE", "--target", "orin"], "error: no bundle there"),
-        (["BUNDLE"], "the following arguments are required: --target"),
-        (["BUNDLE", "--target", "orin", "--workspace", "0"], "--workspace: 0 is out of range"),
-        (["BUNDLE", "--target", "orin", "--weights", "none"], "invalid choice: 'none'"),
-        (["BUNDLE", "--target", "orin", "--batch", "0"], "error: no such --batch: 0"),
+        ("BUNDLE --target jetson", "error: unknown TensorRT target: 'jetson'"),
+        ("BUNDLE --target orin:sm89", "error: target orin has no such GPU generation"),
+        ("NOWHERE --target orin", "error: no bundle there"),
+        ("BUNDLE", "the following arguments are required: --target"),
+        ("BUNDLE --target orin --workspace 0", "--workspace: 0 is out of range"),
+        ("BUNDLE --target orin --weights none", "invalid choice: 'none'"),
+        ("BUNDLE --target orin --batch 0", "error: no such --batch: 0"),
+        ("FIXED --target orin --max-new-tokens 9", "49 slots; allowed: 48 slots together; export"),
+        ("DAMAGED --target orin", "error: tokenizer.json is not what it was"),
     ],
 )
-def test_wrong_usage_is_exit_code_2_and_one_message(trt_bundle, arguments, message):
-    places = {"BUNDLE": str(trt_bundle.path), "NOWHERE": str(trt_bundle.path / "nowhere")}
-    answer = run(sys.executable, "build", *(places.get(a, a) for a in arguments))
-    assert answer.returncode == 2
-    assert message in answer.stderr
-    assert "Traceback" not in answer.stderr
-
-
-def test_a_prompt_the_graphs_have_no_room_for_is_refused(tiny_bundle, tmp_path):
-    bundle = copy_with_fixed_cache(tiny_bundle, tmp_path / "b", slots=48)
-    answer = run(
-        sys.executable, "build", str(bundle.path), "--target", "orin", "--max-new-tokens", "9"
-    )
-    assert answer.returncode == 2
-    assert "49 slots; allowed: 48 slots together; export again with" in answer.stderr
-    assert not (bundle.path / "engines").exists()
-
-
-def test_a_damaged_bundle_is_refused(trt_bundle):
-    with trt_bundle.file("tokenizer.json").open("r+b") as file:
-        file.write(b"x")
-    answer = run(sys.executable, "build", str(trt_bundle.path), "--target", "orin")
-    assert answer.returncode == 2
-    assert "error: tokenizer.json is not what it was" in answer.stderr
+def test_wrong_usage_is_exit_code_2_and_one_message(
+    trt_bundle, tiny_bundle, tmp_path, capsys, arguments, message
+):
+    places = {"BUNDLE": trt_bundle.path, "NOWHERE": tmp_path / "nowhere"}
+    if "FIXED" in arguments:
+        places["FIXED"] = copy_with_fixed_cache(tiny_bundle, tmp_path / "b", slots=48).path
+    if "DAMAGED" in arguments:
+        places["DAMAGED"] = trt_bundle.path
+        with trt_bundle.file("tokenizer.json").open("r+b") as file:
+            file.write(b"x")
+    given = [str(places.get(word, word)) for word in arguments.split()]
+    assert main(["build", *given]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not (trt_bundle.path / "engines").exists()
 
 
 def test_quiet_says_nothing_and_verbose_what_tensorrt_says(trt_bundle):

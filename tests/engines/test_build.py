@@ -74,18 +74,15 @@ def test_engines_hold_the_weights(built_bundle, tiny_graphs):
     assert np.ascontiguousarray(weights[0]).tobytes() in plan
 
 
-def test_progress_is_told_up_to_the_end(trt_bundle):
+def test_a_component_is_built_alone_and_the_other_engines_stay(trt_bundle):
     progress = Recorder()
     build_engines(trt_bundle, SM89, only=COMPONENT, progress=progress)
-    assert progress.stages == [("building embed_tokens", 100)]
-    assert progress.steps == [100]
-
-
-def test_one_component_is_built_alone_and_others_stay(trt_bundle):
-    build_engines(trt_bundle, SM89, only=COMPONENT)
+    assert (progress.stages, progress.steps) == ([("building embed_tokens", 100)], [100])
+    first = read_engine_folder(trt_bundle, "rtx-sm89").engine("embed_tokens")
     build_engines(trt_bundle, SM89, only=("text_encoder",))
     folder = read_engine_folder(trt_bundle, "rtx-sm89", verify="full")
     assert {e.component for e in folder.plan.engines} == {"embed_tokens", "text_encoder"}
+    assert folder.engine("embed_tokens") == first
 
 
 def test_engines_of_other_sizes_do_not_mix(trt_bundle):
@@ -228,28 +225,26 @@ def test_a_target_of_a_device_needs_one(trt_bundle, monkeypatch):
         build_engines(trt_bundle, ORIN)
 
 
+@pytest.mark.parametrize(
+    ("only", "sizes", "said"),
+    [
+        (("projector",), {}, "no such component: projector; allowed: vision_encoder"),
+        ((), {"max_prompt": 0}, "no such --max-prompt"),
+        ((), {"max_prompt": 100_000}, "no such --max-prompt"),
+        ((), {"max_new_tokens": -1}, "no such --max-new-tokens"),
+        ((), {"max_batch": 0}, "no such --batch"),
+        ((), {"max_prompt": 156, "max_new_tokens": 101}, "context: .*; allowed: 256 tokens"),
+    ],
+)
+def test_a_component_or_size_there_is_not_is_refused(trt_bundle, only, sizes, said):
+    assert trt_bundle.manifest.decoder.max_position_embeddings == 256
+    with pytest.raises(UsageError, match=said):
+        build_engines(trt_bundle, SM89, only=only, overrides=LimitsRequest(**sizes))
+
+
 def test_a_bundle_that_was_not_made_for_engines_is_refused(tiny_bundle):
     with pytest.raises(BundleError, match="not made for this target: rtx; allowed: none"):
         build_engines(open_bundle(tiny_bundle), SM89)
-
-
-def test_a_component_there_is_not_is_refused_with_those_that_are(trt_bundle):
-    with pytest.raises(UsageError, match=r"no such component: projector; allowed: vision_encoder"):
-        build_engines(trt_bundle, SM89, only=("projector",))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "flag"),
-    [
-        (LimitsRequest(max_prompt=0), "--max-prompt"),
-        (LimitsRequest(max_prompt=100_000), "--max-prompt"),
-        (LimitsRequest(max_new_tokens=-1), "--max-new-tokens"),
-        (LimitsRequest(max_batch=0), "--batch"),
-    ],
-)
-def test_sizes_out_of_range_are_refused_by_their_flag(trt_bundle, overrides, flag):
-    with pytest.raises(UsageError, match=f"no such {flag}"):
-        resolve_limits(trt_bundle.manifest, overrides)
 
 
 @pytest.mark.parametrize("sizes", [{"max_prompt": 41}, {"max_new_tokens": 9}])
@@ -274,25 +269,9 @@ def test_a_cache_that_grows_may_have_more_than_the_bundle_says(trt_bundle):
     assert decode.shapes["attention_mask"].max == (2, most)
 
 
-def test_more_than_the_model_s_context_is_refused(trt_bundle):
-    most = trt_bundle.manifest.decoder.max_position_embeddings
-    overrides = LimitsRequest(max_prompt=most - 100, max_new_tokens=101)
-    said = rf"context: --max-prompt {most - 100} and --max-new-tokens 101; allowed: {most} tokens"
-    with pytest.raises(UsageError, match=said):
-        resolve_limits(trt_bundle.manifest, overrides)
-
-
 def test_what_was_exported_may_be_built_whatever_the_context(trt_bundle):
     """Caches of the longest prompt there is, and an answer, have more slots than ever are used."""
     most = trt_bundle.manifest.decoder.max_position_embeddings
     own = dataclasses.replace(LIMITS, max_prompt=most)
     manifest = dataclasses.replace(trt_bundle.manifest, engine_limits=own)
     assert resolve_limits(manifest, LimitsRequest(max_batch=1)).max_prompt == most
-
-
-def test_a_kept_engine_is_what_it_was(trt_bundle):
-    build_engines(trt_bundle, SM89, only=COMPONENT)
-    first = read_engine_folder(trt_bundle, "rtx-sm89").engine("embed_tokens")
-    build_engines(trt_bundle, SM89, only=("text_encoder",))
-    kept = read_engine_folder(trt_bundle, "rtx-sm89", verify="full")
-    assert kept.engine("embed_tokens") == first
