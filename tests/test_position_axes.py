@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gap_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from PIL import Image
 
 from gap_export.bundle import open_bundle
@@ -26,6 +25,7 @@ from gap_export.families.common import components
 from gap_export.families.common.modules.llama_decoder import LlamaDecoder
 from gap_export.parity.inside.positions_seen import read_positions
 from gap_export.parity.question import Question
+from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.generation import PromptRow, assemble_prompt, embed_tokens, generate
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import TensorSpec
