@@ -1,13 +1,13 @@
 """A decoder whose RoPE reads three ids a token (M-RoPE), from the prompt to the last token.
 
-The tiny LLaVA is given such a decoder, whose frequencies turn by time, row, column and column. All
-of it is exported, checked and run as any other.
+The tiny LLaVA is given such a decoder. It is exported, checked and run as any other.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,17 @@ from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.exporting import ExportOptions, export_model
 from gap_export.exporting.torch_backend import TorchBackend
 from gap_export.families import build_reference
-from gap_export.families.common import components
-from gap_export.families.common.modules.llama_decoder import LlamaDecoder
+from gap_export.families.common.checkpoints import configs
 from gap_export.parity.inside.positions_seen import read_positions
 from gap_export.parity.question import Question
 from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.generation import PromptRow, assemble_prompt, embed_tokens, generate
 from gap_export.runtime.session import GroundingSession
-from gap_export.spec.manifest import TensorSpec
+from gap_export.spec.architecture import DecoderShape
 from gap_export.spec.positions import compact_positions
+from gap_export.spec.requests import PruningRequest
 from tests.parity.checking import check_with_torch, statuses
 
-# Which axis turns each of the four frequencies of a head of width 8.
-AXES = (0, 1, 2, 2)
 ATOL = 1e-4
 STEPS = np.array([[7, 20, 11, 30, 9]])
 # Rows and columns, and kept tokens; none in the last row, nor in the last two columns.
@@ -44,40 +42,19 @@ GRIDS = {
 }
 
 
-class MropeDecoder(LlamaDecoder):
-    def _rotation(self, position_ids: torch.Tensor, dtype: torch.dtype) -> Any:
-        # [3, B, S, d / 2], of which each frequency takes one axis.
-        every = position_ids.to(torch.float32).unsqueeze(3) * self.inv_freq
-        half = torch.cat([every[axis, ..., i : i + 1] for i, axis in enumerate(AXES)], dim=-1)
-        angles = torch.cat((half, half), dim=-1).unsqueeze(1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
 @pytest.fixture(scope="module")
 def mrope() -> Iterator[None]:
-    """Decoders of families have three position axes."""
-    spec, facts = components._spec, components.decoder_spec
-
-    def with_axes(name: str, *shape: Any, dtype: str) -> TensorSpec:
-        return spec(name, *((3,) if name == "position_ids" else ()), *shape, dtype=dtype)
-
+    """Decoders have three position axes: of four frequencies time, row, column, column turn one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(components, "LlamaDecoder", MropeDecoder)
-        patch.setattr(components, "_spec", with_axes)
-        patch.setattr(
-            components,
-            "decoder_spec",
-            lambda *given: dataclasses.replace(facts(*given), position_axes=3),
-        )
+        patch.setattr(configs, "DecoderShape", partial(DecoderShape, rope_sections=(1, 1, 2)))
         yield
 
 
 @pytest.fixture(scope="module")
 def bundle(mrope: None, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("mrope") / "bundle"
-    export_model(
-        ExportOptions(model=str(tiny_checkpoint), pruner="spatial", keep_ratio=0.3, out=out)
-    )
+    request = PruningRequest(pruner="spatial", keep_ratio=0.3)
+    export_model(ExportOptions(model=str(tiny_checkpoint), pruning=request, out=out))
     return out
 
 
@@ -89,7 +66,7 @@ def backend(bundle: Path) -> Iterator[OnnxRuntimeBackend]:
 
 @pytest.fixture(scope="module")
 def reference(bundle: Path, tiny_graphs: Any) -> Any:
-    """The PyTorch model; its decoder is :class:`MropeDecoder`."""
+    """The PyTorch model."""
     parts = Checkpoint.of(tiny_graphs.checkpoint)
     return build_reference(tiny_graphs.recipe, parts, tiny_graphs.pruning(), device="cpu")
 
@@ -246,7 +223,7 @@ def test_check_compares_with_the_same_decoder_and_reads_ids_of_all_axes(bundle, 
 
 
 def test_a_graph_whose_rows_turn_what_columns_should_fails(bundle, mrope, tiny_graphs, monkeypatch):
-    monkeypatch.setitem(globals(), "AXES", (0, 2, 1, 1))
+    monkeypatch.setattr(configs, "DecoderShape", partial(DecoderShape, rope_sections=(1, 2, 1)))
     assert statuses(check(bundle, tiny_graphs))["tensor"] == "failed"
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gap_export.errors import CheckpointError
+
+_Stored = TypeVar("_Stored")
 
 # A config.json takes kilobytes, the index of a 70B model half a megabyte.
 _MAX_JSON_BYTES = 16_000_000
@@ -89,6 +91,26 @@ def shard_files(index: Path, *, suffix: str) -> tuple[Path, ...]:
             fix=f"download what is missing into that folder; {index.name} lists all of them",
         )
     return tuple(index.parent / name for name in names)
+
+
+def join_files(
+    files: Iterable[Path], read: Callable[[Path], Mapping[str, _Stored]]
+) -> dict[str, _Stored]:
+    """Every tensor of several files, by name.
+
+    Raises:
+        CheckpointError: two of them hold one name, or what ``read`` raises.
+    """
+    found: dict[str, tuple[Path, _Stored]] = {}
+    for file in files:
+        for key, tensor in read(file).items():
+            if key in found:
+                raise CheckpointError(
+                    "a tensor is in two weight files",
+                    seen=f"{key} in {found[key][0].name} and {file.name}",
+                )
+            found[key] = file, tensor
+    return {key: tensor for key, (_, tensor) in found.items()}
 
 
 def damaged(file: Path, seen: str) -> CheckpointError:

@@ -8,15 +8,17 @@ tensors' bytes, which is enough to know where they lie. Older files are read as 
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import re
 import reprlib
 import struct
 import warnings
+import zipfile
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,9 +27,15 @@ import torch
 from torch._subclasses import fake_tensor
 
 from gap_export.checkpoint.find.foreign import quantized
-from gap_export.checkpoint.weights.files import MAX_KEY, MAX_RANK, damaged, shard_files
+from gap_export.checkpoint.weights.files import (
+    MAX_KEY,
+    MAX_RANK,
+    check_no_pointer,
+    damaged,
+    join_files,
+    shard_files,
+)
 from gap_export.checkpoint.weights.safetensors import TensorRef, map_bytes
-from gap_export.checkpoint.weights.torch_files import Archive, open_archive, wants_to_run
 from gap_export.checkpoint.weights.weight import READABLE_DTYPES
 from gap_export.errors import CheckpointError
 
@@ -46,18 +54,19 @@ _FAILURES = (
 )
 _TOLD = re.compile(r"WeightsUnpickler error:\s*(\S[^\n]*)")
 _MAX_REASON = 200
+_MAX_NAME_SHOWN = 100
+_ARCHIVE, _OLD_FORMAT = b"PK\3\4", b"\x80"
+# A state dict's pickle, without its tensors, takes 200 bytes a tensor.
+_MAX_RECORD_BYTES = 16_000_000
+# Where the header of each entry of an archive starts, ascending, and the bytes of its content.
+Entries = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PickledTensor:
     """A tensor of a pickle whose bytes are not plain: strided, or in a file of the old format.
 
-    Attributes:
-        file: The pickle.
-        key: Its name in there.
-        dtype: Safetensors name, e.g. ``F32``.
-        shape: Dimensions.
-        read: Gives the tensor, of any strides.
+    Attributes are those of :class:`TensorRef`; ``read`` gives the tensor, of any strides.
     """
 
     file: Path
@@ -90,16 +99,7 @@ def index_pickles(folder: Path) -> dict[str, TensorRef | PickledTensor]:
             seen=folder,
             allowed=f"{PICKLE_NAME}, or {PICKLE_INDEX_NAME} and its files",
         )
-    found: dict[str, TensorRef | PickledTensor] = {}
-    for file in shard_files(folder / PICKLE_INDEX_NAME, suffix=".bin"):
-        for key, tensor in index_pickle(file).items():
-            if key in found:
-                raise CheckpointError(
-                    "a tensor is in two weight files",
-                    seen=f"{key} in {found[key].file.name} and {file.name}",
-                )
-            found[key] = tensor
-    return found
+    return join_files(shard_files(folder / PICKLE_INDEX_NAME, suffix=".bin"), index_pickle)
 
 
 def index_pickle(file: Path, *, entry: str | None = None) -> dict[str, TensorRef | PickledTensor]:
@@ -117,20 +117,61 @@ def index_pickle(file: Path, *, entry: str | None = None) -> dict[str, TensorRef
         CheckpointError: missing, truncated, not a pickle of plain tensors (one that wants to run
             code is refused without running it), or no state dict.
     """
-    archive = open_archive(file)
-    if archive is not None and not archive.little_endian:
-        archive = None
+    entries = _read_directory(file)
     # Fake tensors have shapes and strides but no bytes, and know where those would be.
-    with _quiet(), nullcontext() if archive is None else fake_tensor.FakeTensorMode():
+    with _quiet(), nullcontext() if entries is None else fake_tensor.FakeTensorMode():
         state = _state_dict(_load(file), file, entry)
         tensors = {key: _plain_tensor(value, key, file) for key, value in state.items()}
         return {
             key: _in_memory(tensor, key, file)
-            if archive is None
-            else _in_archive(tensor, key, archive)
+            if entries is None
+            else _in_archive(tensor, key, file, entries)
             for key, tensor in tensors.items()
             if tensor is not None
         }
+
+
+def _read_directory(file: Path) -> Entries | None:
+    """The entries of an archive; None for a file that is read as a whole, which torch judges.
+
+    Raises:
+        CheckpointError: missing, a Git LFS pointer, or an archive with an entry that is compressed,
+            as torch.save writes none, or larger than it can be: it is refused before it is
+            unpacked.
+    """
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(64)
+            check_no_pointer(file, start)
+            size = stream.seek(0, os.SEEK_END)
+        if not start.startswith((_ARCHIVE, _OLD_FORMAT)):
+            shown = f"starts with {str(start[:24])[1:]}" if start else "is empty"
+            raise damaged(file, f"not a PyTorch file: it {shown}")
+        if not start.startswith(_ARCHIVE):
+            return None
+        with zipfile.ZipFile(file) as archive:
+            entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+            for entry in entries:
+                name, held = entry.filename[:_MAX_NAME_SHOWN], entry.file_size
+                if entry.compress_type != zipfile.ZIP_STORED or held != entry.compress_size:
+                    raise CheckpointError(
+                        "the PyTorch file is compressed, which torch.save never does",
+                        seen=f"{name!r} in {file}",
+                        fix="save the checkpoint again, with torch.save or as safetensors",
+                    )
+                limit = size if "/data/" in entry.filename else min(size, _MAX_RECORD_BYTES)
+                if held > limit:
+                    raise damaged(file, f"{name!r} of {held} bytes in a file of {size}")
+            orders = [e for e in entries if e.filename.partition("/")[2] == "byteorder"]
+            if orders and archive.read(orders[0]) != b"little":
+                return None
+    except FileNotFoundError as err:
+        raise CheckpointError("checkpoint file not found", seen=file) from err
+    except OSError as err:
+        raise CheckpointError("weight file cannot be read", seen=f"{file}: {err}") from err
+    except (*_FAILURES, zipfile.BadZipFile) as err:
+        raise damaged(file, f"not a whole zip archive: {err}") from err
+    return tuple((entry.header_offset, entry.file_size) for entry in entries)
 
 
 def _load(file: Path) -> Any:
@@ -141,7 +182,12 @@ def _load(file: Path) -> Any:
     except _FAILURES as err:
         unsafe = _UNSAFE.search(str(err))
         if unsafe is not None:
-            raise wants_to_run(file, unsafe[1]) from err
+            raise CheckpointError(
+                "refused: loading this file would execute code",
+                seen=f"{file}: calls {unsafe[1][:_MAX_NAME_SHOWN]}",
+                allowed="tensors, numbers and plain containers",
+                fix="get the checkpoint as safetensors, or save its state dict alone",
+            ) from err
         # What is around it is about the options of torch.load.
         told = _TOLD.search(str(err))
         reason = told[1] if told is not None else (str(err).strip().splitlines() or [""])[0]
@@ -228,46 +274,29 @@ def _in_memory(tensor: torch.Tensor, key: str, file: Path) -> PickledTensor:
     )
 
 
-def _in_archive(fake: torch.Tensor, key: str, archive: Archive) -> TensorRef | PickledTensor:
+def _in_archive(
+    fake: torch.Tensor, key: str, file: Path, entries: Entries
+) -> TensorRef | PickledTensor:
     """Where a fake tensor's bytes are, which must be within its own entry of the archive."""
     dtype, shape, strides = _DTYPE_NAMES[fake.dtype], tuple(fake.shape), tuple(fake.stride())
     # No public name, but the documented way: docs.pytorch.org/tutorials/unstable/gpu_direct_storage
     base = fake.untyped_storage()._checkpoint_offset  # noqa: SLF001
     if base is None:
-        raise _odd_kind(key, f"not as it lies in {archive.file}, but changed on loading")
+        raise _odd_kind(key, f"not as it lies in {file}, but changed on loading")
     first = int(fake.storage_offset()) * fake.itemsize
     # Elements from the first to the last one, whatever lies between.
     span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if fake.numel() else 0
     length = span * fake.itemsize
-    if first + length > archive.size_at(base):
-        raise damaged(archive.file, f"{key} is longer than its bytes")
+    # Its own entry is the last whose header comes before its bytes.
+    if first + length > entries[bisect_left(entries, (base, 0)) - 1][1]:
+        raise damaged(file, f"{key} is longer than its bytes")
     if fake.is_contiguous():
         return TensorRef(
-            file=archive.file,
-            key=key,
-            dtype=dtype,
-            shape=shape,
-            offset=base + first,
-            length=length,
+            file=file, key=key, dtype=dtype, shape=shape, offset=base + first, length=length
         )
-    read = partial(_read_strided, archive.file, key, base + first, length, fake.dtype)
-    return PickledTensor(
-        file=archive.file,
-        key=key,
-        dtype=dtype,
-        shape=shape,
-        read=partial(read, shape=shape, strides=strides),
-    )
 
+    def read() -> torch.Tensor:
+        flat = map_bytes(file, base + first, length, fake.dtype, key=key)
+        return flat.as_strided(shape, strides)
 
-def _read_strided(
-    file: Path,
-    key: str,
-    offset: int,
-    length: int,
-    dtype: torch.dtype,
-    *,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-) -> torch.Tensor:
-    return map_bytes(file, offset, length, dtype, key=key).as_strided(shape, strides)
+    return PickledTensor(file=file, key=key, dtype=dtype, shape=shape, read=read)

@@ -23,6 +23,7 @@ from gap_export.checkpoint.weights.files import (
     MAX_RANK,
     check_no_pointer,
     damaged,
+    join_files,
     parse_json_object,
     shard_files,
 )
@@ -95,16 +96,7 @@ def index_files(files: Iterable[Path]) -> dict[str, TensorRef]:
     Raises:
         CheckpointError: a file is missing or damaged, or two of them hold one key.
     """
-    refs: dict[str, TensorRef] = {}
-    for file in files:
-        for key, ref in read_header(file).items():
-            if key in refs:
-                raise CheckpointError(
-                    "a tensor is in two weight files",
-                    seen=f"{key} in {refs[key].file.name} and {file.name}",
-                )
-            refs[key] = ref
-    return refs
+    return join_files(files, read_header)
 
 
 def read_header(file: Path) -> dict[str, TensorRef]:
