@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,7 @@ class RunnerOptions:
 
 
 class Runner:
-    """Answers shards; a context manager.
+    """Answers shards; a context manager, and an ``Executor`` in this process.
 
     One bundle is open at a time, with a session for each setting that asks it: shards of one bundle
     are best given one after the other.
@@ -71,7 +72,10 @@ class Runner:
         """
         self._options = options
         self._stack = ExitStack()
-        self._opened: _OpenBundle | None = None
+        self._opened: tuple[Bundle, Backend] | None = None
+        self._key: tuple[Path, BackendName] | None = None
+        self._max_batch = MAX_BATCH
+        self._sessions: dict[str, GroundingSession] = {}
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -88,11 +92,12 @@ class Runner:
 
     def close(self) -> None:
         """Close what is open; the next shard opens its bundle again."""
-        self._opened = None
+        self._opened = self._key = None
+        self._sessions.clear()
         self._stack.close()
 
     def run(self, shards: Sequence[Shard]) -> Iterator[tuple[Shard, list[Record]]]:
-        """Answer shards in the order given, as an ``Executor``, and close what was opened.
+        """Answer shards in the order given, and close what was opened.
 
         Yields:
             A shard and one record for each of its questions, in their order.
@@ -110,12 +115,19 @@ class Runner:
         Raises:
             GapExportError: the bundle cannot be run, or what it computes is not numbers.
         """
-        opened, session = self._open(shard.setting)
-        return [
-            record
-            for _, group in groupby(shard.questions, key=lambda question: question.image_id)
-            for record in _answer_image(session, list(group), opened.max_batch)
-        ]
+        session = self._session(shard.setting)
+        records: list[Record] = []
+        for _, group in groupby(shard.questions, key=lambda question: question.image_id):
+            asked = list(group)
+            try:
+                image = asked[0].image.load()
+            except ImageError as err:
+                records += [_failed(question, err) for question in asked]
+                continue
+            for start in range(0, len(asked), self._max_batch):
+                batch = asked[start : start + self._max_batch]
+                records += _answer_batch(session, image, batch)
+        return records
 
     def ground(self, setting: Setting, question: Question) -> Grounding:
         """The whole answer to one question, to be drawn.
@@ -124,9 +136,8 @@ class Runner:
             GapExportError: the bundle cannot be run, the image not be read, or the expression not
                 be asked.
         """
-        _, session = self._open(setting)
         image = question.image
-        return session.ground(image.load(), question.expression, frame=image.frame)
+        return self._session(setting).ground(image.load(), question.expression, frame=image.frame)
 
     def check(self, setting: Setting) -> None:
         """Open what a setting needs.
@@ -134,56 +145,39 @@ class Runner:
         Raises:
             GapExportError: the bundle cannot be run.
         """
-        self._open(setting)
+        self._session(setting)
 
-    def _open(self, setting: Setting) -> tuple[_OpenBundle, GroundingSession]:
-        key = (setting.bundle, setting.backend or self._options.backend)
-        if self._opened is None or self._opened.key != key:
+    def _session(self, setting: Setting) -> GroundingSession:
+        name = setting.backend or self._options.backend
+        if self._opened is None or self._key != (setting.bundle, name):
             self.close()
-            opened = _OpenBundle.open(setting, self._options)
-            self._stack.enter_context(opened.backend)
-            self._opened = opened
-        return self._opened, self._opened.session(setting, self._options)
-
-
-class _OpenBundle:
-    """A bundle with what runs it."""
-
-    def __init__(
-        self, key: tuple[object, BackendName], bundle: Bundle, backend: Backend, max_batch: int
-    ) -> None:
-        self.key = key
-        self.backend = backend
-        self.max_batch = max_batch
-        self._bundle = bundle
-        self._sessions: dict[str, GroundingSession] = {}
-
-    @classmethod
-    def open(cls, setting: Setting, options: RunnerOptions) -> _OpenBundle:
-        bundle = open_bundle(setting.bundle)
-        name = setting.backend or options.backend
-        key = (setting.bundle, name)
-        if name == "tensorrt":
-            from gap_export.runtime.backends.tensorrt_backend import TensorRTBackend
-
-            engines = TensorRTBackend.open(bundle, engines=options.engines)
-            return cls(key, bundle, engines, min(MAX_BATCH, engines.max_batch))
-        from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
-
-        return cls(key, bundle, OnnxRuntimeBackend(bundle, None, options.num_threads), MAX_BATCH)
-
-    def session(self, setting: Setting, options: RunnerOptions) -> GroundingSession:
+            self._opened = self._open(open_bundle(setting.bundle), name)
+            self._key = (setting.bundle, name)
+        bundle, backend = self._opened
         if setting.name not in self._sessions:
-            manifest = with_prompt(self._bundle.manifest, options.prompt)
-            misalignment = misalignment_of(setting, manifest, seed=options.seed)
+            manifest = with_prompt(bundle.manifest, self._options.prompt)
+            misalignment = misalignment_of(setting, manifest, seed=self._options.seed)
             self._sessions[setting.name] = GroundingSession(
                 manifest,
-                self._bundle.path,
-                self.backend,
+                bundle.path,
+                backend,
                 positions="compact" if setting.positions == "compact" else "gap",
                 edit_row=None if misalignment is None else misalignment.edit,
             )
         return self._sessions[setting.name]
+
+    def _open(self, bundle: Bundle, name: BackendName) -> tuple[Bundle, Backend]:
+        if name == "tensorrt":
+            from gap_export.runtime.backends.tensorrt_backend import TensorRTBackend
+
+            engines = TensorRTBackend.open(bundle, engines=self._options.engines)
+            self._max_batch = min(MAX_BATCH, engines.max_batch)
+            return bundle, self._stack.enter_context(engines)
+        from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
+
+        self._max_batch = MAX_BATCH
+        backend = OnnxRuntimeBackend(bundle, None, self._options.num_threads)
+        return bundle, self._stack.enter_context(backend)
 
 
 def misalignment_of(setting: Setting, manifest: Manifest, *, seed: int) -> Misalignment | None:
@@ -257,19 +251,6 @@ def check_prompt(template: str, spec: PromptSpec, *, reads_question: bool = Fals
         )
 
 
-def _answer_image(
-    session: GroundingSession, questions: Sequence[Question], max_batch: int
-) -> Iterator[Record]:
-    """Records of the questions about one image."""
-    try:
-        image = questions[0].image.load()
-    except ImageError as err:
-        yield from (_failed(question, err) for question in questions)
-        return
-    for start in range(0, len(questions), max_batch):
-        yield from _answer_batch(session, image, questions[start : start + max_batch])
-
-
 def _answer_batch(
     session: GroundingSession, image: ImageInput, questions: Sequence[Question]
 ) -> list[Record]:
@@ -289,30 +270,27 @@ def _answer_batch(
     except ExpressionError as err:
         if len(questions) == 1:
             return [_failed(questions[0], err)]
-        # One that is refused must not cost the others their answers.
+        # A question that is refused must not cost the others their answers.
         return [record for one in questions for record in _answer_batch(session, image, [one])]
-    return [
-        _record(question, answer, len(questions), session.manifest)
-        for question, answer in zip(questions, answers, strict=True)
-    ]
-
-
-def _record(question: Question, answer: Grounding, batch_size: int, manifest: Manifest) -> Record:
-    parsed = parse_answer(answer.text, manifest.box)
-    return Record(
-        question_id=question.id,
-        text=answer.text,
-        fractions=None if parsed is None else parsed.fractions,
-        box=answer.box,
-        image_size=answer.image_size,
-        orientation=answer.orientation,
-        num_kept_tokens=len(answer.keep_indices),
-        num_visual_tokens=answer.num_visual_tokens,
-        timings_ms={stage: round(value, 3) for stage, value in answer.timings_ms.items()},
-        batch_size=batch_size,
-        cut_off=not has_ended(answer.token_ids, manifest),
-        backend=answer.backend,
-    )
+    records = []
+    for question, answer in zip(questions, answers, strict=True):
+        parsed = parse_answer(answer.text, session.manifest.box)
+        record = Record(
+            question_id=question.id,
+            text=answer.text,
+            fractions=None if parsed is None else parsed.fractions,
+            box=answer.box,
+            image_size=answer.image_size,
+            orientation=answer.orientation,
+            num_kept_tokens=len(answer.keep_indices),
+            num_visual_tokens=answer.num_visual_tokens,
+            timings_ms={stage: round(value, 3) for stage, value in answer.timings_ms.items()},
+            batch_size=len(questions),
+            cut_off=not has_ended(answer.token_ids, session.manifest),
+            backend=answer.backend,
+        )
+        records.append(record)
+    return records
 
 
 def _failed(question: Question, err: GapExportError) -> Record:

@@ -108,7 +108,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Unusable:
-    """An expression of the data set that nobody can be asked, and why.
+    """An expression of the data set that cannot be asked, and why.
 
     Attributes:
         question_id: As the question's would be.

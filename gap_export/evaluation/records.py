@@ -8,18 +8,18 @@ cut off is dropped when the file is opened again.
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
+
+from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter, with_config
 
 from gap_export.errors import OutputError
-from gap_export.parity.metrics import Box
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,14 +28,18 @@ FORMAT = "gap-export-records"
 FORMAT_VERSION = 2
 SUFFIX = ".jsonl"
 Fault = Literal["broken picture", "refused expression"]
-_FAULTS: tuple[Fault, ...] = ("broken picture", "refused expression")
-_MAX_COUNT = 2**31
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Count = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+_Box = tuple[_Number, _Number, _Number, _Number]
+# Answers may hold half characters (surrogates), which are no text to pydantic.
+_Text = InstanceOf[str]
 # Links are not written through, and a pipe must not be waited for; Windows has neither.
 _NO_LINK, _NO_WAIT = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
 # Far above any real line; a file of something else is not read to its end.
 _MAX_LINE_BYTES = 1 << 20
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One answered question.
@@ -60,20 +64,25 @@ class Record:
         backend: What ran the model, with its version and device; empty with an error.
     """
 
-    question_id: str
-    text: str
-    fractions: Box | None
-    box: Box | None
-    image_size: tuple[int, int]
-    num_kept_tokens: int
-    num_visual_tokens: int
-    timings_ms: Mapping[str, float] = field(default_factory=dict)
-    batch_size: int = 1
-    orientation: int = 1
-    error: str | None = None
+    question_id: _Text
+    text: _Text
+    fractions: _Box | None
+    box: _Box | None
+    image_size: tuple[_Count, _Count]
+    num_kept_tokens: _Count
+    num_visual_tokens: _Count
+    timings_ms: Mapping[_Text, _Number] = field(default_factory=dict)
+    batch_size: _Count = 1
+    orientation: Annotated[int, Field(strict=True, ge=1, le=8)] = 1
+    error: _Text | None = None
     fault: Fault | None = None
-    cut_off: bool = False
-    backend: str = ""
+    cut_off: Annotated[bool, Field(strict=True)] = False
+    backend: _Text = ""
+
+
+_READER = TypeAdapter(Record)
+# Earlier versions did not write these.
+_ALWAYS = {one.name for one in fields(Record)} - {"orientation", "fault"}
 
 
 class RecordsFile:
@@ -159,7 +168,7 @@ class RecordsFile:
             self._file.write(_line(header))
             self._file.flush()
             return
-        _check_header(self.path, _parse_header(self.path, first), header)
+        _check_header(self.path, first, header)
         found: list[tuple[int, Record]] = []
         while True:
             start = self._file.tell()
@@ -167,7 +176,7 @@ class RecordsFile:
             # The last line has no end where its writing was cut off.
             if not line.endswith(b"\n"):
                 break
-            found.append((start, self._parse_record(line, len(found) + 2)))
+            found.append((start, _parse_record(line, f"{self.path}, line {len(found) + 2}")))
         # An image that could not be read may have been mended since; what is asked again is added
         # at the end, and of two answers the later one counts.
         have = {record.question_id for _, record in found if record.fault != "broken picture"}
@@ -180,82 +189,29 @@ class RecordsFile:
             record.question_id: record for _, record in found if record.question_id in complete
         }
 
-    def _parse_record(self, line: bytes, number: int) -> Record:
-        try:
-            plain = json.loads(line)
-            record = _to_record(plain)
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as err:
-            raise OutputError(
-                "a file of records is damaged",
-                seen=f"{self.path}, line {number}: {err}",
-                fix="delete it; its questions are then asked again",
-            ) from err
-        return record
 
-
-def _to_record(plain: dict[str, Any]) -> Record:
-    """A record from its JSON form.
-
-    Raises:
-        ValueError: a value is not what it should be.
-        TypeError: likewise.
-        KeyError: a value is missing.
-        OverflowError: a number is beyond what a float holds.
-    """
-    for key in ("fractions", "box"):
-        if plain[key] is not None:
-            plain[key] = tuple(_finite(value) for value in plain[key])
-            if len(plain[key]) != 4:
-                raise ValueError(f"{key} has {len(plain[key])} numbers")
-    timings = plain["timings_ms"]
-    if not isinstance(timings, dict):
-        raise TypeError("timings_ms are not an object")
-    plain["timings_ms"] = {str(stage): _finite(value) for stage, value in timings.items()}
-    texts = ("question_id", "text", "backend")
-    if not all(isinstance(plain[key], str) for key in texts):
-        raise ValueError(f"{', '.join(texts)} are not all text")
-    if not isinstance(plain["error"], (str, type(None))):
-        raise TypeError("error is no text")
-    if plain.get("fault") not in (None, *_FAULTS):
-        raise ValueError("no such fault")
-    if not isinstance(plain["cut_off"], bool):
-        raise TypeError("cut_off is neither true nor false")
-    width, height = plain["image_size"]
-    plain["image_size"] = (width, height)
-    # Only of an image that was not read nobody knows the size.
-    smallest = 1 if plain["error"] is None else 0
-    for count in (width, height, plain["batch_size"]):
-        _check_count(count, smallest)
-    if plain.get("orientation", 1) not in range(1, 9):
-        raise ValueError("no such orientation")
-    for key in ("num_kept_tokens", "num_visual_tokens"):
-        _check_count(plain[key], 0)
-    return Record(**plain)
-
-
-def _finite(value: object) -> float:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{str(value)[:20]} is no number")
-    return float(value)
-
-
-def _check_count(value: object, smallest: int) -> None:
-    if not isinstance(value, int) or not smallest <= value < _MAX_COUNT:
-        raise ValueError(f"{str(value)[:20]} is no number of pixels, tokens or questions")
+def _parse_record(line: bytes, where: str) -> Record:
+    try:
+        plain = json.loads(line)
+        record = _READER.validate_python(plain)
+        missing = sorted(_ALWAYS - plain.keys())
+        problem = f"without {', '.join(missing)}" if missing else ""
+        # The size of an image is unknown only where the image was not read.
+        if record.error is None and min(*record.image_size, record.batch_size) < 1:
+            problem = "an answer about an image without pixels"
+    except (ValueError, RecursionError) as err:
+        problem = " ".join(str(err).split())[:200]
+    if problem:
+        raise OutputError(
+            "a file of records is damaged",
+            seen=f"{where}: {problem}",
+            fix="delete it; its questions are then asked again",
+        )
+    return record
 
 
 def _line(plain: Mapping[str, object]) -> bytes:
     return json.dumps(plain, allow_nan=False).encode("ascii") + b"\n"
-
-
-def _parse_header(path: Path, line: bytes) -> dict[str, object]:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise _something_else(path)
-    return found
 
 
 def _something_else(path: Path) -> OutputError:
@@ -266,12 +222,18 @@ def _something_else(path: Path) -> OutputError:
     )
 
 
-def _check_header(path: Path, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
+def _check_header(path: Path, line: bytes, wanted: Mapping[str, object]) -> None:
     """Refuse answers to other questions.
 
     Raises:
-        OutputError: what is asked now is not what was asked then.
+        OutputError: what is asked now is not what was asked then, or the file is something else.
     """
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise _something_else(path)
     differing = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
     if differing:
         raise OutputError(

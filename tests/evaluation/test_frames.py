@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,17 @@ def write(folder: Path, *, orientation: int, layout: str, suffix: str = ".jpg", 
     return f"refcoco:{folder}:val"
 
 
-def answers(bundle: Path, data: str) -> list[dict[str, Any]]:
-    questions = open_dataset(data, samples=None, seed=0).questions
-    setting = pruned_settings(bundle, open_bundle(bundle).manifest.pruning)[1]
+@pytest.fixture(scope="module")
+def answers(demo_bundle: Path) -> Iterator[Callable[[str], list[dict[str, Any]]]]:
+    setting = pruned_settings(demo_bundle, open_bundle(demo_bundle).manifest.pruning)[1]
     with Runner(RunnerOptions()) as runner:
-        records = runner.answer(Shard(setting=setting, index=0, questions=questions))
-    return [asdict(replace(one, timings_ms={}, orientation=1)) for one in records]
+
+        def answers_to(data: str) -> list[dict[str, Any]]:
+            questions = open_dataset(data, samples=None, seed=0).questions
+            records = runner.answer(Shard(setting=setting, index=0, questions=questions))
+            return [asdict(replace(one, timings_ms={}, orientation=1)) for one in records]
+
+        yield answers_to
 
 
 @pytest.mark.parametrize(
@@ -66,15 +72,15 @@ def answers(bundle: Path, data: str) -> list[dict[str, Any]]:
 )
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_boxes_are_those_of_the_image_without_an_orientation(
-    demo_bundle: Path, tmp_path: Path, layout: str, options: Any, suffix: str
+    answers: Any, tmp_path: Path, layout: str, options: Any, suffix: str
 ) -> None:
     plain = write(tmp_path / "plain", orientation=1, layout=layout, suffix=suffix, **options)
-    expected = answers(demo_bundle, plain)
+    expected = answers(plain)
     assert {record["image_size"] for record in expected} == {(96, 88)}
     for orientation in range(2, 9):
         folder = tmp_path / str(orientation)
         data = write(folder, orientation=orientation, layout=layout, suffix=suffix, **options)
-        assert answers(demo_bundle, data) == expected
+        assert answers(data) == expected
 
 
 def test_frame_of_lines_is_upright_unless_they_say_otherwise(tmp_path: Path) -> None:

@@ -101,8 +101,10 @@ def _check_folder(place: str, spec: str) -> Path:
             return root
         what = "the data set is not a folder" if place and root.exists() else "no such data set"
     except (OSError, RuntimeError, ValueError) as err:
+        # Without the name, which may be what is too long.
+        reason = (isinstance(err, OSError) and err.strerror) or str(err)
         raise UsageError(
-            "no such data set", seen=f"{spec[:_MAX_SHOWN]!r}: {_reason(err)}", allowed=_ALLOWED
+            "no such data set", seen=f"{spec[:_MAX_SHOWN]!r}: {reason}", allowed=_ALLOWED
         ) from err
     raise UsageError(
         what,
@@ -110,11 +112,6 @@ def _check_folder(place: str, spec: str) -> Path:
         allowed=_ALLOWED,
         fix=f"there is no folder {place!r}" if place else "say which folder it is in",
     )
-
-
-def _reason(err: Exception) -> str:
-    """Without the name, which may be what is too long."""
-    return (isinstance(err, OSError) and err.strerror) or str(err)
 
 
 def _find(root: Path, known: KnownSet | None) -> StoredSet:
@@ -136,34 +133,27 @@ def _find(root: Path, known: KnownSet | None) -> StoredSet:
         by_name = known is None and len(set(names)) > 1
         raise UsageError(
             "there are several data sets in this folder",
-            seen="; ".join(_describe(one, root) for one in found),
+            seen="; ".join(
+                f"{one.name} ({one.layout}: {one.files[0].relative_to(root)})" for one in found
+            ),
             fix=f"name one, as in {names[0]}:{root}"
             if by_name
             else "give the folder of one of them, or move the others away",
         )
-    raise _not_found(root, known)
-
-
-def _not_found(root: Path, known: KnownSet | None) -> UsageError:
     if known is None:
         looked_for = (refer.LOOKED_FOR, per_split.LOOKED_FOR, parquet.LOOKED_FOR, own.LOOKED_FOR)
-        return UsageError(
+        raise UsageError(
             "this folder holds no data set", seen=root, fix=f"looked for {', '.join(looked_for)}"
         )
     files = [f"refs({known.split_by}).p beside instances.json"]
     if known.is_default:
         files += [f"{known.folders[0]}_<split>.json", parquet.LOOKED_FOR]
     below = ", ".join(f"{name}/" for name in known.folders)
-    return UsageError(
+    raise UsageError(
         f"{known.name} is not in this folder",
         seen=root,
         fix=f"looked there, and below it in {below}, for {', '.join(files)}",
     )
-
-
-def _describe(stored: StoredSet, root: Path) -> str:
-    first = stored.files[0]
-    return f"{stored.name} ({stored.layout}: {first.relative_to(root)})"
 
 
 def _choose_splits(stored: StoredSet, wanted: str | None) -> tuple[str, ...]:

@@ -13,15 +13,15 @@ the line, from 0).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
 from gap_export.errors import ImageError
 from gap_export.evaluation.datasets.annotations import Annotation
 from gap_export.evaluation.datasets.rows import Row, read_json_lines
-from gap_export.evaluation.datasets.stored import KnownSet, is_file, name_after
+from gap_export.evaluation.datasets.stored import KnownSet, StoredSet, is_file, name_after
 from gap_export.evaluation.questions import ImageSource
 from gap_export.runtime.images.files import open_encoded, read_file
 from gap_export.runtime.images.image import TURNED_ON_ITS_SIDE, ImageFrame
@@ -32,84 +32,78 @@ _KEYS = frozenset({"image", "expression", "box", "kind", "split", "id", "frame"}
 _FRAMES: tuple[ImageFrame, ...] = get_args(ImageFrame)
 
 
-class OwnSet:
-    """A folder with ``questions.jsonl``.
-
-    Args:
-        folder: The folder.
-    """
-
-    layout = "questions.jsonl"
-
-    def __init__(self, folder: Path) -> None:
-        self.name = name_after(folder)
-        self.files = (folder / LOOKED_FOR,)
-        self.looked_in = str(folder)
-        self._folder = folder
-
-    def splits(self) -> tuple[str, ...]:
-        """Those that its lines name, or ``all`` where they name none."""
-        return tuple(dict.fromkeys(_split_of(row) for row in self._rows))
-
-    def read(self, split: str) -> Iterator[Annotation]:
-        """One annotation for each line."""
-        sizes: dict[str, tuple[int, int] | None] = {}
-        frames: dict[str, ImageFrame] = {}
-        for number, row in enumerate(self._rows):
-            if _split_of(row) != split:
-                continue
-            name = row.file_name("image")
-            path = self._folder / name
-            there = is_file(path)
-            frame = _frame_of(row)
-            if frames.setdefault(name, frame) != frame:
-                raise row.refuse("frame", f"{frames[name]}, as in the lines before about {name}")
-            if name not in sizes:
-                sizes[name] = _size(path, frame) if there else None
-            yield Annotation(
-                id=row.label("id") if "id" in row.values else str(number),
-                image_id=name,
-                image=ImageSource(path=path, frame=frame) if there else None,
-                image_name=name,
-                expression=row.text("expression"),
-                box=row.corners("box"),
-                image_size=sizes[name],
-                kind=row.label("kind") if "kind" in row.values else None,
-                split=split,
-            )
-
-    @cached_property
-    def _rows(self) -> list[Row]:
-        rows = list(read_json_lines(self.files[0]))
-        for row in rows:
-            unknown = sorted(row.values.keys() - _KEYS)
-            if unknown:
-                raise row.refuse(unknown[0], f"the keys {', '.join(sorted(_KEYS))}")
-            if ("split" in row.values) != ("split" in rows[0].values):
-                raise row.refuse("split", "in every line, or in none")
-        return rows
-
-
-def find(root: Path, known: KnownSet | None) -> list[OwnSet]:
+def find(root: Path, known: KnownSet | None) -> list[StoredSet]:
     """The data set of this layout in a folder.
 
     Args:
         root: Where to look.
         known: Not None: a published data set is looked for, and none is stored so.
     """
-    return [OwnSet(root)] if known is None and is_file(root / LOOKED_FOR) else []
+    file = root / LOOKED_FOR
+    if known is not None or not is_file(file):
+        return []
+
+    @cache
+    def rows() -> list[Row]:
+        return _read_rows(file)
+
+    return [
+        StoredSet(
+            name=name_after(root),
+            layout=LOOKED_FOR,
+            files=(file,),
+            looked_in=str(root),
+            splits=lambda: tuple(dict.fromkeys(_split_of(row) for row in rows())),
+            read=lambda split: _annotations(root, split, rows()),
+        )
+    ]
+
+
+def _read_rows(file: Path) -> list[Row]:
+    rows = list(read_json_lines(file))
+    for row in rows:
+        unknown = sorted(row.values.keys() - _KEYS)
+        if unknown:
+            raise row.refuse(unknown[0], f"the keys {', '.join(sorted(_KEYS))}")
+        if ("split" in row.values) != ("split" in rows[0].values):
+            raise row.refuse("split", "in every line, or in none")
+    return rows
+
+
+def _annotations(folder: Path, split: str, rows: Sequence[Row]) -> Iterator[Annotation]:
+    """One annotation for each line of a split."""
+    sizes: dict[str, tuple[int, int] | None] = {}
+    frames: dict[str, ImageFrame] = {}
+    for number, row in enumerate(rows):
+        if _split_of(row) != split:
+            continue
+        name = row.file_name("image")
+        path = folder / name
+        there = is_file(path)
+        value = row.values.get("frame", "upright")
+        frame = next((each for each in _FRAMES if each == value), None)
+        if frame is None:
+            raise row.refuse("frame", ", ".join(_FRAMES))
+        if frames.setdefault(name, frame) != frame:
+            raise row.refuse("frame", f"{frames[name]}, as in the lines before about {name}")
+        if name not in sizes:
+            sizes[name] = _size(path, frame) if there else None
+        yield Annotation(
+            id=row.label("id") if "id" in row.values else str(number),
+            image_id=name,
+            image=ImageSource(path=path, frame=frame) if there else None,
+            image_name=name,
+            expression=row.text("expression"),
+            box=row.corners("box"),
+            image_size=sizes[name],
+            kind=row.label("kind") if "kind" in row.values else None,
+            split=split,
+        )
 
 
 def _split_of(row: Row) -> str:
+    """The split that a line names, or ``all`` where lines name none."""
     return row.label("split") if "split" in row.values else ONLY_SPLIT
-
-
-def _frame_of(row: Row) -> ImageFrame:
-    value = row.values.get("frame", "upright")
-    for frame in _FRAMES:
-        if value == frame:
-            return frame
-    raise row.refuse("frame", ", ".join(_FRAMES))
 
 
 def _size(path: Path, frame: ImageFrame) -> tuple[int, int] | None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from gap_export.errors import UsageError
@@ -28,6 +27,7 @@ from gap_export.evaluation.datasets.parquet_images import (
 from gap_export.evaluation.datasets.rows import Row
 from gap_export.evaluation.datasets.stored import (
     KnownSet,
+    StoredSet,
     image_of,
     is_file,
     may_be_in,
@@ -46,59 +46,7 @@ _BATCH = 1024
 _MAX_SHOWN = 500
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    file: Path
-    number: int
-    out_of: int
-
-
-class ParquetSet:
-    """A data set with parquet files for each split.
-
-    Args:
-        name: Of the data set.
-        by_split: The files of each split.
-    """
-
-    layout = "parquet"
-    # They are in the files.
-    looked_in = "the parquet files"
-
-    def __init__(self, name: str, by_split: Mapping[str, Sequence[_Part]]) -> None:
-        self.name = name
-        self.files = tuple(part.file for parts in by_split.values() for part in parts)
-        self._by_split = by_split
-
-    def splits(self) -> tuple[str, ...]:
-        """Those that have files."""
-        return tuple(self._by_split)
-
-    def read(self, split: str) -> Iterator[Annotation]:
-        """One annotation for each answer of each row."""
-        require_extra("refcoco", "reading parquet files")
-        parts = self._by_split[split]
-        _check_complete(split, parts)
-        number = 0
-        for part in parts:
-            for row_of_file, row in enumerate(_rows(part.file)):
-                name = row.file_name("file_name")
-                for place, expression in enumerate(row.texts("answer")):
-                    yield Annotation(
-                        id=f"{split}-{number}-{place}",
-                        image_id=image_of(name),
-                        image=ImageSource(parquet=(part.file, row_of_file), frame="raw"),
-                        image_name=name,
-                        expression=expression,
-                        box=row.box("bbox"),
-                        image_size=None,
-                        kind=None,
-                        split=split,
-                    )
-                number += 1
-
-
-def find(root: Path, known: KnownSet | None) -> list[ParquetSet]:
+def find(root: Path, known: KnownSet | None) -> list[StoredSet]:
     """The data sets of this layout in a folder.
 
     Args:
@@ -111,35 +59,70 @@ def find(root: Path, known: KnownSet | None) -> list[ParquetSet]:
     if known is not None:
         own = [root / name / below for name in known.folders for below in ("data", "")]
         folders = (folders if may_be_in(root, known) else []) + own
-    found: list[ParquetSet] = []
-    for folder in folders:
-        by_split = _parts_in(folder)
-        if by_split:
-            found.append(ParquetSet(known.name if known else name_after(folder), by_split))
-    return found
+    return [
+        _stored(known.name if known else name_after(folder), by_split)
+        for folder in folders
+        if (by_split := _files_in(folder))
+    ]
 
 
-def _parts_in(folder: Path) -> dict[str, list[_Part]]:
-    by_split: dict[str, list[_Part]] = {}
+def _files_in(folder: Path) -> dict[str, list[Path]]:
+    """The parquet files of each split."""
+    by_split: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         match = _NAME.fullmatch(file.name)
         if match is not None and is_file(file):
-            part = _Part(file=file, number=int(match["part"] or 0), out_of=int(match["parts"] or 1))
-            by_split.setdefault(match["split"], []).append(part)
+            by_split.setdefault(match["split"], []).append(file)
     return by_split
 
 
-def _check_complete(split: str, parts: Sequence[_Part]) -> None:
+def _stored(name: str, by_split: Mapping[str, Sequence[Path]]) -> StoredSet:
+    def read(split: str) -> Iterator[Annotation]:
+        """One annotation for each answer of each row."""
+        require_extra("refcoco", "reading parquet files")
+        _check_complete(split, by_split[split])
+        number = 0
+        for file in by_split[split]:
+            for row_of_file, row in enumerate(_rows(file)):
+                image = row.file_name("file_name")
+                for place, expression in enumerate(row.texts("answer")):
+                    yield Annotation(
+                        id=f"{split}-{number}-{place}",
+                        image_id=image_of(image),
+                        image=ImageSource(parquet=(file, row_of_file), frame="raw"),
+                        image_name=image,
+                        expression=expression,
+                        box=row.box("bbox"),
+                        image_size=None,
+                        kind=None,
+                        split=split,
+                    )
+                number += 1
+
+    return StoredSet(
+        name=name,
+        layout="parquet",
+        files=tuple(file for files in by_split.values() for file in files),
+        # The images are in the files.
+        looked_in="the parquet files",
+        splits=lambda: tuple(by_split),
+        read=read,
+    )
+
+
+def _check_complete(split: str, files: Sequence[Path]) -> None:
     """Refuse a split of which files are missing: its accuracy would be that of another set.
 
     Raises:
         UsageError: files are missing, or of two sets.
     """
-    out_of = parts[0].out_of
-    if [(part.number, part.out_of) for part in parts] != [(n, out_of) for n in range(out_of)]:
+    found = [_NAME.fullmatch(file.name) for file in files]
+    numbers = [(int(name["part"] or 0), int(name["parts"] or 1)) for name in found if name]
+    out_of = numbers[0][1]
+    if numbers != [(n, out_of) for n in range(out_of)]:
         raise UsageError(
             f"the files of split {split} are not complete",
-            seen=", ".join(part.file.name for part in parts[:10]),
+            seen=", ".join(file.name for file in files[:10]),
             allowed=f"all {out_of} of {out_of}",
             fix="download those that are missing",
         )

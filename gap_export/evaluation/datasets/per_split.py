@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from gap_export.evaluation.datasets.annotations import Annotation
-from gap_export.evaluation.datasets.rows import Row, is_inside, read_json_rows
-from gap_export.evaluation.datasets.stored import Images, KnownSet, image_of, is_file
+from gap_export.evaluation.datasets.rows import is_inside, read_json_rows
+from gap_export.evaluation.datasets.stored import Images, KnownSet, StoredSet, image_of, is_file
 from gap_export.evaluation.questions import ImageSource
 
 LOOKED_FOR = "<set>_<split>.json"
@@ -21,39 +21,45 @@ _NAME = re.compile(r"(?P<set>.+)_(?P<split>train|val|testA|testB|test)\.json", r
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 
 
-class PerSplitSet:
-    """A data set with one JSON file for each split.
+def find(root: Path, known: KnownSet | None) -> list[StoredSet]:
+    """The data sets of this layout in a folder.
 
     Args:
-        name: Of the data set.
-        root: Below it are the images.
-        by_split: The files.
+        root: Where to look.
+        known: Which to look for, also in a folder of its name; None: any, in the folder itself.
     """
+    if known is not None and not known.is_default:
+        return []
+    folders = [root] if known is None else [root, root / known.folders[0]]
+    found: list[StoredSet] = []
+    for folder in folders:
+        by_set: dict[str, dict[str, Path]] = {}
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            match = _NAME.fullmatch(file.name)
+            if match is not None and is_file(file):
+                by_set.setdefault(match["set"], {})[match["split"]] = file
+        found += [
+            _stored(name, root, by_split)
+            for name, by_split in by_set.items()
+            if known is None or name == known.folders[0]
+        ]
+    return found
 
-    layout = "per-split JSON"
 
-    def __init__(self, name: str, root: Path, by_split: Mapping[str, Path]) -> None:
-        self.name = name
-        self.files = tuple(by_split.values())
-        self._by_split = by_split
-        self._images = Images(root)
+def _stored(name: str, root: Path, by_split: Mapping[str, Path]) -> StoredSet:
+    images = Images(root)
 
-    @property
-    def looked_in(self) -> str:
-        """Where its images are looked for."""
-        return self._images.looked_in
-
-    def splits(self) -> tuple[str, ...]:
-        """Those that have a file."""
-        return tuple(self._by_split)
-
-    def read(self, split: str) -> Iterator[Annotation]:
+    def read(split: str) -> Iterator[Annotation]:
         """One annotation for each sentence of each row."""
         sources: dict[str, ImageSource | None] = {}
-        for number, row in enumerate(read_json_rows(self._by_split[split])):
-            image = _image_name(row)
+        for number, row in enumerate(read_json_rows(by_split[split])):
+            image = image_of(row.text("img_id"))
+            if not is_inside(image):
+                raise row.refuse("img_id", "the name of an image")
+            if PurePosixPath(image).suffix.lower() not in _SUFFIXES:
+                image = f"{image}.jpg"
             if image not in sources:
-                sources[image] = self._images.find(image)
+                sources[image] = images.find(image)
             several = isinstance(row.values.get("sents"), list)
             for place, expression in enumerate(row.texts("sents")):
                 yield Annotation(
@@ -68,35 +74,11 @@ class PerSplitSet:
                     split=split,
                 )
 
-
-def find(root: Path, known: KnownSet | None) -> list[PerSplitSet]:
-    """The data sets of this layout in a folder.
-
-    Args:
-        root: Where to look.
-        known: Which to look for, also in a folder of its name; None: any, in the folder itself.
-    """
-    if known is not None and not known.is_default:
-        return []
-    folders = [root] if known is None else [root, root / known.folders[0]]
-    found: list[PerSplitSet] = []
-    for folder in folders:
-        by_set: dict[str, dict[str, Path]] = {}
-        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-            match = _NAME.fullmatch(file.name)
-            if match is not None and is_file(file):
-                by_set.setdefault(match["set"], {})[match["split"]] = file
-        found += [
-            PerSplitSet(name, root, by_split)
-            for name, by_split in by_set.items()
-            if known is None or name == known.folders[0]
-        ]
-    return found
-
-
-def _image_name(row: Row) -> str:
-    """The image's file; one without an ending is a JPEG."""
-    name = image_of(row.text("img_id"))
-    if not is_inside(name):
-        raise row.refuse("img_id", "the name of an image")
-    return name if PurePosixPath(name).suffix.lower() in _SUFFIXES else f"{name}.jpg"
+    return StoredSet(
+        name=name,
+        layout="per-split JSON",
+        files=tuple(by_split.values()),
+        looked_in=images.looked_in,
+        splits=lambda: tuple(by_split),
+        read=read,
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 
 from gap_export.errors import UsageError
@@ -20,6 +20,7 @@ from gap_export.evaluation.datasets.safe_pickle import read_plain_pickle
 from gap_export.evaluation.datasets.stored import (
     Images,
     KnownSet,
+    StoredSet,
     is_file,
     may_be_in,
     name_after,
@@ -32,84 +33,7 @@ _REFS = re.compile(r"refs\((?P<split_by>\w+)\)\.p", re.ASCII)
 _BASES = ("", "data", "refer", "refer/data", "annotations")
 
 
-class ReferSet:
-    """A data set of the refer repository.
-
-    Args:
-        name: Of the data set.
-        root: Below it are the images.
-        refs: The file ``refs(*).p``; ``instances.json`` is beside it.
-    """
-
-    layout = "refer"
-
-    def __init__(self, name: str, root: Path, refs: Path) -> None:
-        self.name = name
-        self.files = (refs,)
-        self._refs_file = refs
-        self._images = Images(root)
-
-    @property
-    def looked_in(self) -> str:
-        """Where its images are looked for."""
-        return self._images.looked_in
-
-    def splits(self) -> tuple[str, ...]:
-        """The splits that its references name."""
-        return tuple(dict.fromkeys(ref.label("split") for ref in self._refs))
-
-    def read(self, split: str) -> Iterator[Annotation]:
-        """One annotation for each sentence of each reference."""
-        objects, images = self._instances
-        for ref in self._refs:
-            if ref.label("split") == split:
-                object_id, image_id = ref.integer("ann_id"), ref.integer("image_id")
-                where = ref.where
-                box = _entry(objects, object_id, where, "annotations")
-                image = _entry(images, image_id, where, "images")
-                if box.integer("image_id") != image_id:
-                    raise ref.refuse("image_id", f"that of its box, {box.integer('image_id')}")
-                yield from self._sentences(ref, box, image)
-
-    def _sentences(self, ref: Row, box: Row, image: Row) -> Iterator[Annotation]:
-        name = image.file_name("file_name")
-        source = self._images.find(name)
-        for number, plain in enumerate(ref.entries("sentences")):
-            sentence = Row.of(plain, f"{ref.where}, sentence {number}")
-            yield Annotation(
-                id=f"{ref.integer('ref_id')}-{sentence.integer('sent_id')}",
-                image_id=str(ref.integer("image_id")),
-                image=source,
-                image_name=name,
-                expression=sentence.text("sent"),
-                box=box.box("bbox"),
-                image_size=image.size("width", "height"),
-                kind=None,
-                split=ref.label("split"),
-            )
-
-    @cached_property
-    def _refs(self) -> list[Row]:
-        file = self._refs_file
-        plain = read_plain_pickle(file)
-        if not isinstance(plain, list):
-            raise UsageError(
-                "the references cannot be used",
-                seen=f"{file}: {shorten(plain)}",
-                allowed="a list of references",
-            )
-        return [Row.of(entry, f"{file}, reference {n}") for n, entry in enumerate(plain)]
-
-    @cached_property
-    def _instances(self) -> tuple[dict[int, Row], dict[int, Row]]:
-        """Objects and images by their ids."""
-        file = self._refs_file.parent / _INSTANCES
-        whole = Row.of(read_json(file), str(file))
-        objects, images = (_by_id(whole, key) for key in ("annotations", "images"))
-        return objects, images
-
-
-def find(root: Path, known: KnownSet | None) -> list[ReferSet]:
+def find(root: Path, known: KnownSet | None) -> list[StoredSet]:
     """The data sets of this layout in a folder.
 
     Args:
@@ -121,7 +45,7 @@ def find(root: Path, known: KnownSet | None) -> list[ReferSet]:
             return []
         found = [(_REFS.fullmatch(file.name), file) for file in sorted(root.iterdir())]
         return [
-            ReferSet(name_after(root, match["split_by"]), root, file)
+            _stored(name_after(root, match["split_by"]), root, file)
             for match, file in found
             if match is not None
         ]
@@ -130,10 +54,70 @@ def find(root: Path, known: KnownSet | None) -> list[ReferSet]:
         folders.insert(0, root)
     files = [folder / f"refs({known.split_by}).p" for folder in folders]
     return [
-        ReferSet(known.name, root, file)
+        _stored(known.name, root, file)
         for file in files
         if is_file(file) and is_file(file.parent / _INSTANCES)
     ]
+
+
+def _stored(name: str, root: Path, refs_file: Path) -> StoredSet:
+    images = Images(root)
+
+    @cache
+    def refs() -> list[Row]:
+        plain = read_plain_pickle(refs_file)
+        if not isinstance(plain, list):
+            raise UsageError(
+                "the references cannot be used",
+                seen=f"{refs_file}: {shorten(plain)}",
+                allowed="a list of references",
+            )
+        return [Row.of(entry, f"{refs_file}, reference {n}") for n, entry in enumerate(plain)]
+
+    @cache
+    def instances() -> list[dict[int, Row]]:
+        """Objects and images by their ids."""
+        file = refs_file.parent / _INSTANCES
+        whole = Row.of(read_json(file), str(file))
+        return [_by_id(whole, key) for key in ("annotations", "images")]
+
+    def read(split: str) -> Iterator[Annotation]:
+        boxes, stored_images = instances()
+        for ref in refs():
+            if ref.label("split") == split:
+                box = _entry(boxes, ref.integer("ann_id"), ref.where, "annotations")
+                image = _entry(stored_images, ref.integer("image_id"), ref.where, "images")
+                if box.integer("image_id") != ref.integer("image_id"):
+                    raise ref.refuse("image_id", f"that of its box, {box.integer('image_id')}")
+                yield from _sentences(ref, box, image, images)
+
+    return StoredSet(
+        name=name,
+        layout="refer",
+        files=(refs_file,),
+        looked_in=images.looked_in,
+        splits=lambda: tuple(dict.fromkeys(ref.label("split") for ref in refs())),
+        read=read,
+    )
+
+
+def _sentences(ref: Row, box: Row, image: Row, images: Images) -> Iterator[Annotation]:
+    """One annotation for each sentence of a reference."""
+    name = image.file_name("file_name")
+    source = images.find(name)
+    for number, plain in enumerate(ref.entries("sentences")):
+        sentence = Row.of(plain, f"{ref.where}, sentence {number}")
+        yield Annotation(
+            id=f"{ref.integer('ref_id')}-{sentence.integer('sent_id')}",
+            image_id=str(ref.integer("image_id")),
+            image=source,
+            image_name=name,
+            expression=sentence.text("sent"),
+            box=box.box("bbox"),
+            image_size=image.size("width", "height"),
+            kind=None,
+            split=ref.label("split"),
+        )
 
 
 def _by_id(whole: Row, key: str) -> dict[int, Row]:

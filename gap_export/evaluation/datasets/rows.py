@@ -1,4 +1,4 @@
-"""Annotation files that nobody vouches for: read up to a size, every value checked for its type."""
+"""Annotation files of unknown origin: read up to a size, every value checked for its type."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ _MAX_INTEGER = 2**63 - 1
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One entry of an annotation file.
+
+    Each method gives the value of a key, and raises a ``UsageError`` where that is missing or not
+    what the method is for.
 
     Attributes:
         values: What it holds.
@@ -59,33 +62,21 @@ class Row:
         )
 
     def text(self, key: str) -> str:
-        """A text, which may be empty.
-
-        Raises:
-            UsageError: missing, or not a text.
-        """
+        """A text, which may be empty."""
         value = self.values.get(key)
         if not _is_text(value):
             raise self.refuse(key, "a text")
         return value
 
     def label(self, key: str) -> str:
-        """A short text for tables and messages.
-
-        Raises:
-            UsageError: missing, empty, long, or with characters that cannot be seen.
-        """
+        """A short text for tables and messages, of characters that can be seen."""
         value = self.text(key)
         if not 0 < len(value) <= _MAX_LABEL or not value.isprintable():
             raise self.refuse(key, f"1 to {_MAX_LABEL} characters that can be printed")
         return value
 
     def integer(self, key: str) -> int:
-        """A whole number of 64 bits.
-
-        Raises:
-            UsageError: missing, not a whole number, or larger.
-        """
+        """A whole number of 64 bits."""
         value = self.values.get(key)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.refuse(key, "a whole number")
@@ -94,47 +85,29 @@ class Row:
         return value
 
     def entries(self, key: str) -> list[object]:
-        """A list of whatever.
-
-        Raises:
-            UsageError: missing, or not a list.
-        """
+        """A list."""
         value = self.values.get(key)
         if not isinstance(value, list):
             raise self.refuse(key, "a list")
         return value
 
     def texts(self, key: str) -> list[str]:
-        """A list of texts; one text alone is a list of one.
-
-        Raises:
-            UsageError: missing, an empty list, or something else.
-        """
+        """A list of texts; one text alone is a list of one."""
         value = self.values.get(key)
         texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not texts:
-            raise self.refuse(key, "a text, or a list of texts")
-        if not all(map(_is_text, texts)):
+        if not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
             raise self.refuse(key, "a text, or a list of texts")
         return texts
 
     def size(self, width: str, height: str) -> tuple[int, int]:
-        """Width and height of an image in pixels.
-
-        Raises:
-            UsageError: missing, or not whole numbers above 0.
-        """
+        """Width and height of an image in pixels."""
         for key in (width, height):
             if self.integer(key) < 1:
                 raise self.refuse(key, "pixels, at least 1")
         return self.integer(width), self.integer(height)
 
     def corners(self, key: str) -> Box:
-        """A box stored as [x1, y1, x2, y2].
-
-        Raises:
-            UsageError: missing, or not four finite numbers.
-        """
+        """A box stored as [x1, y1, x2, y2]."""
         value = self.values.get(key)
         if not isinstance(value, list) or len(value) != 4 or not all(map(_is_finite, value)):
             raise self.refuse(key, "four finite numbers")
@@ -142,11 +115,7 @@ class Row:
         return first, second, third, fourth
 
     def box(self, key: str) -> Box:
-        """A box stored as [x, y, width, height], as its corners (x1, y1, x2, y2).
-
-        Raises:
-            UsageError: missing, or not four finite numbers.
-        """
+        """A box stored as [x, y, width, height], as its corners (x1, y1, x2, y2)."""
         x, y, width, height = self.corners(key)
         return x, y, x + width, y + height
 
@@ -154,9 +123,6 @@ class Row:
         """The path of a file below the data set's folder, with forward slashes.
 
         Links in that folder are followed: people put them there, to where they keep COCO.
-
-        Raises:
-            UsageError: missing, or a path that leads out of the folder.
         """
         name = self.text(key)
         if not is_inside(name):
@@ -206,7 +172,7 @@ def read_bytes(file: Path, *, max_bytes: int) -> bytes:
             )
         return file.read_bytes()
     except OSError as err:
-        raise _unreadable(file, err) from err
+        raise UsageError("a file cannot be read", seen=f"{file}: {err.strerror or err}") from err
 
 
 def read_json(file: Path) -> object:
@@ -254,7 +220,7 @@ def read_json_lines(file: Path) -> Iterator[Row]:
                 if line.strip():
                     yield Row.of(_parse(line, where), where)
     except OSError as err:
-        raise _unreadable(file, err) from err
+        raise UsageError("a file cannot be read", seen=f"{file}: {err.strerror or err}") from err
 
 
 def _parse(raw: bytes, where: str) -> object:
@@ -263,10 +229,6 @@ def _parse(raw: bytes, where: str) -> object:
     except (ValueError, RecursionError) as err:
         raise UsageError("not JSON that can be read", seen=f"{where}: {err}") from err
     return plain
-
-
-def _unreadable(file: Path, err: OSError) -> UsageError:
-    return UsageError("a file cannot be read", seen=f"{file}: {err.strerror or err}")
 
 
 def _is_text(value: object) -> TypeGuard[str]:

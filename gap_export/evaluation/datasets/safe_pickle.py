@@ -1,4 +1,4 @@
-"""Pickles that nobody vouches for: plain values are read, everything else is refused.
+"""Pickles of unknown origin: plain values are read, everything else is refused.
 
 A pickle is a program, and what it may do is call whatever ``find_class`` gives it. Here that is
 nothing, so no code can run. It can still ask for much memory; a limit on its size is all there is
@@ -63,7 +63,7 @@ def read_plain_pickle(file: Path) -> object:
         plain: object = reader.load()
     except _NotPlainError as err:
         raise UsageError(
-            "a pickle that is more than data; it was not run",
+            "refused: loading this pickle would execute code",
             seen=f"{file}: {err}",
             allowed="lists, dictionaries, text and numbers",
             fix="get the file again from where you trust it",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from gap_export.evaluation.datasets.annotations import Annotation
 from gap_export.evaluation.questions import ImageSource
@@ -47,38 +46,27 @@ KNOWN_SETS: Mapping[str, KnownSet] = {
 }
 
 
-class StoredSet(Protocol):
-    """A data set found in a folder. Nothing but its place is read before it is asked for."""
+@dataclass(frozen=True, kw_only=True)
+class StoredSet:
+    """A data set found in a folder. Only its place is read before it is asked for.
 
-    @property
-    def name(self) -> str:
-        """Of the data set."""
+    Attributes:
+        name: Of the data set.
+        layout: How it is stored.
+        files: Those that make it this data set.
+        looked_in: Where its images are looked for.
+        splits: Gives the splits it has.
+        read: Gives the annotations of one of them, in the order of its files.
 
-    @property
-    def layout(self) -> str:
-        """How it is stored."""
+    Both functions raise a ``UsageError`` where the files cannot be used.
+    """
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Those that make it this data set."""
-
-    @property
-    def looked_in(self) -> str:
-        """Where its images are looked for."""
-
-    def splits(self) -> tuple[str, ...]:
-        """The splits it has.
-
-        Raises:
-            UsageError: its files cannot be used.
-        """
-
-    def read(self, split: str) -> Iterator[Annotation]:
-        """The annotations of one of them, in the order of its files.
-
-        Raises:
-            UsageError: its files cannot be used.
-        """
+    name: str
+    layout: str
+    files: tuple[Path, ...]
+    looked_in: str
+    splits: Callable[[], tuple[str, ...]]
+    read: Callable[[str], Iterator[Annotation]]
 
 
 class Images:
@@ -88,7 +76,7 @@ class Images:
         root: The data set's folder.
     """
 
-    # Where people keep train2014, below ROOT and ROOT/data; ROOT itself is the last.
+    # Where users keep train2014, below ROOT and ROOT/data; ROOT itself is the last.
     FOLDERS = (
         "train2014",
         "images/mscoco/images/train2014",
@@ -103,15 +91,10 @@ class Images:
     )
 
     def __init__(self, root: Path) -> None:
-        self._root = root
         places = [root / base / folder for folder in self.FOLDERS for base in ("", "data")]
         self._there = [place for place in places if place.is_dir()]
-
-    @property
-    def looked_in(self) -> str:
-        """For messages."""
         names = ", ".join(name for name in self.FOLDERS if name)
-        return f"{self._root} and {self._root / 'data'}, or there in {names}"
+        self.looked_in = f"{root} and {root / 'data'}, or there in {names}"
 
     def find(self, name: str) -> ImageSource | None:
         """An image by its name, which may have folders in it; None where it is missing."""
@@ -141,7 +124,7 @@ def is_file(path: Path) -> bool:
 
 
 def may_be_in(folder: Path, known: KnownSet) -> bool:
-    """Whether files in a folder itself may be of a data set: not in one named after another."""
+    """Whether a folder's own files may be of a data set: not where it is named after another."""
     others = {name for one in KNOWN_SETS.values() for name in one.folders} - set(known.folders)
     return folder.resolve().name not in others
 

@@ -49,7 +49,7 @@ def test_python_2_text_that_is_no_utf8_is_marked(tmp_path: Path) -> None:
 def test_code_is_not_run(tmp_path: Path, protocol: int) -> None:
     mark = tmp_path / "run"
     raw = pickle.dumps([Evil(f"touch {mark}")], protocol)
-    with pytest.raises(UsageError, match=r"it was not run: .*asks for (posix|nt)\.system"):
+    with pytest.raises(UsageError, match=r"would execute code: .*asks for (posix|nt)\.system"):
         read_plain_pickle(written(tmp_path, raw))
     assert not mark.exists()
     # The same bytes do run where nobody looks.
@@ -70,7 +70,7 @@ def test_code_is_not_run(tmp_path: Path, protocol: int) -> None:
     ],
 )
 def test_anything_but_data_is_refused(tmp_path: Path, raw: bytes) -> None:
-    with pytest.raises(UsageError, match="more than data"):
+    with pytest.raises(UsageError, match="would execute code"):
         read_plain_pickle(written(tmp_path, raw))
 
 
