@@ -88,7 +88,8 @@ class HalfWay:
     It begins when so many workers can, and goes on when there is a file ``go on``.
 
     Attributes:
-        folder: Where each worker leaves a file, named after its node, that holds its process id.
+        folder: Where each worker leaves a file, named after its node, that holds its process id;
+            and another one, ``<process id> waits``, when it is at its second shard.
         count: How many workers there are to be.
     """
 
@@ -112,6 +113,7 @@ class _HalfWayRunner:
     def answer(self, shard: Shard) -> list[Record]:
         folder = self._plan.folder
         if self._has_answered:
+            (folder / f"{os.getpid()} waits").touch()
             wait_for((folder / "go on").exists)
         else:
             wait_for(lambda: len(list(folder.iterdir())) >= self._plan.count)

@@ -46,6 +46,7 @@ def test_a_node_is_lost_half_way_and_no_answer_with_it(
     answers = executor.run(shards)
     first = next(answers)
     pid = (tmp_path / second_node.node_id).read_text()
+    wait_for((tmp_path / f"{pid} waits").exists)
     cluster.remove_node(second_node, allow_graceful=False)
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
     (tmp_path / "go on").touch()
