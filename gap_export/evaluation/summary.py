@@ -22,13 +22,39 @@ from gap_export.evaluation.results import (
     Interval,
     SettingRow,
 )
-from gap_export.evaluation.scoring import Score, score_records
 from gap_export.evaluation.settings import Setting
 from gap_export.evaluation.statistics import accuracy_curve, bootstrap_interval, mcnemar
 from gap_export.parity.metrics import paired_difference_interval, wilson_interval
+from gap_export.runtime.boxes import parse_box
 from gap_export.spec.manifest import BoxSpec
 
 GALLERY_SIZE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One expression of the denominator, judged.
+
+    Attributes:
+        image_id: Shared by expressions about one image.
+        split: Its part of the data set.
+        kind: Its type, where there are types.
+        was_asked: False where there is no answer.
+        iou: By the protocol, in 0..1; 0 where it read no box.
+        parsed: Whether the protocol read a box.
+        hit: Whether the answer is right at IoU 0.5.
+        exact: Whether a box is written in the model's syntax. One that is parsed and not exact was
+            read with tolerance.
+    """
+
+    image_id: str
+    split: str
+    kind: str | None
+    was_asked: bool = False
+    iou: float = 0.0
+    parsed: bool = False
+    hit: bool = False
+    exact: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +64,7 @@ class Answered:
     Attributes:
         setting: What was asked.
         records: One for each question, in the questions' order.
-        scores: Of them, likewise.
+        scores: Likewise.
     """
 
     setting: Setting
@@ -70,14 +96,24 @@ class Judging:
         """Score the answers of one setting.
 
         Args:
-            setting: Of them.
+            setting: What was asked.
             records: One for each question, by its id.
         """
         ordered = tuple(records[question.id] for question in self.questions)
-        return Answered(
-            setting=setting,
-            records=ordered,
-            scores=tuple(score_records(ordered, self.questions, self.protocol, self.box_spec)),
+        scores = tuple(map(self._score, ordered, self.questions))
+        return Answered(setting=setting, records=ordered, scores=scores)
+
+    def _score(self, record: Record, question: Question) -> Score:
+        iou = self.protocol.iou(record, question, self.box_spec)
+        return Score(
+            image_id=question.image_id,
+            split=question.split,
+            kind=question.kind,
+            was_asked=record.error is None,
+            iou=iou,
+            parsed=self.protocol.read(record, self.box_spec) is not None,
+            hit=self.protocol.is_hit(iou),
+            exact=parse_box(record.text, self.box_spec) is not None,
         )
 
     def row(self, answered: Answered, unpruned: float | None) -> SettingRow:
@@ -87,14 +123,22 @@ class Judging:
             answered: The setting.
             unpruned: acc_at_50 of the unpruned row; None for that row itself.
         """
-        entries = self._entries(answered)
-        all_of_them = self._accuracy(entries)
-        usable = [entry for entry in entries if entry.was_asked]
+        # An expression that could not be asked is answered wrongly.
+        scores = [
+            *answered.scores,
+            *(
+                Score(image_id=one.image_id, split=one.split, kind=one.kind)
+                for one in self.unusable
+                if one.counts_as_wrong
+            ),
+        ]
+        whole = self._accuracy(scores)
+        usable = [score for score in scores if score.was_asked]
         given = [record for record in answered.records if record.error is None]
         latency, batch_size = _latency(self.questions, answered.records)
         setting = answered.setting
         return SettingRow(
-            **vars(all_of_them),
+            **vars(whole),
             name=setting.name,
             model=self.model,
             pruner=setting.pruner,
@@ -103,18 +147,22 @@ class Judging:
             positions=setting.positions,
             seed=self.seed,
             protocol=self.protocol.name,
-            recovered=all_of_them.acc_at_50 / unpruned if unpruned else None,
+            recovered=whole.acc_at_50 / unpruned if unpruned else None,
             mean_visual_tokens=_mean(record.num_kept_tokens for record in given),
-            num_unusable=len(entries) - len(usable),
-            acc_at_50_usable=_mean(entry.hit for entry in usable) if usable else None,
+            num_unusable=len(scores) - len(usable),
+            acc_at_50_usable=_mean(score.hit for score in usable) if usable else None,
             num_tolerant=sum(score.parsed and not score.exact for score in answered.scores),
             num_out_of_scale=sum(is_record_out_of_scale(one, self.box_spec) for one in given),
             num_cut_off=sum(record.cut_off for record in given),
-            by_split=self._by(entries, lambda entry: entry.split),
-            by_kind=self._by(entries, lambda entry: entry.kind),
+            by_split=self._by(scores, lambda score: score.split),
+            by_kind=self._by(scores, lambda score: score.kind),
             latency_ms=latency,
             mean_batch_size=batch_size,
-            other_protocols=self._other_protocols(answered, len(entries)),
+            other_protocols={
+                protocol.name: self._num_hits(answered, protocol) / len(scores)
+                for protocol in applicable(self.box_spec)
+                if protocol.name != self.protocol.name
+            },
             backend="; ".join(dict.fromkeys(record.backend for record in given)),
         )
 
@@ -125,7 +173,7 @@ class Judging:
         ]
         both, only_first = hits.count((True, True)), hits.count((True, False))
         only_second = hits.count((False, True))
-        # What could not be asked was answered rightly by neither.
+        # What could not be asked was answered correctly by neither.
         n = len(hits) + sum(one.counts_as_wrong for one in self.unusable)
         neither = n - both - only_first - only_second
         return Comparison(
@@ -177,87 +225,34 @@ class Judging:
                     chosen.append(_gallery_item(kind, self.questions[place], place, settings))
         return (*items["best"], *items["worst"], *items["flipped by GAP"])
 
-    def _entries(self, answered: Answered) -> list[_Entry]:
-        """All that counts, with what could not be asked as wrong."""
-        asked = [
-            _Entry(
-                image_id=question.image_id,
-                split=question.split,
-                kind=question.kind,
-                iou=score.iou,
-                hit=score.hit,
-                is_parsed=score.parsed,
-                was_asked=record.error is None,
-            )
-            for question, record, score in zip(
-                self.questions, answered.records, answered.scores, strict=True
-            )
-        ]
-        not_asked = [
-            _Entry(
-                image_id=one.image_id,
-                split=one.split,
-                kind=one.kind,
-                iou=0.0,
-                hit=False,
-                is_parsed=False,
-                was_asked=False,
-            )
-            for one in self.unusable
-            if one.counts_as_wrong
-        ]
-        return asked + not_asked
+    def _num_hits(self, answered: Answered, protocol: Protocol) -> int:
+        pairs = zip(answered.records, self.questions, strict=True)
+        return sum(protocol.is_hit(protocol.iou(*pair, self.box_spec)) for pair in pairs)
 
-    def _accuracy(self, entries: Sequence[_Entry]) -> Accuracy:
-        hits = np.array([entry.hit for entry in entries], dtype=np.float64)
-        ious = [entry.iou for entry in entries]
-        images = [entry.image_id for entry in entries]
+    def _accuracy(self, scores: Sequence[Score]) -> Accuracy:
+        hits = np.array([score.hit for score in scores], dtype=np.float64)
+        ious = [score.iou for score in scores]
+        images = [score.image_id for score in scores]
         return Accuracy(
-            n=len(entries),
+            n=len(scores),
             num_images=len(set(images)),
             acc_at_50=float(hits.mean()),
             ci95=_interval(hits, images, self.seed),
             mean_iou=_mean(ious),
-            parse_failures=sum(entry.was_asked and not entry.is_parsed for entry in entries),
+            parse_failures=sum(score.was_asked and not score.parsed for score in scores),
             curve=accuracy_curve(ious, self.protocol),
         )
 
     def _by(
-        self, entries: Sequence[_Entry], key: Callable[[_Entry], str | None]
+        self, scores: Sequence[Score], key: Callable[[Score], str | None]
     ) -> dict[str, Accuracy]:
         """Accuracy by what a key gives, in the order met; without those that have none."""
-        parts: dict[str, list[_Entry]] = {}
-        for entry in entries:
-            name = key(entry)
+        parts: dict[str, list[Score]] = {}
+        for score in scores:
+            name = key(score)
             if name is not None:
-                parts.setdefault(name, []).append(entry)
+                parts.setdefault(name, []).append(score)
         return {name: self._accuracy(part) for name, part in parts.items()}
-
-    def _other_protocols(self, answered: Answered, n: int) -> dict[str, float]:
-        return {
-            protocol.name: sum(
-                score.hit
-                for score in score_records(
-                    answered.records, self.questions, protocol, self.box_spec
-                )
-            )
-            / n
-            for protocol in applicable(self.box_spec)
-            if protocol.name != self.protocol.name
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """One expression of the denominator."""
-
-    image_id: str
-    split: str
-    kind: str | None
-    iou: float
-    hit: bool
-    is_parsed: bool
-    was_asked: bool
 
 
 def _gallery_item(
