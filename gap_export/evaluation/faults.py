@@ -1,4 +1,4 @@
-"""What is wrong with questions, where it is seen only once their images are open."""
+"""What is wrong with questions, found only when their images are open."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from gap_export.errors import UsageError
 from gap_export.evaluation.datasets.annotations import check_box
-from gap_export.evaluation.questions import Question, Unusable, UnusableReason
+from gap_export.evaluation.questions import Question, Unusable
 from gap_export.evaluation.records import Record
 
 Answers = Mapping[str, Mapping[str, Record]]
@@ -61,10 +61,10 @@ def compare_with_images(questions: Sequence[Question], answers: Answers) -> Seen
             fitting.append(question)
         elif question.image_size is not None:
             detail = f"annotated {_sides(question.image_size)}, it is {_sides(size)}"
-            unusable.append(_unusable(question, "picture of another size", detail))
+            unusable.append(Unusable.of(question, "picture of another size", detail))
         elif isinstance(checked, str):
             edges = ", ".join(f"{edge:g}" for edge in question.box)
-            unusable.append(_unusable(question, checked, f"box {edges}, image {_sides(size)}"))
+            unusable.append(Unusable.of(question, checked, f"box {edges}, image {_sides(size)}"))
         else:
             fitting.append(replace(question, box=checked))
     if not fitting:
@@ -95,19 +95,8 @@ def failed_questions(questions: Sequence[Question], answers: Answers) -> tuple[U
             first = next(iter(errors.values()))
             where = "" if len(errors) == len(answers) else f" ({', '.join(errors)} alone)"
             reason = first.fault or "broken picture"
-            found.append(_unusable(question, reason, f"{first.error}{where}"))
+            found.append(Unusable.of(question, reason, f"{first.error}{where}"))
     return tuple(found)
-
-
-def _unusable(question: Question, reason: UnusableReason, detail: str) -> Unusable:
-    return Unusable(
-        question_id=question.id,
-        image_id=question.image_id,
-        split=question.split,
-        kind=question.kind,
-        reason=reason,
-        detail=detail,
-    )
 
 
 def _sides(size: tuple[int, int]) -> str:

@@ -82,15 +82,14 @@ class ImageSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """One expression about one image.
+class Asked:
+    """One expression about one image, as it is annotated.
 
     Attributes:
         id: Unique in the data set, the same whenever it is opened.
-        image_id: Questions about one image share it.
-        image: Where the image comes from; the same for all questions about one image.
-        expression: What to look for. As annotated: of any length.
-        box: The right answer (x1, y1, x2, y2) in pixels of the image, in its frame.
+        image_id: Shared by all expressions about one image.
+        expression: What to look for, of any length.
+        box: (x1, y1, x2, y2) in pixels of the image, in its frame; finite.
         image_size: Width and height in pixels as annotated; None where they are not.
         kind: Type of the expression; None in a set without types.
         split: Which part of the data set it is from.
@@ -98,12 +97,22 @@ class Question:
 
     id: str
     image_id: str
-    image: ImageSource
     expression: str
     box: Box
     image_size: tuple[int, int] | None
     kind: str | None
     split: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question(Asked):
+    """An expression that can be asked; its box is the right answer, cut at the image's border.
+
+    Attributes:
+        image: Where the image comes from; the same for all questions about one image.
+    """
+
+    image: ImageSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +134,18 @@ class Unusable:
     kind: str | None
     reason: UnusableReason
     detail: str
+
+    @classmethod
+    def of(cls, asked: Asked, reason: UnusableReason, detail: str) -> Unusable:
+        """What is wrong with a question, or with an annotation that would be one."""
+        return cls(
+            question_id=asked.id,
+            image_id=asked.image_id,
+            split=asked.split,
+            kind=asked.kind,
+            reason=reason,
+            detail=detail,
+        )
 
     @property
     def counts_as_wrong(self) -> bool:

@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from gap_export.errors import UsageError
 from gap_export.evaluation.questions import (
+    Asked,
     Dataset,
     ImageSource,
     Question,
@@ -25,30 +26,16 @@ MAX_EXPRESSIONS = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Annotation:
-    """One expression as it is stored, its types checked and its values not.
+class Annotation(Asked):
+    """One expression as it is stored: its types are checked and its values are not.
 
     Attributes:
-        id: Unique in the data set.
-        image_id: Shared by those about one image.
         image: None where the image is missing.
         image_name: What a missing image is called.
-        expression: What to look for.
-        box: (x1, y1, x2, y2) in pixels, finite.
-        image_size: Width and height in pixels, where they are annotated.
-        kind: Type of the expression, where there are types.
-        split: Which part of the data set it is from.
     """
 
-    id: str
-    image_id: str
     image: ImageSource | None
     image_name: str
-    expression: str
-    box: Box
-    image_size: tuple[int, int] | None
-    kind: str | None
-    split: str
 
 
 def assemble(
@@ -78,7 +65,13 @@ def assemble(
     Raises:
         UsageError: no expression can be asked, two have the same id, or there are too many.
     """
-    by_split = _group_by_image(annotations)
+    by_split: dict[str, dict[str, list[Annotation]]] = {}
+    for number, one in enumerate(annotations):
+        if number == MAX_EXPRESSIONS:
+            raise UsageError(
+                "the data set has too many expressions", allowed=f"at most {MAX_EXPRESSIONS:,}"
+            )
+        by_split.setdefault(one.split, {}).setdefault(one.image_id, []).append(one)
     chosen: list[Annotation] = []
     for groups in by_split.values():
         chosen += [one for group in groups.values() for one in group][:samples]
@@ -97,12 +90,19 @@ def assemble(
             unusable.append(made)
     if not questions:
         raise _nothing_to_ask(spec, unusable, looked_in)
+    # What cannot be asked is part of it: it is in the denominator.
+    digest = hashlib.sha256()
+    for question in questions:
+        said = [question.id, question.image_id, question.split, question.kind, question.expression]
+        digest.update(json.dumps([*said, *question.box]).encode() + b"\n")
+    for other in unusable:
+        digest.update(json.dumps([other.question_id, other.reason]).encode() + b"\n")
     return Dataset(
         spec=spec,
         name=name,
         splits=tuple(splits),
         layout=layout,
-        fingerprint=_fingerprint(questions, unusable),
+        fingerprint=digest.hexdigest(),
         questions=tuple(questions),
         unusable=tuple(unusable),
     )
@@ -113,8 +113,8 @@ def check_box(box: Box, image_size: tuple[int, int] | None) -> Box | UnusableRea
 
     Args:
         box: (x1, y1, x2, y2) in pixels, finite.
-        image_size: Width and height in pixels; None where nobody knows them, and then only what is
-            left of or above the image is seen.
+        image_size: Width and height in pixels; None where they are unknown, and then only what is
+            left of or above the image is found.
     """
     if box[2] <= box[0] or box[3] <= box[1]:
         return "empty box"
@@ -125,20 +125,6 @@ def check_box(box: Box, image_size: tuple[int, int] | None) -> Box | UnusableRea
     if cut > BORDER_SLACK or right <= left or bottom <= top:
         return "box outside the picture"
     return left, top, right, bottom
-
-
-def _group_by_image(
-    annotations: Iterable[Annotation],
-) -> dict[str, dict[str, list[Annotation]]]:
-    """Annotations by split, and in a split by image."""
-    by_split: dict[str, dict[str, list[Annotation]]] = {}
-    for number, one in enumerate(annotations):
-        if number == MAX_EXPRESSIONS:
-            raise UsageError(
-                "the data set has too many expressions", allowed=f"at most {MAX_EXPRESSIONS:,}"
-            )
-        by_split.setdefault(one.split, {}).setdefault(one.image_id, []).append(one)
-    return by_split
 
 
 def _check_ids(annotations: Sequence[Annotation]) -> None:
@@ -164,24 +150,9 @@ def _judge(one: Annotation, image: ImageSource | None) -> Question | Unusable:
     elif image is None:
         reason, detail = "missing picture", one.image_name
     else:
-        return Question(
-            id=one.id,
-            image_id=one.image_id,
-            image=image,
-            expression=one.expression,
-            box=checked,
-            image_size=one.image_size,
-            kind=one.kind,
-            split=one.split,
-        )
-    return Unusable(
-        question_id=one.id,
-        image_id=one.image_id,
-        split=one.split,
-        kind=one.kind,
-        reason=reason,
-        detail=detail,
-    )
+        annotated = {field.name: getattr(one, field.name) for field in fields(Asked)}
+        return Question(**{**annotated, "box": checked}, image=image)
+    return Unusable.of(one, reason, detail)
 
 
 def _nothing_to_ask(spec: str, unusable: Sequence[Unusable], looked_in: str) -> UsageError:
@@ -196,14 +167,3 @@ def _nothing_to_ask(spec: str, unusable: Sequence[Unusable], looked_in: str) -> 
         if missing
         else f"the first is {unusable[0].question_id}: {unusable[0].detail}",
     )
-
-
-def _fingerprint(questions: Sequence[Question], unusable: Sequence[Unusable]) -> str:
-    """SHA-256 of what is asked. What cannot be asked is part of it: it is in the denominator."""
-    digest = hashlib.sha256()
-    for one in questions:
-        facts = [one.id, one.image_id, one.split, one.kind, one.expression, *one.box]
-        digest.update(json.dumps(facts).encode() + b"\n")
-    for other in unusable:
-        digest.update(json.dumps([other.question_id, other.reason]).encode() + b"\n")
-    return digest.hexdigest()
