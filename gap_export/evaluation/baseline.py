@@ -14,8 +14,8 @@ def check_baseline(manifest: Manifest, baseline: Manifest) -> None:
     """Refuse a baseline that is not the same model with all its tokens.
 
     Args:
-        manifest: Of the bundle that is measured.
-        baseline: Of the other.
+        manifest: Manifest of the bundle that is measured.
+        baseline: Manifest of the unpruned bundle.
 
     Raises:
         UsageError: another model, other weights, other preparation, or pruned.
@@ -53,12 +53,12 @@ def check_baseline(manifest: Manifest, baseline: Manifest) -> None:
 
 
 def quantization_of(manifest: Manifest) -> QuantizationSpec | None:
-    """Of those weights that are quantized; None where none are."""
+    """How weights are quantized; None where none are."""
     return next((graph.quantization for graph in manifest.graphs if graph.quantization), None)
 
 
 def dtype_of(manifest: Manifest) -> Dtype:
-    """What an export of a model in a manifest's dtype is told."""
+    """The dtype of a manifest, as an option of an export."""
     (found,) = [dtype for dtype in DTYPES if dtype == manifest.dtype]
     return found
 

@@ -1,4 +1,4 @@
-"""Questions to calibrate with, where the user brings none of his own."""
+"""Questions to calibrate with, where the user has none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def refshapes_questions(
     """RefShapes images of the training split, uint8 [H, W, 3], with one expression each.
 
     Args:
-        seed: Of the images.
+        seed: Seed of the images.
         num_samples: How many.
     """
     # What is held out has no part in it.

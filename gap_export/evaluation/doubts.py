@@ -1,4 +1,4 @@
-"""What must not pass without a word: answers that were not meant as they are read."""
+"""Warnings about a measurement: answers that are probably not meant the way they are read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gap_export.evaluation.records import Record
 from gap_export.runtime.answers import SCALE_TOLERANCE, is_out_of_scale
 from gap_export.spec.manifest import BoxSpec
 
-# Of the answers out of scale, those that another scale must explain before it is named.
+# Share of the answers out of scale that another scale must explain before it is named.
 _MOST = 0.9
 # Ends of both axes; None: those of the image. The model's own scale is none of them.
 _SCALES: Mapping[str, float | None] = MappingProxyType(
@@ -54,7 +54,7 @@ def guess_scale(records: Sequence[Record], spec: BoxSpec) -> str:
 
     Args:
         records: Answers with a box, each out of scale.
-        spec: Of the model.
+        spec: How the model writes boxes.
 
     Returns:
         In words; empty where none fits.

@@ -65,7 +65,7 @@ from gap_export.runtime.session import BackendName
 from gap_export.spec.manifest import BoxSpec, Manifest, PromptSpec, PruningSpec
 from gap_export.spec.requests import PruningRequest
 
-# Of a set that has no end.
+# Number of expressions asked of a data set that has no end.
 DEFAULT_SAMPLES = 500
 ALL = 0
 
@@ -116,7 +116,7 @@ def evaluate_model(
         num_samples: Expressions to ask, the first of the data set; 0 for all; None for 500 of
             RefShapes, and all of any other.
         asking: What is asked, and how.
-        progress: Told what is done.
+        progress: Progress reporter.
 
     Returns:
         One unpruned row, one for each misalignment, then a compact and a GAP row for every
@@ -152,7 +152,7 @@ def evaluate_model(
     job = _Job.prepare(asking, runner, asked, num_samples, progress)
     with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
         cache = GraphCache()
-        # Whatever order the others have: with all tokens in raster order nothing is pruned.
+        # With all tokens in raster order nothing is pruned, in any order of the pruned ones.
         unpruned = replace(
             base,
             pruning=PruningRequest(keep_ratio=1.0, order="raster", seed=seed),
@@ -188,12 +188,12 @@ def evaluate_bundle(
             exported from the bundle's checkpoint, in the bundle's dtype and quantized as it is, so
             that pruning alone is between the two.
         checkpoint: Parts of the source checkpoint by role, where they have been moved.
-        seed: Of the samples and of random orders.
+        seed: Seed of the samples and of random orders.
         num_samples: As of :func:`evaluate_model`.
         asking: What is asked, and how.
         backend: What runs the bundle; the unpruned model runs in ONNX Runtime in any case.
         engines: With TensorRT: which of the bundle's engines.
-        progress: Told what is done.
+        progress: Progress reporter.
 
     Raises:
         UsageError: no unpruned model can be had, ``baseline`` is of another model or pruned; the

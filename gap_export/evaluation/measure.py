@@ -47,7 +47,7 @@ class RunnerOptions:
         engines: With TensorRT: which of a bundle's engines.
         num_threads: With ONNX Runtime: threads of one operator; None: it decides.
         prompt: A template in place of the bundle's; None: the bundle's.
-        seed: Of random orders.
+        seed: Seed of random orders.
     """
 
     backend: BackendName = "onnxruntime"
@@ -186,7 +186,7 @@ def misalignment_of(setting: Setting, manifest: Manifest, *, seed: int) -> Misal
     Args:
         setting: Its bundle drops nothing where it misaligns.
         manifest: Of that bundle.
-        seed: Of random orders.
+        seed: Seed of random orders.
     """
     if setting.positions == "permuted":
         return Misalignment(kind="permuted", seed=seed)

@@ -64,7 +64,7 @@ class Protocol:
         Args:
             record: The answer.
             question: What was asked.
-            box_spec: Of the model that answered.
+            box_spec: How the model that answered writes boxes.
         """
         box = self.read(record, box_spec)
         return 0.0 if box is None else self.compare(box, record, question, box_spec)
@@ -151,7 +151,7 @@ _MINIGPT_BOX = re.compile(r"\{" + r"<\d{1,3}>" * 4 + r"\}")
 def _box_at_the_beginning(record: Record, _: BoxSpec) -> Box | None:
     """MiniGPT-v2's program reads a box that an answer begins with, and no number behind it.
 
-    Its box is in hundredths, whatever a recipe says.
+    Its box is in hundredths, independent of the recipe.
     """
     text = record.text.split("[/INST]")[-1].replace("<unk>", "").replace(" ", "").strip()
     numbers = re.findall(r"\d+", text)
@@ -191,7 +191,7 @@ def _as_fractions_of_the_image(box: Box, record: Record, question: Question, _: 
     return intersection_over_union(box, _to_fractions(question.box, image))
 
 
-def _in_the_model_s_frame(box: Box, record: Record, question: Question, box_spec: BoxSpec) -> float:
+def _in_model_frame(box: Box, record: Record, question: Question, box_spec: BoxSpec) -> float:
     """The truth as the model would write it, clipped to its frame and in three decimals."""
     truth = _to_fractions(question.box, _frame(record, box_spec))
     x1, y1, x2, y2 = (round(min(max(value, 0.0), 1.0), 3) for value in truth)
@@ -291,7 +291,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 source="Shikra, single_image_dataset/rec.py and box_process_function.py",
                 syntaxes=("bracketed",),
                 read=_the_only_box,
-                compare=_in_the_model_s_frame,
+                compare=_in_model_frame,
                 reaches=operator.gt,
             ),
             Protocol(

@@ -163,7 +163,7 @@ class Dataset:
 
     Attributes:
         spec: How the user named it.
-        name: Of the data set: ``refshapes``, ``refcoco``, a folder's name.
+        name: ``refshapes``, ``refcoco``, or a folder's name.
         splits: Those that were opened.
         layout: How it is stored.
         fingerprint: SHA-256, hex, of what is asked: ids, images, expressions, boxes, splits. The

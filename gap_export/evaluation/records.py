@@ -1,7 +1,7 @@
 """Answers as they were given, independent of how they will be judged; in files, to go on from.
 
 A file of records is JSON lines: first what was asked of what, then one answer a line. It is written
-piece by piece, so whatever ends an evaluation, the answers before are there; a last piece that was
+piece by piece: however an evaluation ends, the answers before it are there; a last piece that was
 cut off is dropped when the file is opened again.
 """
 
@@ -45,7 +45,7 @@ class Record:
     """One answered question.
 
     Attributes:
-        question_id: Of the question.
+        question_id: Id of the question.
         text: The model's answer.
         fractions: The box as the model gave it, divided by its scale; corners in the order given,
             not clipped. None where nothing was parsed.
@@ -99,8 +99,8 @@ class RecordsFile:
         """Open a file, or make it.
 
         Args:
-            path: Of the file; its folder exists.
-            header: What is asked of what. A file with another one is refused.
+            path: The file; its folder exists.
+            header: All that the answers depend on. A file with another one is refused.
             pieces: The questions as they are answered, one piece at a time; answers of a piece that
                 is not complete do not count.
 
@@ -141,7 +141,7 @@ class RecordsFile:
         trace: TracebackType | None,
     ) -> None:
         """Close the file."""
-        # On a full disk the last flush fails again, and has been told of.
+        # On a full disk the last flush fails again, and has been reported.
         with suppress(OSError):
             self._file.close()
 

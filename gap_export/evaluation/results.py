@@ -29,9 +29,9 @@ class Accuracy:
     """How well some expressions were answered.
 
     Attributes:
-        n: Expressions, those that could not be asked for want of their image included.
+        n: Expressions, including those that could not be asked because their image is missing.
         num_images: Images they are about.
-        acc_at_50: Share of the n that hit, by the protocol's IoU and its threshold at 0.5.
+        acc_at_50: Share of the n that are right, by the IoU of the protocol at 0.5.
         ci95: 95 % interval of it: bootstrap over images; where that has no width Wilson's, each
             image taken for one question.
         mean_iou: Over the n; an answer without a box has IoU 0.
@@ -53,24 +53,24 @@ class SettingRow(Accuracy):
     """One measured setting; its accuracy is over all expressions.
 
     Attributes:
-        name: Of the setting, unique in a report.
+        name: Name of the setting, unique in a report.
         model: Recipe name.
         pruner: Its name, or ``none`` where nothing is dropped.
         keep_ratio: 1.0 where nothing is dropped.
         positions: ``none`` (nothing is dropped), ``compact``, ``gap``, or with nothing dropped
             ``permuted`` or ``shifted``.
-        seed: Of the samples, of pruners that draw, and of random orders.
+        seed: Seed of the samples, of pruners that draw, and of random orders.
         protocol: By which answers were judged.
         pruner_text: What the pruner reads of the text, ``expression`` or ``question``; None where
             it reads none.
         recovered: acc_at_50 divided by the unpruned row's; None for that row itself, or if it is 0.
-        mean_visual_tokens: Visual tokens the decoder read of an image, an extra one included; the
-            mean over the answers.
+        mean_visual_tokens: Mean number of visual tokens the decoder read of an image, an extra one
+            included.
         num_unusable: Expressions of the n that could not be asked, and so count as wrong: their
             image is missing or broken, or the model refuses them.
-        acc_at_50_usable: As acc_at_50, over the others alone; None where there is none.
-        num_tolerant: Answers whose box is not written in the model's syntax, and was read with
-            tolerance; no parse failures.
+        acc_at_50_usable: acc_at_50 of the expressions that could be asked; None where none could.
+        num_tolerant: Answers with a box that is not written in the model's syntax and was read with
+            tolerance.
         num_out_of_scale: Answers whose box is written on another scale than the model's.
         num_cut_off: Answers that were cut off at the model's ``max_new_tokens``.
         by_split: Accuracy by split.
@@ -124,9 +124,9 @@ class Comparison:
         second: Name of another.
         n: Expressions.
         both: Expressions that both hit.
-        only_first: Those that the first alone did.
-        only_second: Those that the second alone did.
-        neither: Those that none did.
+        only_first: Those that only the first hit.
+        only_second: Those that only the second hit.
+        neither: Those that neither hit.
         difference: acc_at_50 of the first minus that of the second.
         ci95: 95 % interval of it (Newcombe 1998, method 10).
         mcnemar_p: Exact two-sided p-value of McNemar's test.
@@ -150,9 +150,9 @@ class DataSummary:
 
     Attributes:
         spec: As the user named it.
-        name: Of the data set.
+        name: Name of the data set.
         layout: How it is stored.
-        splits: Of it.
+        splits: The splits that were asked.
         num_expressions: All there are, unusable ones included.
         num_images: Images of those that could be asked about.
         frame: That boxes are in: ``raw``: of images as stored, ``upright``: as displayed.
@@ -181,7 +181,7 @@ class GalleryAnswer:
     """What one setting answered.
 
     Attributes:
-        setting: Its name.
+        setting: Name of the setting.
         text: The answer.
         box: None where it has none.
         iou: By the report's protocol.
@@ -199,7 +199,7 @@ class GalleryItem:
 
     Attributes:
         kind: Why: where GAP did best, worst, or was right and compact positions were wrong.
-        question_id: Of it.
+        question_id: Id of the question.
         expression: What was asked.
         image: The image; no part of the JSON form.
         box: The right answer.
@@ -230,12 +230,12 @@ class EvaluationReport:
 
     Attributes:
         model: Recipe name.
-        family: Of the model.
+        family: Family of the model.
         data: What was asked.
         protocol: By which answers were judged.
         protocol_summary: What that is, in one line.
         prompt: The template that was used.
-        seed: Of the samples, of pruners that draw, and of random orders.
+        seed: Seed of the samples, of pruners that draw, and of random orders.
         backend: ``onnxruntime`` or ``tensorrt``; see also each row's.
         misalignments: What was done to positions where no token is dropped, in words, by the name
             of the setting.

@@ -36,7 +36,7 @@ def open_executor(workers: str, options: RunnerOptions, progress: Progress) -> E
             machine's own, for as long as it takes; ``ray://host:port`` or ``host:port``: a cluster
             that is there.
         options: How questions are asked.
-        progress: Told when workers are started.
+        progress: Progress reporter.
 
     Raises:
         UsageError: none of these, or a backend that workers do not run.
@@ -137,7 +137,7 @@ class Run:
                         files[shard.setting.name].add(records)
                         advance(len(records))
                 finally:
-                    # Whatever ended it: workers go before their answers' files do.
+                    # However it ends, workers are gone before the files are closed.
                     if isinstance(results, Generator):
                         results.close()
             return {name: file.records for name, file in files.items()}

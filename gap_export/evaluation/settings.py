@@ -60,7 +60,7 @@ def whole_settings(bundle: Path, positions: Sequence[SettingPositions]) -> list[
     """Settings that drop no token.
 
     Args:
-        bundle: With all its tokens.
+        bundle: A bundle that keeps all tokens.
         positions: ``none``, ``permuted``, ``shifted``: one setting for each.
     """
     return [
@@ -81,8 +81,8 @@ def pruned_settings(bundle: Path, pruning: PruningSpec) -> tuple[Setting, Settin
     """A pruned bundle with compact positions, and with GAP.
 
     Args:
-        bundle: Of the pruned model.
-        pruning: Its own.
+        bundle: The bundle of the pruned model.
+        pruning: What its manifest says of pruning.
     """
     keep = f"{pruning.keep_ratio:g}"
     # As short as can be, without two being the same.
@@ -108,7 +108,7 @@ class Misalignment:
     Attributes:
         kind: ``permuted``: the visual tokens enter in a random order, and ids are given by the
             order of input; ``shifted``: every id from the first visual token on is moved.
-        seed: Of the random order, which is another one for each expression.
+        seed: Seed of the random order, which differs by expression.
         shift: By how much ids are moved.
     """
 

@@ -12,7 +12,7 @@ from gap_export.evaluation.protocols import Protocol
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
-# Clusters drawn at once: 16 MB, whatever the number of resamples.
+# Clusters drawn at once: 16 MB, for any number of resamples.
 _MAX_DRAWN = 2_000_000
 
 
@@ -66,7 +66,7 @@ def bootstrap_interval(
     means = []
     for start in range(0, num_resamples, block):
         num_rows = min(block, num_resamples - start)
-        # The remainder favours no cluster by more than one in 2**64 / C.
+        # The remainder favors no cluster by more than one in 2**64 / C.
         drawn = stream.random_raw(num_rows * num_clusters) % num_clusters
         drawn = drawn.reshape(num_rows, num_clusters)
         means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
@@ -77,9 +77,9 @@ def bootstrap_interval(
 def mcnemar(only_first: int, only_second: int) -> float:
     """Exact two-sided p-value of McNemar's test (1947): do two settings hit equally often?
 
-    Of the questions that one of them alone hits, each is a fair coin if they do, so the smaller
-    number is binomial; twice its lower tail, at most 1. Questions about one image are treated as
-    independent, so it is a little small.
+    If they do, each question that only one of them hits is a fair coin toss, so the smaller number
+    is binomial; the p-value is twice its lower tail, at most 1. Questions about one image are
+    treated as independent, so it is a little small.
 
     Args:
         only_first: Questions that the first alone hits.

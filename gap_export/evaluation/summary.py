@@ -82,7 +82,7 @@ class Judging:
         protocol: By which answers are judged.
         box_spec: How the model writes boxes.
         model: Recipe name.
-        seed: Of the evaluation; also of the bootstrap.
+        seed: Seed of the evaluation and of the bootstrap.
     """
 
     questions: Sequence[Question]

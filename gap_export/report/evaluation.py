@@ -30,9 +30,9 @@ _FRAMES = {
     "upright": "boxes of images as displayed, turned as EXIF says",
 }
 _INTERVALS = (
-    "95 %. Of an accuracy: percentile bootstrap over images, since expressions about one image "
+    "95 %. Accuracy: percentile bootstrap over images, since expressions about one image "
     "are not independent; where that has no width Wilson's, each image taken for one question. "
-    "Of a difference: Newcombe 1998, method 10, of the same expressions"
+    "Difference: Newcombe 1998, method 10, of the same expressions"
 )
 
 
@@ -312,7 +312,7 @@ def _latency(rows: Sequence[SettingRow]) -> Section:
         ),
         notes=(
             "Times are of a batch: the expressions about one image that are asked together. They "
-            "were measured while the evaluation ran, beside whatever else ran; compare settings by "
+            "were measured while the evaluation ran, beside all else that ran; compare settings by "
             "them, not machines.",
         ),
     )

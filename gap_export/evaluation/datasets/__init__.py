@@ -9,7 +9,7 @@
 ========================  =========================================================================
 
 SPLITS is one, or several with commas; it can be left out where there is only one. ``./refshapes``
-is a folder. The layouts of folders are told by the files in them: see ``refer``, ``per_split``,
+is a folder. The layout of a folder is recognized by its files: see ``refer``, ``per_split``,
 ``parquet`` and ``own``.
 """
 
@@ -47,7 +47,7 @@ def open_dataset(spec: str, *, samples: int | None, seed: int) -> Dataset:
         spec: Which; see above.
         samples: Ask the first so many expressions of each split, those that cannot be asked
             included; None for all.
-        seed: Of the scenes of RefShapes; others have nothing that is drawn.
+        seed: Seed of the scenes of RefShapes; nothing else is drawn.
 
     Raises:
         UsageError: no such data set, several, or a split that it has not got; its files cannot be
@@ -80,7 +80,7 @@ def _place_and_splits(text: str) -> tuple[str, str | None]:
     if _is_folder(text):
         return text, None
     place, colon, last = text.rpartition(":")
-    # What people call splits of their own may be anything.
+    # Users may give their own splits any name.
     is_split = _SPLITS.fullmatch(last) is not None or (bool(last) and _is_folder(place))
     return (place, last) if colon and is_split else (text, None)
 
@@ -171,7 +171,7 @@ def _choose_splits(stored: StoredSet, wanted: str | None) -> tuple[str, ...]:
                 fix=f"put one at the end, or several: :{','.join(there[:2])}",
             )
         return there
-    # One of people's own may have a comma in its name.
+    # A user's own split may have a comma in its name.
     chosen = (wanted,) if wanted in there else tuple(dict.fromkeys(wanted.split(",")))
     unknown = [split for split in chosen if split not in there]
     if unknown:

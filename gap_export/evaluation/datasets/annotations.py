@@ -56,7 +56,7 @@ def assemble(
     Args:
         annotations: Split after split.
         spec: How the user named the data set.
-        name: Of the data set.
+        name: Name of the data set.
         layout: How it is stored.
         splits: Those that the annotations are from.
         samples: How many of each split; None for all.

@@ -1,4 +1,4 @@
-"""A layout for images of one's own: ``questions.jsonl`` beside them.
+"""A layout for a user's own images: ``questions.jsonl`` beside them.
 
 Each line is a JSON object::
 

@@ -21,7 +21,7 @@ def open_refshapes(spec: str, split: str | None, *, samples: int | None, seed: i
         spec: How the user named it.
         split: ``heldout``, ``train`` or None.
         samples: How many; it has no end.
-        seed: Of the scenes.
+        seed: Seed of the scenes.
 
     Raises:
         UsageError: no such split, or no number.

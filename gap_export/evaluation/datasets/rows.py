@@ -122,7 +122,7 @@ class Row:
     def file_name(self, key: str) -> str:
         """The path of a file below the data set's folder, with forward slashes.
 
-        Links in that folder are followed: people put them there, to where they keep COCO.
+        Links in that folder are followed: users put them there, to where they keep COCO.
         """
         name = self.text(key)
         if not is_inside(name):
@@ -146,7 +146,7 @@ def is_inside(name: str) -> bool:
 
 
 def shorten(value: object) -> str:
-    """A value in words, whatever it is, and not many of them."""
+    """Any value in a few words."""
     try:
         text = reprlib.repr(value)
     except ValueError:

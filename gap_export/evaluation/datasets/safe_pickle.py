@@ -1,7 +1,7 @@
 """Pickles of unknown origin: plain values are read, everything else is refused.
 
-A pickle is a program, and what it may do is call whatever ``find_class`` gives it. Here that is
-nothing, so no code can run. It can still ask for much memory; a limit on its size is all there is
+A pickle is a program that may call what ``find_class`` gives it. Here that is nothing, so no code
+can run. It can still ask for much memory; a limit on its size is all there is
 against that.
 """
 

@@ -51,7 +51,7 @@ class StoredSet:
     """A data set found in a folder. Only its place is read before it is asked for.
 
     Attributes:
-        name: Of the data set.
+        name: Name of the data set.
         layout: How it is stored.
         files: Those that make it this data set.
         looked_in: Where its images are looked for.

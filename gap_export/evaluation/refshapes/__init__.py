@@ -1,7 +1,7 @@
 """RefShapes: a synthetic referring-expression set, rendered on the fly and fully determined.
 
 A scene is a function of (split, seed, index) and of nothing else. The split is part of the
-random generator's key, so no held-out scene can be met in training, whatever the seeds.
+random generator's key, so no held-out scene can be met in training, with any seed.
 
 Example:
     >>> scene = generate_scene(split="heldout", seed=0, index=7)

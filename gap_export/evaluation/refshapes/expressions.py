@@ -134,7 +134,7 @@ def sample_expressions(
 
 
 def _attribute(objects: Sequence[SceneObject], choices: Sequence[float]) -> Expression | None:
-    """The [size] [colour] shape-or-object, when only one object fits."""
+    """The [size] [color] shape-or-object, when only one object fits."""
     target = int(choices[0] * len(objects))
     use = _ATTRIBUTE_USES[int(choices[1] * len(_ATTRIBUTE_USES))]
     if len(matching(objects, objects[target], use)) != 1:

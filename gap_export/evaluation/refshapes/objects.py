@@ -74,14 +74,14 @@ class SceneObject:
 
     @property
     def center(self) -> tuple[float, float]:
-        """Centre (x, y) of the box in pixels."""
+        """Center (x, y) of the box in pixels."""
         return self.x + self.extent / 2, self.y + self.extent / 2
 
 
 def sample_objects(rng: np.random.Generator, split: str) -> tuple[SceneObject, ...]:
     """Draw the objects of one scene: a layout, then attributes from small pools.
 
-    Small pools repeat colours and shapes, so that an expression has something to tell apart.
+    Small pools repeat colors and shapes, so that an expression has something to tell apart.
 
     Args:
         rng: Source of randomness; advanced.
@@ -105,7 +105,7 @@ def sample_objects(rng: np.random.Generator, split: str) -> tuple[SceneObject, .
 def _with_attributes(
     rng: np.random.Generator, squares: list[tuple[int, int, int, str]]
 ) -> tuple[SceneObject, ...]:
-    """Give every square a colour and a shape from the scene's pools."""
+    """Give every square a color and a shape from the scene's pools."""
     count = len(squares)
     num_colors = int(np.clip(count - 1 + rng.integers(0, 2), 2, 5))
     num_shapes = int(np.clip(count - 2 + rng.integers(0, 2), 2, 4))

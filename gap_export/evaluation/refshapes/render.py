@@ -31,7 +31,7 @@ def render(
     """Draw the objects and say which of them each patch belongs to.
 
     Args:
-        rng: Source of randomness for the ground and the colour jitter; advanced.
+        rng: Source of randomness for the ground and the color jitter; advanced.
         objects: Objects with boxes inside the image that do not overlap.
 
     Returns:
@@ -114,7 +114,7 @@ def _pixels_per_patch(alpha: NDArray[np.float32], x: int, y: int) -> NDArray[np.
 
 
 def _ground(rng: np.random.Generator) -> NDArray[np.float32]:
-    """A dim, nearly grey ground: block noise, pixel noise and one of four large textures.
+    """A dim, nearly gray ground: block noise, pixel noise and one of four large textures.
 
     Returns:
         float32 [96, 96, 3], values roughly 0..150.
@@ -131,9 +131,9 @@ def _ground(rng: np.random.Generator) -> NDArray[np.float32]:
 
 
 def _texture(rng: np.random.Generator) -> NDArray[np.float32]:
-    """Gradient, stripes, checkers or nothing; float32 [96, 96], grey levels around 0.
+    """Gradient, stripes, checkers or nothing; float32 [96, 96], gray levels around 0.
 
-    Only additions and floor divisions, so that the bytes do not depend on a maths library.
+    Only additions and floor divisions, so that the bytes do not depend on a math library.
     """
     kind = int(rng.integers(0, 4))
     strength = np.float32(rng.uniform(5, 16))

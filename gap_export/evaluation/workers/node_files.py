@@ -10,7 +10,7 @@ from gap_export.errors import UsageError
 from gap_export.evaluation.workers import Shard
 from gap_export.spec.manifest import MANIFEST_NAME
 
-# Of a file: the SHA-256 it must have, None where it only has to be there.
+# The SHA-256 that a file must have, None where it only has to be there.
 NodeFiles = Mapping[Path, str | None]
 
 
@@ -32,26 +32,26 @@ def files_of(shard: Shard) -> NodeFiles:
 
 
 def check_files(files: NodeFiles, node: str) -> None:
-    """Refuse to work on a node that has not got the files.
+    """Refuse to work on a node that lacks a file.
 
     Args:
         files: What the machine that asks has.
         node: Name of this node.
 
     Raises:
-        UsageError: one is not here, or is another one.
+        UsageError: a file is missing, or is a different one.
     """
     for path, wanted in files.items():
         if not path.is_file():
             raise UsageError(
-                f"the node {node} has not got a file that the evaluation needs",
+                f"the node {node} lacks a file that the evaluation needs",
                 seen=path,
                 fix="put bundles and images where all nodes see them under one path; bundles "
                 "made on the way lie in the folder for temporary files (TMPDIR)",
             )
         if wanted is not None and _hash(path) != wanted:
             raise UsageError(
-                f"the node {node} has another file under the same path",
+                f"the node {node} has a different file under the same path",
                 seen=path,
                 fix="put the bundle where all nodes see the same one",
             )

@@ -89,8 +89,8 @@ class RayExecutor:
     def run(self, shards: Sequence[Shard]) -> Iterator[tuple[Shard, list[Record]]]:
         """Answer shards, each exactly once, in the order they become ready.
 
-        Whatever ends it, an interruption as well, the workers are gone afterwards, and a cluster
-        that was joined is as before.
+        However it ends, even by an interruption, the workers are gone afterwards; a cluster that
+        was joined is as before.
 
         Yields:
             A shard and one record for each of its questions.
@@ -132,8 +132,8 @@ def _answer(
     from ray import cloudpickle
     from ray.exceptions import RayError, RayTaskError
 
-    # One CPU each, and evenly over the nodes. What is lost is asked again here, where it is known
-    # how often, whatever it was that ended the worker.
+    # One CPU each, and evenly over the nodes. What is lost is asked again here, where losses are
+    # counted, for any reason.
     task = ray.remote(num_cpus=1, max_retries=0, scheduling_strategy="SPREAD")(worker_task())
     sent_runner = ray.put(cloudpickle.dumps(runner))
     waiting, losses = deque(range(len(shards))), Counter[int]()

@@ -113,7 +113,7 @@ def reach(address: str) -> str:
         socket.create_connection((host.strip("[]"), int(found["port"])), timeout=_REACH_S).close()
     except OSError as err:
         raise UsageError(
-            "nobody answers at the address of the Ray cluster",
+            "no Ray cluster answers at this address",
             seen=f"{address}: {err.strerror or err}",
             fix="start it with `ray start --head`, which names its address; for ray:// it needs "
             'pip install "ray[client]" and listens on port 10001',

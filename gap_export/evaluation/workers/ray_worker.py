@@ -95,7 +95,7 @@ def answer_pickled(runner: bytes, work: bytes, node: str) -> Reply:
         check_files(files, node)
         return Reply(records=_runner_of(runner).answer(shard))
     except GapExportError as err:
-        # Whatever it was, it must survive the way back.
+        # It is pickled on the way back, which any value seen must survive.
         err.seen = None if err.seen is None else str(err.seen)
         return Reply(error=err)
 

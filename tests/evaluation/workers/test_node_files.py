@@ -53,12 +53,14 @@ def test_a_node_without_a_file_is_named_with_it(shard, tmp_path, name):
     (tmp_path / name).unlink()
     with pytest.raises(UsageError) as caught:
         check_files(files, "far (10.0.0.2)")
-    assert "the node far (10.0.0.2) has not got a file" in str(caught.value)
+    assert "the node far (10.0.0.2) lacks a file" in str(caught.value)
     assert str(tmp_path / name) in str(caught.value)
 
 
 def test_a_node_with_another_bundle_under_the_path_is_refused(shard, tmp_path):
     files = files_of(shard)
     (tmp_path / "bundle/gap.json").write_text("another")
-    with pytest.raises(UsageError, match=r"the node far .* has another file under the same path"):
+    with pytest.raises(
+        UsageError, match=r"the node far .* has a different file under the same path"
+    ):
         check_files(files, "far (10.0.0.2)")

@@ -42,7 +42,7 @@ def test_an_address_where_nobody_listens_is_refused(scheme):
         address = f"{scheme}127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(UsageError) as caught:
             RayExecutor(address, None, OPTIONS)
-    assert f"nobody answers at the address of the Ray cluster: {address}" in str(caught.value)
+    assert f"no Ray cluster answers at this address: {address}" in str(caught.value)
 
 
 def test_a_second_connection_is_refused(monkeypatch):
