@@ -69,7 +69,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Stroke:
-    """How a box is drawn; lengths are for an image whose longer side is 400.
+    """How a box is drawn over an image whose longer side is 400.
 
     Attributes:
         label: Whose box it is.
@@ -81,40 +81,12 @@ class Stroke:
     label: str
     color: str
     width: float
-    dashes: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rectangle:
-    """A box to be drawn, in pixels of the image.
-
-    Attributes:
-        corner: Left and top.
-        size: Width and height.
-        color: Color of its line.
-        line: Width of its line.
-        halo: Width of the white line below it.
-        dashes: Lengths of dashes and gaps, as SVG has them; empty for a solid line.
-    """
-
-    corner: tuple[float, float]
-    size: tuple[float, float]
-    color: str
-    line: float
-    halo: float
-    dashes: str
+    dashes: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A line below an image.
-
-    Attributes:
-        stroke: How its box is drawn; None where it is not.
-        setting: Name of the setting.
-        iou: A number in words, or that there is no box.
-        text: The answer of the model.
-    """
+    """A line below an image: what a setting answered, and how its box is drawn, if it is."""
 
     stroke: Stroke | None
     setting: str
@@ -132,9 +104,8 @@ class Card:
         alt: The image in words.
         uri: The image as ``data:``; empty where it could not be loaded.
         problem: Why it could not be loaded.
-        size: Width and height of the image, in pixels, as loaded.
-        margin: Pixels around it.
-        rectangles: Boxes to be drawn over it, in this order.
+        size: Width and height that the image is drawn with.
+        boxes: What is drawn over it, in this order: left, top, width and height in that size.
         answers: Those of the settings whose boxes are drawn come first.
     """
 
@@ -143,9 +114,8 @@ class Card:
     alt: str
     uri: str
     problem: str
-    size: tuple[int, int]
-    margin: float
-    rectangles: tuple[Rectangle, ...]
+    size: tuple[float, float]
+    boxes: tuple[tuple[Stroke, tuple[float, float, float, float]], ...]
     answers: tuple[Answer, ...]
 
 

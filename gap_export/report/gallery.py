@@ -12,7 +12,7 @@ from PIL import Image
 
 from gap_export.errors import ImageError, MissingDependencyError
 from gap_export.evaluation.results import Box, EvaluationReport, GalleryItem, GalleryKind
-from gap_export.report.document import Answer, Card, Rectangle, Shelf, Stroke
+from gap_export.report.document import Answer, Card, Shelf, Stroke
 from gap_export.report.figures import BLUE, GREEN, INK, VERMILLION
 from gap_export.report.panels import Panel, panels_of
 from gap_export.runtime.images.image import load_image
@@ -31,19 +31,17 @@ _MAX_SIDE, _MAX_CARDS = 400, 60
 _MAX_LOSSLESS = 128
 _QUALITY = 85
 _WHITE = (255, 255, 255)
-# Share of the longer side, so that a box on the edge can be seen.
-_MARGIN = 0.02
+# How far a box may reach over the edge, so that it can be seen there.
+_OUTSIDE = 4.0
 # The right box is wider than the others, which are drawn over it and may well be the same.
 _TRUTH = Stroke(label="right box", color=INK, width=7)
 _STROKES: Mapping[str, Stroke] = MappingProxyType(
     {
         "gap": Stroke(label="GAP", color=BLUE, width=3),
-        "compact": Stroke(label="compact positions", color=VERMILLION, width=3, dashes=(9, 5)),
-        "none": Stroke(label="nothing pruned", color=GREEN, width=3, dashes=(3, 3)),
+        "compact": Stroke(label="compact positions", color=VERMILLION, width=3, dashes="9 5"),
+        "none": Stroke(label="nothing pruned", color=GREEN, width=3, dashes="3 3"),
     }
 )
-# White around each line, for images of its color.
-_HALO = 3.0
 
 
 def gallery_shelves(report: EvaluationReport) -> tuple[Shelf, ...]:
@@ -79,7 +77,10 @@ def _card(item: GalleryItem, pairs: Sequence[Panel]) -> Card:
         for one in (*drawn, *others)
     )
     ious = ", ".join(f"{one.setting}: {one.iou}" for one in answers[: len(drawn)])
-    uri, problem, size = _embed(item)
+    uri, problem, (width, height) = _embed(item)
+    # All is drawn as if the longer side had so many pixels.
+    unit = _MAX_SIDE / max(width, height)
+    size = (round(width * unit, 2), round(height * unit, 2))
     boxes = [(_TRUTH, item.box), *((strokes[one.setting], one.box) for one in drawn)]
     return Card(
         question=item.question_id,
@@ -88,14 +89,20 @@ def _card(item: GalleryItem, pairs: Sequence[Panel]) -> Card:
         uri=uri,
         problem=problem,
         size=size,
-        margin=_MARGIN * max(size),
-        rectangles=tuple(
-            _rectangle(stroke, box, size)
+        boxes=tuple(
+            (stroke, _place([edge * unit for edge in box], size))
             for stroke, box in boxes
             if box is not None and all(map(math.isfinite, box))
         ),
         answers=answers,
     )
+
+
+def _place(box: Sequence[float], size: tuple[float, float]) -> Box:
+    """Left, top, width and height of a box, cut a little outside of the image."""
+    x1, x2 = sorted(min(max(x, -_OUTSIDE), size[0] + _OUTSIDE) for x in box[0::2])
+    y1, y2 = sorted(min(max(y, -_OUTSIDE), size[1] + _OUTSIDE) for y in box[1::2])
+    return round(x1, 2), round(y1, 2), round(x2 - x1, 2), round(y2 - y1, 2)
 
 
 def _strokes(item: GalleryItem, pairs: Sequence[Panel]) -> dict[str, Stroke]:
@@ -127,18 +134,3 @@ def _embed(item: GalleryItem) -> tuple[str, str, tuple[int, int]]:
         image.save(stream, format="JPEG", quality=_QUALITY, optimize=True)
     encoded = base64.b64encode(stream.getvalue()).decode("ascii")
     return f"data:image/{kind};base64,{encoded}", "", size
-
-
-def _rectangle(stroke: Stroke, box: Box, size: tuple[int, int]) -> Rectangle:
-    """A box within the image and half its margin."""
-    outside, unit = _MARGIN * max(size) / 2, max(size) / _MAX_SIDE
-    x1, x2 = (min(max(x, -outside), size[0] + outside) for x in box[0::2])
-    y1, y2 = (min(max(y, -outside), size[1] + outside) for y in box[1::2])
-    return Rectangle(
-        corner=(round(min(x1, x2), 2), round(min(y1, y2), 2)),
-        size=(round(abs(x2 - x1), 2), round(abs(y2 - y1), 2)),
-        color=stroke.color,
-        line=round(stroke.width * unit, 2),
-        halo=round((stroke.width + _HALO) * unit, 2),
-        dashes=" ".join(f"{length * unit:.2f}" for length in stroke.dashes),
-    )

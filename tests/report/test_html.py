@@ -189,12 +189,14 @@ def pixels_of(card):
 
 def test_gallery_draws_the_right_box_then_those_of_the_first_pruner():
     shelf, card = card_of(gallery_item())
-    truth, compact, gap = card.rectangles
-    assert (truth.corner, truth.size) == ((20.0, 30.0), (30.0, 32.5))
+    (truth, right), (compact, _), (gap, answered) = card.boxes
+    # The longer side of an image, 96 pixels here, is drawn as 400.
+    assert card.size == (400, 400)
+    assert right == pytest.approx([edge * 400 / 96 for edge in (20.0, 30.0, 30.0, 32.5)], abs=0.01)
+    assert answered[0::2] == pytest.approx([25 * 400 / 96, 22 * 400 / 96], abs=0.01)
     assert (truth.color, compact.color, gap.color) == (INK, VERMILLION, BLUE)
-    assert (gap.corner[0], gap.size[0]) == (25.0, 22.0)
     assert compact.dashes and not gap.dashes
-    assert truth.line > gap.line
+    assert truth.width > gap.width
     assert [stroke.label for stroke in shelf.strokes] == ["right box", "compact positions", "GAP"]
     assert [(one.setting, one.iou, one.stroke is not None) for one in card.answers] == [
         ("random keep 0.3 compact", "IoU 0.10", True),
@@ -214,13 +216,12 @@ def test_gallery_keeps_boxes_within_the_image_and_leaves_out_what_is_none():
         for index, box in zip((3, 4, 0), strange, strict=True)
     ]
     _, card = card_of(dataclasses.replace(item, answers=tuple(answers)))
-    _, compact = card.rectangles
-    assert -card.margin < compact.corner[0]
-    assert compact.corner[0] + compact.size[0] < card.size[0] + card.margin
+    _, (_, (left, _, width, _)) = card.boxes
+    assert left > -8 and left + width < card.size[0] + 8
     one = dataclasses.replace(item, answers=(answers[2],))
     _, reversed_corners = card_of(one, rows=(whole_row(),))
-    drawn = reversed_corners.rectangles[1]
-    assert (drawn.corner, drawn.size) == ((3.0, 4.0), (6.0, 5.0))
+    _, drawn = reversed_corners.boxes[1]
+    assert drawn == pytest.approx([edge * 400 / 96 for edge in (3, 4, 6, 5)], abs=0.01)
 
 
 @pytest.mark.parametrize("size", [(40, 30), (3000, 20), (900, 1300)])
@@ -228,7 +229,8 @@ def test_gallery_images_are_of_bounded_size_and_small_ones_are_exact(tmp_path, s
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
     _, card = card_of(gallery_item(image=ImageSource(path=tmp_path / "noise.png")))
-    assert card.size == size
+    assert max(card.size) == 400
+    assert card.size[0] / card.size[1] == pytest.approx(size[0] / size[1], rel=0.01)
     assert max(pixels_of(card).size) <= 400
     # Nothing is larger than noise.
     assert len(card.uri) < 300_000
