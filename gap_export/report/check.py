@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 
@@ -41,6 +41,20 @@ _FIGURES: Mapping[str, str] = MappingProxyType(
         "difference_low": "at least (95 %)",
         "difference_high": "at most (95 %)",
     }
+)
+# Columns of numbers of a tensor.
+_ERRORS: Mapping[str, str] = MappingProxyType(
+    {
+        "max abs": "max_abs_diff",
+        "mean abs": "mean_abs_diff",
+        "p99 abs": "p99_abs_diff",
+        "max rel": "max_rel_diff",
+        "mean rel": "mean_rel_diff",
+        "p99 rel": "p99_rel_diff",
+    }
+)
+_BOUNDS: Mapping[str, str] = MappingProxyType(
+    {"max value": "max_abs_reference", "atol": "atol", "rtol": "rtol"}
 )
 # Figures that are no share of anything.
 _PLAIN_FIGURES = frozenset({"mean_iou"})
@@ -135,11 +149,43 @@ def tables(level: LevelResult) -> tuple[Table, ...]:
     """A level's details; outputs of graphs and tensors inside them apart."""
     tensors = tensor_rows(level)
     made = [
-        _positions([row for row in level.rows if isinstance(row, PositionsRow)]),
+        Table.of(
+            "ids that the rotary embedding reads",
+            [row for row in level.rows if isinstance(row, PositionsRow)],
+            {
+                "call": lambda row: row.call,
+                "readers": lambda row: row.readers,
+                "first and last id expected": lambda row: f"{row.expected[0]} to {row.expected[1]}",
+                "seen": lambda row: f"{row.seen[0]:.17g} to {row.seen[1]:.17g}",
+                "verdict": _word,
+            },
+            failed=lambda row: not row.passed,
+        ),
         _tensors("outputs of the graphs", [row for row in tensors if not row.module]),
         _tensors("tensors inside the graphs", [row for row in tensors if row.module], inside=True),
-        _tokens([row for row in level.rows if isinstance(row, TokenRow)]),
-        _boxes([row for row in level.rows if isinstance(row, BoxRow)]),
+        Table.of(
+            "answers that differ",
+            [row for row in level.rows if isinstance(row, TokenRow)],
+            {
+                "expression": lambda row: row.expression,
+                "first other token": lambda row: row.step,
+                "margin": lambda row: "none" if row.margin is None else f"{row.margin:.3g}",
+                "tie": lambda row: "yes" if row.is_tie else "no",
+                "reference": lambda row: row.reference,
+                "candidate": lambda row: row.candidate,
+            },
+            failed=lambda row: not row.is_tie,
+        ),
+        Table.of(
+            "boxes that differ",
+            [row for row in level.rows if isinstance(row, BoxRow)],
+            {
+                "expression": lambda row: row.expression,
+                "IoU": lambda row: f"{row.iou:.3f}",
+                "reference": lambda row: _edges(row.reference),
+                "candidate": lambda row: _edges(row.candidate),
+            },
+        ),
     ]
     return tuple(table for table in made if table.rows)
 
@@ -214,10 +260,6 @@ def _figures(level: LevelResult) -> tuple[Figure, ...]:
     return tuple(figures)
 
 
-def _failed(rows: Sequence[PositionsRow | TensorRow]) -> frozenset[int]:
-    return frozenset(index for index, row in enumerate(rows) if not row.passed)
-
-
 def _word(row: PositionsRow | TensorRow) -> str:
     if row.passed:
         return "ok"
@@ -226,22 +268,8 @@ def _word(row: PositionsRow | TensorRow) -> str:
     return f"{'beyond tolerance' if inside else STATUS_WORDS['failed']}: {row.reason}"
 
 
-def _positions(rows: Sequence[PositionsRow]) -> Table:
-    return Table(
-        title="ids that the rotary embedding reads",
-        header=("call", "readers", "first and last id expected", "seen", "verdict"),
-        rows=tuple(
-            (
-                row.call,
-                str(row.readers),
-                f"{row.expected[0]} to {row.expected[1]}",
-                f"{row.seen[0]:.17g} to {row.seen[1]:.17g}",
-                _word(row),
-            )
-            for row in rows
-        ),
-        failed=_failed(rows),
-    )
+def _edges(box: Box | None) -> str:
+    return "no box" if box is None else ", ".join(f"{value:.1f}" for value in box)
 
 
 def _tensors(title: str, rows: Sequence[TensorRow], *, inside: bool = False) -> Table:
@@ -250,67 +278,32 @@ def _tensors(title: str, rows: Sequence[TensorRow], *, inside: bool = False) -> 
         names = reasons.setdefault(row.why, [])
         if row.tensor not in names:
             names.append(row.tensor)
-    return Table(
-        title=title,
-        header=(
-            "tensor",
-            *(["module"] if inside else []),
-            *("component", "verdict", "calls", "max abs", "mean abs", "p99 abs", "max rel"),
-            *("mean rel", "p99 rel", "cosine", "NaN/Inf", "max value", "atol", "rtol"),
-        ),
-        rows=tuple(
-            (
-                row.tensor,
-                *([row.module] if inside else []),
-                row.component,
-                _word(row),
-                str(row.calls),
-                *map(number, (row.max_abs_diff, row.mean_abs_diff, row.p99_abs_diff)),
-                *map(number, (row.max_rel_diff, row.mean_rel_diff, row.p99_rel_diff)),
-                f"{row.cosine:.6f}",
-                str(row.num_nonfinite),
-                *map(number, (row.max_abs_reference, row.atol, row.rtol)),
-            )
-            for row in rows
-        ),
-        failed=_failed(rows),
-        notes=tuple(
+
+    def numbers(names: Mapping[str, str]) -> dict[str, Callable[[TensorRow], str]]:
+        def cell(name: str, row: TensorRow) -> str:
+            return number(getattr(row, name))
+
+        return {title: partial(cell, name) for title, name in names.items()}
+
+    return Table.of(
+        title,
+        rows,
+        {
+            "tensor": lambda row: row.tensor,
+            **({"module": lambda row: row.module} if inside else {}),
+            "component": lambda row: row.component,
+            "verdict": _word,
+            "calls": lambda row: row.calls,
+            **numbers(_ERRORS),
+            "cosine": lambda row: f"{row.cosine:.6f}",
+            "NaN/Inf": lambda row: row.num_nonfinite,
+            **numbers(_BOUNDS),
+        },
+        failed=lambda row: not row.passed,
+        notes=[
             f"tolerance of {', '.join(names[:3])}"
             f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {why}"
             for why, names in reasons.items()
-        ),
+        ],
         is_long=inside,
-    )
-
-
-def _tokens(rows: Sequence[TokenRow]) -> Table:
-    return Table(
-        title="answers that differ",
-        header=("expression", "first other token", "margin", "tie", "reference", "candidate"),
-        rows=tuple(
-            (
-                row.expression,
-                str(row.step),
-                "none" if row.margin is None else f"{row.margin:.3g}",
-                "yes" if row.is_tie else "no",
-                row.reference,
-                row.candidate,
-            )
-            for row in rows
-        ),
-        failed=frozenset(index for index, row in enumerate(rows) if not row.is_tie),
-    )
-
-
-def _boxes(rows: Sequence[BoxRow]) -> Table:
-    def edges(box: Box | None) -> str:
-        return "no box" if box is None else ", ".join(f"{value:.1f}" for value in box)
-
-    return Table(
-        title="boxes that differ",
-        header=("expression", "IoU", "reference", "candidate"),
-        rows=tuple(
-            (row.expression, f"{row.iou:.3f}", edges(row.reference), edges(row.candidate))
-            for row in rows
-        ),
     )

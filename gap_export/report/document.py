@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypeVar
 
+_Row = TypeVar("_Row")
 Status = Literal["passed", "failed", "not_run"]
 STATUS_WORDS: Mapping[str, str] = MappingProxyType(
     {"passed": "passed", "failed": "FAILED", "not_run": "not run"}
@@ -40,6 +41,36 @@ class Table:
     failed: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
     is_long: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        rows: Sequence[_Row],
+        columns: Mapping[str, Callable[[_Row], object]],
+        *,
+        failed: Callable[[_Row], bool] = lambda _: False,
+        notes: Sequence[str] = (),
+        is_long: bool = False,
+    ) -> Table:
+        """A table of records.
+
+        Args:
+            title: What it shows.
+            rows: A record each.
+            columns: How a record's cells are made, by the names of the columns.
+            failed: Whether a record is not as it should be.
+            notes: Lines below it.
+            is_long: As the attribute.
+        """
+        return cls(
+            title=title,
+            header=tuple(columns),
+            rows=tuple(tuple(str(cell(row)) for cell in columns.values()) for row in rows),
+            failed=frozenset(index for index, row in enumerate(rows) if failed(row)),
+            notes=tuple(notes),
+            is_long=is_long,
+        )
 
     def numeric_columns(self) -> frozenset[int]:
         """Indices of the columns that hold numbers alone, which are aligned at the right."""

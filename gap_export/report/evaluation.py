@@ -44,7 +44,7 @@ def document_of_evaluation(report: EvaluationReport) -> Document:
     panels = panels_of(report.rows)
     made = (
         _accuracy(report, lead),
-        Section(title="Paired comparisons", tables=(_comparisons(report),)),
+        _comparisons(report),
         _thresholds(report.rows, panels),
         _groups("kind", "kind of expression", lambda row: row.by_kind, report.rows, panels),
         # A split alone is the data set, of which all is said already.
@@ -149,6 +149,10 @@ def _interval(interval: Interval, sign: str = "") -> str:
 def _accuracy(report: EvaluationReport, lead: str) -> Section:
     rows = report.rows
     lacking = any(row.num_unusable for row in rows)
+    unusable: dict[str, Callable[[SettingRow], object]] = {
+        "not asked": lambda row: row.num_unusable,
+        "Acc@0.5 without those": lambda row: percent(row.acc_at_50_usable),
+    }
     notes = [f"{name}: {text}" for name, text in report.misalignments.items()]
     if any(row.num_tolerant for row in rows):
         notes.append("Read with tolerance: a box that is not written as the model should write it.")
@@ -159,33 +163,25 @@ def _accuracy(report: EvaluationReport, lead: str) -> Section:
             "Not asked, or not to be judged: the image is missing, broken or of another size "
             "than annotated, or the model refuses the text."
         )
-    table = Table(
-        title=f"Acc@0.5 by the protocol {report.protocol}",
-        header=(
-            *("setting", "Acc@0.5", "95 % interval", "of unpruned", "mean IoU", "without a box"),
-            *("read with tolerance", "out of scale", "cut off"),
-            *("visual tokens", "expressions", "images"),
-            *(("not asked", "Acc@0.5 without those") if lacking else ()),
-        ),
-        rows=tuple(
-            (
-                row.name,
-                percent(row.acc_at_50),
-                _interval(row.ci95),
-                percent(row.recovered),
-                f"{row.mean_iou:.3f}",
-                str(row.parse_failures),
-                str(row.num_tolerant),
-                str(row.num_out_of_scale),
-                str(row.num_cut_off),
-                f"{row.mean_visual_tokens:.1f}",
-                str(row.n),
-                str(row.num_images),
-                *((str(row.num_unusable), percent(row.acc_at_50_usable)) if lacking else ()),
-            )
-            for row in rows
-        ),
-        notes=tuple(notes),
+    table = Table.of(
+        f"Acc@0.5 by the protocol {report.protocol}",
+        rows,
+        {
+            "setting": lambda row: row.name,
+            "Acc@0.5": lambda row: percent(row.acc_at_50),
+            "95 % interval": lambda row: _interval(row.ci95),
+            "of unpruned": lambda row: percent(row.recovered),
+            "mean IoU": lambda row: f"{row.mean_iou:.3f}",
+            "without a box": lambda row: row.parse_failures,
+            "read with tolerance": lambda row: row.num_tolerant,
+            "out of scale": lambda row: row.num_out_of_scale,
+            "cut off": lambda row: row.num_cut_off,
+            "visual tokens": lambda row: f"{row.mean_visual_tokens:.1f}",
+            "expressions": lambda row: row.n,
+            "images": lambda row: row.num_images,
+            **(unusable if lacking else {}),
+        },
+        notes=notes,
     )
     names = names_of(row.other_protocols for row in rows)
     others = Table(
@@ -213,29 +209,27 @@ def _accuracy(report: EvaluationReport, lead: str) -> Section:
     return Section(title="Accuracy", tables=(table, others), figures=tuple(figures))
 
 
-def _comparisons(report: EvaluationReport) -> Table:
-    return Table(
-        title="two settings over the same expressions, counted at Acc@0.5",
-        header=(
-            *("first", "second", "both right", "first alone", "second alone", "none"),
-            *("difference in points", "95 % interval", "McNemar p"),
-        ),
-        rows=tuple(
-            (
-                pair.first,
-                pair.second,
-                *map(str, (pair.both, pair.only_first, pair.only_second, pair.neither)),
-                f"{100 * pair.difference:+.1f}",
-                _interval(pair.ci95, "+"),
-                p_value(pair.mcnemar_p),
-            )
-            for pair in report.comparisons
-        ),
-        notes=(
+def _comparisons(report: EvaluationReport) -> Section:
+    table = Table.of(
+        "two settings over the same expressions, counted at Acc@0.5",
+        report.comparisons,
+        {
+            "first": lambda pair: pair.first,
+            "second": lambda pair: pair.second,
+            "both right": lambda pair: pair.both,
+            "first alone": lambda pair: pair.only_first,
+            "second alone": lambda pair: pair.only_second,
+            "none": lambda pair: pair.neither,
+            "difference in points": lambda pair: f"{100 * pair.difference:+.1f}",
+            "95 % interval": lambda pair: _interval(pair.ci95, "+"),
+            "McNemar p": lambda pair: p_value(pair.mcnemar_p),
+        },
+        notes=[
             "p: exact, two-sided, not corrected for the number of comparisons. Expressions about "
-            "one image are treated as independent here, so it is a little small.",
-        ),
+            "one image are treated as independent here, so it is a little small."
+        ],
     )
+    return Section(title="Paired comparisons", tables=(table,))
 
 
 def _thresholds(rows: Sequence[SettingRow], panels: Sequence[Panel]) -> Section:
@@ -347,17 +341,23 @@ def _gallery(report: EvaluationReport) -> Table:
 def _unusable(report: EvaluationReport) -> tuple[Table, Table]:
     unusable = report.data.unusable
     counts = Counter((one.reason, one.counts_as_wrong) for one in unusable)
-    reasons = Table(
-        title="expressions by reason",
-        header=("reason", "expressions", "in the accuracy"),
-        rows=tuple(
-            (reason, str(count), "counted as wrong" if wrong else "left out")
-            for (reason, wrong), count in counts.most_common()
-        ),
+    reasons = Table.of(
+        "expressions by reason",
+        counts.most_common(),
+        {
+            "reason": lambda counted: counted[0][0],
+            "expressions": lambda counted: counted[1],
+            "in the accuracy": lambda counted: "counted as wrong" if counted[0][1] else "left out",
+        },
     )
-    each = Table(
-        title="each of them",
-        header=("question", "split", "reason", "seen"),
-        rows=tuple((one.question_id, one.split, one.reason, one.detail) for one in unusable),
+    each = Table.of(
+        "each of them",
+        unusable,
+        {
+            "question": lambda one: one.question_id,
+            "split": lambda one: one.split,
+            "reason": lambda one: one.reason,
+            "seen": lambda one: one.detail,
+        },
     )
     return reasons, each
