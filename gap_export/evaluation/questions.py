@@ -31,11 +31,10 @@ _COUNTED_AS_WRONG: frozenset[UnusableReason] = frozenset(
 class ImageSource:
     """Where an image comes from, and the frame that boxes on it are in.
 
-    Small, so that it can be sent to a worker. Exactly one of the first four is given.
+    Small, so that it can be sent to a worker. Exactly one of the first three is given.
 
     Attributes:
         path: A file.
-        encoded: Bytes of a file: PNG, JPEG.
         parquet: A file of parquet and a row of it, from 0; its column ``image`` holds the image.
         scene: Split, seed, index and number of expressions of a RefShapes scene.
         frame: ``raw``: boxes are of the image as stored; ``upright``: as displayed, turned as EXIF
@@ -43,13 +42,12 @@ class ImageSource:
     """
 
     path: Path | None = None
-    encoded: bytes | None = None
     parquet: tuple[Path, int] | None = None
     scene: tuple[Split, int, int, int] | None = None
     frame: ImageFrame = "upright"
 
     def __post_init__(self) -> None:
-        given = (self.path, self.encoded, self.parquet, self.scene)
+        given = (self.path, self.parquet, self.scene)
         assert sum(each is not None for each in given) == 1, "an image has one source"
 
     def load(self) -> ImageInput:
@@ -66,8 +64,6 @@ class ImageSource:
         """
         if self.path is not None:
             return self.path
-        if self.encoded is not None:
-            return EncodedImage(data=self.encoded, name="the image")
         if self.parquet is not None:
             # Not at the top: nothing else needs pyarrow.
             from gap_export.evaluation.datasets.parquet_images import read_image

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,81 +70,10 @@ def test_images_have_absolute_paths_since_workers_are_elsewhere(
     assert all(path is not None and path.is_absolute() for path in paths)
 
 
-def test_two_splits_and_none_named(tmp_path: Path) -> None:
-    root = write_refer(tmp_path)
-    with pytest.raises(UsageError, match=r"several splits .* allowed: val, testA; .*:val,testA"):
-        opened(f"refcoco:{root}")
-
-
-def test_split_without_a_name_is_told_of(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no such split: one without a name; allowed: val, testA"):
-        opened(f"refcoco:{write_refer(tmp_path)}:val,")
-
-
 def test_splits_are_asked_once_and_in_their_order(tmp_path: Path) -> None:
     data = opened(f"refcoco:{write_refer(tmp_path)}:testA,val,testA")
     assert data.splits == ("testA", "val")
     assert [one.split for one in data.questions] == ["testA", "val", "val", "val", "val"]
-
-
-def test_two_layouts_in_one_root_are_listed(tmp_path: Path) -> None:
-    root = write_refer(tmp_path)
-    (root / "refcoco_val.json").write_text("[]")
-    with pytest.raises(UsageError) as caught:
-        opened(f"refcoco:{root}:val")
-    assert "refcoco (refer: data/refcoco/refs(unc).p)" in str(caught.value)
-    assert "refcoco (per-split JSON: refcoco_val.json)" in str(caught.value)
-    assert "give the folder of one of them" in str(caught.value)
-
-
-def test_two_sets_in_one_folder_are_listed_with_a_way_to_name_one(tmp_path: Path) -> None:
-    root = write_refer(tmp_path)
-    write_refer(tmp_path, split_by="google")
-    with pytest.raises(UsageError, match=rf"refcoco-google \(refer: .*name one, as in .*:{root}"):
-        opened(f"{root}:val")
-
-
-@pytest.mark.parametrize("name", ["refcoco", "refcoco+", "refcocog"])
-def test_root_that_is_no_data_set_says_what_was_looked_for(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        opened(f"{name}:{tmp_path}:val")
-    split_by = "umd" if name == "refcocog" else "unc"
-    for part in (
-        f"{name} is not in this folder",
-        str(tmp_path),
-        f"refs({split_by}).p beside instances.json",
-        f"{name}_<split>.json",
-        "<split>-00000-of-00001.parquet",
-    ):
-        assert part in str(caught.value)
-
-
-def test_references_without_instances_are_no_data_set(tmp_path: Path) -> None:
-    root = write_refer(tmp_path)
-    (root / "data/refcoco/instances.json").unlink()
-    with pytest.raises(UsageError, match="beside instances"):
-        opened(f"refcoco:{root}:val")
-
-
-def test_folder_that_is_no_data_set_says_what_was_looked_for(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("nothing")
-    with pytest.raises(UsageError, match=r"holds no data set: .*refs\(unc\|umd.*questions\.jsonl"):
-        opened(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    "spec",
-    ["", ":", "refcoco", "refcoco:", "refcoco::val", "refcooc:/data:val", "a\0b", "~nobody/x"],
-)
-def test_spec_that_names_nothing_lists_what_may_be(spec: str) -> None:
-    with pytest.raises(UsageError, match=r"no such data set.*refshapes\[:SPLIT\], refcoco\|"):
-        opened(spec)
-
-
-def test_file_is_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps([]))
-    with pytest.raises(UsageError, match="not a folder"):
-        opened(f"{tmp_path / 'a.json'}")
 
 
 def test_same_data_has_the_same_fingerprint_wherever_it_is(tmp_path: Path) -> None:
@@ -151,12 +81,6 @@ def test_same_data_has_the_same_fingerprint_wherever_it_is(tmp_path: Path) -> No
     second = opened(f"refcoco:{write_refer(tmp_path / 'b', folder='refcoco')}:val")
     assert first.fingerprint == second.fingerprint
     assert first.fingerprint != opened(f"refcoco:{tmp_path / 'a'}:val,testA").fingerprint
-
-
-@pytest.mark.parametrize("spec", ["a" * 5000, f"refcoco:{'a' * 5000}:val", f"{'a' * 300}:val"])
-def test_name_that_no_folder_can_have_is_refused(spec: str) -> None:
-    with pytest.raises(UsageError, match="no such data set"):
-        opened(spec)
 
 
 @pytest.mark.parametrize("split", ["val 2", "near, far"])
@@ -168,3 +92,63 @@ def test_split_of_ones_own_may_have_any_name(tmp_path: Path, split: str) -> None
     ]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert opened(f"{tmp_path}:{split}").splits == (split,)
+
+
+def two_layouts(folder: Path) -> Path:
+    root = write_refer(folder)
+    (root / "refcoco_val.json").write_text("[]")
+    return root
+
+
+def two_sets(folder: Path) -> Path:
+    write_refer(folder, split_by="google")
+    return write_refer(folder)
+
+
+def no_instances(folder: Path) -> Path:
+    root = write_refer(folder)
+    (root / "data/refcoco/instances.json").unlink()
+    return root
+
+
+def notes(folder: Path) -> Path:
+    (folder / "notes.txt").write_text("nothing")
+    return folder
+
+
+BY_NAME = r"is not in this folder.* beside instances\.json, .*<split>\.json, <split>-00000-of"
+UNKNOWN = r"no such data set.*refshapes\[:SPLIT\], refcoco\|"
+
+
+@pytest.mark.parametrize(
+    ("make", "spec", "message"),
+    [
+        (write_refer, "refcoco:{}", "several splits .* allowed: val, testA; .*:val,testA"),
+        (write_refer, "refcoco:{}:val,", "no such split: one without a name; allowed: val, testA"),
+        (
+            two_layouts,
+            "refcoco:{}:val",
+            r"refcoco \(refer: data/refcoco/refs\(unc\)\.p\).*refcoco \(per-split JSON: refcoco_val"
+            ".*give the folder of one of them",
+        ),
+        (two_sets, "{}:val", r"refcoco-google \(refer: .*name one, as in .*:/"),
+        (no_instances, "refcoco:{}:val", "beside instances"),
+        (notes, "{}", r"holds no data set: .*refs\(unc\|umd.*questions\.jsonl"),
+        (notes, "{}/notes.txt", "not a folder"),
+        (notes, "refcoco:{}:val", rf"refcoco {BY_NAME}"),
+        (notes, "refcoco+:{}:val", rf"refcoco\+ {BY_NAME}"),
+        (notes, "refcocog:{}:val", rf"refcocog {BY_NAME}"),
+        *[
+            (notes, spec, UNKNOWN)
+            for spec in (
+                *("", ":", "refcoco", "refcoco:", "refcoco::val", "refcooc:/data:val", "a\0b"),
+                *("~nobody/x", "a" * 5000, f"refcoco:{'a' * 5000}:val", f"{'a' * 300}:val"),
+            )
+        ],
+    ],
+)
+def test_what_names_no_one_data_set_is_refused(
+    tmp_path: Path, make: Callable[[Path], Path], spec: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        opened(spec.format(make(tmp_path)))

@@ -145,6 +145,15 @@ def test_row_groups_are_read_once_in_order(root: Path, monkeypatch: pytest.Monke
     assert read == [(first, 0), (first, 1), (first, 2), (second, 0)]
 
 
+def test_an_image_has_one_source_and_a_file_is_left_to_the_session(tmp_path: Path) -> None:
+    path = tmp_path / "gone.png"
+    assert ImageSource(path=path).load() == path
+    with pytest.raises(AssertionError):
+        ImageSource(path=path, scene=("heldout", 0, 0, 4))
+    with pytest.raises(AssertionError):
+        ImageSource()
+
+
 def test_source_is_small_and_can_be_sent(root: Path) -> None:
     source = opened(f"refcoco:{root}:val").questions[3].image
     sent = pickle.dumps(source)
@@ -163,7 +172,7 @@ def test_broken_image_is_found_when_loaded(tmp_path: Path, content: Any) -> None
         load_image(data.questions[1].image.load(), pad_color=(0, 0, 0))
 
 
-def test_file_that_is_gone_or_cut_is_a_image_that_cannot_be_read(tmp_path: Path) -> None:
+def test_file_that_is_gone_or_cut_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
     file = write(tmp_path / "val.parquet", [entry(1, "a")])
     with pytest.raises(ImageError, match="row 5 of 1"):
         ImageSource(parquet=(file, 5)).load()
