@@ -30,7 +30,7 @@ def test_questions_that_fit_their_images_stay():
     assert (seen.questions, seen.unusable) == (tuple(asked), ())
 
 
-def test_a_image_of_another_size_than_annotated_is_wrong_and_listed():
+def test_an_image_of_another_size_than_annotated_is_wrong_and_listed():
     asked = two(annotated=(1280, 960))
     seen = compare_with_images(asked, answers(asked))
     assert [one.id for one in seen.questions] == ["7-0"]
@@ -40,7 +40,7 @@ def test_a_image_of_another_size_than_annotated_is_wrong_and_listed():
     assert listed.counts_as_wrong
 
 
-def test_a_box_outside_of_a_image_without_annotated_size_is_left_out():
+def test_a_box_outside_of_an_image_without_annotated_size_is_left_out():
     asked = two(box=(500.0, 10.0, 900.0, 50.0), annotated=None)
     seen = compare_with_images(asked, answers(asked))
     (listed,) = seen.unusable
@@ -60,7 +60,7 @@ def test_images_that_are_all_of_another_size_are_refused():
         compare_with_images(asked, answers(asked))
 
 
-def test_a_image_that_was_not_read_says_nothing_about_its_annotation():
+def test_an_image_that_was_not_read_says_nothing_about_its_annotation():
     asked = two(annotated=(10, 10))
     given = answers(asked)
     unread = replace(given["gap"]["8-0"], image_size=(0, 0), error="damaged")

@@ -141,7 +141,7 @@ def test_a_misalignment_of_nothing_gives_the_unpruned_answers(
         assert np.array_equal(one.id_table, other.id_table)
 
 
-def test_what_cannot_be_asked_is_a_record_with_an_error_and_costs_nobody_else(gap, tmp_path):
+def test_what_cannot_be_asked_is_a_record_with_an_error_and_costs_no_other(gap, tmp_path):
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(b"\x89PNG\r\n\x1a\n")
     first, second = QUESTIONS[:2]
@@ -152,11 +152,13 @@ def test_what_cannot_be_asked_is_a_record_with_an_error_and_costs_nobody_else(ga
         first, id="missing", image_id="m", image=ImageSource(path=tmp_path / "none.png")
     )
     broken = replace(first, id="broken", image_id="b", image=ImageSource(path=damaged))
-    encoded = replace(first, id="encoded", image_id="e", image=ImageSource(encoded=b"GIF"))
-    records = answer(gap, [first, long, second, empty, missing, broken, encoded])
+    (tmp_path / "parquet").touch()
+    parquet = ImageSource(parquet=(tmp_path / "parquet", 0))
+    gone = replace(first, id="gone", image_id="g", image=parquet)
+    records = answer(gap, [first, long, second, empty, missing, broken, gone])
     by_id = {record.question_id: record for record in records}
     failed = {name for name, record in by_id.items() if record.error is not None}
-    assert failed == {"long", "empty", "missing", "broken", "encoded"}
+    assert failed == {"long", "empty", "missing", "broken", "gone"}
     assert "too long" in by_id["long"].error and "none.png" in by_id["missing"].error
     for name in failed:
         assert (by_id[name].text, by_id[name].box, by_id[name].fractions) == ("", None, None)

@@ -186,7 +186,7 @@ def test_a_header_of_brackets_alone_is_something_else(path):
         open_file(path)
 
 
-def test_a_image_that_could_not_be_read_is_asked_about_again(path):
+def test_an_image_that_could_not_be_read_is_asked_about_again(path):
     broken = record("b", error="b.png is damaged", fault="broken picture", backend="")
     with open_file(path) as file:
         file.add([record("a"), broken])

@@ -165,7 +165,7 @@ def test_tokens_are_those_of_the_answers():
     assert judge_.row(answered, unpruned=None).mean_visual_tokens == 7
 
 
-def test_the_gallery_holds_each_question_once_and_a_image_once_a_kind():
+def test_the_gallery_holds_each_question_once_and_an_image_once_a_kind():
     judge_ = judging(questions(60))
     gap = judge(judge_, [RIGHT] * 20 + [HALF] * 20 + [WRONG] * 20, "gap")
     compact = judge(judge_, [WRONG] * 10 + [RIGHT] * 30 + [WRONG] * 20, "compact")

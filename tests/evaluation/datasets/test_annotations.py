@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from gap_export.evaluation.questions import Dataset, ImageSource
 ONE = Annotation(
     id="1",
     image_id="a",
-    image=ImageSource(encoded=b"a"),
+    image=ImageSource(path=Path("a.png")),
     image_name="a.jpg",
     expression="the cat",
     box=(1.0, 2.0, 3.0, 4.0),
@@ -72,7 +73,7 @@ def test_assemble_brings_images_together_in_their_order() -> None:
 
 
 def test_assemble_one_image_has_one_source() -> None:
-    data = made(ONE, replace(ONE, id="2", image=ImageSource(encoded=b"a copy")))
+    data = made(ONE, replace(ONE, id="2", image=ImageSource(path=Path("copy.png"))))
     first, second = data.questions
     assert first.image == second.image == ONE.image
 
@@ -160,6 +161,6 @@ def test_fingerprint_changes_when_a_missing_image_is_found() -> None:
 
 
 def test_fingerprint_is_not_of_the_place() -> None:
-    moved = replace(ONE, image=ImageSource(encoded=b"elsewhere"))
+    moved = replace(ONE, image=ImageSource(path=Path("elsewhere.png")))
     assert made(ONE).fingerprint == made(moved).fingerprint
     assert len(made(ONE).fingerprint) == 64
