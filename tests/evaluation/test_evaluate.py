@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from gap_export.errors import ImageError, OutputError, UsageError
-from gap_export.evaluation import evaluate
+from gap_export.evaluation import evaluate, job
 from gap_export.evaluation.evaluate import Asking, evaluate_bundle, evaluate_model
 from gap_export.exporting import ExportOptions, export_checkpoint, export_model, resolve_options
 from gap_export.report import EVALUATION_SCHEMA
@@ -165,7 +165,7 @@ def test_answers_that_are_kept_are_not_asked_again(
     def refuse(runner, shard):
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(evaluate.Runner, "answer", refuse)
+    monkeypatch.setattr(job.Runner, "answer", refuse)
     assert evaluate_bundle(tiny_bundle, **asked, asking=asking) == first
     with pytest.raises(OutputError, match="another evaluation"):
         evaluate_bundle(tiny_bundle, **{**asked, "num_samples": 3}, asking=asking)
@@ -204,7 +204,7 @@ def test_500_samples_of_refshapes_and_all_of_other_data_are_the_default(
         asked.append((spec, samples, seed))
         raise ImageError("far enough")
 
-    monkeypatch.setattr(evaluate, "open_dataset", refuse)
+    monkeypatch.setattr(job, "open_dataset", refuse)
     options = ExportOptions(model=str(tiny_checkpoint), pruning=PruningRequest(seed=3))
     for data in ("refshapes", "refshapes:train", str(per_split)):
         for number in (None, 7, 0):
@@ -315,7 +315,7 @@ def test_without_a_share_a_pruner_leaves_the_number_to_the_image_as_in_export(
         return SimpleNamespace(bundle=Path())
 
     monkeypatch.setattr(evaluate, "export_model", note)
-    monkeypatch.setattr(evaluate._Job, "measure", lambda *_: None)
+    monkeypatch.setattr(job.Job, "measure", lambda *_: None)
     options = ExportOptions(model=str(tiny_checkpoint))
     prunings = PruningRequest().variants(["trim", "spatial"], keep_ratios)
     evaluate_model(options, prunings=prunings, num_samples=1)
