@@ -65,11 +65,7 @@ class Runner:
     """
 
     def __init__(self, options: RunnerOptions) -> None:
-        """Nothing is opened yet.
-
-        Args:
-            options: How questions are asked.
-        """
+        """Nothing is opened yet."""
         self._options = options
         self._stack = ExitStack()
         self._opened: tuple[Bundle, Backend] | None = None
@@ -181,13 +177,7 @@ class Runner:
 
 
 def misalignment_of(setting: Setting, manifest: Manifest, *, seed: int) -> Misalignment | None:
-    """What a setting does to positions; None where they are those that pruning leaves.
-
-    Args:
-        setting: Its bundle drops nothing where it misaligns.
-        manifest: Of that bundle.
-        seed: Seed of random orders.
-    """
+    """What a setting does to positions; None where they are those that pruning leaves."""
     if setting.positions == "permuted":
         return Misalignment(kind="permuted", seed=seed)
     if setting.positions == "shifted":
@@ -217,11 +207,6 @@ def with_prompt(manifest: Manifest, template: str | None) -> Manifest:
 
 def check_prompt(template: str, spec: PromptSpec, *, reads_question: bool = False) -> None:
     """Refuse a template that cannot stand in for a model's own.
-
-    Args:
-        template: The user's.
-        spec: The model's.
-        reads_question: Whether a pruner has to find the question in it.
 
     Raises:
         UsageError: the image token or the expression is not in it once, nothing follows the image,

@@ -155,7 +155,7 @@ class Unusable:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Questions, and what could not be made one.
+    """Questions, and the expressions that could not be made one.
 
     Attributes:
         spec: How the user named it.

@@ -96,10 +96,10 @@ class RecordsFile:
     def __init__(
         self, path: Path, header: Mapping[str, str], *, pieces: Iterable[Sequence[str]]
     ) -> None:
-        """Open a file, or make it.
+        """Open a file, or make it in a folder that exists.
 
         Args:
-            path: The file; its folder exists.
+            path: The file.
             header: All that the answers depend on. A file with another one is refused.
             pieces: The questions as they are answered, one piece at a time; answers of a piece that
                 is not complete do not count.

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gap_export.bundle import Bundle, open_bundle
+from gap_export.bundle import open_bundle
 from gap_export.errors import OutputError, UsageError
 from gap_export.evaluation.measure import Runner, RunnerOptions, with_prompt
 from gap_export.evaluation.questions import Dataset
@@ -56,11 +56,7 @@ def open_executor(workers: str, options: RunnerOptions, progress: Progress) -> E
 
 
 def make_folder(folder: Path, what: str) -> None:
-    """Make a folder that results are put in, before the work.
-
-    Args:
-        folder: It, and those above it, may exist.
-        what: It is for, in words.
+    """Make a folder for results, and those above it, where they do not exist.
 
     Raises:
         OutputError: it cannot be made, is a file, or nothing can be put in it.
@@ -143,15 +139,8 @@ class Run:
             return {name: file.records for name, file in files.items()}
 
     def _open(self, setting: Setting, shards: Sequence[Shard]) -> RecordsFile:
-        return RecordsFile(
-            self.folder / f"{setting.slug}{SUFFIX}",
-            self._header(setting, open_bundle(setting.bundle)),
-            pieces=[[question.id for question in shard.questions] for shard in shards],
-        )
-
-    def _header(self, setting: Setting, bundle: Bundle) -> dict[str, str]:
-        """All that answers depend on."""
-        manifest = with_prompt(bundle.manifest, self.options.prompt)
+        """The records of a setting, under a header of all that its answers depend on."""
+        manifest = with_prompt(open_bundle(setting.bundle).manifest, self.options.prompt)
         header = {
             "gap_export_version": __version__,
             "model": manifest.model.name,
@@ -168,7 +157,8 @@ class Run:
         }
         if self.options.engines is not None and setting.backend is None:
             header["engines"] = self.options.engines
-        return header
+        pieces = [[question.id for question in shard.questions] for shard in shards]
+        return RecordsFile(self.folder / f"{setting.slug}{SUFFIX}", header, pieces=pieces)
 
 
 def _digest(manifest: Manifest) -> str:

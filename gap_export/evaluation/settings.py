@@ -57,12 +57,7 @@ class Setting:
 
 
 def whole_settings(bundle: Path, positions: Sequence[SettingPositions]) -> list[Setting]:
-    """Settings that drop no token.
-
-    Args:
-        bundle: A bundle that keeps all tokens.
-        positions: ``none``, ``permuted``, ``shifted``: one setting for each.
-    """
+    """Settings of a bundle that keeps all tokens, one for each of these positions."""
     return [
         Setting(
             name="unpruned" if mode == "none" else mode,
@@ -78,12 +73,7 @@ def whole_settings(bundle: Path, positions: Sequence[SettingPositions]) -> list[
 
 
 def pruned_settings(bundle: Path, pruning: PruningSpec) -> tuple[Setting, Setting]:
-    """A pruned bundle with compact positions, and with GAP.
-
-    Args:
-        bundle: The bundle of the pruned model.
-        pruning: What its manifest says of pruning.
-    """
+    """A pruned bundle with compact positions, and with GAP."""
     keep = f"{pruning.keep_ratio:g}"
     # As short as can be, without two being the same.
     exact = keep if float(keep) == pruning.keep_ratio else repr(pruning.keep_ratio)
@@ -117,12 +107,7 @@ class Misalignment:
     shift: int = 0
 
     def edit(self, expression: str, row: PromptRow) -> PromptRow:
-        """One row of the prompt, misaligned.
-
-        Args:
-            expression: What is asked.
-            row: All of its visual tokens, in raster order.
-        """
+        """Misalign the row of an expression, which holds all visual tokens in raster order."""
         if self.kind == "shifted":
             return replace(row, shift=self.shift)
         return permute(row, random_order(self.seed, expression, len(row.image_features)))
@@ -141,12 +126,7 @@ class Misalignment:
 
 
 def permute(row: PromptRow, order: Int64Array) -> PromptRow:
-    """Let visual tokens enter in another order, ids given by the order of input.
-
-    Args:
-        row: All of its visual tokens, in raster order.
-        order: int64 [N], which token enters first, second, ...
-    """
+    """Let visual tokens enter in another order, int64 [N], ids given by the order of input."""
     return replace(row, image_features=row.image_features[order])
 
 

@@ -93,12 +93,7 @@ class Judging:
     seed: int
 
     def judge(self, setting: Setting, records: Mapping[str, Record]) -> Answered:
-        """Score the answers of one setting.
-
-        Args:
-            setting: What was asked.
-            records: One for each question, by its id.
-        """
+        """Score the answers of one setting, which are given by the ids of the questions."""
         ordered = tuple(records[question.id] for question in self.questions)
         scores = tuple(map(self._score, ordered, self.questions))
         return Answered(setting=setting, records=ordered, scores=scores)
@@ -117,12 +112,7 @@ class Judging:
         )
 
     def row(self, answered: Answered, unpruned: float | None) -> SettingRow:
-        """One row of the report.
-
-        Args:
-            answered: The setting.
-            unpruned: acc_at_50 of the unpruned row; None for that row itself.
-        """
+        """One row of the report, beside the accuracy of the unpruned row, if it is not that row."""
         # An expression that could not be asked is answered wrongly.
         scores = [
             *answered.scores,
@@ -194,12 +184,8 @@ class Judging:
     ) -> tuple[GalleryItem, ...]:
         """Questions that one setting with GAP did best and worst, and that GAP alone got right.
 
-        At most one an image and kind, and each question once.
-
-        Args:
-            settings: All of the report.
-            compact: With compact positions.
-            gap: The same with GAP.
+        At most one for each image and kind, and each question once. It holds the answers of all
+        settings, and is chosen by a pair with compact positions and with GAP.
         """
         places = range(len(self.questions))
         asked = [place for place in places if gap.records[place].error is None]

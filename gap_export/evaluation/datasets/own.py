@@ -33,12 +33,7 @@ _FRAMES: tuple[ImageFrame, ...] = get_args(ImageFrame)
 
 
 def find(root: Path, known: KnownSet | None) -> list[StoredSet]:
-    """The data set of this layout in a folder.
-
-    Args:
-        root: Where to look.
-        known: Not None: a published data set is looked for, and none is stored so.
-    """
+    """The data set of this layout in a folder; no published one is stored so."""
     file = root / LOOKED_FOR
     if known is not None or not is_file(file):
         return []

@@ -47,12 +47,7 @@ _MAX_SHOWN = 500
 
 
 def find(root: Path, known: KnownSet | None) -> list[StoredSet]:
-    """The data sets of this layout in a folder.
-
-    Args:
-        root: Where to look, there and in ``data``.
-        known: Which to look for, also in folders of its name; None: any.
-    """
+    """The data sets of this layout in a folder and ``data``; a known one also by its names."""
     if known is not None and not known.is_default:
         return []
     folders = [root, root / "data"]

@@ -22,12 +22,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 
 
 def find(root: Path, known: KnownSet | None) -> list[StoredSet]:
-    """The data sets of this layout in a folder.
-
-    Args:
-        root: Where to look.
-        known: Which to look for, also in a folder of its name; None: any, in the folder itself.
-    """
+    """The data sets of this layout in a folder; a known one also in a folder of its name."""
     if known is not None and not known.is_default:
         return []
     folders = [root] if known is None else [root, root / known.folders[0]]

@@ -34,12 +34,7 @@ _BASES = ("", "data", "refer", "refer/data", "annotations")
 
 
 def find(root: Path, known: KnownSet | None) -> list[StoredSet]:
-    """The data sets of this layout in a folder.
-
-    Args:
-        root: Where to look.
-        known: Which to look for, also in folders below; None: any, in the folder itself.
-    """
+    """The data sets of this layout in a folder; those with a known name also in folders below."""
     if known is None:
         if not root.is_dir() or not is_file(root / _INSTANCES):
             return []

@@ -15,13 +15,7 @@ _EXPRESSIONS_PER_IMAGE = 4
 
 
 def open_refshapes(spec: str, split: str | None, *, samples: int | None, seed: int) -> Dataset:
-    """The first expressions of a split, by default of what is held out.
-
-    Args:
-        spec: How the user named it.
-        split: ``heldout``, ``train`` or None.
-        samples: How many; it has no end.
-        seed: Seed of the scenes.
+    """The first expressions of a split, by default of what is held out; it has no end.
 
     Raises:
         UsageError: no such split, or no number.

@@ -1,6 +1,6 @@
-"""Who answers the questions of an evaluation: this process, or the workers of a Ray cluster.
+"""Answering the questions of an evaluation, in this process or in the workers of a Ray cluster.
 
-Work is cut into shards the same way whoever does it, so the answers are the same as well.
+Work is cut into the same shards for both, so the answers are the same as well.
 """
 
 from __future__ import annotations
@@ -53,13 +53,7 @@ class Executor(Protocol):
 def cut_shards(
     setting: Setting, questions: Sequence[Question], *, size: int = SHARD_SIZE
 ) -> list[Shard]:
-    """Cut questions into shards at image borders, whoever will answer them.
-
-    Args:
-        setting: What is asked.
-        questions: Those of one image stand together.
-        size: A shard is closed once it has so many questions.
-    """
+    """Cut questions, those of one image together, into shards that end once they have that size."""
     pieces: list[tuple[Question, ...]] = []
     current: list[Question] = []
     for _, group in groupby(questions, key=lambda question: question.image_id):
