@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from gap_export.errors import UsageError
 from gap_export.evaluation.datasets.annotations import Annotation, assemble
 from gap_export.evaluation.questions import Dataset, ImageSource
-from gap_export.evaluation.refshapes import IMAGE_SIZE, Split, generate_scene
+from gap_export.evaluation.refshapes import (
+    EXPRESSIONS_PER_IMAGE,
+    IMAGE_SIZE,
+    Split,
+    iter_samples,
+)
 
 NAME = "refshapes"
 SPLITS: tuple[Split, ...] = ("heldout", "train")
-_EXPRESSIONS_PER_IMAGE = 4
 
 
 def open_refshapes(spec: str, split: str | None, *, samples: int | None, seed: int) -> Dataset:
@@ -40,25 +44,18 @@ def open_refshapes(spec: str, split: str | None, *, samples: int | None, seed: i
 
 
 def _annotations(split: Split, samples: int, seed: int) -> Iterator[Annotation]:
-    index = asked = 0
-    while asked < samples:
-        source = (split, seed, index, _EXPRESSIONS_PER_IMAGE)
-        scene = generate_scene(
-            split=split, seed=seed, index=index, num_expressions=_EXPRESSIONS_PER_IMAGE
+    for sample in iter_samples(split=split, seed=seed, num_samples=samples):
+        scene, expression = sample.scene, sample.expression
+        image_id = f"{split}-{seed}-{scene.index}"
+        left, top, right, bottom = sample.box
+        yield Annotation(
+            id=f"{image_id}-{scene.expressions.index(expression)}",
+            image_id=image_id,
+            image=ImageSource(scene=(split, seed, scene.index, EXPRESSIONS_PER_IMAGE)),
+            image_name=image_id,
+            expression=expression.text,
+            box=(float(left), float(top), float(right), float(bottom)),
+            image_size=(IMAGE_SIZE, IMAGE_SIZE),
+            kind=expression.kind,
+            split=split,
         )
-        image_id = f"{split}-{seed}-{index}"
-        for number, expression in enumerate(scene.expressions[: samples - asked]):
-            left, top, right, bottom = scene.objects[expression.target].box
-            yield Annotation(
-                id=f"{image_id}-{number}",
-                image_id=image_id,
-                image=ImageSource(scene=source),
-                image_name=image_id,
-                expression=expression.text,
-                box=(float(left), float(top), float(right), float(bottom)),
-                image_size=(IMAGE_SIZE, IMAGE_SIZE),
-                kind=expression.kind,
-                split=split,
-            )
-            asked += 1
-        index += 1

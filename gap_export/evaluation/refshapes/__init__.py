@@ -40,6 +40,7 @@ from gap_export.evaluation.refshapes.render import render
 
 __all__ = [
     "COLORS",
+    "EXPRESSIONS_PER_IMAGE",
     "GRID_SIZE",
     "IMAGE_SIZE",
     "PATCH_SIZE",
@@ -60,6 +61,8 @@ Split = Literal["train", "heldout"]
 
 _SPLIT_KEYS: dict[str, int] = {"train": 1, "heldout": 2}
 _MIN_EXPRESSIONS = 4
+# Questions about one image, at most.
+EXPRESSIONS_PER_IMAGE = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,23 +152,21 @@ def generate_scene(*, split: Split, seed: int, index: int, num_expressions: int 
     )
 
 
-def iter_samples(
-    *, seed: int, num_samples: int, expressions_per_image: int = 4
-) -> Iterator[Sample]:
-    """Yield held-out questions, image by image.
+def iter_samples(*, seed: int, num_samples: int, split: Split = "heldout") -> Iterator[Sample]:
+    """Yield questions, image by image; those about one image are all different.
 
     Args:
-        seed: Seed of the held-out set.
+        seed: Seed of the scenes.
         num_samples: How many questions to yield.
-        expressions_per_image: Most questions asked about one image; they are all different.
+        split: "heldout", or "train".
 
     Yields:
-        Exactly `num_samples` samples from at least num_samples / expressions_per_image images.
+        Exactly `num_samples` samples, at most `EXPRESSIONS_PER_IMAGE` about one image.
     """
     index = yielded = 0
     while yielded < num_samples:
         scene = generate_scene(
-            split="heldout", seed=seed, index=index, num_expressions=expressions_per_image
+            split=split, seed=seed, index=index, num_expressions=EXPRESSIONS_PER_IMAGE
         )
         index += 1
         for expression in scene.expressions[: num_samples - yielded]:
