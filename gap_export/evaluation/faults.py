@@ -19,7 +19,7 @@ class Seen:
 
     Attributes:
         questions: Those whose annotation fits the image, boxes cut at its border.
-        unusable: The others: no answer to them can be judged.
+        unusable: Those to which no answer can be judged.
     """
 
     questions: tuple[Question, ...]
@@ -47,9 +47,9 @@ def compare_with_images(questions: Sequence[Question], answers: Answers) -> Seen
             "none of the expressions could be asked",
             seen=f"{question.id}: {failed.error}",
             # Other expressions are another data set; an image that was broken is asked again.
-            fix="mend the expressions; with --records name another folder then"
+            fix="correct the expressions; with --records name another folder then"
             if failed.fault == "refused expression"
-            else "mend the images",
+            else "repair the images",
         )
     fitting: list[Question] = []
     unusable: list[Unusable] = []

@@ -255,7 +255,7 @@ def _answer_batch(
     except ExpressionError as err:
         if len(questions) == 1:
             return [_failed(questions[0], err)]
-        # A question that is refused must not cost the others their answers.
+        # Questions are asked one by one, so that only the refused one has no answer.
         return [record for one in questions for record in _answer_batch(session, image, [one])]
     records = []
     for question, answer in zip(questions, answers, strict=True):

@@ -20,8 +20,8 @@ UnusableReason = Literal[
     "empty expression",
     "refused expression",
 ]
-# An answer to one of these would be right or wrong, so not to have one is wrong. For the others no
-# right answer exists.
+# A correct answer exists to these, so a missing answer is wrong. To all other expressions there is
+# none.
 _COUNTED_AS_WRONG: frozenset[UnusableReason] = frozenset(
     {"missing picture", "broken picture", "picture of another size", "refused expression"}
 )
@@ -147,8 +147,8 @@ class Unusable:
     def counts_as_wrong(self) -> bool:
         """Whether it stays in the denominator, as a wrong answer.
 
-        An image that is not here is the user's lack, and an accuracy over the others would not be
-        that of the data set. An annotation that no answer can match is taken out.
+        Without the expressions whose image is missing, the accuracy would not be that of the data
+        set. An annotation that no answer can match is left out.
         """
         return self.reason in _COUNTED_AS_WRONG
 

@@ -1,4 +1,4 @@
-"""Answers as they were given, independent of how they will be judged; in files, to go on from.
+"""Answers as they were given, before they are judged, in files from which work can be resumed.
 
 A file of records is JSON lines: first what was asked of what, then one answer a line. It is written
 piece by piece: however an evaluation ends, the answers before it are there; a last piece that was
@@ -216,7 +216,7 @@ def _line(plain: Mapping[str, object]) -> bytes:
 
 def _something_else(path: Path) -> OutputError:
     return OutputError(
-        "a file of records is to be where something else is",
+        "there is something else where a file of records should be",
         seen=path,
         fix="name another folder for the records",
     )
@@ -237,7 +237,7 @@ def _check_header(path: Path, line: bytes, wanted: Mapping[str, object]) -> None
     differing = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
     if differing:
         raise OutputError(
-            "the records are from another evaluation, and cannot be gone on with",
+            "the records are from another evaluation, which cannot be resumed as this one",
             seen=f"{path} has "
             + "; ".join(
                 f"{key} {_short(found.get(key))}, asked is {_short(wanted.get(key))}"

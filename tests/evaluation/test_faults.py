@@ -95,8 +95,11 @@ def test_questions_none_of_which_could_be_asked_are_refused_with_the_first_cause
 @pytest.mark.parametrize(
     ("fault", "fix"),
     [
-        ("broken picture", "; mend the images"),
-        ("refused expression", "; mend the expressions; with --records name another folder then"),
+        ("broken picture", "; repair the images"),
+        (
+            "refused expression",
+            "; correct the expressions; with --records name another folder then",
+        ),
     ],
 )
 def test_what_is_to_be_mended_is_said(fault, fix):

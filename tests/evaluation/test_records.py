@@ -182,7 +182,7 @@ def test_a_header_that_was_cut_off_is_written_again(path):
 
 def test_a_header_of_brackets_alone_is_something_else(path):
     path.write_text("[" * 100_000 + "\n")
-    with pytest.raises(OutputError, match="something else is"):
+    with pytest.raises(OutputError, match="there is something else"):
         open_file(path)
 
 

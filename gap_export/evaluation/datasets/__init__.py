@@ -138,7 +138,7 @@ def _find(root: Path, known: KnownSet | None) -> StoredSet:
             ),
             fix=f"name one, as in {names[0]}:{root}"
             if by_name
-            else "give the folder of one of them, or move the others away",
+            else "give the folder of one of them, or move all but one away",
         )
     if known is None:
         looked_for = (refer.LOOKED_FOR, per_split.LOOKED_FOR, parquet.LOOKED_FOR, own.LOOKED_FOR)

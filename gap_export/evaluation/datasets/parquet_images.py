@@ -53,7 +53,7 @@ def reading(file: Path) -> Iterator[None]:
 
     try:
         yield
-    # An ArrowException may also be one of the others; a file that is gone is an OSError.
+    # An ArrowException may also be a ValueError; a missing file is an OSError.
     except (ArrowException, OSError, ValueError, KeyError, IndexError) as err:
         lines = str(err).splitlines() or [type(err).__name__]
         raise UsageError(

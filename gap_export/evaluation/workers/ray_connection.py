@@ -86,7 +86,7 @@ def ray_connection(address: str | None, num_workers: int | None) -> Iterator[int
                 )
             yield num_workers or num_cpus
         finally:
-            # Ends the processes that were started here, and no others.
+            # Ends only the processes that were started here.
             ray.shutdown()
 
 
