@@ -33,10 +33,12 @@ def to_markdown(document: Document) -> str:
     lines = [f"# {escape(document.heading)}", ""]
     if document.lead:
         lines += [escape(document.lead), ""]
-    lines += [f"- {name}: {escape(value)}" for name, value in document.facts]
     if document.problems:
-        lines += ["", f"**{document.problems_title}**", ""]
-        lines += [f"- {escape(text)}" for text in document.problems]
+        lines += [f"**{document.problems_title}**", ""]
+        lines += [*(f"- {escape(text)}" for text in document.problems), ""]
+        # Without a heading between them, the facts would be of the same list.
+        lines += ["**Facts**", ""]
+    lines += [f"- {name}: {escape(value)}" for name, value in document.facts]
     for section in document.sections:
         # A summary leaves out what is as it should be, of tables with hundreds of rows.
         tables = [(table, _shown_rows(table)) for table in section.tables]

@@ -78,10 +78,10 @@ def test_evaluation_has_a_line_for_each_setting():
     }
 
 
-def test_doubts_come_before_the_tables():
+def test_doubts_come_first():
     doubt = "out of scale: 57 of 60; <b>"
     page = rendered(markdown_of(warnings=(doubt,)))
-    assert 0 < page.text.index(doubt) < page.text.index("Accuracy")
+    assert 0 < page.text.index(doubt) < page.text.index("model: ")
 
 
 def test_settings_are_compared_in_pairs():
