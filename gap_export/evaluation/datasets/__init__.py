@@ -24,7 +24,7 @@ from gap_export.evaluation.datasets import own, parquet, per_split, refer
 from gap_export.evaluation.datasets.annotations import assemble, check_box
 from gap_export.evaluation.datasets.refshapes_set import NAME as REFSHAPES
 from gap_export.evaluation.datasets.refshapes_set import open_refshapes
-from gap_export.evaluation.datasets.stored import KNOWN_SETS, KnownSet, StoredSet, unique
+from gap_export.evaluation.datasets.stored import KNOWN_SETS, KnownSet, StoredSet
 from gap_export.evaluation.questions import Dataset
 
 __all__ = ["check_box", "open_dataset"]
@@ -123,9 +123,11 @@ def _find(root: Path, known: KnownSet | None) -> StoredSet:
     # In a folder, one that is below it under its own name is as good as one that is there.
     wanted = [known] if known is not None else [None, *KNOWN_SETS.values()]
     try:
-        found = unique([one for which in wanted for find in _FINDERS for one in find(root, which)])
+        stored = [one for which in wanted for find in _FINDERS for one in find(root, which)]
     except OSError as err:
         raise UsageError("a folder cannot be read", seen=f"{root}: {err.strerror or err}") from err
+    # Several names may lead to the same files.
+    found = list({one.files: one for one in reversed(stored)}.values())[::-1]
     if len(found) == 1:
         return found[0]
     if found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,11 +139,3 @@ def name_after(folder: Path, split_by: str | None = None) -> str:
         if known.split_by == split_by or (split_by is None and known.is_default):
             return known.name
     return own if split_by is None else f"{own}-{split_by}"
-
-
-def unique(sets: Sequence[StoredSet]) -> list[StoredSet]:
-    """Without those of the same files, which several names may lead to; the first is kept."""
-    by_files: dict[tuple[Path, ...], StoredSet] = {}
-    for one in sets:
-        by_files.setdefault(one.files, one)
-    return list(by_files.values())
