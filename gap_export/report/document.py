@@ -165,11 +165,6 @@ class Shelf:
     cards: tuple[Card, ...]
 
 
-def no_gallery() -> tuple[Shelf, ...]:
-    """The gallery of a section that has none."""
-    return ()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Section:
     """A part of a report.
@@ -190,7 +185,7 @@ class Section:
     callouts: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
-    gallery: Callable[[], Sequence[Shelf]] = no_gallery
+    gallery: Callable[[], Sequence[Shelf]] = lambda: ()
 
 
 @dataclass(frozen=True, kw_only=True)

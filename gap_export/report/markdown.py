@@ -41,7 +41,10 @@ def to_markdown(document: Document) -> str:
     lines += [f"- {name}: {escape(value)}" for name, value in document.facts]
     for section in document.sections:
         # A summary leaves out what is as it should be, of tables with hundreds of rows.
-        tables = [(table, _shown_rows(table)) for table in section.tables]
+        tables = [
+            (table, sorted(table.failed) if table.is_long else range(len(table.rows)))
+            for table in section.tables
+        ]
         if not any(shown for _, shown in tables):
             continue
         word = f": {STATUS_WORDS[section.status]}" if section.status else ""
@@ -51,10 +54,6 @@ def to_markdown(document: Document) -> str:
                 lines += ["", f"**{escape(table.title)}**", "", *_table_lines(table, shown)]
                 lines += ["", *(f"- {escape(note)}" for note in table.notes)]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _shown_rows(table: Table) -> Sequence[int]:
-    return sorted(table.failed) if table.is_long else range(len(table.rows))
 
 
 def _table_lines(table: Table, shown: Sequence[int]) -> list[str]:

@@ -40,7 +40,14 @@ def find(root: Path, known: KnownSet | None) -> list[StoredSet]:
 
     @cache
     def rows() -> list[Row]:
-        return _read_rows(file)
+        found = list(read_json_lines(file))
+        for row in found:
+            unknown = sorted(row.values.keys() - _KEYS)
+            if unknown:
+                raise row.refuse(unknown[0], f"the keys {', '.join(sorted(_KEYS))}")
+            if ("split" in row.values) != ("split" in found[0].values):
+                raise row.refuse("split", "in every line, or in none")
+        return found
 
     return [
         StoredSet(
@@ -52,17 +59,6 @@ def find(root: Path, known: KnownSet | None) -> list[StoredSet]:
             read=lambda split: _annotations(root, split, rows()),
         )
     ]
-
-
-def _read_rows(file: Path) -> list[Row]:
-    rows = list(read_json_lines(file))
-    for row in rows:
-        unknown = sorted(row.values.keys() - _KEYS)
-        if unknown:
-            raise row.refuse(unknown[0], f"the keys {', '.join(sorted(_KEYS))}")
-        if ("split" in row.values) != ("split" in rows[0].values):
-            raise row.refuse("split", "in every line, or in none")
-    return rows
 
 
 def _annotations(folder: Path, split: str, rows: Sequence[Row]) -> Iterator[Annotation]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +35,12 @@ def read_image(file: Path, row: int) -> bytes:
     require_extra("refcoco", "reading parquet files")
     try:
         with reading(file):
-            group, first = _group_of(file, row)
-            encoded = _images(file, group)[row - first].as_py()
+            sizes = _group_sizes(file)
+            ends = list(accumulate(sizes))
+            group = bisect_right(ends, row)
+            if group == len(sizes):
+                raise IndexError(f"row {row} of {sum(sizes)}")
+            encoded = _images(file, group)[row - ends[group] + sizes[group]].as_py()
     except UsageError as err:
         raise ImageError(err.what, seen=err.seen) from err
     if not isinstance(encoded, bytes):
@@ -83,16 +89,6 @@ def _group_sizes(file: Path) -> tuple[int, ...]:
     with open_parquet(file) as opened:
         metadata = opened.metadata
         return tuple(metadata.row_group(n).num_rows for n in range(metadata.num_row_groups))
-
-
-def _group_of(file: Path, row: int) -> tuple[int, int]:
-    """The row group that a row is in, and the first row of that group."""
-    first = 0
-    for group, size in enumerate(_group_sizes(file)):
-        if row < first + size:
-            return group, first
-        first += size
-    raise IndexError(f"row {row} of {first}")
 
 
 @lru_cache(maxsize=1)
