@@ -17,6 +17,7 @@ from gap_export.exporting.engine_forms import (
     find_limits,
 )
 from gap_export.spec.manifest import GraphSpec, TilesSpec
+from gap_export.spec.requests import LimitsRequest
 
 
 def forms(*specs, base_dtype="float16", lowering=None):
@@ -82,8 +83,7 @@ def test_what_the_oldest_tensorrt_does_not_document_is_noted(tmp_path, operators
 
 
 def limits(manifest, **how):
-    given = {"max_prompt": None, "max_new_tokens": None, "max_batch": 1, **how}
-    return find_limits(manifest, num_template_tokens=6, **given)
+    return find_limits(manifest, num_template_tokens=6, request=LimitsRequest(**how))
 
 
 def test_limits_are_the_largest_the_bundle_can_be_asked_for(sample_manifest):
