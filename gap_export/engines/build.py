@@ -52,7 +52,7 @@ def build_engines(
         bundle: Opened, and so checked.
         choice: The target, and the GPU generation.
         only: Components; empty for all. The folder's other engines stay, if they fit.
-        overrides: Of the bundle's sizes.
+        overrides: Sizes in place of the bundle's.
         options: How to build.
         progress: Progress reporter, a stage for each component.
         warn: Is called, before anything is built, where memory may not suffice.
@@ -106,7 +106,7 @@ def check_build(
         bundle: Opened, and so checked.
         choice: The target, and the GPU generation.
         only: Components; empty for all.
-        overrides: Of the bundle's sizes.
+        overrides: Sizes in place of the bundle's.
         options: How to build.
 
     Returns:
@@ -153,7 +153,7 @@ def target_graphs(
     """The graphs that a target's engines are built from.
 
     Args:
-        manifest: Of the bundle.
+        manifest: The bundle's.
         target: The target.
         only: Components; empty for all.
 

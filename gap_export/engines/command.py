@@ -27,10 +27,10 @@ def run_build(
     """Build the engines of some targets from a bundle.
 
     Args:
-        bundle: Its folder; every byte of it is hashed first.
-        targets: As the user wrote them, e.g. ``rtx:sm89``.
+        bundle: The bundle's folder; every byte of it is hashed first.
+        targets: What the user wrote, e.g. ``rtx:sm89``.
         only: Components; empty for all.
-        overrides: Of the bundle's sizes.
+        overrides: Sizes in place of the bundle's.
         options: How to build.
         progress: Progress reporter, a stage for each component.
         warn: Is called with a sentence where memory may not suffice.

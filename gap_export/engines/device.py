@@ -22,7 +22,7 @@ class Gpu:
     """A GPU.
 
     Attributes:
-        name: As the driver calls it.
+        name: The driver's name of it.
         compute_capability: SM number, e.g. 89.
         memory_bytes: All of it; of an integrated GPU: the machine's memory that is free now.
         integrated: It shares the machine's memory, as on a Jetson.

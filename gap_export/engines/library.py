@@ -26,10 +26,7 @@ _EXTRAS: Mapping[LibraryName, str] = MappingProxyType(
 class TensorRT:
     """A TensorRT package that was imported.
 
-    Attributes:
-        name: Of the package.
-        module: The package itself.
-        version: Its full version, e.g. ``10.3.0`` or ``1.7.1.116``.
+    The version is the full one, e.g. ``10.3.0`` or ``1.7.1.116``.
     """
 
     name: LibraryName
@@ -58,9 +55,9 @@ def import_tensorrt(
     """Import a TensorRT package.
 
     Args:
-        name: Which.
+        name: The package.
         purpose: What needs it, e.g. ``running engines``.
-        allowed: Which versions will do.
+        allowed: The versions that will do, for the message.
         otherwise: What to do where it is missing; None: install it.
 
     Raises:

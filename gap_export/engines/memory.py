@@ -34,9 +34,9 @@ class MemoryEstimate:
     """Bytes, from the manifest and the limits alone.
 
     Attributes:
-        weights: Of all engines.
-        largest_weights: Of the largest one.
-        kv_cache: For the largest batch, at full length.
+        weights: Weights of all engines.
+        largest_weights: Weights of the largest engine.
+        kv_cache: The cache of the largest batch, at full length.
         activations: What lives at a time in the decoder's prefill, roughly.
     """
 
@@ -63,7 +63,7 @@ def estimate_memory(
 
     Args:
         bundle: The bundle.
-        graphs: Of the bundle.
+        graphs: Some of its graphs.
         limits: The largest sizes.
 
     Raises:
@@ -107,8 +107,8 @@ def memory_warnings(
     """What to tell the user where memory will hardly do.
 
     Args:
-        estimate: Of the engines.
-        gpu: That they are for; None where it is not at hand.
+        estimate: What the engines take.
+        gpu: The GPU they are for; None where it is not at hand.
         free_host: Bytes of the machine's memory that are free; None where that is not known.
     """
     found = []

@@ -45,9 +45,9 @@ def parse_graph(
 
     Args:
         library: TensorRT.
-        log: Where it writes.
-        builder: Its builder.
-        graph: As the manifest has it.
+        log: TensorRT's log.
+        builder: TensorRT's builder.
+        graph: The manifest's entry.
         path: The graph's file.
         advice: What the user can do where TensorRT has not got an operator.
 
@@ -103,7 +103,7 @@ def build_failed(
 
     Args:
         library: TensorRT.
-        graph: As the manifest has it.
+        graph: The manifest's entry.
         path: The graph's file.
         errors: What TensorRT reported, oldest first.
         advice: What the user can do where TensorRT has no kernel for a node.

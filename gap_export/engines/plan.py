@@ -53,8 +53,8 @@ class ProfileSpec:
 
     Attributes:
         name: ``prefill`` and ``decode`` of a graph with a KV cache, ``only`` of another.
-        shapes: By input.
-        values: By input that is a shape tensor, what it may hold.
+        shapes: Shapes of each input.
+        values: What each input that is a shape tensor may hold.
     """
 
     name: ProfileName
@@ -84,25 +84,16 @@ class EngineSpec:
     """One engine.
 
     Attributes:
-        component: Which one of the bundle.
-        file: Within the target's folder.
-        size: In bytes.
-        sha256: Of its bytes, in hex.
-        graph: The ONNX file it was built from, within the bundle.
-        graph_sha256: Of that file.
-        weights_sha256: Over the files that graph's weights lie in, see
+        file: Path within the target's folder; ``size`` and ``sha256`` are that file's.
+        graph: The ONNX file it was built from, within the bundle. Lowering, dtype, quantization
+            and ``kv_contract`` are what the manifest says of it.
+        weights_sha256: Hash of the files that the graph's weights lie in, see
             :func:`gap_export.engines.graph_hash.hash_weights`.
-        lowering: Of the graph.
-        dtype: Of the graph's floats.
-        quantization: Of the graph's weights.
-        kv_contract: Of the graph's cache, as in the bundle's manifest.
         weights: ``included``; ``streamed``: as that, and the runtime may leave part of them in the
             host's memory; ``stripped``: the engine is refitted from the bundle when loaded.
-        profiles: In TensorRT's order.
-        inputs: In the network's order.
-        outputs: In the network's order.
+        profiles: The profiles, in TensorRT's order.
         build_seconds: Wall time.
-        peak_memory_bytes: Of the building process, resident, while this engine was built.
+        peak_memory_bytes: Most resident memory of the process while this engine was built.
     """
 
     component: str

@@ -24,7 +24,7 @@ def make_profiles(
     An input of a dimension's name holds the size of that dimension.
 
     Args:
-        manifest: Of the bundle.
+        manifest: The bundle's.
         graph: One of its graphs.
         limits: The largest sizes; the manifest's own, or smaller ones.
 
@@ -72,7 +72,7 @@ def check_cache_capacity(graphs: Iterable[GraphSpec], limits: EngineLimits) -> N
     it, of more not. Caches that grow have no such bound.
 
     Args:
-        graphs: Of the bundle.
+        graphs: Graphs of the bundle.
         limits: The sizes engines are to be built for.
 
     Raises:

@@ -31,7 +31,7 @@ class Platform:
     """A software release that a target may have, and what its TensorRT takes.
 
     Attributes:
-        name: As its maker calls it, e.g. ``JetPack 6.2``.
+        name: The maker's name, e.g. ``JetPack 6.2``.
         min_version: Lowest TensorRT it stands for, (major, minor).
         max_version: Highest, of which every patch is meant.
         max_opset: Highest ONNX opset its parser is known to read.
@@ -63,8 +63,8 @@ class Target:
         platforms: Releases it may have, oldest first. Graphs made on a host suit all of them.
         compute_capabilities: SM numbers it may have, e.g. 89; empty: that of the GPU.
         default_compute_capabilities: Those built for where the user names none.
-        dtypes: Of the graphs' floats; the first is used where the bundle's own is not among them.
-        quantizations: Of weights, beyond none.
+        dtypes: Dtypes of floats; the first is used where the bundle's own is not among them.
+        quantizations: Dtypes of quantized weights.
         built_on: ``any``: on any machine, with or without a GPU; ``device``: on the GPU it is for.
     """
 

@@ -26,9 +26,9 @@ def use_timing_cache(library: TensorRT, config: Any, compute_capability: int | N
     """Give a builder's configuration what was measured before.
 
     Args:
-        library: That builds.
+        library: The TensorRT that builds.
         config: Its IBuilderConfig.
-        compute_capability: Of the GPU; None where it is not known; then nothing is kept.
+        compute_capability: The GPU's; None where it is not known: then nothing is kept.
     """
     path = _cache_file(library, compute_capability)
     if path is None:

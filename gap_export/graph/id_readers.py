@@ -144,7 +144,7 @@ def find_position_reach(graph: OnnxFile, position_ids: str) -> PositionReach:
 
     Args:
         graph: The decoder's.
-        position_ids: Its input.
+        position_ids: Name of the input.
 
     Raises:
         PassError: as above, with what was looked for and what was found.

@@ -85,7 +85,7 @@ class Node:
 
     Attributes:
         inputs: Names of values; empty for an optional input that is not given.
-        attributes: As they stand in the file, by name.
+        attributes: Messages of the attributes, by name.
         subgraphs: Graphs among its attributes.
     """
 
@@ -145,8 +145,8 @@ class Initializer:
     Attributes:
         dtype: Code of ``TensorProto.DataType``.
         location: The file its bytes lie in, relative to the graph's folder; None: the graph's own.
-        size: In bytes; None where the file does not say.
-        raw: Its message, as it stands in the file.
+        size: Number of bytes; None where the file does not say.
+        raw: The message in the file.
     """
 
     dtype: int

@@ -116,10 +116,10 @@ def lower(
     """A component's graph in another form.
 
     Args:
-        model: As the component's base pipeline left it; it is not changed.
+        model: The result of the component's base pipeline; it is not changed.
         component: Its name.
         lowering: Name of the form.
-        limits: Of the decoder, where the form asks for them.
+        limits: The decoder's, where the form asks for them.
 
     Returns:
         A copy that refers to the same weights; none of them is read.

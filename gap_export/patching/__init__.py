@@ -14,7 +14,7 @@ __all__ = ["PatchOptions", "PatchReport", "patch_export"]
 
 
 def patch_export(options: PatchOptions, *, progress: Progress | None = None) -> PatchReport:
-    """Put a pruner and the GapRemap node into an ONNX export that somebody else made.
+    """Put a pruner and the GapRemap node into an ONNX export that another tool made.
 
     By graph passes alone: no PyTorch, and no weight is read. The export stays as it is; the bundle
     appears when complete, or not at all.

@@ -67,7 +67,7 @@ def check_cache_roles(graph: ir.Graph, num_layers: int) -> None:
 
     Args:
         graph: A decoder with ``past_key_values.{i}.key``, ``.value`` and ``present.{i}...``.
-        num_layers: Of the cache.
+        num_layers: Layers of the cache.
 
     Raises:
         PassError: a tensor named a key is used as a value or the other way round, or a grown one

@@ -1,4 +1,4 @@
-"""Finds, in somebody else's vision encoder, where the CLS token is dropped."""
+"""Finds where a foreign vision encoder drops the CLS token."""
 
 from __future__ import annotations
 

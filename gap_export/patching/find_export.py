@@ -1,4 +1,4 @@
-"""Finds the graphs of an ONNX export that somebody else made."""
+"""Finds the graphs of an ONNX export that another tool made."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class FoundExport:
     """An export's folder and the one file of each component.
 
     Attributes:
-        folder: As given, links resolved; holds config.json and tokenizer.json.
-        graphs: By component.
+        folder: The folder with links resolved; it holds config.json and tokenizer.json.
+        graphs: The file of each component.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ def find_export(folder: str | Path, *, variant: str | None = None) -> FoundExpor
     """Look for ``{component}{ending}.onnx`` in a folder and its ``onnx/``.
 
     Args:
-        folder: Of the export.
+        folder: The export's folder.
         variant: ``fp32`` or ``fp16``; None where there is one file of each component.
 
     Raises:

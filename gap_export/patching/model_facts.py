@@ -29,16 +29,13 @@ class ModelFacts:
     """Facts of an export; None where they do not say.
 
     Attributes:
-        num_visual_tokens: Of one image, by the config's image and patch size.
+        num_visual_tokens: Visual tokens of one image, by the config's image and patch size.
         image_size: Side of the square that the vision encoder reads, in pixels.
         has_tiles: Whether images are cut into tiles.
-        image_token_id: Of the token that stands for the image.
-        max_position_embeddings: Of the decoder.
-        vocab_size: Of the decoder.
-        hidden_size: Of the decoder.
-        eos_token_ids: That end an answer.
-        mean: Of each channel, in 0..1.
-        std: Of each channel, in 0..1.
+        image_token_id: Id of the token that stands for the image.
+        eos_token_ids: Tokens that end an answer.
+        mean: Mean of each channel, in 0..1.
+        std: Deviation of each channel, in 0..1.
     """
 
     num_visual_tokens: int | None
@@ -95,7 +92,7 @@ def choose_recipe(
         facts: From :func:`read_facts`.
         sizes: From the graphs: ``hidden_size``, ``num_layers``, ``num_key_value_heads``,
             ``head_dim``.
-        name: Of a shipped recipe; None to find the one that fits.
+        name: A shipped recipe; None to find the one that fits.
 
     Raises:
         UsageError: none fits, or several do.

@@ -27,7 +27,7 @@ class PatchOptions:
         pruning: Which visual tokens survive; by default by ``spatial``, which fits every graph.
         out: Bundle folder; None for ``./<model>-<pruner>-<keep>``.
         force: Replace a bundle that is already there. Other folders are never replaced.
-        recipe: That says how the model is asked; None for the export's own, or the one that fits.
+        recipe: Says how the model is asked; None for the export's own, or the one that fits.
         variant: ``fp32`` or ``fp16``; None where there is one file of each component.
         copy_weights: Copy weight files that could be linked.
     """
@@ -47,7 +47,7 @@ class PatchReport:
 
     Attributes:
         bundle: The bundle's folder.
-        manifest: Its manifest.
+        manifest: The bundle's manifest.
         rotary: Nodes that see the remapped ids.
         warnings: What the user should know of the export.
     """

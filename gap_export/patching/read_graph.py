@@ -1,4 +1,4 @@
-"""Reads somebody else's ONNX file, trusting nothing in it."""
+"""Reads the ONNX file of another tool, trusting nothing in it."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _QUANTIZED = frozenset({
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignGraph:
-    """A graph of somebody else's.
+    """A graph that another tool exported.
 
     Attributes:
-        path: Its file.
-        model: Its structure; weights in other files are not read.
-        dtype: Of its weights: float32, float16 or bfloat16.
+        path: The file.
+        model: The structure; weights in other files are not read.
+        dtype: Dtype of most weights: float32, float16 or bfloat16.
         weight_files: Other files that hold weights, by their path as the graph says it, relative to
             the folder of ``path``.
     """

@@ -27,6 +27,7 @@ from tests.engines.bundles import (
     Recorder,
     contents,
     copy_with_fixed_cache,
+    one_node_model,
 )
 
 trt = pytest.importorskip("tensorrt_rtx", reason=SKIP_RTX)
@@ -123,13 +124,13 @@ def test_generations_have_folders_of_their_own(trt_bundle):
     assert [plan.compute_capability for plan in plans] == [86, 89]
 
 
-def test_a_folder_is_replaced_when_the_new_one_is_complete(trt_bundle):
-    build_engines(trt_bundle, SM89, only=COMPONENT)
-    (trt_bundle.path / "engines" / "rtx-sm89" / "engine.json").write_text("damaged")
-    build_engines(trt_bundle, SM89, overrides=LimitsRequest(max_prompt=8))
-    plan = read_engine_folder(trt_bundle, "rtx-sm89").plan
-    assert plan.limits.max_prompt == 8
-    assert not [name for name in contents(trt_bundle) if name.startswith(".")]
+def test_a_folder_is_replaced_when_the_new_one_is_complete(one_graph_bundle):
+    bundle = one_graph_bundle(one_node_model("Relu", {"x": (1, [2])}, {"y": (1, [2])}))
+    build_engines(bundle, SM89)
+    (bundle.path / "engines" / "rtx-sm89" / "engine.json").write_text("damaged")
+    build_engines(bundle, SM89, overrides=LimitsRequest(max_prompt=8))
+    assert read_engine_folder(bundle, "rtx-sm89").plan.limits.max_prompt == 8
+    assert not [name for name in contents(bundle) if name.startswith(".")]
 
 
 def test_what_a_killed_build_left_is_swept(trt_bundle):

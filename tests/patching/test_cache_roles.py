@@ -21,7 +21,13 @@ def test_a_cache_under_wrong_names_is_refused(own_export, run_cli, tmp_path, fau
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"dynamo": True, "opset": 18}, {"attention": "eager"}], ids=str
+    "how",
+    [
+        {},
+        {"attention": "eager"},
+        pytest.param({"dynamo": True, "opset": 18}, marks=pytest.mark.full),
+    ],
+    ids=str,
 )
 def test_values_under_the_name_of_keys_are_refused_in_and_out(make_export, patch, tmp_path, how):
     import shutil

@@ -15,7 +15,7 @@ class CheckOperators(GraphPass):
     """Changes nothing; looks at every node of the graph and of its functions.
 
     Args:
-        lowering: Its name, for the message.
+        lowering: Name of the lowering, for the message.
         operators: The standard operators it may use.
         max_opset: Highest opset it may declare.
 

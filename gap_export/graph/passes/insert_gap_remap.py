@@ -91,7 +91,7 @@ def gap_remap_function(*, opset: int, has_axes: bool = False) -> ir.Function:
     """``GapRemap(position_ids [B, S], kept_positions)`` -> original ids, int64.
 
     Args:
-        opset: Of the model.
+        opset: The model's opset.
         has_axes: ``kept_positions`` is [A, B, P] and the result [A, B, S]; else they are [B, P] and
             [B, S].
     """

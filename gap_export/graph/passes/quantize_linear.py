@@ -47,7 +47,7 @@ class QuantizeLinear(GraphPass):
         """Say which weights lie where.
 
         Args:
-            places: By the name of the initializer that holds the weight [N, K] as floats.
+            places: Where each weight lies, by the name of the initializer [N, K] of floats.
         """
         self._places = dict(places)
 

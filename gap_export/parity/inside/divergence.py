@@ -31,11 +31,11 @@ def find_divergence(
 ) -> Divergence | None:
     """The first tensor of a base graph that is not what it should be.
 
-    The graph is run by ONNX Runtime without optimisations.
+    The graph is run by ONNX Runtime without optimizations.
 
     Args:
         bundle: A checked one.
-        component: Which of its graphs.
+        component: The component of the graph.
         call: A recorded call of that component whose outputs are off.
         truth: What it is compared with.
         calls: All calls of the same question; a decode step needs those before it.
@@ -89,7 +89,7 @@ def compare_layers(
 
     Args:
         bundle: A checked one.
-        component: Which of its graphs; its base graph is run, without optimisations.
+        component: The component whose base graph is run, without optimizations.
         call: A recorded call of it.
         truth: What it is compared with.
         calls: All calls of the same question; a decode step needs those before it.

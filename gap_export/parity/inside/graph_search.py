@@ -20,7 +20,7 @@ from gap_export.spec.tolerances import Tolerance, tolerances_of
 
 # Values that are looked at in one run: those of a large model fill gigabytes.
 CHUNK = 16
-# Two runs of one operator on one machine: roundings that an optimiser may leave out.
+# Two runs of one operator on one machine: roundings that an optimizer may leave out.
 _SAME_OPERATOR = 8.0
 
 
@@ -29,7 +29,7 @@ class Look:
     """One tap, compared.
 
     Attributes:
-        tap: Which.
+        tap: The tap.
         max_abs_diff: How far the graph is off there; infinite where that cannot be said.
         allowed: How far it may be.
     """
@@ -51,7 +51,7 @@ class Search:
     Attributes:
         graph: A bundle's base graph.
         replayed: A call of the reference's component.
-        tolerance: Of the graph's dtype.
+        tolerance: That of the graph's dtype.
     """
 
     graph: OnnxFile

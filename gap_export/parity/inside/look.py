@@ -24,7 +24,7 @@ class Inside:
 
     Attributes:
         layers: A row for each module, where they are asked for.
-        divergences: For each graph whose outputs are off, where that begins.
+        divergences: Where it begins, for each graph whose outputs are off.
         note: Why that is not known, where it is not.
     """
 
@@ -88,7 +88,7 @@ def look_inside(
                 if place is None:
                     notes.append(
                         f"nothing inside {component} is off where ONNX Runtime runs it without "
-                        "optimisations: what is wrong lies in how it was run"
+                        "optimizations: what is wrong lies in how it was run"
                     )
                 else:
                     found.append(place)

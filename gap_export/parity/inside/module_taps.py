@@ -21,10 +21,10 @@ class Tap:
     """A value of a graph that the reference has as well.
 
     Attributes:
-        value: Its name in the graph.
+        value: Name in the graph.
         module: Whose it is, dotted; of an output of the graph its name.
         side: What the module was given, or what it gave; None of an output of the graph.
-        turn: Which time the module is run, from 0.
+        turn: How often the module was run before.
     """
 
     value: str

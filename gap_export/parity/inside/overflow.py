@@ -58,7 +58,7 @@ def find_overflow(
     """The first operation of a call that gives NaN or infinity for numbers.
 
     Args:
-        bundle: A checked one; its base graph is run, without optimisations, where it has the
+        bundle: A checked one; its base graph is run, without optimizations, where it has the
             reference's dtype.
         call: A recorded call, on either side of which something is not finite.
         truth: The reference.

@@ -34,7 +34,7 @@ class ReferenceTaps:
         recipe: The model's.
         checkpoint: Its weights.
         pruning: The bundle's.
-        quantization: Of the decoder's weights, where the reference computes with the bundle's.
+        quantization: The decoder's, where the reference computes with the bundle's INT4 weights.
         traced: Graphs of components that were exported anew, by name; tracing takes seconds.
     """
 
@@ -49,8 +49,8 @@ class ReferenceTaps:
         """Prepare a call to be looked into.
 
         Args:
-            component: Which it is of.
-            call: As it was recorded.
+            component: The component it belongs to.
+            call: The recorded call.
             calls: All calls of its question, in order; a decode step needs those before it, from
                 which its cache is made once more.
 
@@ -90,7 +90,7 @@ class ReferenceCall:
     """One call of a component, which can be run as often as needed.
 
     Attributes:
-        component: Of the reference.
+        component: The reference's component.
         feed: The inputs of its graph, by name.
     """
 
@@ -108,7 +108,7 @@ class ReferenceCall:
         """What some modules are given and give, each time they are run.
 
         Args:
-            names: Of the modules, dotted; empty for the component's own.
+            names: Dotted names of modules; empty for the component's own.
 
         Returns:
             For each module that is run, first inputs and outputs; other values than tensors are

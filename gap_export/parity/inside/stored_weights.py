@@ -24,7 +24,7 @@ def compare_weight(initializer: memoryview, weight: torch.Tensor, *, folder: Pat
     """What is different about a stored weight, in words; empty where nothing is.
 
     Args:
-        initializer: As it stands in an ONNX file.
+        initializer: Its message in an ONNX file.
         weight: What it must be, to the bit.
         folder: The file's, where other files with its weights lie.
 

@@ -37,7 +37,7 @@ def run_taps(graph: OnnxFile, names: Sequence[str], feed: Arrays) -> dict[str, N
     """Compute some values of a graph.
 
     Args:
-        graph: Of a bundle.
+        graph: A graph of a bundle.
         names: Inputs, computed values or initializers.
         feed: All of the graph's inputs; those that have no part in the values are not looked at.
 
