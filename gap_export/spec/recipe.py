@@ -7,14 +7,12 @@ code.
 from __future__ import annotations
 
 import difflib
-import math
 import reprlib
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -33,17 +31,13 @@ from gap_export.spec.manifest import (
     ImageSpec,
     PromptSpec,
 )
+from gap_export.spec.manifest.facts import SLOT, wrong_facts
 from gap_export.spec.manifest.sizes import image_sizes, prompt_sizes
-from gap_export.spec.preparations import SHARED, TILED, known_preparations
+from gap_export.spec.strict_yaml import read_yaml
 
 RECIPE_NAME = "recipe.yaml"
 
-# A recipe is a page of text; what is larger is something else.
-_MAX_BYTES = 64 * 1024
 _MAX_SHOWN = 300
-_MAX_TOKENS = 100_000
-_MAX_GRID_SIDE = 4096
-_MAX_IMAGE_SIDE = 1 << 14
 _MAX_TOKEN_ID = 1 << 24
 _MAX_WIDTH = 1 << 20
 _MAX_SIZES = {
@@ -53,7 +47,6 @@ _MAX_SIZES = {
 }
 # One matrix of each layer's MLP; in a 70B model they have 19e9.
 _MAX_WEIGHTS = 1 << 38
-_SLOT = "{expression}"
 # Of a position in M-RoPE: time, row, column.
 _AXES = 3
 HUB_ID = r"^[\w-][\w.-]*/[\w-][\w.-]*$"
@@ -130,7 +123,7 @@ class TextTower(_Strict):
 
     role: Name = "main"
     folder: str = "."
-    template: str = _SLOT
+    template: str = SLOT
     similarity_sign: Literal[-1, 1]
     shape: TextShape | None = None
 
@@ -145,8 +138,8 @@ class TextTower(_Strict):
     @field_validator("template")
     @classmethod
     def _template_holds_its_slot(cls, template: str) -> str:
-        if template.count(_SLOT) != 1:
-            raise ValueError(f"must hold {_SLOT!r} exactly once")
+        if template.count(SLOT) != 1:
+            raise ValueError(f"must hold {SLOT!r} exactly once")
         return template
 
 
@@ -220,61 +213,21 @@ class Recipe(_Strict):
     defaults: PruningDefaults
     published: tuple[PublishedFigure, ...] = ()
 
-    # The specs are plain dataclasses that a device reads without pydantic, so their ranges are
-    # checked here.
-    @field_validator("grid")
-    @classmethod
-    def _grid_in_range(cls, grid: GridSpec) -> GridSpec:
-        _in_range("rows", grid.rows, 1, _MAX_GRID_SIDE)
-        _in_range("cols", grid.cols, 1, _MAX_GRID_SIDE)
-        return grid
-
-    @field_validator("image")
-    @classmethod
-    def _image_in_range(cls, image: ImageSpec) -> ImageSpec:
-        _in_range("height", image.height, 1, _MAX_IMAGE_SIDE)
-        _in_range("width", image.width, 1, _MAX_IMAGE_SIDE)
-        for value in image.pad_color:
-            _in_range("pad_color", value, 0, 255)
-        if image.preparation not in SHARED and image.preparation not in known_preparations():
-            raise ValueError(f"preparation must be one of {', '.join(known_preparations())}")
-        tiled = image.preparation in TILED
-        if image.preparation in SHARED and (image.tiles is not None) != tiled:
-            raise ValueError("tiles go with preparation anyres, and only with it")
-        for height, width in image.tiles.resolutions if image.tiles is not None else ():
-            if height < 1 or width < 1 or height % image.height or width % image.width:
-                raise ValueError("tiles.resolutions must be multiples of the tile's height, width")
-        if not all(math.isfinite(value) for value in image.mean):
-            raise ValueError("mean must be finite")
-        if not all(math.isfinite(value) and value > 0 for value in image.std):
-            raise ValueError("std must be finite and above 0")
-        return image
-
-    @field_validator("prompt")
-    @classmethod
-    def _prompt_in_range(cls, prompt: PromptSpec) -> PromptSpec:
-        _in_range("max_expression_tokens", prompt.max_expression_tokens, 1, _MAX_TOKENS)
-        _in_range("max_new_tokens", prompt.max_new_tokens, 1, _MAX_TOKENS)
-        return prompt
-
-    @field_validator("box")
-    @classmethod
-    def _box_in_range(cls, box: BoxSpec) -> BoxSpec:
-        if not (math.isfinite(box.scale) and box.scale > 0):
-            raise ValueError("scale must be finite and above 0")
-        return box
+    @model_validator(mode="after")
+    def _facts_make_sense(self) -> Recipe:
+        for name, seen, allowed in wrong_facts(self.grid, self.image, self.prompt, self.box):
+            raise ValueError(f"{name} must be {allowed}; seen: {reprlib.repr(seen)}")
+        return self
 
     @model_validator(mode="after")
     def _prompt_holds_its_slots(self) -> Recipe:
-        for slot in (_SLOT, self.prompt.image_token):
-            if self.prompt.template.count(slot) != 1:
-                raise ValueError(f"prompt.template must hold {slot!r} exactly once")
+        slot = self.prompt.image_token
+        if self.prompt.template.count(slot) != 1:
+            raise ValueError(f"prompt.template must hold {slot!r} exactly once")
         if self.prompt.template.rstrip().endswith(self.prompt.image_token):
             raise ValueError("prompt.template must go on after the image")
-        if self.prompt.template.replace(self.prompt.image_token, "").count(_SLOT) != 1:
-            raise ValueError(f"prompt.image_token must not be part of {_SLOT!r}")
-        if not _is_text(self.prompt.template):
-            raise ValueError("prompt.template must be text: it holds half a character (surrogate)")
+        if self.prompt.template.replace(self.prompt.image_token, "").count(SLOT) != 1:
+            raise ValueError(f"prompt.image_token must not be part of {SLOT!r}")
         if self.prompt.question is not None and self.prompt.question_template() is None:
             raise ValueError(
                 "prompt.question must be found in prompt.template: start, the expression, end, and "
@@ -352,44 +305,6 @@ def _in_range(key: str, value: int, low: int, high: int) -> None:
         raise ValueError(f"{key} must lie in {low}..{high}")
 
 
-def _is_text(value: str) -> bool:
-    """Whether a string can be written down: half a surrogate pair cannot."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases and without keys given twice.
-
-    A few aliases can stand for more data than memory holds; of two equal keys one would be dropped
-    in silence.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Read a mapping, refusing a key that is there twice."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is there twice"[:_MAX_SHOWN], key.start_mark
-                )
-            if isinstance(key.value, str):
-                seen.add(key.value)
-        found: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        return found
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Read one node, refusing a reference to another."""
-        if self.check_event(yaml.AliasEvent):
-            events: Any = self  # the stubs leave this method without types
-            mark = events.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", mark)
-        return super().compose_node(parent, index)
-
-
 @lru_cache(maxsize=1)
 def models_dir() -> Path:
     """The folder of recipes: package data in a wheel, ``models/`` in a checkout."""
@@ -404,7 +319,7 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: unreadable, too large, not YAML, or a key or value that is not allowed.
     """
-    plain = _read_yaml(path)
+    plain = read_yaml(path)
     try:
         return Recipe.model_validate(plain)
     except ValidationError as err:
@@ -417,26 +332,6 @@ def load_recipe(path: Path) -> Recipe:
             seen=None if isinstance(value, dict) else reprlib.repr(value),
             allowed=str(first["msg"]).removeprefix("Value error, ")[:_MAX_SHOWN],
         ) from err
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(_MAX_BYTES + 1)
-        if len(raw) > _MAX_BYTES:
-            raise RecipeError(
-                "recipe is too large",
-                seen=f"{path}: more than {_MAX_BYTES} bytes",
-                allowed=f"{_MAX_BYTES} bytes",
-            )
-        return yaml.load(raw.decode("utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (
-        *(OSError, yaml.YAMLError, RecursionError),
-        # PyYAML lets these out where a value is not what its tag says, e.g. the date 2024-13-45.
-        *(ValueError, LookupError, TypeError, AttributeError, OverflowError),
-    ) as err:
-        reason = f"{path}: {err}"[:_MAX_SHOWN]
-        raise RecipeError("recipe cannot be read", seen=reason) from err
 
 
 def list_recipes() -> list[tuple[Recipe, Path]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gap_export.errors import UsageError
-from gap_export.spec.manifest.specs import TileCode
+from gap_export.spec.manifest.facts import TileCode
 from gap_export.spec.positions import Int64Array
 
 

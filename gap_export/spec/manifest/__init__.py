@@ -10,11 +10,18 @@ from __future__ import annotations
 import json
 
 from gap_export.errors import BundleError
+from gap_export.spec.manifest.facts import (
+    BoxSpec,
+    GridSpec,
+    ImageSpec,
+    PromptSpec,
+    QuestionSpec,
+    TilesSpec,
+)
 from gap_export.spec.manifest.plain import ADDED_LATER, differing_fields, from_plain, to_plain
 from gap_export.spec.manifest.specs import (
     FORMAT,
     FORMAT_VERSION,
-    BoxSpec,
     Budget,
     DecoderSpec,
     EngineLimits,
@@ -22,18 +29,14 @@ from gap_export.spec.manifest.specs import (
     ExtraToken,
     FileSpec,
     GraphSpec,
-    GridSpec,
-    ImageSpec,
     LongTexts,
     Manifest,
     ModelSpec,
     Order,
     PreflightVerdict,
-    PromptSpec,
     PrunerText,
     PruningSpec,
     QuantizationSpec,
-    QuestionSpec,
     SourceFile,
     SourcePart,
     SourceSpec,
@@ -41,7 +44,6 @@ from gap_export.spec.manifest.specs import (
     TensorPlace,
     TensorSpec,
     TextEncoderSpec,
-    TilesSpec,
 )
 from gap_export.spec.manifest.values import check_member_path, check_values
 

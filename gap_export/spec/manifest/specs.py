@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 from gap_export.errors import BundleError
+from gap_export.spec.manifest.facts import BoxSpec, GridSpec, ImageSpec, PromptSpec, Strict
 from gap_export.spec.manifest.plain import ADDED_LATER, RARE, to_plain
 
 FORMAT = "gap-export-bundle"
@@ -19,144 +20,10 @@ ExtraPosition = Literal["last", "centroid"]
 Budget = Literal["fixed", "adaptive"]
 PrunerText = Literal["expression", "question"]
 LongTexts = Literal["cut", "segments"]
-TileCode = Literal["transformers", "authors"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Strict:
-    # pydantic reads this where a recipe nests one of these classes; it needs no import here.
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class GridSpec(_Strict):
-    """Visual tokens of one picture, or tile, before pruning, in raster order: N = rows * cols."""
-
-    rows: int
-    cols: int
-
-    @property
-    def num_visual_tokens(self) -> int:
-        """N, visual tokens of one image before pruning."""
-        return self.rows * self.cols
-
-
-@dataclass(frozen=True, kw_only=True)
-class TilesSpec(_Strict):
-    """Canvases a picture may be fitted to and cut into tiles ("anyres", LLaVA-1.6).
-
-    Attributes:
-        resolutions: (height, width) in pixels, each a multiple of the tile's. The first of equals
-            is taken, which decides for every image that all of them would enlarge.
-        follows: Whose code is followed in which rows and columns of tokens are padding:
-            ``transformers``, or the model's ``authors``; see ``spec.tiles.TileLayout``.
-    """
-
-    resolutions: tuple[tuple[int, int], ...]
-    follows: TileCode = field(default="transformers", metadata=ADDED_LATER)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageSpec(_Strict):
-    """How a picture becomes ``pixel_values`` [I,3,height,width] float32.
-
-    Attributes:
-        height: Pixels the vision encoder reads, vertical; of one tile where there are tiles.
-        width: Pixels the vision encoder reads, horizontal.
-        preparation: A name of :mod:`gap_export.spec.preparations`. ``pad``: padded to a square,
-            centred, with pad_color, then resized; ``squash``: resized without regard to the aspect
-            ratio; ``anyres``: squashed as the base tile, and fitted with pad_color to one of
-            ``tiles.resolutions``, cut into tiles.
-        pad_color: RGB 0..255 of the padding.
-        resample: Filter of the resize.
-        mean: Per channel, of values in 0..1.
-        std: Per channel, of values in 0..1.
-        tiles: With ``anyres`` alone.
-    """
-
-    height: int
-    width: int
-    preparation: str
-    pad_color: tuple[int, int, int]
-    resample: Literal["bicubic", "bilinear"]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    tiles: TilesSpec | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuestionSpec(_Strict):
-    """Where the user's question stands in a prompt template.
-
-    Attributes:
-        start: The question begins behind the first of these, e.g. ``USER:``.
-        end: It ends before the last of these, e.g. ``ASSISTANT:``.
-        image: What stands for the image, its markers included; no part of the question.
-    """
-
-    start: str
-    end: str
-    image: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptSpec(_Strict):
-    """How an expression becomes token ids.
-
-    Attributes:
-        template: Holds ``image_token`` once and ``{expression}`` once.
-        image_token: The text that stands for the image.
-        tokenization: ``whole``: the tokenizer knows the image token as one id; ``segments``: the
-            texts before and after the image are tokenized one by one, the first as the start of a
-            sequence, and the tokenizer never sees the image token.
-        max_expression_tokens: A longer expression is refused.
-        max_new_tokens: Upper bound of the answer's length, in tokens.
-        question: Where the question stands; None where that is not known.
-    """
-
-    template: str
-    image_token: str
-    tokenization: Literal["whole", "segments"] = "whole"
-    max_expression_tokens: int
-    max_new_tokens: int
-    question: QuestionSpec | None = field(default=None, metadata=ADDED_LATER)
-
-    def question_template(self) -> str | None:
-        """The question as TRIM's and CDPruner's authors feed it to the text tower.
-
-        That is what the user says, without the conversation around it and without the image, which
-        leaves a space. It holds ``{expression}`` once.
-
-        Returns:
-            None where the template does not say where the question stands.
-        """
-        marks = self.question
-        if marks is None or not (marks.start and marks.end and marks.image):
-            return None
-        _, start, rest = self.template.partition(marks.start)
-        said, end, _ = rest.rpartition(marks.end)
-        question = " ".join(said.replace(marks.image, " ").split())
-        found = start and end and self.image_token not in question
-        return question if found and question.count("{expression}") == 1 else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class BoxSpec(_Strict):
-    """How the answer's text becomes a box.
-
-    Attributes:
-        syntax: ``bracketed``: ``[x1, y1, x2, y2]``; ``angled``: ``{<x1><y1><x2><y2>}``.
-        scale: Coordinates run from 0 to this.
-        frame: What they are relative to: the ``padded_square`` or the ``image`` as given.
-    """
-
-    syntax: Literal["bracketed", "angled"]
-    scale: float
-    frame: Literal["padded_square", "image"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextEncoderSpec(_Strict):
+class TextEncoderSpec(Strict):
     """The CLIP text tower that text-aware pruners read.
 
     Attributes:
@@ -175,7 +42,7 @@ class TextEncoderSpec(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderSpec(_Strict):
+class DecoderSpec(Strict):
     """Facts of the decoder that a runtime needs.
 
     Attributes:
@@ -204,7 +71,7 @@ class DecoderSpec(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningSpec(_Strict):
+class PruningSpec(Strict):
     """What was pruned, and how; see design: selection x order x extra token x positions.
 
     Attributes:
@@ -246,7 +113,7 @@ class PruningSpec(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec(_Strict):
+class ModelSpec(Strict):
     """Which model this is."""
 
     name: str
@@ -256,7 +123,7 @@ class ModelSpec(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceFile(_Strict):
+class SourceFile(Strict):
     """One file of the source checkpoint."""
 
     path: str
@@ -265,7 +132,7 @@ class SourceFile(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourcePart(_Strict):
+class SourcePart(Strict):
     """One part of the source checkpoint.
 
     Attributes:
@@ -280,7 +147,7 @@ class SourcePart(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceSpec(_Strict):
+class SourceSpec(Strict):
     """Where the weights are from.
 
     Attributes:
@@ -294,7 +161,7 @@ class SourceSpec(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorPlace(_Strict):
+class TensorPlace(Strict):
     """A tensor that the runtime itself reads.
 
     Attributes:
@@ -311,7 +178,7 @@ class TensorPlace(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorSpec(_Strict):
+class TensorSpec(Strict):
     """A graph's input or output. A dimension is a number or a name."""
 
     name: str
@@ -320,7 +187,7 @@ class TensorSpec(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizationSpec(_Strict):
+class QuantizationSpec(Strict):
     """Weights held in fewer bits; what is computed with stays in the graph's dtype.
 
     Attributes:
@@ -338,7 +205,7 @@ class QuantizationSpec(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraphSpec(_Strict):
+class GraphSpec(Strict):
     """One ONNX file of the bundle.
 
     Attributes:
@@ -363,7 +230,7 @@ class GraphSpec(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineLimits(_Strict):
+class EngineLimits(Strict):
     """The largest sizes that engines are built for; the smallest are 1, and 0 for the past.
 
     Attributes:
@@ -380,7 +247,7 @@ class EngineLimits(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreflightVerdict(_Strict):
+class PreflightVerdict(Strict):
     """What a static look at a graph says of building it on a device that is not at hand.
 
     Attributes:
@@ -397,7 +264,7 @@ class PreflightVerdict(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetSpec(_Strict):
+class TargetSpec(Strict):
     """What a bundle has for one TensorRT target.
 
     Attributes:
@@ -415,7 +282,7 @@ class TargetSpec(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileSpec(_Strict):
+class FileSpec(Strict):
     """One file of the bundle.
 
     Attributes:
@@ -433,7 +300,7 @@ class FileSpec(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest(_Strict):
+class Manifest(Strict):
     """The whole of ``gap.json``, whose JSON form has ``format`` and ``format_version`` as well.
 
     ``newline`` [H] stands at the end of each row of a tiled picture; None without tiles.

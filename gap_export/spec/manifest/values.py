@@ -11,19 +11,14 @@ import re
 from pathlib import PurePosixPath
 
 from gap_export.errors import BundleError
+from gap_export.spec.manifest.facts import MAX_TOKENS, wrong_facts, wrong_template
 from gap_export.spec.manifest.sizes import decoder_sizes, engine_sizes, image_sizes
-from gap_export.spec.manifest.specs import GraphSpec, ImageSpec, Manifest, PruningSpec
-from gap_export.spec.preparations import SHARED, TILED, known_preparations
+from gap_export.spec.manifest.specs import GraphSpec, Manifest, PruningSpec
 
 DTYPES = ("float32", "float16", "bfloat16")
 _DECODER = "decoder_model_merged"
-_SLOT = "{expression}"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MAX_SIDE = 1 << 14
 _MAX_VISUAL_TOKENS = 1_000_000
-_MAX_CANVASES = 1_000
-_MAX_TILES = 256
-_MAX_TOKENS = 100_000
 _MAX_OPSET = 26
 # Far above any model there is; they keep arithmetic and allocations sane, no more.
 _MAX_LAYERS = 10_000
@@ -42,8 +37,11 @@ def check_values(manifest: Manifest) -> None:
     Raises:
         BundleError: a value out of its range, or two that contradict each other.
     """
+    for name, seen, allowed in wrong_facts(
+        manifest.grid, manifest.image, manifest.prompt, manifest.box
+    ):
+        raise _refuse(name, seen, allowed)
     _check_tokens(manifest)
-    _check_image(manifest)
     _check_texts(manifest)
     _check_decoder(manifest)
     _check_sizes(manifest)
@@ -90,15 +88,8 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise _refuse(name, value, ", ".join(allowed))
 
 
-def _above_zero(name: str, value: float) -> None:
-    if value <= 0:
-        raise _refuse(name, value, "above 0")
-
-
 def _check_tokens(manifest: Manifest) -> None:
     grid, pruning = manifest.grid, manifest.pruning
-    _between("grid.rows", grid.rows, 1, _MAX_SIDE)
-    _between("grid.cols", grid.cols, 1, _MAX_SIDE)
     total = grid.num_visual_tokens
     _between("grid.rows x grid.cols", total, 1, _MAX_VISUAL_TOKENS)
     if pruning.num_visual_tokens != total:
@@ -146,37 +137,6 @@ def _check_extra(pruning: PruningSpec) -> None:
         raise _refuse("pruning.kept_buckets", buckets, "ascending, up to num_kept_tokens")
 
 
-def _check_image(manifest: Manifest) -> None:
-    image = manifest.image
-    _between("image.height", image.height, 1, _MAX_SIDE)
-    _between("image.width", image.width, 1, _MAX_SIDE)
-    _check_tiles(image)
-    for index, value in enumerate(image.pad_color):
-        _between(f"image.pad_color[{index}]", value, 0, 255)
-    for index, std in enumerate(image.std):
-        _above_zero(f"image.std[{index}]", std)
-    _above_zero("box.scale", manifest.box.scale)
-
-
-def _check_tiles(image: ImageSpec) -> None:
-    if image.preparation not in SHARED:
-        _one_of("image.preparation", image.preparation, tuple(known_preparations()))
-    elif (image.tiles is not None) != (image.preparation in TILED):
-        raise _refuse("image.tiles", image.tiles, "there with preparation anyres, and only there")
-    if image.tiles is None:
-        return
-    _between("number of image.tiles.resolutions", len(image.tiles.resolutions), 1, _MAX_CANVASES)
-    for height, width in image.tiles.resolutions:
-        whole = height % image.height == 0 and width % image.width == 0
-        tiles = (height // image.height) * (width // image.width)
-        if not whole or height < 1 or width < 1 or tiles > _MAX_TILES:
-            raise _refuse(
-                "image.tiles.resolutions",
-                [height, width],
-                f"multiples of {image.height} x {image.width}, at most {_MAX_TILES} tiles",
-            )
-
-
 def _check_newline(manifest: Manifest) -> None:
     newline = manifest.newline
     if (newline is not None) != (manifest.image.tiles is not None):
@@ -190,20 +150,13 @@ def _check_newline(manifest: Manifest) -> None:
 
 
 def _check_texts(manifest: Manifest) -> None:
-    prompt = manifest.prompt
-    _between("prompt.max_expression_tokens", prompt.max_expression_tokens, 1, _MAX_TOKENS)
-    _between("prompt.max_new_tokens", prompt.max_new_tokens, 1, _MAX_TOKENS)
-    templates = {"prompt.template": prompt.template}
-    if manifest.text_encoder is not None:
-        _between("text_encoder.max_tokens", manifest.text_encoder.max_tokens, 1, _MAX_TOKENS)
-        templates["text_encoder.template"] = manifest.text_encoder.template
-    for name, template in templates.items():
-        if template.count(_SLOT) != 1:
-            raise _refuse(name, template, f"a text that holds {_SLOT} once")
-        if any("\ud800" <= character <= "\udfff" for character in template):
-            raise _refuse(name, template, "text without half characters (surrogates)")
+    tower = manifest.text_encoder
+    if tower is not None:
+        _between("text_encoder.max_tokens", tower.max_tokens, 1, MAX_TOKENS)
+        for name, seen, allowed in wrong_template("text_encoder.template", tower.template):
+            raise _refuse(name, seen, allowed)
     if manifest.pruning.pruner_text == "question":
-        question, tower = prompt.question_template(), manifest.text_encoder
+        question = manifest.prompt.question_template()
         if question is None or tower is None or tower.template != question:
             raise _refuse(
                 "pruning.pruner_text",
@@ -275,7 +228,7 @@ def _check_engines(manifest: Manifest) -> None:
     if limits is None:
         return
     for name, value in vars(limits).items():
-        _between(f"engine_limits.{name}", value, 1, _MAX_TOKENS)
+        _between(f"engine_limits.{name}", value, 1, MAX_TOKENS)
     for target in manifest.targets:
         made = {(graph.lowering, graph.dtype) for graph in manifest.graphs}
         if manifest.graphs and (target.lowering, target.dtype) not in made:
