@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
 from gap_export.cli._terminal import Terminal, process_started
 from gap_export.patching.choose_pruner import PLACES, SCORES
@@ -153,11 +154,13 @@ def test_the_first_sign_comes_before_anything_heavy(line):
     assert loaded & {*HEAVY, "numpy", "onnxruntime", "PIL", "rich", "tokenizers", "yaml"} == set()
 
 
-def test_the_time_is_that_of_the_whole_command(tmp_path):
+def test_the_time_is_that_of_the_whole_command(tmp_path, demo_bundle):
+    image = tmp_path / "image.png"
+    Image.new("RGB", (96, 96)).save(image)
     code = (
         "import sys, time\n"
         "time.sleep(0.7)\n"  # as the imports before our first line would take
-        "sys.argv = ['gap-export', 'doctor']\n"
+        f"sys.argv = ['gap-export', 'ground', {str(demo_bundle)!r}, {str(image)!r}, 'the star']\n"
         "from gap_export.cli import main\n"
         "sys.exit(main())\n"
     )
