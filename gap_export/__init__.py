@@ -1,9 +1,16 @@
 """gap-export: grounding vision-language models, pruned and exported with their position ids.
 
-The public API is small: :class:`GroundingSession` runs a bundle and answers with a
-:class:`Grounding`, whose ``box`` is a :data:`Box`; :func:`export_model` makes a bundle. All errors
-that are raised on purpose are a :class:`GapExportError`. Everything loads on first use, so that
-``import gap_export`` costs nothing.
+- :func:`export` makes a bundle of a model, :func:`patch` of an ONNX export that another tool made;
+  :func:`build` adds TensorRT engines.
+- :func:`check` compares a bundle with PyTorch, or with a golden that :func:`record` wrote;
+  :func:`evaluate` measures how well it grounds.
+- :class:`GroundingSession` runs a bundle and answers with a :class:`Grounding`, whose ``box`` is a
+  :data:`Box`.
+
+What is asked of them is said in frozen requests: :class:`PruningRequest`, :class:`WeightsRequest`,
+:class:`EnginesRequest`, :class:`LimitsRequest` and :class:`BuildOptions`. Every error that is
+raised on purpose is a :class:`GapExportError`. Each name loads on first use, so that
+``import gap_export`` costs nothing, and on a device nothing but the runtime is needed.
 """
 
 from __future__ import annotations
@@ -13,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 from gap_export.version import __version__
 
 if TYPE_CHECKING:
+    from gap_export.api.check import check, record
+    from gap_export.api.evaluate import evaluate
+    from gap_export.api.make import build, export, patch
     from gap_export.errors import (
         BundleError,
         CheckpointError,
@@ -31,43 +41,79 @@ if TYPE_CHECKING:
         UnsupportedPrunerError,
         UsageError,
     )
-    from gap_export.exporting import ExportOptions, export_model
+    from gap_export.evaluation.results import EvaluationReport
+    from gap_export.exporting.options import ExportReport
+    from gap_export.parity.results import CheckReport
+    from gap_export.patching.options import PatchReport
     from gap_export.runtime.grounding import Grounding
     from gap_export.runtime.images.geometry import Box
     from gap_export.runtime.session import GroundingSession
+    from gap_export.spec.requests import (
+        BuildOptions,
+        EnginesRequest,
+        LimitsRequest,
+        PruningRequest,
+        WeightsRequest,
+    )
 
 __all__ = [
     "Box",
+    "BuildOptions",
     "BundleError",
+    "CheckReport",
     "CheckpointError",
     "ComputationError",
     "EngineError",
+    "EnginesRequest",
+    "EvaluationReport",
     "ExportError",
-    "ExportOptions",
+    "ExportReport",
     "ExpressionError",
     "GapExportError",
     "Grounding",
     "GroundingSession",
     "ImageError",
+    "LimitsRequest",
     "MissingDependencyError",
     "OutputError",
     "ParityError",
     "PassError",
+    "PatchReport",
+    "PruningRequest",
     "RecipeError",
     "UnknownModelError",
     "UnsupportedPrunerError",
     "UsageError",
+    "WeightsRequest",
     "__version__",
-    "export_model",
+    "build",
+    "check",
+    "evaluate",
+    "export",
+    "patch",
+    "record",
 ]
 
-# Of what is not an error.
+# Where a name that is not an error is defined.
 _HOMES = {
     "Box": "gap_export.runtime.images.geometry",
-    "ExportOptions": "gap_export.exporting",
+    "BuildOptions": "gap_export.spec.requests",
+    "CheckReport": "gap_export.parity.results",
+    "EnginesRequest": "gap_export.spec.requests",
+    "EvaluationReport": "gap_export.evaluation.results",
+    "ExportReport": "gap_export.exporting.options",
     "Grounding": "gap_export.runtime.grounding",
     "GroundingSession": "gap_export.runtime.session",
-    "export_model": "gap_export.exporting",
+    "LimitsRequest": "gap_export.spec.requests",
+    "PatchReport": "gap_export.patching.options",
+    "PruningRequest": "gap_export.spec.requests",
+    "WeightsRequest": "gap_export.spec.requests",
+    "build": "gap_export.api.make",
+    "check": "gap_export.api.check",
+    "evaluate": "gap_export.api.evaluate",
+    "export": "gap_export.api.make",
+    "patch": "gap_export.api.make",
+    "record": "gap_export.api.check",
 }
 
 

@@ -8,7 +8,7 @@
     |   |-- UnsupportedPrunerError         the model has not got what the pruner reads
     |   |-- OutputError                    the output folder is taken, or cannot be written
     |   |-- BundleError                    a bundle that is damaged, unsafe or too new
-    |   |-- ImageError                     a picture that cannot be used
+    |   |-- ImageError                     an image that cannot be used
     |   |-- ExpressionError                a referring expression that cannot be used
     |   `-- MissingDependencyError         an extra is not installed
     |-- ExportError                     1  tracing or a graph pass failed
@@ -44,6 +44,14 @@ class GapExportError(Exception):
         seen: The value seen, if there is one.
         allowed: What would have been fine.
         fix: What the user can do about it.
+
+    Example:
+        >>> import gap_export
+        >>> try:
+        ...     gap_export.GroundingSession.open("no-such-folder")
+        ... except gap_export.GapExportError as err:
+        ...     int(err.exit_code)
+        2
     """
 
     exit_code = ExitCode.FAILED
@@ -65,7 +73,7 @@ class GapExportError(Exception):
             parts.append(f"allowed: {allowed}")
         if fix is not None:
             parts.append(fix)
-        # Much of it is text of others; an error is one line.
+        # Much of it may come from files and models; an error is one line.
         super().__init__(visible("; ".join(parts)))
 
 

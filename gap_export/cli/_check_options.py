@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
-from gap_export.cli._options import BACKENDS
 from gap_export.errors import UsageError
-
-if TYPE_CHECKING:
-    from gap_export.parity.results import BackendKey, Level
 
 NUM_SAMPLES = 50
 _REPORT_FILE = "FILE"
-_Choice = TypeVar("_Choice", bound=str)
 
 AgainstOption = Annotated[
     list[str] | None,
@@ -147,73 +142,22 @@ HtmlOption = Annotated[
 ]
 
 
-def parse_backends(values: Sequence[str], option: str) -> list[BackendKey]:
-    """Each once.
-
-    Raises:
-        UsageError: one that there is not.
-    """
-    return _choose(values, list(BACKENDS), option)
-
-
-def parse_levels(values: Sequence[str]) -> list[Level]:
-    """Each once; all where none is named.
-
-    Raises:
-        UsageError: one that there is not.
-    """
-    from gap_export.parity.results import LEVELS
-
-    return _choose(values, LEVELS, "--level") or list(LEVELS)
-
-
-def parse_bars(values: Sequence[str]) -> dict[Level, float]:
+def parse_bars(values: Sequence[str]) -> dict[str, float]:
     """``["token=0.98"]`` as shares by level; which level may have one is no matter of syntax.
 
     Raises:
         UsageError: not of that form, no number, or a level is named twice.
     """
-    from gap_export.parity.results import LEVELS
-
-    bars: dict[Level, float] = {}
+    bars: dict[str, float] = {}
     for value in values:
-        name, _, number = value.partition("=")
+        level, _, number = value.partition("=")
         try:
             share = float(number)
         except ValueError as err:
             raise UsageError(
                 "--fail-under takes LEVEL=SHARE", seen=value, allowed="for example token=0.98"
             ) from err
-        (level,) = _choose([name], LEVELS, "--fail-under")
         if level in bars:
             raise UsageError("--fail-under names a level twice", seen=level)
         bars[level] = share
     return bars
-
-
-def _choose(values: Sequence[str], allowed: Sequence[_Choice], option: str) -> list[_Choice]:
-    known = {str(choice): choice for choice in allowed}
-    unknown = next((value for value in values if value not in known), None)
-    if unknown is not None:
-        raise UsageError(f"{option} has no such choice", seen=unknown, allowed=", ".join(known))
-    return [known[value] for value in dict.fromkeys(values)]
-
-
-def refuse_ignored(why: str, options: Mapping[str, object]) -> None:
-    """An option that would be ignored is an error.
-
-    Args:
-        why: Why it would be.
-        options: Values by name; None, False and what is empty were not given.
-
-    Raises:
-        UsageError: one was given.
-    """
-    # A seed of 0 was.
-    given = [
-        name
-        for name, value in options.items()
-        if value or (isinstance(value, int) and not isinstance(value, bool))
-    ]
-    if given:
-        raise UsageError(f"{', '.join(given)} cannot be used here: {why}")

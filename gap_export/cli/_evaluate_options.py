@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from gap_export.errors import OutputError, UsageError
 from gap_export.spec.requests import PruningRequest, options_of
-
-if TYPE_CHECKING:
-    from gap_export.evaluation.settings import MisalignmentKind
 
 TargetArgument = Annotated[
     str,
@@ -159,24 +156,6 @@ def split_names(option: str, names: Sequence[str]) -> list[str]:
             fix="name one, or leave the option out",
         )
     return found
-
-
-def parse_misaligned(names: Sequence[str]) -> tuple[MisalignmentKind, ...]:
-    """Each once.
-
-    Raises:
-        UsageError: one that there is not, or none.
-    """
-    from gap_export.evaluation.settings import MISALIGNMENTS
-
-    known = {str(kind): kind for kind in MISALIGNMENTS}
-    wanted = split_names("--misaligned", names)
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        raise UsageError(
-            "--misaligned has no such choice", seen=unknown[0], allowed=", ".join(known)
-        )
-    return tuple(known[name] for name in wanted)
 
 
 def check_beside_folders(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,9 +17,6 @@ from gap_export.cli._requests import takes_requests
 from gap_export.cli._terminal import format_size, format_table
 from gap_export.spec.requests import BuildOptions, LimitsRequest
 from gap_export.visible import visible
-
-if TYPE_CHECKING:
-    from gap_export.engines.folder import EngineFolder
 
 
 @takes_requests
@@ -56,40 +53,31 @@ def build(
     """
     terminal = terminal_of(ctx)
     terminal.begin(f"building engines for {', '.join(target)} in {bundle}")
-    from gap_export.engines.command import run_build
+    from gap_export.api.make import build as build_engines
+    from gap_export.engines.command import describe_folders
 
-    folders = run_build(
+    folders = build_engines(
         bundle,
         target,
         only=only or (),
-        overrides=limits,
+        limits=limits,
         options=options,
         progress=terminal.progress(),
         warn=terminal.warning,
     )
+    built = describe_folders(folders)
     if as_json:
-        from gap_export.engines.command import describe_folders
-
-        terminal.json(describe_folders(folders))
-    else:
-        terminal.result(_describe(folders))
-
-
-def _describe(folders: list[EngineFolder]) -> str:
-    from gap_export.engines.command import describe_folders
-
-    rows = [_row(entry) for entry in describe_folders(folders)]
-    header = ["target", "component", "size", "build s", "peak memory"]
-    lines = [format_table(header, rows)]
-    lines += [f"in {visible(str(folder.path))}" for folder in folders]
-    return "\n".join(lines)
-
-
-def _row(entry: dict[str, Any]) -> list[str]:
-    return [
-        entry["folder"],
-        entry["component"],
-        format_size(entry["size_bytes"]),
-        f"{entry['build_seconds']:.1f}",
-        format_size(entry["peak_memory_bytes"]),
+        terminal.json(built)
+        return
+    rows = [
+        [
+            entry["folder"],
+            entry["component"],
+            format_size(entry["size_bytes"]),
+            f"{entry['build_seconds']:.1f}",
+            format_size(entry["peak_memory_bytes"]),
+        ]
+        for entry in built
     ]
+    lines = [format_table(["target", "component", "size", "build s", "peak memory"], rows)]
+    terminal.result("\n".join([*lines, *(f"in {visible(str(one.path))}" for one in folders)]))

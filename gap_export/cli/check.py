@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -23,16 +23,7 @@ from gap_export.cli._check_options import (
     RecordOption,
     ReportJsonOption,
     RequireOption,
-    parse_backends,
     parse_bars,
-    parse_levels,
-    refuse_ignored,
-)
-from gap_export.cli._check_reference import (
-    ReferenceOptions,
-    find_original,
-    find_reference,
-    golden_folder,
 )
 from gap_export.cli._options import (
     BundleArgument,
@@ -48,20 +39,19 @@ from gap_export.errors import ParityError, UsageError
 from gap_export.visible import visible
 
 if TYPE_CHECKING:
-    from gap_export.bundle import Bundle
-    from gap_export.parity.results import BackendKey, CheckReport, Level
+    from gap_export.parity.results import CheckReport
     from gap_export.progress import Progress
 
 
-class _Judging(TypedDict):
-    """What is judged, by what, and how strictly."""
+class _Asked(TypedDict):
+    """What to compare with, and what to ask."""
 
-    backends: Sequence[BackendKey]
-    levels: Sequence[Level]
-    engines: str | None
-    fail_under: dict[Level, float]
-    per_layer: bool
-    required: Sequence[BackendKey]
+    against: Sequence[str]
+    checkpoint: Mapping[str, Path]
+    samples: int | None
+    seed: int | None
+    images: Sequence[Path]
+    progress: Progress
 
 
 class _Places(TypedDict):
@@ -103,52 +93,63 @@ def check(
     """
     terminal = terminal_of(ctx)
     terminal.begin(f"checking {bundle}")
+    from gap_export.api import check as api
+    from gap_export.checkpoint.find.source import parse_parts
     from gap_export.engines.folder import open_whole
+    from gap_export.parity.golden import is_golden
+    from gap_export.parity.results import LEVELS
     from gap_export.report import check_writable, write_reports
 
-    backends = parse_backends(backend or [], "--backend")
-    given = {
-        "--level": level, "--fail-under": fail_under, "--per-layer": per_layer,
-        "--require": require, "--engines": engines, "--report-json": report_json, "--junit": junit,
-        "--markdown": markdown, "--html": html, "--json": as_json,
-    }  # fmt: skip
-    options = ReferenceOptions(
-        against=[golden_folder(each) for each in against or ()],
-        checkpoint=checkpoint or (),
+    named = api.against_of(against or ())
+    asked = _Asked(
+        against=named,
+        checkpoint=parse_parts(checkpoint or ()),
         samples=samples,
         seed=seed,
         images=image or (),
+        progress=terminal.progress(),
     )
     rule = output_rule(
         force=force,
-        inputs={
-            "--image": [*options.images],
-            "--checkpoint": [*options.checkpoint],
-            "--against": [*options.against],
+        inputs={"--image": image or (), "--checkpoint": checkpoint or (), "--against": named},
+        outside={
+            "the bundle": bundle,
+            **{f"the golden {each}": Path(each) for each in named if is_golden(each)},
         },
-        outside={"the bundle": bundle, **options.goldens()},
     )
     if record is not None:
-        refuse_ignored("--record judges nothing", given)
-        opened = open_whole(bundle)
-        golden = _record(opened, options, record, backends, force, terminal.progress())
+        judged = {
+            "--level": level, "--fail-under": fail_under, "--per-layer": per_layer,
+            "--require": require, "--engines": engines, "--report-json": report_json,
+            "--junit": junit, "--markdown": markdown, "--html": html, "--json": as_json,
+        }  # fmt: skip
+        api.refuse_ignored("--record judges nothing", judged)
+        golden = api.record(bundle, record, backends=backend or ["ort"], force=force, **asked)
         terminal.result(visible(str(golden)))
         return
     places = _Places(json=report_json, junit=junit, markdown=markdown, html=html)
     if force and not any(places.values()):
-        refuse_ignored("no file is to be written", {"--force": force})
-    judging = _Judging(
-        backends=backends or ["ort"],
-        levels=parse_levels(level or []),
-        engines=engines,
-        fail_under=parse_bars(fail_under or []),
-        per_layer=per_layer,
-        required=parse_backends(require or [], "--require"),
-    )
+        api.refuse_ignored("no file is to be written", {"--force": force})
+    bars = parse_bars(fail_under or [])
+    for option, values, allowed in (
+        ("--backend", backend, api.BACKENDS),
+        ("--level", level, LEVELS),
+        ("--require", require, api.BACKENDS),
+    ):
+        api.choose(values or (), allowed, option)
     opened = open_whole(bundle)
     rule = with_sources(rule, [part.location for part in opened.manifest.source.parts])
     check_writable(**places, rule=rule)
-    report = _check(opened, options, judging, terminal.progress())
+    report = api.check(
+        opened,
+        backends=backend or ["ort"],
+        levels=level or LEVELS,
+        engines=engines,
+        fail_under=bars,
+        per_layer=per_layer,
+        required=require or (),
+        **asked,
+    )
     write_reports(report, **places, rule=rule)
     if as_json:
         terminal.json(report.to_plain())
@@ -156,89 +157,10 @@ def check(
         from gap_export.cli._describe_check import describe_check
 
         terminal.result(describe_check(report))
-    _raise_failure(report, judging)
+    _raise_failure(report, bars)
 
 
-def _check(
-    bundle: Bundle, options: ReferenceOptions, judging: _Judging, progress: Progress
-) -> CheckReport:
-    """Compare with what was asked for.
-
-    Raises:
-        UsageError: there is nothing to compare with, or an option would be ignored.
-    """
-    from gap_export.parity.check import check_bundle, needs_reference
-    from gap_export.parity.patched.check import check_patched, was_patched
-
-    needed = needs_reference(judging["levels"])
-    if "trt" not in {*judging["backends"], *judging["required"]}:
-        refuse_ignored("it is for --backend trt", {"--engines": judging["engines"]})
-    if not needed:
-        refuse_ignored(
-            "no level that is asked for asks the model anything",
-            {"--samples": options.samples, "--seed": options.seed, "--image": options.images},
-        )
-    if was_patched(bundle.manifest) and needed:
-        refuse_ignored(
-            "unpatched graphs give tensors, to be compared with those of the bundle",
-            {"--fail-under": judging["fail_under"], "--per-layer": judging["per_layer"]},
-        )
-        return check_patched(
-            bundle,
-            find_original(options),
-            options.questions(),
-            backends=judging["backends"],
-            levels=judging["levels"],
-            required=judging["required"],
-            seed=options.seed_used,
-            progress=progress,
-        )
-    reference = find_reference(bundle, options, needed=needed)
-    return check_bundle(bundle, reference=reference, progress=progress, **judging)
-
-
-def _record(
-    bundle: Bundle,
-    options: ReferenceOptions,
-    folder: Path,
-    backends: Sequence[BackendKey],
-    force: bool,
-    progress: Progress,
-) -> Path:
-    """Write a golden.
-
-    Raises:
-        UsageError: several backends, or a golden to record one from.
-    """
-    from gap_export.parity.patched.check import was_patched
-    from gap_export.parity.record import record_truth
-    from gap_export.parity.truth import TorchTruth
-
-    if len(backends) > 1:
-        raise UsageError(
-            "a golden is for one backend, whose dtype it has",
-            seen=", ".join(backends),
-            fix="record one for each",
-        )
-    if was_patched(bundle.manifest):
-        raise UsageError("PyTorch does not know the model of a patched bundle: no golden of it")
-    reference = find_reference(bundle, options, needed=True)
-    if not isinstance(reference, TorchTruth):
-        raise UsageError(
-            "a golden is recorded from a checkpoint, and not from another golden",
-            seen=", ".join(options.against),
-        )
-    return record_truth(
-        bundle,
-        reference,
-        folder,
-        backend=backends[0] if backends else "ort",
-        force=force,
-        progress=progress,
-    )
-
-
-def _raise_failure(report: CheckReport, judging: _Judging) -> None:
+def _raise_failure(report: CheckReport, bars: Mapping[str, float]) -> None:
     """End with the exit code of the verdict.
 
     Raises:
@@ -255,11 +177,11 @@ def _raise_failure(report: CheckReport, judging: _Judging) -> None:
     raise ParityError(
         "the bundle did not pass the check",
         seen=failures,
-        fix=_advice(report, judging),
+        fix=_advice(report, bars),
     )
 
 
-def _advice(report: CheckReport, judging: _Judging) -> str:
+def _advice(report: CheckReport, bars: Mapping[str, float]) -> str:
     """What to do about a report that did not pass."""
     levels = [level for backend in report.backends for level in backend.levels]
     failed = {level.level for level in levels if level.status == "failed"}
@@ -270,7 +192,7 @@ def _advice(report: CheckReport, judging: _Judging) -> str:
             "see the report above; export it with --dtype float32, or take a checkpoint whose "
             "numbers fit its dtype"
         )
-    if failed == {"task"} and "task" in judging["fail_under"]:
+    if failed == {"task"} and "task" in bars:
         return (
             "Acc@0.5 is not what was asked for: keep more tokens, take another pruner, or ask less"
         )

@@ -25,11 +25,9 @@ from gap_export.cli._evaluate_options import (
     TargetArgument,
     WorkersOption,
     check_beside_folders,
-    parse_misaligned,
     split_names,
 )
 from gap_export.cli._options import (
-    BACKENDS,
     BackendOption,
     CheckpointOption,
     EnginesOption,
@@ -88,17 +86,15 @@ def evaluate(
     """Measure Acc@0.5 unpruned, compact and with GAP."""
     terminal = terminal_of(ctx)
     terminal.begin(f"measuring {target}")
+    from gap_export.api import evaluate as api
     from gap_export.checkpoint.find.source import parse_parts
-    from gap_export.evaluation.evaluate import Asking, evaluate_bundle, evaluate_model
-    from gap_export.exporting import ExportOptions
     from gap_export.report import check_writable, write_reports
 
     parts = parse_parts(checkpoint or [])
-    bundles = _bundles(target, baseline)
     rule = output_rule(
         force=force,
         inputs={"MODEL": [target], "--data": [data], "--checkpoint": checkpoint or []},
-        outside=bundles,
+        outside=api.bundles_of(target, baseline),
     )
     for option, folder in {"--records": records, "--pictures": pictures}.items():
         if folder is not None:
@@ -107,63 +103,28 @@ def evaluate(
     check_writable(json=report_json, markdown=markdown, html=html, rule=rule)
     reports = {"--report-json": report_json, "--markdown": markdown, "--html": html}
     check_beside_folders(reports, records=records, pictures=pictures)
-    asking = Asking(
-        data=data,
-        protocol=protocol,
-        prompt=prompt,
-        misaligned=parse_misaligned(misaligned or []),
-        records=records,
-        workers=workers,
-        pictures=pictures,
-        rule=rule,
-    )
-    if _is_bundle(target):
-        _refuse(
-            "a bundle is pruned already",
-            keep=keep,
-            pruner=pruner,
-            **{name.replace("_", "-"): getattr(pruning, name) for name in _CHOICES[:-1]},
+    with _telling_how_to_go_on(terminal, records):
+        report = api.evaluate(
+            target,
+            pruning.variants(split_names("--pruner", pruner or []), keep or ()),
+            data=data,
+            samples=samples,
+            seed=pruning.seed,
+            protocol=protocol,
+            prompt=prompt,
+            misaligned=split_names("--misaligned", misaligned or []),
+            weights=weights,
+            recipe=recipe,
+            checkpoint=parts,
+            baseline=baseline,
+            backend=backend,
+            engines=engines,
+            workers=workers,
+            records=records,
+            pictures=pictures,
+            rule=rule,
+            progress=terminal.progress(),
         )
-        _refuse("a bundle says that itself", recipe=recipe, dtype=weights.dtype)
-        if BACKENDS[backend] == "onnxruntime":
-            _refuse("it is for --backend trt", engines=engines)
-        if baseline is not None:
-            _refuse("with --baseline no checkpoint is read", checkpoint=checkpoint or None)
-        with _telling_how_to_go_on(terminal, records):
-            report = evaluate_bundle(
-                Path(target),
-                baseline=baseline,
-                checkpoint=parts,
-                seed=pruning.seed,
-                num_samples=samples,
-                asking=asking,
-                backend=BACKENDS[backend],
-                engines=engines,
-                progress=terminal.progress(),
-            )
-    else:
-        _refuse("it is for a BUNDLE", baseline=baseline, engines=engines)
-        if BACKENDS[backend] != "onnxruntime":
-            _refuse(
-                "a MODEL is measured in ONNX Runtime; export it and name the BUNDLE",
-                backend=backend,
-            )
-        dtype, quantization = weights.resolve()
-        with _telling_how_to_go_on(terminal, records):
-            report = evaluate_model(
-                ExportOptions(
-                    model=target,
-                    pruning=pruning,
-                    recipe=recipe,
-                    checkpoint=parts,
-                    dtype=dtype,
-                    quantization=quantization,
-                ),
-                prunings=pruning.variants(split_names("--pruner", pruner or []), keep or ()),
-                num_samples=samples,
-                asking=asking,
-                progress=terminal.progress(),
-            )
     write_reports(report, json=report_json, markdown=markdown, html=html, rule=rule)
     if as_json:
         terminal.json(report.to_plain())
@@ -179,20 +140,15 @@ def evaluate(
         raise ParityError("; ".join(report.warnings))
 
 
-def _bundles(target: str, baseline: Path | None) -> dict[str, Path]:
-    """Those that nothing may be written into, by what they are."""
-    found = {"the bundle": Path(target)} if _is_bundle(target) else {}
-    return found if baseline is None else {**found, "the baseline": baseline}
-
-
 def _sources(target: str, recipe: str | None, parts: Mapping[str, Path]) -> list[str | Path]:
     """Where the parts of the checkpoint are that is read, or was when the bundle was made."""
+    from gap_export.api.evaluate import is_bundle
     from gap_export.bundle import open_bundle
     from gap_export.checkpoint.find.source import resolve_model
 
     # What is wrong with either is said when it is measured.
     with suppress(UsageError):
-        if _is_bundle(target):
+        if is_bundle(target):
             source = open_bundle(target).manifest.source
             return [*parts.values(), *(part.location for part in source.parts)]
         return list(resolve_model(target, recipe=recipe, parts=parts)[1].parts.values())
@@ -213,28 +169,6 @@ def _telling_how_to_go_on(terminal: Terminal, records: Path | None) -> Iterator[
                 f"the answers so far are in {where}; the same command goes on from there"
             )
         raise
-
-
-def _is_bundle(target: str) -> bool:
-    from gap_export.bundle.drafts import find_standing
-    from gap_export.spec.manifest import MANIFEST_NAME
-
-    try:
-        return (find_standing(Path(target).absolute()) / MANIFEST_NAME).exists()
-    except (OSError, ValueError):
-        # No name of a file.
-        return False
-
-
-def _refuse(why: str, **options: object) -> None:
-    """An option that would be ignored is an error.
-
-    Raises:
-        UsageError: one was given.
-    """
-    given = [f"--{name}" for name, value in options.items() if value is not None]
-    if given:
-        raise UsageError(f"{', '.join(given)} cannot be used here: {why}")
 
 
 def _check_bar(report: EvaluationReport, bar: float) -> None:

@@ -54,30 +54,23 @@ def export(
     """Export a pruned model; the default command."""
     terminal = terminal_of(ctx)
     terminal.begin(f"exporting {model}")
+    from gap_export.api.make import export as export_bundle
     from gap_export.checkpoint.find.source import parse_parts
-    from gap_export.exporting import ExportOptions, export_model
 
-    dtype, quantization = weights.resolve()
-    calibration = None
-    if quantization is not None and quantization.method == "awq":
-        from gap_export.evaluation.calibration import refshapes_questions
-
-        calibration = tuple(refshapes_questions())
-    options = ExportOptions(
-        model=model,
-        pruning=pruning,
-        out=out,
-        force=force,
+    report = export_bundle(
+        model,
+        pruning,
+        weights=weights,
+        engines=engines,
         recipe=recipe,
         checkpoint=parse_parts(checkpoint or []),
-        dtype=dtype,
-        quantization=quantization,
-        calibration=calibration,
         copy_weights=copy_weights,
         random_weights=random_weights,
-        engines=engines,
+        out=out,
+        force=force,
+        progress=terminal.progress(),
+        warn=terminal.warning,
     )
-    report = export_model(options, progress=terminal.progress(), warn=terminal.warning)
     if as_json:
         terminal.json(report.to_plain())
         return

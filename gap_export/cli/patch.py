@@ -65,18 +65,16 @@ def patch(
     """Prune an ONNX export that somebody else made; needs no PyTorch."""
     terminal = terminal_of(ctx)
     terminal.begin(f"patching {export}")
-    from gap_export.patching import PatchOptions, patch_export
+    from gap_export.api.make import patch as patch_export
 
     report = patch_export(
-        PatchOptions(
-            export=export,
-            pruning=pruning,
-            out=out,
-            force=force,
-            recipe=recipe,
-            variant=variant,
-            copy_weights=copy_weights,
-        ),
+        export,
+        pruning,
+        recipe=recipe,
+        variant=variant,
+        copy_weights=copy_weights,
+        out=out,
+        force=force,
         progress=terminal.progress(),
     )
     if as_json:

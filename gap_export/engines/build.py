@@ -24,13 +24,11 @@ from gap_export.engines.targets import Target, TargetChoice
 from gap_export.errors import BundleError, OutputError, UsageError
 from gap_export.progress import Progress, SilentProgress
 from gap_export.spec.manifest import EngineLimits, GraphSpec, Manifest
-from gap_export.spec.requests import BuildOptions, LimitsRequest
+from gap_export.spec.requests import DEFAULT_BUILD, OWN_LIMITS, BuildOptions, LimitsRequest
 
 Tell = Callable[[str], None]
 
 
-BUNDLES_OWN = LimitsRequest()
-DEFAULTS = BuildOptions()
 _ALL_AT_ONCE = "build all components: leave out --only"
 
 
@@ -39,8 +37,8 @@ def build_engines(
     choice: TargetChoice,
     *,
     only: tuple[str, ...] = (),
-    overrides: LimitsRequest = BUNDLES_OWN,
-    options: BuildOptions = DEFAULTS,
+    overrides: LimitsRequest = OWN_LIMITS,
+    options: BuildOptions = DEFAULT_BUILD,
     progress: Progress | None = None,
     warn: Tell = lambda _: None,
 ) -> EngineFolder:
@@ -97,8 +95,8 @@ def check_build(
     choice: TargetChoice,
     *,
     only: tuple[str, ...] = (),
-    overrides: LimitsRequest = BUNDLES_OWN,
-    options: BuildOptions = DEFAULTS,
+    overrides: LimitsRequest = OWN_LIMITS,
+    options: BuildOptions = DEFAULT_BUILD,
 ) -> BuildPlace:
     """See, before anything is built, that a target's engines can be built here.
 

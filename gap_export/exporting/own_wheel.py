@@ -15,13 +15,13 @@ from collections.abc import Mapping
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
-import gap_export
 from gap_export.errors import UsageError
 from gap_export.extras import DISTRIBUTION
 from gap_export.spec.recipe import models_dir
 from gap_export.version import SOURCE, __version__
 
 _PACKAGE = "gap_export"
+_HERE = Path(__file__).resolve().parents[1]
 # Notes of an install; the next one makes its own.
 _INSTALL_NOTES = {"INSTALLER", "RECORD", "REQUESTED", "direct_url.json", "uv_cache.json"}
 # Of the format, which has no earlier one: the same files give the same wheel.
@@ -70,7 +70,7 @@ def _runs_from(dist: Distribution) -> bool:
     init = f"{_PACKAGE}/__init__.py"
     if not any(file.as_posix() == init for file in dist.files or ()):
         return False
-    return Path(str(dist.locate_file(init))).samefile(gap_export.__file__)
+    return Path(str(dist.locate_file(init))).samefile(_HERE / "__init__.py")
 
 
 def _metadata(dist: Distribution) -> dict[str, bytes]:
@@ -109,7 +109,7 @@ def _installed(dist: Distribution) -> dict[str, bytes]:
 
 def _checked_out() -> dict[str, bytes]:
     """Files of a checkout, by their places in a wheel."""
-    package = Path(gap_export.__file__).parent
+    package = _HERE
     plugin = package / "optimum_plugin"
     places = {path: f"{_PACKAGE}/{path.relative_to(package)}" for path in _walk(package)}
     places = {path: name for path, name in places.items() if not path.is_relative_to(plugin)}

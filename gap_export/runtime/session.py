@@ -89,6 +89,15 @@ class GroundingSession:
         manifest: What the model is.
         backend: What runs it.
         positions: ``gap``, or the name of a naive baseline, see ``spec.positions``.
+
+    Example:
+        >>> import numpy as np
+        >>> from gap_export import GroundingSession
+        >>> image = np.zeros((96, 96, 3), np.uint8)
+        >>> with GroundingSession.open("demo") as session:
+        ...     answer = session.ground(image, "the red circle")
+        >>> len(answer.keep_indices), answer.num_visual_tokens
+        (43, 144)
     """
 
     def __init__(

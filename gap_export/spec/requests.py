@@ -170,7 +170,13 @@ class PruningRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsRequest:
-    """In which dtype a bundle's weights are stored, and how they are quantized."""
+    """In which dtype a bundle's weights are stored, and how they are quantized.
+
+    Example:
+        >>> from gap_export import WeightsRequest
+        >>> WeightsRequest(dtype="int4", block_size=64).dtype
+        'int4'
+    """
 
     dtype: Annotated[
         WeightsDtype | None,
@@ -255,7 +261,13 @@ class LimitsRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class EnginesRequest(LimitsRequest):
-    """The TensorRT engines that an export prepares, and builds where this machine can."""
+    """The TensorRT engines that an export prepares, and builds where this machine can.
+
+    Example:
+        >>> from gap_export import EnginesRequest
+        >>> EnginesRequest(targets=("orin",), max_batch=4).targets
+        ('orin',)
+    """
 
     targets: Annotated[
         tuple[str, ...],
@@ -316,3 +328,5 @@ class BuildOptions:
 DEFAULT_PRUNING = PruningRequest()
 AS_STORED = WeightsRequest()
 NO_ENGINES = EnginesRequest()
+OWN_LIMITS = LimitsRequest()
+DEFAULT_BUILD = BuildOptions()

@@ -102,22 +102,23 @@ def test_every_flag_of_a_model_reaches_the_evaluation(run_cli, calls):
     flags += " --pictures drawn --data refcoco:coco:val --samples 20 --protocol lmms --records kept"
     flags += " --misaligned shifted,permuted --misaligned shifted --workers auto"
     run_cli("eval", "demo", *flags.split(), "--prompt", "<image> {expression}?")
+    pruning = PruningRequest(
+        order="score",
+        extra_token="mean",
+        extra_position="centroid",
+        budget="fixed",
+        pruner_text="question",
+        seed=3,
+    )
     options = ExportOptions(
         model="demo",
-        pruning=PruningRequest(
-            order="score",
-            extra_token="mean",
-            extra_position="centroid",
-            budget="fixed",
-            pruner_text="question",
-            seed=3,
-        ),
+        pruning=PruningRequest(seed=3),
         recipe="llava",
         checkpoint={"main": Path("weights"), "base": Path("llm")},
         dtype="float16",
     )
     arguments = {
-        "prunings": options.pruning.variants(["cls", "spatial"], [0.3, 0.5]),
+        "prunings": pruning.variants(["cls", "spatial"], [0.3, 0.5]),
         "num_samples": 20,
         "asking": Asking(
             data="refcoco:coco:val",

@@ -5,16 +5,25 @@ After a change that is meant: ``python tests/contract/test_public_api.py`` write
 
 from __future__ import annotations
 
+import dataclasses
+import doctest
 import inspect
 import re
+import shutil
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import gap_export
+from gap_export import exporting
+from gap_export.bundle import open_bundle
 from gap_export.cli._app import build_command
+from gap_export.evaluation import evaluate as evaluation
+from gap_export.exporting import ExportOptions, ExportReport
+from gap_export.spec.requests import options_of
 
 API_FILE = Path(__file__).parent / "public_api.txt"
 FLAGS_FILE = Path(__file__).parent / "cli_flags.txt"
@@ -100,6 +109,104 @@ def test_every_option_has_help_and_a_value_name():
         for parameter, hint in own_parameters(command):
             assert parameter.help, (command.name, parameter.name)
             assert parameter.metavar or hint is bool or choices(hint), parameter.name
+
+
+# What a parameter is called as a flag, where that is not its name with dashes.
+_FLAGS = {
+    "check": {"backends": "backend", "levels": "level", "images": "image", "required": "require"},
+    "build": {"targets": "target"},
+    "ground": {"execution_providers": "provider", "num_threads": "threads"},
+}
+# How things are shown, and where: a caller of a function has its result.
+_SHOWN = {
+    "json", "quiet", "verbose", "report-json", "junit", "markdown", "html", "save", "progress",
+    "warn", "force", "min-recovered", "rule",
+}  # fmt: skip
+# Only a program has them: arrays in place of files, a session that stays open, a bundle's
+# unpruned baseline in other positions.
+_ARRAYS = {"frame", "color", "cuda-graphs", "positions", "expressions"}
+
+
+def _offered(*functions: Callable[..., Any]) -> set[str]:
+    """The options of public functions, those of the requests they take among them."""
+    found = set()
+    for function in functions:
+        hints = typing.get_type_hints(function)
+        for name in inspect.signature(function).parameters:
+            request = hints.get(name)
+            if dataclasses.is_dataclass(request) and request.__module__.endswith("requests"):
+                found |= {each.flag.removeprefix("--") for each in options_of(request)}
+            elif name != "self":
+                found.add(name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("command", "functions", "apart"),
+    [
+        ("export", ["export"], set()),
+        # Other choices of a pruning are refused by patch.
+        (
+            "patch", ["patch"],
+            {"order", "extra-token", "extra-position", "budget", "pruner-text"},
+        ),
+        ("build", ["build"], set()),
+        # The flag makes one command of the two functions.
+        ("check", ["check", "record"], {"record", "folder"}),
+        # Flags of one pruning, and what is made of all: prunings.
+        (
+            "eval", ["evaluate"],
+            {*(each.flag[2:] for each in options_of(gap_export.PruningRequest)), "prunings",
+             "block-size", "quantizer", "quantize-lm-head"},
+        ),
+        ("ground", ["GroundingSession.open", "GroundingSession.ground"], _ARRAYS),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_function_offers_what_its_command_offers(
+    command: str, functions: list[str], apart: set[str]
+) -> None:
+    named = []
+    for name in functions:
+        function: Any = gap_export
+        for part in name.split("."):
+            function = getattr(function, part)
+        named.append(function)
+    names = _FLAGS.get(command, {})
+    offered = {names.get(each, each).replace("_", "-") for each in _offered(*named)}
+    flags = {
+        parameter.opts[0].removeprefix("--").replace("_", "-")
+        for parameter in build_command().commands[command].params
+    }
+    assert offered - _SHOWN - apart == flags - _SHOWN - apart
+
+
+def test_examples_of_the_public_api_run(
+    demo_bundle: Path, demo_whole_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def made(bundle: Path, options: ExportOptions) -> ExportReport:
+        """What this very export gave other tests."""
+        shutil.copytree(bundle, options.out)
+        manifest = open_bundle(options.out).manifest
+        return ExportReport(bundle=options.out, manifest=manifest, seconds={})
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(exporting, "export_model", lambda options, **_: made(demo_bundle, options))
+    monkeypatch.setattr(
+        evaluation,
+        "export_checkpoint",
+        lambda recipe, checkpoint, options, **_: made(demo_whole_bundle, options),
+    )
+    finder = doctest.DocTestFinder(recurse=False)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for name in (
+        "PruningRequest", "WeightsRequest", "EnginesRequest", "export", "GroundingSession", "check",
+        "record", "evaluate", "patch", "build", "GapExportError",
+    ):  # fmt: skip
+        found = finder.find(getattr(gap_export, name), name, globs={})
+        assert found and found[0].examples, name
+        printed: list[str] = []
+        assert runner.run(found[0], out=printed.append).failed == 0, "".join(printed)
 
 
 def test_an_unknown_public_name_is_an_attribute_error():
