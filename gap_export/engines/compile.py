@@ -20,7 +20,7 @@ from gap_export.engines.log import log_of, quote
 from gap_export.engines.memory import peak_bytes, reset_peak
 from gap_export.engines.monitor import STEPS, PhaseTally, make_monitor
 from gap_export.engines.network import build_failed, other_ways, out_of_memory, parse_graph
-from gap_export.engines.plan import EngineSpec, ProfileSpec, WeightsHeld
+from gap_export.engines.plan import EngineSpec, WeightsHeld
 from gap_export.engines.profiles import make_profiles
 from gap_export.engines.targets import TargetChoice
 from gap_export.engines.timing_cache import keep_timing_cache, use_timing_cache
@@ -109,7 +109,13 @@ def _compile(
     check_interface(interface, graph)
     config = _configure(place, builder, options)
     for profile in profiles:
-        config.add_optimization_profile(_to_tensorrt(builder, profile))
+        made = builder.create_optimization_profile()
+        for input_name, shapes in profile.shapes.items():
+            is_sizes = input_name in profile.values
+            sizes = profile.values[input_name] if is_sizes else shapes
+            put = made.set_shape_input if is_sizes else made.set_shape
+            put(input_name, sizes.min, sizes.opt, sizes.max)
+        config.add_optimization_profile(made)
     # Referred to from here as well: TensorRT does not keep it alive.
     monitor = make_monitor(module, PhaseTally(advance), stop)
     config.progress_monitor = monitor
@@ -175,17 +181,6 @@ def _configure(place: BuildPlace, builder: Any, options: BuildOptions) -> Any:
         config.set_flag(getattr(module.BuilderFlag, flag))
     use_timing_cache(place.library, config, place.compute_capability)
     return config
-
-
-def _to_tensorrt(builder: Any, profile: ProfileSpec) -> Any:
-    made = builder.create_optimization_profile()
-    for name, shapes in profile.shapes.items():
-        if name in profile.values:
-            values = profile.values[name]
-            made.set_shape_input(name, values.min, values.opt, values.max)
-        else:
-            made.set_shape(name, shapes.min, shapes.opt, shapes.max)
-    return made
 
 
 def _build(module: Any, builder: Any, network: Any, config: Any, plan: PlanFile) -> bool:

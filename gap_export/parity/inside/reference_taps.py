@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -117,8 +117,10 @@ class ReferenceCall:
         found: dict[tuple[str, Side], list[NDArray[Any]]] = {}
         module = self.component.module
         known = dict(module.named_modules())
-        hooks = [(known[name], _keeper(found, name)) for name in names if name in known]
-        with _hooks(hooks), torch.inference_mode():
+        with ExitStack() as hooks, torch.inference_mode():
+            for name in known.keys() & set(names):
+                handle = known[name].register_forward_hook(_keeper(found, name))
+                hooks.callback(handle.remove)
             given = module(*to_torch(self.component, self.feed).values())
         tensors = [given] if isinstance(given, torch.Tensor) else list(given)
         for spec, tensor in zip(self.component.outputs, tensors, strict=True):
@@ -127,16 +129,6 @@ class ReferenceCall:
 
 
 _Hook = Callable[[torch.nn.Module, tuple[Any, ...], Any], None]
-
-
-@contextmanager
-def _hooks(wanted: Sequence[tuple[torch.nn.Module, _Hook]]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module, hook in wanted]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _keeper(found: dict[tuple[str, Side], list[NDArray[Any]]], name: str) -> _Hook:
