@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,19 +24,19 @@ from tests.runtime.backends.fake_tensorrt import copy_bundle, use_fakes, write_e
 
 
 @pytest.fixture
-def known_graphs(exports, tiny_checkpoint, monkeypatch):
+def known_graphs(exports, tiny_checkpoint, tiny_bundle, tiny_whole_bundle, monkeypatch):
     """Evaluations take bundles and graphs of the tiny model from other exports of this run."""
+    made = {("spatial", 0.3, None): tiny_bundle, (None, 1.0, "raster"): tiny_whole_bundle}
 
-    def shared_bundle(options, **_):
-        given = {field.name: getattr(options, field.name) for field in fields(options)}
-        plain = ExportOptions(model=options.model)
-        changed = {n: value for n, value in given.items() if value != getattr(plain, n)}
-        return SimpleNamespace(bundle=exports.bundle(**{"model": options.model, **changed}))
+    def bundle_of(options, **_):
+        asked = options.pruning
+        known = made.get((asked.pruner, asked.keep_ratio, asked.order))
+        return SimpleNamespace(
+            bundle=known or exports.bundle(model=options.model, pruning=replace(asked, seed=0))
+        )
 
     cache = exports.graphs(str(tiny_checkpoint))
-    monkeypatch.setattr(
-        evaluate, "export_model", lambda options, **_: shared_bundle(replace(options, out=None))
-    )
+    monkeypatch.setattr(evaluate, "export_model", bundle_of)
     monkeypatch.setattr(evaluate, "export_checkpoint", partial(export_checkpoint, cache=cache))
 
 
