@@ -82,7 +82,7 @@ def put_in_place(folder: Path, final: Path) -> None:
     first, and :func:`find_standing` finds it there until the next writer puts it back.
 
     Raises:
-        OutputError: somebody else took the name meanwhile.
+        OutputError: another process took the name meanwhile.
         OSError: the parent cannot be written.
     """
     taken = final.is_dir() and any(final.iterdir())
@@ -112,7 +112,7 @@ def find_standing(final: Path) -> Path:
         aside = [p for p in final.parent.iterdir() if p.name.startswith(prefix)]
         if len(aside) == 1 and aside[0].is_dir() and not aside[0].is_symlink():
             logger.warning(
-                "%s is missing: whoever was replacing it was killed; read is the old one, %s. "
+                "%s is missing: the process that replaced it was killed; the old one is read, %s. "
                 "Give it its name back, or write %s again",
                 final, aside[0], final.name,
             )  # fmt: skip
@@ -159,7 +159,7 @@ def _rename_in_two_steps(folder: Path, final: Path, *, taken: bool) -> Path:
 
 def _taken(final: Path) -> OutputError:
     return OutputError(
-        "the output folder was taken by somebody else meanwhile",
+        "the output folder was taken by another process meanwhile",
         seen=final,
         fix="try again, or choose another place",
     )
@@ -204,6 +204,6 @@ def _put_back(folder: Path, final: Path, replaced: Path) -> None:
     if not folder.exists() and final.is_dir():
         final.rename(folder)
     if replaced.exists():
-        # Somebody else may have taken the name; the old one then stays, hidden but whole.
+        # Another process may have taken the name; the old one then stays, hidden but whole.
         with suppress(OSError):
             replaced.rename(final)

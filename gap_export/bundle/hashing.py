@@ -53,8 +53,8 @@ class HashedFile:
 class FileHasher:
     """SHA-256 of files, at most two at a time in threads of its own.
 
-    A context manager: leaving it ends the threads within a fraction of a second, whatever they are
-    at. Paths are resolved, so a file is hashed once whatever links lead to it.
+    A context manager: leaving it ends the threads within a fraction of a second. Paths are
+    resolved, so a file is hashed once, however many links lead to it.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class FileHasher:
         return path.resolve() in self._files
 
     def tell(self, path: Path, hashed: HashedFile) -> None:
-        """Take over the hash of a file that somebody else has just read."""
+        """Take over the hash of a file that was just read elsewhere."""
         done: Future[HashedFile] = Future()
         done.set_result(hashed)
         self._files[path.resolve()] = done
@@ -133,7 +133,7 @@ def hash_stream(
     Args:
         read: Gives at most so many bytes, none at the end.
         use: Is given every piece.
-        stop: Set by whoever does not want the result any more.
+        stop: Set once the result is not wanted any more.
 
     Raises:
         InterruptedError: it was stopped.
@@ -157,7 +157,7 @@ def changed(path: Path) -> OutputError:
     return OutputError(
         "the checkpoint changed while it was exported",
         seen=path,
-        fix="export again when nobody writes to it",
+        fix="export again when it is not being written to",
     )
 
 

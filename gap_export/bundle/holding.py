@@ -1,4 +1,4 @@
-"""Bringing a file of somebody else's into a bundle: shared where it can be, copied where not."""
+"""Bringing a file from elsewhere into a bundle: shared where it can be, copied where not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Held = Literal["copied", "cloned", "linked"]
 _FICLONE = 0x40049409
 _COPY_BYTES = 4 << 20
 # How file systems say that they cannot share bytes between these two files: no such operation,
-# another device, a source of somebody else's (fs.protected_hardlinks), too many links.
+# another device, a source of another user's (fs.protected_hardlinks), too many links.
 _CANNOT_SHARE = frozenset({
     errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL, errno.EXDEV,
     errno.EPERM, errno.EACCES, errno.EMLINK, errno.ETXTBSY,
@@ -117,7 +117,7 @@ def _clone(reader: BinaryIO, target: Path) -> bool:
 
 
 def _copy(reader: BinaryIO, real: Path, target: Path, state: FileState, hasher: FileHasher) -> None:
-    """Copy, and hash on the way where nobody has begun to."""
+    """Copy, and hash on the way unless the hash is there already."""
 
     def read(size: int) -> bytes:
         # What fails here must not be blamed on the place that is written to.
@@ -143,7 +143,7 @@ def _copy(reader: BinaryIO, real: Path, target: Path, state: FileState, hasher: 
 
 def _open_source(real: Path) -> BinaryIO:
     try:
-        # A pipe would block whoever opens it.
+        # Opening a pipe would block.
         if real.exists() and not real.is_file():
             raise CheckpointError("not a plain file", seen=real)
         return real.open("rb", buffering=0)

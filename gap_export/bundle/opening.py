@@ -52,8 +52,8 @@ def open_bundle(path: str | Path, *, verify: Verify = "stamp") -> Bundle:
             not changed since, going by device, inode, size, mtime and ctime.
 
     Raises:
-        BundleError: not a bundle, damaged, incomplete, with files nobody listed, with links, of a
-            newer version, or with a path that leaves its folder.
+        BundleError: not a bundle, damaged, incomplete, with files that are not listed, with links,
+            of a newer version, or with a path that leaves its folder.
     """
     folder = find_standing(Path(path).resolve())
     try:
@@ -146,7 +146,7 @@ def _check_presence(manifest: Manifest, present: Mapping[str, os.stat_result]) -
         raise BundleError(
             "the bundle holds files its manifest does not list",
             seen=", ".join(unlisted[:5]) + (", ..." if len(unlisted) > 5 else ""),
-            allowed=f"the files of {MANIFEST_NAME}, and whatever is below {ENGINES_FOLDER}/",
+            allowed=f"the files of {MANIFEST_NAME}, and all that is below {ENGINES_FOLDER}/",
             fix="move them out of the bundle",
         )
     for file in manifest.files:

@@ -63,5 +63,5 @@ def read_place(folder: Path, place: TensorPlace) -> NDArray[Any]:
         raise BundleError("a file of the bundle shrank while it was read", seen=path)
     if place.dtype == "bfloat16":
         flat = (flat.astype(np.uint32) << 16).view(np.float32)
-    # Native byte order, whatever the machine.
+    # Native byte order on any machine.
     return flat.astype(flat.dtype.newbyteorder("="), copy=False).reshape(place.shape)

@@ -69,7 +69,7 @@ class BundleDraft:
     def place(self, source: Path, name: str, *, hold: Hold) -> HeldFile:
         """Bring a file into the bundle; it is hashed while the export goes on.
 
-        A linked file *is* the source: nobody may write to either.
+        A linked file *is* the source: neither may be written to.
 
         Args:
             source: Any file; links to it are followed.
@@ -171,7 +171,7 @@ def write_bundle(out: str | Path, *, force: bool = False) -> Iterator[BundleDraf
             if draft is not None:
                 shutil.rmtree(draft.folder, ignore_errors=True)
             for parent in reversed(created):
-                # Somebody else may have put something there meanwhile; then it stays.
+                # Another process may have put something there meanwhile; then it stays.
                 with suppress(OSError):
                     parent.rmdir()
         if lock >= 0:
@@ -180,7 +180,7 @@ def write_bundle(out: str | Path, *, force: bool = False) -> Iterator[BundleDraf
 
 @contextmanager
 def _as_output_error(final: Path) -> Iterator[None]:
-    """Turn failures of writing into one clear message; others, such as a missing source, pass."""
+    """Turn failures of writing into one clear message; a missing source, for one, passes."""
     try:
         yield
     except OSError as err:

@@ -1,4 +1,4 @@
-"""What every list of surviving visual tokens has to hold, wherever it is from."""
+"""What every list of kept visual tokens has to hold."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def check_keep_indices(
     error: type[GapExportError],
     who: str,
 ) -> None:
-    """Refuse survivors that are not K different tokens, in raster order where that is promised.
+    """Refuse kept tokens that are not K different tokens, in raster order where that is promised.
 
     Args:
-        keep_indices: [K'], survivors first; an extra token behind them is not looked at.
+        keep_indices: [K'], kept tokens first; an extra token behind them is not looked at.
         num_visual_tokens: N.
         num_kept_tokens: K.
         ascending: Whether raster order is promised.
-        error: Raised.
-        who: Gave them, for the message.
+        error: The error that is raised.
+        who: What gave them, for the message.
 
     Raises:
         GapExportError: ``error``: too few, out of range, repeated, or not ascending.

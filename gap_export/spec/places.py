@@ -1,4 +1,4 @@
-"""Which visual tokens the pruners keep that look at no picture, in plain numpy.
+"""Which visual tokens pruners keep that do not look at the image, in plain numpy.
 
 Shape letters: N visual tokens before pruning, K kept.
 """
@@ -20,7 +20,7 @@ def lattice_places(grid: GridSpec, *, num_kept_tokens: int) -> NDArray[np.int64]
     r lies at the middle of the u-th of r equal bands of the grid, columns likewise.
 
     Args:
-        grid: Of the visual tokens.
+        grid: The grid of the visual tokens.
         num_kept_tokens: K, 1..N.
 
     Returns:

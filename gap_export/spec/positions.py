@@ -145,7 +145,7 @@ def build_id_table(
         unpruned_length: L.
         spans: The images, in prompt order.
         position_axes: A, 1 or 3.
-        rule: ``gap``: each token keeps its id. The others are naive baselines. ``compact``: its
+        rule: ``gap``: each token keeps its id. The rest are naive baselines. ``compact``: its
             slot, on all axes ("shifted" in the paper). ``text-shifted``: visual tokens keep their
             ids, and text goes on behind the largest id that is *left* of the image. That is GAP
             wherever the last token of the longest axis survives, and wrong wherever it does not.

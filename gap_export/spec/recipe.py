@@ -144,18 +144,18 @@ class TextTower(_Strict):
 
 
 class PruningDefaults(_Strict):
-    """What ``gap-export MODEL`` uses when not told otherwise."""
+    """What ``gap-export MODEL`` uses unless the user says otherwise."""
 
     pruner: str
     keep_ratio: float = Field(gt=0, le=1)
 
 
 class PublishedFigure(_Strict):
-    """An accuracy somebody published for this model, with its source and protocol.
+    """An accuracy that was published for this model, with its source and protocol.
 
     Attributes:
         dataset: E.g. ``RefCOCO``.
-        split: Of it.
+        split: Split of the dataset.
         positions: ``none`` where no token was dropped; ``compact`` or ``gap`` where some were.
         acc_at_50: 0..1.
         protocol: How an answer was judged, in words.
@@ -178,7 +178,7 @@ class Recipe(_Strict):
         aliases: Other names it answers to.
         family: Key of the registry in ``gap_export.families``.
         summary: One line for ``gap-export models``.
-        license: SPDX id of the weights' licence.
+        license: SPDX id of the license of the weights.
         checkpoint: Where the weights come from.
         architecture: Its sizes; None where the checkpoint's config.json alone says them.
         special_tokens: Ids of the tokens with a meaning, by their text; what a checkpoint says
@@ -187,12 +187,12 @@ class Recipe(_Strict):
             config says them.
         select_layer: Index into the vision tower's hidden states; -2 is the last but one.
         grid: Visual tokens before pruning.
-        image: Picture preparation.
+        image: Image preparation.
         prompt: Prompt template and limits.
         box: Answer syntax and frame.
         text_tower: None where the model has none.
         defaults: Pruner and keep ratio used when none is given.
-        published: Figures of others, with their source.
+        published: Published figures, with their source.
     """
 
     name: Name
@@ -336,8 +336,8 @@ def load_recipe(path: Path) -> Recipe:
 
 def list_recipes() -> list[tuple[Recipe, Path]]:
     """Every recipe with its folder: those shipped, by name, then those of other packages."""
-    others = _other_recipes()
-    usable = [(one, folder) for folder, one in others.items() if isinstance(one, Recipe)]
+    found = _other_recipes().items()
+    usable = [(one, folder) for folder, one in found if isinstance(one, Recipe)]
     return [*_recipes_in(models_dir()), *usable]
 
 

@@ -170,7 +170,7 @@ def test_folder_that_takes_the_name_at_the_last_moment_is_given_it_back(
         return exchange(one, other)
 
     monkeypatch.setattr(drafts, "exchange", late)
-    with pytest.raises(OutputError, match="taken by somebody else meanwhile"):
+    with pytest.raises(OutputError, match="taken by another process meanwhile"):
         write_sample(out, force=True)
     assert contents(out) == {"diary.txt": b"dear diary"}
     assert names(place) == {"out", "moved"}

@@ -43,7 +43,7 @@ SIZES = [(width, height) for width in SIDES for height in SIDES]
 
 
 def layout_of(width: int, height: int, *, grid: int = 24) -> TileLayout:
-    """As LLaVA-1.6 would lay the picture out; ``grid`` stands for 24 tokens a side."""
+    """As LLaVA-1.6 would lay the image out; ``grid`` stands for 24 tokens a side."""
     canvas = choose_canvas((height, width), [(h, w) for h, w in PINPOINTS])
     return TileLayout.for_image(
         width,
@@ -168,8 +168,8 @@ def check_account(tokens: TiledTokens, keep: np.ndarray, layout: TileLayout) -> 
     assert tokens.tiles[0].num_newline_tokens == 0
 
 
-def test_account_of_a_wide_picture_at_known_numbers() -> None:
-    # 2:1 on a 2x2 canvas of 4x4 tokens: of 8 rows the middle 4 show the picture.
+def test_account_of_a_wide_image_at_known_numbers() -> None:
+    # 2:1 on a 2x2 canvas of 4x4 tokens: of 8 rows the middle 4 show the image.
     layout = TileLayout.for_image(80, 40, rows=4, cols=4, tile_rows=2, tile_cols=2)
     assert (layout.first_row, layout.num_rows, layout.first_col, layout.num_cols) == (2, 4, 0, 8)
     assert layout.num_visual_tokens == 16 + 4 * 9
@@ -191,7 +191,7 @@ def test_account_of_a_wide_picture_at_known_numbers() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(3000, 1), (1, 3000), (60_000, 2)])
-def test_extremely_thin_picture_has_a_base_tile_and_maybe_newlines(width: int, height: int) -> None:
+def test_extremely_thin_image_has_a_base_tile_and_maybe_newlines(width: int, height: int) -> None:
     layout = layout_of(width, height)
     keep = np.tile(np.arange(0, 576, 3), (layout.num_tiles, 1))
     tokens = arrange_tiles(keep, layout)

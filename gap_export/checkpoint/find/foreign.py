@@ -1,4 +1,4 @@
-"""What a folder or a file is that holds no checkpoint we read, told by its names and its config.
+"""What a folder or a file is that holds no checkpoint we read, by its names and its config.
 
 A refusal that names the cause saves a user the search for it: quantized weights, a lone adapter,
 the formats of other programs, a folder with a part of a model only.
@@ -6,14 +6,13 @@ the formats of other programs, a folder with a part of a model only.
 
 from __future__ import annotations
 
-import json
 import re
 import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gap_export.checkpoint.find.hub_cache import ADAPTER_CONFIG, find_repository
+from gap_export.checkpoint.find.hub_cache import ADAPTER_CONFIG, find_repository, read_object
 from gap_export.errors import CheckpointError
 from gap_export.spec.recipe import HubRepository
 
@@ -25,7 +24,6 @@ _WHOLE = (
 )  # fmt: skip
 # Shards without their index, and variants that from_pretrained has to be asked for.
 _WEIGHTS = re.compile(r"(pytorch_)?model[.-].+\.(safetensors|bin)", re.DOTALL)
-_MAX_JSON_BYTES = 16 << 20
 _MAX_NAMES = 10_000
 # AutoGPTQ's and AutoAWQ's first versions, and NVIDIA's ModelOpt, wrote these beside config.json.
 _QUANTIZER_FILES = {
@@ -48,17 +46,17 @@ _CONVERT = "load the model with the program it is for, and save it with transfor
 
 
 def refuse_foreign(place: Path) -> None:
-    """Refuse what holds no checkpoint that can be read, where it can be told what it is instead.
+    """Refuse what holds no checkpoint that can be read, where it is known what it is instead.
 
     Args:
-        place: A folder, or a file; what is not there, or cannot be listed, is left to others.
+        place: A folder, or a file; what is not there, or cannot be listed, is not refused here.
 
     Raises:
         CheckpointError: quantized weights, a lone adapter, a format of another program, or a
             folder without weights.
     """
     names = _names(place)
-    config = _read(place / "config.json") if "config.json" in names else {}
+    config = read_object(place / "config.json") if "config.json" in names else {}
     _refuse_quantized(place, names, config)
     if "model_index.json" in names:
         raise _wrong("this is a pipeline of diffusers, which draws images", place, "model_index")
@@ -90,7 +88,7 @@ def refuse_foreign(place: Path) -> None:
 
 def describe_config(folder: Path) -> str | None:
     """The model that a folder's config.json says it is, in words; None where it says nothing."""
-    config = _read(folder / "config.json")
+    config = read_object(folder / "config.json")
     kind, classes = config.get("model_type"), config.get("architectures")
     words = [f"model_type {reprlib.repr(kind)}"] if config else []
     if isinstance(classes, list) and classes:
@@ -159,7 +157,7 @@ def _original(config: Mapping[str, Any]) -> str | None:
 
 
 def _lone_adapter(place: Path) -> CheckpointError:
-    config = _read(place / ADAPTER_CONFIG)
+    config = read_object(place / ADAPTER_CONFIG)
     base, kind = config.get("base_model_name_or_path"), config.get("peft_type")
     named = isinstance(base, str) and bool(base)
     here = _find_base(base) if isinstance(base, str) and base else None
@@ -235,13 +233,3 @@ def _names(place: Path) -> set[str]:
     except (OSError, ValueError):
         return set()
     return names
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    """A JSON object; empty where it is none, which its reader will say."""
-    try:
-        with file.open("rb") as stream:
-            plain = json.loads(stream.read(_MAX_JSON_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return plain if isinstance(plain, dict) else {}

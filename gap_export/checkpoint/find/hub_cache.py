@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gap_export.spec.recipe import CheckpointPart, HubRepository
 
@@ -23,7 +24,7 @@ _SHARD = re.compile(r"(\w+)-(\d{1,5})-of-(\d{1,5})(\.safetensors|\.bin)", re.ASC
 _TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
 # Beside it lies what was trained of a model whose tokenizer is another part's.
 ADAPTER_CONFIG = "adapter_config.json"
-_MAX_INDEX_BYTES = 16 << 20
+_MAX_JSON_BYTES = 16 << 20
 
 Parts = Mapping[str, CheckpointPart]
 
@@ -67,7 +68,7 @@ def find_repository(repository: HubRepository, *, file: str | None = None) -> Pa
             revision=repository.revision,
             repo_type=repository.kind,
         )
-    except HFValidationError:  # a name that the hub gives to nobody
+    except HFValidationError:  # no repository can have that name
         return None
     # Else None, or a mark that the repository is known to have no such file.
     if not isinstance(found, str):
@@ -84,7 +85,7 @@ def where_looked(role: str, parts: Parts) -> str:
         places.append(f"{names} in {_hub_cache()}")
     if part.url is not None and part.file is not None:
         places.append(f"{part.file} in {_torch_cache()}")
-    text = " and ".join(places) or "nowhere: nobody publishes it"
+    text = " and ".join(places) or "nowhere: it is not published"
     unfinished = _unfinished(role, parts)
     if unfinished is None:
         return text
@@ -152,7 +153,10 @@ def _missing_files(place: Path, role: str, parts: Parts) -> list[str]:
 def _missing_weights(folder: Path, names: set[str]) -> list[str]:
     for index in _INDEX_NAMES:
         if index in names:
-            return sorted(_indexed_files(folder / index) - names)
+            # A broken index names no shards here, and is refused when the weights are read.
+            found = read_object(folder / index).get("weight_map")
+            files = found.values() if isinstance(found, dict) else ()
+            return sorted({name for name in files if isinstance(name, str)} - names)
     if names & _WHOLE_NAMES:
         return []
     shards = [shard for shard in map(_SHARD.fullmatch, sorted(names)) if shard is not None]
@@ -163,17 +167,14 @@ def _missing_weights(folder: Path, names: set[str]) -> list[str]:
     return [] if any(name.endswith(_WEIGHT_SUFFIXES) for name in names) else ["weights"]
 
 
-def _indexed_files(index: Path) -> set[str]:
-    """Names of shards; a broken index names none here, and is refused when the weights are read."""
+def read_object(file: Path) -> Mapping[str, Any]:
+    """A JSON object; empty where a file is none, which its reader will say."""
     try:
-        if index.stat().st_size > _MAX_INDEX_BYTES:
-            return set()
-        plain = json.loads(index.read_bytes())
+        with file.open("rb") as stream:
+            plain = json.loads(stream.read(_MAX_JSON_BYTES))
     except (OSError, ValueError, RecursionError):
-        return set()
-    weight_map = plain.get("weight_map") if isinstance(plain, dict) else None
-    files = weight_map.values() if isinstance(weight_map, dict) else ()
-    return {name for name in files if isinstance(name, str)}
+        return {}
+    return plain if isinstance(plain, dict) else {}
 
 
 def _hub_cache() -> Path:

@@ -103,7 +103,7 @@ def check_roles(given: Iterable[str], known: Iterable[str], what: str) -> None:
 def check_named_parts(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """See that each part that was named exists, and is what it must be: a file, or a folder.
 
-    Whether the main part is a file or a folder is left to whoever looks into it: what was named
+    Whether the main part is a file or a folder is left to its reader: what was named
     there may be a checkpoint of another family.
 
     Raises:
@@ -166,7 +166,7 @@ def expand_home(path: str) -> Path:
     """A path as the user wrote it, with ``~`` for a home folder.
 
     Raises:
-        CheckpointError: nobody knows that user's home.
+        CheckpointError: the home folder of that user is not known.
     """
     try:
         return Path(path).expanduser()

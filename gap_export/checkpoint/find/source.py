@@ -133,8 +133,8 @@ def resolve_source(
 
     Args:
         manifest: The bundle's.
-        parts: Where to look, by role. Others are looked for where the manifest says they were, in
-            the caches, and, for a bundled model, in this installation.
+        parts: Where to look, by role. Those not named are looked for where the manifest says they
+            were, in the caches, and, for a bundled model, in this installation.
 
     Raises:
         CheckpointError: not there, its files are not the ones the bundle was made from, or the
@@ -176,9 +176,32 @@ def resolve_recipe(manifest: Manifest, homes: Sequence[Path]) -> Recipe:
         UnknownModelError: it is nowhere.
         RecipeError: it cannot be read.
     """
-    recipe = _recipe_of(manifest, homes, _shipped(manifest.model.name))
-    _check_unchanged(manifest, recipe)
-    return recipe
+    name = manifest.model.name
+    shipped = _shipped(name)
+    for file in map(_recipe_file, homes):
+        try:
+            recipe = load_recipe(file) if file.is_file() else None
+        except RecipeError:
+            # Other tools write files of that name as well, into checkpoints of shipped recipes.
+            if shipped is None:
+                raise
+            continue
+        # A recipe.yaml of another name was not the one used.
+        if recipe is not None and recipe.name == name:
+            _check_unchanged(manifest, recipe)
+            return recipe
+    if shipped is None:
+        beside = f"a {RECIPE_NAME} of that name with the main part of the checkpoint"
+        raise UnknownModelError(
+            "the recipe that this bundle was exported by is not here",
+            seen=name,
+            allowed=beside if homes else "a name of: gap-export models",
+            fix=f"put it there, or name a main part that has it: --checkpoint {MAIN}=PATH"
+            if homes
+            else None,
+        )
+    _check_unchanged(manifest, shipped[0])
+    return shipped[0]
 
 
 def _find_model(
@@ -270,35 +293,6 @@ def _shipped(name: str) -> tuple[Recipe, Path] | None:
         return find_recipe(name)
     except UnknownModelError:
         return None
-
-
-def _recipe_of(
-    manifest: Manifest, homes: Sequence[Path], shipped: tuple[Recipe, Path] | None
-) -> Recipe:
-    """The recipe of a bundle's model; a recipe.yaml of another name was not the one used."""
-    name = manifest.model.name
-    for file in map(_recipe_file, homes):
-        try:
-            recipe = load_recipe(file) if file.is_file() else None
-        except RecipeError:
-            # Other tools write files of that name as well, into checkpoints of shipped recipes.
-            if shipped is None:
-                raise
-            continue
-        if recipe is not None and recipe.name == name:
-            return recipe
-    if shipped is None:
-        raise UnknownModelError(
-            "the recipe that this bundle was exported by is not here",
-            seen=name,
-            allowed=f"a {RECIPE_NAME} of that name with the main part of the checkpoint"
-            if homes
-            else "a name of: gap-export models",
-            fix=f"put it there, or name a main part that has it: --checkpoint {MAIN}=PATH"
-            if homes
-            else None,
-        )
-    return shipped[0]
 
 
 def _check_unchanged(manifest: Manifest, recipe: Recipe) -> None:

@@ -31,7 +31,7 @@ def read_tokenizer(folder: Path, recipe: Recipe) -> Path | bytes:
 
     ``tokenizer.json`` is taken where there is one, else ``tokenizer.model`` is converted; the
     tokens of ``added_tokens.json`` and of the recipe that it lacks are added at its end, and no
-    text is cut or padded, whatever ``tokenizer.json`` was last used for. Text is
+    text is cut or padded, even if ``tokenizer.json`` was last used for. Text is
     split at special tokens before anything else is done with it, and each piece is tokenized like
     a text of its own, with a space in front, as by the tokenizers these models were trained with.
 

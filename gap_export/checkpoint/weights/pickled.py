@@ -52,7 +52,7 @@ _FAILURES = (
     *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError),
     *(ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError),
 )
-_TOLD = re.compile(r"WeightsUnpickler error:\s*(\S[^\n]*)")
+_REASON = re.compile(r"WeightsUnpickler error:\s*(\S[^\n]*)")
 _MAX_REASON = 200
 _MAX_NAME_SHOWN = 100
 _ARCHIVE, _OLD_FORMAT = b"PK\3\4", b"\x80"
@@ -189,8 +189,8 @@ def _load(file: Path) -> Any:
                 fix="get the checkpoint as safetensors, or save its state dict alone",
             ) from err
         # What is around it is about the options of torch.load.
-        told = _TOLD.search(str(err))
-        reason = told[1] if told is not None else (str(err).strip().splitlines() or [""])[0]
+        found = _REASON.search(str(err))
+        reason = found[1] if found is not None else (str(err).strip().splitlines() or [""])[0]
         raise damaged(
             file,
             f"not a PyTorch pickle of plain tensors: {type(err).__name__} {reason[:_MAX_REASON]}",
@@ -199,7 +199,7 @@ def _load(file: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from saying on the side what the user cannot act on, or is told by an error."""
+    """Keep torch from saying on the side what the user cannot act on, or what an error says."""
     log = logging.getLogger(fake_tensor.__name__)
     with warnings.catch_warnings():
         # About protocols and deprecated storages.
@@ -284,7 +284,7 @@ def _in_archive(
     if base is None:
         raise _odd_kind(key, f"not as it lies in {file}, but changed on loading")
     first = int(fake.storage_offset()) * fake.itemsize
-    # Elements from the first to the last one, whatever lies between.
+    # Elements from the first to the last one, those between included.
     span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if fake.numel() else 0
     length = span * fake.itemsize
     # Its own entry is the last whose header comes before its bytes.

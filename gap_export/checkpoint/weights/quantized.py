@@ -154,7 +154,7 @@ def dequantize(file: Path, name: str) -> torch.Tensor:
 def quantized_bytes(
     weights: Mapping[str, Weight], *, block_size: int, dtypes: Sequence[str]
 ) -> int:
-    """Bytes that :func:`store_quantized` will have told of when it is through."""
+    """Bytes that :func:`store_quantized` reports in all."""
     values = sum(math.prod(weight.shape) for weight in weights.values())
     item_bytes = sum(TORCH_DTYPES[dtype].itemsize for dtype in dtypes)
     return values // 2 + values // block_size * item_bytes
@@ -178,7 +178,7 @@ def quantize_columns(
     largest = torch.maximum(low.neg_(), high)
     # By way of float16, or a scale between two of its subnormals would be none of them.
     rounded = (largest / _LARGEST).to(torch.float16).to(torch.bfloat16).to(torch.float32)
-    # A block of zeros has any scale but 0, by which nobody can divide.
+    # A block of zeros has any scale but 0, since nothing can be divided by it.
     scales = torch.where(largest > 0, rounded.clamp_(min=_MIN_SCALE), 1.0)
     steps = (blocks / scales).round_().clamp_(-_LARGEST, _LARGEST)
     return steps.to(torch.int8), scales
@@ -207,7 +207,7 @@ def _lay_out(
     location: str, weights: Mapping[str, Weight], block_size: int, dtypes: Sequence[str]
 ) -> tuple[dict[str, QuantizedPlace], bytes, dict[str, PlacedTensor]]:
     """Places by weight, the file's first bytes, and everything in it in the file's order."""
-    # The widest first: then all are aligned, whatever the number of outputs.
+    # The widest first: then all are aligned for any number of outputs.
     dtypes = sorted(set(dtypes), key=lambda dtype: -TORCH_DTYPES[dtype].itemsize)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {
         f"{name}.int4": ("U8", (math.prod(weight.shape) // 2,)) for name, weight in weights.items()

@@ -65,13 +65,13 @@ class Weight(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DerivedWeight:
-    """A tensor computed from others: merged, split, joined, cast, filled.
+    """A tensor computed from other weights: merged, split, joined, cast, filled.
 
     Compared by identity: two components that share one weight share the object.
 
     Attributes:
-        dtype: Of the result, safetensors name.
-        shape: Of the result.
+        dtype: Safetensors name of the result's dtype.
+        shape: Shape of the result.
         sources: What :attr:`compute` is given, in order.
         compute: Pure; gets tensors in the dtypes of their files, which it must not write to.
         origin: In words, e.g. ``language_model...q_proj.weight + 0.25 B A``.
@@ -95,7 +95,7 @@ def cast_tensor(tensor: torch.Tensor, dtype: torch.dtype, *, origin: str) -> tor
 
     Args:
         tensor: Any shape, contiguous.
-        dtype: Of the result.
+        dtype: Dtype of the result.
         origin: Where it comes from, for messages.
 
     Returns:

@@ -1,6 +1,6 @@
 """What recipes and manifests both say of a model: its image, its grid, its prompt, its boxes.
 
-:func:`wrong_facts` is the one place that knows which values make sense, whoever holds them.
+:func:`wrong_facts` is the one place that knows which values make sense.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Strict:
 
 @dataclass(frozen=True, kw_only=True)
 class GridSpec(Strict):
-    """Visual tokens of one image, or tile, before pruning, in raster order: N = rows * cols."""
+    """The visual tokens of one image or tile before pruning, in raster order: N = rows * cols."""
 
     rows: int
     cols: int

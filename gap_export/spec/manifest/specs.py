@@ -81,15 +81,15 @@ class PruningSpec(Strict):
             ``weighted`` by score.
         positions: ``gap``: original ids; ``compact``: re-numbered, the naive baseline.
         keep_ratio: In (0, 1].
-        seed: Of the pruners that draw; None for the others.
-        num_visual_tokens: N, of one picture or tile.
-        num_kept_tokens: K, of one picture or tile; the most there can be with ``adaptive``.
+        seed: The seed of a pruner that draws; None for one that does not.
+        num_visual_tokens: N of one image or tile.
+        num_kept_tokens: K of one image or tile; the upper bound with ``adaptive``.
         num_emitted_tokens: K' = K plus extra tokens.
         text_similarity_sign: +1 keeps the patches most similar to the text, -1 the least; None
             where the pruner reads no text.
         extra_position: Index of the extra token: that of the ``last`` visual token, or of the cell
             at the ``centroid`` of what was dropped.
-        budget: ``fixed``: K of every picture; ``adaptive``: as many as stand out by their scores.
+        budget: ``fixed``: K of every image; ``adaptive``: as many as stand out by their scores.
         kept_buckets: Of bundles made before every number of 1..K could be kept: those an adaptive
             one is rounded up to, ascending, K the last. Else empty.
         pruner_text: What a pruner that reads the text reads: the ``expression`` alone, or the whole
@@ -151,9 +151,9 @@ class SourceSpec(Strict):
     """Where the weights are from.
 
     Attributes:
-        parts: Of the checkpoint; empty where the weights are random.
-        random_seed: Where there was no checkpoint and the weights are noise of the true shape, for
-            work on latency and engines; else None.
+        parts: Parts of the checkpoint; empty where the weights are random.
+        random_seed: The seed of weights that are noise of the true shape, for work on latency and
+            engines; None where there was a checkpoint.
     """
 
     parts: tuple[SourcePart, ...]
@@ -165,8 +165,8 @@ class TensorPlace(Strict):
     """A tensor that the runtime itself reads.
 
     Attributes:
-        file: In the bundle.
-        offset: Of its first byte.
+        file: Path within the bundle.
+        offset: Where its first byte is.
         dtype: float32, float16 or bfloat16, little-endian.
         shape: Dimensions, row-major.
     """
@@ -211,12 +211,12 @@ class GraphSpec(Strict):
     Attributes:
         component: vision_encoder, text_encoder, embed_tokens or decoder_model_merged.
         lowering: ``onnxruntime`` for the base graphs; ``portable`` or ``fused`` for TensorRT's.
-        dtype: Of the float inputs and outputs; ``pixel_values`` is float32 in any case.
+        dtype: Dtype of the float inputs and outputs; ``pixel_values`` is always float32.
         kv_contract: ``concat``: present = past and new, joined; ``in_place``: past and present are
             one buffer [B, heads, capacity, dim] of which the first slots are filled, and a step
             writes the new ones behind them; ``none``: no cache.
         file: Path within the bundle.
-        quantization: Of the weights; None where they have the graph's dtype.
+        quantization: How the weights are quantized; None where they have the graph's dtype.
     """
 
     component: str
@@ -235,9 +235,9 @@ class EngineLimits(Strict):
 
     Attributes:
         max_prompt: P, prompt tokens after pruning.
-        max_new_tokens: Of an answer. The cache has room for max_prompt + max_new_tokens slots.
+        max_new_tokens: Tokens of an answer. The cache has max_prompt + max_new_tokens slots.
         max_batch: B, expressions asked at a time.
-        max_images: I, pictures at a time, or the tiles of one.
+        max_images: I, images at a time, or the tiles of one.
     """
 
     max_prompt: int
@@ -252,7 +252,7 @@ class PreflightVerdict(Strict):
 
     Attributes:
         component: Which graph.
-        verdict: ``fine``; ``unverified``: holds operators nobody vouches for; ``blocked``.
+        verdict: ``fine``; ``unverified``: holds operators that are not documented; ``blocked``.
         operators: Those that are not fine.
         reasons: One line each, for people.
     """
@@ -268,9 +268,9 @@ class TargetSpec(Strict):
     """What a bundle has for one TensorRT target.
 
     Attributes:
-        name: Of the target, e.g. ``orin``.
-        lowering: Of the graphs its engines are built from; with their dtype it names them.
-        dtype: Of those graphs.
+        name: Name of the target, e.g. ``orin``.
+        lowering: Lowering of the graphs that its engines are built from.
+        dtype: Dtype of those graphs.
         preflight: A verdict for each component, against the oldest TensorRT of the target; empty
             where engines are built by the export itself.
     """
@@ -286,9 +286,9 @@ class FileSpec(Strict):
     """One file of the bundle.
 
     Attributes:
-        path: Within the bundle.
-        size: In bytes.
-        sha256: Of its bytes, in hex.
+        path: Path within the bundle.
+        size: Bytes.
+        sha256: Hash of its bytes, in hex.
         held: How they got there: ``written`` by the export; ``copied``; ``cloned``: a copy that
             shares the source's blocks until one of them changes; ``linked``: the source's own file.
     """
@@ -303,7 +303,7 @@ class FileSpec(Strict):
 class Manifest(Strict):
     """The whole of ``gap.json``, whose JSON form has ``format`` and ``format_version`` as well.
 
-    ``newline`` [H] stands at the end of each row of a tiled picture; None without tiles.
+    ``newline`` [H] stands at the end of each row of a tiled image; None without tiles.
     ``targets`` and ``engine_limits`` are there where engines are to be built.
     """
 
@@ -333,7 +333,7 @@ class Manifest(Strict):
         Args:
             component: Its name.
             lowering: Its form.
-            dtype: Of its floats; None where there is one dtype only.
+            dtype: Dtype of its floats; None where there is one dtype only.
 
         Raises:
             BundleError: the bundle has none.

@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from gap_export.bundle import open_bundle
+from gap_export.bundle.files import sha256_of
 from gap_export.checkpoint.find.source import (
     Checkpoint,
     check_named_parts,
     check_required_parts,
-    hash_file,
     parse_parts,
     resolve_model,
     resolve_source,
@@ -441,7 +441,7 @@ def test_an_absent_checkpoint_is_refused_with_the_flag_to_use(tiny_bundle, tmp_p
 
 def part_of(role: str, folder: Path, *names: str) -> SourcePart:
     files = [
-        SourceFile(path=n, size=(folder / n).stat().st_size, sha256=hash_file(folder / n))
+        SourceFile(path=n, size=(folder / n).stat().st_size, sha256=sha256_of(folder / n))
         for n in names
     ]
     return SourcePart(role=role, location=str(folder), files=tuple(files))
