@@ -9,11 +9,10 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Mapping
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 
 from gap_export.errors import GapExportError, MissingDependencyError, UsageError
+from gap_export.plugins import Plugins
 from gap_export.pruning.cdpruner import CdPruner
 from gap_export.pruning.check_preset import check_preset
 from gap_export.pruning.cls import ClsPruner
@@ -101,18 +100,38 @@ LEFT_OUT: Mapping[str, str] = MappingProxyType(
 )
 
 
-def all_presets() -> Mapping[str, Preset]:
-    """Our own, then those of other packages that can be used.
+def _check(name: str, thing: object, where: str) -> Preset:
+    if not isinstance(thing, Preset) or thing.name != name:
+        raise GapExportError(
+            f"{where} is not a preset of that name",
+            seen=thing,
+            allowed=f"gap_export.pruning.Preset(name={name!r}, ...)",
+        )
+    check_preset(thing, where)
+    return thing
 
-    Nobody who does not ask for a broken one is stopped by it; see :func:`broken_presets`.
-    """
-    others = {name: one for name, one in _others().items() if isinstance(one, Preset)}
-    return MappingProxyType({**PRESETS, **others})
+
+# Those called like one of ours are passed over.
+OTHER_PRESETS: Plugins[Preset] = Plugins(group=ENTRY_POINT_GROUP, kind="pruner", check=_check)
+
+
+def all_presets() -> Mapping[str, Preset]:
+    """Our own, then those of other packages that can be used; see :func:`broken_presets`."""
+    others = {n: one for n, one in OTHER_PRESETS.found.items() if isinstance(one, Preset)}
+    return MappingProxyType(
+        {**PRESETS, **{n: one for n, one in others.items() if n not in PRESETS}}
+    )
 
 
 def broken_presets() -> Mapping[str, GapExportError]:
     """Those of other packages that cannot be used, and why."""
-    return MappingProxyType({n: one for n, one in _others().items() if not isinstance(one, Preset)})
+    return MappingProxyType(
+        {
+            name: one
+            for name, one in OTHER_PRESETS.found.items()
+            if isinstance(one, GapExportError) and name not in PRESETS
+        }
+    )
 
 
 def find_preset(name: str) -> Preset:
@@ -124,10 +143,9 @@ def find_preset(name: str) -> Preset:
     """
     if name in PRESETS:
         return PRESETS[name]
-    others = _entry_points()
-    if name in others:
-        return _load(others[name])
-    names = [*PRESETS, *sorted(others)]
+    if name in OTHER_PRESETS.entries:
+        return OTHER_PRESETS.load(name)
+    names = list(dict.fromkeys((*PRESETS, *sorted(OTHER_PRESETS.entries))))
     lower = name.lower()
     if lower in LEFT_OUT:
         raise UsageError(
@@ -143,9 +161,8 @@ def find_preset(name: str) -> Preset:
 
 
 def package_of(name: str) -> str | None:
-    """The package that a preset of somebody else's comes with, where its maker says it."""
-    entry = _entry_points().get(name)
-    return entry.dist.name if entry is not None and entry.dist is not None else None
+    """The package that another package's preset comes with, where that is known."""
+    return None if name in PRESETS else OTHER_PRESETS.package_of(name)
 
 
 def check_pruner_installed(name: str, tools: Mapping[str, str]) -> None:
@@ -158,7 +175,7 @@ def check_pruner_installed(name: str, tools: Mapping[str, str]) -> None:
     Raises:
         MissingDependencyError: it is of another package, which is not installed.
     """
-    if name in PRESETS or name in _entry_points():
+    if name in PRESETS or name in OTHER_PRESETS.entries:
         return
     package = next((tool for tool in tools if tool.startswith(PACKAGE_MARK)), None)
     named = package.removeprefix(PACKAGE_MARK) if package is not None else None
@@ -172,47 +189,3 @@ def check_pruner_installed(name: str, tools: Mapping[str, str]) -> None:
 def find_pruner(name: str) -> Pruner:
     """The pruner of a preset; see :func:`find_preset`."""
     return find_preset(name).pruner
-
-
-def forget_entry_points() -> None:
-    """Look anew for other packages' pruners, where packages came or went in this process."""
-    _entry_points.cache_clear()
-    _others.cache_clear()
-
-
-@cache
-def _entry_points() -> Mapping[str, EntryPoint]:
-    found = entry_points(group=ENTRY_POINT_GROUP)
-    return {entry.name: entry for entry in found if entry.name not in PRESETS}
-
-
-@cache
-def _others() -> Mapping[str, Preset | GapExportError]:
-    """Presets of other packages by name, or what is wrong with them."""
-    found: dict[str, Preset | GapExportError] = {}
-    for name, entry in sorted(_entry_points().items()):
-        try:
-            found[name] = _load(entry)
-        except GapExportError as err:
-            found[name] = err
-    return found
-
-
-def _load(entry: EntryPoint) -> Preset:
-    where = f"pruner {entry.name}, which {entry.value} should define,"
-    try:
-        preset = entry.load()
-    except (Exception, SystemExit) as err:  # whatever another package's code does
-        raise GapExportError(
-            f"{where} cannot be loaded",
-            seen=f"{type(err).__name__}: {err}",
-            fix=f"mend or uninstall the package that declares {ENTRY_POINT_GROUP}",
-        ) from err
-    if not isinstance(preset, Preset) or preset.name != entry.name:
-        raise GapExportError(
-            f"{where} is not a preset of that name",
-            seen=preset,
-            allowed=f"gap_export.pruning.Preset(name={entry.name!r}, ...)",
-        )
-    check_preset(preset, where)
-    return preset

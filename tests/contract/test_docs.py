@@ -163,11 +163,11 @@ def test_the_package_of_the_own_pruner_installs_as_printed_and_is_found(tmp_path
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-build-isolation"]
     subprocess.run([*pip, "--target", str(site), str(tmp_path)], check=True, timeout=300)
     monkeypatch.syspath_prepend(site)
-    presets.forget_entry_points()
+    presets.OTHER_PRESETS.forget()
     try:
         features = torch.tensor([[[1.0, 0.0], [3.0, 0.1], [0.0, 1.0], [2.0, 0.0]]])
         scores = find_pruner("unusual").scores(VisionState(patch_features=features))
     finally:
-        presets.forget_entry_points()
+        presets.OTHER_PRESETS.forget()
         sys.modules.pop("my_pruners", None)
     assert int(scores.argmax()) == 2

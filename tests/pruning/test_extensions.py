@@ -48,12 +48,12 @@ def install(tmp_path, monkeypatch):
         (info / "entry_points.txt").write_text(
             f"[gap_export.pruners]\n{entries}\n".replace('"', "")
         )
-        presets.forget_entry_points()
+        presets.OTHER_PRESETS.forget()
 
     monkeypatch.syspath_prepend(tmp_path)
-    presets.forget_entry_points()
+    presets.OTHER_PRESETS.forget()
     yield put
-    presets.forget_entry_points()
+    presets.OTHER_PRESETS.forget()
     sys.modules.pop("my_pruners", None)
 
 
