@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -17,10 +21,18 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from gap_export.checkpoint.weights import index_files, place_reference
+from gap_export.exporting.trace import save_graph, trace_component
 from gap_export.families.common.checkpoints.configs import decoder_shape
+from gap_export.families.common.components import decoder_component
+from gap_export.families.common.decoder_kind import LLAMA
+from gap_export.families.common.modules.attention import rope_rotation, rotate
 from gap_export.families.common.modules.decoder_stack import TokenEmbedding, rope_constants
+from gap_export.families.common.modules.expected import decoder_key
 from gap_export.families.common.modules.llama_decoder import LlamaDecoder
+from gap_export.graph.passes import PIPELINES, run_pipeline
 from gap_export.spec.architecture import DecoderShape
+from gap_export.spec.positions import gap_remap
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -180,11 +192,46 @@ def test_taps_are_added_behind_their_layers():
 
 def test_only_the_leading_channels_of_a_head_turn():
     shape = DecoderShape(**{**vars(SMALL), "rotary_dim": 4})
-    from gap_export.families.common.modules.attention import rope_rotation, rotate
-
     heads = torch.randn(1, 2, 5, 16)
     inv_freq = rope_constants(shape)["inv_freq"]
     turned = rotate(heads, rope_rotation(torch.arange(5)[None], inv_freq, torch.float32), 4)
     assert torch.equal(turned[..., 4:], heads[..., 4:])
     lone = rotate(heads[..., :4], rope_rotation(torch.arange(5)[None], inv_freq, torch.float32))
     assert torch.equal(turned[..., :4], lone)
+
+
+def test_a_decoder_with_axes_norms_and_taps_is_exported(tmp_path):
+    """All that Qwen3-VL has and Llama has not, through tracer, GapRemap and ONNX Runtime."""
+    sizes = {"rope_sections": (4, 2, 2), "rope_interleaved": True, "qk_norm": True, "num_taps": 2}
+    shape = DecoderShape(**{**vars(SMALL), **sizes, "attention_bias": "qkv", "num_layers": 5})
+    module = drawn(shape)
+    save_file(module.state_dict(), tmp_path / "weights.safetensors")
+    refs = index_files([tmp_path / "weights.safetensors"])
+    weights = {decoder_key(key): refs[key] for key in refs}
+    source: Any = SimpleNamespace(architecture=SimpleNamespace(decoder=shape), weights=weights)
+    with torch.device("meta"):
+        component = decoder_component(source, LLAMA, dtype="float32")
+    placed = {key: place_reference(refs[key], "weights.safetensors") for key in refs}
+    model = trace_component(component, placed=placed)
+    run_pipeline(model, PIPELINES["decoder_model_merged"])
+    save_graph(model, tmp_path / "decoder.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "decoder.onnx")
+    caches = [value.name for value in session.get_inputs() if "past" in value.name]
+    generator = np.random.default_rng(0)
+    embeds = generator.standard_normal((2, 9, 96)).astype(np.float32)
+    table = np.sort(generator.integers(0, 30, (3, 2, 8)), axis=2)
+    # The last prompt token is text: the same id on all axes, and the largest.
+    table[:, :, -1] = 40
+    past = [np.zeros((2, 2, 0, 16), np.float32)] * len(caches)
+    for start, end in ((0, 8), (8, 9)):
+        slots = np.tile(np.arange(start, end), (2, 1))
+        step = embeds[:, start:end], np.ones((2, end), np.int64)
+        names = ("inputs_embeds", "attention_mask", "position_ids", "kept_positions", *caches)
+        found = session.run(None, dict(zip(names, (*step, slots, table, *past), strict=True)))
+        ids = gap_remap(slots, table)
+        assert ids.shape == (3, 2, end - start)
+        with torch.inference_mode():
+            wanted = module(*map(torch.from_numpy, (*step, ids, *past)))
+        for ours, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=2e-5)
+        past = found[1:]
