@@ -132,6 +132,7 @@ def _weights_on_call(component: Component) -> Iterator[None]:
     """Give each module its parameters, in float32, while it computes."""
     with _constants(component) as stack:
         for module, load, drop in _loaders(component):
+            stack.callback(drop, module)
             stack.callback(module.register_forward_pre_hook(load).remove)
             stack.callback(module.register_forward_hook(drop).remove)
         yield
