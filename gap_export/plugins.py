@@ -55,7 +55,8 @@ class Plugins(Generic[T]):
         """
         entry = self.entries[name]
         where = f"{self._kind} {name}, which {entry.value} should define,"
-        packages = self._packages(name)
+        found = entry_points(group=self.group, name=name)
+        packages = sorted({entry.dist.name for entry in found if entry.dist is not None})
         if len(packages) > 1:
             raise GapExportError(
                 f"{self._kind} {name} comes with several packages",
@@ -81,10 +82,6 @@ class Plugins(Generic[T]):
         """Look anew, where packages came or went in this process."""
         for name in ("entries", "found"):
             self.__dict__.pop(name, None)
-
-    def _packages(self, name: str) -> list[str]:
-        found = entry_points(group=self.group, name=name)
-        return sorted({entry.dist.name for entry in found if entry.dist is not None})
 
 
 def load_object(place: str, kind: type[T], *, what: str) -> T:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -140,21 +141,15 @@ def find_readings(recipe: Recipe) -> frozenset[str]:
     Raises:
         RecipeError: there is no family of the name it gives.
     """
-    lacking = set()
-    if recipe.text_tower is None:
-        lacking.add("text")
-    if not _has_next_layer(recipe):
-        lacking.add("next_layer")
+    layer, shapes = recipe.select_layer, recipe.architecture
+    # Counted from the front it takes the sizes to know whether a layer lies behind it.
+    has_next = layer < -1 or (shapes is not None and 0 <= layer < shapes.vision.num_layers)
+    lacking = {
+        name
+        for name, is_there in (("text", recipe.text_tower is not None), ("next_layer", has_next))
+        if not is_there
+    }
     return find_family(recipe).readings - lacking
-
-
-def _has_next_layer(recipe: Recipe) -> bool:
-    """Whether the tower has a layer behind the select layer, as far as the recipe tells."""
-    if recipe.select_layer < 0:
-        return recipe.select_layer < -1
-    # Counted from the front: without the sizes there is no telling.
-    shapes = recipe.architecture
-    return shapes is not None and recipe.select_layer < shapes.vision.num_layers
 
 
 def _taken(name: str) -> GapExportError:
@@ -278,12 +273,14 @@ def _not_recognized(recipe: Recipe, family: Family, main: Path) -> CheckpointErr
 
 def _who_recognizes(place: Path) -> dict[str, Family]:
     """Families that know a place for theirs, by what to call it in a message."""
-    return {
-        f"{family.name} ({layout.name})": family
-        for family in all_families().values()
-        for layout in load_builder(family).layouts
-        if layout.recognizes(Checkpoint.of(place))
-    }
+    found = {}
+    for family in all_families().values():
+        # Another package's may be broken, which is no matter of this checkpoint.
+        with suppress(GapExportError):
+            for layout in load_builder(family).layouts:
+                if layout.recognizes(Checkpoint.of(place)):
+                    found[f"{family.name} ({layout.name})"] = family
+    return found
 
 
 def _near(main: Path) -> list[Path]:

@@ -69,12 +69,14 @@ class ProjectorShape(_Strict):
         hidden_size: H, what comes out.
         bias: Whether the linear layers have one.
         activation: Between the two linear layers of an MLP; None where one linear layer is all.
+        joined_rows: Rows of patches that are joined to one token; the width says how many columns.
     """
 
     width: int
     hidden_size: int
     bias: bool = True
     activation: str | None
+    joined_rows: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,3 +176,12 @@ class Architecture(_Strict):
     vision: VisionShape
     projector: ProjectorShape
     decoder: DecoderShape
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of visual tokens; (0, 0) where patches cannot be joined so."""
+        side, down = self.vision.grid_size, self.projector.joined_rows
+        across, rest = divmod(self.projector.width, self.vision.width * down)
+        if rest or not across or side % down or side % across:
+            return 0, 0
+        return side // down, side // across

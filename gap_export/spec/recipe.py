@@ -293,11 +293,9 @@ def _check_sizes(architecture: Architecture, image: ImageSpec, grid: GridSpec) -
     channels = decoder.rotary_dim if decoder.rotary_dim is not None else decoder.head_dim
     if channels % 2 or channels > decoder.head_dim:
         raise ValueError("architecture.decoder: RoPE turns pairs of a head's channels")
-    # A projector may join neighbours of one row to a token.
-    joined = projector.width // vision.width
-    side = vision.grid_size
-    if side % joined or (grid.rows, grid.cols) != (side, side // joined):
-        raise ValueError(f"grid must be {side} rows, {side // joined} cols, as architecture says")
+    rows, cols = architecture.token_grid
+    if (grid.rows, grid.cols) != (rows, cols):
+        raise ValueError(f"grid must be {rows} rows, {cols} cols, as architecture says")
 
 
 def _in_range(key: str, value: int, low: int, high: int) -> None:

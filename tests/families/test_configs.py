@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,20 @@ def test_a_grid_of_the_right_number_and_the_wrong_shape_is_refused(tiny_checkpoi
     wrong = recipe.model_copy(update={"grid": GridSpec(**grid)})
     with pytest.raises(CheckpointError, match="visual token grid"):
         read_source(wrong, Checkpoint.of(tiny_checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("patches", "joined_rows", "grid"),
+    [
+        (1, 1, (24, 24)),
+        (4, 1, (24, 6)),  # MiniGPT-v2: four of a row
+        (4, 2, (12, 12)),  # Qwen-VL, InternVL: two by two
+        (5, 1, (0, 0)),
+        (2, 4, (0, 0)),
+    ],
+)
+def test_grid_of_tokens_follows_from_how_patches_are_joined(patches, joined_rows, grid):
+    recipe, _ = find_recipe("llava-1.5-7b")
+    sizes = recipe.architecture
+    projector = dataclasses.replace(sizes.projector, width=1024 * patches, joined_rows=joined_rows)
+    assert dataclasses.replace(sizes, projector=projector).token_grid == grid

@@ -9,6 +9,7 @@ was gained by that. Layers that read one input have the same.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ import torch
 from gap_export.checkpoint.weights import (
     DerivedWeight,
     TensorRef,
-    Weight,
     read_header,
     store_weights,
 )
@@ -40,8 +40,17 @@ def store_scales(path: Path, scales: Iterable[ChannelScale], *, of: str) -> None
     Raises:
         OSError: the file is there already or cannot be written, or the disk has no room for it.
     """
+    # One object a layer: what shares an object, a file knows by one name alone.
     weights = {
-        _name(of, reader): _plain(found.scale) for found in scales for reader in found.group.readers
+        _name(of, reader): DerivedWeight(
+            dtype=_DTYPE,
+            shape=tuple(found.scale.shape),
+            sources=(),
+            compute=partial(torch.clone, found.scale),
+            origin="calibration",
+        )
+        for found in scales
+        for reader in found.group.readers
     }
     store_weights(path, weights, dtype=_DTYPE)
 
@@ -116,14 +125,3 @@ def _refuse(path: Path, ref: TensorRef, seen: str, allowed: str) -> BundleError:
 
 def _name(component: str, layer: str) -> str:
     return f"{component}.{layer}.input_scale"
-
-
-def _plain(values: torch.Tensor) -> Weight:
-    # One object a layer: what shares an object, a file knows by one name alone.
-    return DerivedWeight(
-        dtype=_DTYPE,
-        shape=tuple(values.shape),
-        sources=(),
-        compute=lambda: values,
-        origin="calibration",
-    )

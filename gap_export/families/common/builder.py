@@ -10,7 +10,7 @@ from torch import nn
 
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import RecipeError
-from gap_export.families.common.checkpoints.clip_text_tower import TextTowerSource, read_text_tower
+from gap_export.families.common.checkpoints.clip_text_tower import read_text_tower
 from gap_export.families.common.checkpoints.configs import select_index
 from gap_export.families.common.checkpoints.random_weights import random_text_tower
 from gap_export.families.common.components import (
@@ -77,7 +77,14 @@ class ModelBuilder:
         self._check_tiles(recipe)
         vision = source.architecture.vision
         reads = find_pruner(pruning.pruner).reads
-        text = _text_tower(recipe, source, checkpoint) if "text" in reads else None
+        text = None
+        if "text" in reads:
+            seed = checkpoint.random_seed
+            text = (
+                read_text_tower(recipe, checkpoint, vision_width=vision.width)
+                if seed is None
+                else random_text_tower(recipe, vision_width=vision.width, seed=seed)
+            )
         with torch.device("meta"):
             tower = self.tower(source.architecture, select_index(recipe, vision))
             components = [
@@ -108,10 +115,3 @@ class ModelBuilder:
                 seen=recipe.image.preparation,
                 allowed="anyres" if self.newline else "pad or squash",
             )
-
-
-def _text_tower(recipe: Recipe, source: ModelSource, checkpoint: Checkpoint) -> TextTowerSource:
-    width = source.architecture.vision.width
-    if checkpoint.random_seed is not None:
-        return random_text_tower(recipe, vision_width=width, seed=checkpoint.random_seed)
-    return read_text_tower(recipe, checkpoint, vision_width=width)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import LlavaConfig, LlavaNextConfig
@@ -78,7 +77,15 @@ class LlavaHfLayout:
         file = folder / "config.json"
         config: Any = parse_config(self.config_class, file, num_tensors=len(found))
         compare_facts(recipe, folder, self._facts(recipe, config))
-        architecture = _architecture(config, file)
+        vision = clip_vision_shape(config.vision_config, file)
+        decoder = decoder_shape(config.text_config, file)
+        projector = ProjectorShape(
+            width=vision.width,
+            hidden_size=decoder.hidden_size,
+            bias=config.multimodal_projector_bias,
+            activation=config.projector_hidden_act,
+        )
+        architecture = Architecture(vision=vision, projector=projector, decoder=decoder)
         check_architecture(recipe, architecture, folder)
         tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
         keys = _KEYS.tying(head=tied)
@@ -110,15 +117,3 @@ class LlavaHfLayout:
         if self.newline and recipe.image.tiles is not None:
             wanted = [list(size) for size in recipe.image.tiles.resolutions]
             yield "image_grid_pinpoints", config.image_grid_pinpoints, wanted
-
-
-def _architecture(config: Any, file: Path) -> Architecture:
-    vision = clip_vision_shape(config.vision_config, file)
-    decoder = decoder_shape(config.text_config, file)
-    projector = ProjectorShape(
-        width=vision.width,
-        hidden_size=decoder.hidden_size,
-        bias=config.multimodal_projector_bias,
-        activation=config.projector_hidden_act,
-    )
-    return Architecture(vision=vision, projector=projector, decoder=decoder)

@@ -130,15 +130,16 @@ def check_architecture(recipe: Recipe, architecture: Architecture, where: Path) 
         CheckpointError: with every size that differs.
     """
     vision = architecture.vision
-    grid = vision.grid_size
-    per_token = architecture.projector.width // vision.width
     compare_facts(
         recipe,
         where,
         [
             ("image size", [vision.image_size] * 2, [recipe.image.height, recipe.image.width]),
-            # Patches that are joined to one token follow each other in a row.
-            ("visual token grid", [grid, grid // per_token], [recipe.grid.rows, recipe.grid.cols]),
+            (
+                "visual token grid",
+                list(architecture.token_grid),
+                [recipe.grid.rows, recipe.grid.cols],
+            ),
         ],
     )
     if recipe.architecture is None:

@@ -127,15 +127,15 @@ def _count_inexact(delta: Mapping[str, Weight], base: LanguageModel) -> tuple[in
             key = f"decoder.layers.{layer}.{name}"
             if delta[key].dtype == "BF16":
                 continue
-            ours, theirs = (_sample(weights[key]) for weights in (delta, base.weights))
+            ours, theirs = (
+                # The first rows; float64 holds sums of float16 numbers exactly.
+                rows(weight, 0, min(weight.shape[0], max(1, _SAMPLE_SIZE // weight.shape[1])))
+                .load()
+                .double()
+                for weight in (delta[key], base.weights[key])
+            )
             counted = (ours != 0) & (2 * ours.abs() <= theirs.abs())
             total = (ours + theirs)[counted]
             num_off += int((total.to(torch.float16).double() != total).sum())
             num_compared += total.numel()
     return num_off, num_compared
-
-
-def _sample(weight: Weight) -> torch.Tensor:
-    """The first rows of a matrix, float64, which holds sums of float16 numbers exactly."""
-    num_rows, width = weight.shape
-    return rows(weight, 0, min(num_rows, max(1, _SAMPLE_SIZE // width))).load().double()
