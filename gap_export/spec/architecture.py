@@ -109,8 +109,8 @@ class DecoderShape(_Strict):
         mlp_bias: Whether the MLP's linear layers have a bias.
         qk_norm: Whether each head of queries and keys is normalized before it is turned.
         tied_embeddings: Whether the head is the word embeddings, so that checkpoints leave it out.
-        num_taps: T, layers that are followed by an input of their own: behind layer i < T plane
-            i + 1 of ``inputs_embeds`` is added (DeepStack).
+        num_taps: How many of the first layers are followed by an input of their own: plane i + 1 of
+            ``inputs_embeds`` is added behind layer i (DeepStack).
     """
 
     hidden_size: int

@@ -60,8 +60,7 @@ class DecoderStack(nn.Module):
         """One step: prefill (past of length 0) or decode.
 
         Args:
-            inputs_embeds: float [B, S, (1 + T) * H]: the hidden state, then a plane for each of the
-                T taps.
+            inputs_embeds: float [B, S, (1 + taps) * H]: the hidden state, then a plane a tap.
             attention_mask: int64 [B, T], over cache slots; 0 hides a slot from every query. Zeros
                 may lie anywhere.
             position_ids: int64 [B, S], what RoPE sees; [A, B, S] where positions have axes.
@@ -80,7 +79,7 @@ class DecoderStack(nn.Module):
         hidden = inputs_embeds.reshape(-1, width)
         taps: Sequence[torch.Tensor] = ()
         if self.shape.num_taps:
-            # [B * S, (1 + T) * H] to 1 + T matrices [B * S, H].
+            # [B * S, (1 + taps) * H] to so many matrices [B * S, H].
             width = self.shape.hidden_size
             hidden, *taps = torch.chunk(hidden, 1 + self.shape.num_taps, dim=1)
         present: list[torch.Tensor] = []
