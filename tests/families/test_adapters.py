@@ -14,11 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import CheckpointError
-from gap_export.families import build_reference, resolve_pruning
-from gap_export.spec.recipe import Recipe, load_recipe
-from gap_export.spec.requests import PruningRequest
+from gap_export.spec.recipe import Recipe
+from tests.families import reading
 from tests.families.llava_layouts import (
     make_adapters,
     take_apart,
@@ -51,13 +49,7 @@ def theirs(tiny_checkpoint: Path) -> Any:
 
 
 def build(folder: Path, recipe: Recipe | None = None, device: Any = "meta", **parts: Path) -> Any:
-    recipe = recipe or load_recipe(folder / "recipe.yaml")
-    pruning = resolve_pruning(
-        recipe,
-        PruningRequest(pruner="spatial", keep_ratio=1.0, order="raster"),
-    )
-    checkpoint = Checkpoint(parts={"main": folder, **parts})
-    return build_reference(recipe, checkpoint, pruning, device=device)
+    return reading.build(recipe, {"main": folder, **parts}, device=device)
 
 
 def adapt(model: Any, config: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import CheckpointError, ExitCode, RecipeError
-from gap_export.families import build_reference, resolve_pruning
 from gap_export.families.common.checkpoints.matching import check_config_readable, look_at
-from gap_export.spec.requests import PruningRequest
+from tests.families import reading
 
 LAYER = "language_model.model.layers.1.mlp.up_proj.weight"
 
@@ -28,11 +26,7 @@ def broken(tiny_checkpoint, tmp_path) -> Path:
 
 
 def build(folder: Path, recipe: Any, pruner: str = "spatial") -> None:
-    pruning = resolve_pruning(
-        recipe,
-        PruningRequest(pruner=pruner, keep_ratio=0.3, order="raster"),
-    )
-    build_reference(recipe, Checkpoint.of(folder), pruning, device="meta")
+    reading.build(recipe, folder, pruner, 0.3, device="meta")
 
 
 def refusal(folder: Path, recipe: Any, pruner: str = "spatial") -> str:

@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlavaConfig
 
-from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import CheckpointError
-from gap_export.families import build_reference, resolve_pruning
 from gap_export.families.common.checkpoints.matching import build_config
-from gap_export.spec.requests import PruningRequest
+from tests.families import reading
 
 
 def refusal(
@@ -29,12 +27,8 @@ def refusal(
         target = target[part]
     target[key] = value
     file.write_text(json.dumps(plain))
-    pruning = resolve_pruning(
-        recipe,
-        PruningRequest(pruner="text", keep_ratio=0.3, order="raster"),
-    )
     with pytest.raises(CheckpointError) as caught:
-        build_reference(recipe, Checkpoint.of(folder), pruning, device="meta")
+        reading.build(recipe, folder, "text", 0.3, device="meta")
     message = str(caught.value)
     assert len(message) < 1000
     return message

@@ -14,6 +14,7 @@ from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.families import Reference, build_reference, resolve_pruning
 from gap_export.spec.recipe import load_recipe
 from gap_export.spec.requests import PruningRequest
+from tests.families import reading
 from tests.families.masked_oracle import logits_of_every_token
 
 PRUNERS = ("cls", "text", "random", "spatial", "fastervlm")
@@ -21,12 +22,7 @@ ATOL = 2e-5
 
 
 def reference(folder: Path, pruner: str = "spatial", keep_ratio: float = 1.0) -> Reference:
-    recipe = load_recipe(folder / "recipe.yaml")
-    pruning = resolve_pruning(
-        recipe,
-        PruningRequest(pruner=pruner, keep_ratio=keep_ratio, order="raster"),
-    )
-    return build_reference(recipe, Checkpoint.of(folder), pruning, device="cpu")
+    return reading.build(None, folder, pruner, keep_ratio)
 
 
 def transformers_model(folder: Path) -> Any:

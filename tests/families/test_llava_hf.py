@@ -11,13 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import CheckpointError
 from gap_export.exporting.torch_backend import TorchBackend
-from gap_export.families import Reference, build_reference, resolve_pruning
-from gap_export.spec.recipe import load_recipe
-from gap_export.spec.requests import PruningRequest
-from tests.families import rewriting
+from gap_export.families import Reference
+from tests.families import reading, rewriting
 from tests.families.llava_layouts import write_state
 from tests.families.tiny_llava_next import write_llava_next
 
@@ -40,13 +37,7 @@ def original(request, tmp_path_factory, tiny_checkpoint) -> Path:
 
 
 def reference(folder: Path, *, dtype: str | None = None, device: Any = "cpu") -> Reference:
-    recipe = load_recipe(folder / "recipe.yaml")
-    pruning = resolve_pruning(
-        recipe,
-        PruningRequest(pruner="spatial", keep_ratio=1.0, order="raster"),
-    )
-    checkpoint = Checkpoint.of(folder)
-    return build_reference(recipe, checkpoint, pruning, device=device, dtype=dtype)
+    return reading.build(None, folder, device=device, dtype=dtype)
 
 
 def weights(ref: Reference) -> dict[str, torch.Tensor]:

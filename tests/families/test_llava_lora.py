@@ -11,10 +11,8 @@ import torch
 
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.checkpoint.weights import TensorRef
-from gap_export.errors import CheckpointError
-from gap_export.families import Reference, build_reference, read_source, resolve_pruning
+from gap_export.families import read_source
 from gap_export.spec.recipe import Recipe
-from gap_export.spec.requests import PruningRequest
 from tests.families.llava_layouts import (
     LINEARS,
     Pieces,
@@ -29,6 +27,7 @@ from tests.families.llava_layouts import (
     write_clip,
     write_lora,
 )
+from tests.families.reading import build, refusal
 from tests.families.test_llava_original import assert_all_logits_equal
 
 
@@ -59,20 +58,6 @@ def parts(tmp_path: Path, pieces: Pieces) -> dict[str, Path]:
         "base": write_base(tmp_path / "base", pieces),
         "tower": write_clip(tmp_path / "clip", pieces),
     }
-
-
-def build(recipe: Recipe, parts: dict[str, Path], device: str = "cpu") -> Reference:
-    pruning = resolve_pruning(
-        recipe,
-        PruningRequest(pruner="spatial", keep_ratio=1.0, order="raster"),
-    )
-    return build_reference(recipe, Checkpoint(parts=parts), pruning, device=device)
-
-
-def refusal(recipe: Recipe, parts: dict[str, Path]) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        read_source(recipe, Checkpoint(parts=parts))
-    return str(caught.value)
 
 
 def merged_model(theirs: Any, pieces: Pieces, adapters: State, scale: float) -> Any:

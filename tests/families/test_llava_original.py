@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from gap_export.checkpoint.find.source import Checkpoint
-from gap_export.errors import CheckpointError
 from gap_export.families import Reference, build_reference, read_source, resolve_pruning
 from gap_export.spec.manifest import TilesSpec
 from gap_export.spec.recipe import Recipe, load_recipe
 from gap_export.spec.requests import PruningRequest
+from tests.families import reading
 from tests.families.llava_layouts import (
     Pieces,
     edit_json,
@@ -51,18 +51,12 @@ def recipe(tiny_recipe: Recipe) -> Recipe:
     return with_parts(tiny_recipe)
 
 
-def build(recipe: Recipe, device: str = "cpu", **parts: Path) -> Reference:
-    pruning = resolve_pruning(
-        recipe,
-        PruningRequest(pruner="spatial", keep_ratio=1.0, order="raster"),
-    )
-    return build_reference(recipe, Checkpoint(parts=parts), pruning, device=device)
+def build(recipe: Recipe, **parts: Path) -> Reference:
+    return reading.build(recipe, parts)
 
 
 def refusal(recipe: Recipe, **parts: Path) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        read_source(recipe, Checkpoint(parts=parts))
-    return str(caught.value)
+    return reading.refusal(recipe, parts)
 
 
 def assert_all_logits_equal(ref: Reference, theirs: Any, *, atol: float = ATOL) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.checkpoint.weights import DerivedWeight
-from gap_export.errors import CheckpointError, ExitCode, RecipeError, UnsupportedPrunerError
+from gap_export.errors import CheckpointError, RecipeError, UnsupportedPrunerError
 from gap_export.families import (
     Reference,
     build_reference,
@@ -34,6 +34,7 @@ from tests.families.masked_oracle import (
     spliced,
     torch_decoder,
 )
+from tests.families.reading import build, refusal
 from tests.families.tiny_minigpt_v2 import (
     LLAMA,
     SIDE,
@@ -81,23 +82,6 @@ def parts(tiny: TinyMiniGpt, tmp_path: Path) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
     return minigpt_recipe()
-
-
-def build(
-    recipe: Recipe, parts: dict[str, Path], pruner: str = "spatial", keep_ratio: float = 1.0, **how
-) -> Reference:
-    pruning = resolve_pruning(
-        recipe,
-        PruningRequest(pruner=pruner, keep_ratio=keep_ratio, order="raster"),
-    )
-    return build_reference(recipe, Checkpoint(parts=parts), pruning, **{"device": "cpu", **how})
-
-
-def refusal(recipe: Recipe, parts: dict[str, Path]) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        read_source(recipe, Checkpoint(parts=parts))
-    assert caught.value.exit_code == ExitCode.USAGE
-    return str(caught.value)
 
 
 def images(count: int = 1) -> torch.Tensor:

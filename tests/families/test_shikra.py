@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.checkpoint.weights import DerivedWeight
-from gap_export.errors import CheckpointError, ExitCode, RecipeError
+from gap_export.errors import RecipeError
 from gap_export.families import (
     Reference,
     build_reference,
@@ -27,12 +28,14 @@ from gap_export.runtime.prompt import PromptEncoder
 from gap_export.spec.positions import VisualSpan, build_kept_positions
 from gap_export.spec.recipe import Recipe
 from gap_export.spec.requests import PruningRequest
+from tests.families import reading
 from tests.families.masked_oracle import (
     check_masked_oracle,
     logits_of_every_token,
     spliced,
     torch_decoder,
 )
+from tests.families.reading import refusal
 from tests.families.tiny_shikra import (
     BASE_VOCAB,
     LLAMA,
@@ -47,6 +50,8 @@ from tests.families.tiny_shikra import (
     write_parts,
     write_shikra,
 )
+
+build = functools.partial(reading.build, dtype="float32")
 
 ATOL = 1e-4
 NUM_VISUAL = 16
@@ -85,24 +90,6 @@ def parts(tiny: TinyShikra, tmp_path: Path) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
     return shikra_recipe()
-
-
-def build(
-    recipe: Recipe, parts: dict[str, Path], pruner: str = "spatial", keep_ratio: float = 1.0, **how
-) -> Reference:
-    pruning = resolve_pruning(
-        recipe,
-        PruningRequest(pruner=pruner, keep_ratio=keep_ratio, order="raster"),
-    )
-    how = {"device": "cpu", "dtype": "float32", **how}
-    return build_reference(recipe, Checkpoint(parts=parts), pruning, **how)
-
-
-def refusal(recipe: Recipe, parts: dict[str, Path]) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        read_source(recipe, Checkpoint(parts=parts))
-    assert caught.value.exit_code == ExitCode.USAGE
-    return str(caught.value)
 
 
 def images(count: int = 1) -> torch.Tensor:
