@@ -30,7 +30,7 @@ from gap_export.families.common.modules.attention import rope_rotation, rotate
 from gap_export.families.common.modules.decoder_stack import TokenEmbedding, rope_constants
 from gap_export.families.common.modules.expected import decoder_key
 from gap_export.families.common.modules.llama_decoder import LlamaDecoder
-from gap_export.graph.passes import PIPELINES, run_pipeline
+from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.spec.architecture import DecoderShape
 from gap_export.spec.positions import gap_remap
 
