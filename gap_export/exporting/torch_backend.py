@@ -86,11 +86,7 @@ class TorchBackend(Backend):
         return {name: to_numpy(found) for name, found in _run(part, to_torch(part, feed)).items()}
 
     def margins(self, feed: Feed) -> NDArray[np.float32] | None:
-        """By how much the closest choice of tokens was decided, float32 [B]; None if unknown.
-
-        Args:
-            feed: Of the vision encoder.
-        """
+        """By how much the closest choice of tokens was decided, float32 [B]; None if unknown."""
         part = self._reference.component(VISION)
         if not isinstance(part.module, PrunedVisionEncoder):
             return None

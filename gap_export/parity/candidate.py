@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from gap_export.bundle import Bundle
 from gap_export.engines.folder import engine_folders
@@ -12,20 +11,18 @@ from gap_export.errors import BundleError, GapExportError, UsageError
 from gap_export.parity.levels.answers import AnswerPair
 from gap_export.parity.padded_batch import decode_padded
 from gap_export.parity.question import Question
-from gap_export.parity.replay import Call, replay
+from gap_export.parity.replay import replay
 from gap_export.parity.results import BackendKey
 from gap_export.parity.tally import Pair, Tally
 from gap_export.parity.truth import Recorded, Truth
 from gap_export.progress import Progress
-from gap_export.runtime.backends.backend import Backend
+from gap_export.runtime.backends.backend import DECODER, Backend
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.tolerances import Tolerance, tolerances_of
 
-_DECODER = "decoder_model_merged"
 # Questions among which two of different lengths are looked for.
 _FOR_A_BATCH = 4
-_Loaded = tuple[Backend, str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +89,24 @@ def open_candidate(
         GapExportError: TensorRT cannot load an engine.
     """
     try:
-        return _open(bundle, key, engines, reference)
+        backend, decoder_graph, note = _load(bundle, key, engines)
+        try:
+            tolerances = tolerances_of(backend.dtype)
+            if reference is not None:
+                reference.check_dtype(backend.dtype, backend.quantization)
+            session = GroundingSession(bundle.manifest, bundle.path, backend)
+        except GapExportError:
+            backend.close()
+            raise
     except UsageError as err:
         # Damage is no matter of the place, a bundle without engines is.
         lacks_engines = key == "trt" and not engine_folders(bundle)
         if isinstance(err, BundleError) and not lacks_engines:
             raise
         return CannotRun(reason=str(err))
+    return Candidate(
+        key=key, session=session, decoder_graph=decoder_graph, note=note, tolerances=tolerances
+    )
 
 
 def ask_candidate(
@@ -110,23 +118,17 @@ def ask_candidate(
     answers: bool,
     progress: Progress,
 ) -> Answered:
-    """Feed a candidate what the reference was fed, and ask it the same questions.
-
-    Args:
-        candidate: What is judged.
-        questions: What the reference was asked.
-        recorded: What it gave.
-        replays: Whether outputs are wanted.
-        answers: Whether answers are.
-        progress: Told what is done.
-    """
+    """Feed a candidate what the reference was fed, and ask it the same questions."""
     found = Answered()
     with progress.stage(f"comparing {candidate.backend.name}", total=len(questions)) as advance:
         for question, calls, expected in zip(
             questions, recorded.calls, recorded.answers, strict=True
         ):
             if replays and not found.broken:
-                found.broken = _replay(found.tally, calls, candidate.backend)
+                try:
+                    found.tally.add(calls, replay(calls, candidate.backend))
+                except GapExportError as err:
+                    found.broken = str(err)
             if answers:
                 given = _ask(candidate.session, question)
                 found.pairs.append(
@@ -142,14 +144,6 @@ def ask_candidate(
     return found
 
 
-def _replay(tally: Tally, calls: Sequence[Call], backend: Backend) -> str:
-    try:
-        tally.add(calls, replay(calls, backend))
-    except GapExportError as err:
-        return str(err)
-    return ""
-
-
 def _ask(session: GroundingSession, question: Question) -> Grounding | GapExportError:
     """The reference could answer: a candidate that cannot is a finding, not a failed check."""
     try:
@@ -158,38 +152,14 @@ def _ask(session: GroundingSession, question: Question) -> Grounding | GapExport
         return err
 
 
-def _open(
-    bundle: Bundle, key: BackendKey, engines: str | None, reference: Truth | None
-) -> Candidate:
-    backend, decoder_graph, note = _OPENERS[key](bundle, engines)
-    try:
-        tolerances = tolerances_of(backend.dtype)
-        if reference is not None:
-            reference.check_dtype(backend.dtype, backend.quantization)
-        session = GroundingSession(bundle.manifest, bundle.path, backend)
-    except GapExportError:
-        backend.close()
-        raise
-    return Candidate(
-        key=key, session=session, decoder_graph=decoder_graph, note=note, tolerances=tolerances
-    )
+def _load(bundle: Bundle, key: BackendKey, engines: str | None) -> tuple[Backend, str, str]:
+    """A backend, the file of its decoder's graph, and what should be known of that graph."""
+    if key == "ort":
+        from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
-
-def _open_ort(bundle: Bundle, engines: str | None) -> _Loaded:
-    from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
-
-    del engines  # of the other one
-    return OnnxRuntimeBackend(bundle), bundle.manifest.graph(_DECODER).file, ""
-
-
-def _open_trt(bundle: Bundle, engines: str | None) -> _Loaded:
+        return OnnxRuntimeBackend(bundle), bundle.manifest.graph(DECODER).file, ""
     from gap_export.runtime.backends.tensorrt_backend import TensorRTBackend
 
     backend = TensorRTBackend.open(bundle, engines=engines)
-    (file,) = (spec.graph for spec in backend.engines if spec.component == _DECODER)
+    (file,) = (spec.graph for spec in backend.engines if spec.component == DECODER)
     return backend, file, f"read from {file}, which the engine was built from"
-
-
-_OPENERS: Mapping[BackendKey, Callable[[Bundle, str | None], _Loaded]] = MappingProxyType(
-    {"ort": _open_ort, "trt": _open_trt}
-)

@@ -1,4 +1,4 @@
-"""Check a bundle: what runs it against its reference, on real pictures, level by level."""
+"""Check a bundle: what runs it against its reference, on real images, level by level."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from gap_export.bundle import Bundle
 from gap_export.errors import UsageError
 from gap_export.parity.candidate import Candidate, CannotRun, ask_candidate, open_candidate
 from gap_export.parity.inside.look import look_inside
-from gap_export.parity.levels.box import judge_boxes
+from gap_export.parity.levels.agreement import judge_boxes, judge_tokens
 from gap_export.parity.levels.positions import judge_positions
 from gap_export.parity.levels.task import judge_task
 from gap_export.parity.levels.tensor import judge_tensors
-from gap_export.parity.levels.token import judge_tokens
 from gap_export.parity.results import (
     LEVELS,
     BackendKey,
@@ -72,15 +71,15 @@ def check_bundle(
             is not significantly worse.
         per_layer: Compare the outputs of the model's layers as well.
         required: Backends that must have been run; they are, named in ``backends`` or not.
-        progress: Told what is done.
+        progress: Progress reporter.
 
     Returns:
         The verdict. A backend that cannot be run here is in it, with the reason.
 
     Raises:
         BundleError: a graph or engines that are damaged.
-        UsageError: no questions, levels or backends, a share that is none, or a reference or a
-            picture that cannot be used.
+        UsageError: no questions, levels or backends, a share that is none, or a reference or an
+            image that cannot be used.
     """
     wanted = tuple(dict.fromkeys([*backends, *required]))
     plan = _Plan(
@@ -256,15 +255,15 @@ def _without_reference(
     return levels, () if err.found is None else (err.found,), err.name
 
 
-def _with_facts(levels: tuple[LevelResult, ...], others: Sequence[str]) -> tuple[LevelResult, ...]:
+def _with_facts(levels: tuple[LevelResult, ...], wrong: Sequence[str]) -> tuple[LevelResult, ...]:
     """The first level that compares with the reference fails for what the bundle says wrongly.
 
     Whichever is asked for: that some questions are answered alike all the same excuses nothing.
     """
-    if not others:
+    if not wrong:
         return levels
     first = next(level for level in levels if level.level != "positions")
-    reason = "; ".join(filter(None, (*others, first.reason)))
+    reason = "; ".join(filter(None, (*wrong, first.reason)))
     failed = replace(first, status="failed", reason=reason)
     return tuple(failed if level is first else level for level in levels)
 

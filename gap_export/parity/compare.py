@@ -37,7 +37,7 @@ class Differences(NamedTuple):
         max_rel_diff: Largest |reference - candidate| / |reference| where |reference| is not 0.
         mean_rel_diff: Their mean.
         p99_rel_diff: Their 99th percentile.
-        cosine: Of two arrays as vectors, the smallest of all pairs.
+        cosine: Cosine of two arrays as vectors, the smallest of all pairs.
         num_nonfinite: NaN and infinite elements of the candidates.
     """
 

@@ -24,13 +24,7 @@ def write_assets(reference: Reference, folder: Path) -> None:
 
 
 def find_other_facts(bundle: Bundle, reference: Reference, image: ImageSpec) -> Iterator[str]:
-    """What a bundle says that its checkpoint does not, a sentence each.
-
-    Args:
-        bundle: A checked one.
-        reference: Built from recipe and checkpoint.
-        image: How recipe and checkpoint prepare an image.
-    """
+    """What a bundle says that its checkpoint does not, a sentence each."""
     manifest = bundle.manifest
     tower = reference.text_encoder_spec
     if tower is not None and manifest.text_encoder is not None and not manifest.prompt.question:

@@ -33,7 +33,9 @@ def decode_padded(backend: Backend, questions: Sequence[Sequence[Call]]) -> list
     Returns:
         Recorded and given logits [2, V] of prefill and, where both have one, of the first step.
     """
-    rows = [[call for call in calls if call.is_decode] for calls in _two(questions)]
+    first, *more = ([call for call in calls if call.is_decode] for calls in questions)
+    longer = (row for row in more if _length(row) != _length(first))
+    rows = [first, next(longer, more[0] if more else first)]
     embeds, mask = _pad([_input(row[0], "inputs_embeds") for row in rows])
     slots = slots_from_mask(mask)
     table = stack_tables([_table(row[0]) for row in rows])
@@ -55,14 +57,8 @@ def decode_padded(backend: Backend, questions: Sequence[Sequence[Call]]) -> list
     return pairs
 
 
-def _two(questions: Sequence[Sequence[Call]]) -> tuple[Sequence[Call], Sequence[Call]]:
-    first = questions[0]
-    others = (calls for calls in questions[1:] if _length(calls) != _length(first))
-    return first, next(others, questions[min(1, len(questions) - 1)])
-
-
 def _length(calls: Sequence[Call]) -> int:
-    return len(_input(next(call for call in calls if call.is_decode), "inputs_embeds"))
+    return len(_input(calls[0], "inputs_embeds"))
 
 
 def _input(call: Call, name: str) -> NDArray[Any]:

@@ -51,7 +51,7 @@ def use_quantized_weights(
         reference: On the CPU; the weights of its decoder are replaced, one at a time.
         bundle: Its folder, of which every byte has been hashed.
         spec: How the decoder's graph is quantized.
-        progress: Told the weights that are through.
+        progress: Progress reporter.
 
     Returns:
         One row: what the bundle holds beside what the checkpoint's weights round to.
@@ -62,7 +62,11 @@ def use_quantized_weights(
         CheckpointError: a weight cannot be read.
     """
     component = reference.component(_DECODER)
-    scaled = _as_rounded(reference, bundle, spec)
+    # The weights as they were when they were rounded.
+    scaled: Mapping[str, Weight] = component.weight_refs
+    if spec.method == "awq":
+        scales = read_scales(bundle / SCALES_NAME, component)
+        scaled = scale_channels(reference, scales, of=_DECODER).component(_DECODER).weight_refs
     file = bundle / QUANTIZED_NAME
     keys = linear_keys(component, lm_head=spec.lm_head)
     held = _check_held(file, component, keys, spec.block_size)
@@ -78,14 +82,6 @@ def use_quantized_weights(
         if key not in held and weight is not component.weight_refs[key]:
             _replace(component, key, weight.load(), reference.dtype)
     return (findings.row(),)
-
-
-def _as_rounded(reference: Reference, bundle: Path, spec: QuantizationSpec) -> Mapping[str, Weight]:
-    """The decoder's weights as they were when they were rounded; the checkpoint's, but for AWQ."""
-    if spec.method != "awq":
-        return reference.component(_DECODER).weight_refs
-    scales = read_scales(bundle / SCALES_NAME, reference.component(_DECODER))
-    return scale_channels(reference, scales, of=_DECODER).component(_DECODER).weight_refs
 
 
 class _Findings:
@@ -140,7 +136,9 @@ class _Findings:
                 off = (found - wanted.reshape(steps.shape)).abs()
                 differs &= ~(off <= halfway * factors * (1 + tolerance.scales))
             wrong += int(differs.sum())
-            self._parts.append(_measure_part(rounded, found))
+            same = torch.equal(rounded, found)
+            measured = _NONE if same else measure_differences([(rounded.numpy(), found.numpy())])
+            self._parts.append((rounded.numel(), int(rounded.count_nonzero()), measured))
             self._largest = max(self._largest, float(rounded.abs().max()))
         if (wrong or wrong_scales) and not self._reason:
             self._reason = (
@@ -179,14 +177,6 @@ class _Findings:
 
 # Of values that are the same to the bit, which is all there are in an honest bundle.
 _NONE = Differences(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, cosine=1.0, num_nonfinite=0)
-
-
-def _measure_part(rounded: torch.Tensor, found: torch.Tensor) -> tuple[int, int, Differences]:
-    """Number of values, of those that are not 0, and how far the two are from each other."""
-    sizes = rounded.numel(), int(rounded.count_nonzero())
-    if torch.equal(rounded, found):
-        return *sizes, _NONE
-    return *sizes, measure_differences([(rounded.numpy(), found.numpy())])
 
 
 def _is_off(found: torch.Tensor, wanted: torch.Tensor, rtol: float) -> torch.Tensor:

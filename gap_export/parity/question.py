@@ -13,12 +13,12 @@ from gap_export.runtime.images.geometry import Box
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A picture and what to look for in it.
+    """An image and what to look for in it.
 
     Attributes:
         image: A file, or uint8 [H, W, 3].
         expression: What to look for.
-        box: Where it is, (x1, y1, x2, y2) in pixels of the picture; None where nobody knows.
+        box: Where it is, (x1, y1, x2, y2) in pixels of the image; None where that is not known.
     """
 
     image: Path | NDArray[np.uint8]

@@ -34,7 +34,7 @@ def record_truth(
         folder: The golden's.
         backend: What will be compared with it: that decides the dtype.
         force: Replace a golden that is there.
-        progress: Told what is done.
+        progress: Progress reporter.
 
     Returns:
         The golden's folder, absolute.
@@ -42,7 +42,7 @@ def record_truth(
     Raises:
         ParityError: what both sides would have alike is wrong.
         OutputError: the folder is taken, inside the bundle, or cannot be written.
-        UsageError: no questions, nothing could be compared with it, or the checkpoint or a picture
+        UsageError: no questions, nothing could be compared with it, or the checkpoint or an image
             cannot be used.
     """
     check_golden_place(folder, force=force)

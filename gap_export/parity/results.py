@@ -58,7 +58,7 @@ class TensorRow:
         max_rel_diff: Largest |reference - candidate| / |reference| where |reference| is not 0.
         mean_rel_diff: Their mean.
         p99_rel_diff: Their 99th percentile.
-        cosine: Of the two as vectors, the smallest of all calls.
+        cosine: Cosine of the two as vectors, the smallest of all calls.
         num_nonfinite: NaN and infinite elements of the candidate.
         max_abs_reference: Largest value of the reference.
         atol: Tolerance used, its share of the largest value included.
@@ -66,8 +66,7 @@ class TensorRow:
         why: Where that tolerance is from.
         passed: Every call was within tolerance.
         reason: The first failure, in words.
-        ties: Of kept tokens: calls of which some picture is left out, since other tokens were kept
-            and the reference's own choice hung on rounding.
+        ties: Calls excluded in part because of a rounding tie in the choice of kept tokens.
     """
 
     component: str
@@ -105,7 +104,7 @@ class Divergence:
         max_abs_diff: How far it is off; of an overflow the largest number, in float32.
         allowed: How far it may be; of an overflow the largest number of the dtype.
         last_agreeing: The last tensor before it that is right; empty if it is the first of all.
-        cause: What is wrong there, in words, as far as it could be told.
+        cause: What is wrong there, in words, as far as that is known.
         kind: ``differs`` from the reference, or ``overflows`` its dtype, as the reference may, too.
     """
 
@@ -174,8 +173,8 @@ class BoxRow:
 
     Attributes:
         expression: What was asked.
-        iou: Of the two boxes; 0 where one of them has none.
-        reference: Its box (left, top, right, bottom) in pixels of the picture, None if it has none.
+        iou: Intersection over union of the two boxes; 0 where one of them has none.
+        reference: Its box (left, top, right, bottom) in pixels of the image, None if it has none.
         candidate: Its box, likewise.
     """
 
@@ -243,7 +242,7 @@ class CheckReport:
         keep_ratio: In (0, 1].
         reference: What it was compared with: PyTorch and with whose weights, or a golden.
         questions: How many were asked of both sides.
-        seed: Of the samples.
+        seed: Seed of the samples.
         backends: In the order they were asked for.
         required: Backends that must have been run.
     """

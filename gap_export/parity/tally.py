@@ -30,13 +30,7 @@ _KEPT, _FEATURES = "keep_indices", "image_features"
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One call, on both sides.
-
-    Attributes:
-        call: Of the reference.
-        calls: All of its question.
-        outputs: The candidate's.
-    """
+    """One call, on both sides."""
 
     call: Call
     calls: Sequence[Call]
@@ -50,12 +44,7 @@ class Tally:
         self._found: dict[tuple[str, str], list[Compared]] = {}
 
     def add(self, calls: Sequence[Call], outputs: Iterable[Arrays]) -> None:
-        """Take the recorded calls of one question, and what the candidate gave for each.
-
-        Args:
-            calls: Of the reference.
-            outputs: Of the candidate, in the same order.
-        """
+        """Take the recorded calls of one question, and what the candidate gave for each."""
         prefilled = False
         for call, candidate in zip(calls, outputs, strict=True):
             if call.component == NEW_CACHE:
@@ -69,11 +58,7 @@ class Tally:
                 found.append(Compared(call=call, calls=calls, outputs=candidate))
 
     def rows(self, tolerances: Mapping[str, Tolerance]) -> tuple[TensorRow, ...]:
-        """Compare everything.
-
-        Args:
-            tolerances: By name of output.
-        """
+        """Compare everything."""
         found = []
         for (component, label), calls in self._found.items():
             name = _name(label)
@@ -85,11 +70,7 @@ class Tally:
         return tuple(found)
 
     def first_failures(self, tolerances: Mapping[str, Tolerance]) -> dict[str, Compared]:
-        """The first call of each component whose output is beyond its tolerance.
-
-        Args:
-            tolerances: By name of output.
-        """
+        """The first call of each component whose output is beyond its tolerance."""
         failures: dict[str, Compared] = {}
         for (component, label), found in self._found.items():
             name = _name(label)
@@ -115,7 +96,7 @@ def tensor_row(
         component: The graph it comes from.
         tensor: Its name.
         pairs: Reference and candidate of each call, at least one.
-        tolerance: Of the tensor; of kept tokens it says how many may have changed.
+        tolerance: The tensor's; that of kept tokens says how many may have changed.
         module: Which module of the model gives it.
     """
     largest = max(_largest(truth) for truth, _ in pairs)

@@ -19,7 +19,7 @@ from gap_export.parity.uncached import decode_uncached, uncached_row
 from gap_export.progress import Progress
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.session import GroundingSession
-from gap_export.spec.manifest import Manifest, QuantizationSpec
+from gap_export.spec.manifest import QuantizationSpec
 from gap_export.spec.recipe import Recipe
 from gap_export.spec.tolerances import tolerances_of
 
@@ -50,13 +50,7 @@ class Recorded:
 
 
 class ReferenceOverflowError(ParityError):
-    """The reference itself gives no numbers: there is nothing to compare with.
-
-    Args:
-        name: What was asked.
-        err: What it gave.
-        found: Where that begins; None where that is not known.
-    """
+    """The reference itself gives no numbers: there is nothing to compare with."""
 
     def __init__(self, name: str, err: ComputationError, found: Divergence | None) -> None:
         super().__init__(
@@ -108,13 +102,13 @@ class Truth(Protocol):
 
         Args:
             bundle: An opened bundle; of every byte of it the hash has been checked.
-            dtype: Of the floats that the backend computes with.
-            quantization: Of the backend's decoder.
-            progress: Told what is done.
+            dtype: Dtype of the floats that the backend computes with.
+            quantization: How the backend's decoder is quantized.
+            progress: Progress reporter.
 
         Raises:
             ReferenceOverflowError: it gives NaN or infinity.
-            UsageError: the checkpoint or a picture cannot be used.
+            UsageError: the checkpoint or an image cannot be used.
         """
         ...
 
@@ -124,12 +118,6 @@ class TorchTruth:
 
     Of a bundle with quantized weights it computes with these; see
     :func:`gap_export.parity.quantized.use_quantized_weights`.
-
-    Args:
-        recipe: The model's.
-        checkpoint: Its weights.
-        questions: What to ask.
-        seed: Of the samples among them.
     """
 
     name = "PyTorch"
@@ -180,7 +168,7 @@ class TorchTruth:
         Raises:
             MissingDependencyError: PyTorch is not installed.
             ReferenceOverflowError: it gives NaN or infinity.
-            UsageError: the checkpoint or a picture cannot be used.
+            UsageError: the checkpoint or an image cannot be used.
         """
         if self._recorded is None or self._kind != (dtype, quantization):
             self._kind, self._reference = (dtype, quantization), None
@@ -214,7 +202,17 @@ class TorchTruth:
             )
         backend = TorchBackend(self._reference, quantization=quantization)
         recorder = RecordingBackend(backend, margins=backend.margins)
-        manifest = self._own_facts(bundle.manifest, self._reference)
+        recipe = self._recipe
+        # What the bundle says of these is part of what is checked.
+        manifest = replace(
+            bundle.manifest,
+            image=self._reference.image(recipe),
+            grid=recipe.grid,
+            prompt=recipe.prompt,
+            box=recipe.box,
+            decoder=self._reference.decoder_spec,
+            text_encoder=self._reference.text_encoder_spec,
+        )
         calls: list[list[Call]] = []
         answers: list[Grounding] = []
         with TemporaryDirectory() as assets:
@@ -226,7 +224,12 @@ class TorchTruth:
                 try:
                     answers.append(session.ground(question.image, question.expression))
                 except ComputationError as err:
-                    raise self._not_numbers(bundle, recorder, err) from err
+                    from gap_export.parity.inside.overflow import find_overflow
+
+                    made = recorder.calls
+                    # The last call is the first to give what is no number.
+                    where = find_overflow(bundle, made[-1], self.taps(bundle), calls=made)
+                    raise ReferenceOverflowError(recorder.name, err, where) from err
                 calls.append(recorder.calls)
                 advance(1)
         # Of one question: it costs a prefill.
@@ -241,66 +244,15 @@ class TorchTruth:
             other_facts=tuple(find_other_facts(bundle, self._reference, manifest.image)),
         )
 
-    def _not_numbers(
-        self, bundle: Bundle, recorder: RecordingBackend, err: ComputationError
-    ) -> ReferenceOverflowError:
-        """Where the call that was the last begins to give what is no number."""
-        from gap_export.parity.inside.overflow import find_overflow
-
-        call = recorder.calls[-1]
-        found = find_overflow(bundle, call, self.taps(bundle), calls=recorder.calls)
-        return ReferenceOverflowError(recorder.name, err, found)
-
-    def _own_facts(self, manifest: Manifest, reference: Reference) -> Manifest:
-        """What a picture, a prompt and a box are to be, as recipe and checkpoint say.
-
-        What the bundle says of it is part of what is checked.
-        """
-        recipe = self._recipe
-        return replace(
-            manifest,
-            image=reference.image(recipe),
-            grid=recipe.grid,
-            prompt=recipe.prompt,
-            box=recipe.box,
-            decoder=reference.decoder_spec,
-            text_encoder=reference.text_encoder_spec,
-        )
-
 
 class GoldenTruth:
-    """What PyTorch gave when a golden was recorded; needs no PyTorch.
-
-    Args:
-        golden: Of the bundle's model.
-    """
+    """What PyTorch gave when a golden was recorded; needs no PyTorch."""
 
     def __init__(self, golden: Golden) -> None:
+        self.name, self.questions, self.seed = golden.name, golden.questions, golden.spec.seed
+        self.check_dtype = golden.check_dtype
         self._golden = golden
         self._holds_together = False
-
-    @property
-    def name(self) -> str:
-        """See Truth."""
-        return self._golden.name
-
-    @property
-    def questions(self) -> Sequence[Question]:
-        """See Truth."""
-        return self._golden.questions
-
-    @property
-    def seed(self) -> int:
-        """See Truth."""
-        return self._golden.seed
-
-    def check_dtype(self, dtype: str, quantization: QuantizationSpec | None) -> None:
-        """See Truth.
-
-        Raises:
-            UsageError: it was recorded in another.
-        """
-        self._golden.check_dtype(dtype, quantization)
 
     def record(
         self,

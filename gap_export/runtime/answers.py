@@ -18,15 +18,27 @@ _NO_FRACTIONS = 100.0
 def read_answer(
     text: str, token_ids: Sequence[int], manifest: Manifest, geometry: ImageGeometry
 ) -> tuple[Box | None, tuple[str, ...]]:
-    """An answer's box in pixels, and warnings; where there is no box, one of them says why.
-
-    Args:
-        text: The answer.
-        token_ids: Its tokens, at least one.
-        manifest: Of the model.
-        geometry: Of the image.
-    """
-    box, warnings = _read_box(text, manifest.box, geometry)
+    """An answer's box in pixels, and warnings; where there is no box, one of them says why."""
+    spec, warnings = manifest.box, []
+    box = None
+    parsed = parse_answer(text, spec)
+    if parsed is None:
+        warnings.append(f"the answer holds no box: {text!r}")
+    else:
+        if is_out_of_scale(parsed.fractions, spec):
+            warnings.append(
+                f"the box is out of scale, its coordinates should run from 0 to {spec.scale:g}: "
+                f"{text!r}"
+            )
+        box = to_pixels(parsed.fractions, spec, geometry)
+        if box is None:
+            x1, y1, x2, y2 = parsed.fractions
+            what = "has no area" if x1 == x2 or y1 == y2 else "lies outside the image"
+            warnings.append(f"the answer {what}: {text!r}")
+        elif not parsed.exact:
+            warnings.append(
+                f"the box is not written as the model should, and was read with tolerance: {text!r}"
+            )
     if not has_ended(token_ids, manifest):
         limit = manifest.prompt.max_new_tokens
         warnings.append(f"the answer was cut off after {limit} tokens, before it ended: {text!r}")
@@ -43,35 +55,13 @@ def is_out_of_scale(fractions: Box, spec: BoxSpec) -> bool:
 
     Either a coordinate is beyond the ends by more than ``SCALE_TOLERANCE``, or the scale is of
     whole numbers, 0..100 or more, and all of the box is in 0..1. Pixels of an image that is smaller
-    than the scale, and x and y in another order, cannot be told from a box that is elsewhere.
+    than the scale, and x and y in another order, look like a box that is elsewhere.
 
     Args:
         fractions: Coordinates divided by the scale, as :func:`parse_answer` gives them.
-        spec: Of the model.
+        spec: The model's.
     """
     low, high = min(fractions), max(fractions)
     if low < -SCALE_TOLERANCE or high > 1 + SCALE_TOLERANCE:
         return True
     return spec.scale >= _NO_FRACTIONS and 0 < high * spec.scale <= 1
-
-
-def _read_box(text: str, spec: BoxSpec, geometry: ImageGeometry) -> tuple[Box | None, list[str]]:
-    parsed = parse_answer(text, spec)
-    if parsed is None:
-        return None, [f"the answer holds no box: {text!r}"]
-    warnings = []
-    if is_out_of_scale(parsed.fractions, spec):
-        warnings.append(
-            f"the box is out of scale, its coordinates should run from 0 to {spec.scale:g}: "
-            f"{text!r}"
-        )
-    box = to_pixels(parsed.fractions, spec, geometry)
-    if box is None:
-        x1, y1, x2, y2 = parsed.fractions
-        what = "has no area" if x1 == x2 or y1 == y2 else "lies outside the picture"
-        warnings.append(f"the answer {what}: {text!r}")
-    elif not parsed.exact:
-        warnings.append(
-            f"the box is not written as the model should, and was read with tolerance: {text!r}"
-        )
-    return box, warnings

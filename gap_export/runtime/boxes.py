@@ -1,4 +1,4 @@
-"""From the answer's text to a box in pixels of the picture."""
+"""From the answer's text to a box in pixels of the image."""
 
 from __future__ import annotations
 
@@ -56,15 +56,11 @@ def parse_answer(text: str, spec: BoxSpec) -> ParsedBox | None:
 
     * ``bracketed``: in round, square or curly brackets, which need not match, with commas,
       semicolons or space between; or with one square bracket missing and commas between. Numbers
-      that all have a percent sign are hundredths of the frame, whatever the scale.
+      that all have a percent sign are hundredths of the frame, on any scale.
     * ``angled``: one after the other, with or without braces; commas between do not count.
 
     Not read: a list without any bracket, numbers with exponents, corners in brackets of their own,
     named coordinates. Words around a box do not matter. Time is linear in the text's length.
-
-    Args:
-        text: The model's answer.
-        spec: Syntax and scale.
 
     Returns:
         None where there is no box.
@@ -92,13 +88,13 @@ def parse_box(text: str, spec: BoxSpec) -> Box | None:
 
 
 def to_pixels(box: Box, spec: BoxSpec, geometry: ImageGeometry) -> Box | None:
-    """Place fractions of the answer's frame in the picture.
+    """Place fractions of the answer's frame in the image.
 
-    Corners are put in order and clipped to the picture: for a padded square of side S
+    Corners are put in order and clipped to the image: for a padded square of side S
     x = fraction * S - (S - W) // 2, for the image itself x = fraction * W; y alike.
 
     Returns:
-        x1 < x2 and y1 < y2 in pixels, within the picture; None where nothing of the box is.
+        x1 < x2 and y1 < y2 in pixels, within the image; None where nothing of the box is.
     """
     frame = geometry.box_frame(spec)
     x1, x2 = sorted(

@@ -1,7 +1,7 @@
-"""How many of a picture's tokens are kept where that is left to the picture.
+"""How many of an image's tokens are kept where that is left to the image.
 
 LLaVA-PruMerge (arXiv 2403.15388) and TRIM (arXiv 2409.10994) keep the tokens whose scores are
-outliers by Tukey's rule. Both take the quartiles over a whole batch; here each picture, and each
+outliers by Tukey's rule. Both take the quartiles over a whole batch; here each image, and each
 expression, has its own, so that an answer does not depend on what else is asked.
 """
 
@@ -43,7 +43,7 @@ def settle_numbers(standing_out: Int64Array, pruning: PruningSpec) -> Int64Array
 
     Args:
         standing_out: int64 [B], from :func:`count_outliers`.
-        pruning: Of the bundle.
+        pruning: The bundle's.
 
     Returns:
         int64 [B].

@@ -2,11 +2,11 @@
 
 A model that overflows, or an engine that was built wrongly, gives NaN, infinity, or the same number
 everywhere; the greedy loop would make an ordinary answer of any of these. So all floats that leave
-a graph are looked at here, whatever ran it; the KV cache never leaves it, and what is wrong in
+a graph are looked at here, in every backend; the KV cache never leaves it, and what is wrong in
 there shows in the logits.
 
 It costs nothing that can be measured: of logits only the winner is looked at, and the features of
-a picture, which the vision encoder worked a thousand times longer for, are read once.
+an image, which the vision encoder worked a thousand times longer for, are read once.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def check_computed(
         values: [B, ...].
         graph: Component that gave them.
         output: Name of the output.
-        may_be_constant: Whether a row may hold one number alone: scores of a picture that looks the
+        may_be_constant: Whether a row may hold one number alone: scores of an image that looks the
             same everywhere do, and so may the embedding of one token, such as padding.
 
     Raises:

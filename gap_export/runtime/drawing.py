@@ -1,4 +1,4 @@
-"""Pictures of answers: the box, and which visual tokens the model got to see."""
+"""Drawings of answers: the box, and which visual tokens the model got to see."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DRAWING = "the drawing"
 # EXIF 2.32, table 4.
 _SOFTWARE_TAG = 0x0131
 _SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-# Output pixels of the longer side; smaller pictures are enlarged, larger ones shrunk.
+# Output pixels of the longer side; smaller images are enlarged, larger ones shrunk.
 _MIN_SIDE, _MAX_SIDE = 512, 2048
 _BOX_COLOR = (255, 225, 0)
 _HALO_COLOR = (0, 0, 0)
@@ -25,13 +25,13 @@ _OUTLINE_COLOR = (255, 255, 255)
 _CAPTION_COLOR, _CAPTION_BACKGROUND = (235, 235, 235), (24, 24, 24)
 # Pixels that a caption needs for the scale of the heat map and both its ends.
 _LEAST_CAPTION = 400
-# Dropped parts are grey and near this brightness, by this share: a dark image must not end in black
-# and a bright one not in white, so that what was dropped can still be told.
+# Dropped parts are gray and near this brightness, by this share: a dark image must not end in black
+# and a bright one not in white, so that what was dropped stays visible.
 _DROPPED_COLOR, _DROPPED_SHARE = (104, 104, 104), 0.6
 _WHITE = (255, 255, 255)
-# Of a picture cut into tiles the base tile is a picture beside it, of this share of its size.
+# Of an image cut into tiles the base tile is drawn beside it, at this fraction of its size.
 _ASIDE = 0.4
-# How much of a heat map is colour, and not the picture.
+# How much of a heat map is color, and not the image.
 _HEAT = 0.65
 
 
@@ -45,16 +45,16 @@ def draw_grounding(
     color: ColorOrder = "rgb",
     caption: bool = True,
 ) -> Image.Image:
-    """The picture with what was dropped in pale grey, kept tokens outlined, and the box.
+    """The image with what was dropped in pale gray, kept tokens outlined, and the box.
 
     Where the pruner ranks by scores, a heat map of them stands beside or below: black is the lowest
-    of this picture, then red, yellow, and white the highest; the caption has its scale.
+    of this image, then red, yellow, and white the highest; the caption has its scale.
 
-    A picture that was cut into tiles shows the tokens of the tiles; where some were dropped, those
+    An image that was cut into tiles shows the tokens of the tiles; where some were dropped, those
     of the base tile are shown on a smaller copy beside or below it.
 
     Args:
-        image: The picture that was asked about.
+        image: The image that was asked about.
         grounding: The answer.
         pad_color: RGB 0..255, shown where the image is transparent.
         frame: As it was asked about, and likewise the others.
@@ -63,25 +63,25 @@ def draw_grounding(
         caption: Write the expression, the number of tokens and the scale of the heat map below.
 
     Returns:
-        RGB; without the caption the upper left corner is that of the picture, enlarged or shrunk.
+        RGB; without the caption the upper left corner is that of the image, enlarged or shrunk.
 
     Raises:
-        ImageError: the picture cannot be used.
+        ImageError: the image cannot be used.
     """
-    picture = load_image(
+    shown = load_image(
         image, pad_color=pad_color, frame=frame, allow_damaged=allow_damaged, color=color
     )
-    longest = max(picture.size)
+    longest = max(shown.size)
     scale = min(max(longest, _MIN_SIDE), _MAX_SIDE) / longest
-    # An extremely thin picture has tiles that show nothing of it.
+    # An extremely thin image has tiles that show nothing of it.
     *others, main = [grid for grid in grounding.tokens if grid.rows * grid.cols > 0]
-    drawing = _draw_view(picture, main, grounding, scale)
+    drawing = _draw_view(shown, main, grounding, scale)
     scores = None
     if not all(grid.is_whole for grid in (*others, main)):
         scores = main.scores
-        aside = [_draw_view(picture, grid, grounding, scale * _ASIDE) for grid in others]
+        aside = [_draw_view(shown, grid, grounding, scale * _ASIDE) for grid in others]
         if scores is not None:
-            aside.append(_draw_scores(picture, main, scores, scale * _ASIDE))
+            aside.append(_draw_scores(shown, main, scores, scale * _ASIDE))
         for other in aside:
             # Without a caption it is for a white page.
             drawing = _put_aside(drawing, other, _CAPTION_BACKGROUND if caption else _WHITE)
@@ -122,14 +122,14 @@ def check_drawing_path(path: Path, rule: OutputRule = NO_RULE) -> str:
     kind = _SUFFIXES.get(path.suffix.lower())
     if kind is None:
         raise OutputError(
-            "pictures are not saved in that format", seen=path, allowed=", ".join(_SUFFIXES)
+            "drawings are not saved in that format", seen=path, allowed=", ".join(_SUFFIXES)
         )
     rule.check({DRAWING: path})
     return kind
 
 
 def token_box(index: int, grid: tuple[int, int], frame: Frame) -> Box:
-    """Where in the picture a visual token comes from, in pixels; padding lies outside.
+    """Where in the image a visual token comes from, in pixels; padding lies outside.
 
     Args:
         index: 0..N-1, raster order.
@@ -143,16 +143,18 @@ def token_box(index: int, grid: tuple[int, int], frame: Frame) -> Box:
 
 
 def _draw_view(
-    picture: Image.Image, grid: TokenGrid, grounding: Grounding, scale: float
+    image: Image.Image, grid: TokenGrid, grounding: Grounding, scale: float
 ) -> Image.Image:
-    """The picture, scaled, with one grid's tokens and the box."""
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    drawing = _show_tokens(picture.resize(size, Image.Resampling.LANCZOS), grid, scale)
+    """The image, scaled, with one grid's tokens and the box."""
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    drawing = _show_tokens(image.resize(size, Image.Resampling.LANCZOS), grid, scale)
     if grounding.box is not None:
         stroke = max(2, max(size) // 170)
         pen = ImageDraw.Draw(drawing)
         corners = _scaled(grounding.box, scale)
-        pen.rectangle(_grown(corners, 1), outline=_HALO_COLOR, width=stroke + 2)
+        left, top, right, bottom = corners
+        halo = (left - 1, top - 1, right + 1, bottom + 1)
+        pen.rectangle(halo, outline=_HALO_COLOR, width=stroke + 2)
         pen.rectangle(corners, outline=_BOX_COLOR, width=stroke)
     return drawing
 
@@ -166,9 +168,9 @@ def _show_tokens(drawing: Image.Image, grid: TokenGrid, scale: float) -> Image.I
     mask_pen = ImageDraw.Draw(mask)
     for cell in cells:
         mask_pen.rectangle(_inclusive(cell), fill=255)
-    grey = drawing.convert("L").convert("RGB")
+    gray = drawing.convert("L").convert("RGB")
     even = Image.new("RGB", drawing.size, _DROPPED_COLOR)
-    shown = Image.composite(drawing, Image.blend(grey, even, _DROPPED_SHARE), mask)
+    shown = Image.composite(drawing, Image.blend(gray, even, _DROPPED_SHARE), mask)
     pen = ImageDraw.Draw(shown)
     for cell in cells:
         pen.rectangle(_inclusive(cell), outline=_OUTLINE_COLOR)
@@ -176,11 +178,11 @@ def _show_tokens(drawing: Image.Image, grid: TokenGrid, scale: float) -> Image.I
 
 
 def _draw_scores(
-    picture: Image.Image, grid: TokenGrid, scores: tuple[float, ...], scale: float
+    image: Image.Image, grid: TokenGrid, scores: tuple[float, ...], scale: float
 ) -> Image.Image:
-    """The picture in grey under its scores as colours; kept tokens outlined."""
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    drawing = picture.resize(size, Image.Resampling.LANCZOS).convert("L").convert("RGB")
+    """The image in gray under its scores as colors; kept tokens outlined."""
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    drawing = image.resize(size, Image.Resampling.LANCZOS).convert("L").convert("RGB")
     colors = Image.new("RGB", size)
     pen = ImageDraw.Draw(colors)
     cells = [
@@ -265,7 +267,7 @@ def _with_caption(
 
 
 def heat_scale(height: int) -> Image.Image:
-    """The colours of a heat map from the lowest score at the left to the highest at the right."""
+    """The colors of a heat map from the lowest score at the left to the highest at the right."""
     scale = Image.new("RGB", (8 * height, height))
     pen = ImageDraw.Draw(scale)
     for x in range(scale.width):
@@ -277,10 +279,6 @@ def heat_scale(height: int) -> Image.Image:
 def _scaled(box: Box, scale: float) -> Box:
     x1, y1, x2, y2 = (round(value * scale) for value in box)
     return x1, y1, x2, y2
-
-
-def _grown(box: Box, margin: int) -> Box:
-    return box[0] - margin, box[1] - margin, box[2] + margin, box[3] + margin
 
 
 def _inclusive(box: Box) -> Box:

@@ -146,8 +146,8 @@ def generate(
         prompt: From :func:`assemble_prompt`.
         max_new_tokens: Upper bound of tokens per row.
         eos_token_ids: A row ends with any of these.
-        forced_tokens: int64 [B, T]: feed these instead of the chosen ones, for T steps whatever is
-            chosen (teacher forcing, to compare logits step by step).
+        forced_tokens: int64 [B, T]: feed these instead of the chosen ones, for T steps (teacher
+            forcing, to compare logits step by step).
         keep_logits: Return the logits of every step.
 
     Raises:
@@ -172,7 +172,7 @@ def generate(
     started = first_done = time.perf_counter()
     for step in range(num_steps):
         logits = backend.decode(feed, cache)
-        # Forced tokens come with somebody who looks at the logits, whatever they are.
+        # With forced tokens the caller looks at the logits, also at those that choose nothing.
         tokens = (
             choose_tokens(logits, step=step)
             if forced_tokens is None
@@ -186,7 +186,7 @@ def generate(
         finished |= np.isin(tokens, eos_token_ids)
         if step + 1 == num_steps or (forced_tokens is None and finished.all()):
             break
-        # Finished rows go on being fed their own choices; nobody reads what they say.
+        # Finished rows go on being fed their own choices, which are not read.
         fed = tokens if forced_tokens is None else forced_tokens[:, step]
         feed |= {
             "inputs_embeds": embed_tokens(backend, fed[:, None], may_be_constant=True),
@@ -195,10 +195,14 @@ def generate(
         }
     ended = time.perf_counter()
     token_ids = np.stack(chosen, axis=1)
+    ends = [len(chosen)] * num_rows
+    if forced_tokens is None:
+        # Behind its end a row only went on for the sake of the rest of the batch.
+        is_last = np.isin(token_ids, eos_token_ids)
+        ends = [int(row.argmax()) + 1 if row.any() else len(chosen) for row in is_last]
     return Generation(
         token_ids=tuple(
-            tuple(row.tolist()) if forced_tokens is not None else _until_eos(row, eos_token_ids)
-            for row in token_ids
+            tuple(row[:end].tolist()) for row, end in zip(token_ids, ends, strict=True)
         ),
         logits=np.stack(kept_logits, axis=1) if keep_logits else None,
         prefill_ms=1e3 * (first_done - started),
@@ -239,8 +243,3 @@ def _tables(
     )
     ids[..., start:] += row.shift
     return kept, ids
-
-
-def _until_eos(row: Int64Array, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
-    ends = np.flatnonzero(np.isin(row, eos_token_ids))
-    return tuple(row[: ends[0] + 1 if ends.size else len(row)].tolist())

@@ -15,15 +15,15 @@ View = Literal["image", "base", "tiles"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenGrid:
-    """Visual tokens that look at the picture together.
+    """Visual tokens that look at the image together.
 
     Attributes:
-        view: ``image``: all there are; of a picture cut into tiles ``base``: the whole of it at low
+        view: ``image``: all there are; of an image cut into tiles ``base``: the whole of it at low
             resolution, and ``tiles``: all its tiles joined, without their rows and columns of
             padding.
-        rows: Of the unpruned tokens.
-        cols: Of the unpruned tokens.
-        frame: The part of the picture that they cover.
+        rows: Rows of unpruned tokens.
+        cols: Columns of unpruned tokens.
+        frame: The part of the image that they cover.
         kept: Cells the model saw, 0..rows*cols-1 in raster order, in the order they were fed.
         tiles: The account of each tile, row by row; one entry for ``image`` and ``base``.
         scores: What the pruner ranked the cells by, in raster order; None where it has no scores,
@@ -62,7 +62,7 @@ class TokenGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class Grounding:
-    """Where in a picture an expression's object is.
+    """Where in an image an expression's object is.
 
     Attributes:
         expression: What was asked.
@@ -71,9 +71,9 @@ class Grounding:
         text: The model's answer.
         token_ids: Its tokens, the one that ended it included.
         keep_indices: Index in the unpruned visual sequence of each visual token that the model saw;
-            of a picture cut into tiles newlines are part of both.
+            of an image cut into tiles newlines are part of both.
         num_visual_tokens: Length of the unpruned visual sequence.
-        tokens: The same by what the tokens look at: one grid, or two of a picture cut into tiles.
+        tokens: The same by what the tokens look at: one grid, or two of an image cut into tiles.
         image_size: Width and height in pixels, as displayed (or stored, as the box).
         orientation: The EXIF orientation that the image carries, 1..8; 1 where it carries none.
         timings_ms: Milliseconds by stage, only those that ran, and ``total``; answers of one batch

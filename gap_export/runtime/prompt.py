@@ -1,4 +1,4 @@
-"""From an expression to token ids, refusing whatever would change the prompt's structure."""
+"""From an expression to token ids, refusing what would change the prompt's structure."""
 
 from __future__ import annotations
 
@@ -103,11 +103,18 @@ class PromptEncoder:
             if self.image_token_id is not None
             else self._tokenize_segments(text)
         )
+        words = [
+            text[start:end]
+            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            if token == self._unknown_id
+        ]
+        unknown = f"words the model does not know: {', '.join(dict.fromkeys(words))}"
+        warnings = (unknown,) if words else ()
         encoded = EncodedExpression(
             prefix_ids=np.asarray(prefix, dtype=np.int64),
             suffix_ids=np.asarray(suffix, dtype=np.int64),
             text_ids=self._encode_for_text_tower(text),
-            warnings=self._warn_of_unknown_words(text, encoding),
+            warnings=warnings,
         )
         grid = self._manifest.grid
         image_ids = num_image_ids(
@@ -123,10 +130,6 @@ class PromptEncoder:
 
         Kept tokens keep their ids, so those of the unpruned image count. :meth:`encode` has done
         this for an image that is not cut into tiles.
-
-        Args:
-            encoded: From :meth:`encode`.
-            num_image_ids: Ids that the unpruned image takes up.
 
         Raises:
             ExpressionError: they do not fit.
@@ -195,7 +198,7 @@ class PromptEncoder:
     def _tokenize_segments(self, text: str) -> tuple[list[int], list[int]]:
         """Ids before and after the image, each text tokenized on its own."""
         spec = self._manifest.prompt
-        # Split first: whatever the expression holds, it cannot move the image.
+        # Split first, so that nothing in the expression can move the image.
         before, *after = spec.template.split(spec.image_token)
         if len(after) != 1 or not after[0]:
             raise _no_place_for_image(spec.template, len(after))
@@ -223,18 +226,6 @@ class PromptEncoder:
         whole = np.asarray(ids, dtype=np.int64)
         return tuple(whole[start : start + most] for start in range(0, len(whole), most))
 
-    def _warn_of_unknown_words(self, text: str, encoding: Any) -> tuple[str, ...]:
-        if self._unknown_id is None:
-            return ()
-        words = [
-            text[start:end]
-            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
-            if token == self._unknown_id
-        ]
-        if not words:
-            return ()
-        return (f"words the model does not know: {', '.join(dict.fromkeys(words))}",)
-
 
 def _no_place_for_image(template: str, times: int) -> BundleError:
     return BundleError(
@@ -247,7 +238,7 @@ def _no_place_for_image(template: str, times: int) -> BundleError:
 def _load_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        # A saved tokenizer may still have been told to cut or to fill up: a prompt is neither.
+        # A saved tokenizer may still be set to cut or to pad: a prompt is neither.
         tokenizer.no_truncation()
         tokenizer.no_padding()
     except (OSError, UnicodeDecodeError) as err:

@@ -1,4 +1,4 @@
-"""The public face of a bundle: a picture and an expression in, a box out.
+"""The public face of a bundle: an image and an expression in, a box out.
 
 with GroundingSession.open("refshapes-llava-spatial-0.3") as session:
     print(session.ground("scene.png", "the small red circle").box)
@@ -83,7 +83,7 @@ def _keeps_open(
 
 
 class GroundingSession:
-    """Grounds expressions in pictures with one model.
+    """Grounds expressions in images with one model.
 
     Attributes:
         manifest: What the model is.
@@ -112,7 +112,7 @@ class GroundingSession:
         """Join a model's facts, its tokenizers and a backend.
 
         Args:
-            manifest: Of the model.
+            manifest: Describes the model.
             assets_folder: Where its tokenizers are; a bundle's folder.
             backend: Runs its components; closed with the session.
             positions: Position ids of what pruning leaves; by default the manifest's.
@@ -261,22 +261,20 @@ class GroundingSession:
         allow_damaged: bool = False,
         color: ColorOrder = "rgb",
     ) -> list[Grounding]:
-        """Find several objects in one picture; the vision encoder sees the picture once.
+        """Find several objects in one image; the vision encoder sees the image once.
 
-        Only where the picture is cut into tiles and the pruner reads the text does it see it once
+        Only where the image is cut into tiles and the pruner reads the text does it see it once
         for each expression.
 
         Args:
-            image: A file, a Pillow image, or a uint8 array [H, W, 3] in the order ``color``.
+            image: As for :meth:`ground`, and likewise the rest.
             expressions: What to look for; each answer is the same as if asked alone.
-            frame: ``upright``: the image is turned as EXIF says, and the box is of what is
-                displayed; ``raw``: both are of the image as stored.
-            allow_damaged: Use what can be decoded of a damaged image; ``Grounding.warnings`` says
-                so. By default it is refused.
-            color: Of an array: ``rgb``, or ``bgr`` as OpenCV has it.
+            frame: See :meth:`ground`.
+            allow_damaged: See :meth:`ground`.
+            color: See :meth:`ground`.
 
         Raises:
-            ImageError: the picture cannot be used.
+            ImageError: the image cannot be used.
             ExpressionError: there are no expressions, or one cannot be used.
             GapExportError: the session is closed.
         """

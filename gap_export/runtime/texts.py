@@ -35,14 +35,13 @@ def encode_texts(backend: Backend, encoded: Sequence[EncodedExpression]) -> Floa
             check_computed(batch, graph=TEXT, output="text_embeds")
             for index, embeds in zip(rows, batch, strict=True):
                 segments[index].append(embeds)
-    return np.stack([_join_segments(parts) for parts in segments])
-
-
-def _join_segments(parts: Sequence[FloatArray]) -> FloatArray:
-    """One text's embedding [D]: as it is, or the mean of unit vectors."""
-    if len(parts) == 1:
-        return parts[0]
-    rows = np.stack(parts).astype(np.float64)
-    units = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _LEAST_NORM)
-    joined: FloatArray = np.mean(units, axis=0).astype(parts[0].dtype)
-    return joined
+    joined: list[FloatArray] = []
+    for parts in segments:
+        if len(parts) == 1:
+            joined.append(parts[0])
+            continue
+        vectors = np.stack(parts).astype(np.float64)
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        units = vectors / np.maximum(norms, _LEAST_NORM)
+        joined.append(np.mean(units, axis=0).astype(parts[0].dtype))
+    return np.stack(joined)

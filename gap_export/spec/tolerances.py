@@ -5,7 +5,7 @@ output's own size, with an absolute floor for values near zero.
 
 float16 graphs differ in where they round. PyTorch rounds the result of every operation to float16;
 ONNX Runtime on the CPU keeps float32 from one to the next. One rounding is off by up to u = 2**-11
-of the *largest* values of a residual stream, whatever the size of the element that comes out of it,
+of the *largest* values of a residual stream, whatever the size of the resulting element,
 and a stream is rounded some ten times a layer: u * sqrt(10 * 32 layers) = 18 u for the largest
 models here, if the roundings are independent. Measured on the demo model, of 4 layers and trained:
 2.7 u (features) and 3.4 u (logits) of the largest value.
@@ -36,7 +36,7 @@ class Tolerance:
         atol: Absolute, in the output's units.
         rtol: Relative to each element.
         largest_fraction: Relative to the largest element of all that is compared.
-        max_changed_fraction: Of the kept tokens of one image or tile, those that may have changed;
+        max_changed_fraction: Fraction of an image's or tile's kept tokens that may have changed;
             one may in any case where this is above 0.
         tie_margin: Where tokens are chosen one by one: an image or tile whose closest choice was
             decided by no more than this, in units of a cosine, has a tie; 0: none has.

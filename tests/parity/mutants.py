@@ -177,14 +177,14 @@ def activations_overflow(bundle: Path, out: Path) -> Path:
     return rewrite_weight(bundle, out, DECODER, name, lambda weight: weight * 2.0**15)
 
 
-def colour_order(bundle: Path, out: Path) -> Path:
+def color_order(bundle: Path, out: Path) -> Path:
     """The tower reads BGR."""
     name = "tower.embeddings.patch_embedding.weight"
     return rewrite_weight(bundle, out, VISION, name, lambda weight: weight[:, ::-1])
 
 
-def mean_of_other_colours(bundle: Path, out: Path) -> Path:
-    """Pictures are normalised by blue's mean and deviation where red's are due, and so on."""
+def mean_of_other_colors(bundle: Path, out: Path) -> Path:
+    """Images are normalized by blue's mean and deviation where red's are due, and so on."""
 
     def edit(manifest: Manifest) -> Manifest:
         image = manifest.image
@@ -206,8 +206,8 @@ MUTANTS: Mapping[str, Mutant] = {
     "weight transposed": weight_transposed,
     "weight zeroed": weight_zeroed,
     "fp16 overflow": activations_overflow,
-    "wrong colour order": colour_order,
-    "mean and deviation of other colours": mean_of_other_colours,
+    "wrong color order": color_order,
+    "mean and deviation of other colors": mean_of_other_colors,
     "compact positions": compact_positions,
 }
 
@@ -226,8 +226,8 @@ CAUGHT_AT: Mapping[str, Level] = {
     "weight transposed": "tensor",
     "weight zeroed": "tensor",
     "fp16 overflow": "tensor",
-    "wrong colour order": "tensor",
-    "mean and deviation of other colours": "tensor",
+    "wrong color order": "tensor",
+    "mean and deviation of other colors": "tensor",
     "compact positions": "positions",
 }
 

@@ -420,7 +420,7 @@ def test_no_questions_is_refused(tiny_bundle, tiny_recipe, tiny_checkpoint):
         run(tiny_bundle, None)
 
 
-def test_a_picture_that_cannot_be_read_is_an_error_and_no_finding(
+def test_an_image_that_cannot_be_read_is_an_error_and_no_finding(
     tiny_bundle, tiny_recipe, tiny_checkpoint, tmp_path
 ):
     missing = Question(image=tmp_path / "missing.png", expression="the red circle")

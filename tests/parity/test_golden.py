@@ -40,14 +40,14 @@ FILES = {"golden.json", "golden.json.sha256", "golden.safetensors"}
 
 @pytest.fixture(scope="module")
 def recorded(tiny_bundle, tiny_graphs, tmp_path_factory):
-    """A golden of two expressions on one picture and one on a PNG file, and what went into it."""
+    """A golden of two expressions on one image and one on a PNG file, and what went into it."""
     folder = tmp_path_factory.mktemp("golden")
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (40, 32, 3), dtype=np.uint8)
-    Image.fromarray(picture[::-1]).save(folder / "own.png")
+    image = rng.integers(0, 256, (40, 32, 3), dtype=np.uint8)
+    Image.fromarray(image[::-1]).save(folder / "own.png")
     questions = [
-        Question(image=picture, expression="the red circle", box=(1.0, 2.5, 30.0, 1 / 3 + 30)),
-        Question(image=picture, expression="the big blue square"),
+        Question(image=image, expression="the red circle", box=(1.0, 2.5, 30.0, 1 / 3 + 30)),
+        Question(image=image, expression="the big blue square"),
         Question(image=folder / "own.png", expression="object"),
     ]
     recorder = RecordingBackend(TorchBackend(tiny_graphs.reference()))
@@ -109,8 +109,7 @@ def test_everything_comes_back_as_it_was_given(recorded):
                 assert same((one.inputs | one.outputs)[name], array), name
     for answer, expected in zip(golden.answers, given["answers"], strict=True):
         assert answer == replace(expected, tokens=answer.tokens)
-    assert golden.layers() is None
-    assert (golden.dtype, golden.quantization, golden.seed) == ("float32", None, 7)
+    assert (golden.spec.dtype, golden.spec.quantization, golden.spec.seed) == ("float32", None, 7)
 
 
 def test_provenance_says_what_was_recorded_and_when(recorded):
@@ -122,7 +121,7 @@ def test_provenance_says_what_was_recorded_and_when(recorded):
     assert {"numpy", "torch", "transformers", "python"} <= spec.tools.keys()
     pixels = given["questions"][0].image
     assert spec.questions[0].image_sha256 == hashlib.sha256(pixels.tobytes()).hexdigest()
-    # One picture, two expressions: it is there once.
+    # One image, two expressions: it is there once.
     assert spec.questions[0].image == spec.questions[1].image != spec.questions[2].image
     assert spec.source[0].commit is None
     name = open_golden(path, given["manifest"]).name
@@ -280,7 +279,7 @@ HOSTILE = {
     "a negative shape": lambda p: p["tensors"]["array_0"].update(shape=[-1, -1]),
     "a negative offset": lambda p: p["tensors"]["array_0"].update(offset=-8),
     "an object array": lambda p: p["tensors"]["array_0"].update(dtype="object"),
-    "a picture that is none": lambda p: p["questions"][0].update(
+    "an image that is none": lambda p: p["questions"][0].update(
         image=first_call(p, "encode_image")["inputs"]["pixel_values"]
     ),
     "a question without an answer": lambda p: p["answers"].pop(),
@@ -289,12 +288,12 @@ HOSTILE = {
     "a wrong type": lambda p: p.update(seed="0"),
     "another format": lambda p: p.update(format="gap-export-bundle"),
     "a box that is text": lambda p: p["questions"][0].update(box=[0, 0, 1, 1]),
-    "a box that is a picture": lambda p: p["questions"][0].update(box=p["questions"][0]["image"]),
-    "another picture's hash": lambda p: p["questions"][0].update(image_sha256="0" * 64),
+    "a box that is an image": lambda p: p["questions"][0].update(box=p["questions"][0]["image"]),
+    "another image's hash": lambda p: p["questions"][0].update(image_sha256="0" * 64),
     "arrays that change places": lambda p: p["tensors"]["array_1"].update(
         offset=p["tensors"]["array_0"]["offset"]
     ),
-    "other colours": lambda p: p["facts"]["image"].update(mean=[0.5, 0.5, 0.5]),
+    "other colors": lambda p: p["facts"]["image"].update(mean=[0.5, 0.5, 0.5]),
     "another tokenizer": lambda p: p["facts"]["tokenizers"].update({"tokenizer.json": "0"}),
 }
 
@@ -366,7 +365,7 @@ EDITED = {
     "what was asked": (lambda p: p.update(reference="PyTorch 9"), "backend of the answer"),
     "a call less": (lambda p: p["calls"][0].pop(), "where a session asks for decode"),
     "a call more": (lambda p: p["calls"][0].append(p["calls"][0][-1]), "is one more"),
-    "pixels of another picture": (
+    "pixels of another image": (
         lambda p: first_call(p, "encode_image")["inputs"].update(
             pixel_values=p["calls"][2][0]["inputs"]["pixel_values"]
         ),
@@ -421,7 +420,7 @@ def test_recording_replaces_a_golden_only_when_asked_to(recorded, copied):
     record_golden(copied, **one, force=True)
     golden = open_golden(copied, given["manifest"])
     assert isinstance(golden, Golden)
-    assert (len(golden.questions), golden.seed) == (1, 8)
+    assert (len(golden.questions), golden.spec.seed) == (1, 8)
     assert [path.name for path in copied.parent.iterdir()] == ["golden"]
 
 

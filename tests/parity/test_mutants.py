@@ -39,13 +39,20 @@ def test_every_fault_has_its_level():
     assert set(CAUGHT_AT) == set(MUTANTS)
 
 
+@pytest.fixture(scope="module")
+def with_room(tiny_bundle, tiny_checkpoint, tmp_path_factory):
+    """A bundle and its checkpoint, with room for ids far beyond the prompt's."""
+    folder = tmp_path_factory.mktemp("long")
+    bundle = with_long_context(tiny_bundle, folder / "bundle")
+    return bundle, checkpoint_with_long_context(tiny_checkpoint, folder / "checkpoint")
+
+
 @pytest.mark.parametrize("name", [name for name in MUTANTS if name != "fp16 overflow"])
-def test_a_fault_is_caught_at_its_level(tiny_bundle, tiny_recipe, tiny_checkpoint, tmp_path, name):
-    honest = with_long_context(tiny_bundle, tmp_path / "long")
+def test_a_fault_is_caught_at_its_level(with_room, tiny_recipe, tmp_path, name):
+    honest, checkpoint = with_room
     bundle = MUTANTS[name](honest, tmp_path / "mutant")
     level = CAUGHT_AT[name]
     levels = LEVELS[: LEVELS.index(level) + 1]
-    checkpoint = checkpoint_with_long_context(tiny_checkpoint, tmp_path / "checkpoint")
     report = check_with_torch(
         bundle, tiny_recipe, Checkpoint.of(checkpoint), questions(0), levels=levels
     )

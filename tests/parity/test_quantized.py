@@ -39,6 +39,7 @@ from gap_export.spec.requests import PruningRequest
 from gap_export.spec.tolerances import COMPUTED_WEIGHT
 from tests.parity.checking import check_with_torch, failed_outputs, outputs
 from tests.runtime.backends.fake_tensorrt import copy_bundle, use_fakes, write_engines
+from tests.shared import SharedExports
 
 DECODER = "decoder_model_merged"
 LOGITS = {"logits (prefill)", "logits (decode)", "logits (padded batch)"}
@@ -64,12 +65,19 @@ def questions() -> Questions:
 
 @pytest.fixture(scope="module")
 def export(
-    tiny_checkpoint: Path, questions: Questions, tmp_path_factory: pytest.TempPathFactory
+    tiny_checkpoint: Path,
+    exports: SharedExports,
+    questions: Questions,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Export:
     """Bundles of the tiny model, each made once."""
     made: dict[tuple[str, str], Path] = {}
 
     def make(method: str = "rtn", dtype: str = "float32") -> Path:
+        if (method, dtype) == ("rtn", "float32"):
+            return exports.bundle(
+                model=str(tiny_checkpoint), keep_ratio=0.3, quantization=spec("rtn")
+            )
         if (method, dtype) not in made:
             samples = tuple((q.image, q.expression) for q in questions)
             options = ExportOptions(

@@ -212,7 +212,7 @@ def test_every_dtype_has_a_tolerance_for_every_output() -> None:
 def judge_choices(
     margins: list[float] | None, keep: np.ndarray, features: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """Two pictures, of which the reference kept KEEP, in float32."""
+    """Two images, of which the reference kept KEEP, in float32."""
     truth = np.repeat(KEEP, 2, axis=0)
     vectors = np.repeat(FEATURES, 2, axis=0)
     call = Call(
@@ -230,7 +230,7 @@ def judge_choices(
     return rows
 
 
-def test_other_tokens_pass_where_rounding_decided_the_choice_of_that_picture() -> None:
+def test_other_tokens_pass_where_rounding_decided_the_choice_of_that_image() -> None:
     other = np.concatenate([with_others(12), KEEP])
     features = np.repeat(FEATURES, 2, axis=0).copy()
     features[0, -12:] = 99
@@ -265,7 +265,7 @@ def test_an_open_choice_excuses_a_share_of_the_tokens_and_no_more() -> None:
 
 
 def test_in_half_precision_no_margin_excuses_anything() -> None:
-    """Some choice is close in every picture there: whatever was kept would pass."""
+    """Some choice is close in every image there: whatever was kept would pass."""
     tally = Tally()
     truth = {"image_features": FEATURES, "keep_indices": KEEP}
     close = np.zeros(1, np.float32)

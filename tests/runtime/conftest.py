@@ -50,7 +50,7 @@ def _tiled(manifest: Manifest) -> Manifest:
 
 @pytest.fixture
 def tiled_manifest(sample_manifest: Manifest) -> Manifest:
-    """As sample_manifest, with pictures cut into two or four tiles of 32 px."""
+    """As sample_manifest, with images cut into two or four tiles of 32 px."""
     return _tiled(sample_manifest)
 
 
@@ -61,7 +61,7 @@ def tiled_text_manifest(text_manifest: Manifest) -> Manifest:
 
 
 @pytest.fixture
-def picture() -> Any:
+def image() -> Any:
     """Wide: uint8 [24, 40, 3], so that padding matters."""
     return np.random.default_rng(3).integers(0, 256, size=(24, 40, 3), dtype=np.uint8)
 

@@ -1,4 +1,4 @@
-"""Sessions of bundles in which each picture decides how many of its tokens are kept."""
+"""Sessions of bundles in which each image decides how many of its tokens are kept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bundle(tiny_checkpoint, exports):
     return exports.bundle(model=str(tiny_checkpoint), pruner="trim")
 
 
-def picture(seed: int = 3) -> np.ndarray:
+def image(seed: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (40, 40, 3)).astype(np.uint8)
 
 
@@ -48,24 +48,24 @@ def test_the_manifest_says_how_many_there_may_be(bundle):
 def test_each_row_keeps_its_own_number_and_padding_changes_nothing(bundle):
     with GroundingSession.open(bundle, num_threads=1) as session:
         for seed in range(4):
-            together = session.ground_batch(picture(seed), EXPRESSIONS)
-            alone = [session.ground(picture(seed), text) for text in EXPRESSIONS]
+            together = session.ground_batch(image(seed), EXPRESSIONS)
+            alone = [session.ground(image(seed), text) for text in EXPRESSIONS]
             numbers = {len(answer.keep_indices) for answer in together}
             for one, other in zip(together, alone, strict=True):
                 assert one.keep_indices == other.keep_indices
                 assert one.token_ids == other.token_ids
             if len(numbers) > 1:
                 return
-    pytest.fail("no picture gave rows of different numbers: the test shows nothing")
+    pytest.fail("no image gave rows of different numbers: the test shows nothing")
 
 
 @pytest.mark.parametrize(
     ("pruner", "how"),
     [
         ("trim", {}),
-        ("trim", {"keep_ratio": 0.1, "budget": "adaptive"}),
+        pytest.param("trim", {"keep_ratio": 0.1, "budget": "adaptive"}, marks=pytest.mark.full),
         ("prumerge", {}),
-        ("prumerge-select", {}),
+        pytest.param("prumerge-select", {}, marks=pytest.mark.full),
     ],
 )
 def test_exactly_as_many_survive_as_stand_out(exports, tiny_checkpoint, pruner, how):
@@ -74,7 +74,7 @@ def test_exactly_as_many_survive_as_stand_out(exports, tiny_checkpoint, pruner, 
     seen = set()
     with GroundingSession.open(bundle, num_threads=1) as session:
         for seed in range(6):
-            for answer in session.ground_batch(picture(seed), EXPRESSIONS[:2]):
+            for answer in session.ground_batch(image(seed), EXPRESSIONS[:2]):
                 (grid,) = answer.tokens
                 wanted = slow.outliers(grid.scores)
                 assert grid.stood_out == wanted
@@ -96,14 +96,14 @@ def test_a_bundle_that_names_buckets_rounds_up_to_one_and_says_so(bundle, tmp_pa
     (copied.path / MANIFEST_NAME).write_bytes(raw)
     (copied.path / HASH_NAME).write_bytes(hash_line(raw))
     with GroundingSession.open(copied.path, num_threads=1) as session:
-        (grid,) = session.ground(picture(), EXPRESSIONS[0]).tokens
+        (grid,) = session.ground(image(), EXPRESSIONS[0]).tokens
     assert grid.stood_out == slow.outliers(grid.scores) < len(grid.kept) == 6
     assert "rounded up to one of 6, 15" in describe_tokens(open_bundle(copied.path).manifest)
 
 
 def test_a_fixed_budget_says_nothing_of_what_stands_out(tiny_bundle):
     with GroundingSession.open(tiny_bundle, num_threads=1) as session:
-        (grid,) = session.ground(picture(), EXPRESSIONS[0]).tokens
+        (grid,) = session.ground(image(), EXPRESSIONS[0]).tokens
     assert grid.stood_out is None
 
 
@@ -120,7 +120,7 @@ def test_parity_holds_through_both_graphs(bundle, tiny_checkpoint, tiny_recipe):
         bundle,
         tiny_recipe,
         Checkpoint.of(tiny_checkpoint),
-        [Question(image=picture(n), expression=EXPRESSIONS[n]) for n in range(3)],
+        [Question(image=image(n), expression=EXPRESSIONS[n]) for n in range(3)],
     )
     assert report.passed, report.to_plain()
     compared = {(row.component, row.tensor) for row in outputs(report)}
@@ -137,8 +137,8 @@ def test_engines_take_the_number_from_the_host(bundle, tmp_path, monkeypatch):
         GroundingSession.open(bundle, num_threads=1) as reference,
     ):
         for seed in range(2):
-            found = session.ground_batch(picture(seed), EXPRESSIONS)
-            wanted = reference.ground_batch(picture(seed), EXPRESSIONS)
+            found = session.ground_batch(image(seed), EXPRESSIONS)
+            wanted = reference.ground_batch(image(seed), EXPRESSIONS)
             assert [f.keep_indices for f in found] == [w.keep_indices for w in wanted]
             assert [f.token_ids for f in found] == [w.token_ids for w in wanted]
         pixels, texts = np.zeros((1, 3, 32, 32), np.float32), np.ones((1, 16), np.float32)
@@ -161,5 +161,5 @@ def test_a_graph_that_keeps_what_it_should_not_is_refused(tiny_bundle, wrong, sa
     with GroundingSession.open(tiny_bundle, num_threads=1) as session:
         session.backend = EditedBackend(session.backend, "keep_indices", wrong)
         with pytest.raises(BundleError, match="pruner spatial of this bundle does not") as caught:
-            session.ground(picture(), EXPRESSIONS[0])
+            session.ground(image(), EXPRESSIONS[0])
     assert says in str(caught.value)

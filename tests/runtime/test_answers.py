@@ -79,7 +79,7 @@ def test_a_box_that_is_clipped_to_nothing_says_why(sample_manifest: Manifest) ->
     assert box is None
     assert [text.split(":")[0] for text in warnings] == [
         "the box is out of scale, its coordinates should run from 0 to 1",
-        "the answer lies outside the picture",
+        "the answer lies outside the image",
     ]
 
 

@@ -41,14 +41,14 @@ def test_written_box_is_read_back(
 
 @SPECS
 @given(sizes, sizes, st.data())
-def test_pixels_undo_the_padding_of_wide_tall_and_square_pictures(
+def test_pixels_undo_the_padding_of_wide_tall_and_square_images(
     spec: BoxSpec, width: int, height: int, data: st.DataObject
 ) -> None:
     x1 = data.draw(st.integers(0, width - 1))
     y1 = data.draw(st.integers(0, height - 1))
     x2 = data.draw(st.integers(x1 + 1, width))
     y2 = data.draw(st.integers(y1 + 1, height))
-    # Forward, as a picture is prepared: pasted into the middle of a square, or stretched.
+    # Forward, as an image is prepared: pasted into the middle of a square, or stretched.
     if spec.frame == "padded_square":
         side = max(width, height)
         shift_x, shift_y, span_x, span_y = (side - width) // 2, (side - height) // 2, side, side
@@ -70,7 +70,7 @@ def test_pixels_undo_the_padding_of_wide_tall_and_square_pictures(
 
 @SPECS
 @given(sizes, sizes, st.lists(st.floats(-1e9, 1e9), min_size=4, max_size=4))
-def test_pixels_are_within_the_picture_and_ordered_or_none(
+def test_pixels_are_within_the_image_and_ordered_or_none(
     spec: BoxSpec, width: int, height: int, values: list[float]
 ) -> None:
     x1, y1, x2, y2 = values
@@ -84,14 +84,14 @@ def test_pixels_are_within_the_picture_and_ordered_or_none(
     ("fractions", "expected"),
     [
         ((0.25, 0.5, 0.75, 0.6), (100.0, 100.0, 300.0, 140.0)),  # side 400, 100 rows of padding
-        ((0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 400.0, 200.0)),  # clipped to the picture
+        ((0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 400.0, 200.0)),  # clipped to the image
         ((0.1, 0.0, 0.2, 0.25), None),  # all of it in the padding above
         ((0.5, 0.5, 0.5, 0.6), None),  # no width
         ((0.5, 0.5, 0.6, 0.5), None),  # no height
-        ((-2.0, 0.5, -1.0, 0.6), None),  # left of the picture
+        ((-2.0, 0.5, -1.0, 0.6), None),  # left of the image
     ],
 )
-def test_pixels_of_a_wide_picture_at_known_points(
+def test_pixels_of_a_wide_image_at_known_points(
     fractions: tuple[float, float, float, float], expected: tuple[float, ...] | None
 ) -> None:
     box = to_pixels(fractions, PADDED, ImageGeometry(width=400, height=200))
@@ -193,7 +193,7 @@ def test_signs_and_bare_points_are_numbers() -> None:
 
 
 @given(sizes, sizes)
-def test_padded_square_covers_the_picture_with_equal_margins(width: int, height: int) -> None:
+def test_padded_square_covers_the_image_with_equal_margins(width: int, height: int) -> None:
     assume(width != height)
     frame = ImageGeometry(width=width, height=height).box_frame(PADDED)
     assert frame.width == frame.height == max(width, height)
@@ -202,7 +202,7 @@ def test_padded_square_covers_the_picture_with_equal_margins(width: int, height:
         assert 0 <= after - before <= 1
 
 
-def test_squashed_picture_is_its_own_frame() -> None:
+def test_squashed_image_is_its_own_frame() -> None:
     geometry = ImageGeometry(width=30, height=20)
     spec = dataclasses.replace(SQUASHED, scale=1.0)
     assert geometry.box_frame(spec) == Frame(left=0, top=0, width=30, height=20)

@@ -18,7 +18,7 @@ from tests.parity.mutants import add_constant, rewrite_graph
 from tests.runtime.fake_backends import EditedBackend
 
 INF, NAN = np.inf, np.nan
-PICTURE = np.random.default_rng(3).integers(0, 255, (40, 40, 3)).astype(np.uint8)
+IMAGE = np.random.default_rng(3).integers(0, 255, (40, 40, 3)).astype(np.uint8)
 HALF, SINGLE = np.float16, np.float32
 
 
@@ -101,7 +101,7 @@ def spoilt_at_the_end(value: float) -> Callable[[Any], Any]:
 def is_refused(session: GroundingSession, output: str, spoil: Callable[[Any], Any]) -> str:
     session.backend = EditedBackend(session.backend, output, spoil)
     with pytest.raises(ComputationError, match=f"gives {output} that cannot be right") as caught:
-        session.ground_batch(PICTURE, ["the star", "blue square"])
+        session.ground_batch(IMAGE, ["the star", "blue square"])
     return str(caught.value)
 
 
@@ -144,7 +144,7 @@ def test_scores_that_are_all_equal_keep_the_lowest_indices(
     bundle = exports.bundle(model=str(tiny_checkpoint), pruner="trim")
     with GroundingSession.open(bundle, num_threads=1) as session:
         session.backend = EditedBackend(session.backend, "token_scores", np.zeros_like)
-        kept = session.ground(PICTURE, "the star").keep_indices
+        kept = session.ground(IMAGE, "the star").keep_indices
     # One, and the mean of the others.
     assert kept == (0, 15)
 
@@ -177,7 +177,7 @@ def test_a_decoder_that_overflows_is_refused_by_ground_and_fails_the_check(
     code, err = run_ground(bundle)
     assert code == 1
     assert "error: decoder_model_merged gives logits that cannot be right: inf for token" in err
-    questions = [Question(image=PICTURE, expression="the star")]
+    questions = [Question(image=IMAGE, expression="the star")]
     found = check_with_torch(bundle, tiny_recipe, Checkpoint.of(tiny_checkpoint), questions)
     assert (statuses(found)["tensor"], statuses(found)["token"]) == ("failed", "failed")
     assert not found.passed  # which is exit code 3
@@ -190,7 +190,7 @@ def run_ground(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     from gap_export.cli import main
 
     def run(bundle: Path) -> tuple[int, str]:
-        Image.fromarray(PICTURE).save(tmp_path / "scene.png")
+        Image.fromarray(IMAGE).save(tmp_path / "scene.png")
         code = main(["ground", str(bundle), str(tmp_path / "scene.png"), "the star"])
         return code, capsys.readouterr().err
 

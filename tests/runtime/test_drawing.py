@@ -1,4 +1,4 @@
-"""Pictures of answers: what is dimmed, what is bright, where the box is."""
+"""Images of answers: what is dimmed, what is bright, where the box is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ YELLOW = (255, 225, 0)
 
 @pytest.fixture
 def answer() -> Grounding:
-    """On a 4x4 grid over a 64x64 picture, the left half was kept."""
+    """On a 4x4 grid over a 64x64 image, the left half was kept."""
     return Grounding(
         expression="the star",
         box=(40.0, 8.0, 56.0, 24.0),
@@ -54,7 +54,7 @@ def draw(answer: Grounding, color: tuple[int, int, int] = (200, 40, 40)) -> Any:
     return np.asarray(draw_grounding(Image.new("RGB", (64, 64), color), answer)).astype(int)
 
 
-def test_small_picture_is_enlarged_and_gets_a_caption(answer: Grounding) -> None:
+def test_small_image_is_enlarged_and_gets_a_caption(answer: Grounding) -> None:
     drawing = draw_grounding(Image.new("RGB", (64, 64)), answer)
     assert drawing.mode == "RGB"
     assert drawing.width == 512
@@ -62,13 +62,13 @@ def test_small_picture_is_enlarged_and_gets_a_caption(answer: Grounding) -> None
     assert np.asarray(drawing)[512:].max() > 200
 
 
-def test_large_picture_is_shrunk(answer: Grounding) -> None:
+def test_large_image_is_shrunk(answer: Grounding) -> None:
     tokens = (grid_of(4, 4, (0, 1), width=5000, height=9),)
     big = dataclasses.replace(answer, box=None, tokens=tokens)
     assert draw_grounding(Image.new("RGB", (5000, 9)), big).width == 2048
 
 
-def test_kept_tokens_are_bright_and_dropped_ones_dim_and_grey(answer: Grounding) -> None:
+def test_kept_tokens_are_bright_and_dropped_ones_dim_and_gray(answer: Grounding) -> None:
     drawing = draw(dataclasses.replace(answer, box=None))
     assert drawing[60, 60].tolist() == [200, 40, 40]
     assert drawing[450, 200].tolist() == [200, 40, 40]
@@ -93,7 +93,7 @@ def test_what_was_dropped_can_still_be_told(answer: Grounding, shades: tuple[int
 
 def test_kept_tokens_are_outlined(answer: Grounding) -> None:
     drawing = draw(dataclasses.replace(answer, box=None))
-    # A token covers 128 pixels of the enlarged picture.
+    # A token covers 128 pixels of the enlarged image.
     assert drawing[60, [0, 127, 128, 255]].tolist() == [[255, 255, 255]] * 4
     assert drawing[60, 384].tolist() != [255, 255, 255]
 
@@ -118,7 +118,7 @@ def test_token_box_follows_the_padded_square() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (700, 1), (3000, 40)])
-def test_picture_of_any_shape_is_drawn(answer: Grounding, size: tuple[int, int]) -> None:
+def test_image_of_any_shape_is_drawn(answer: Grounding, size: tuple[int, int]) -> None:
     tokens = (grid_of(4, 4, (0, 5), width=size[0], height=size[1]),)
     odd = dataclasses.replace(answer, tokens=tokens, box=(0.0, 0.0, 0.4, 0.4))
     drawing = draw_grounding(Image.new("RGB", size), odd)
@@ -153,7 +153,7 @@ def test_place_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None
             save_drawing(Image.new("RGB", (9, 5)), tmp_path / folder / "x.png")
 
 
-def test_picture_that_cannot_be_used_is_refused(answer: Grounding, tmp_path: Path) -> None:
+def test_image_that_cannot_be_used_is_refused(answer: Grounding, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="no such image"):
         draw_grounding(tmp_path / "missing.png", answer)
 
@@ -186,9 +186,9 @@ def test_tiles_are_shown_large_and_the_base_tile_below(answer: Grounding) -> Non
     assert rows.max() - rows.min() == 100
 
 
-def test_base_tile_is_beside_a_tall_picture(answer: Grounding) -> None:
-    picture = Image.new("RGB", (100, 512), (200, 40, 40))
-    drawing = draw_grounding(picture, tiled(answer, base=(0,), tiles=(0,)))
+def test_base_tile_is_beside_a_tall_image(answer: Grounding) -> None:
+    image = Image.new("RGB", (100, 512), (200, 40, 40))
+    drawing = draw_grounding(image, tiled(answer, base=(0,), tiles=(0,)))
     assert drawing.width > 140
     assert drawing.height < 600
 
@@ -200,7 +200,7 @@ def test_base_tile_is_left_out_where_nothing_was_dropped(answer: Grounding) -> N
     assert len(drawing) < 600
 
 
-def test_tiles_that_show_nothing_of_a_thin_picture_are_left_out(answer: Grounding) -> None:
+def test_tiles_that_show_nothing_of_a_thin_image_are_left_out(answer: Grounding) -> None:
     tokens = (
         grid_of(2, 2, (0,), width=640, height=1, view="base"),
         grid_of(0, 4, (), width=640, height=0, view="tiles"),

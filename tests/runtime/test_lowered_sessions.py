@@ -77,7 +77,7 @@ def test_a_golden_for_tensorrt_has_the_dtype_of_its_graphs(
     truth = TorchTruth(recipe, checkpoint, questions)
     folder = record_truth(bundle, truth, tmp_path / "golden", backend="trt")
     golden = open_golden(folder, bundle.manifest)
-    assert golden.dtype == "float16"
+    assert golden.spec.dtype == "float16"
     report = check_bundle(
         bundle, reference=GoldenTruth(golden), backends=("ort", "trt"), levels=("tensor", "token")
     )

@@ -215,8 +215,8 @@ def test_template_without_one_image_before_text_is_refused(
 def test_image_token_that_the_tokenizer_does_not_know_is_refused(
     sample_manifest: Manifest, tokenizer_folder: Path
 ) -> None:
-    manifest = with_prompt(sample_manifest, image_token="<picture>")
-    with pytest.raises(BundleError, match="does not know the image token: <picture>"):
+    manifest = with_prompt(sample_manifest, image_token="<photo>")
+    with pytest.raises(BundleError, match="does not know the image token: <photo>"):
         PromptEncoder(manifest, tokenizer_folder)
 
 

@@ -1,4 +1,4 @@
-"""A session from picture and words to box, on a backend in numpy."""
+"""A session from image and words to box, on a backend in numpy."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def forget_calls(session: GroundingSession) -> None:
     backend.feeds.clear()
 
 
-def test_answer_tells_what_was_seen(session: GroundingSession, picture: Any) -> None:
-    answer = session.ground(picture, " the star ")
+def test_answer_tells_what_was_seen(session: GroundingSession, image: Any) -> None:
+    answer = session.ground(image, " the star ")
     assert answer.expression == " the star "
     assert answer.keep_indices == (0, 3, 6, 9, 12)
     assert answer.num_visual_tokens == 16
@@ -77,8 +77,8 @@ def test_answer_tells_what_was_seen(session: GroundingSession, picture: Any) -> 
     assert 0 < sum(parts) <= answer.timings_ms["total"]
 
 
-def test_answer_is_plain_json(session: GroundingSession, picture: Any) -> None:
-    answer = session.ground(picture, "the star")
+def test_answer_is_plain_json(session: GroundingSession, image: Any) -> None:
+    answer = session.ground(image, "the star")
     plain = json.loads(json.dumps(answer.to_plain()))
     assert plain["keep_indices"] == [0, 3, 6, 9, 12]
     assert plain["tokens"] == [
@@ -104,12 +104,12 @@ def test_answer_is_plain_json(session: GroundingSession, picture: Any) -> None:
     assert set(plain) == {field.name for field in dataclasses.fields(answer)}
 
 
-def test_batch_equals_its_rows_alone_and_sees_the_picture_once(
-    session: GroundingSession, picture: Any
+def test_batch_equals_its_rows_alone_and_sees_the_image_once(
+    session: GroundingSession, image: Any
 ) -> None:
-    alone = [session.ground(picture, expression) for expression in EXPRESSIONS]
+    alone = [session.ground(image, expression) for expression in EXPRESSIONS]
     forget_calls(session)
-    together = session.ground_batch(picture, EXPRESSIONS)
+    together = session.ground_batch(image, EXPRESSIONS)
     assert calls_of(session).count("vision_encoder") == 1
     for one, other in zip(alone, together, strict=True):
         assert (one.token_ids, one.box, one.text) == (other.token_ids, other.box, other.text)
@@ -117,7 +117,7 @@ def test_batch_equals_its_rows_alone_and_sees_the_picture_once(
 
 
 def test_a_text_in_segments_is_fed_as_the_mean_of_their_unit_vectors(
-    text_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any
+    text_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, image: Any
 ) -> None:
     """CDPruner averages the cosines of a patch with each segment; nothing else is read of them."""
     assert text_manifest.text_encoder is not None
@@ -126,7 +126,7 @@ def test_a_text_in_segments_is_fed_as_the_mean_of_their_unit_vectors(
     backend = make_backend(manifest)
     long = "the small red circle above the star"
     session = GroundingSession(manifest, tokenizer_folder, backend)
-    session.ground_batch(picture, [long, "the star", long])
+    session.ground_batch(image, [long, "the star", long])
     # Segments of one length go together, one of each text at a time.
     assert shapes_of_texts(backend) == [(2, 7), (1, 4), (2, 2)]
     (texts,) = (feed["text_embeds"] for feed in backend.feeds if "text_embeds" in feed)
@@ -144,11 +144,11 @@ def test_a_text_in_segments_is_fed_as_the_mean_of_their_unit_vectors(
 
 
 def test_batch_of_a_text_reading_pruner_equals_its_rows_alone(
-    text_session: GroundingSession, picture: Any
+    text_session: GroundingSession, image: Any
 ) -> None:
-    alone = [text_session.ground(picture, expression) for expression in EXPRESSIONS]
+    alone = [text_session.ground(image, expression) for expression in EXPRESSIONS]
     forget_calls(text_session)
-    together = text_session.ground_batch(picture, EXPRESSIONS)
+    together = text_session.ground_batch(image, EXPRESSIONS)
     # Texts of 4, 7 (cut), 4 and 4 tokens: one call a length, none padded.
     assert calls_of(text_session)[:3] == ["text_encoder", "text_encoder", "vision_encoder"]
     assert shapes_of_texts(text_session.backend) == [(3, 4), (1, 7)]
@@ -160,11 +160,11 @@ def test_batch_of_a_text_reading_pruner_equals_its_rows_alone(
 
 
 def test_positions_are_the_manifest_s_unless_told_otherwise(
-    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any
+    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, image: Any
 ) -> None:
     def first_ids(manifest: Manifest, **options: Any) -> list[int]:
         backend = make_backend(manifest)
-        GroundingSession(manifest, tokenizer_folder, backend, **options).ground(picture, "star")
+        GroundingSession(manifest, tokenizer_folder, backend, **options).ground(image, "star")
         ids: list[int] = backend.ids_seen[0][0].tolist()
         return ids
 
@@ -201,26 +201,26 @@ def answering(manifest: Manifest, inner: Any, folder: Path, text: str) -> Ground
         ("the red star", "image", None),
     ],
 )
-def test_answer_becomes_a_box_in_pixels_of_the_picture(
-    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any,
+def test_answer_becomes_a_box_in_pixels_of_the_image(
+    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, image: Any,
     answer: str, frame: Any, box: Any,
 ) -> None:  # fmt: skip
     spec = BoxSpec(syntax="bracketed", scale=1.0, frame=frame)
     manifest = dataclasses.replace(sample_manifest, box=spec)
     session = answering(manifest, make_backend(manifest), tokenizer_folder, answer)
-    found = session.ground(picture, "the star")
+    found = session.ground(image, "the star")
     assert found.text == answer
     assert found.token_ids[-1] == 2
     assert found.box == (None if box is None else pytest.approx(box))
 
 
-def test_box_of_a_turned_picture_is_in_its_frame_as_displayed(
-    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any,
+def test_box_of_a_turned_image_is_in_its_frame_as_displayed(
+    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, image: Any,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to be upright: 40x24 becomes 24x40
-    Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(image).save(tmp_path / "turned.png", exif=exif)
     session = answering(
         sample_manifest, make_backend(sample_manifest), tokenizer_folder,
         "[ 0.50 , 0.25 , 0.60 , 0.75 ]",
@@ -230,42 +230,42 @@ def test_box_of_a_turned_picture_is_in_its_frame_as_displayed(
     assert found.box == pytest.approx((12.0, 10.0, 16.0, 30.0))
 
 
-def test_unknown_words_come_back_as_a_warning(session: GroundingSession, picture: Any) -> None:
-    first, second = session.ground_batch(picture, ["the purple star", "the star"])
+def test_unknown_words_come_back_as_a_warning(session: GroundingSession, image: Any) -> None:
+    first, second = session.ground_batch(image, ["the purple star", "the star"])
     assert first.warnings[0] == "words the model does not know: purple"
     assert not any("does not know" in text for text in second.warnings)
 
 
 @pytest.mark.parametrize("expressions", [[], (), "the star"])
 def test_batch_that_is_no_list_is_refused(
-    session: GroundingSession, picture: Any, expressions: Any
+    session: GroundingSession, image: Any, expressions: Any
 ) -> None:
     with pytest.raises(ExpressionError, match="no list of expressions"):
-        session.ground_batch(picture, expressions)
+        session.ground_batch(image, expressions)
 
 
 def test_bad_input_is_refused_before_anything_runs(
-    session: GroundingSession, picture: Any, tmp_path: Path
+    session: GroundingSession, image: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(ImageError, match="no such image"):
         session.ground(tmp_path / "missing.png", "the star")
     with pytest.raises(ExpressionError, match="empty"):
-        session.ground_batch(picture, ["the star", " "])
+        session.ground_batch(image, ["the star", " "])
     assert calls_of(session) == []
 
 
-def test_backend_is_closed_with_the_session(session: GroundingSession, picture: Any) -> None:
+def test_backend_is_closed_with_the_session(session: GroundingSession, image: Any) -> None:
     with session as entered:
         assert entered is session
-        entered.ground(picture, "the star")
+        entered.ground(image, "the star")
     assert vars(session.backend)["closed"]
 
 
-def test_closed_session_says_so(session: GroundingSession, picture: Any) -> None:
+def test_closed_session_says_so(session: GroundingSession, image: Any) -> None:
     with session:
         pass
     with pytest.raises(GapExportError, match="the session is closed"):
-        session.ground(picture, "the star")
+        session.ground(image, "the star")
     with pytest.raises(GapExportError, match="the session is closed"), session:
         pass
 
@@ -279,10 +279,10 @@ def test_close_without_with_frees_the_backend_once(session: GroundingSession) ->
 
 
 def test_calls_that_run_when_the_session_is_closed_finish(
-    session: GroundingSession, picture: Any, monkeypatch: pytest.MonkeyPatch
+    session: GroundingSession, image: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend: Any = session.backend
-    expected = session.ground(picture, "the star").token_ids
+    expected = session.ground(image, "the star").token_ids
     inside, go_on = threading.Event(), threading.Event()
     run = backend.run
 
@@ -294,12 +294,12 @@ def test_calls_that_run_when_the_session_is_closed_finish(
 
     monkeypatch.setattr(backend, "run", slowly)
     with ThreadPoolExecutor(2) as pool:
-        running = [pool.submit(session.ground, picture, "the star") for _ in range(2)]
+        running = [pool.submit(session.ground, image, "the star") for _ in range(2)]
         assert inside.wait(30)
         session.close()
         assert not backend.closed
         with pytest.raises(GapExportError, match="the session is closed; open the bundle again"):
-            session.ground(picture, "the star")
+            session.ground(image, "the star")
         go_on.set()
         assert [call.result(30).token_ids for call in running] == [expected] * 2
     assert backend.closed
@@ -307,7 +307,7 @@ def test_calls_that_run_when_the_session_is_closed_finish(
 
 @pytest.mark.parametrize(("limit", "is_cut"), [(9, True), (10, False), (11, False)])
 def test_an_answer_that_did_not_end_says_so(
-    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any,
+    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, image: Any,
     limit: int, is_cut: bool,
 ) -> None:  # fmt: skip
     session = answering(
@@ -316,13 +316,13 @@ def test_an_answer_that_did_not_end_says_so(
     )  # fmt: skip
     prompt = dataclasses.replace(session.manifest.prompt, max_new_tokens=limit)
     session.manifest = dataclasses.replace(session.manifest, prompt=prompt)
-    warnings = session.ground(picture, "the star").warnings
+    warnings = session.ground(image, "the star").warnings
     cut = f"the answer was cut off after {limit} tokens, before it ended: '[ 0.25 , 0.50"
     assert [text.startswith(cut) for text in warnings] == [True] * is_cut
 
 
 def test_rows_of_a_batch_are_cut_off_one_by_one(
-    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any
+    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, image: Any
 ) -> None:
     steps = iter(range(100))
 
@@ -333,7 +333,7 @@ def test_rows_of_a_batch_are_cut_off_one_by_one(
 
     backend = EditedBackend(make_backend(sample_manifest), "logits", choose)
     session = GroundingSession(sample_manifest, tokenizer_folder, backend)
-    first, second = session.ground_batch(picture, ["the star", "blue square"])
+    first, second = session.ground_batch(image, ["the star", "blue square"])
     assert [any("cut off" in text for text in one.warnings) for one in (first, second)] == [
         False, True,
     ]  # fmt: skip
@@ -343,38 +343,38 @@ def test_rows_of_a_batch_are_cut_off_one_by_one(
     ("answer", "warning"),
     [
         ("[ 0.25 , 0.50 , 0.75 , 0.60 ]", None),
-        ("[ 0.25 , 0.01 , 0.75 , 0.10 ]", "the answer lies outside the picture: "),
+        ("[ 0.25 , 0.01 , 0.75 , 0.10 ]", "the answer lies outside the image: "),
         ("[ 0.25 , 0.50 , 0.75 , 0.50 ]", "the answer has no area: "),
         ("the red star", "the answer holds no box: 'the red star'"),
     ],
 )
 def test_missing_box_comes_with_its_reason(
-    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any,
+    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, image: Any,
     answer: str, warning: str | None,
 ) -> None:  # fmt: skip
     backend = make_backend(sample_manifest)
     session = answering(sample_manifest, backend, tokenizer_folder, answer)
-    found = session.ground(picture, "the star")
+    found = session.ground(image, "the star")
     assert (found.box is None) == (warning is not None)
     assert len(found.warnings) == (warning is not None)
     assert all(text.startswith(str(warning)) for text in found.warnings)
 
 
-def test_box_is_printed_to_a_hundredth_of_a_pixel(session: GroundingSession, picture: Any) -> None:
+def test_box_is_printed_to_a_hundredth_of_a_pixel(session: GroundingSession, image: Any) -> None:
     box = (1.0, 29.759999999999998, 40 / 3, 58.56)
-    answer = dataclasses.replace(session.ground(picture, "the star"), box=box)
+    answer = dataclasses.replace(session.ground(image, "the star"), box=box)
     assert answer.to_plain()["box"] == [1.0, 29.76, 13.33, 58.56]
     assert answer.box == box
 
 
 def test_vision_encoder_that_breaks_the_manifest_s_word_is_refused(
-    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, picture: Any
+    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, image: Any
 ) -> None:
     pruning = dataclasses.replace(sample_manifest.pruning, num_emitted_tokens=4)
     backend = make_backend(dataclasses.replace(sample_manifest, pruning=pruning))
     session = GroundingSession(sample_manifest, tokenizer_folder, backend)
     with pytest.raises(BundleError, match=r"\[1, 4, 8\].*allowed: \[1, 5, 8\]"):
-        session.ground(picture, "the star")
+        session.ground(image, "the star")
 
 
 def test_manifest_whose_numbers_contradict_is_refused(

@@ -1,4 +1,4 @@
-"""Sessions on pictures cut into tiles: what is fed, what is counted, what is refused."""
+"""Sessions on images cut into tiles: what is fed, what is counted, what is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_session(make_backend: MakeBackend, tokenizer_folder: Path) -> MakeSessi
     return make
 
 
-def seen_by(session: GroundingSession, picture: Any, expressions: list[str]) -> list[Any]:
+def seen_by(session: GroundingSession, image: Any, expressions: list[str]) -> list[Any]:
     """inputs_embeds of the prefill, rows without their padding."""
     fed: list[Any] = []
     honest = session.backend.decode
@@ -45,16 +45,16 @@ def seen_by(session: GroundingSession, picture: Any, expressions: list[str]) -> 
         return honest(feed, cache)
 
     session.backend.decode = decode  # type: ignore[method-assign]
-    session.ground_batch(picture, expressions)
+    session.ground_batch(image, expressions)
     return fed
 
 
 def test_prompt_holds_base_tile_then_rows_each_with_its_newline(
-    tiled_manifest: Manifest, make_session: MakeSession, make_backend: MakeBackend, picture: Any
+    tiled_manifest: Manifest, make_session: MakeSession, make_backend: MakeBackend, image: Any
 ) -> None:
-    (fed,) = seen_by(make_session(tiled_manifest), picture, ["the star"])
+    (fed,) = seen_by(make_session(tiled_manifest), image, ["the star"])
     spec = tiled_manifest.image
-    pixels, geometry = prepare_image(load_image(picture, pad_color=spec.pad_color), spec)
+    pixels, geometry = prepare_image(load_image(image, pad_color=spec.pad_color), spec)
     layout = geometry.tile_layout(spec, tiled_manifest.grid)
     assert layout is not None
     assert len(pixels) == layout.num_tiles
@@ -73,10 +73,10 @@ def test_prompt_holds_base_tile_then_rows_each_with_its_newline(
 
 
 def test_ids_are_those_of_the_unpruned_tiled_sequence(
-    tiled_manifest: Manifest, make_session: MakeSession, picture: Any
+    tiled_manifest: Manifest, make_session: MakeSession, image: Any
 ) -> None:
     session = make_session(tiled_manifest)
-    answer = session.ground(picture, "the star")
+    answer = session.ground(image, "the star")
     (ids,) = vars(session.backend)["ids_seen"][0]
     total = answer.num_visual_tokens
     assert ids[:2].tolist() == [0, 1]
@@ -130,12 +130,12 @@ EXPRESSIONS = ["the star", "the small red circle above the star", "blue square"]
 
 
 def test_batch_sees_the_tiles_once(
-    tiled_manifest: Manifest, make_session: MakeSession, picture: Any
+    tiled_manifest: Manifest, make_session: MakeSession, image: Any
 ) -> None:
     session = make_session(tiled_manifest)
-    alone = [session.ground(picture, expression) for expression in EXPRESSIONS]
+    alone = [session.ground(image, expression) for expression in EXPRESSIONS]
     vars(session.backend)["calls"].clear()
-    together = session.ground_batch(picture, EXPRESSIONS)
+    together = session.ground_batch(image, EXPRESSIONS)
     assert vars(session.backend)["calls"].count("vision_encoder") == 1
     for one, other in zip(alone, together, strict=True):
         assert (one.token_ids, one.tokens) == (other.token_ids, other.tokens)
@@ -143,12 +143,12 @@ def test_batch_sees_the_tiles_once(
 
 
 def test_text_reading_pruner_sees_the_tiles_once_an_expression(
-    tiled_text_manifest: Manifest, make_session: MakeSession, picture: Any
+    tiled_text_manifest: Manifest, make_session: MakeSession, image: Any
 ) -> None:
     session = make_session(tiled_text_manifest)
-    alone = [session.ground(picture, expression) for expression in EXPRESSIONS]
+    alone = [session.ground(image, expression) for expression in EXPRESSIONS]
     vars(session.backend)["feeds"].clear()
-    together = session.ground_batch(picture, EXPRESSIONS)
+    together = session.ground_batch(image, EXPRESSIONS)
     feeds = [feed for feed in vars(session.backend)["feeds"] if "pixel_values" in feed]
     shapes = [(len(feed["pixel_values"]), feed["text_embeds"].shape) for feed in feeds]
     assert all((feed["text_embeds"] == feed["text_embeds"][:1]).all() for feed in feeds)
@@ -161,15 +161,15 @@ def test_text_reading_pruner_sees_the_tiles_once_an_expression(
 
 
 def test_compact_positions_are_the_slots(
-    tiled_manifest: Manifest, make_session: MakeSession, picture: Any
+    tiled_manifest: Manifest, make_session: MakeSession, image: Any
 ) -> None:
     session = make_session(tiled_manifest, positions="compact")
-    session.ground(picture, "the star")
+    session.ground(image, "the star")
     (ids,) = vars(session.backend)["ids_seen"][0]
     assert ids.tolist() == list(range(len(ids)))
 
 
-def test_context_is_counted_with_the_picture_s_own_length(
+def test_context_is_counted_with_the_image_s_own_length(
     tiled_manifest: Manifest, make_session: MakeSession
 ) -> None:
     def session(limit: int) -> GroundingSession:
@@ -177,7 +177,7 @@ def test_context_is_counted_with_the_picture_s_own_length(
         return make_session(dataclasses.replace(tiled_manifest, decoder=decoder))
 
     wide, square = np.zeros((32, 64, 3), np.uint8), np.zeros((64, 64, 3), np.uint8)
-    # 5 of text, 8 for the answer; 16 + 4 * 9 = 52 or 16 + 8 * 9 = 88 of the picture.
+    # 5 of text, 8 for the answer; 16 + 4 * 9 = 52 or 16 + 8 * 9 = 88 of the image.
     session(65).ground(wide, "the star")
     with pytest.raises(ExpressionError, match=r"93 position ids.*allowed: 65 in all"):
         session(65).ground(square, "the star")
@@ -186,7 +186,7 @@ def test_context_is_counted_with_the_picture_s_own_length(
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (3, 5000), (33, 31)])
-def test_picture_of_any_shape_is_answered_and_drawn(
+def test_image_of_any_shape_is_answered_and_drawn(
     tiled_manifest: Manifest, make_session: MakeSession, size: tuple[int, int]
 ) -> None:
     image = Image.new("RGB", size, "teal")
@@ -197,9 +197,9 @@ def test_picture_of_any_shape_is_answered_and_drawn(
 
 
 def test_vision_encoder_that_leaves_out_a_tile_is_refused(
-    tiled_manifest: Manifest, make_session: MakeSession, picture: Any
+    tiled_manifest: Manifest, make_session: MakeSession, image: Any
 ) -> None:
     session = make_session(tiled_manifest)
     session.backend = EditedBackend(session.backend, "image_features", lambda found: found[:-1])
     with pytest.raises(BundleError, match=r"not of the manifest's shape.*allowed: \[3, 5, 8\]"):
-        session.ground(picture, "the star")
+        session.ground(image, "the star")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gap_export.runtime import answers
+from gap_export.runtime.answers import read_answer
 from gap_export.runtime.boxes import ParsedBox, parse_answer, parse_box
 from gap_export.runtime.images.geometry import ImageGeometry
 from gap_export.spec.manifest import BoxSpec
@@ -140,12 +142,17 @@ def test_box_in_the_model_s_syntax_goes_before_one_that_is_meant(text: str, spec
 
 def test_session_answers_a_tolerated_box_with_a_warning() -> None:
     geometry = ImageGeometry(width=100, height=100)
-    exact = answers._read_box("[0.1, 0.2, 0.3, 0.4]", PADDED, geometry)
-    meant, (warning,) = answers._read_box("(0.1, 0.2, 0.3, 0.4)", PADDED, geometry)
-    assert exact == (meant, []) and meant is not None
+    manifest: Any = SimpleNamespace(box=PADDED, decoder=SimpleNamespace(eos_token_ids=(2,)))
+
+    def read(text: str) -> Any:
+        return read_answer(text, (2,), manifest, geometry)
+
+    exact = read("[0.1, 0.2, 0.3, 0.4]")
+    meant, (warning,) = read("(0.1, 0.2, 0.3, 0.4)")
+    assert exact == (meant, ()) and meant is not None
     assert "read with tolerance: '(0.1, 0.2, 0.3, 0.4)'" in warning
-    outside, (reason,) = answers._read_box("(1.02, 1.02, 1.04, 1.04)", PADDED, geometry)
-    assert outside is None and reason.startswith("the answer lies outside the picture")
+    outside, (reason,) = read("(1.02, 1.02, 1.04, 1.04)")
+    assert outside is None and reason.startswith("the answer lies outside the image")
 
 
 def test_percent_is_of_the_frame_whatever_the_scale() -> None:

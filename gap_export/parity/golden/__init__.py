@@ -1,7 +1,7 @@
 """Goldens: what PyTorch gave, kept in files, so that a check needs no PyTorch.
 
 A golden is a folder: ``golden.json`` says what was recorded, of which model and with what;
-``golden.safetensors`` holds all arrays, pictures included; ``golden.json.sha256`` vouches for the
+``golden.safetensors`` holds all arrays, images included; ``golden.json.sha256`` vouches for the
 first, and that for the second. Reading needs the standard library and numpy.
 """
 

@@ -45,14 +45,7 @@ SAFETENSORS_DTYPES: Mapping[str, str] = MappingProxyType(
 
 
 class Method(NamedTuple):
-    """How a call is stored.
-
-    Attributes:
-        component: What was run.
-        inputs: In the order in which they are stored.
-        outputs: Those that must be there.
-        optional: Outputs that may be.
-    """
+    """How a call is stored."""
 
     component: str
     inputs: tuple[str, ...]
@@ -131,7 +124,7 @@ class StoredQuestion:
     """A question.
 
     Attributes:
-        image: Array of the picture: uint8 [H, W, 3], upright, RGB.
+        image: Array of the image: uint8 [H, W, 3], upright, RGB.
         image_sha256: Of that array's bytes.
         expression: What was asked.
         box: Array of the true one, float64 [4] in pixels, where it is known.
@@ -145,17 +138,7 @@ class StoredQuestion:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFacts:
-    """What turns a question into inputs and tokens into a box; as in the bundle's manifest.
-
-    Attributes:
-        grid: Visual tokens before pruning.
-        image: How a picture is prepared.
-        prompt: How an expression is asked.
-        box: How an answer is read.
-        decoder: Sizes, and what ends an answer.
-        text_encoder: Of the pruner's text tower; None for none.
-        tokenizers: SHA-256 of their files, by name.
-    """
+    """What turns a question into inputs and tokens into a box; as in the bundle's manifest."""
 
     grid: GridSpec
     image: ImageSpec
@@ -205,16 +188,17 @@ class GoldenSpec:
         recorded: When, in UTC, e.g. ``2026-01-31T23:59:59Z``.
         reference: What was asked, with its version.
         tools: Versions of what computed it, by name.
-        seed: Of the samples.
+        seed: Seed of the samples.
         model: Name of the recipe.
-        family: Of the model.
+        family: The model's.
         source: The checkpoint; empty where the weights are random.
         random_seed: Of random weights, else None.
         dtype: What the reference computed in.
-        quantization: Of the decoder's weights, which were the bundle's own; None for none.
+        quantization: How the decoder's weights, which were the bundle's own, are quantized; None
+            if they are not.
         pruning: What was pruned, and how.
         facts: What else decides inputs and answers.
-        tensors_size: Of the safetensors file, in bytes.
+        tensors_size: Bytes of the safetensors file.
         tensors_sha256: Of its bytes.
         tensors: Arrays by name.
         questions: In the order they were asked.
@@ -276,7 +260,7 @@ def parse_golden(raw: bytes) -> GoldenSpec:
 
 
 def without_scores(answer: Grounding) -> Grounding:
-    """Scores are for pictures, and as outputs of a graph they are among the calls."""
+    """Scores are for images, and as outputs of a graph they are among the calls."""
     return replace(answer, tokens=tuple(replace(grid, scores=None) for grid in answer.tokens))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import stat
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -36,7 +38,6 @@ from gap_export.parity.golden.format import (
     parse_golden,
     source_of,
 )
-from gap_export.parity.golden.layout import read_layout
 from gap_export.parity.question import Question
 from gap_export.parity.replay import Call
 from gap_export.runtime.grounding import Grounding
@@ -46,9 +47,8 @@ from gap_export.version import __version__
 
 # Far above any real one (a question takes some tens of kilobytes); keeps a hostile one from filling
 # the memory.
-_MAX_JSON_BYTES = 256 << 20
-_MAX_HASH_BYTES = 1 << 10
-_MAX_RANK = 16
+_MAX_JSON_BYTES, _MAX_HASH_BYTES, _MAX_RANK = 256 << 20, 1 << 10, 16
+_HEADER_LENGTH, _METADATA = struct.Struct("<Q"), "__metadata__"
 _DECODER = "decoder_model_merged"
 
 
@@ -59,7 +59,7 @@ class Golden:
     Attributes:
         path: Its folder, absolute.
         spec: What was recorded, of which model and with what.
-        questions: What was asked; pictures as arrays.
+        questions: What was asked; images as arrays.
         calls: Of each question what the reference's backend was asked and gave; read from the disk
             each time they are asked for.
         answers: To each question.
@@ -77,39 +77,17 @@ class Golden:
         minute = self.spec.recorded[:16].replace("T", " ")
         return f"golden of {self.spec.reference}, recorded {minute} UTC"
 
-    @property
-    def dtype(self) -> str:
-        """What the reference computed in."""
-        return self.spec.dtype
-
-    @property
-    def quantization(self) -> QuantizationSpec | None:
-        """Of the reference's decoder; None where its weights had the dtype."""
-        return self.spec.quantization
-
-    @property
-    def seed(self) -> int:
-        """Of the samples."""
-        return self.spec.seed
-
-    def layers(self) -> None:
-        """None: what a model computes inside is not recorded."""
-        return
-
     def check_dtype(self, dtype: str, quantization: QuantizationSpec | None) -> None:
         """Refuse a backend that does not compute in what the reference computed in.
 
-        Args:
-            dtype: Of the backend's floats.
-            quantization: Of its decoder's weights.
-
         Raises:
-            UsageError: it is another.
+            UsageError: it computes in another dtype, or with weights quantized otherwise.
         """
-        if (dtype, quantization) != (self.dtype, self.quantization):
+        spec = self.spec
+        if (dtype, quantization) != (spec.dtype, spec.quantization):
             raise _other(
                 "dtype",
-                _dtype_words(self.dtype, self.quantization),
+                _dtype_words(spec.dtype, spec.quantization),
                 f"{_dtype_words(dtype, quantization)}, in which this backend computes",
             )
 
@@ -122,10 +100,6 @@ def is_golden(path: str | Path) -> bool:
 
 def open_golden(folder: str | Path, manifest: Manifest) -> Golden:
     """Check a golden and read it.
-
-    Args:
-        folder: The golden's.
-        manifest: Of the bundle that is to be held against it.
 
     Raises:
         UsageError: no golden, a damaged or truncated one, of another version, or of another model,
@@ -175,7 +149,7 @@ def _check_identity(spec: GoldenSpec, manifest: Manifest) -> None:
     """The golden is of what the bundle is."""
     recorded_by = spec.tools.get("gap-export", "unknown")
     if recorded_by != __version__:
-        # What is pruned, and how a picture is prepared, may change from one to the next.
+        # What is pruned, and how an image is prepared, may change from one to the next.
         raise _other("version of gap-export", recorded_by, f"{__version__}, which runs now")
     for field, seen, allowed in (
         ("model", spec.model, manifest.model.name),
@@ -185,8 +159,8 @@ def _check_identity(spec: GoldenSpec, manifest: Manifest) -> None:
         if seen != allowed:
             raise _other(field, seen, f"{allowed}, the bundle's")
     _check_source(spec, manifest)
-    here = {"pruning": manifest.pruning, **_parts_of(StoredFacts.of(manifest))}
-    for part, known in {"pruning": spec.pruning, **_parts_of(spec.facts)}.items():
+    here = {"pruning": manifest.pruning, **vars(StoredFacts.of(manifest))}
+    for part, known in {"pruning": spec.pruning, **vars(spec.facts)}.items():
         for name, seen, allowed in differing_fields(known, here[part]):
             raise _other(f"{part}{name}", str(seen), f"{allowed}, the bundle's")
     forms = {(g.dtype, g.quantization) for g in manifest.graphs if g.component == _DECODER}
@@ -196,10 +170,6 @@ def _check_identity(spec: GoldenSpec, manifest: Manifest) -> None:
             _dtype_words(spec.dtype, spec.quantization),
             f"{' or '.join(sorted(_dtype_words(*form) for form in forms))}, the bundle's",
         )
-
-
-def _parts_of(facts: StoredFacts) -> dict[str, object]:
-    return {each.name: getattr(facts, each.name) for each in fields(facts)}
 
 
 def _check_source(spec: GoldenSpec, manifest: Manifest) -> None:
@@ -234,8 +204,37 @@ def _check_tensors(path: Path, spec: GoldenSpec) -> None:
     seen = sha256_of(path / TENSORS_NAME)
     if seen != spec.tensors_sha256:
         raise _damaged(path, f"{TENSORS_NAME} has SHA-256 {seen} instead of {spec.tensors_sha256}")
-    if read_layout(path / TENSORS_NAME) != dict(spec.tensors):
+    if _read_layout(path / TENSORS_NAME) != dict(spec.tensors):
         raise _damaged(path, f"{GOLDEN_NAME} and {TENSORS_NAME} disagree on where arrays lie")
+
+
+def _read_layout(file: Path) -> dict[str, StoredTensor]:
+    """Arrays by name; none where the header cannot be read.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    names = {stored: name for name, stored in SAFETENSORS_DTYPES.items()}
+    with file.open("rb") as stream:
+        prefix = stream.read(_HEADER_LENGTH.size)
+        length = _HEADER_LENGTH.unpack(prefix)[0] if len(prefix) == _HEADER_LENGTH.size else 0
+        if length > file.stat().st_size:
+            return {}
+        raw = stream.read(length)
+    start = _HEADER_LENGTH.size + length
+    try:
+        plain = json.loads(raw)
+        return {
+            name: StoredTensor(
+                dtype=names[entry["dtype"]],
+                shape=tuple(entry["shape"]),
+                offset=start + entry["data_offsets"][0],
+            )
+            for name, entry in plain.items()
+            if name != _METADATA
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
 
 
 def _check_calls(spec: GoldenSpec) -> None:
@@ -248,14 +247,13 @@ def _check_calls(spec: GoldenSpec) -> None:
             fix=RECORD_AGAIN,
         )
     for question in spec.questions:
-        for what, name, fits, allowed in (
-            ("picture", question.image, _is_picture, "uint8 [H, W, 3]"),
-            ("box", question.box, _is_box, "float64 [4]"),
+        for what, name, form, allowed in (
+            ("an image", question.image, ("uint8", (None, None, 3)), "uint8 [H, W, 3]"),
+            ("a box", question.box, ("float64", (4,)), "float64 [4]"),
         ):
-            tensor = None if name is None else spec.tensors.get(name)
-            if name is not None and (tensor is None or not fits(tensor)):
+            if name is not None and not _is_of(spec.tensors.get(name), *form):
                 raise UsageError(
-                    f"{GOLDEN_NAME}: not a {what}",
+                    f"{GOLDEN_NAME}: not {what}",
                     seen=f"{name!r} for {question.expression!r}",
                     allowed=allowed,
                     fix=RECORD_AGAIN,
@@ -271,12 +269,11 @@ def _check_calls(spec: GoldenSpec) -> None:
                 )
 
 
-def _is_picture(tensor: StoredTensor) -> bool:
-    return tensor.dtype == "uint8" and len(tensor.shape) == 3 and tensor.shape[2] == 3
-
-
-def _is_box(tensor: StoredTensor) -> bool:
-    return (tensor.dtype, tensor.shape) == ("float64", (4,))
+def _is_of(tensor: StoredTensor | None, dtype: str, shape: tuple[int | None, ...]) -> bool:
+    """Whether an array is there and of this form; None stands for any size."""
+    if tensor is None or tensor.dtype != dtype or len(tensor.shape) != len(shape):
+        return False
+    return all(wanted in (None, size) for size, wanted in zip(tensor.shape, shape, strict=True))
 
 
 def _call_problem(spec: GoldenSpec, call: StoredCall) -> str:
@@ -298,12 +295,10 @@ def _call_problem(spec: GoldenSpec, call: StoredCall) -> str:
         tensor = spec.tensors.get(key)
         if tensor is None:
             return f"{name} of {call.method} is {key!r}, which is not in the golden"
-        if name in SCALARS and (tensor.dtype, tensor.shape) != ("int64", ()):
+        if name in SCALARS and not _is_of(tensor, "int64", ()):
             return f"{name} of {call.method} is not one integer"
-    if call.margins is not None:
-        margins = spec.tensors.get(call.margins)
-        if margins is None or margins.dtype != "float32" or len(margins.shape) != 1:
-            return f"margins of {call.method} are {call.margins!r}, which is no row of float32"
+    if call.margins is not None and not _is_of(spec.tensors.get(call.margins), "float32", (None,)):
+        return f"margins of {call.method} are {call.margins!r}, which is no row of float32"
     return ""
 
 
@@ -347,26 +342,22 @@ class _Calls(Sequence[list[Call]]):
 
 
 def _read_questions(path: Path, spec: GoldenSpec) -> tuple[Question, ...]:
-    pictures: dict[str, NDArray[np.uint8]] = {}
-    for question in spec.questions:
-        if question.image not in pictures:
-            pictures[question.image] = _read_array(path, spec.tensors[question.image])
-            seen = hashlib.sha256(pictures[question.image].tobytes()).hexdigest()
-            if seen != question.image_sha256:
-                raise _damaged(path, f"the picture {question.image} has SHA-256 {seen}")
-    return tuple(
-        Question(
-            image=pictures[q.image],
-            expression=q.expression,
-            box=None if q.box is None else _read_box(path, spec.tensors[q.box]),
+    images: dict[str, NDArray[np.uint8]] = {}
+    questions = []
+    for stored in spec.questions:
+        if stored.image not in images:
+            images[stored.image] = _read_array(path, spec.tensors[stored.image])
+            seen = hashlib.sha256(images[stored.image].tobytes()).hexdigest()
+            if seen != stored.image_sha256:
+                raise _damaged(path, f"the image {stored.image} has SHA-256 {seen}")
+        box: Box | None = None
+        if stored.box is not None:
+            x1, y1, x2, y2 = map(float, _read_array(path, spec.tensors[stored.box]))
+            box = (x1, y1, x2, y2)
+        questions.append(
+            Question(image=images[stored.image], expression=stored.expression, box=box)
         )
-        for q in spec.questions
-    )
-
-
-def _read_box(path: Path, tensor: StoredTensor) -> Box:
-    x1, y1, x2, y2 = map(float, _read_array(path, tensor))
-    return x1, y1, x2, y2
+    return tuple(questions)
 
 
 def _read_array(path: Path, tensor: StoredTensor) -> NDArray[Any]:

@@ -1,7 +1,7 @@
 """A golden holds together: asked again, its own arrays give its own answers.
 
 The session that recorded it is run once more, on a backend that gives what was recorded and sees
-that it is asked what was recorded. Whatever follows from something else in a golden (pixels, ids,
+that it is asked what was recorded. What follows from something else in a golden (pixels, ids,
 tokens, texts, boxes, kept tokens) is so worked out anew, by the code that worked it out before.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import from_plain, to_plain
 
-# Two machines may resize a picture to values one level of 255 apart, which the deviation of a
-# colour makes larger.
+# Two machines may resize an image to values one level of 255 apart, which the deviation of a
+# color makes larger.
 _PIXEL_ATOL = 0.05
 # What each run has anew.
 _OF_THE_RUN = frozenset({"timings_ms"})
@@ -33,10 +34,6 @@ _OF_THE_RUN = frozenset({"timings_ms"})
 
 def check_holds_together(golden: Golden, bundle: Bundle) -> None:
     """Play a golden's session once more.
-
-    Args:
-        golden: An opened one.
-        bundle: What it was opened for; its tokenizers are read.
 
     Raises:
         UsageError: what is recorded does not follow from what else is.
@@ -54,7 +51,15 @@ def check_holds_together(golden: Golden, bundle: Bundle) -> None:
             except GapExportError as err:
                 raise _torn(f"question {number}: {err}") from err
             backend.finish()
-            _check_answer(number, expected, given)
+            # Through JSON, as the recorded one went.
+            played = from_plain(Grounding, to_plain(without_scores(given)), where="the answer")
+            for field in fields(Grounding):
+                recorded, right = getattr(expected, field.name), getattr(played, field.name)
+                if field.name not in _OF_THE_RUN and recorded != right:
+                    raise _torn(
+                        f"question {number}: {field.name} of the answer is {recorded!r}, and what "
+                        f"was recorded gives {right!r}"
+                    )
 
 
 class _TornError(UsageError):
@@ -70,33 +75,12 @@ def _torn(seen: str) -> _TornError:
     )
 
 
-def _check_answer(number: int, expected: Grounding, given: Grounding) -> None:
-    # Through JSON, as the recorded one went.
-    played = from_plain(Grounding, to_plain(without_scores(given)), where="the answer")
-    for field in fields(Grounding):
-        recorded, right = getattr(expected, field.name), getattr(played, field.name)
-        if field.name not in _OF_THE_RUN and recorded != right:
-            raise _torn(
-                f"question {number}: {field.name} of the answer is {recorded!r}, and what was "
-                f"recorded gives {right!r}"
-            )
-
-
-class _Cache:
-    """Stands for a cache, which nobody looks into."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.length = 0
-
-
 class _Playback(Backend):
     """A backend that gives what was recorded, and refuses to be asked anything else."""
 
     def __init__(self, golden: Golden) -> None:
         self.name = golden.spec.reference
-        self.dtype = golden.dtype
-        self.quantization = golden.quantization
+        self.dtype, self.quantization = golden.spec.dtype, golden.spec.quantization
         self._number = 0
         self._calls: Iterator[tuple[int, Call]] = iter(())
 
@@ -116,10 +100,10 @@ class _Playback(Backend):
         """See Backend."""
         return self._give(component, feed)
 
-    def new_cache(self, batch_size: int) -> _Cache:
-        """See Backend."""
+    def new_cache(self, batch_size: int) -> KVCache:
+        """See Backend; it is never looked into."""
         self._give(NEW_CACHE, {"batch_size": np.array([batch_size], dtype=np.int64)})
-        return _Cache(batch_size)
+        return SimpleNamespace(batch_size=batch_size, length=0)
 
     def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
         """See Backend."""
@@ -135,8 +119,12 @@ class _Playback(Backend):
         for name in sorted(feed.keys() | call.inputs.keys()):
             if not _same(name, call.inputs.get(name), feed.get(name)):
                 raise _torn(f"{where} ({component}): {name} is not what a session gives it")
-        if call.margins is not None and not _are_margins(call.margins, call.outputs):
-            raise _torn(f"{where} ({component}): margins {call.margins.tolist()[:4]}")
+        margins = call.margins
+        # One for each row; by how much a choice was decided is not below 0.
+        if margins is not None and not (
+            len(margins) == len(call.outputs["keep_indices"]) and (margins >= 0).all()
+        ):
+            raise _torn(f"{where} ({component}): margins {margins.tolist()[:4]}")
         return call.outputs
 
 
@@ -148,8 +136,3 @@ def _same(name: str, recorded: NDArray[Any] | None, asked: NDArray[Any] | None) 
     if name == "pixel_values":
         return bool(np.allclose(recorded, asked, rtol=0.0, atol=_PIXEL_ATOL))
     return np.array_equal(recorded, asked)
-
-
-def _are_margins(margins: NDArray[Any], outputs: dict[str, NDArray[Any]]) -> bool:
-    """One for each row; by how much a choice was decided is not below 0."""
-    return len(margins) == len(outputs["keep_indices"]) and bool((margins >= 0).all())

@@ -55,13 +55,7 @@ _SNAPSHOT = re.compile(r"(?:^|/)snapshots/([0-9a-f]{40})(?:/|$)")
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceFacts:
-    """What is to be known of a reference.
-
-    Attributes:
-        name: What it is, with its version.
-        dtype: What it computes in.
-        quantization: Of its decoder's weights; None for none.
-    """
+    """What is to be known of a reference."""
 
     name: str
     dtype: str
@@ -81,23 +75,23 @@ def record_golden(
 ) -> Path:
     """Keep everything PyTorch gave for some questions.
 
-    Arrays that occur more than once, such as the picture of several expressions, are written once.
+    Arrays that occur more than once, such as the image of several expressions, are written once.
 
     Args:
         folder: The golden's; its parent exists.
-        manifest: Of the bundle.
+        manifest: Describes the bundle.
         reference: What was asked.
         questions: At least one.
         calls: Of each question.
         answers: To each question.
-        seed: Of the samples.
+        seed: Seed of the samples.
         force: Replace a golden that is there. Any other folder is refused in any case.
 
     Returns:
         The folder, absolute.
 
     Raises:
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
         OutputError: the folder is taken, or cannot be written.
         UsageError: no questions.
     """
@@ -118,7 +112,14 @@ def record_golden(
             seed=seed,
             model=manifest.model.name,
             family=manifest.model.family,
-            source=_source(manifest),
+            source=tuple(
+                StoredPart(
+                    role=part.role,
+                    commit=match[1] if (match := _SNAPSHOT.search(part.location)) else None,
+                    files=part.files,
+                )
+                for part in manifest.source.parts
+            ),
             random_seed=manifest.source.random_seed,
             dtype=reference.dtype,
             quantization=reference.quantization,
@@ -143,10 +144,6 @@ def record_golden(
 
 def check_golden_place(folder: str | Path, *, force: bool) -> None:
     """Refuse a place for a golden, before the work.
-
-    Args:
-        folder: The golden's.
-        force: Whether a golden that is there is to be replaced.
 
     Raises:
         OutputError: its parent is no folder or cannot be written; or there is something already.
@@ -258,15 +255,6 @@ def _store_call(arrays: _Arrays, call: Call) -> StoredCall:
         outputs={name: arrays.add(array) for name, array in call.outputs.items()},
         margins=None if call.margins is None else arrays.add(call.margins),
     )
-
-
-def _source(manifest: Manifest) -> tuple[StoredPart, ...]:
-    found = []
-    for part in manifest.source.parts:
-        match = _SNAPSHOT.search(part.location)
-        commit = None if match is None else match.group(1)
-        found.append(StoredPart(role=part.role, commit=commit, files=part.files))
-    return tuple(found)
 
 
 def _tools() -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""The levels of a check: one file each, from what was recorded to a verdict."""
+"""The levels of a check, each from what was recorded to a verdict."""

@@ -130,8 +130,3 @@ class AnswerPair:
             return False
         largest = max((float(np.abs(logits).max()) for logits in self.logits), default=0.0)
         return self.margin <= 2 * self.tolerances["logits"].absolute(largest)
-
-
-def share_text(part: int, whole: int) -> str:
-    """``49 of 50 (98.0 %)``."""
-    return f"{part} of {whole} ({100 * part / whole:.1f} %)"

@@ -11,8 +11,8 @@ def judge_tensors(rows: Sequence[TensorRow], *, broken: str = "", note: str = ""
     """Outputs are within the tolerance of their dtype.
 
     Args:
-        rows: Of all outputs; those of layers are told by their module and only inform: what they
-            add up to is held to its tolerance at the outputs.
+        rows: One for each output, and for each layer that was asked for. Rows of layers, which
+            have a module, only inform: what they add up to is held to its tolerance at the outputs.
         broken: What else is wrong: that the candidate could not be run to the end.
         note: What should be known where something failed.
     """

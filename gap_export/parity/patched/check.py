@@ -57,8 +57,8 @@ def check_patched(
         backends: Those that are not ONNX Runtime are not run.
         levels: Those that are not ``tensor`` are not run.
         required: Backends that must have been run.
-        seed: Of the samples among the questions.
-        progress: Told what is done.
+        seed: Seed of the samples among the questions.
+        progress: Progress reporter.
 
     Raises:
         UsageError: see :func:`compare_with_unpatched`; or there is nothing to compare.

@@ -14,9 +14,8 @@ last step gives what one prefill of all tokens gives, without a cache.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from gap_export.bundle import Bundle, open_bundle
 from gap_export.errors import ComputationError, ParityError, UsageError
 from gap_export.parity.patched.unpatched import UnpatchedBackend
 from gap_export.parity.replay import RecordingBackend
-from gap_export.parity.results import TensorRow, plain_values
+from gap_export.parity.results import TensorRow
 from gap_export.parity.tally import Pair, tensor_row
 from gap_export.parity.uncached import decode_uncached, uncached_row
 from gap_export.progress import Progress, SilentProgress
@@ -49,21 +48,17 @@ class MaskedOracleReport:
     """The verdict on a patched bundle.
 
     Attributes:
-        bundle: Its folder.
         candidate: What ran both, with its version.
         reference: The export it was compared with, in words.
         outputs: One row for the features, one each for logits of prefill and of decode steps, and
             one for the last step beside a prefill without a cache.
-        num_questions: Images with their expressions.
         compact_max_abs_diff: How far logits are off with re-numbered positions, in the question
             where that shows least; None where nothing was dropped.
     """
 
-    bundle: str
     candidate: str
     reference: str
     outputs: tuple[TensorRow, ...]
-    num_questions: int
     compact_max_abs_diff: float | None
 
     @property
@@ -77,19 +72,6 @@ class MaskedOracleReport:
     def passed(self) -> bool:
         """Every output within tolerance, and the comparison would have noticed."""
         return all(row.passed for row in self.outputs) and self.is_sensitive
-
-    def to_plain(self) -> dict[str, Any]:
-        """JSON form; a difference that is not finite becomes null."""
-        return {
-            "passed": self.passed,
-            "bundle": self.bundle,
-            "candidate": self.candidate,
-            "reference": self.reference,
-            "outputs": [plain_values(asdict(row)) for row in self.outputs],
-            "num_questions": self.num_questions,
-            "compact_max_abs_diff": self.compact_max_abs_diff,
-            "is_sensitive": self.is_sensitive,
-        }
 
 
 def compare_with_unpatched(
@@ -145,11 +127,9 @@ def compare_with_unpatched(
             advance(1)
         name = candidate.name
     return MaskedOracleReport(
-        bundle=str(bundle.path),
         candidate=name,
         reference=f"the unpatched graphs of {original}, dropped tokens masked out",
         outputs=found.rows(tolerances_of(manifest.dtype)),
-        num_questions=len(images),
         compact_max_abs_diff=min(found.compact) if found.compact else None,
     )
 

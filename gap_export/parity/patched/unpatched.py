@@ -45,7 +45,7 @@ class UnpatchedBackend(OnnxRuntimeGraphs):
         """Prove that these are the graphs the bundle was patched from, and load them.
 
         Args:
-            manifest: Of the bundle that was patched from it.
+            manifest: Describes the bundle that was patched from it.
             folder: The export's.
             patched: The bundle's; its word embeddings, which are the export's, are used here too.
 
@@ -60,9 +60,12 @@ class UnpatchedBackend(OnnxRuntimeGraphs):
         _check_taken_over(part, manifest)
         _check_facts(manifest, folder)
         self._patched = patched
-        half = manifest.dtype == "float16"
+        graphs = [folder / file.path for file in part.files if file.path.endswith(".onnx")]
         sessions = {
-            component: _load(folder / _graph_file(part, component), half=half)
+            component: _load(
+                next(path for path in graphs if path.name.startswith(component)),
+                half=manifest.dtype == "float16",
+            )
             for component in (VISION, DECODER)
         }
         super().__init__(sessions, manifest)
@@ -153,11 +156,6 @@ def _end_ids(folder: Path) -> set[int]:
         "eos_token_id", config["text_config"].get("eos_token_id", config.get("eos_token_id"))
     )
     return set(eos if isinstance(eos, list) else [eos])
-
-
-def _graph_file(part: SourcePart, component: str) -> str:
-    names = [file.path for file in part.files if file.path.endswith(".onnx")]
-    return next(name for name in names if Path(name).name.startswith(component))
 
 
 def _load(path: Path, *, half: bool) -> ort.InferenceSession:

@@ -211,7 +211,7 @@ class DeviceMemory:
         _try(self.device.synchronize, self.stream)
 
     def close(self) -> None:
-        """Give everything back, whatever fails on the way; a second call does nothing."""
+        """Give everything back, even if some of it fails; a second call does nothing."""
         if self._closed:
             return
         self._closed = True

@@ -85,7 +85,7 @@ class OnnxRuntimeGraphs(Backend):
 
     Args:
         sessions: By component; the decoder's logits come first among its outputs.
-        manifest: Of the model.
+        manifest: Describes the model.
     """
 
     def __init__(self, sessions: dict[str, ort.InferenceSession], manifest: Manifest) -> None:
@@ -95,7 +95,10 @@ class OnnxRuntimeGraphs(Backend):
         self.dtype = numpy_dtype(manifest.dtype).name
         self._manifest = manifest
         self._sessions = sessions
-        self._inputs = {name: _input_dtypes(found) for name, found in sessions.items()}
+        self._inputs = {
+            component: {value.name: _INPUT_DTYPES[value.type] for value in session.get_inputs()}
+            for component, session in sessions.items()
+        }
         self._device = "cuda" if _CUDA in used else "cpu"
         self._past = {
             value.name.replace("present.", "past_key_values.", 1): value.name
@@ -278,11 +281,6 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
             fix="export with another dtype",
         )
     return np.dtype(name)
-
-
-def _input_dtypes(session: ort.InferenceSession) -> dict[str, np.dtype[Any]]:
-    """What a graph declares for each input."""
-    return {value.name: _INPUT_DTYPES[value.type] for value in session.get_inputs()}
 
 
 def _check_interface(session: ort.InferenceSession, spec: GraphSpec) -> None:

@@ -13,7 +13,7 @@ from gap_export.runtime.backends.quiet_onnxruntime import ort
 _FATAL_ONLY = 4
 # What products with INT4 weights are computed in, as ONNX Runtime counts: 4 would be int8.
 _FLOAT32 = "1"
-# ONNX Runtime starts as many as it is told, and a slip of the key must not take the machine down.
+# ONNX Runtime starts as many as are asked for; a slip of the key must not take the machine down.
 _MAX_THREADS = 256
 
 
@@ -31,7 +31,7 @@ def session_options(num_threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
     # By default what goes into a layer of INT4 weights is rounded to 8 bits, block by block, which
-    # nobody has asked for: logits of the demo model, of up to 18, are then off by up to 0.14.
+    # is not asked for here: logits of the demo model, of up to 18, are then off by up to 0.14.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FLOAT32)
     if num_threads is not None:
         if not 1 <= num_threads <= _MAX_THREADS:
@@ -53,7 +53,7 @@ def start_session(
         providers: ONNX Runtime's names, best first.
 
     Raises:
-        UsageError: a file whose name ONNX Runtime cannot be told.
+        UsageError: a file whose name ONNX Runtime cannot be given.
         RuntimeError: or another of what ONNX Runtime raises where it refuses the graph.
     """
     try:
@@ -73,7 +73,7 @@ def spare_memory(options: ort.SessionOptions) -> None:
 
     By default ONNX Runtime turns every float16 weight into a float32 one when it loads, and at
     times holds both: 1.5 GiB of weights peaked at 3.2 GB, at 4.7 GB where they are transposed.
-    Below the highest level of optimisation they stay float16 and are cast when used; in the default
+    Below the highest level of optimization they stay float16 and are cast when used; in the default
     order, though, all casts come first and all their results are held: 8.0 GB. Ordered by need, one
     weight is float32 at a time: 1.7 GB, most of it pages of the file that can be dropped, or, of
     transposed weights, their float16 transposes. The price is a decode step that takes 2 to 4 times

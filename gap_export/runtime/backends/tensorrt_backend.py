@@ -64,8 +64,13 @@ class TensorRTBackend(Backend):
         self._folder = chosen.folder
         plan = chosen.folder.plan
         decoder = chosen.folder.engine(DECODER)
-        if cuda_graphs:
-            _check_graphs_serve(decoder)
+        if cuda_graphs and decoder.kv_contract != "in_place":
+            raise UsageError(
+                "CUDA graphs cannot serve these engines: the joined cache has another shape and "
+                "another address in each step, so that no recorded step fits a second one",
+                seen=f"KV cache {decoder.kv_contract}, lowering {decoder.lowering}",
+                allowed="engines of the fused lowering, whose cache is in_place",
+            )
         self._limits = plan.limits
         self.name = (
             f"{TITLES[plan.library]} {plan.library_version} "
@@ -235,13 +240,3 @@ class TensorRTBackend(Backend):
                     allowed=f"at most {largest}",
                     fix=f"build the engines with another {flag}: gap-export build BUNDLE",
                 )
-
-
-def _check_graphs_serve(decoder: EngineSpec) -> None:
-    if decoder.kv_contract != "in_place":
-        raise UsageError(
-            "CUDA graphs cannot serve these engines: the joined cache has another shape and "
-            "another address in each step, so that no recorded step fits a second one",
-            seen=f"KV cache {decoder.kv_contract}, lowering {decoder.lowering}",
-            allowed="engines of the fused lowering, whose cache is in_place",
-        )

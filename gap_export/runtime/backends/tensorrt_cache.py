@@ -16,12 +16,7 @@ PAST, PRESENT = "past_key_values.", "present."
 
 @dataclass
 class TensorRTCache:
-    """How much of the backend's KV buffers one batch has filled.
-
-    Attributes:
-        batch_size: B.
-        length: Slots filled.
-    """
+    """How much of the backend's KV buffers one batch has filled."""
 
     batch_size: int
     length: int = 0
@@ -51,13 +46,7 @@ class KVLayout:
 
 
 class KVBuffers(ABC):
-    """Keys and values of all layers on the GPU: past, which a step reads, and present.
-
-    Args:
-        memory: Holds the buffers.
-        layout: What is cached.
-        max_batch: The largest B there is room for.
-    """
+    """Keys and values of all layers on the GPU: past, which a step reads, and present."""
 
     num_sets: int
 
@@ -134,12 +123,7 @@ CONTRACTS: Mapping[str, type[KVBuffers]] = MappingProxyType(
 
 
 def kv_layout(spec: EngineSpec, runner: EngineRunner) -> KVLayout:
-    """How a decoder's engine holds its cache.
-
-    Args:
-        spec: Of the engine.
-        runner: Of the same.
-    """
+    """How a decoder's engine holds its cache."""
     names = [t.name for t in spec.inputs if t.name.startswith(PAST)]
     (first, *_) = names
     _, heads, slots, dim = runner.largest(first, "decode")

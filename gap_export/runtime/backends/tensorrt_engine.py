@@ -56,14 +56,7 @@ class Bound:
 
 
 class DirectExecution:
-    """Each call goes through TensorRT, which is told of shapes and addresses that changed.
-
-    Args:
-        context: With its profile set, and nobody else's.
-        stream: Takes the work.
-        spec: What runs.
-        log: Has TensorRT's reasons.
-    """
+    """Each call goes through TensorRT, which is given the shapes and addresses that changed."""
 
     def __init__(self, context: Any, stream: int, spec: EngineSpec, log: TensorRTLog) -> None:
         self._context, self._stream = context, stream
@@ -99,7 +92,7 @@ class DirectExecution:
         for name, address in _changed(addresses, self._addresses):
             if not self._context.set_tensor_address(name, address):
                 return f"refuses the buffer of {name}"
-            # TensorRT reads the host's memory when it is told of it, so it is told each time.
+            # TensorRT reads the host's memory when it gets the address, so it gets it each time.
             if name not in self._on_host:
                 self._addresses[name] = address
         if not self._context.execute_async_v3(self._stream):
@@ -252,7 +245,12 @@ class EngineRunner:
                 device.download(array, self._buffers[tensor.name].address, stream)
                 found.append((tensor.name, array))
         device.synchronize(stream)
-        by_name = {name: _restore(array, self._dtypes[name]) for name, array in found}
+        by_name = {
+            name: (array.astype(np.uint32) << 16).view(np.float32)
+            if self._dtypes[name] == "bfloat16"
+            else array
+            for name, array in found
+        }
         return [by_name[name] for name in wanted]
 
     def _check_shapes(self, profile: ProfileSpec, shapes: Mapping[str, Shape]) -> None:
@@ -381,10 +379,3 @@ def _store(array: NDArray[Any], dtype: str, name: str) -> NDArray[Any]:
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
     # Rounding must not turn a NaN into an infinity.
     return np.where(np.isnan(wide), np.uint32(0x7FC0), rounded).astype(stored)
-
-
-def _restore(array: NDArray[Any], dtype: str) -> NDArray[Any]:
-    if dtype != "bfloat16":
-        return array
-    widened: NDArray[Any] = (array.astype(np.uint32) << 16).view(np.float32)
-    return widened

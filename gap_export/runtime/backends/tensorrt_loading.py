@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -39,10 +39,7 @@ TITLES: Mapping[str, str] = MappingProxyType(
 )
 _BUILD = "build them: gap-export build BUNDLE --target TARGET"
 ImportLibrary = Callable[[LibraryName], TensorRT]
-
-
-def _import_library(name: LibraryName) -> TensorRT:
-    return import_tensorrt(name, purpose="running these engines")
+_IMPORT: ImportLibrary = partial(import_tensorrt, purpose="running these engines")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +57,7 @@ def choose_engines(
     engines: str | None = None,
     verify: Verify = "stamp",
     open_device: Callable[[], CudaDevice] = CudaDevice,
-    import_library: ImportLibrary = _import_library,
+    import_library: ImportLibrary = _IMPORT,
 ) -> ChosenEngines:
     """Find the folder of engines that fits the GPU and the TensorRT at hand.
 
@@ -129,13 +126,7 @@ def _check_means(names: tuple[str, ...], open_device: Callable[[], CudaDevice]) 
 
 
 class EngineLoader:
-    """Loads engines with one TensorRT, and makes their execution contexts.
-
-    Args:
-        bundle: Whose graphs the weights of stripped engines are read from.
-        chosen: From :func:`choose_engines`.
-        memory: Gives the stream.
-    """
+    """Loads engines with one TensorRT, and makes their execution contexts."""
 
     def __init__(self, bundle: Bundle, chosen: ChosenEngines, memory: DeviceMemory) -> None:
         self._bundle = bundle
@@ -152,7 +143,12 @@ class EngineLoader:
             EngineError: TensorRT cannot read it, or it cannot be given its weights.
         """
         with self._log.recording() as errors:
-            engine = self._deserialize(self._folder.path / spec.file)
+            # Mapped, since an engine may be as large as the memory that is left.
+            with (
+                (self._folder.path / spec.file).open("rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            ):
+                engine = self._runtime.deserialize_cuda_engine(mapped)
             if engine is None:
                 raise _failed(f"cannot load {spec.file}", errors)
             if spec.weights == "stripped":
@@ -201,14 +197,6 @@ class EngineLoader:
             if context is None or not context.set_optimization_profile_async(index, stream):
                 raise _failed(f"cannot prepare {spec.file}, for want of memory perhaps", errors)
         return DirectExecution(context, stream, spec, self._log)
-
-    def _deserialize(self, path: Path) -> Any:
-        # Mapped, since an engine may be as large as the memory that is left.
-        with (
-            path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-        ):
-            return self._runtime.deserialize_cuda_engine(mapped)
 
 
 def _failed(what: str, errors: list[str]) -> EngineError:

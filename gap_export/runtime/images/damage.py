@@ -40,9 +40,6 @@ def jpeg_damage(jpeg: JpegFile) -> str | None:
 
     At an eighth of its size all of the file is decoded, and hardly any memory is taken.
 
-    Args:
-        jpeg: The file.
-
     Raises:
         NotCheckedError: it has a form that cannot be checked.
     """
@@ -63,10 +60,6 @@ def jpeg_damage(jpeg: JpegFile) -> str | None:
 def tiff_damage(directory: Directory, num_pixels: int) -> str | None:
     """What libtiff recovers from in the first image of a TIFF file; None where it is in order.
 
-    Args:
-        directory: Of the file.
-        num_pixels: Of the image.
-
     Raises:
         NotCheckedError: its compression cannot be checked.
     """
@@ -85,10 +78,6 @@ def gif_damage(data: bytes, num_pixels: int) -> str | None:
 
     Pillow stops at the last pixel; a code that was changed mostly stands for another number of
     pixels, so that codes are left over.
-
-    Args:
-        data: The file.
-        num_pixels: Pixels of the frame.
     """
     try:
         code_bits, blocks = _first_frame(data)
@@ -104,11 +93,7 @@ def gif_damage(data: bytes, num_pixels: int) -> str | None:
 
 
 def png_damage(data: bytes) -> str | None:
-    """What Pillow passes over in a PNG file, whose chunks' checksums it does not all read.
-
-    Args:
-        data: The file.
-    """
+    """What Pillow passes over in a PNG file, whose chunks' checksums it does not all read."""
     place = 8
     while place < len(data):
         size = int.from_bytes(data[place : place + 4], "big")
@@ -134,7 +119,8 @@ def _jpeg_strips_damage(directory: Directory, num_pixels: int) -> str | None:
     tables = directory.content(_JPEG_TABLES)
     left = _MAX_PASSES * max(num_pixels, _LEAST_PIXELS)
     for strip in _strips(directory):
-        jpeg = read_jpeg(_with_tables(strip, tables))
+        # The tables that strips share come before a strip's own.
+        jpeg = read_jpeg(tables[:-2] + strip[2:] if tables else strip)
         left -= jpeg.num_scans * jpeg.num_pixels
         held = jpeg.num_pixels if jpeg.is_progressive or jpeg.num_scans > 1 else 0
         if left < 0 or held > _MAX_HELD_PIXELS:
@@ -156,11 +142,6 @@ def _deflate_damage(strip: bytes) -> str | None:
     except zlib.error as err:
         return f"TIFF data: {err}"
     return None if stream.eof else "TIFF data that ends early"
-
-
-def _with_tables(strip: bytes, tables: bytes) -> bytes:
-    """A strip as a JPEG file of its own: the tables that strips share come before its own."""
-    return tables[:-2] + strip[2:] if tables else strip
 
 
 def _first_frame(data: bytes) -> tuple[int, bytes]:

@@ -137,7 +137,8 @@ def open_encoded(encoded: EncodedImage) -> OpenedImage:
         ImageError: not an image, too large, or damaged at its beginning.
     """
     data, name = encoded.data, encoded.name
-    kind = _format_of(data)
+    kinds = (kind for kind, signatures in _SIGNATURES.items() if data.startswith(signatures))
+    kind = "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else next(kinds, None)
     if kind is None:
         raise ImageError("not an image that can be read", seen=name, allowed=ALLOWED)
     jpeg = read_jpeg(data) if kind == "JPEG" else None
@@ -170,12 +171,6 @@ def check_size(
     image: Image.Image, *, name: str, num_bytes: int = 0, jpeg: JpegFile | None = None
 ) -> None:
     """Refuse an image by what it would take, before it is decoded.
-
-    Args:
-        image: Opened, not loaded.
-        name: What errors call it.
-        num_bytes: Of its file.
-        jpeg: Of a JPEG file.
 
     Raises:
         ImageError: no pixels, too many, or too much memory or time to decode them.
@@ -226,15 +221,6 @@ def damaged(
         allowed=ALLOWED,
         fix=fix,
     )
-
-
-def _format_of(data: bytes) -> str | None:
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    for kind, signatures in _SIGNATURES.items():
-        if data.startswith(signatures):
-            return kind
-    return None
 
 
 def _find_damage(

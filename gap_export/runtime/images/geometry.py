@@ -1,4 +1,4 @@
-"""Frames: which rectangle of a picture a set of coordinates, or a grid, refers to."""
+"""Frames: which rectangle of an image a set of coordinates, or a grid, refers to."""
 
 from __future__ import annotations
 
@@ -16,14 +16,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """A rectangle in pixels of the picture; it may reach beyond the picture's edges.
-
-    Attributes:
-        left: x of its left edge, 0 at the picture's left edge.
-        top: y of its upper edge.
-        width: Pixels.
-        height: Pixels.
-    """
+    """A rectangle in pixels of the image; it may reach beyond the image's edges."""
 
     left: float
     top: float
@@ -33,7 +26,7 @@ class Frame:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageGeometry:
-    """A picture as displayed (rotation by EXIF applied), and how it was prepared.
+    """An image as displayed (rotation by EXIF applied), and how it was prepared.
 
     Attributes:
         width: Pixels.
@@ -72,9 +65,9 @@ class ImageGeometry:
 
     def tiles_frame(self, spec: ImageSpec, layout: TileLayout) -> Frame:
         """What the joined grid of the tiles covers, its rows and columns of padding left out."""
-        assert self.canvas is not None, "a picture without a canvas has no tiles"
+        assert self.canvas is not None, "an image without a canvas has no tiles"
         height, width = fitted_size((self.height, self.width), self.canvas)
-        # Pixels of the picture per pixel of the canvas, and canvas pixels per token.
+        # Pixels of the image per pixel of the canvas, and canvas pixels per token.
         across, down = self.width / width, self.height / height
         token_width, token_height = spec.width / layout.cols, spec.height / layout.rows
         return Frame(
@@ -97,32 +90,27 @@ class ImageGeometry:
         return Frame(left=-left, top=-top, width=side, height=side)
 
 
-def choose_canvas(picture: Size, canvases: Sequence[Size]) -> Size:
-    """The canvas that shows most of a picture's detail, and of those the one with least padding.
+def choose_canvas(size: Size, canvases: Sequence[Size]) -> Size:
+    """The canvas that shows most of an image's detail, and of those the one with least padding.
 
     Args:
-        picture: (height, width).
+        size: (height, width).
         canvases: At least one; the first of equals wins.
     """
 
     def merit(canvas: Size) -> tuple[int, int]:
-        scale = min(canvas[1] / picture[1], canvas[0] / picture[0])
-        shown = int(picture[1] * scale) * int(picture[0] * scale)
-        # Enlarging a picture adds no detail.
-        effective = min(shown, picture[0] * picture[1])
+        scale = min(canvas[1] / size[1], canvas[0] / size[0])
+        shown = int(size[1] * scale) * int(size[0] * scale)
+        # Enlarging an image adds no detail.
+        effective = min(shown, size[0] * size[1])
         return effective, effective - canvas[0] * canvas[1]
 
     return max(canvases, key=merit)
 
 
-def fitted_size(picture: Size, canvas: Size) -> Size:
-    """Size of a picture that just fits a canvas, its aspect kept; rounded up, at least one pixel.
-
-    Args:
-        picture: (height, width).
-        canvas: (height, width).
-    """
-    down, across = canvas[0] / picture[0], canvas[1] / picture[1]
+def fitted_size(size: Size, canvas: Size) -> Size:
+    """Size of an image that just fits a canvas, its aspect kept; rounded up, at least one pixel."""
+    down, across = canvas[0] / size[0], canvas[1] / size[1]
     if across < down:
-        return min(math.ceil(picture[0] * across), canvas[0]), canvas[1]
-    return canvas[0], min(math.ceil(picture[1] * down), canvas[1])
+        return min(math.ceil(size[0] * across), canvas[0]), canvas[1]
+    return canvas[0], min(math.ceil(size[1] * down), canvas[1])

@@ -1,4 +1,4 @@
-"""From whatever image a user has to what the vision encoder reads."""
+"""From any image a user has to what the vision encoder reads."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def read_image(
 ) -> LoadedImage:
     """Decode an image and bring it to RGB without transparency.
 
-    Grey, palette, CMYK and 16-bit images are converted, also where 32 bits hold 16-bit values;
+    Gray, palette, CMYK and 16-bit images are converted, also where 32 bits hold 16-bit values;
     transparent parts show ``pad_color``; of an animation the first (or current) frame is taken.
 
     A file is damaged where its decoder would have to recover from something. What cannot be seen: a
@@ -120,9 +120,11 @@ def read_image(
     _check_choice("frame", frame, get_args(ImageFrame))
     _check_choice("color", color, get_args(ColorOrder))
     if color == "bgr" and not (isinstance(image, np.ndarray) and image.ndim == 3):
+        shape = list(getattr(image, "shape", ()))
+        kind = f"an array {shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise UsageError(
             "color is the order of an array's channels",
-            seen=f"bgr for {_kind_of(image)}",
+            seen=f"bgr for {kind}",
             allowed="bgr for uint8 [H, W, 3] or [H, W, 4] alone",
         )
     if isinstance(image, np.ndarray):
@@ -148,7 +150,7 @@ def read_image(
 
 
 def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[NDArray[np.float32], ImageGeometry]:
-    """Prepare an image in its model's way, and normalise.
+    """Prepare an image in its model's way, and normalize.
 
     Args:
         image: RGB, from :func:`load_image`.
@@ -174,12 +176,6 @@ def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[NDArray[np.float
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UsageError(f"no such {name}", seen=repr(value), allowed=", ".join(allowed))
-
-
-def _kind_of(image: object) -> str:
-    if isinstance(image, np.ndarray):
-        return f"an array {list(image.shape)}"
-    return "a Pillow image, which knows its order" if isinstance(image, Image.Image) else "a file"
 
 
 def _from_array(array: NDArray[Any], color: ColorOrder) -> Image.Image:
@@ -288,7 +284,7 @@ def _flatten(image: Image.Image, pad_color: tuple[int, int, int], name: str) -> 
 
 def _flatten_piece(image: Image.Image, pad_color: tuple[int, int, int]) -> Image.Image:
     if image.mode.startswith("I"):
-        # 16 bits a pixel, whatever the byte order; Pillow's own conversion would clip them.
+        # 16 bits a pixel, in either byte order; Pillow's own conversion would clip them.
         wide = np.asarray(image).astype(np.int64)
         return Image.fromarray((wide // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:

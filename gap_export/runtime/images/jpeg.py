@@ -31,7 +31,7 @@ class JpegFile:
     Attributes:
         exif: EXIF data without its ``Exif\0\0``; empty where there is none.
         xmp: The XMP packet; empty where there is none.
-        num_pixels: Of the frame; 0 without one.
+        num_pixels: Pixels of the frame; 0 without one.
         num_scans: Scans: passes over the image.
         is_progressive: Whether each scan refines the ones before.
         is_lossless: Whether it holds pixels, and no coefficients.

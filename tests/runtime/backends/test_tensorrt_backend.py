@@ -151,12 +151,12 @@ def test_prefill_and_steps_of_a_padded_batch_equal_onnx_runtime(
 
 
 def test_text_reading_pruner_and_batch_equal_onnx_runtime(
-    make_setup: MakeSetup, tiny_text_bundle: Path, picture: Any
+    make_setup: MakeSetup, tiny_text_bundle: Path, image: Any
 ) -> None:
     setup = make_setup(source=tiny_text_bundle)
     with GroundingSession.open(tiny_text_bundle) as other, setup.session() as session:
-        given = session.ground_batch(picture, EXPRESSIONS)
-        wanted = other.ground_batch(picture, EXPRESSIONS)
+        given = session.ground_batch(image, EXPRESSIONS)
+        wanted = other.ground_batch(image, EXPRESSIONS)
     for one, two in zip(given, wanted, strict=True):
         assert (one.token_ids, one.keep_indices) == (two.token_ids, two.keep_indices)
 
@@ -252,19 +252,19 @@ def test_a_prompt_longer_than_the_profile_is_refused_and_the_longest_is_not(setu
 
 
 def test_a_batch_over_the_profile_is_refused_and_the_session_goes_on(
-    setup: Setup, picture: Any
+    setup: Setup, image: Any
 ) -> None:
     with setup.session() as session:
-        before = session.ground(picture, "the star")
+        before = session.ground(image, "the star")
         with pytest.raises(UsageError, match=r"5.*1\.\.4.*--batch"):
-            session.ground_batch(picture, ["the star"] * 5)
-        assert session.ground(picture, "the star").token_ids == before.token_ids
+            session.ground_batch(image, ["the star"] * 5)
+        assert session.ground(image, "the star").token_ids == before.token_ids
 
 
 @pytest.mark.parametrize(
     ("pixels", "words"), [(2, r"num_images.*2 in pixel_values.*1\.\.1.*--batch")]
 )
-def test_pictures_over_the_profile_are_refused(setup: Setup, pixels: int, words: str) -> None:
+def test_images_over_the_profile_are_refused(setup: Setup, pixels: int, words: str) -> None:
     image = setup.bundle.manifest.image
     with setup.open() as backend, pytest.raises(UsageError, match=words):
         backend.run(

@@ -138,18 +138,18 @@ def test_one_message_names_all_that_is_missing(bundle: Bundle) -> None:
 
 
 def test_a_session_opens_with_tensorrt(
-    bundle: Bundle, picture: Any, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, image: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_engines(bundle, LIMITS)
     device = use_fakes(monkeypatch)
     with GroundingSession.open(
         bundle.path, backend="tensorrt", engines="desktop-sm89", verify="full"
     ) as session:
-        given = session.ground(picture, "the star")
+        given = session.ground(image, "the star")
         assert given.backend.startswith("TensorRT ")
     assert device.is_clean
     with GroundingSession.open(bundle.path) as session:
-        assert session.ground(picture, "the star").token_ids == given.token_ids
+        assert session.ground(image, "the star").token_ids == given.token_ids
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def read(data: bytes, **options: Any) -> Any:
 
 GOOD = {
     "jpeg": encode("JPEG"),
-    "jpeg grey": encode("JPEG", scene().convert("L")),
+    "jpeg gray": encode("JPEG", scene().convert("L")),
     "jpeg cmyk": encode("JPEG", scene().convert("CMYK")),
     "jpeg rgb": encode("JPEG", keep_rgb=True),
     "jpeg 4:4:4": encode("JPEG", subsampling=0, optimize=True),
@@ -49,7 +49,7 @@ GOOD = {
     "restarts": encode("JPEG", restart_marker_blocks=4),
     "gif": encode("GIF"),
     "gif interlaced": encode("GIF", scene().quantize(16), interlace=1),
-    "gif grey": encode("GIF", scene().convert("L")),
+    "gif gray": encode("GIF", scene().convert("L")),
     "gif two colors": encode("GIF", scene().convert("1")),
     "tiff": encode("TIFF"),
     "tiff deflate": encode("TIFF", compression="tiff_adobe_deflate"),
@@ -95,7 +95,7 @@ def cut(data: bytes, share: float) -> bytes:
 @pytest.mark.parametrize("damage", [zeros, without, twice, cut])
 @pytest.mark.parametrize(
     "name",
-    ["jpeg grey", "progressive", "gif", "tiff deflate", "tiff jpeg", "png"],
+    ["jpeg gray", "progressive", "gif", "tiff deflate", "tiff jpeg", "png"],
 )
 def test_damage_that_decoders_recover_from_is_refused(
     name: str, damage: Callable[[bytes, float], bytes]
@@ -124,7 +124,7 @@ def test_reason_of_a_refusal_is_named(data: bytes, reason: str) -> None:
         read(data)
 
 
-def grey(sampling: int, frame: bytes, scan: bytes, codes: bytes, **options: Any) -> bytes:
+def gray(sampling: int, frame: bytes, scan: bytes, codes: bytes, **options: Any) -> bytes:
     """A JPEG of 32x16, of other sampling, frame and scan than Pillow writes."""
     data = bytearray(encode("JPEG", Image.new("RGB", (32, 16), (128,) * 3), **options))
     place = data.index(b"\xff\xc0")
@@ -138,9 +138,9 @@ def grey(sampling: int, frame: bytes, scan: bytes, codes: bytes, **options: Any)
 # Eight blocks of luma and two of chroma, all empty: 001010 and 0000 in the tables of the standard.
 EMPTY = int("001010" * 8 + "0000" * 2, 2).to_bytes(7, "big")
 UNCOMMON = {
-    "4:1:0": grey(0x42, b"\xff\xc0", b"\0\x3f\0", EMPTY, subsampling=0),
+    "4:1:0": gray(0x42, b"\xff\xc0", b"\0\x3f\0", EMPTY, subsampling=0),
     # Each sample is the one before it: 00.
-    "lossless": grey(0x11, b"\xff\xc3", b"\1\0\0", bytes(32 * 16 * 3 // 4), keep_rgb=True),
+    "lossless": gray(0x11, b"\xff\xc3", b"\1\0\0", bytes(32 * 16 * 3 // 4), keep_rgb=True),
     "fax 4": encode("TIFF", Image.new("1", (32, 16)), compression="group4"),
     "lzma": encode("TIFF", Image.new("RGB", (32, 16)), compression="lzma"),
 }
@@ -191,7 +191,7 @@ def test_allow_damaged_uses_what_can_be_decoded_and_says_so(name: str) -> None:
         assert not np.array_equal(found, good)
 
 
-def test_picture_that_pillow_has_not_decoded_yet_is_checked(tmp_path: Path) -> None:
+def test_image_that_pillow_has_not_decoded_yet_is_checked(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(GOOD["jpeg"][:-40] + GOOD["jpeg"][-2:])
     with Image.open(tmp_path / "x.jpg") as opened, pytest.raises(ImageError, match="premature end"):
         read_image(opened, pad_color=PAD)

@@ -1,4 +1,4 @@
-"""Whatever picture a user has: used as displayed, or refused with one clear message."""
+"""Whatever image a user has: used as displayed, or refused with one clear message."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def test_lossless_file_gives_its_pixels(tmp_path: Path, pixels: Any, suffix: str
     assert (load(str(path)) == pixels).all()
 
 
-def test_picture_and_array_give_the_same_pixels(pixels: Any) -> None:
+def test_image_and_array_give_the_same_pixels(pixels: Any) -> None:
     assert (load(pixels) == pixels).all()
     assert (load(Image.fromarray(pixels)) == pixels).all()
 
 
-def test_grey_is_repeated_over_the_channels(tmp_path: Path, pixels: Any) -> None:
-    grey = pixels[..., 0]
-    Image.fromarray(grey).save(tmp_path / "x.png")
-    for given_as in (tmp_path / "x.png", grey):
-        assert (load(given_as) == grey[..., None].repeat(3, axis=2)).all()
+def test_gray_is_repeated_over_the_channels(tmp_path: Path, pixels: Any) -> None:
+    gray = pixels[..., 0]
+    Image.fromarray(gray).save(tmp_path / "x.png")
+    for given_as in (tmp_path / "x.png", gray):
+        assert (load(given_as) == gray[..., None].repeat(3, axis=2)).all()
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
@@ -60,10 +60,10 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
 
 
 def test_transparent_parts_show_the_pad_color(tmp_path: Path) -> None:
-    picture = Image.new("RGBA", (3, 1), (255, 0, 0, 255))
-    picture.putpixel((1, 0), (0, 255, 0, 0))
-    picture.putpixel((2, 0), (PAD[0] + 100, PAD[1], PAD[2], 128))
-    picture.save(tmp_path / "x.png")
+    image = Image.new("RGBA", (3, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 255, 0, 0))
+    image.putpixel((2, 0), (PAD[0] + 100, PAD[1], PAD[2], 128))
+    image.save(tmp_path / "x.png")
     found = load(tmp_path / "x.png")[0]
     assert found[0].tolist() == [255, 0, 0]
     assert found[1].tolist() == list(PAD)
@@ -71,11 +71,11 @@ def test_transparent_parts_show_the_pad_color(tmp_path: Path) -> None:
 
 
 def test_palette_with_a_transparent_entry_shows_the_pad_color(tmp_path: Path) -> None:
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([255, 0, 0, 0, 0, 255])
-    picture.putpixel((1, 0), 1)
-    picture.save(tmp_path / "x.png")
-    picture.save(tmp_path / "transparent.png", transparency=1)
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "x.png")
+    image.save(tmp_path / "transparent.png", transparency=1)
     assert load(tmp_path / "x.png")[0].tolist() == [[255, 0, 0], [0, 0, 255]]
     assert load(tmp_path / "transparent.png")[0].tolist() == [[255, 0, 0], list(PAD)]
 
@@ -101,7 +101,7 @@ def test_animation_gives_its_first_frame(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_gives_the_picture_as_displayed(
+def test_exif_rotation_gives_the_image_as_displayed(
     tmp_path: Path, pixels: Any, orientation: int
 ) -> None:
     turned = {
@@ -141,7 +141,7 @@ def png_header(width: int, height: int) -> bytes:
     ],
     ids=["empty", "text", "magic only", "eps", "large", "larger", "bomb", "no pixels"],
 )
-def test_file_that_is_no_usable_picture_is_refused(
+def test_file_that_is_no_usable_image_is_refused(
     tmp_path: Path, content: bytes, message: str
 ) -> None:
     (tmp_path / "x.png").write_bytes(content)
@@ -206,24 +206,24 @@ def test_impossible_path_is_refused(path: str) -> None:
         np.zeros(4, np.uint8),
     ],
 )
-def test_array_that_is_no_picture_is_refused(array: Any) -> None:
+def test_array_that_is_no_image_is_refused(array: Any) -> None:
     with pytest.raises(ImageError, match="an array that is not an image"):
         load(array)
 
 
 @pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
-def test_picture_without_pixels_is_refused(size: tuple[int, int]) -> None:
+def test_image_without_pixels_is_refused(size: tuple[int, int]) -> None:
     with pytest.raises(ImageError, match="no pixels"):
         load(Image.new("RGB", size))
 
 
 @pytest.mark.parametrize("thing", [None, 5, b"bytes", [[0]], open])
-def test_thing_that_is_no_picture_is_refused(thing: Any) -> None:
+def test_thing_that_is_no_image_is_refused(thing: Any) -> None:
     with pytest.raises(ImageError, match="not an image: "):
         load(thing)
 
 
-def test_floating_point_picture_is_refused_with_the_reason() -> None:
+def test_floating_point_image_is_refused_with_the_reason() -> None:
     with pytest.raises(ImageError, match=r"pixel format has no agreed range.*floating-point"):
         load(Image.new("F", (2, 2)))
 
@@ -246,13 +246,13 @@ def test_32_bit_integers_within_16_bits_are_read_as_16_bits(tmp_path: Path) -> N
     assert load(tmp_path / "wide.tiff")[0, :, 0].tolist() == [0, 128, 255]
 
 
-def normalised(image: Image.Image, spec: ImageSpec) -> np.ndarray[Any, Any]:
+def normalized(image: Image.Image, spec: ImageSpec) -> np.ndarray[Any, Any]:
     planes = [(np.asarray(image)[..., c] / 255.0 - spec.mean[c]) / spec.std[c] for c in range(3)]
     return np.stack(planes)[None]
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 20), (20, 64), (31, 32), (1, 50)])
-def test_padding_puts_the_picture_in_the_middle_of_a_square(
+def test_padding_puts_the_image_in_the_middle_of_a_square(
     sample_manifest: Manifest, size: tuple[int, int]
 ) -> None:
     spec = sample_manifest.image
@@ -267,7 +267,7 @@ def test_padding_puts_the_picture_in_the_middle_of_a_square(
     assert found.dtype == np.float32
     assert found.shape == (1, 3, 32, 32)
     assert (geometry.width, geometry.height) == size
-    np.testing.assert_allclose(found, normalised(expected, spec), atol=1e-5)
+    np.testing.assert_allclose(found, normalized(expected, spec), atol=1e-5)
 
 
 def test_squashing_ignores_the_aspect_ratio(sample_manifest: Manifest) -> None:
@@ -276,11 +276,11 @@ def test_squashing_ignores_the_aspect_ratio(sample_manifest: Manifest) -> None:
     )
     noise = Image.effect_noise((50, 20), 90).convert("RGB")
     found, _ = prepare_image(noise, spec)
-    expected = normalised(noise.resize((24, 16), Image.Resampling.BILINEAR), spec)
+    expected = normalized(noise.resize((24, 16), Image.Resampling.BILINEAR), spec)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_very_thin_picture_is_prepared_in_little_memory(sample_manifest: Manifest) -> None:
+def test_very_thin_image_is_prepared_in_little_memory(sample_manifest: Manifest) -> None:
     thin = load_image(Image.new("RGB", (60_000, 2), "red"), pad_color=PAD)
     found, geometry = prepare_image(thin, sample_manifest.image)
     assert found.shape == (1, 3, 32, 32)

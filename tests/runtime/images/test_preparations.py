@@ -46,7 +46,7 @@ SIZES = [(640, 480), (481, 641), (336, 336), (37, 500), (1, 9), (1500, 301), (12
 
 
 def photo(width: int, height: int) -> Image.Image:
-    """Smooth shapes with hard edges and some noise, as pictures have."""
+    """Smooth shapes with hard edges and some noise, as images have."""
     rng = np.random.default_rng(width * 10_000 + height)
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / 17 + c) * np.cos(y / 23 - c) * 90 + 128 for c in range(3)]
@@ -80,7 +80,7 @@ def test_padding_is_that_of_transformers_llava_processor(size: tuple[int, int]) 
     assert (geometry.width, geometry.height, geometry.canvas) == (*size, None)
 
 
-def test_square_picture_is_prepared_as_by_transformers_clip_processor() -> None:
+def test_square_image_is_prepared_as_by_transformers_clip_processor() -> None:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     for spec in (LLAVA, SHIKRA, MINIGPT):
@@ -130,13 +130,13 @@ def test_canvas_is_that_of_transformers() -> None:
 @pytest.mark.parametrize("spec", [LLAVA, SHIKRA], ids=["llava", "shikra"])
 def test_padding_is_the_published_recipe(spec: ImageSpec, size: tuple[int, int]) -> None:
     """Where llava-hf's own config would crop: pad to a square, centred, then resize, then CLIP."""
-    picture = np.asarray(photo(*size))
+    image = np.asarray(photo(*size))
     width, height = size
     side = max(size)
     top, left = (side - height) // 2, (side - width) // 2
     square = np.empty((side, side, 3), np.uint8)
     square[:] = spec.pad_color
-    square[top : top + height, left : left + width] = picture
+    square[top : top + height, left : left + width] = image
     small = Image.fromarray(square).resize((spec.width,) * 2, Image.Resampling.BICUBIC)
     expected = (np.asarray(small) / 255 - MEAN) / STD
     check_within_one_step(prepare_image(photo(*size), spec)[0], expected.transpose(2, 0, 1)[None])
@@ -151,18 +151,18 @@ def test_squashing_is_the_published_recipe(size: tuple[int, int]) -> None:
     assert geometry.canvas is None
 
 
-def test_first_tile_shows_the_whole_picture_squashed() -> None:
-    picture = photo(900, 300)
-    squashed, _ = prepare_image(picture, spec_of("squash", 336, (0, 0, 0)))
-    found, geometry = prepare_image(picture, NEXT)
+def test_first_tile_shows_the_whole_image_squashed() -> None:
+    image = photo(900, 300)
+    squashed, _ = prepare_image(image, spec_of("squash", 336, (0, 0, 0)))
+    found, geometry = prepare_image(image, NEXT)
     assert geometry.canvas == (336, 1008)
     assert (found[0] == squashed[0]).all()
     assert len(found) == 4
 
 
-def test_tiles_are_cut_row_by_row_with_black_around_the_picture() -> None:
-    picture = Image.new("RGB", (600, 500), (255, 255, 255))
-    tiles = unit(prepare_image(picture, NEXT)[0])[:, 0]
+def test_tiles_are_cut_row_by_row_with_black_around_the_image() -> None:
+    image = Image.new("RGB", (600, 500), (255, 255, 255))
+    tiles = unit(prepare_image(image, NEXT)[0])[:, 0]
     # 672x560 in the middle of 672x672: 56 rows of black above and below.
     assert np.abs(tiles[0] - 1).max() < 1e-5
     for upper in tiles[1:3]:
@@ -173,13 +173,13 @@ def test_tiles_are_cut_row_by_row_with_black_around_the_picture() -> None:
         assert np.abs(lower[280:]).max() < 1e-5
 
 
-def odd_pictures(folder: Path) -> dict[str, tuple[Any, tuple[int, int]]]:
-    """What users have: each as a file or picture, and its size (width, height) as displayed."""
+def odd_images(folder: Path) -> dict[str, tuple[Any, tuple[int, int]]]:
+    """What users have: each as a file or image, and its size (width, height) as displayed."""
     base = photo(61, 35)
     exif = Image.Exif()
     exif[0x0112] = 6
     base.save(folder / "turned.jpg", exif=exif)
-    base.convert("L").save(folder / "grey.png")
+    base.convert("L").save(folder / "gray.png")
     layer = base.copy()
     layer.putalpha(Image.linear_gradient("L").resize(base.size))
     layer.save(folder / "alpha.png")
@@ -187,26 +187,26 @@ def odd_pictures(folder: Path) -> dict[str, tuple[Any, tuple[int, int]]]:
     wide = (np.asarray(base)[..., 0].astype(np.uint16) * 257).reshape(35, 61)
     Image.fromarray(wide).save(folder / "sixteen.png")
     sizes = {"turned.jpg": (35, 61)}
-    names = ("turned.jpg", "grey.png", "alpha.png", "palette.png", "sixteen.png")
+    names = ("turned.jpg", "gray.png", "alpha.png", "palette.png", "sixteen.png")
     return {name: (folder / name, sizes.get(name, (61, 35))) for name in names}
 
 
 @ALL
-def test_odd_pictures_go_through_every_preparation(spec: ImageSpec, tmp_path: Path) -> None:
-    for name, (file, size) in odd_pictures(tmp_path).items():
+def test_odd_images_go_through_every_preparation(spec: ImageSpec, tmp_path: Path) -> None:
+    for name, (file, size) in odd_images(tmp_path).items():
         found, geometry = prepare_image(load_image(file, pad_color=spec.pad_color), spec)
         assert (geometry.width, geometry.height) == size, name
         assert found.shape[1:] == (3, spec.height, spec.width)
         assert np.isfinite(found).all()
         values = unit(found)
         assert -1e-5 <= values.min() < values.max() <= 1 + 1e-5
-        if name in ("grey.png", "sixteen.png") and spec.preparation == "squash":
+        if name in ("gray.png", "sixteen.png") and spec.preparation == "squash":
             assert np.abs(values - values[:, :1]).max() < 1e-5
 
 
 @ALL
-def test_sixteen_bit_picture_equals_its_eight_bit_twin(spec: ImageSpec, tmp_path: Path) -> None:
-    odd_pictures(tmp_path)
+def test_sixteen_bit_image_equals_its_eight_bit_twin(spec: ImageSpec, tmp_path: Path) -> None:
+    odd_images(tmp_path)
     eight = np.asarray(photo(61, 35))[..., 0]
     wide, _ = prepare_image(load_image(tmp_path / "sixteen.png", pad_color=spec.pad_color), spec)
     plain, _ = prepare_image(load_image(eight, pad_color=spec.pad_color), spec)
@@ -218,9 +218,9 @@ def test_sixteen_bit_picture_equals_its_eight_bit_twin(spec: ImageSpec, tmp_path
 def test_extreme_shapes_are_prepared_in_little_memory(
     spec: ImageSpec, size: tuple[int, int]
 ) -> None:
-    picture = Image.new("RGB", size, "red")
+    image = Image.new("RGB", size, "red")
     tracemalloc.start()
-    found, geometry = prepare_image(picture, spec)
+    found, geometry = prepare_image(image, spec)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (geometry.width, geometry.height) == size
@@ -262,7 +262,7 @@ def test_box_goes_to_the_model_s_frame_and_back(
 ) -> None:
     x1, y1 = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     x2, y2 = data.draw(st.integers(x1 + 1, width)), data.draw(st.integers(y1 + 1, height))
-    # Forward, as the family prepares a picture, in its own words.
+    # Forward, as the family prepares an image, in its own words.
     side = max(width, height)
     span_x, span_y = (side, side) if spec.preparation == "pad" else (width, height)
     shift_x = (span_x - width) // 2
@@ -288,7 +288,7 @@ def test_box_goes_to_the_model_s_frame_and_back(
 
 @settings(deadline=None)
 @given(width=SIDES, height=SIDES)
-def test_grids_of_a_tiled_picture_cover_it(width: int, height: int) -> None:
+def test_grids_of_a_tiled_image_cover_it(width: int, height: int) -> None:
     canvas = choose_canvas((height, width), NEXT.tiles.resolutions if NEXT.tiles else [])
     geometry = ImageGeometry(width=width, height=height, canvas=canvas)
     layout = geometry.tile_layout(NEXT, GridSpec(rows=24, cols=24))
