@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gap_export.checkpoint.find.hub_cache import find_part, how_to_get, where_looked
 from gap_export.errors import CheckpointError, UsageError
-from gap_export.spec.recipe import CheckpointPart, Recipe
+from gap_export.spec.recipe import Recipe
 
 MAIN = "main"
 _MAX_SHOWN = 300
@@ -144,8 +144,9 @@ def check_required_parts(recipe: Recipe, checkpoint: Checkpoint) -> None:
     absent = {r: p for r, p in declared.items() if p.required and r not in checkpoint.parts}
     if all(part.required == "published" and own for part in absent.values()):
         return
+    merged = f"; not needed where {MAIN} is merged with it" if own else ""
     lines = [
-        f"{role}: {part.what}{_when_needed(part, own)}; looked for "
+        f"{role}: {part.what}{merged if part.required == 'published' else ''}; looked for "
         f"{where_looked(role, declared)}; {how_to_get(role, declared)}"
         for role, part in absent.items()
     ]
@@ -154,12 +155,6 @@ def check_required_parts(recipe: Recipe, checkpoint: Checkpoint) -> None:
         seen=", ".join(absent),
         fix="nothing is downloaded by itself. " + " -- ".join(lines),
     )
-
-
-def _when_needed(part: CheckpointPart, own: bool) -> str:
-    if part.required == "published" and own:
-        return f"; not needed where {MAIN} is merged with it"
-    return ""
 
 
 def expand_home(path: str) -> Path:

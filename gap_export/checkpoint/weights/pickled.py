@@ -19,6 +19,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -123,7 +124,13 @@ def index_pickle(file: Path, *, entry: str | None = None) -> dict[str, TensorRef
         state = _state_dict(_load(file), file, entry)
         tensors = {key: _plain_tensor(value, key, file) for key, value in state.items()}
         return {
-            key: _in_memory(tensor, key, file)
+            key: PickledTensor(
+                file=file,
+                key=key,
+                dtype=_DTYPE_NAMES[tensor.dtype],
+                shape=tuple(tensor.shape),
+                read=partial(torch.Tensor.contiguous, tensor),
+            )
             if entries is None
             else _in_archive(tensor, key, file, entries)
             for key, tensor in tensors.items()
@@ -261,16 +268,6 @@ def _odd_kind(key: str, seen: str) -> CheckpointError:
         f"tensor {key} is of a kind that cannot be read",
         seen=seen,
         allowed=f"plain tensors of {', '.join(sorted(READABLE_DTYPES))}",
-    )
-
-
-def _in_memory(tensor: torch.Tensor, key: str, file: Path) -> PickledTensor:
-    return PickledTensor(
-        file=file,
-        key=key,
-        dtype=_DTYPE_NAMES[tensor.dtype],
-        shape=tuple(tensor.shape),
-        read=lambda: tensor,
     )
 
 

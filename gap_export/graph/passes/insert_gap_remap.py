@@ -47,7 +47,13 @@ class InsertGapRemap(GraphPass):
         graph = model.graph
         _check_not_there(graph)
         position_ids = _find_position_ids(graph)
-        _check_opset(model)
+        opset = model.opset_imports.get("")
+        if opset is None or opset < _MIN_OPSET:
+            raise PassError(
+                "the model's opset is too old for the node",
+                seen=opset,
+                allowed=f">= {_MIN_OPSET}",
+            )
         consumers = list(position_ids.uses())
         if not consumers:
             raise PassError(
@@ -80,8 +86,8 @@ class InsertGapRemap(GraphPass):
         )
         for consumer, index in consumers:
             consumer.replace_input_with(index, remapped)
-        _insert_first(graph, node)
-        function = gap_remap_function(opset=model.opset_imports[""], has_axes=bool(axes))
+        graph.insert_before(next(iter(graph)), node)
+        function = gap_remap_function(opset=opset, has_axes=bool(axes))
         model.functions[function.identifier()] = function
         model.opset_imports[DOMAIN] = DOMAIN_VERSION
         return True
@@ -168,21 +174,3 @@ def _find_position_ids(graph: ir.Graph) -> ir.Value:
             allowed=f"INT64 of shape {_ALLOWED}",
         )
     return value
-
-
-def _check_opset(model: ir.Model) -> None:
-    opset = model.opset_imports.get("")
-    if opset is None or opset < _MIN_OPSET:
-        raise PassError(
-            "the model's opset is too old for the node",
-            seen=opset,
-            allowed=f">= {_MIN_OPSET}",
-        )
-
-
-def _insert_first(graph: ir.Graph, node: ir.Node) -> None:
-    first = next(iter(graph), None)
-    if first is None:
-        graph.append(node)
-    else:
-        graph.insert_before(first, node)
