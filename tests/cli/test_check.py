@@ -131,33 +131,6 @@ def test_repeated_options_are_handed_on(run_cli, tiny_bundle, asked):
     assert asked[1]["reference"] is None
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--backend", "cuda"], "--backend has no such choice: cuda; allowed: ort, trt"),
-        (["--level", "Tensor"], "--level has no such choice: Tensor"),
-        (["--require", "gpu"], "--require has no such choice"),
-        (["--fail-under", "token"], "takes LEVEL=SHARE: token"),
-        (["--fail-under", "token=high"], "takes LEVEL=SHARE: token=high"),
-        (["--fail-under", "answers=1"], "no such choice: answers"),
-        (["--fail-under", "token=1", "--fail-under", "token=0"], "a level twice: token"),
-        (["--fail-under", "tensor=0.9"], "tensor=0.9"),
-        (["--fail-under", "box=98"], "box=98"),
-        (["--samples", "0"], "--samples"),
-        (["--engines", "x"], "--engines cannot be used here"),
-        (["--force"], "--force cannot be used here: no file is to be written"),
-        (["--report-json", "/nowhere/report.json"], "JSON report"),
-        (["--level", "positions", "--samples", "9"], "--samples cannot be used here"),
-        (["--level", "positions", "--seed", "0"], "--seed cannot be used here"),
-        (["--level", "positions", "--image", "/nowhere.png"], "--image cannot be used here"),
-    ],
-)
-def test_wrong_values_are_refused_before_the_work(run_cli, tiny_bundle, flags, words):
-    outcome = run_cli("check", tiny_bundle, *flags, "-q")
-    assert (outcome.code, outcome.out) == (2, "")
-    assert words in outcome.err
-
-
 def test_what_cannot_run_is_told_and_is_a_failure_only_where_required(run_cli, tiny_bundle):
     flags = ["--samples", "1", "--level", "token", "-q"]
     outcome = run_cli("check", tiny_bundle, "--backend", "ort", "--backend", "trt", *flags)
@@ -213,16 +186,6 @@ def test_a_golden_is_recorded_and_checked_against(run_cli, tiny_bundle, tmp_path
         assert outcome.code == 2 and words in outcome.err, outcome.err
 
 
-def test_recording_judges_nothing(run_cli, tiny_bundle, tmp_path):
-    for flags in (["--level", "token"], ["--json"], ["--fail-under", "token=1"]):
-        outcome = run_cli("check", tiny_bundle, "--record", tmp_path / "golden", *flags)
-        assert outcome.code == 2 and f"{flags[0]} cannot be used here" in outcome.err
-    both = ["--backend", "ort", "--backend", "trt"]
-    outcome = run_cli("check", tiny_bundle, "--record", tmp_path / "golden", *both)
-    assert outcome.code == 2 and "record one for each" in outcome.err
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_patched_bundle_is_compared_with_its_export(run_cli, tiny_export, patch, tmp_path):
     bundle = patch(tiny_export).bundle
     outcome = run_cli("check", bundle, "--samples", "1")
@@ -268,14 +231,6 @@ def test_nothing_is_written_into_a_bundle_or_a_golden(run_cli, tiny_bundle, tmp_
     assert run_cli("check", bundle, "--against", golden, "-q").code == 0
 
 
-def test_a_golden_without_its_first_file_is_a_damaged_golden(run_cli, tiny_bundle, tmp_path):
-    golden = tmp_path / "golden"
-    assert run_cli("check", tiny_bundle, "--record", golden, "--samples", "1", "-q").code == 0
-    (golden / "golden.json").unlink()
-    outcome = run_cli("check", tiny_bundle, "--against", golden, "-q")
-    assert outcome.code == 2 and "golden.json is missing" in outcome.err
-
-
 def test_a_file_of_a_golden_stands_for_its_folder(run_cli, tiny_bundle, tmp_path):
     golden = tmp_path / "golden"
     assert run_cli("check", tiny_bundle, "--record", golden, "--samples", "1", "-q").code == 0
@@ -308,16 +263,6 @@ def test_checks_of_one_github_step_share_its_summary(run_cli, tiny_bundle, tmp_p
     assert "(seconds)" in one and checked_once_more() == one
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     assert checked_once_more() == f"{one}\n{one}"
-
-
-@pytest.mark.parametrize("flag", ["--report-json", "--junit", "--markdown"])
-def test_a_report_named_like_standard_output_is_refused(
-    run_cli, tiny_bundle, tmp_path, monkeypatch, flag
-):
-    monkeypatch.chdir(tmp_path)
-    outcome = run_cli("check", tiny_bundle, "--level", "positions", flag, "-")
-    assert outcome.code == 2 and "- is standard output to most programs" in outcome.err
-    assert not list(tmp_path.iterdir())
 
 
 def _flip(path):

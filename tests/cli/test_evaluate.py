@@ -160,38 +160,6 @@ def test_every_flag_of_a_bundle_reaches_the_evaluation(run_cli, calls, bundle, t
     assert (asked, given) == (bundle, arguments)
 
 
-@pytest.mark.parametrize(
-    "flag",
-    [
-        ["--keep", "0.3"],
-        ["--pruner", "cls"],
-        ["--order", "raster"],
-        ["--budget", "fixed"],
-        ["--pruner-text", "question"],
-    ],
-)
-def test_flags_of_a_model_are_refused_for_a_bundle(run_cli, calls, bundle, flag):
-    outcome = run_cli("eval", bundle, *flag, "-q")
-    assert (outcome.code, calls) == (2, [])
-    assert outcome.err == f"error: {flag[0]} cannot be used here: a bundle is pruned already\n"
-
-
-@pytest.mark.parametrize("flag", [["--recipe", "llava"], ["--dtype", "float16"]])
-def test_what_a_bundle_says_itself_is_refused_for_it(run_cli, calls, bundle, flag):
-    outcome = run_cli("eval", bundle, *flag)
-    assert (outcome.code, calls) == (2, [])
-    assert f"{flag[0]} cannot be used here" in outcome.err
-
-
-@pytest.mark.parametrize(
-    "flag", [["--baseline", "whole"], ["--backend", "trt"], ["--engines", "rtx-sm89"]]
-)
-def test_flags_of_a_bundle_are_refused_for_a_model(run_cli, calls, flag):
-    outcome = run_cli("eval", "demo", *flag)
-    assert (outcome.code, calls) == (2, [])
-    assert f"{flag[0]} cannot be used here" in outcome.err
-
-
 def test_the_table_prints_percent_and_json_shares(run_cli, calls):
     lines = run_cli("eval", "demo").out.splitlines()
     assert "500 expressions, 125 pictures" in lines[0]
@@ -280,15 +248,6 @@ def test_reports_are_written_beside_the_table(run_cli, calls, tmp_path):
     assert "91.2" in files["md"].read_text()
 
 
-@pytest.mark.parametrize("option", ["--report-json", "--markdown", "--html"])
-def test_a_report_that_could_not_be_written_is_refused_before_the_work(
-    run_cli, calls, bundle, tmp_path, option
-):
-    for place in (tmp_path / "missing" / "file", bundle / "file"):
-        outcome = run_cli("eval", bundle, option, place)
-        assert (outcome.code, calls) == (2, [])
-
-
 @pytest.mark.parametrize("option", ["--records", "--pictures"])
 def test_folders_inside_a_bundle_are_refused(run_cli, calls, bundle, option):
     outcome = run_cli("eval", bundle, option, bundle / "below")
@@ -296,21 +255,6 @@ def test_folders_inside_a_bundle_are_refused(run_cli, calls, bundle, option):
     assert f"{option} would be inside the bundle" in outcome.err
     run_cli("eval", "demo", option, bundle.parent / f"{bundle.name}-beside")
     assert len(calls) == 1
-
-
-def test_a_misalignment_that_there_is_not_is_refused(run_cli, calls):
-    outcome = run_cli("eval", "demo", "--misaligned", "permuted,sideways")
-    assert (outcome.code, calls) == (2, [])
-    assert "sideways; allowed: permuted, shifted" in outcome.err
-
-
-@pytest.mark.parametrize("option", ["--pruner", "--misaligned"])
-@pytest.mark.parametrize("names", ["", " , "])
-def test_an_option_that_names_nothing_is_not_the_default(run_cli, calls, option, names):
-    outcome = run_cli("eval", "demo", option, names)
-    assert (outcome.code, calls) == (2, [])
-    assert f"{option} names nothing: {names!r}; name one" in outcome.err
-    assert run_cli("eval", "demo", option, names, option, "permuted").code == 0
 
 
 @pytest.mark.parametrize(
@@ -328,27 +272,6 @@ def test_an_interruption_says_how_to_go_on(run_cli, monkeypatch, flags, told):
     outcome = run_cli("eval", "demo", *flags)
     assert outcome.code == 130
     assert told in outcome.err
-
-
-@pytest.mark.parametrize(
-    ("flags", "why"),
-    [
-        ("--engines rtx-sm89", "it is for --backend trt"),
-        ("--baseline whole --checkpoint weights", "with --baseline no checkpoint is read"),
-    ],
-)
-def test_what_would_be_ignored_of_a_bundle_is_refused(run_cli, calls, bundle, flags, why):
-    outcome = run_cli("eval", bundle, *flags.split())
-    assert (outcome.code, calls) == (2, [])
-    assert why in outcome.err
-
-
-def test_a_report_over_a_file_of_records_is_refused(run_cli, calls, tmp_path):
-    report = tmp_path / "unpruned.jsonl"
-    outcome = run_cli("eval", "demo", "--records", tmp_path, "--report-json", report)
-    assert (outcome.code, calls) == (2, [])
-    assert "--report-json would be written over a file of --records" in outcome.err
-    assert run_cli("eval", "demo", "--records", tmp_path, "--report-json", tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("option", ["--report-json", "--markdown", "--html"])
@@ -377,13 +300,6 @@ def test_a_file_of_the_user_s_is_replaced_only_with_force(run_cli, calls, tmp_pa
     assert notes.read_text() == "mine"
     assert run_cli("eval", "demo", option, notes, "--force").code == 0
     assert run_cli("eval", "demo", option, notes).code == 0
-
-
-@pytest.mark.parametrize("option", ["--records", "--pictures"])
-def test_a_report_in_the_place_of_a_folder_of_results_is_refused(run_cli, calls, tmp_path, option):
-    outcome = run_cli("eval", "demo", option, tmp_path / "x", "--html", tmp_path / "x")
-    assert (outcome.code, calls) == (2, [])
-    assert f"--html would be written over a file of {option}" in outcome.err
 
 
 def test_a_folder_s_name_cannot_write_to_the_terminal(run_cli, monkeypatch):

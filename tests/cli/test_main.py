@@ -34,19 +34,6 @@ def test_export_runs_where_no_command_is_named(run_cli, seen_options, argv):
     ]
 
 
-def test_a_mistyped_command_is_not_taken_for_a_model(run_cli, seen_options):
-    outcome = run_cli("grond", "bundle", "image.png", "the red circle")
-    assert (outcome.code, seen_options) == (2, [])
-    assert "no command 'grond'. Did you mean 'ground'?" in outcome.err
-
-
-def test_an_unknown_model_suggests_the_nearest_and_exits_2(run_cli):
-    outcome = run_cli("refshape-lava", "--keep", "0.3", "-q")
-    assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err.startswith("error: no model of that name: refshape-lava")
-    assert "refshapes-llava" in outcome.err
-
-
 @pytest.mark.parametrize(("error", "code"), [(UsageError, 2), (ExportError, 1), (ParityError, 3)])
 def test_our_errors_are_one_message_and_their_exit_code(run_cli, monkeypatch, error, code):
     def fail(options, *, progress, warn):
@@ -72,24 +59,6 @@ def test_a_bug_is_one_line_and_a_traceback_only_with_v(run_cli, monkeypatch):
         outcome = run_cli(*argv)
         assert outcome.code == 1
         assert "Traceback (most recent call last)" in outcome.err
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (("models", "--nonsense"), ["--nonsense"]),
-        (("refshapes-llava", "--keep", "much"), ["--keep", "number"]),
-        (("refshapes-llava", "--positions", "gaps"), ["--positions", "gaps", "compact"]),
-        (("ground", "bundle"), ["IMAGE"]),
-        (("eval", "refshapes-llava", "--samples", "-1"), ["--samples", "0"]),
-    ],
-)
-def test_wrong_usage_exits_2_and_says_what(run_cli, argv, words):
-    outcome = run_cli(*argv)
-    assert (outcome.code, outcome.out) == (2, "")
-    last = outcome.err.splitlines()[-1]
-    assert last.startswith("Error: ")
-    assert [word for word in words if word not in last] == []
 
 
 def test_version_and_help_go_to_stdout(run_cli):

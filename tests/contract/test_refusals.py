@@ -28,6 +28,7 @@ def test_what_is_refused_stays_refused(case: Case, world: World) -> None:
     assert (found.code, found.left) == (case.code, False), found.err
     assert world.fill(case.words) in found.err
     assert "Traceback" not in found.err
+    assert sum(line.lower().startswith("error: ") for line in found.err.splitlines()) <= 1
 
 
 def test_the_table_names_each_command_once() -> None:
