@@ -108,7 +108,7 @@ class BundleError(UsageError):
 
 
 class ImageError(UsageError):
-    """A picture that cannot be used."""
+    """An image that cannot be used."""
 
 
 class ExpressionError(UsageError):

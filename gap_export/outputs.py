@@ -1,6 +1,6 @@
 """One rule for every file that a command writes.
 
-Never a file that the command reads, by whatever path or link it is named; never through a symbolic
+Never a file that the command reads, by any path or link that names it; never through a symbolic
 link; never inside a bundle or a golden, which list all they hold; and a file that gap-export did
 not write only with ``--force``. It holds before the work and again when the file is written, whole
 or not at all. A folder on the way may be a link: it is where the user says.
@@ -193,7 +193,7 @@ def _check_place(what: str, path: Path) -> tuple[Path, bool]:
     except NotADirectoryError as err:
         raise _refusal(what, "is to be in something that is no folder", folder) from err
     except (OSError, ValueError) as err:
-        # A folder nobody may look into, a name too long, a NUL in it.
+        # A folder that may not be read, a name too long, a NUL in it.
         raise _refusal(what, "cannot be written there", f"{str(path)!r}: {err}") from err
     if mode is not None and stat.S_ISLNK(mode):
         raise _refusal(what, "is not written through a link", f"{path} -> {path.readlink()}")
@@ -244,7 +244,7 @@ def _is_ours(what: str, path: Path) -> bool:
 
 
 def _is_below(path: Path, folder: Path) -> bool:
-    """Whether a path is a folder or lies in it, whatever links lead there."""
+    """Whether a path is a folder or lies in it, through any links."""
     real = _real(path)
     if real.is_relative_to(_real(folder)):
         return True

@@ -1,4 +1,4 @@
-"""Options of ``gap-export check``, and what their values mean."""
+"""The options of ``gap-export check``."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CheckSamplesOption = Annotated[
 CheckSeedOption = Annotated[
     int | None,
     typer.Option(
-        "--seed", metavar="N", min=0, help="Of the samples. [default: 0]", show_default=False
+        "--seed", metavar="N", min=0, help="Seed of the samples. [default: 0]", show_default=False
     ),
 ]
 ImagesOption = Annotated[
@@ -65,7 +65,7 @@ ImagesOption = Annotated[
     typer.Option(
         "--image",
         metavar="FILE",
-        help="A picture of yours to compare on as well; repeatable.",
+        help="An image of your own to compare on as well; repeatable.",
         show_default=False,
     ),
 ]
@@ -90,7 +90,7 @@ RequireOption = Annotated[
         "--require",
         metavar="ort|trt",
         help="Run this backend, and fail (exit code 3) where it cannot be run here; otherwise "
-        "that is told, and no failure. Repeatable.",
+        "that is reported, and no failure. Repeatable.",
         show_default=False,
     ),
 ]

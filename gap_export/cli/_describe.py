@@ -15,7 +15,7 @@ _SHARED = {"linked": "linked to the checkpoint", "cloned": "cloned from the chec
 
 
 def describe_tokens(manifest: Manifest) -> str:
-    """How many visual tokens stay: of a picture or, where it is cut into tiles, of each tile."""
+    """The number of visual tokens that stay, of an image or of each of its tiles."""
     pruning, tiles = manifest.pruning, manifest.image.tiles
     text = f"{pruning.num_kept_tokens} of {pruning.num_visual_tokens} visual tokens"
     if pruning.budget == "adaptive":
@@ -23,7 +23,7 @@ def describe_tokens(manifest: Manifest) -> str:
         if pruning.kept_buckets:
             text += f" (rounded up to one of {', '.join(map(str, pruning.kept_buckets))})"
     if pruning.extra_token != "none":
-        text += f" and an extra one, {pruning.extra_token} of the others"
+        text += f" and an extra one, {pruning.extra_token} of what is dropped"
     if tiles is None:
         return text
     area = manifest.image.height * manifest.image.width
@@ -32,11 +32,6 @@ def describe_tokens(manifest: Manifest) -> str:
         f"{text} of each tile (up to {most} tiles: at most {most * pruning.num_kept_tokens} of "
         f"{most * pruning.num_visual_tokens}, and a newline after each row)"
     )
-
-
-def describe_holding(manifest: Manifest) -> str:
-    """What a bundle that was just exported shares with its checkpoint; empty for nothing."""
-    return describe_shared(manifest.files)
 
 
 def describe_shared(files: Iterable[FileSpec]) -> str:

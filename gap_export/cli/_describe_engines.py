@@ -8,7 +8,7 @@ from gap_export.cli._terminal import format_size
 
 if TYPE_CHECKING:
     from gap_export.bundle import Bundle
-    from gap_export.spec.manifest import Manifest, TargetSpec
+    from gap_export.spec.manifest import Manifest
 
 
 def find_engines(bundle: Bundle) -> list[dict[str, Any]]:
@@ -56,17 +56,12 @@ def describe_targets(manifest: Manifest) -> list[str]:
         f"{limits.max_new_tokens}, {limits.max_batch} at a time"
     ]
     for target in manifest.targets:
-        lines += _describe_target(target)
+        lines.append(f"target {target.name} ({target.lowering}, {target.dtype})")
+        for verdict in target.preflight:
+            operators = f" ({', '.join(verdict.operators)})" if verdict.operators else ""
+            lines.append(f"  {verdict.component}: {verdict.verdict}{operators}")
+            lines += [f"    {reason}" for reason in verdict.reasons]
     return ["\n".join(lines)]
-
-
-def _describe_target(target: TargetSpec) -> list[str]:
-    lines = [f"target {target.name} ({target.lowering}, {target.dtype})"]
-    for verdict in target.preflight:
-        operators = f" ({', '.join(verdict.operators)})" if verdict.operators else ""
-        lines.append(f"  {verdict.component}: {verdict.verdict}{operators}")
-        lines += [f"    {reason}" for reason in verdict.reasons]
-    return lines
 
 
 def describe_engines(folders: list[dict[str, Any]]) -> list[str]:

@@ -38,7 +38,7 @@ def describe_evaluation(report: EvaluationReport) -> str:
     first, data = report.rows[0], report.data
     lines = [
         f"{report.model} on {data.name}, {', '.join(data.splits)}, seed {report.seed}: "
-        f"{first.n} expressions, {first.num_images} pictures",
+        f"{first.n} expressions, {first.num_images} images",
         f"protocol {report.protocol}: {report.protocol_summary}",
         f"frame: {describe_frame(report)}",
         "",

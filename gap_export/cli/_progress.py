@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar where somebody watches, a line per long stage where nobody does."""
+"""Progress on stderr: a bar on a terminal, otherwise a line for each long stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command writes: results to stdout, everything else to stderr."""
+"""The two streams a command writes to: results to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _print_error(text: str) -> None:
 
 
 def format_json(plain: Any, indent: str = "") -> str:
-    """JSON for programs that people can read as well: a list of plain values stays on one line."""
+    """JSON that people can read as well: a list of plain values stays on one line."""
     inner = indent + "  "
     if isinstance(plain, dict) and plain:
         items = [f"{json.dumps(str(k))}: {format_json(v, inner)}" for k, v in plain.items()]
@@ -132,7 +132,7 @@ def format_json(plain: Any, indent: str = "") -> str:
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Align text in columns; numbers to the right.
 
-    The same on a screen and in a file, whatever the width, so that it can be read by either.
+    The result does not depend on the terminal's width, so that it is the same in a file.
     """
     header, *rows = [[visible(cell) for cell in row] for row in (header, *rows)]
     columns = list(zip(header, *rows, strict=True))

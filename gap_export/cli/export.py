@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli._describe import describe_holding, describe_tokens
+from gap_export.cli._describe import describe_shared, describe_tokens
 from gap_export.cli._options import (
     CheckpointOption,
     CopyWeightsOption,
@@ -89,7 +89,7 @@ def _summarise(report: ExportReport) -> str:
     manifest = visible_strings(report.manifest)
     pruning = manifest.pruning
     size = format_size(sum(file.size for file in manifest.files))
-    held = describe_holding(manifest)
+    held = describe_shared(manifest.files)
     return (
         f"{manifest.model.name}: {describe_tokens(manifest)} ({pruning.pruner}, "
         f"{pruning.positions} positions), {len(manifest.graphs)} graphs, {manifest.dtype}, {size}"

@@ -25,7 +25,7 @@ def ground(
     ctx: typer.Context,
     bundle: BundleArgument,
     image: Annotated[
-        Path, typer.Argument(metavar="IMAGE", help="A picture file.", show_default=False)
+        Path, typer.Argument(metavar="IMAGE", help="An image file.", show_default=False)
     ],
     expression: Annotated[
         str,
@@ -36,7 +36,7 @@ def ground(
     save: Annotated[
         Path | None,
         typer.Option(
-            "--save", metavar="FILE", help="Write the picture with the box and the kept tokens."
+            "--save", metavar="FILE", help="Write the image with the box and the kept tokens."
         ),
     ] = None,
     force: ForceOption = False,
@@ -74,7 +74,7 @@ def ground(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Find something in a picture; prints JSON."""
+    """Find something in an image; prints JSON."""
     terminal = terminal_of(ctx)
     terminal.begin(f"opening {bundle}")
     from gap_export.runtime.drawing import check_drawing_path, draw_grounding, save_drawing

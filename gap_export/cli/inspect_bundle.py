@@ -112,7 +112,7 @@ def _find_remaps(bundle: Bundle) -> list[dict[str, Any]]:
 
 def _describe_model(bundle: Bundle, manifest: Manifest) -> str:
     """Of a bundle; the manifest is its own, cleaned to be shown."""
-    model, pruning = manifest.model, manifest.pruning
+    model, pruning, tower = manifest.model, manifest.pruning, manifest.text_encoder
     size = format_size(_total_size(manifest))
     shared = describe_shared(file for file in bundle.manifest.files if not _is_copy(bundle, file))
     lines = [
@@ -124,18 +124,15 @@ def _describe_model(bundle: Bundle, manifest: Manifest) -> str:
         f"extra token {pruning.extra_token}"
         + ("" if pruning.seed is None else f", seed {pruning.seed}"),
         f"positions  {pruning.positions}",
-        *_describe_text(manifest),
+        *(
+            [f"text       the tower reads the {pruning.pruner_text}: {tower.template!r}"]
+            if tower
+            else []
+        ),
         *_describe_source(manifest),
         "made with  " + ", ".join(f"{name} {text}" for name, text in manifest.tools.items()),
     ]
     return "\n".join(lines)
-
-
-def _describe_text(manifest: Manifest) -> list[str]:
-    tower = manifest.text_encoder
-    if tower is None:
-        return []
-    return [f"text       the tower reads the {manifest.pruning.pruner_text}: {tower.template!r}"]
 
 
 def _describe_source(manifest: Manifest) -> list[str]:
@@ -152,7 +149,7 @@ def _describe_source(manifest: Manifest) -> list[str]:
 def _describe_tokens(tokens: dict[str, int], manifest: Manifest) -> str:
     grid, tiles = manifest.grid, manifest.image.tiles
     whose = "" if tiles is None else f", tiles as of {tiles.follows}"
-    unit = "picture" if manifest.image.tiles is None else "tile"
+    unit = "image" if manifest.image.tiles is None else "tile"
     least = "at least " if manifest.pruning.budget == "adaptive" else ""
     return (
         f"tokens     {describe_tokens(manifest)}, {grid.rows}x{grid.cols} grid{whose}; "

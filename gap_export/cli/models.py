@@ -39,7 +39,12 @@ def models(
     lines = format_table(header, [_table_row(item) for item in plain]).splitlines()
     # The first row is below the header and its rule; from the end, so that no place moves.
     for place, item in reversed(list(enumerate(plain, start=3))):
-        lines[place:place] = [f"  {line}" for line in _more_lines(item)]
+        optional = [
+            f"{part['role']} ({_state(part)})" for part in item["parts"] if not part["required"]
+        ]
+        lines.insert(place, f"  {item['summary']} ({item['license']})")
+        if optional:
+            lines.insert(place + 1, f"  optional: {', '.join(optional)}")
     terminal.result("\n".join(lines))
     for why in broken:
         terminal.warning(why)
@@ -70,17 +75,6 @@ def _table_row(item: dict[str, Any]) -> list[str]:
         item["family"],
         f"{rows}x{cols} = {item['num_visual_tokens']}" + (" a tile" if item["tiled"] else ""),
         item["weights"],
-    ]
-
-
-def _more_lines(item: dict[str, Any]) -> list[str]:
-    """What is too long for a column."""
-    optional = [
-        f"{part['role']} ({_state(part)})" for part in item["parts"] if not part["required"]
-    ]
-    return [
-        f"{item['summary']} ({item['license']})",
-        *([f"optional: {', '.join(optional)}"] if optional else []),
     ]
 
 

@@ -1,4 +1,4 @@
-"""``gap-export patch DIR``: prune an ONNX export that somebody else made."""
+"""``gap-export patch DIR``: prune an ONNX export that another tool made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from gap_export.cli._describe import describe_holding, describe_tokens
+from gap_export.cli._describe import describe_shared, describe_tokens
 from gap_export.cli._options import (
     CopyWeightsOption,
     ForceBundleOption,
@@ -62,7 +62,7 @@ def patch(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Prune an ONNX export that somebody else made; needs no PyTorch."""
+    """Prune an ONNX export that another tool made; needs no PyTorch."""
     terminal = terminal_of(ctx)
     terminal.begin(f"patching {export}")
     from gap_export.api.make import patch as patch_export
@@ -90,7 +90,7 @@ def _summarise(report: PatchReport) -> str:
     manifest, rotary = visible_strings((report.manifest, report.rotary))
     pruning = manifest.pruning
     size = format_size(sum(file.size for file in manifest.files))
-    held = describe_holding(manifest)
+    held = describe_shared(manifest.files)
     return (
         f"{manifest.model.name}: {describe_tokens(manifest)} ({pruning.pruner}, "
         f"{pruning.positions} positions), {manifest.dtype}, opset {manifest.opset}, {size}"

@@ -56,7 +56,12 @@ def pruners(
     terminal = terminal_of(ctx)
     from gap_export.pruning import LEFT_OUT, all_presets, broken_presets
 
-    served = None if model is None else _served(model)
+    served = None
+    if model is not None:
+        from gap_export.families import supported_pruners
+        from gap_export.spec.recipe import find_recipe
+
+        served = frozenset(supported_pruners(find_recipe(model)[0]))
     plain = [_describe(preset, served) for preset in all_presets().values()]
     broken = {name: str(err) for name, err in broken_presets().items()}
     if as_json:
@@ -74,13 +79,6 @@ def pruners(
     terminal.result("\n".join([*lines, "", _ADAPTIVE, _TEXTS, "", "not offered:", left_out, _WHY]))
     for why in broken.values():
         terminal.warning(why)
-
-
-def _served(model: str) -> frozenset[str]:
-    from gap_export.families import supported_pruners
-    from gap_export.spec.recipe import find_recipe
-
-    return frozenset(supported_pruners(find_recipe(model)[0]))
 
 
 def _describe(preset: Preset, served: frozenset[str] | None) -> dict[str, Any]:

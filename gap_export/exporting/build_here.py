@@ -54,8 +54,8 @@ def build_here(
     Args:
         bundle: Its folder.
         choices: From :func:`split_choices`.
-        progress: Told of the building.
-        warn: Told what may go wrong for want of memory.
+        progress: Progress reporter.
+        warn: Receives what may go wrong for want of memory.
 
     Raises:
         EngineError: TensorRT does not take a graph, or cannot build it.

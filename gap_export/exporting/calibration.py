@@ -46,13 +46,13 @@ def calibration_inputs(
         reference: On the meta device.
         manifest: Of the model; graphs and files are not needed.
         assets_folder: Where its tokenizers are.
-        questions: Pictures and expressions, as ``GroundingSession.ground`` takes them.
+        questions: Images and expressions, as ``GroundingSession.ground`` takes them.
 
     Yields:
         The inputs of the decoder component, in order, for a batch of one with an empty cache.
 
     Raises:
-        UsageError: a picture or an expression cannot be used.
+        UsageError: an image or an expression cannot be used.
     """
     components = tuple(map(_widened, reference.components))
     wide = replace(reference, dtype="float32", components=components)
@@ -79,18 +79,18 @@ def calibrate(
 ) -> tuple[ChannelScale, ...]:
     """Find what to scale the decoder's channels by, so that rounding loses less (AWQ).
 
-    To be applied with :func:`scale_decoder` to every reference of the export, whatever its dtype.
+    The caller applies them with :func:`scale_decoder` to each of the export's references.
 
     Args:
         reference: On the meta device.
         manifest: Of the model; graphs and files are not needed.
         assets_folder: Where its tokenizers are.
-        questions: Pictures and expressions, as ``GroundingSession.ground`` takes them.
+        questions: Images and expressions, as ``GroundingSession.ground`` takes them.
         block_size: That the weights will be quantized with.
-        progress: Told what is done.
+        progress: Progress reporter.
 
     Raises:
-        UsageError: no question, or a picture or an expression that cannot be used.
+        UsageError: no question, or an image or an expression that cannot be used.
         CheckpointError: a weight cannot be read.
     """
     samples = calibration_inputs(reference, manifest, assets_folder, questions)

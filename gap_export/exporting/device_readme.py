@@ -131,10 +131,15 @@ def _own_source(wheel: str | None) -> str:
 def _contents(manifest: Manifest, wheel: str | None) -> str:
     limits = manifest.engine_limits
     assert limits is not None
-    rows = [
-        (f"`{graph.file}`", f"{graph.component}, {graph.lowering}, {_number_format(graph)}")
-        for graph in manifest.graphs
-    ]
+    rows = []
+    for graph in manifest.graphs:
+        what, quantization = (
+            f"{graph.component}, {graph.lowering}, {graph.dtype}",
+            graph.quantization,
+        )
+        if quantization is not None:
+            what += f", weights {quantization.dtype} in blocks of {quantization.block_size}"
+        rows.append((f"`{graph.file}`", what))
     rows += [
         ("`*.safetensors` and the like", "weights; the graphs point into them by offset"),
         ("`tokenizer.json` and the like", "what turns text into token ids"),
@@ -148,13 +153,6 @@ def _contents(manifest: Manifest, wheel: str | None) -> str:
         f"of up to {limits.max_new_tokens}, {limits.max_batch} at a time, of up to "
         f"{limits.max_images} pictures or tiles."
     )
-
-
-def _number_format(graph: GraphSpec) -> str:
-    quantization = graph.quantization
-    if quantization is None:
-        return graph.dtype
-    return f"{graph.dtype}, weights {quantization.dtype} in blocks of {quantization.block_size}"
 
 
 def _target_section(bundle: Bundle, choice: TargetChoice, source: str) -> str:
@@ -192,7 +190,8 @@ def _platform_section(platform: Platform, choice: TargetChoice, source: str) -> 
         f"python3 -m pip install --no-deps {source}",
         f"python3 -m gap_export.engines build . --target {target}",
     ]
-    toolkit = "cuda-python" if platform.cuda is None else f"cuda-python=={_major(platform)}.*"
+    cuda = platform.cuda
+    toolkit = "cuda-python" if cuda is None else f"cuda-python=={cuda.partition('.')[0]}.*"
     run = [
         f'python3 -m pip install {source} "{toolkit}"',
         "gap-export doctor   # what is there, and which engines can be built and run",
@@ -211,25 +210,16 @@ def _install_lines(platform: Platform, *, environment: str) -> list[str]:
     activate = f". {environment}/bin/activate"
     if platform.python is None:
         low = ".".join(map(str, platform.min_version))
+        major, minor = platform.max_version
         return [
             f"python3 -m venv {environment} && {activate}",
-            f'python3 -m pip install "tensorrt>={low},<{_next_minor(platform)}" "numpy>=1.26"',
+            f'python3 -m pip install "tensorrt>={low},<{major}.{minor + 1}" "numpy>=1.26"',
         ]
     return [
         "sudo apt-get install -y nvidia-jetpack python3-venv   # brings TensorRT",
         f"python3 -m venv --system-site-packages {environment} && {activate}",
         'python3 -m pip install "numpy>=1.26"',
     ]
-
-
-def _next_minor(platform: Platform) -> str:
-    major, minor = platform.max_version
-    return f"{major}.{minor + 1}"
-
-
-def _major(platform: Platform) -> str:
-    assert platform.cuda is not None
-    return platform.cuda.partition(".")[0]
 
 
 def _memory(estimate: MemoryEstimate) -> str:

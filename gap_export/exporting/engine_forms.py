@@ -168,7 +168,7 @@ def _key(form: GraphForm) -> tuple[str, str]:
 
 
 def _tilings(image: ImageSpec) -> list[tuple[int, int]]:
-    """Rows and columns of tiles a picture may be cut into; none where pictures are not cut."""
+    """Rows and columns of tiles an image may be cut into; none where images are not cut."""
     if image.tiles is None:
         return []
     return [
@@ -177,12 +177,12 @@ def _tilings(image: ImageSpec) -> list[tuple[int, int]]:
 
 
 def _max_tiles(image: ImageSpec) -> int:
-    """Tiles beside the base one; 0 where pictures are not cut."""
+    """Tiles beside the base one; 0 where images are not cut."""
     return max((rows * columns for rows, columns in _tilings(image)), default=0)
 
 
 def _max_visual_tokens(manifest: Manifest) -> int:
-    """Visual tokens of one picture after pruning, at most."""
+    """Visual tokens of one image after pruning, at most."""
     emitted = manifest.pruning.num_emitted_tokens
     # Each row of the joined grid ends in a newline token.
     return max(

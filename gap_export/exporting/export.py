@@ -48,9 +48,9 @@ def export_model(
 
     Args:
         options: What to export, and how.
-        progress: Told what is done.
+        progress: Progress reporter.
         cache: Share one between exports of the same checkpoint to trace its decoder once.
-        warn: Told what is odd about the checkpoint, and what may go wrong while engines are built.
+        warn: Receives what is odd about the checkpoint or may go wrong while engines are built.
 
     Raises:
         UsageError: an option, the recipe, the checkpoint or the output folder is not usable.
@@ -81,9 +81,9 @@ def export_checkpoint(
         recipe: What the model is.
         checkpoint: Its parts.
         options: How; ``model``, ``recipe`` and ``checkpoint`` in it are not read.
-        progress: Told what is done.
+        progress: Progress reporter.
         cache: Shared between exports.
-        warn: Told what is odd about the checkpoint, and what may go wrong while engines are built.
+        warn: Receives what is odd about the checkpoint or may go wrong while engines are built.
 
     Raises:
         UsageError: an option, the recipe, the checkpoint or the output folder is not usable.
@@ -143,7 +143,10 @@ class _Job:
             # In the background: gigabytes are hashed while graphs are traced.
             self.draft.hasher.start(path)
         for name, asset in reference.assets.items():
-            _add_asset(self.draft, name, asset)
+            if isinstance(asset, bytes):
+                (self.draft.folder / name).write_bytes(asset)
+            else:
+                self.draft.place(asset, name, hold="copy")
         scales = self._calibrate(reference)
         reference = _scaled(reference, scales)
         forms = choose_form(
@@ -153,7 +156,7 @@ class _Job:
         quantized = self._quantize(reference, wanted)
         placed = self._place(reference, quantized)
         manifest = self._describe(reference, placed)
-        # Before the graphs: nobody should wait for those of a model that cannot be asked.
+        # Before the graphs, which take long: the model may be one that cannot be asked.
         manifest = self._check_prompt(manifest, reference)
         graphs = self._graphs(manifest, reference, placed, wanted, scales)
         manifest = replace(manifest, graphs=tuple(graphs))
@@ -228,11 +231,13 @@ class _Job:
         """All other weights, where the bundle may hold those of another dtype already."""
         from gap_export.exporting.place_weights import place_weights
 
+        # Weights that came with us are small, and an update of ours would change linked ones.
+        copied = self.options.copy_weights or self.recipe.checkpoint.kind == "bundled"
         with timed(self.seconds, "weights"):
             return place_weights(
                 self.draft,
                 reference,
-                hold="copy" if self.options.copy_weights or _is_bundled(self.recipe) else "link",
+                hold="copy" if copied else "link",
                 progress=self.progress,
                 quantized=quantized,
                 beside=beside,
@@ -327,18 +332,6 @@ def _scaled(reference: Reference, scales: tuple[ChannelScale, ...]) -> Reference
     from gap_export.exporting.calibration import scale_decoder
 
     return scale_decoder(reference, scales) if scales else reference
-
-
-def _is_bundled(recipe: Recipe) -> bool:
-    """Weights that came with us are small, and an update of ours would change linked ones."""
-    return recipe.checkpoint.kind == "bundled"
-
-
-def _add_asset(draft: BundleDraft, name: str, asset: Path | bytes) -> None:
-    if isinstance(asset, bytes):
-        (draft.folder / name).write_bytes(asset)
-    else:
-        draft.place(asset, name, hold="copy")
 
 
 def _ignore(text: str) -> None:

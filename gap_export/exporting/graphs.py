@@ -36,7 +36,7 @@ class GraphWriter:
         folder: The bundle's.
         quantization: How the weights that are quantized are.
         limits: Of the decoder, for lowerings that ask for them.
-        seconds: Told how long the steps took.
+        seconds: Receives how long each step took.
         cache: Asked first, where the pruning does not matter.
     """
 

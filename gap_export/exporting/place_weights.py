@@ -2,7 +2,7 @@
 
 A tensor whose bytes lie plain in a file (safetensors, or a PyTorch zip, which is never unpickled
 again) in the dtype of the export is never read: its whole file is held in the bundle (a clone, a
-hard link, or a copy), and graphs point into it. Whatever has to be computed or cast (merged, split,
+hard link, or a copy), and graphs point into it. What has to be computed or cast (merged, split,
 of another dtype) is streamed into one file of our own, tensor by tensor.
 
 What is quantized is in the bundle as INT4 alone: a file that holds it as floats is not brought in,
@@ -118,14 +118,14 @@ def quantize_weights(
 ) -> QuantizedPlaces:
     """Write the decoder's linear layers into the bundle as INT4, once for graphs of all dtypes.
 
-    They are quantized from the checkpoint's own values, whatever the dtype of the reference.
+    They are quantized from the checkpoint's own values, for a reference of any dtype.
 
     Args:
         draft: The bundle.
         reference: Any of the export's, on the meta device.
         spec: How; its method is a matter of the reference's weights, see ``scale_channels``.
         dtypes: float32, float16, bfloat16: of the graphs that will read them.
-        progress: Told the bytes that are written.
+        progress: Progress reporter, in bytes written.
 
     Raises:
         UsageError: the block size does not divide the input width of a layer, or is not offered.
@@ -161,7 +161,7 @@ def place_weights(
         draft: The bundle.
         reference: On the meta device.
         hold: How files that serve as they are get there.
-        progress: Told the bytes that are converted.
+        progress: Progress reporter, in bytes converted.
         quantized: From :func:`quantize_weights`; these are not placed as floats.
         beside: What the bundle holds of another reference of the same model, e.g. of another dtype.
 

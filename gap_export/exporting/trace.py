@@ -133,7 +133,7 @@ def _trace(component: Component, opset: int) -> ir.Model:
 
 
 class _Flat(nn.Module):
-    """Takes any component's inputs as one row of tensors, which torch.export wants to be told."""
+    """Takes any component's inputs as one row, since torch.export needs named parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ class CdPruner(GreedyPruner):
     """Determinantal point process, its most probable set found greedily (arXiv 1709.05135).
 
     The kernel is r_i cos(P x_i, P x_j) r_j, where r is the cosine of patch and text in CLIP's joint
-    space times the recipe's sign, brought to 0..1 within a picture. Each choice takes the largest
+    space times the recipe's sign, brought to 0..1 within an image. Each choice takes the largest
     diagonal element and leaves the Schur complement. The text is the whole question; of one longer
     than CLIP reads the cosines with its segments are averaged.
     """

@@ -1,4 +1,4 @@
-"""``cls``: tokens most like the picture as a whole (GAP's baseline, arXiv 2506.21873)."""
+"""``cls``: tokens most like the image as a whole (GAP's baseline, arXiv 2506.21873)."""
 
 from __future__ import annotations
 

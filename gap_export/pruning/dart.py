@@ -1,7 +1,7 @@
 """``dart``: tokens least like a few pivots (DART, arXiv 2502.11494), on what the decoder reads.
 
 DART itself works inside the LLM, behind its second layer. NVIDIA's TensorRT-Edge-LLM applies it to
-embeddings before the LLM, and so does this: the pivots are the picture's alone.
+embeddings before the LLM, and so does this: the pivots are the image's alone.
 """
 
 from __future__ import annotations

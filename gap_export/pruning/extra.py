@@ -32,7 +32,7 @@ def add_up_dropped(
 
 
 def place_extra(is_dropped: torch.Tensor, position: ExtraPosition, grid: GridSpec) -> torch.Tensor:
-    """Where in the picture the extra token is said to be.
+    """Where in the image the extra token is said to be.
 
     Args:
         is_dropped: bool [B, N].

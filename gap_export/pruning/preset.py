@@ -17,7 +17,7 @@ class Preset:
         pruner: Who survives.
         order: As published.
         extra_token: As published.
-        budget: As published: ``adaptive`` where the picture decides how many survive.
+        budget: As published: ``adaptive`` where the image decides how many survive.
         pruner_text: As published: what the text tower reads, of a pruner that reads the text.
         long_texts: As published: what becomes of a text that is too long for the tower.
         paper: Where it is from.
@@ -34,6 +34,6 @@ class Preset:
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """Numbers it can keep: a picture can decide only by scores that have outliers."""
+        """Numbers it can keep: an image can decide only by scores that have outliers."""
         adaptive = self.budget == "adaptive" and isinstance(self.pruner, ScoringPruner)
         return ("fixed", "adaptive") if adaptive else ("fixed",)

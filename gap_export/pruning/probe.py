@@ -38,7 +38,7 @@ def probe_pruner(pruner: Pruner, pruning: PruningSpec) -> None:
 
     Raises:
         GapExportError: it does not choose K different tokens of 0..N-1, gives scores that are no
-            numbers, merges into another shape, chooses otherwise each time, or raises.
+            numbers, merges into another shape, is not deterministic, or raises.
     """
     with torch.device("cpu"), torch.inference_mode():
         state = _random_state(pruning.num_visual_tokens, pruner.reads)
@@ -54,7 +54,7 @@ def probe_pruner(pruner: Pruner, pruning: PruningSpec) -> None:
             )
         if not torch.equal(chosen, _choose(pruner, state, pruning)):
             raise GapExportError(
-                f"pruner {pruning.pruner} chooses otherwise each time, from the same tokens",
+                f"pruner {pruning.pruner} is not deterministic",
                 allowed="a choice that follows from what it reads",
                 fix="draw places once, in a FixedPruner with uses_seed",
             )
@@ -162,7 +162,7 @@ def _check_numbers(name: str, what: str, tensor: object, wanted: tuple[int, ...]
         raise GapExportError(
             f"pruner {name} gives {what} that are no numbers",
             seen="NaN or infinity",
-            allowed="finite numbers, whatever the tokens",
+            allowed="finite numbers, for any tokens",
         )
 
 

@@ -55,7 +55,7 @@ class PruMergePruner(PruMergeSelection):
         num_tokens = features.shape[1]
         similarity = torch.matmul(gather_tokens(keys, keep_indices), keys.transpose(1, 2))
         index = torch.arange(num_tokens, device=features.device)
-        # Below any cosine: nobody is a neighbour of himself.
+        # Below any cosine: no token is its own neighbor.
         similarity = torch.where(keep_indices[:, :, None] == index, -2.0, similarity)
         near = mark_largest(similarity, min(_NUM_NEIGHBOURS, num_tokens - 1))
         weights = torch.where(near, scores[:, None, :], 0.0).to(features.dtype)

@@ -24,7 +24,7 @@ Reading = Literal["cls_features", "cls_attention", "keys", "next_layer", "text",
 
 @dataclass(frozen=True, kw_only=True)
 class VisionState:
-    """What a vision encoder shows to a pruner; a part nobody asked for is None.
+    """What a vision encoder shows to a pruner; a part that the pruner does not read is None.
 
     Attributes:
         patch_features: float [B, N, D], at the select layer.
@@ -72,7 +72,7 @@ class Pruner(ABC):
 
 
 class ScoringPruner(Pruner):
-    """Ranks the tokens of each picture by a score."""
+    """Ranks the tokens of each image by a score."""
 
     extra_tokens: ClassVar[tuple[ExtraToken, ...]] = ("none", "mean", "weighted")
     # What :meth:`merge` reads beside the features and the scores.
@@ -122,7 +122,7 @@ class ChoosingPruner(Pruner):
 
 
 class FixedPruner(Pruner):
-    """Keeps the same places in every picture; they become a constant of the graph."""
+    """Keeps the same places in every image; they become a constant of the graph."""
 
     @abstractmethod
     def places(

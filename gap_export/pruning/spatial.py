@@ -1,4 +1,4 @@
-"""``spatial``: an even lattice over the picture."""
+"""``spatial``: an even lattice over the image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gap_export.spec.places import lattice_places
 class SpatialPruner(FixedPruner):
     """Exactly K places on a lattice; see :func:`gap_export.spec.places.lattice_places`."""
 
-    summary: ClassVar[str] = "an even lattice, the same for every picture"
+    summary: ClassVar[str] = "an even lattice, the same for every image"
     orders: ClassVar[tuple[Order, ...]] = ("raster",)
 
     def places(

@@ -18,7 +18,7 @@ def split_budget(num_kept_tokens: int) -> tuple[int, int]:
 
 
 class VisionZipPruner(ScoringPruner):
-    """VisionZip without its CLS token, which has no place in the picture.
+    """VisionZip without its CLS token, which has no place in the image.
 
     Dominant are the tokens that CLS attends to most, in the layer that produced the features. Of
     the M others, in raster order, every floor(M / C)-th becomes a target, C of them; to each target

@@ -162,7 +162,7 @@ def test_every_flag_of_a_bundle_reaches_the_evaluation(run_cli, calls, bundle, t
 
 def test_the_table_prints_percent_and_json_shares(run_cli, calls):
     lines = run_cli("eval", "demo").out.splitlines()
-    assert "500 expressions, 125 pictures" in lines[0]
+    assert "500 expressions, 125 images" in lines[0]
     assert lines[1] == "protocol unpad: IoU > 0.5"
     table = [line.split() for line in lines[6:]]
     assert table[0] == ["none", "1", "144", "none", "96.0", "94.0-98.0", "-", "50.0", "3"]

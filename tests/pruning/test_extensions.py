@@ -243,7 +243,7 @@ def refusal(install, module: str, checkpoint, tmp_path) -> str:
         ("None", "gives no scores for each row and token: a NoneType"),
         ("1 / 0", "raises ZeroDivisionError when it is tried on random tokens: division by zero"),
         ("state.cls_features.sum(dim=-1)", "its reads does not name are None"),
-        ("torch.rand_like(loud)", "chooses otherwise each time"),
+        ("torch.rand_like(loud)", "is not deterministic"),
         ("loud if loud[0, 0] > 0 else -loud", "when it is traced, without values"),
     ],
 )

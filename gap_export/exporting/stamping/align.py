@@ -173,7 +173,7 @@ def _check_caches(trace: Trace, labels: Labels) -> None:
 
 
 def _operation(node: ir.Node) -> tuple[object, ...]:
-    """All that a node does, whatever it reads."""
+    """What a node does, apart from what it reads."""
     attributes = [
         (a.name, a.type, a.ref_attr_name, _attribute_value(a)) for a in node.attributes.values()
     ]

@@ -25,7 +25,7 @@ class GapExportCommand(BaseOptimumCLICommand):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Take every word as it is."""
-        # Without this, -h and whatever begins with a dash would be optimum's to understand.
+        # Without this, -h and what begins with a dash would be optimum's to understand.
         parser.prefix_chars = ""
         parser.add_argument("arguments", nargs=argparse.REMAINDER)
 
