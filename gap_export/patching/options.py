@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.errors import UnsupportedPrunerError, UsageError
+from gap_export.pruning.resolve import check_seed
 from gap_export.spec.manifest import Manifest
 from gap_export.spec.requests import DEFAULT_PRUNING, PruningRequest, options_of
 
@@ -91,6 +92,7 @@ def check_request(request: PruningRequest) -> None:
             "export the model from its checkpoint: gap-export MODEL --pruner NAME",
         )
     defaults = DEFAULT_PRUNING
+    check_seed(request.seed)
     for each in options_of(PruningRequest):
         given = getattr(request, each.name)
         if each.name not in CHOICES and given != getattr(defaults, each.name):

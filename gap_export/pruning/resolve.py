@@ -28,6 +28,16 @@ def served_pruners(readings: Collection[str]) -> tuple[str, ...]:
     )
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that a manifest cannot hold.
+
+    Raises:
+        UsageError: it is out of range.
+    """
+    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
+        raise UsageError("seed out of range", seen=reprlib.repr(seed), allowed=f"0..{MAX_SEED}")
+
+
 def resolve_request(
     recipe: Recipe, request: PruningRequest, readings: Collection[str]
 ) -> PruningSpec:
@@ -58,8 +68,7 @@ def resolve_request(
             seen=", ".join(sorted(lacking)),
             allowed=", ".join(served_pruners(readings)),
         )
-    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
-        raise UsageError("seed out of range", seen=reprlib.repr(seed), allowed=f"0..{MAX_SEED}")
+    check_seed(seed)
     order, extra, budget = _settle_choices(recipe, preset, request)
     pruner_text = _settle_text(recipe, preset, request.pruner_text)
     if request.extra_position is not None and extra == "none":
