@@ -25,9 +25,8 @@ from gap_export.parity.results import (
     LevelResult,
 )
 from gap_export.parity.tally import tensor_row
-from gap_export.parity.truth import Recorded, ReferenceOverflowError, TorchTruth, Truth
+from gap_export.parity.truth import ReferenceOverflowError, TorchTruth, Truth
 from gap_export.progress import Progress, SilentProgress
-from gap_export.spec.positions import Int64Array
 
 # Levels of which a share of the questions may be asked for. Position ids and tensors have none: an
 # id is right or wrong, and how far a tensor may be off is in the table of tolerances.
@@ -226,7 +225,12 @@ def _judge(bundle: Bundle, candidate: Candidate, plan: _Plan) -> _Judged:
         per_layer=plan.per_layer,
         progress=plan.progress,
     )
-    tables, bars = _tables(recorded), plan.fail_under
+    # The position ids of the first few prompts.
+    tables = [
+        next(call.inputs["kept_positions"] for call in calls if call.is_decode)
+        for calls in recorded.calls[:_NUM_PROMPTS]
+    ]
+    bars = plan.fail_under
     judges: dict[Level, Callable[[], LevelResult]] = {
         "positions": lambda: judge_positions(
             bundle, candidate.decoder_graph, tables=tables, note=note
@@ -266,11 +270,3 @@ def _with_facts(levels: tuple[LevelResult, ...], wrong: Sequence[str]) -> tuple[
     reason = "; ".join(filter(None, (*wrong, first.reason)))
     failed = replace(first, status="failed", reason=reason)
     return tuple(failed if level is first else level for level in levels)
-
-
-def _tables(recorded: Recorded) -> list[Int64Array]:
-    """The position ids of the first few prompts, int64 [B, P] or [A, B, P]."""
-    return [
-        next(call.inputs["kept_positions"] for call in calls if call.is_decode)
-        for calls in recorded.calls[:_NUM_PROMPTS]
-    ]

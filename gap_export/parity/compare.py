@@ -279,6 +279,15 @@ def _cosine(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
     return min(1.0, max(-1.0, product))
 
 
+def largest_of(values: NDArray[Any]) -> float:
+    """The largest absolute value; 0 without values.
+
+    NaN and infinity, which fail any comparison, are left out: they must not widen its tolerance.
+    """
+    finite = np.abs(values[np.isfinite(values)].astype(np.float64))
+    return float(finite.max(initial=0.0))
+
+
 def _refuse(reason: str) -> Comparison:
     return Comparison(
         max_abs_diff=float("inf"), max_abs_reference=float("nan"), passed=False, reason=reason

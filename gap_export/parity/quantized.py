@@ -129,7 +129,10 @@ class _Findings:
             steps, factors = quantize_columns(wanted, block_size=block_size)
             for stored in scales:
                 piece = stored[blocks].T.to(torch.float32)
-                wrong_scales += int(_is_off(piece, factors[..., 0], tolerance.scales).sum())
+                wanted_scales = factors[..., 0]
+                # Asked so, what is not a number is off.
+                near = (piece - wanted_scales).abs() <= tolerance.scales * wanted_scales
+                wrong_scales += int((~near).sum())
             rounded, found = steps * factors, held[:, columns].reshape(steps.shape)
             differs = ~(found == rounded)
             if tolerance.ulps:
@@ -177,11 +180,6 @@ class _Findings:
 
 # Of values that are the same to the bit, which is all there are in an honest bundle.
 _NONE = Differences(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, cosine=1.0, num_nonfinite=0)
-
-
-def _is_off(found: torch.Tensor, wanted: torch.Tensor, rtol: float) -> torch.Tensor:
-    # Asked so, what is not a number is off.
-    return ~((found - wanted).abs() <= rtol * wanted)
 
 
 def _check_held(

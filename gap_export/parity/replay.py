@@ -59,10 +59,7 @@ class RecordingBackend(Backend):
     """
 
     def __init__(
-        self,
-        inner: Backend,
-        *,
-        margins: Callable[[Feed], NDArray[np.float32] | None] | None = None,
+        self, inner: Backend, *, margins: Callable[[Feed], NDArray[np.float32] | None] | None = None
     ) -> None:
         self.name, self.dtype, self.quantization = inner.name, inner.dtype, inner.quantization
         self.calls: list[Call] = []

@@ -52,14 +52,8 @@ class TensorRow:
         tensor: Its name; of the decoder followed by ``(prefill)`` or ``(decode)``.
         module: Which module of the model gives it; empty of an output.
         calls: How often it was compared.
-        max_abs_diff: Largest |reference - candidate|; infinite where they cannot be compared.
-        mean_abs_diff: Their mean.
-        p99_abs_diff: Their 99th percentile.
-        max_rel_diff: Largest |reference - candidate| / |reference| where |reference| is not 0.
-        mean_rel_diff: Their mean.
-        p99_rel_diff: Their 99th percentile.
-        cosine: Cosine of the two as vectors, the smallest of all calls.
-        num_nonfinite: NaN and infinite elements of the candidate.
+        max_abs_diff: See :class:`gap_export.parity.compare.Differences`, as for all up to
+            ``num_nonfinite``; infinite where the two cannot be compared.
         max_abs_reference: Largest value of the reference.
         atol: Tolerance used, its share of the largest value included.
         rtol: Tolerance used.

@@ -14,6 +14,7 @@ from gap_export.parity.compare import (
     compare_arrays,
     compare_selections,
     find_ties,
+    largest_of,
     measure_differences,
     measure_selections,
     pair_features,
@@ -83,12 +84,7 @@ class Tally:
 
 
 def tensor_row(
-    component: str,
-    tensor: str,
-    pairs: Sequence[Pair],
-    tolerance: Tolerance,
-    *,
-    module: str = "",
+    component: str, tensor: str, pairs: Sequence[Pair], tolerance: Tolerance, *, module: str = ""
 ) -> TensorRow:
     """Compare one tensor over all calls.
 
@@ -99,7 +95,7 @@ def tensor_row(
         tolerance: The tensor's; that of kept tokens says how many may have changed.
         module: Which module of the model gives it.
     """
-    largest = max(_largest(truth) for truth, _ in pairs)
+    largest = max(largest_of(truth) for truth, _ in pairs)
     found = _compare(pairs, tolerance)
     selects = tolerance.max_changed_fraction > 0
     differences = (measure_selections if selects else measure_differences)(pairs)
@@ -125,7 +121,7 @@ def _compare(pairs: Sequence[Pair], tolerance: Tolerance) -> list[Comparison]:
     fraction = tolerance.max_changed_fraction
     if fraction > 0:
         return [compare_selections(*pair, max_changed_fraction=fraction) for pair in pairs]
-    atol = tolerance.absolute(max(_largest(truth) for truth, _ in pairs))
+    atol = tolerance.absolute(max(largest_of(truth) for truth, _ in pairs))
     return [compare_arrays(*pair, atol=atol, rtol=tolerance.rtol) for pair in pairs]
 
 
@@ -160,9 +156,3 @@ def _ties(one: Compared, selected: Tolerance) -> NDArray[np.bool_]:
 def _name(label: str) -> str:
     """The output's name, without the phase behind it."""
     return label.split(" ", maxsplit=1)[0]
-
-
-def _largest(values: NDArray[Any]) -> float:
-    # What is not finite fails the comparison; it must not widen its tolerance.
-    finite = np.abs(values[np.isfinite(values)].astype(np.float64))
-    return float(finite.max(initial=0.0))

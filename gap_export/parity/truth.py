@@ -176,11 +176,7 @@ class TorchTruth:
         return self._recorded
 
     def _ask(
-        self,
-        bundle: Bundle,
-        dtype: str,
-        quantization: QuantizationSpec | None,
-        progress: Progress,
+        self, bundle: Bundle, dtype: str, quantization: QuantizationSpec | None, progress: Progress
     ) -> Recorded:
         require_extra("export", "checking against PyTorch")
         from gap_export.families import build_reference, load_family

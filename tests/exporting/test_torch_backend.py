@@ -101,7 +101,7 @@ def reference(dtype: str, *, reads_text: bool = False) -> Any:
 
 
 @EVERY
-def test_floats_go_in_and_come_out_in_the_reference_s_dtype(dtype: str) -> None:
+def test_floats_go_in_and_come_out_in_the_reference_s_dtype(dtype):
     backend = TorchBackend(reference(dtype))
     feed = {"pixel_values": np.full((2, 3, 2, 2), 1 / 3, np.float32)}
     seen = backend.run("vision_encoder", feed)
@@ -128,7 +128,7 @@ def test_floats_go_in_and_come_out_in_the_reference_s_dtype(dtype: str) -> None:
 
 
 @EVERY
-def test_newline_is_an_output_like_others(dtype: str) -> None:
+def test_newline_is_an_output_like_others(dtype):
     recorder = RecordingBackend(TorchBackend(reference(dtype)))
     newline = recorder.run("newline", {})["image_newline"]
     assert newline.dtype == NUMPY[dtype]

@@ -12,13 +12,7 @@ import pytest
 
 from gap_export.bundle import open_bundle
 from gap_export.checkpoint.find.source import Checkpoint
-from gap_export.errors import (
-    BundleError,
-    GapExportError,
-    ImageError,
-    ParityError,
-    UsageError,
-)
+from gap_export.errors import BundleError, GapExportError, ImageError, ParityError, UsageError
 from gap_export.exporting.torch_backend import TorchBackend
 from gap_export.parity import check as check_module
 from gap_export.parity.check import check_bundle, needs_reference

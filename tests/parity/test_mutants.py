@@ -11,12 +11,7 @@ from gap_export.parity.inside.look import Inside
 from gap_export.parity.question import Question
 from gap_export.parity.results import LEVELS
 from tests.parity.checking import check_with_torch, statuses
-from tests.parity.mutants import (
-    CAUGHT_AT,
-    MUTANTS,
-    checkpoint_with_long_context,
-    with_long_context,
-)
+from tests.parity.mutants import CAUGHT_AT, MUTANTS, checkpoint_with_long_context, with_long_context
 
 EXPRESSIONS = ("the star", "a small red circle", "the big object left of a square")
 

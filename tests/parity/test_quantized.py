@@ -277,8 +277,7 @@ def test_a_graph_that_reads_another_layer_s_weights_fails(export, check, tmp_pat
 @pytest.fixture
 def reference(tiny_recipe: Recipe, tiny_checkpoint: Path) -> Reference:
     pruning = resolve_pruning(
-        tiny_recipe,
-        PruningRequest(pruner="spatial", keep_ratio=0.3, order="raster"),
+        tiny_recipe, PruningRequest(pruner="spatial", keep_ratio=0.3, order="raster")
     )
     return build_reference(tiny_recipe, Checkpoint.of(tiny_checkpoint), pruning, device="cpu")
 
@@ -350,11 +349,7 @@ ULP = torch.finfo(torch.float32).eps
 
 @pytest.mark.parametrize(
     ("one", "other", "passes"),
-    [
-        (-2 * ULP, 2 * ULP, True),
-        (-0.01, 2 * ULP, False),
-        (-2 * ULP, 1.0, False),
-    ],
+    [(-2 * ULP, 2 * ULP, True), (-0.01, 2 * ULP, False), (-2 * ULP, 1.0, False)],
 )
 def test_a_computed_weight_may_round_to_either_side_only_where_it_lies_halfway(
     reference, tmp_path, one, other, passes

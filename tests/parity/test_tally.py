@@ -25,14 +25,14 @@ def with_others(number: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("number", "passed"), [(0, True), (1, True), (2, True), (3, False)])
-def test_a_few_other_tokens_pass_and_more_fail(number: int, passed: bool) -> None:
+def test_a_few_other_tokens_pass_and_more_fail(number, passed):
     found = compare_selections(KEEP, with_others(number), max_changed_fraction=0.02)
     assert found.passed is passed
     assert found.max_abs_diff == number
     assert bool(found.reason) is not passed
 
 
-def test_one_other_token_passes_however_few_there_are() -> None:
+def test_one_other_token_passes_however_few_there_are():
     assert compare_selections(
         KEEP[:, :5], KEEP[:, :5] + [[0, 0, 0, 0, 1]], max_changed_fraction=0.02
     ).passed
@@ -52,20 +52,20 @@ def test_one_other_token_passes_however_few_there_are() -> None:
     ],
     ids=["order", "fewer", "dtype", "shifted", "repeated"],
 )
-def test_wrong_selection_fails_with_a_reason(candidate: np.ndarray, words: str) -> None:
+def test_wrong_selection_fails_with_a_reason(candidate, words):
     found = compare_selections(KEEP, candidate, max_changed_fraction=0.02)
     assert not found.passed
     assert words in found.reason
 
 
-def test_score_order_may_differ_where_the_reference_has_it() -> None:
+def test_score_order_may_differ_where_the_reference_has_it():
     best_first = KEEP[:, ::-1]
     swapped = best_first.copy()
     swapped[0, [3, 4]] = swapped[0, [4, 3]]
     assert compare_selections(best_first, swapped, max_changed_fraction=0.02).passed
 
 
-def test_features_are_paired_by_token() -> None:
+def test_features_are_paired_by_token():
     other = with_others(2)
     order = RNG.permutation(100)
     mine, theirs = pair_features(
@@ -99,7 +99,7 @@ def judge(
     return {row.tensor: row for row in tally.rows(TOLERANCES[dtype])}
 
 
-def test_half_precision_is_judged_by_the_size_of_the_output() -> None:
+def test_half_precision_is_judged_by_the_size_of_the_output():
     largest = float(np.abs(FEATURES).max())
     noisy = FEATURES + np.float16(0.004 * largest)
     rows = judge("float16", features=noisy)
@@ -122,20 +122,20 @@ def test_half_precision_is_judged_by_the_size_of_the_output() -> None:
     ],
     ids=["doubled", "permuted", "nan", "zeros", "narrower"],
 )
-def test_wrong_features_fail_in_half_precision(spoil: Any) -> None:
+def test_wrong_features_fail_in_half_precision(spoil):
     rows = judge("float16", features=spoil(FEATURES))
     assert not rows["image_features"].passed
     assert rows["keep_indices"].passed
 
 
-def test_another_token_passes_in_half_precision_and_never_in_single() -> None:
+def test_another_token_passes_in_half_precision_and_never_in_single():
     for dtype, passed in (("float16", True), ("float32", False)):
         row = judge(dtype, keep=with_others(1), calls=3)["keep_indices"]
         assert row.passed is passed
         assert row.calls == 3
 
 
-def test_newline_must_be_the_same() -> None:
+def test_newline_must_be_the_same():
     for dtype in ("float16", "float32"):
         assert judge(dtype)["image_newline"].passed
         row = judge(dtype, newline=1.001)["image_newline"]
@@ -143,14 +143,14 @@ def test_newline_must_be_the_same() -> None:
         assert row.component == "newline"
 
 
-def test_every_tolerance_says_why() -> None:
+def test_every_tolerance_says_why():
     for outputs in TOLERANCES.values():
         assert all(tolerance.why for tolerance in outputs.values())
     rows = judge("float16")
     assert rows["keep_indices"].why == TOLERANCES["float16"]["keep_indices"].why
 
 
-def test_rows_sum_up_all_calls() -> None:
+def test_rows_sum_up_all_calls():
     row = judge("float32", features=FEATURES + np.float16(0.5), calls=2)["image_features"]
     assert row.calls == 2
     assert row.mean_abs_diff == pytest.approx(0.5, rel=1e-2)
@@ -158,18 +158,18 @@ def test_rows_sum_up_all_calls() -> None:
     assert 0.9 < row.cosine < 1 and row.num_nonfinite == 0
 
 
-def test_other_tokens_are_counted_and_not_their_indices_subtracted() -> None:
+def test_other_tokens_are_counted_and_not_their_indices_subtracted():
     row = judge("float16", keep=with_others(2))["keep_indices"]
     assert (row.max_abs_diff, row.max_rel_diff) == (2, 0.02)
     assert row.cosine == pytest.approx(0.98)
 
 
-def test_a_selection_that_does_not_hold_together_is_infinitely_far_off() -> None:
+def test_a_selection_that_does_not_hold_together_is_infinitely_far_off():
     row = judge("float16", keep=KEEP[:, ::-1])["keep_indices"]
     assert not row.passed and row.max_abs_diff == np.inf
 
 
-def test_nonfinite_values_are_counted_and_leave_no_figures() -> None:
+def test_nonfinite_values_are_counted_and_leave_no_figures():
     spoilt = FEATURES.copy()
     spoilt[0, 0, :3] = np.nan, np.inf, -np.inf
     row = judge("float16", features=spoilt)["image_features"]
@@ -177,7 +177,7 @@ def test_nonfinite_values_are_counted_and_leave_no_figures() -> None:
     assert row.max_abs_diff == row.p99_rel_diff == np.inf and np.isnan(row.cosine)
 
 
-def test_the_first_failing_call_of_each_component_is_found() -> None:
+def test_the_first_failing_call_of_each_component_is_found():
     tally = Tally()
     calls = [
         Call(component="vision_encoder", inputs={}, outputs={"keep_indices": KEEP}),
@@ -197,7 +197,7 @@ def test_the_first_failing_call_of_each_component_is_found() -> None:
     assert found["decoder_model_merged"].calls is calls
 
 
-def test_every_dtype_has_a_tolerance_for_every_output() -> None:
+def test_every_dtype_has_a_tolerance_for_every_output():
     names = {frozenset(outputs) for outputs in TOLERANCES.values()}
     assert len(names) == 1
     for outputs in TOLERANCES.values():
@@ -230,7 +230,7 @@ def judge_choices(
     return rows
 
 
-def test_other_tokens_pass_where_rounding_decided_the_choice_of_that_image() -> None:
+def test_other_tokens_pass_where_rounding_decided_the_choice_of_that_image():
     other = np.concatenate([with_others(12), KEEP])
     features = np.repeat(FEATURES, 2, axis=0).copy()
     features[0, -12:] = 99
@@ -245,7 +245,7 @@ def test_other_tokens_pass_where_rounding_decided_the_choice_of_that_image() -> 
     assert same.passed and same.ties == 0
 
 
-def test_an_open_choice_excuses_neither_nonsense_nor_features() -> None:
+def test_an_open_choice_excuses_neither_nonsense_nor_features():
     twice = np.repeat(KEEP, 2, axis=0)
     twice[0, 1] = twice[0, 0]
     assert not judge_choices([1e-7, 1.0], twice)["keep_indices"].passed
@@ -257,14 +257,14 @@ def test_an_open_choice_excuses_neither_nonsense_nor_features() -> None:
     assert row["keep_indices"].passed and not row["image_features"].passed
 
 
-def test_an_open_choice_excuses_a_share_of_the_tokens_and_no_more() -> None:
+def test_an_open_choice_excuses_a_share_of_the_tokens_and_no_more():
     for number, passed in ((12, True), (13, False), (100, False)):
         other = np.concatenate([with_others(number), KEEP])
         row = judge_choices([0.0, 1.0], other)["keep_indices"]
         assert row.passed is passed and row.ties == int(passed)
 
 
-def test_in_half_precision_no_margin_excuses_anything() -> None:
+def test_in_half_precision_no_margin_excuses_anything():
     """Some choice is close in every image there: whatever was kept would pass."""
     tally = Tally()
     truth = {"image_features": FEATURES, "keep_indices": KEEP}

@@ -9,7 +9,7 @@ import pytest
 
 from gap_export.runtime.answers import read_answer
 from gap_export.runtime.images.geometry import ImageGeometry
-from gap_export.spec.manifest import BoxSpec, Manifest
+from gap_export.spec.manifest import BoxSpec
 
 
 def spec(scale: float, syntax: Literal["bracketed", "angled"] = "bracketed") -> BoxSpec:
@@ -60,9 +60,7 @@ ANGLED = spec(100.0, "angled")
         ("no box", ONE, False),
     ],
 )
-def test_a_box_on_another_scale_is_a_warning(
-    sample_manifest: Manifest, text: str, box_spec: BoxSpec, is_out: bool
-) -> None:
+def test_a_box_on_another_scale_is_a_warning(sample_manifest, text, box_spec, is_out):
     manifest = dataclasses.replace(sample_manifest, box=box_spec)
     _, warnings = read_answer(text, [9, 2], manifest, ImageGeometry(width=640, height=480))
     said = (
@@ -72,7 +70,7 @@ def test_a_box_on_another_scale_is_a_warning(
     assert (said in warnings) == is_out
 
 
-def test_a_box_that_is_clipped_to_nothing_says_why(sample_manifest: Manifest) -> None:
+def test_a_box_that_is_clipped_to_nothing_says_why(sample_manifest):
     box, warnings = read_answer(
         "[320, 240, 400, 300]", [9, 2], sample_manifest, ImageGeometry(width=640, height=480)
     )
@@ -83,7 +81,7 @@ def test_a_box_that_is_clipped_to_nothing_says_why(sample_manifest: Manifest) ->
     ]
 
 
-def test_a_box_in_the_padding_is_in_scale(sample_manifest: Manifest) -> None:
+def test_a_box_in_the_padding_is_in_scale(sample_manifest):
     geometry = ImageGeometry(width=640, height=480)
     assert sample_manifest.box.frame == "padded_square"
     for text in ("[0.1, 0.0, 0.9, 0.2]", "[0.1, 0.0, 0.9, 0.1]"):

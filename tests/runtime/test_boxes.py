@@ -29,9 +29,7 @@ hundredths = st.integers(0, 100)
     st.sampled_from(["", "Sure, it is at ", "the cup [1] is here: ", "["]),
     st.sampled_from(["", ".", "]", " and [0.1, 0.2, 0.3, 0.4]"]),
 )
-def test_written_box_is_read_back(
-    spec: BoxSpec, corners: tuple[int, int, int, int], space: str, before: str, after: str
-) -> None:
+def test_written_box_is_read_back(spec, corners, space, before, after):
     numbers = [f"{corner / 100 * spec.scale:.2f}" for corner in corners]
     text = f"{before}[{space}{f'{space},{space}'.join(numbers)}{space}]{after}"
     box = parse_box(text, spec)
@@ -41,9 +39,7 @@ def test_written_box_is_read_back(
 
 @SPECS
 @given(sizes, sizes, st.data())
-def test_pixels_undo_the_padding_of_wide_tall_and_square_images(
-    spec: BoxSpec, width: int, height: int, data: st.DataObject
-) -> None:
+def test_pixels_undo_the_padding_of_wide_tall_and_square_images(spec, width, height, data):
     x1 = data.draw(st.integers(0, width - 1))
     y1 = data.draw(st.integers(0, height - 1))
     x2 = data.draw(st.integers(x1 + 1, width))
@@ -70,9 +66,7 @@ def test_pixels_undo_the_padding_of_wide_tall_and_square_images(
 
 @SPECS
 @given(sizes, sizes, st.lists(st.floats(-1e9, 1e9), min_size=4, max_size=4))
-def test_pixels_are_within_the_image_and_ordered_or_none(
-    spec: BoxSpec, width: int, height: int, values: list[float]
-) -> None:
+def test_pixels_are_within_the_image_and_ordered_or_none(spec, width, height, values):
     x1, y1, x2, y2 = values
     box = to_pixels((x1, y1, x2, y2), spec, ImageGeometry(width=width, height=height))
     if box is not None:
@@ -91,9 +85,7 @@ def test_pixels_are_within_the_image_and_ordered_or_none(
         ((-2.0, 0.5, -1.0, 0.6), None),  # left of the image
     ],
 )
-def test_pixels_of_a_wide_image_at_known_points(
-    fractions: tuple[float, float, float, float], expected: tuple[float, ...] | None
-) -> None:
+def test_pixels_of_a_wide_image_at_known_points(fractions, expected):
     box = to_pixels(fractions, PADDED, ImageGeometry(width=400, height=200))
     assert box == (None if expected is None else pytest.approx(expected))
 
@@ -118,13 +110,13 @@ def test_pixels_of_a_wide_image_at_known_points(
         "[\u0661, 0.2, 0.3, 0.4]",  # a digit, but not one of the syntax
     ],
 )
-def test_text_without_a_box_gives_none(text: str) -> None:
+def test_text_without_a_box_gives_none(text):
     assert parse_box(text, PADDED) is None
 
 
 @pytest.mark.parametrize("spec", [PADDED, ANGLED], ids=["bracketed", "angled"])
 @given(st.one_of(st.text(alphabet="[]{}<>0123456789.,- \n", max_size=300), st.text(max_size=60)))
-def test_garbage_is_parsed_without_error(spec: BoxSpec, text: str) -> None:
+def test_garbage_is_parsed_without_error(spec, text):
     box = parse_box(text, spec)
     if box is not None:
         assert ("[" if spec is PADDED else "{") in text
@@ -137,9 +129,7 @@ def test_garbage_is_parsed_without_error(spec: BoxSpec, text: str) -> None:
     st.sampled_from(["", "<unk>", "the cup {1} <2> ", "{<1><2><3>", "{"]),
     st.sampled_from(["", "</s>", "}", "<delim>{<1><2><3><4>}"]),
 )
-def test_angled_box_is_read_back(
-    corners: tuple[int, ...], space: str, before: str, after: str
-) -> None:
+def test_angled_box_is_read_back(corners, space, before, after):
     numbers = space.join(f"<{space}{corner}{space}>" for corner in corners)
     box = parse_box(f"{before}{{{space}{numbers}{space}}}{after}", ANGLED)
     assert box == pytest.approx([corner / 100 for corner in corners], abs=1e-9)
@@ -163,11 +153,11 @@ def test_angled_box_is_read_back(
         "{<\u0661><2><3><4>}",
     ],
 )
-def test_text_without_an_angled_box_gives_none(text: str) -> None:
+def test_text_without_an_angled_box_gives_none(text):
     assert parse_box(text, ANGLED) is None
 
 
-def test_shikra_s_answer_is_bracketed() -> None:
+def test_shikra_s_answer_is_bracketed():
     assert parse_box("Answer: [0.123,0.456,0.7,0.9] .", PADDED) == (0.123, 0.456, 0.7, 0.9)
 
 
@@ -175,7 +165,7 @@ def test_shikra_s_answer_is_bracketed() -> None:
 @pytest.mark.parametrize(
     "piece", ["{", "[", "{ ", "[ ", "{<1><2><3>", "[1,2,3,", "{<1> ", " ", "1"]
 )
-def test_parsing_takes_linear_time(spec: BoxSpec, piece: str) -> None:
+def test_parsing_takes_linear_time(spec, piece):
     text = piece * (1_000_000 // len(piece))
     for start in ("", "{<1>", "[1,"):
         began = time.process_time()
@@ -184,16 +174,16 @@ def test_parsing_takes_linear_time(spec: BoxSpec, piece: str) -> None:
         assert time.process_time() - began < 2
 
 
-def test_first_of_several_boxes_counts() -> None:
+def test_first_of_several_boxes_counts():
     assert parse_box("[0.1, 0.2, 0.3, 0.4] [0.5, 0.6, 0.7, 0.8]", PADDED) == (0.1, 0.2, 0.3, 0.4)
 
 
-def test_signs_and_bare_points_are_numbers() -> None:
+def test_signs_and_bare_points_are_numbers():
     assert parse_box("[-0.1, +.5, 1., 1]", PADDED) == (-0.1, 0.5, 1.0, 1.0)
 
 
 @given(sizes, sizes)
-def test_padded_square_covers_the_image_with_equal_margins(width: int, height: int) -> None:
+def test_padded_square_covers_the_image_with_equal_margins(width, height):
     assume(width != height)
     frame = ImageGeometry(width=width, height=height).box_frame(PADDED)
     assert frame.width == frame.height == max(width, height)
@@ -202,7 +192,7 @@ def test_padded_square_covers_the_image_with_equal_margins(width: int, height: i
         assert 0 <= after - before <= 1
 
 
-def test_squashed_image_is_its_own_frame() -> None:
+def test_squashed_image_is_its_own_frame():
     geometry = ImageGeometry(width=30, height=20)
     spec = dataclasses.replace(SQUASHED, scale=1.0)
     assert geometry.box_frame(spec) == Frame(left=0, top=0, width=30, height=20)

@@ -13,7 +13,6 @@ from onnx import helper
 from gap_export.errors import ComputationError
 from gap_export.runtime.computed import check_computed, choose_tokens
 from gap_export.runtime.session import GroundingSession
-from gap_export.spec.manifest import Manifest
 from tests.parity.mutants import add_constant, rewrite_graph
 from tests.runtime.fake_backends import EditedBackend
 
@@ -41,7 +40,7 @@ HALF, SINGLE = np.float16, np.float32
         ([-65504, -3, -3, -3], HALF, "-3 for each of 3 tokens, row 1"),
     ],
 )
-def test_logits_that_choose_nothing_are_refused(row: list[float], dtype: Any, seen: str) -> None:
+def test_logits_that_choose_nothing_are_refused(row, dtype, seen):
     logits = np.array([range(len(row)), row], dtype=dtype)
     with pytest.raises(ComputationError, match=f"logits that cannot be right: {seen}.*float32"):
         choose_tokens(logits, step=3)
@@ -61,7 +60,7 @@ def test_logits_that_choose_nothing_are_refused(row: list[float], dtype: Any, se
     ],
 )
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])
-def test_logits_that_choose_are_taken(row: list[float], token: int, dtype: Any) -> None:
+def test_logits_that_choose_are_taken(row, token, dtype):
     assert choose_tokens(np.array([row], dtype=dtype), step=0).tolist() == [token]
 
 
@@ -69,7 +68,7 @@ def test_logits_that_choose_are_taken(row: list[float], token: int, dtype: Any) 
 @pytest.mark.parametrize(
     ("value", "is_wrong"), [(INF, True), (-INF, True), (NAN, True), (-NAN, True), (65472, False)]
 )
-def test_one_number_that_is_not_finite_is_found(dtype: Any, value: float, is_wrong: bool) -> None:
+def test_one_number_that_is_not_finite_is_found(dtype, value, is_wrong):
     values = np.arange(24, dtype=dtype).reshape(2, 3, 4)
     # As views do it: neither contiguous nor at the start of their memory.
     values = values.transpose(0, 2, 1)
@@ -82,7 +81,7 @@ def test_one_number_that_is_not_finite_is_found(dtype: Any, value: float, is_wro
             check_computed(output, graph="tower", output="it")
 
 
-def test_a_constant_row_is_found_where_it_cannot_be() -> None:
+def test_a_constant_row_is_found_where_it_cannot_be():
     values = np.arange(24, dtype=HALF).reshape(2, 12)
     values[1] = 0
     with pytest.raises(ComputationError, match="0 everywhere, in row 1"):
@@ -108,16 +107,14 @@ def is_refused(session: GroundingSession, output: str, spoil: Callable[[Any], An
 @pytest.mark.parametrize("spoil", [spoilt_at_the_end(INF), spoilt_at_the_end(NAN), np.zeros_like])
 @pytest.mark.parametrize("output", ["text_embeds", "inputs_embeds", "image_features", "logits"])
 def test_every_output_of_a_session_is_looked_at(
-    text_manifest: Manifest, make_backend: Any, tokenizer_folder: Path, output: str, spoil: Any
-) -> None:
+    text_manifest, make_backend, tokenizer_folder, output, spoil
+):
     session = GroundingSession(text_manifest, tokenizer_folder, make_backend(text_manifest))
     is_refused(session, output, spoil)
 
 
 @pytest.mark.parametrize("output", ["image_features", "image_newline"])
-def test_tiles_are_looked_at(
-    tiled_manifest: Manifest, make_backend: Any, tokenizer_folder: Path, output: str
-) -> None:
+def test_tiles_are_looked_at(tiled_manifest, make_backend, tokenizer_folder, output):
     session = GroundingSession(tiled_manifest, tokenizer_folder, make_backend(tiled_manifest))
     is_refused(session, output, spoilt_at_the_end(-INF))
 
@@ -130,17 +127,13 @@ def test_tiles_are_looked_at(
         ("image_features", "token_pruner"),
     ],
 )
-def test_what_an_adaptive_budget_reads_is_looked_at(
-    tiny_checkpoint: Path, exports: Any, output: str, graph: str
-) -> None:
+def test_what_an_adaptive_budget_reads_is_looked_at(tiny_checkpoint, exports, output, graph):
     bundle = exports.bundle(model=str(tiny_checkpoint), pruner="trim")
     with GroundingSession.open(bundle, num_threads=1) as session:
         assert graph in is_refused(session, output, spoilt_at_the_end(INF))
 
 
-def test_scores_that_are_all_equal_keep_the_lowest_indices(
-    tiny_checkpoint: Path, exports: Any
-) -> None:
+def test_scores_that_are_all_equal_keep_the_lowest_indices(tiny_checkpoint, exports):
     bundle = exports.bundle(model=str(tiny_checkpoint), pruner="trim")
     with GroundingSession.open(bundle, num_threads=1) as session:
         session.backend = EditedBackend(session.backend, "token_scores", np.zeros_like)
@@ -151,9 +144,8 @@ def test_scores_that_are_all_equal_keep_the_lowest_indices(
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.full)])
 def test_a_decoder_that_overflows_is_refused_by_ground_and_fails_the_check(
-    tiny_checkpoint: Path, tiny_recipe: Any, exports: Any, tmp_path: Path, run_ground: Any,
-    dtype: str,
-) -> None:  # fmt: skip
+    tiny_checkpoint, tiny_recipe, exports, tmp_path, run_ground, dtype
+):
     from gap_export.checkpoint.find.source import Checkpoint
     from gap_export.parity.question import Question
     from tests.parity.checking import check_with_torch, statuses

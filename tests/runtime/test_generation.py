@@ -10,12 +10,7 @@ import pytest
 
 from gap_export.errors import UsageError
 from gap_export.runtime.backends.backend import Backend
-from gap_export.runtime.generation import (
-    DecoderPrompt,
-    PromptRow,
-    assemble_prompt,
-    generate,
-)
+from gap_export.runtime.generation import DecoderPrompt, PromptRow, assemble_prompt, generate
 from gap_export.spec.manifest import Manifest
 
 MakeBackend = Callable[[Manifest], Any]
@@ -46,7 +41,7 @@ def assembled(rows: list[PromptRow], positions: Any = "gap") -> DecoderPrompt:
     return assemble_prompt(rows, positions=positions)
 
 
-def test_one_row_is_prefix_image_suffix_with_original_ids() -> None:
+def test_one_row_is_prefix_image_suffix_with_original_ids():
     row = ROWS[0]
     prompt = assembled([row])
     expected = [*row.prefix_embeds, *row.image_features, *row.suffix_embeds]
@@ -56,13 +51,13 @@ def test_one_row_is_prefix_image_suffix_with_original_ids() -> None:
     assert prompt.kept_positions.tolist() == [[0, 1, 2, 5, 11, 17, 18, 19, 20, 21, 22]]
 
 
-def test_compact_positions_are_the_slots() -> None:
+def test_compact_positions_are_the_slots():
     prompt = assembled([ROWS[0]], "compact")
     assert prompt.id_table.tolist() == [list(range(11))]
     assert prompt.kept_positions.tolist() == [[0, 1, 2, 5, 11, 17, 18, 19, 20, 21, 22]]
 
 
-def test_shorter_rows_are_padded_on_the_left() -> None:
+def test_shorter_rows_are_padded_on_the_left():
     prompt = assembled(ROWS)
     assert prompt.attention_mask.sum(axis=1).tolist() == [11, 7, 7]
     assert prompt.attention_mask[1].tolist() == [0] * 4 + [1] * 7
@@ -71,22 +66,20 @@ def test_shorter_rows_are_padded_on_the_left() -> None:
     assert prompt.kept_positions[1].tolist() == [0, 1, 3, 4, 5, 6, 18, 19, 20, 21, 22]
 
 
-def test_rows_may_differ_in_how_many_visual_tokens_there_were() -> None:
+def test_rows_may_differ_in_how_many_visual_tokens_there_were():
     rows = [make_row(2, 2, [0, 3], num_visual=4), make_row(2, 2, [0, 3, 8], num_visual=9)]
     prompt = assembled(rows)
     # The shorter table goes on by itself.
     assert prompt.kept_positions.tolist() == [[0, 1, 2, 5, 6, 7, 8], [0, 1, 2, 5, 10, 11, 12]]
 
 
-def test_no_rows_are_refused() -> None:
+def test_no_rows_are_refused():
     with pytest.raises(UsageError, match="at least one row"):
         assembled([])
 
 
 @pytest.mark.parametrize("positions", ["gap", "compact"])
-def test_rows_of_a_batch_equal_the_rows_alone(
-    sample_manifest: Manifest, make_backend: MakeBackend, positions: str
-) -> None:
+def test_rows_of_a_batch_equal_the_rows_alone(sample_manifest, make_backend, positions):
     def run(rows: list[PromptRow]) -> Any:
         backend = make_backend(sample_manifest)
         return generate(
@@ -101,9 +94,7 @@ def test_rows_of_a_batch_equal_the_rows_alone(
         np.testing.assert_allclose(together.logits[index], alone.logits[0], rtol=1e-5, atol=1e-5)
 
 
-def test_decode_goes_on_from_the_unpruned_length(
-    sample_manifest: Manifest, make_backend: MakeBackend
-) -> None:
+def test_decode_goes_on_from_the_unpruned_length(sample_manifest, make_backend):
     backend = make_backend(sample_manifest)
     generate(backend, assembled(ROWS), max_new_tokens=4, eos_token_ids=())
     # Unpruned lengths: 2+16+5, 2+16+1, 0+16+3.
@@ -146,26 +137,26 @@ def scripted(answers: list[list[int]], **options: Any) -> tuple[ScriptedBackend,
     return backend, generate(backend, assembled(rows), **given_options)  # type: ignore[arg-type]
 
 
-def test_rows_end_at_their_own_eos_and_the_loop_at_the_last() -> None:
+def test_rows_end_at_their_own_eos_and_the_loop_at_the_last():
     backend, found = scripted([[5, 2, 7, 7, 7], [5, 6, 4, 2, 7], [2, 2, 2, 2, 2]])
     assert found.token_ids == ((5, 2), (5, 6, 4, 2), (2,))
     assert backend.step == 4
     assert [shape[1] for shape in backend.masks] == [3, 4, 5, 6]
 
 
-def test_any_of_several_eos_ends_a_row() -> None:
+def test_any_of_several_eos_ends_a_row():
     _, found = scripted([[5, 8, 7, 7, 7]], eos_token_ids=(2, 8))
     assert found.token_ids == ((5, 8),)
 
 
-def test_answer_without_eos_ends_at_the_limit_without_an_extra_step() -> None:
+def test_answer_without_eos_ends_at_the_limit_without_an_extra_step():
     backend, found = scripted([[5, 5, 5, 5, 5, 5]], max_new_tokens=3)
     assert found.token_ids == ((5, 5, 5),)
     assert backend.step == 3
     assert backend.fed == [[5], [5]]
 
 
-def test_forced_tokens_are_fed_and_the_choices_reported() -> None:
+def test_forced_tokens_are_fed_and_the_choices_reported():
     forced = np.asarray([[1, 3, 4, 1]])
     backend, found = scripted([[5, 2, 7, 6, 5]], forced_tokens=forced, keep_logits=True)
     assert backend.fed == [[1], [3], [4]]
@@ -182,6 +173,6 @@ def test_forced_tokens_are_fed_and_the_choices_reported() -> None:
         ({"forced_tokens": np.zeros((2, 3), np.int64)}, "another batch size: 2; allowed: 1"),
     ],
 )
-def test_request_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+def test_request_that_makes_no_sense_is_refused(options, message):
     with pytest.raises(UsageError, match=message):
         scripted([[5]], **options)

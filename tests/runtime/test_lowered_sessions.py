@@ -7,7 +7,6 @@ the ``in_place`` cache, profiles from the export's own limits, buffers, phases, 
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -27,9 +26,7 @@ from tests.shared import SharedExports
 
 @pytest.fixture(scope="module", params=[pytest.param("portable", marks=pytest.mark.full), "fused"])
 def bundle(
-    request: pytest.FixtureRequest,
-    exports: SharedExports,
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, exports: SharedExports, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
     """The demo model with engines of one lowering, for batches of up to 3."""
     exported = exports.bundle(
@@ -48,7 +45,7 @@ def bundle(
     return opened
 
 
-def test_lowered_graphs_pass_the_check(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lowered_graphs_pass_the_check(bundle, monkeypatch):
     device = use_fakes(monkeypatch)
     recipe, checkpoint = resolve_source(bundle.manifest, {})
     samples = iter_samples(seed=0, num_samples=4)
@@ -65,9 +62,7 @@ def test_lowered_graphs_pass_the_check(bundle: Bundle, monkeypatch: pytest.Monke
     assert device.calls and device.is_clean
 
 
-def test_a_golden_for_tensorrt_has_the_dtype_of_its_graphs(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_golden_for_tensorrt_has_the_dtype_of_its_graphs(bundle, tmp_path, monkeypatch):
     use_fakes(monkeypatch)
     recipe, checkpoint = resolve_source(bundle.manifest, {})
     questions = [
@@ -86,9 +81,7 @@ def test_a_golden_for_tensorrt_has_the_dtype_of_its_graphs(
     assert set(statuses(report, backend=1).values()) == {"passed"}
 
 
-def test_a_batch_and_recorded_steps_change_no_answer(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_and_recorded_steps_change_no_answer(bundle, monkeypatch):
     device = use_fakes(monkeypatch)
     samples = list(iter_samples(seed=1, num_samples=3))
     texts = [sample.expression.text for sample in samples]
@@ -102,9 +95,7 @@ def test_a_batch_and_recorded_steps_change_no_answer(
     assert ("launch" in device.calls) == in_place
 
 
-def test_engines_of_a_copied_bundle_run_as_well(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engines_of_a_copied_bundle_run_as_well(bundle, tmp_path, monkeypatch):
     use_fakes(monkeypatch)
     copied = tmp_path / "elsewhere"
     shutil.copytree(bundle.path, copied)

@@ -38,7 +38,7 @@ def with_prompt(manifest: Manifest, **changes: object) -> Manifest:
     return dataclasses.replace(manifest, prompt=prompt)
 
 
-def test_prompt_is_split_at_the_image(encoder: PromptEncoder, tokenizer: Tokenizer) -> None:
+def test_prompt_is_split_at_the_image(encoder, tokenizer):
     encoded = encoder.encode("the small red circle")
     spell = tokenizer.id_to_token
     assert [spell(i) for i in encoded.prefix_ids] == ["<s>", "USER:"]
@@ -50,7 +50,7 @@ def test_prompt_is_split_at_the_image(encoder: PromptEncoder, tokenizer: Tokeniz
     assert encoded.warnings == ()
 
 
-def test_space_around_an_expression_does_not_count(encoder: PromptEncoder) -> None:
+def test_space_around_an_expression_does_not_count(encoder):
     plain, spaced = encoder.encode("the star"), encoder.encode("  the star\n")
     assert spaced.suffix_ids.tolist() == plain.suffix_ids.tolist()
 
@@ -59,24 +59,24 @@ def test_space_around_an_expression_does_not_count(encoder: PromptEncoder) -> No
     "expression",
     ["", " ", "\n\t ", "\u3000\u00a0", "\u200b\u2060", "\u200d", " \u202e \u2028", "\ue000"],
 )
-def test_empty_expression_is_refused(encoder: PromptEncoder, expression: str) -> None:
+def test_empty_expression_is_refused(encoder, expression):
     with pytest.raises(ExpressionError, match=r"expression is empty.*the red cup"):
         encoder.encode(expression)
 
 
 @pytest.mark.parametrize("thing", [None, 5, b"the star", ["the star"]])
-def test_expression_that_is_not_text_is_refused(encoder: PromptEncoder, thing: object) -> None:
+def test_expression_that_is_not_text_is_refused(encoder, thing):
     with pytest.raises(ExpressionError, match=f"not text: {type(thing).__name__}"):
         encoder.encode(thing)  # type: ignore[arg-type]
 
 
-def test_longest_expression_is_accepted_and_one_more_word_is_not(encoder: PromptEncoder) -> None:
+def test_longest_expression_is_accepted_and_one_more_word_is_not(encoder):
     assert len(encoder.encode(" ".join(["star"] * 12)).suffix_ids) == 13
     with pytest.raises(ExpressionError, match="too long: 13 tokens; allowed: at most 12 tokens"):
         encoder.encode(" ".join(["star"] * 13))
 
 
-def test_very_long_expression_is_refused_before_it_is_tokenized(encoder: PromptEncoder) -> None:
+def test_very_long_expression_is_refused_before_it_is_tokenized(encoder):
     with pytest.raises(ExpressionError, match="too long: 3000000 characters"):
         encoder.encode("x" * 3_000_000)
 
@@ -85,7 +85,7 @@ def test_very_long_expression_is_refused_before_it_is_tokenized(encoder: PromptE
     "expression",
     ["the <image> star", "<image>", "star</s>", "<s>star", "<pad>", "a<unk>b", "x <image><image>"],
 )
-def test_special_token_is_refused(encoder: PromptEncoder, expression: str) -> None:
+def test_special_token_is_refused(encoder, expression):
     with pytest.raises(ExpressionError, match="special token of the model: <"):
         encoder.encode(expression)
 
@@ -97,20 +97,20 @@ def test_special_token_is_refused(encoder: PromptEncoder, expression: str) -> No
         "a\u202eb", "a\u200bb", "a\u2028b", "a\u2029b", "a\ue000b", "a\ufeffb",
     ],
 )  # fmt: skip
-def test_control_character_is_refused(encoder: PromptEncoder, expression: str) -> None:
+def test_control_character_is_refused(encoder, expression):
     with pytest.raises(ExpressionError, match="control character"):
         encoder.encode(expression)
 
 
-def test_joiners_of_scripts_and_emoji_are_accepted(encoder: PromptEncoder) -> None:
+def test_joiners_of_scripts_and_emoji_are_accepted(encoder):
     assert (
         len(encoder.encode("\u0645\u06cc\u200c\u062e \U0001f468\u200d\U0001f466").suffix_ids) == 3
     )
 
 
 def test_word_without_a_token_is_refused_where_there_is_none_for_unknown_words(
-    sample_manifest: Manifest, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+    sample_manifest, tokenizer_folder, tmp_path
+):
     plain = json.loads((tokenizer_folder / "tokenizer.json").read_text())
     plain["model"]["unk_token"] = "[nothing]"
     (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
@@ -120,7 +120,7 @@ def test_word_without_a_token_is_refused_where_there_is_none_for_unknown_words(
         encoder.encode("the zebra")
 
 
-def test_braces_are_words_like_others(encoder: PromptEncoder, tokenizer: Tokenizer) -> None:
+def test_braces_are_words_like_others(encoder, tokenizer):
     encoded = encoder.encode("{expression} {0} %s star")
     assert len(encoded.suffix_ids) == 5
     assert tokenizer.id_to_token(int(encoded.suffix_ids[3])) == "star"
@@ -128,9 +128,7 @@ def test_braces_are_words_like_others(encoder: PromptEncoder, tokenizer: Tokeniz
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(expression=st.text(max_size=60))
-def test_any_text_is_refused_or_stays_within_the_template(
-    encoder: PromptEncoder, tokenizer: Tokenizer, expression: str
-) -> None:
+def test_any_text_is_refused_or_stays_within_the_template(encoder, tokenizer, expression):
     try:
         encoded = encoder.encode(expression)
     except ExpressionError:
@@ -141,14 +139,12 @@ def test_any_text_is_refused_or_stays_within_the_template(
     assert not specials & set(encoded.suffix_ids.tolist())
 
 
-def test_unknown_words_are_named_once(encoder: PromptEncoder) -> None:
+def test_unknown_words_are_named_once(encoder):
     encoded = encoder.encode("the purple star left of the purple moon")
     assert encoded.warnings == ("words the model does not know: purple, moon",)
 
 
-def test_words_for_the_text_tower_keep_its_end_when_cut(
-    text_encoder: PromptEncoder, tokenizer: Tokenizer
-) -> None:
+def test_words_for_the_text_tower_keep_its_end_when_cut(text_encoder, tokenizer):
     spell = tokenizer.id_to_token
     (short,) = text_encoder.encode("the star").text_ids
     (long,) = text_encoder.encode("the small red circle above the star").text_ids
@@ -157,8 +153,8 @@ def test_words_for_the_text_tower_keep_its_end_when_cut(
 
 
 def test_words_for_the_text_tower_go_on_in_segments_where_the_pruner_has_it_so(
-    text_manifest: Manifest, tokenizer_folder: Path, tokenizer: Tokenizer
-) -> None:
+    text_manifest, tokenizer_folder, tokenizer
+):
     assert text_manifest.text_encoder is not None
     tower = dataclasses.replace(text_manifest.text_encoder, long_texts="segments")
     encoder = PromptEncoder(
@@ -176,9 +172,7 @@ def test_words_for_the_text_tower_go_on_in_segments_where_the_pruner_has_it_so(
         assert [" ".join(map(spell, ids.tolist())) for ids in found] == segments
 
 
-def test_the_text_tower_reads_the_declared_template(
-    text_manifest: Manifest, tokenizer_folder: Path, tokenizer: Tokenizer
-) -> None:
+def test_the_text_tower_reads_the_declared_template(text_manifest, tokenizer_folder, tokenizer):
     assert text_manifest.text_encoder is not None
     tower = dataclasses.replace(text_manifest.text_encoder, template="above {expression} ?")
     encoder = PromptEncoder(
@@ -189,7 +183,7 @@ def test_the_text_tower_reads_the_declared_template(
     assert words == ["<s>", "above", "the", "star", "<unk>", "</s>"]
 
 
-def test_context_counts_pruned_tokens(sample_manifest: Manifest, tokenizer_folder: Path) -> None:
+def test_context_counts_pruned_tokens(sample_manifest, tokenizer_folder):
     # <s> USER: + 16 visual tokens + 3 words + ASSISTANT: = 22, and 8 for the answer.
     def encoder(limit: int) -> PromptEncoder:
         decoder = dataclasses.replace(sample_manifest.decoder, max_position_embeddings=limit)
@@ -205,34 +199,28 @@ def test_context_counts_pruned_tokens(sample_manifest: Manifest, tokenizer_folde
     "template", ["USER: {expression} ASSISTANT:", "<image> {expression} <image>", "<image>"]
 )
 def test_template_without_one_image_before_text_is_refused(
-    sample_manifest: Manifest, tokenizer_folder: Path, template: str
-) -> None:
+    sample_manifest, tokenizer_folder, template
+):
     encoder = PromptEncoder(with_prompt(sample_manifest, template=template), tokenizer_folder)
     with pytest.raises(BundleError, match="does not hold the image token once"):
         encoder.encode("the star")
 
 
-def test_image_token_that_the_tokenizer_does_not_know_is_refused(
-    sample_manifest: Manifest, tokenizer_folder: Path
-) -> None:
+def test_image_token_that_the_tokenizer_does_not_know_is_refused(sample_manifest, tokenizer_folder):
     manifest = with_prompt(sample_manifest, image_token="<photo>")
     with pytest.raises(BundleError, match="does not know the image token: <photo>"):
         PromptEncoder(manifest, tokenizer_folder)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff", b'{"model": 5}'])
-def test_tokenizer_that_is_none_is_refused(
-    sample_manifest: Manifest, tmp_path: Path, content: bytes | None
-) -> None:
+def test_tokenizer_that_is_none_is_refused(sample_manifest, tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(BundleError, match=r"tokenizer (cannot be read|is not one)"):
         PromptEncoder(sample_manifest, tmp_path)
 
 
-def test_answer_is_spelled_without_special_tokens(
-    encoder: PromptEncoder, tokenizer: Tokenizer
-) -> None:
+def test_answer_is_spelled_without_special_tokens(encoder, tokenizer):
     ids = tuple(tokenizer.encode("[ 0.12 , 0.34 ]", add_special_tokens=False).ids)
     assert encoder.decode((*ids, 2)) == "[ 0.12 , 0.34 ]"
     assert encoder.decode(()) == ""

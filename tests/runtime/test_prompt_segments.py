@@ -107,7 +107,7 @@ def text_of(ids: object) -> str:
     return re.sub("<0x(..)>", lambda found: chr(int(found[1], 16)), text)
 
 
-def test_image_of_llava_starts_at_slot_35(make_encoder: MakeEncoder) -> None:
+def test_image_of_llava_starts_at_slot_35(make_encoder):
     encoded = make_encoder(LLAVA_TEMPLATE).encode("a red cup")
     assert encoded.prefix_ids.tolist() == LLAVA_PREFIX
     assert len(encoded.prefix_ids) == 35
@@ -118,13 +118,13 @@ def test_image_of_llava_starts_at_slot_35(make_encoder: MakeEncoder) -> None:
     assert text_of(encoded.suffix_ids).endswith("describes: a red cup ASSISTANT:")
 
 
-def test_tokenizer_is_never_asked_for_the_image_token(make_encoder: MakeEncoder) -> None:
+def test_tokenizer_is_never_asked_for_the_image_token(make_encoder):
     encoder = make_encoder(LLAVA_TEMPLATE)
     assert encoder.image_token_id is None
     assert 0 not in encoder.encode("a red cup").suffix_ids
 
 
-def test_image_of_shikra_stands_in_mid_sentence(make_encoder: MakeEncoder) -> None:
+def test_image_of_shikra_stands_in_mid_sentence(make_encoder):
     template = (
         "A chat between a curious user and an artificial intelligence assistant. USER: Can you "
         "point out {expression} in the image <im_start><image><im_end> and provide the "
@@ -142,7 +142,7 @@ def test_image_of_shikra_stands_in_mid_sentence(make_encoder: MakeEncoder) -> No
     assert short.suffix_ids.tolist() == long.suffix_ids.tolist()
 
 
-def test_prompt_of_minigpt_v2_begins_twice(make_encoder: MakeEncoder) -> None:
+def test_prompt_of_minigpt_v2_begins_twice(make_encoder):
     template = (
         "<s>[INST] <Img><ImageHere></Img> [refer] give me the location of {expression} [/INST]"
     )
@@ -157,7 +157,7 @@ def test_prompt_of_minigpt_v2_begins_twice(make_encoder: MakeEncoder) -> None:
     )
 
 
-def test_answer_of_minigpt_v2_keeps_its_brackets(make_encoder: MakeEncoder) -> None:
+def test_answer_of_minigpt_v2_keeps_its_brackets(make_encoder):
     encoder = make_encoder(LLAVA_TEMPLATE)
     answer = "{<12><3><100><99>}"
     ids = build_llama_like().encode(answer, add_special_tokens=False).ids
@@ -167,9 +167,7 @@ def test_answer_of_minigpt_v2_keeps_its_brackets(make_encoder: MakeEncoder) -> N
 @pytest.mark.parametrize(
     "expression", ["a <image> cup", "<image>", "the <s> cup", "cup</s>", "<unk>"]
 )
-def test_structure_cannot_be_written_into_an_expression(
-    make_encoder: MakeEncoder, expression: str
-) -> None:
+def test_structure_cannot_be_written_into_an_expression(make_encoder, expression):
     with pytest.raises(ExpressionError, match="special token of the model: <"):
         make_encoder(LLAVA_TEMPLATE).encode(expression)
 
@@ -182,14 +180,12 @@ def test_structure_cannot_be_written_into_an_expression(
         "USER: {expression}<image>",
     ],
 )
-def test_template_without_one_image_before_text_is_refused(
-    make_encoder: MakeEncoder, template: str
-) -> None:
+def test_template_without_one_image_before_text_is_refused(make_encoder, template):
     with pytest.raises(BundleError, match="does not hold the image token once, before some text"):
         make_encoder(template).encode("a cup")
 
 
-def test_tokenizer_that_closes_every_text_is_refused(make_encoder: MakeEncoder) -> None:
+def test_tokenizer_that_closes_every_text_is_refused(make_encoder):
     closing = build_llama_like()
     closing.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
@@ -198,7 +194,7 @@ def test_tokenizer_that_closes_every_text_is_refused(make_encoder: MakeEncoder) 
         make_encoder(LLAVA_TEMPLATE, tokenizer=closing).encode("a cup")
 
 
-def test_image_may_come_first(make_encoder: MakeEncoder) -> None:
+def test_image_may_come_first(make_encoder):
     encoded = make_encoder("<image> {expression} ASSISTANT:").encode("a cup")
     assert encoded.prefix_ids.tolist() == [1]
     assert text_of(encoded.suffix_ids).endswith(" a cup ASSISTANT:")

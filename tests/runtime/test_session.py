@@ -58,7 +58,7 @@ def forget_calls(session: GroundingSession) -> None:
     backend.feeds.clear()
 
 
-def test_answer_tells_what_was_seen(session: GroundingSession, image: Any) -> None:
+def test_answer_tells_what_was_seen(session, image):
     answer = session.ground(image, " the star ")
     assert answer.expression == " the star "
     assert answer.keep_indices == (0, 3, 6, 9, 12)
@@ -77,7 +77,7 @@ def test_answer_tells_what_was_seen(session: GroundingSession, image: Any) -> No
     assert 0 < sum(parts) <= answer.timings_ms["total"]
 
 
-def test_answer_is_plain_json(session: GroundingSession, image: Any) -> None:
+def test_answer_is_plain_json(session, image):
     answer = session.ground(image, "the star")
     plain = json.loads(json.dumps(answer.to_plain()))
     assert plain["keep_indices"] == [0, 3, 6, 9, 12]
@@ -104,9 +104,7 @@ def test_answer_is_plain_json(session: GroundingSession, image: Any) -> None:
     assert set(plain) == {field.name for field in dataclasses.fields(answer)}
 
 
-def test_batch_equals_its_rows_alone_and_sees_the_image_once(
-    session: GroundingSession, image: Any
-) -> None:
+def test_batch_equals_its_rows_alone_and_sees_the_image_once(session, image):
     alone = [session.ground(image, expression) for expression in EXPRESSIONS]
     forget_calls(session)
     together = session.ground_batch(image, EXPRESSIONS)
@@ -117,8 +115,8 @@ def test_batch_equals_its_rows_alone_and_sees_the_image_once(
 
 
 def test_a_text_in_segments_is_fed_as_the_mean_of_their_unit_vectors(
-    text_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, image: Any
-) -> None:
+    text_manifest, make_backend, tokenizer_folder, image
+):
     """CDPruner averages the cosines of a patch with each segment; nothing else is read of them."""
     assert text_manifest.text_encoder is not None
     tower = dataclasses.replace(text_manifest.text_encoder, long_texts="segments")
@@ -143,9 +141,7 @@ def test_a_text_in_segments_is_fed_as_the_mean_of_their_unit_vectors(
     assert np.array_equal(texts[1], embed(alone))
 
 
-def test_batch_of_a_text_reading_pruner_equals_its_rows_alone(
-    text_session: GroundingSession, image: Any
-) -> None:
+def test_batch_of_a_text_reading_pruner_equals_its_rows_alone(text_session, image):
     alone = [text_session.ground(image, expression) for expression in EXPRESSIONS]
     forget_calls(text_session)
     together = text_session.ground_batch(image, EXPRESSIONS)
@@ -160,8 +156,8 @@ def test_batch_of_a_text_reading_pruner_equals_its_rows_alone(
 
 
 def test_positions_are_the_manifest_s_unless_told_otherwise(
-    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, image: Any
-) -> None:
+    sample_manifest, make_backend, tokenizer_folder, image
+):
     def first_ids(manifest: Manifest, **options: Any) -> list[int]:
         backend = make_backend(manifest)
         GroundingSession(manifest, tokenizer_folder, backend, **options).ground(image, "star")
@@ -202,9 +198,8 @@ def answering(manifest: Manifest, inner: Any, folder: Path, text: str) -> Ground
     ],
 )
 def test_answer_becomes_a_box_in_pixels_of_the_image(
-    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, image: Any,
-    answer: str, frame: Any, box: Any,
-) -> None:  # fmt: skip
+    sample_manifest, make_backend, tokenizer_folder, image, answer, frame, box
+):
     spec = BoxSpec(syntax="bracketed", scale=1.0, frame=frame)
     manifest = dataclasses.replace(sample_manifest, box=spec)
     session = answering(manifest, make_backend(manifest), tokenizer_folder, answer)
@@ -215,9 +210,8 @@ def test_answer_becomes_a_box_in_pixels_of_the_image(
 
 
 def test_box_of_a_turned_image_is_in_its_frame_as_displayed(
-    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, image: Any,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    sample_manifest, make_backend, tokenizer_folder, image, tmp_path
+):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to be upright: 40x24 becomes 24x40
     Image.fromarray(image).save(tmp_path / "turned.png", exif=exif)
@@ -230,23 +224,19 @@ def test_box_of_a_turned_image_is_in_its_frame_as_displayed(
     assert found.box == pytest.approx((12.0, 10.0, 16.0, 30.0))
 
 
-def test_unknown_words_come_back_as_a_warning(session: GroundingSession, image: Any) -> None:
+def test_unknown_words_come_back_as_a_warning(session, image):
     first, second = session.ground_batch(image, ["the purple star", "the star"])
     assert first.warnings[0] == "words the model does not know: purple"
     assert not any("does not know" in text for text in second.warnings)
 
 
 @pytest.mark.parametrize("expressions", [[], (), "the star"])
-def test_batch_that_is_no_list_is_refused(
-    session: GroundingSession, image: Any, expressions: Any
-) -> None:
+def test_batch_that_is_no_list_is_refused(session, image, expressions):
     with pytest.raises(ExpressionError, match="no list of expressions"):
         session.ground_batch(image, expressions)
 
 
-def test_bad_input_is_refused_before_anything_runs(
-    session: GroundingSession, image: Any, tmp_path: Path
-) -> None:
+def test_bad_input_is_refused_before_anything_runs(session, image, tmp_path):
     with pytest.raises(ImageError, match="no such image"):
         session.ground(tmp_path / "missing.png", "the star")
     with pytest.raises(ExpressionError, match="empty"):
@@ -254,14 +244,14 @@ def test_bad_input_is_refused_before_anything_runs(
     assert calls_of(session) == []
 
 
-def test_backend_is_closed_with_the_session(session: GroundingSession, image: Any) -> None:
+def test_backend_is_closed_with_the_session(session, image):
     with session as entered:
         assert entered is session
         entered.ground(image, "the star")
     assert vars(session.backend)["closed"]
 
 
-def test_closed_session_says_so(session: GroundingSession, image: Any) -> None:
+def test_closed_session_says_so(session, image):
     with session:
         pass
     with pytest.raises(GapExportError, match="the session is closed"):
@@ -270,7 +260,7 @@ def test_closed_session_says_so(session: GroundingSession, image: Any) -> None:
         pass
 
 
-def test_close_without_with_frees_the_backend_once(session: GroundingSession) -> None:
+def test_close_without_with_frees_the_backend_once(session):
     session.close()
     session.close()
     with pytest.raises(GapExportError, match="closed"), session:
@@ -278,9 +268,7 @@ def test_close_without_with_frees_the_backend_once(session: GroundingSession) ->
     assert vars(session.backend)["closed"] == 1
 
 
-def test_calls_that_run_when_the_session_is_closed_finish(
-    session: GroundingSession, image: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calls_that_run_when_the_session_is_closed_finish(session, image, monkeypatch):
     backend: Any = session.backend
     expected = session.ground(image, "the star").token_ids
     inside, go_on = threading.Event(), threading.Event()
@@ -307,9 +295,8 @@ def test_calls_that_run_when_the_session_is_closed_finish(
 
 @pytest.mark.parametrize(("limit", "is_cut"), [(9, True), (10, False), (11, False)])
 def test_an_answer_that_did_not_end_says_so(
-    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, image: Any,
-    limit: int, is_cut: bool,
-) -> None:  # fmt: skip
+    sample_manifest, make_backend, tokenizer_folder, image, limit, is_cut
+):
     session = answering(
         sample_manifest, make_backend(sample_manifest), tokenizer_folder,
         "[ 0.25 , 0.50 , 0.75 , 0.60 ]",
@@ -322,8 +309,8 @@ def test_an_answer_that_did_not_end_says_so(
 
 
 def test_rows_of_a_batch_are_cut_off_one_by_one(
-    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, image: Any
-) -> None:
+    sample_manifest, make_backend, tokenizer_folder, image
+):
     steps = iter(range(100))
 
     def choose(logits: Any) -> Any:
@@ -349,9 +336,8 @@ def test_rows_of_a_batch_are_cut_off_one_by_one(
     ],
 )
 def test_missing_box_comes_with_its_reason(
-    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, image: Any,
-    answer: str, warning: str | None,
-) -> None:  # fmt: skip
+    sample_manifest, make_backend, tokenizer_folder, image, answer, warning
+):
     backend = make_backend(sample_manifest)
     session = answering(sample_manifest, backend, tokenizer_folder, answer)
     found = session.ground(image, "the star")
@@ -360,7 +346,7 @@ def test_missing_box_comes_with_its_reason(
     assert all(text.startswith(str(warning)) for text in found.warnings)
 
 
-def test_box_is_printed_to_a_hundredth_of_a_pixel(session: GroundingSession, image: Any) -> None:
+def test_box_is_printed_to_a_hundredth_of_a_pixel(session, image):
     box = (1.0, 29.759999999999998, 40 / 3, 58.56)
     answer = dataclasses.replace(session.ground(image, "the star"), box=box)
     assert answer.to_plain()["box"] == [1.0, 29.76, 13.33, 58.56]
@@ -368,8 +354,8 @@ def test_box_is_printed_to_a_hundredth_of_a_pixel(session: GroundingSession, ima
 
 
 def test_vision_encoder_that_breaks_the_manifest_s_word_is_refused(
-    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path, image: Any
-) -> None:
+    sample_manifest, make_backend, tokenizer_folder, image
+):
     pruning = dataclasses.replace(sample_manifest.pruning, num_emitted_tokens=4)
     backend = make_backend(dataclasses.replace(sample_manifest, pruning=pruning))
     session = GroundingSession(sample_manifest, tokenizer_folder, backend)
@@ -378,8 +364,8 @@ def test_vision_encoder_that_breaks_the_manifest_s_word_is_refused(
 
 
 def test_manifest_whose_numbers_contradict_is_refused(
-    sample_manifest: Manifest, make_backend: MakeBackend, tokenizer_folder: Path
-) -> None:
+    sample_manifest, make_backend, tokenizer_folder
+):
     grid = dataclasses.replace(sample_manifest.grid, rows=5)
     manifest = dataclasses.replace(sample_manifest, grid=grid)
     with pytest.raises(BundleError, match="disagree on the number of visual tokens: 20 and 16"):

@@ -50,8 +50,8 @@ def seen_by(session: GroundingSession, image: Any, expressions: list[str]) -> li
 
 
 def test_prompt_holds_base_tile_then_rows_each_with_its_newline(
-    tiled_manifest: Manifest, make_session: MakeSession, make_backend: MakeBackend, image: Any
-) -> None:
+    tiled_manifest, make_session, make_backend, image
+):
     (fed,) = seen_by(make_session(tiled_manifest), image, ["the star"])
     spec = tiled_manifest.image
     pixels, geometry = prepare_image(load_image(image, pad_color=spec.pad_color), spec)
@@ -72,9 +72,7 @@ def test_prompt_holds_base_tile_then_rows_each_with_its_newline(
     assert (fed[prefix : len(fed) - suffix] == np.stack(expected)).all()
 
 
-def test_ids_are_those_of_the_unpruned_tiled_sequence(
-    tiled_manifest: Manifest, make_session: MakeSession, image: Any
-) -> None:
+def test_ids_are_those_of_the_unpruned_tiled_sequence(tiled_manifest, make_session, image):
     session = make_session(tiled_manifest)
     answer = session.ground(image, "the star")
     (ids,) = vars(session.backend)["ids_seen"][0]
@@ -86,9 +84,7 @@ def test_ids_are_those_of_the_unpruned_tiled_sequence(
     assert vars(session.backend)["ids_seen"][1].tolist() == [[5 + total]]
 
 
-def test_answer_counts_tokens_tile_by_tile(
-    tiled_manifest: Manifest, make_session: MakeSession
-) -> None:
+def test_answer_counts_tokens_tile_by_tile(tiled_manifest, make_session):
     wide = np.zeros((32, 64, 3), np.uint8)
     answer = make_session(tiled_manifest).ground(wide, "the star")
     base, tiles = answer.tokens
@@ -112,9 +108,7 @@ def test_answer_counts_tokens_tile_by_tile(
     assert plain[1]["tiles"][1]["num_newline_tokens"] == 4
 
 
-def test_tokens_in_padding_are_dropped_and_counted(
-    tiled_manifest: Manifest, make_session: MakeSession
-) -> None:
+def test_tokens_in_padding_are_dropped_and_counted(tiled_manifest, make_session):
     # Square enough for 64x64, and fitted to 64 columns and 48 rows: 2 rows of padding each side
     # of 8 rows of 8 pixels.
     answer = make_session(tiled_manifest).ground(np.zeros((48, 64, 3), np.uint8), "the star")
@@ -129,9 +123,7 @@ def test_tokens_in_padding_are_dropped_and_counted(
 EXPRESSIONS = ["the star", "the small red circle above the star", "blue square"]
 
 
-def test_batch_sees_the_tiles_once(
-    tiled_manifest: Manifest, make_session: MakeSession, image: Any
-) -> None:
+def test_batch_sees_the_tiles_once(tiled_manifest, make_session, image):
     session = make_session(tiled_manifest)
     alone = [session.ground(image, expression) for expression in EXPRESSIONS]
     vars(session.backend)["calls"].clear()
@@ -143,8 +135,8 @@ def test_batch_sees_the_tiles_once(
 
 
 def test_text_reading_pruner_sees_the_tiles_once_an_expression(
-    tiled_text_manifest: Manifest, make_session: MakeSession, image: Any
-) -> None:
+    tiled_text_manifest, make_session, image
+):
     session = make_session(tiled_text_manifest)
     alone = [session.ground(image, expression) for expression in EXPRESSIONS]
     vars(session.backend)["feeds"].clear()
@@ -160,18 +152,14 @@ def test_text_reading_pruner_sees_the_tiles_once_an_expression(
     assert len({answer.keep_indices for answer in together}) > 1
 
 
-def test_compact_positions_are_the_slots(
-    tiled_manifest: Manifest, make_session: MakeSession, image: Any
-) -> None:
+def test_compact_positions_are_the_slots(tiled_manifest, make_session, image):
     session = make_session(tiled_manifest, positions="compact")
     session.ground(image, "the star")
     (ids,) = vars(session.backend)["ids_seen"][0]
     assert ids.tolist() == list(range(len(ids)))
 
 
-def test_context_is_counted_with_the_image_s_own_length(
-    tiled_manifest: Manifest, make_session: MakeSession
-) -> None:
+def test_context_is_counted_with_the_image_s_own_length(tiled_manifest, make_session):
     def session(limit: int) -> GroundingSession:
         decoder = dataclasses.replace(tiled_manifest.decoder, max_position_embeddings=limit)
         return make_session(dataclasses.replace(tiled_manifest, decoder=decoder))
@@ -186,9 +174,7 @@ def test_context_is_counted_with_the_image_s_own_length(
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (3, 5000), (33, 31)])
-def test_image_of_any_shape_is_answered_and_drawn(
-    tiled_manifest: Manifest, make_session: MakeSession, size: tuple[int, int]
-) -> None:
+def test_image_of_any_shape_is_answered_and_drawn(tiled_manifest, make_session, size):
     image = Image.new("RGB", size, "teal")
     answer = make_session(tiled_manifest).ground(image, "the star")
     assert answer.image_size == size
@@ -196,9 +182,7 @@ def test_image_of_any_shape_is_answered_and_drawn(
     assert max(draw_grounding(image, answer).size) >= 512
 
 
-def test_vision_encoder_that_leaves_out_a_tile_is_refused(
-    tiled_manifest: Manifest, make_session: MakeSession, image: Any
-) -> None:
+def test_vision_encoder_that_leaves_out_a_tile_is_refused(tiled_manifest, make_session, image):
     session = make_session(tiled_manifest)
     session.backend = EditedBackend(session.backend, "image_features", lambda found: found[:-1])
     with pytest.raises(BundleError, match=r"not of the manifest's shape.*allowed: \[3, 5, 8\]"):

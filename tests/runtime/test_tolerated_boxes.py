@@ -48,7 +48,7 @@ SQUASHED = BoxSpec(syntax="bracketed", scale=100.0, frame="image")
         "[0.1,\u00a00.2,\u00a00.3,\u00a00.4]",
     ],
 )
-def test_box_that_is_meant_is_read_with_tolerance(text: str) -> None:
+def test_box_that_is_meant_is_read_with_tolerance(text):
     found = parse_answer(text, PADDED)
     assert found is not None and not found.exact
     assert found.fractions == pytest.approx((0.1, 0.2, 0.3, 0.4), abs=1e-12)
@@ -88,7 +88,7 @@ def test_box_that_is_meant_is_read_with_tolerance(text: str) -> None:
         "[\u0661, 0.2, 0.3, 0.4",
     ],
 )
-def test_what_is_no_box_is_not_made_one(text: str) -> None:
+def test_what_is_no_box_is_not_made_one(text):
     assert parse_answer(text, PADDED) is None
 
 
@@ -105,7 +105,7 @@ def test_what_is_no_box_is_not_made_one(text: str) -> None:
         "[<10><20><30><40>]",
     ],
 )
-def test_angled_box_that_is_meant_is_read_with_tolerance(text: str) -> None:
+def test_angled_box_that_is_meant_is_read_with_tolerance(text):
     found = parse_answer(text, ANGLED)
     assert found == ParsedBox(fractions=(0.1, 0.2, 0.3, 0.4), exact=False)
 
@@ -124,7 +124,7 @@ def test_angled_box_that_is_meant_is_read_with_tolerance(text: str) -> None:
         "<" + "9" * 400 + "><2><3><4>",
     ],
 )
-def test_what_is_no_angled_box_is_not_made_one(text: str) -> None:
+def test_what_is_no_angled_box_is_not_made_one(text):
     assert parse_answer(text, ANGLED) is None
 
 
@@ -136,11 +136,11 @@ def test_what_is_no_angled_box_is_not_made_one(text: str) -> None:
         ("<50><60><70><80> {<10><20><30><40>}", ANGLED),
     ],
 )
-def test_box_in_the_model_s_syntax_goes_before_one_that_is_meant(text: str, spec: BoxSpec) -> None:
+def test_box_in_the_model_s_syntax_goes_before_one_that_is_meant(text, spec):
     assert parse_answer(text, spec) == ParsedBox(fractions=(0.1, 0.2, 0.3, 0.4), exact=True)
 
 
-def test_session_answers_a_tolerated_box_with_a_warning() -> None:
+def test_session_answers_a_tolerated_box_with_a_warning():
     geometry = ImageGeometry(width=100, height=100)
     manifest: Any = SimpleNamespace(box=PADDED, decoder=SimpleNamespace(eos_token_ids=(2,)))
 
@@ -155,13 +155,13 @@ def test_session_answers_a_tolerated_box_with_a_warning() -> None:
     assert outside is None and reason.startswith("the answer lies outside the image")
 
 
-def test_percent_is_of_the_frame_whatever_the_scale() -> None:
+def test_percent_is_of_the_frame_whatever_the_scale():
     for spec in (PADDED, SQUASHED):
         found = parse_answer("[10%, 20%, 30%, 40%]", spec)
         assert found is not None and found.fractions == pytest.approx((0.1, 0.2, 0.3, 0.4))
 
 
-def test_reversed_corners_stay_as_given() -> None:
+def test_reversed_corners_stay_as_given():
     found = parse_answer("(0.7, 0.8, 0.1, 0.2)", PADDED)
     assert found is not None and found.fractions == (0.7, 0.8, 0.1, 0.2)
 
@@ -178,14 +178,7 @@ words = st.text(alphabet="abc <>/.:'\n", max_size=20)
     st.sampled_from(["[]", "()", "{}", "[)", "(]"]),
     st.sampled_from(["", "%", " %"]),
 )
-def test_box_in_a_sentence_is_read_back(
-    corners: tuple[int, ...],
-    before: str,
-    after: str,
-    separator: str,
-    brackets: str,
-    percent: str,
-) -> None:
+def test_box_in_a_sentence_is_read_back(corners, before, after, separator, brackets, percent):
     written = [f"{corner}{percent}" if percent else f"{corner / 100:.2f}" for corner in corners]
     found = parse_answer(
         f"{before}{brackets[0]}{separator.join(written)}{brackets[1]}{after}", PADDED
@@ -203,9 +196,7 @@ def test_box_in_a_sentence_is_read_back(
     st.text(alphabet="abc {}/.:'\n", max_size=20),
     st.sampled_from(["", " ", ", "]),
 )
-def test_angled_box_in_a_sentence_is_read_back(
-    corners: tuple[int, ...], before: str, after: str, separator: str
-) -> None:
+def test_angled_box_in_a_sentence_is_read_back(corners, before, after, separator):
     numbers = separator.join(f"<{corner}>" for corner in corners)
     found = parse_answer(before + numbers + after, ANGLED)
     assert found is not None
@@ -224,7 +215,7 @@ def test_angled_box_in_a_sentence_is_read_back(
         ).map("".join),
     )
 )
-def test_any_text_gives_a_finite_box_or_none(spec: BoxSpec, text: str) -> None:
+def test_any_text_gives_a_finite_box_or_none(spec, text):
     found = parse_answer(text, spec)
     exact = parse_box(text, spec)
     if found is None:
@@ -237,7 +228,7 @@ def test_any_text_gives_a_finite_box_or_none(spec: BoxSpec, text: str) -> None:
 
 @pytest.mark.parametrize("spec", [PADDED, ANGLED], ids=["bracketed", "angled"])
 @pytest.mark.parametrize("piece", ["[", "1", "1,", "[1,2,3,", "[1 2 3 4 5]", "<1> ", "<1><2><3>{"])
-def test_tolerance_takes_linear_time(spec: BoxSpec, piece: str) -> None:
+def test_tolerance_takes_linear_time(spec, piece):
     text = piece * (1_000_000 // len(piece))
     began = time.process_time()
     assert parse_answer(text, spec) is None

@@ -269,10 +269,5 @@ def hash_line(raw: bytes) -> bytes:
     return files.hash_line(raw, name=GOLDEN_NAME)
 
 
-def source_of(manifest: Manifest) -> dict[str, tuple[SourceFile, ...]]:
-    """Files of a bundle's checkpoint, by role."""
-    return {part.role: part.files for part in manifest.source.parts}
-
-
 def _refuse_constant(name: str) -> float:
     raise UsageError(f"{GOLDEN_NAME}: not a number", seen=name, allowed="finite numbers")

@@ -36,7 +36,6 @@ from gap_export.parity.golden.format import (
     StoredTensor,
     hash_line,
     parse_golden,
-    source_of,
 )
 from gap_export.parity.question import Question
 from gap_export.parity.replay import Call
@@ -173,20 +172,21 @@ def _check_identity(spec: GoldenSpec, manifest: Manifest) -> None:
 
 
 def _check_source(spec: GoldenSpec, manifest: Manifest) -> None:
-    seen = {part.role: part.files for part in spec.source}
-    allowed = source_of(manifest)
-    if seen.keys() != allowed.keys():
+    parts = manifest.source.parts
+    seen, allowed = ([part.role for part in each] for each in (spec.source, parts))
+    if set(seen) != set(allowed):
         raise _other("source", ", ".join(seen) or "none", ", ".join(allowed) or "none")
-    for role, files in allowed.items():
-        one = {file.path: file.sha256 for file in seen[role]}
-        other = {file.path: file.sha256 for file in files}
-        for name in sorted(one.keys() | other.keys()):
-            if one.get(name) != other.get(name):
-                raise _other(
-                    f"source.{role}: {name}",
-                    f"SHA-256 {one.get(name, 'none')}",
-                    f"{other.get(name, 'none')}, the bundle's",
-                )
+    one, other = (
+        {f"{part.role}: {file.path}": file.sha256 for part in each for file in part.files}
+        for each in (spec.source, parts)
+    )
+    for name in sorted(one.keys() | other.keys()):
+        if one.get(name) != other.get(name):
+            raise _other(
+                f"source.{name}",
+                f"SHA-256 {one.get(name, 'none')}",
+                f"{other.get(name, 'none')}, the bundle's",
+            )
 
 
 def _check_tensors(path: Path, spec: GoldenSpec) -> None:

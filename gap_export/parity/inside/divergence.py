@@ -8,22 +8,17 @@ an export makes now.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
-
-from numpy.typing import NDArray
 
 from gap_export.bundle import Bundle
-from gap_export.parity.compare import compare_arrays, measure_differences
 from gap_export.parity.inside.changed_nodes import Place, wrong_operator, wrong_weight
-from gap_export.parity.inside.graph_search import CHUNK, Look, Search, allowed_for, largest_of
+from gap_export.parity.inside.graph_search import CHUNK, Look, Search
 from gap_export.parity.inside.module_taps import Tap, find_taps
 from gap_export.parity.inside.reference_taps import ReferenceTaps
 from gap_export.parity.replay import Call
 from gap_export.parity.results import Divergence, TensorRow
-from gap_export.spec.tolerances import Tolerance
-
-_WHY = "as its dtype's outputs, of the largest value of the tensor"
+from gap_export.parity.tally import tensor_row
 
 
 def find_divergence(
@@ -104,11 +99,17 @@ def compare_layers(
     search = Search.of(bundle, component, call, truth, calls)
     taps = [tap for tap in find_taps(search.graph, ()) if tap.side == "output"]
     suffix = f" ({name_of_call(call, component).split(' ')[0]})" if call.is_decode else ""
-    rows = []
-    for start in range(0, len(taps), CHUNK):
-        for tap, expected, seen in search.pairs(taps[start : start + CHUNK]):
-            rows.append(_row(component, tap, suffix, expected, seen, search.tolerance))
-    return tuple(rows)
+    return tuple(
+        tensor_row(
+            component,
+            f"{tap.value}{suffix}",
+            [(expected, seen)],
+            search.tolerance_of(expected),
+            module=tap.module or component,
+        )
+        for start in range(0, len(taps), CHUNK)
+        for tap, expected, seen in search.pairs(taps[start : start + CHUNK])
+    )
 
 
 def _bisect(search: Search, taps: Sequence[Tap]) -> tuple[Look, Tap | None, list[Tap]] | None:
@@ -118,19 +119,17 @@ def _bisect(search: Search, taps: Sequence[Tap]) -> tuple[Look, Tap | None, list
     looked at in any case.
     """
     chunks = [taps[start : start + CHUNK] for start in range(0, len(taps), CHUNK)]
-    low, high = 0, len(chunks)
     looked: dict[int, list[Look]] = {}
-    while low < high:
-        middle = (low + high) // 2
-        looked[middle] = search.look(chunks[middle])
-        if all(look.agrees for look in looked[middle]):
-            low = middle + 1
-        else:
-            high = middle
-    if low == len(chunks):
+
+    def is_off(index: int) -> bool:
+        looked[index] = search.look(chunks[index])
+        return not all(look.agrees for look in looked[index])
+
+    first = bisect_left(range(len(chunks)), True, key=is_off)
+    if first == len(chunks):
         return None
-    before = [tap for chunk in chunks[:low] for tap in chunk]
-    for look in looked[low]:
+    before = [tap for chunk in chunks[:first] for tap in chunk]
+    for look in looked[first]:
         if not look.agrees:
             return look, before[-1] if before else None, before
         before.append(look.tap)
@@ -144,29 +143,3 @@ def name_of_call(call: Call, component: str) -> str:
     mask, table = call.inputs["attention_mask"], call.inputs["kept_positions"]
     step = mask.shape[1] - table.shape[-1]
     return f"decode {step}" if step else "prefill"
-
-
-def _row(
-    component: str,
-    tap: Tap,
-    suffix: str,
-    expected: NDArray[Any],
-    seen: NDArray[Any],
-    tolerance: Tolerance,
-) -> TensorRow:
-    allowed = allowed_for(expected, tolerance)
-    verdict = compare_arrays(expected, seen, atol=allowed, rtol=0.0)
-    found = measure_differences([(expected, seen)])
-    return TensorRow(
-        component=component,
-        tensor=f"{tap.value}{suffix}",
-        module=tap.module or component,
-        calls=1,
-        **found._asdict(),
-        max_abs_reference=largest_of(expected),
-        atol=allowed,
-        rtol=0.0,
-        why=_WHY,
-        passed=verdict.passed,
-        reason=verdict.reason,
-    )

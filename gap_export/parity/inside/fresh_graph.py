@@ -12,10 +12,10 @@ import onnx_ir as ir
 
 from gap_export.checkpoint.weights import (
     SAFETENSORS_NAMES,
-    TORCH_DTYPES,
     PlacedTensor,
     QuantizedPlace,
 )
+from gap_export.checkpoint.weights.weight import READABLE_DTYPES
 from gap_export.errors import ExportError
 from gap_export.exporting.quantization import linear_keys
 from gap_export.exporting.trace import trace_component
@@ -54,11 +54,7 @@ def export_again(candidate: OnnxFile, component: str, truth: ReferenceTaps) -> O
 
 def _trace(name: str, truth: ReferenceTaps) -> bytes | None:
     component = build_reference(
-        truth.recipe,
-        truth.checkpoint,
-        truth.pruning,
-        device="meta",
-        dtype=truth.reference.dtype,
+        truth.recipe, truth.checkpoint, truth.pruning, device="meta", dtype=truth.reference.dtype
     ).component(name)
     dtype = SAFETENSORS_NAMES[truth.reference.dtype]
     placed = {key: _nowhere(dtype, weight.shape) for key, weight in component.weight_refs.items()}
@@ -81,16 +77,9 @@ def _quantized(
     places = {}
     for key in linear_keys(component, lm_head=spec.lm_head):
         rows, width = component.weight_refs[key].shape
-        scales = _nowhere(dtype, (width // spec.block_size, rows))
         places[key] = QuantizedPlace(
-            packed=PlacedTensor(
-                location="weights",
-                dtype="U8",
-                shape=(rows * width // 2,),
-                offset=0,
-                length=rows * width // 2,
-            ),
-            scales={dtype: scales},
+            packed=_nowhere("U8", (rows * width // 2,)),
+            scales={dtype: _nowhere(dtype, (width // spec.block_size, rows))},
             shape=(width, rows),
             block_size=spec.block_size,
         )
@@ -99,5 +88,5 @@ def _quantized(
 
 def _nowhere(dtype: str, shape: tuple[int, ...]) -> PlacedTensor:
     """A place to be replaced by where the candidate has it."""
-    length = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+    length = math.prod(shape) * READABLE_DTYPES[dtype].itemsize
     return PlacedTensor(location="weights", dtype=dtype, shape=shape, offset=0, length=length)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from gap_export.bundle import Bundle
 from gap_export.errors import UsageError
 from gap_export.graph.onnx_file import OnnxFile
+from gap_export.parity.compare import largest_of
 from gap_export.parity.inside.module_taps import Tap
 from gap_export.parity.inside.reference_taps import ReferenceCall, ReferenceTaps
 from gap_export.parity.inside.taps import run_taps
@@ -60,12 +61,7 @@ class Search:
 
     @classmethod
     def of(
-        cls,
-        bundle: Bundle,
-        component: str,
-        call: Call,
-        truth: ReferenceTaps,
-        calls: Sequence[Call],
+        cls, bundle: Bundle, component: str, call: Call, truth: ReferenceTaps, calls: Sequence[Call]
     ) -> Search:
         """Read a graph and prepare a call; see :func:`gap_export.parity.inside.divergence`.
 
@@ -101,13 +97,26 @@ class Search:
         seen = run_taps(self.graph, [tap.value for tap in expected], self.replayed.feed)
         return [(tap, value, seen[tap.value]) for tap, value in expected.items()]
 
+    def tolerance_of(self, expected: NDArray[Any]) -> Tolerance:
+        """The tolerance of a value inside the graph: for floats a fraction of the largest.
+
+        Inside a graph there is no telling how small is nothing, so there is no absolute part.
+        """
+        fraction = self.tolerance.largest_fraction + self.tolerance.rtol
+        return Tolerance(
+            atol=0.0,
+            rtol=0.0,
+            largest_fraction=fraction if expected.dtype.kind == "f" else 0.0,
+            why="as its dtype's outputs, of the largest value of the tensor",
+        )
+
     def look(self, taps: Sequence[Tap]) -> list[Look]:
         """Compare some taps."""
         return [
             Look(
                 tap=tap,
                 max_abs_diff=distance_of(expected, seen),
-                allowed=allowed_for(expected, self.tolerance),
+                allowed=self.tolerance_of(expected).absolute(largest_of(expected)),
             )
             for tap, expected, seen in self.pairs(taps)
         ]
@@ -122,19 +131,6 @@ def distance_of(expected: NDArray[Any], seen: NDArray[Any]) -> float:
     with np.errstate(invalid="ignore"):
         difference = np.where(same, 0.0, np.abs(truth - judged))
     return float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max(initial=0.0))
-
-
-def largest_of(values: NDArray[Any]) -> float:
-    """The largest size of a number among them; 0 where there is none."""
-    finite = np.abs(values[np.isfinite(values)].astype(np.float64))
-    return float(finite.max(initial=0.0))
-
-
-def allowed_for(expected: NDArray[Any], tolerance: Tolerance) -> float:
-    """Of floats a share of the largest: inside a graph there is no telling how small is nothing."""
-    if expected.dtype.kind != "f":
-        return 0.0
-    return (tolerance.largest_fraction + tolerance.rtol) * largest_of(expected)
 
 
 def rounding_of(expected: NDArray[Any]) -> float:

@@ -100,11 +100,7 @@ def look_inside(
             for component, call in _first_calls(bundle, calls):
                 layers += compare_layers(bundle, component, call, taps, calls=calls)
                 advance(1)
-    return Inside(
-        layers=tuple(layers),
-        divergences=tuple(found),
-        note="; ".join(notes),
-    )
+    return Inside(layers=tuple(layers), divergences=tuple(found), note="; ".join(notes))
 
 
 def _graphs(bundle: Bundle) -> set[str]:

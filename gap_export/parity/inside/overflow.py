@@ -6,6 +6,7 @@ graph alike; the first place is looked for in both.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gap_export.bundle import Bundle
 from gap_export.graph.onnx_file import OnnxFile
+from gap_export.parity.compare import largest_of
 from gap_export.parity.inside.divergence import name_of_call
-from gap_export.parity.inside.graph_search import CHUNK, largest_of
+from gap_export.parity.inside.graph_search import CHUNK
 from gap_export.parity.inside.module_taps import find_taps
 from gap_export.parity.inside.reference_taps import ReferenceCall, ReferenceTaps
 from gap_export.parity.inside.taps import Arrays, run_taps
@@ -178,15 +180,14 @@ def _in_graph(graph: OnnxFile, feed: Arrays) -> _Place | None:
         return None
     names = [name for node in graph.nodes for name in node.outputs if name]
     chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
-    low, high = 0, len(chunks) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if all(map(is_number, run_taps(graph, chunks[middle], feed).values())):
-            low = middle + 1
-        else:
-            high = middle
-    seen = run_taps(graph, chunks[low], feed)
-    name = next((name for name in chunks[low] if not is_number(seen[name])), None)
+
+    def is_off(chunk: list[str]) -> bool:
+        return not all(map(is_number, run_taps(graph, chunk, feed).values()))
+
+    # The last one is off where none of those before it is.
+    first = chunks[bisect_left(chunks[:-1], True, key=is_off)]
+    seen = run_taps(graph, first, feed)
+    name = next((name for name in first if not is_number(seen[name])), None)
     if name is None:
         return None
     node = graph.nodes[graph.producers[name]]

@@ -222,11 +222,7 @@ def _look(
     if not readers:
         ends = _ends(expected.astype(np.float64), 0)
         return _Seen(off=np.inf, row=_row(call, 0, ends, (np.nan, np.nan), _LOOKED_FOR))
-    given = {
-        "attention_mask": mask,
-        "position_ids": slots,
-        "kept_positions": prompt.id_table,
-    }
+    given = {"attention_mask": mask, "position_ids": slots, "kept_positions": prompt.id_table}
     feed = _feed(spec, given, past=mask.shape[1] - slots.shape[1])
     names = list(dict.fromkeys(name for reader in readers for name in reader.values))
     values = run_taps(graph, names, feed)
@@ -251,11 +247,7 @@ def _look(
 
 
 def _row(
-    call: str,
-    readers: int,
-    expected: tuple[float, float],
-    seen: tuple[float, float],
-    reason: str,
+    call: str, readers: int, expected: tuple[float, float], seen: tuple[float, float], reason: str
 ) -> PositionsRow:
     return PositionsRow(
         call=call,

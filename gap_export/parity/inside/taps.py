@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.errors import GapExportError
 from gap_export.graph.onnx_file import OnnxFile
-from gap_export.runtime.backends.onnxruntime_backend import ORT_ERRORS
+from gap_export.runtime.backends.onnxruntime_backend import INPUT_DTYPES, ORT_ERRORS, first_line
 from gap_export.runtime.backends.onnxruntime_options import session_options, spare_memory
 from gap_export.runtime.backends.quiet_onnxruntime import ort
 
@@ -26,11 +25,6 @@ Arrays = Mapping[str, NDArray[Any]]
 # Where ONNX Runtime looks for weights of a model that it is given as bytes.
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _CPU = ["CPUExecutionProvider"]
-_DTYPES: Mapping[str, type[np.generic]] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-}
 
 
 def run_taps(graph: OnnxFile, names: Sequence[str], feed: Arrays) -> dict[str, NDArray[Any]]:
@@ -61,13 +55,13 @@ def run_taps(graph: OnnxFile, names: Sequence[str], feed: Arrays) -> dict[str, N
             graph.extract(wanted), options, providers=_CPU, enable_fallback=False
         )
         given = {
-            value.name: feed[value.name].astype(_DTYPES[value.type], copy=False)
+            value.name: feed[value.name].astype(INPUT_DTYPES[value.type], copy=False)
             for value in session.get_inputs()
         }
         values = session.run(wanted, given)
     except ORT_ERRORS as err:
         raise GapExportError(
             f"ONNX Runtime {ort.__version__} cannot compute what is inside a graph",
-            seen=f"{wanted[0]}: {(str(err).splitlines() or [type(err).__name__])[0]}",
+            seen=f"{wanted[0]}: {first_line(err)}",
         ) from err
     return found | dict(zip(wanted, values, strict=True))

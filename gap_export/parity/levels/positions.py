@@ -11,11 +11,7 @@ from gap_export.spec.positions import Int64Array
 
 
 def judge_positions(
-    bundle: Bundle,
-    decoder_graph: str,
-    *,
-    tables: Sequence[Int64Array] = (),
-    note: str = "",
+    bundle: Bundle, decoder_graph: str, *, tables: Sequence[Int64Array] = (), note: str = ""
 ) -> LevelResult:
     """The ids that a decoder turns into angles are those there must be.
 

@@ -10,6 +10,7 @@ from gap_export.bundle import Bundle
 from gap_export.errors import UsageError
 from gap_export.parity.levels.tensor import judge_tensors
 from gap_export.parity.patched.masked_oracle import MaskedOracleReport, compare_with_unpatched
+from gap_export.parity.patched.unpatched import find_export
 from gap_export.parity.question import Question
 from gap_export.parity.results import (
     LEVELS,
@@ -31,10 +32,7 @@ _ORACLE_ALONE = (
 
 def was_patched(manifest: Manifest) -> bool:
     """Whether a bundle was made of an ONNX export, and not of a checkpoint."""
-    return any(
-        part.role == "main" and any(file.path.endswith(".onnx") for file in part.files)
-        for part in manifest.source.parts
-    )
+    return find_export(manifest) is not None
 
 
 def check_patched(

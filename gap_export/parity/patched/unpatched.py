@@ -32,8 +32,6 @@ from gap_export.runtime.backends.quiet_onnxruntime import ort
 from gap_export.spec.manifest import Manifest, SourcePart
 from gap_export.spec.positions import gap_remap
 
-_MAIN = "main"
-
 
 class UnpatchedBackend(OnnxRuntimeGraphs):
     """Vision encoder and decoder of an export, in ONNX Runtime on the CPU.
@@ -55,7 +53,14 @@ class UnpatchedBackend(OnnxRuntimeGraphs):
             ParityError: the bundle has another tokenizer, word embedding, weights or end of answers
                 than they have.
         """
-        part = _source(manifest)
+        part = find_export(manifest)
+        if part is None:
+            raise UsageError(
+                "the bundle was not patched from an ONNX export, so there is none to compare with",
+                seen=manifest.model.summary,
+                allowed="a bundle made by gap-export patch",
+                fix="compare it with its checkpoint: gap-export check BUNDLE",
+            )
         _check_unchanged(part, folder)
         _check_taken_over(part, manifest)
         _check_facts(manifest, folder)
@@ -83,16 +88,12 @@ class UnpatchedBackend(OnnxRuntimeGraphs):
         return super().decode(feed, cache)
 
 
-def _source(manifest: Manifest) -> SourcePart:
+def find_export(manifest: Manifest) -> SourcePart | None:
+    """The ONNX export that a bundle was patched from; None where it was made of a checkpoint."""
     for part in manifest.source.parts:
-        if part.role == _MAIN and any(file.path.endswith(".onnx") for file in part.files):
+        if part.role == "main" and any(file.path.endswith(".onnx") for file in part.files):
             return part
-    raise UsageError(
-        "the bundle was not patched from an ONNX export, so there is none to compare it with",
-        seen=manifest.model.summary,
-        allowed="a bundle made by gap-export patch",
-        fix="compare it with its checkpoint: gap-export check BUNDLE",
-    )
+    return None
 
 
 def _check_unchanged(part: SourcePart, folder: Path) -> None:
@@ -135,7 +136,17 @@ def _check_taken_over(part: SourcePart, manifest: Manifest) -> None:
 def _check_facts(manifest: Manifest, folder: Path) -> None:
     """How an image is prepared, a model asked and an answer read, as recipe and configs say."""
     recipe = resolve_recipe(manifest, [folder])
-    right = {recipe.special_tokens[text] for text in recipe.end_of_answer} or _end_ids(folder)
+    right = {recipe.special_tokens[text] for text in recipe.end_of_answer}
+    if not right:
+        # The configs were read when the export was patched, and have not changed since.
+        config, generation = (
+            json.loads(path.read_bytes()) if path.is_file() else {}
+            for path in (folder / "config.json", folder / "generation_config.json")
+        )
+        eos = generation.get(
+            "eos_token_id", config["text_config"].get("eos_token_id", config.get("eos_token_id"))
+        )
+        right = set(eos if isinstance(eos, list) else [eos])
     seen = manifest.decoder.eos_token_ids
     if set(seen) != right:
         raise ParityError(
@@ -144,18 +155,6 @@ def _check_facts(manifest: Manifest, folder: Path) -> None:
             allowed=", ".join(map(str, sorted(right))),
             fix="patch the export again",
         )
-
-
-def _end_ids(folder: Path) -> set[int]:
-    """Of configs that were read when the export was patched, and have not changed since."""
-    config, generation = (
-        json.loads(path.read_bytes()) if path.is_file() else {}
-        for path in (folder / "config.json", folder / "generation_config.json")
-    )
-    eos = generation.get(
-        "eos_token_id", config["text_config"].get("eos_token_id", config.get("eos_token_id"))
-    )
-    return set(eos if isinstance(eos, list) else [eos])
 
 
 def _load(path: Path, *, half: bool) -> ort.InferenceSession:

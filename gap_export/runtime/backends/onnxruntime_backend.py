@@ -42,7 +42,7 @@ _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
 _SUPPORTED = (_CUDA, _CPU)
 _DTYPES = ("float32", "float16")
-_INPUT_DTYPES: Mapping[str, np.dtype[Any]] = {
+INPUT_DTYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype("float32"),
     "tensor(float16)": np.dtype("float16"),
     "tensor(int64)": np.dtype("int64"),
@@ -96,7 +96,7 @@ class OnnxRuntimeGraphs(Backend):
         self._manifest = manifest
         self._sessions = sessions
         self._inputs = {
-            component: {value.name: _INPUT_DTYPES[value.type] for value in session.get_inputs()}
+            component: {value.name: INPUT_DTYPES[value.type] for value in session.get_inputs()}
             for component, session in sessions.items()
         }
         self._device = "cuda" if _CUDA in used else "cpu"
@@ -296,11 +296,11 @@ def _check_interface(session: ort.InferenceSession, spec: GraphSpec) -> None:
                 fix="export the bundle again",
             )
     for value in session.get_inputs():
-        if value.type not in _INPUT_DTYPES:
+        if value.type not in INPUT_DTYPES:
             raise BundleError(
                 f"{spec.file} takes an input of a dtype that is not fed",
                 seen=f"{value.name}: {value.type}",
-                allowed=", ".join(_INPUT_DTYPES),
+                allowed=", ".join(INPUT_DTYPES),
                 fix="export with another dtype",
             )
 

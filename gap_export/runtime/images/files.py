@@ -216,10 +216,7 @@ def damaged(
 ) -> ImageError:
     """The error of an image that cannot be used."""
     return ImageError(
-        "the image is damaged or not complete",
-        seen=f"{name}: {reason}",
-        allowed=ALLOWED,
-        fix=fix,
+        "the image is damaged or not complete", seen=f"{name}: {reason}", allowed=ALLOWED, fix=fix
     )
 
 

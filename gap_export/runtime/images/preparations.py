@@ -24,10 +24,7 @@ from gap_export.spec.manifest import ImageSpec
 from gap_export.spec.preparations import known_preparations
 
 Views = list[Image.Image]
-_RESAMPLE = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-}
+_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class Canvas(NamedTuple):

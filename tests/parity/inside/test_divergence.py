@@ -75,10 +75,7 @@ def test_an_honest_graph_diverges_nowhere(question, tiny_bundle, component, numb
 
 def test_a_text_encoder_is_looked_into_as_well(tiny_text_bundle, tiny_graphs):
     asked = Question(
-        tiny_text_bundle,
-        tiny_graphs.reference("text"),
-        tiny_graphs.recipe,
-        tiny_graphs.checkpoint,
+        tiny_text_bundle, tiny_graphs.reference("text"), tiny_graphs.recipe, tiny_graphs.checkpoint
     )
     for component in COMPONENTS:
         assert asked.find(tiny_text_bundle, component) is None

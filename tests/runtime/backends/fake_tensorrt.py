@@ -35,11 +35,7 @@ from tests.runtime.backends.fake_gpu import FakeDevice
 
 VERSION = "10.16.0"
 MAGIC = b"fake engine "
-TAKEN = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-}
+TAKEN = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 NAMES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
 STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int64": np.int64}
 

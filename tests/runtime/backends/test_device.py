@@ -64,7 +64,7 @@ class FakeRuntime:
         return call
 
 
-def test_a_real_cuda_call_that_fails_raises_with_its_name_and_words() -> None:
+def test_a_real_cuda_call_that_fails_raises_with_its_name_and_words():
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
     device = CudaDevice.__new__(CudaDevice)
     device._cuda = runtime
@@ -73,7 +73,7 @@ def test_a_real_cuda_call_that_fails_raises_with_its_name_and_words() -> None:
         device.free(1)
 
 
-def test_a_machine_without_a_gpu_is_a_user_error_that_says_what_cuda_says() -> None:
+def test_a_machine_without_a_gpu_is_a_user_error_that_says_what_cuda_says():
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
     error, count = runtime.cudaGetDeviceCount()
     if int(error) == 0 and count:
@@ -82,7 +82,7 @@ def test_a_machine_without_a_gpu_is_a_user_error_that_says_what_cuda_says() -> N
         CudaDevice()
 
 
-def test_every_cuda_name_that_is_used_is_one_of_cuda_python() -> None:
+def test_every_cuda_name_that_is_used_is_one_of_cuda_python():
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
     source = inspect.getsource(device_module)
     enums = (runtime.cudaDeviceAttr, runtime.cudaMemcpyKind, runtime.cudaStreamCaptureMode)
@@ -92,19 +92,19 @@ def test_every_cuda_name_that_is_used_is_one_of_cuda_python() -> None:
     assert used <= known
 
 
-def test_no_gpu_at_all_is_refused() -> None:
+def test_no_gpu_at_all_is_refused():
     runtime = FakeRuntime()
     runtime.results["cudaGetDeviceCount"] = 0
     with pytest.raises(UsageError, match="CUDA counts 0 of them"):
         CudaDevice(runtime)
 
 
-def test_name_and_compute_capability_are_read() -> None:
+def test_name_and_compute_capability_are_read():
     device = CudaDevice(FakeRuntime())
     assert (device.name, device.compute_capability) == ("NVIDIA Test", 89)
 
 
-def test_memory_that_runs_out_says_how_much_was_wanted_and_what_helps() -> None:
+def test_memory_that_runs_out_says_how_much_was_wanted_and_what_helps():
     device = CudaDevice(FakeRuntime(cudaMalloc=Error.cudaErrorMemoryAllocation))
     with pytest.raises(GapExportError, match=r"free memory: 3 MiB more.*--batch"):
         device.allocate(3 << 20)
@@ -128,7 +128,7 @@ def test_memory_that_runs_out_says_how_much_was_wanted_and_what_helps() -> None:
         ("cudaGraphExecDestroy", lambda d, s: d.destroy_graph(d.end_capture(s))),
     ],
 )
-def test_each_call_passes_on_success_and_raises_on_failure(function: str, use: Any) -> None:
+def test_each_call_passes_on_success_and_raises_on_failure(function, use):
     runtime = FakeRuntime()
     device = CudaDevice(runtime)
     stream = device.create_stream()
@@ -141,7 +141,7 @@ def test_each_call_passes_on_success_and_raises_on_failure(function: str, use: A
         use(device, stream)
 
 
-def test_copies_go_the_right_way() -> None:
+def test_copies_go_the_right_way():
     runtime = FakeRuntime()
     device = CudaDevice(runtime)
     stream = device.create_stream()
@@ -155,13 +155,13 @@ def test_copies_go_the_right_way() -> None:
     ]
 
 
-def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(device_module, "_BINDINGS", "cuda_that_is_not_there")
     with pytest.raises(MissingDependencyError, match=r"cuda_that_is_not_there.*pip install"):
         CudaDevice()
 
 
-def test_closing_gives_back_all_that_can_be_given_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_closing_gives_back_all_that_can_be_given_back(caplog):
     device = FakeDevice()
     memory = DeviceMemory(device)
     buffers = [memory.allocate(10), memory.allocate(20)]

@@ -36,7 +36,7 @@ def with_newline(bundle: Bundle, place: TensorPlace) -> Bundle:
     return dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, newline=place))
 
 
-def test_floats_are_fed_and_come_out_as_the_graphs_declare(bundle: Bundle) -> None:
+def test_floats_are_fed_and_come_out_as_the_graphs_declare(bundle):
     with OnnxRuntimeBackend(bundle, CPU) as backend:
         seen = backend.run("vision_encoder", {"pixel_values": np.ones((2, 3, 32, 32), np.float32)})
         assert (seen["image_features"].dtype, len(seen["keep_indices"])) == (np.float16, 2)
@@ -58,7 +58,7 @@ def test_floats_are_fed_and_come_out_as_the_graphs_declare(bundle: Bundle) -> No
         assert (backend.decode(feed, backend.new_cache(1)) == logits).all()
 
 
-def test_newline_is_read_in_the_graphs_dtype(bundle: Bundle, tmp_path: Path) -> None:
+def test_newline_is_read_in_the_graphs_dtype(bundle, tmp_path):
     with (
         OnnxRuntimeBackend(bundle, CPU) as plain,
         pytest.raises(UsageError, match="no such component: newline"),
@@ -75,13 +75,13 @@ def test_newline_is_read_in_the_graphs_dtype(bundle: Bundle, tmp_path: Path) -> 
     assert newline.tolist() == values.astype(np.float16).tolist()
 
 
-def test_newline_outside_of_its_file_is_refused(bundle: Bundle) -> None:
+def test_newline_outside_of_its_file_is_refused(bundle):
     place = TensorPlace(file="tokenizer.json", offset=10**9, dtype="float32", shape=(8,))
     with pytest.raises(BundleError, match="lies outside of its file"):
         OnnxRuntimeBackend(with_newline(bundle, place), CPU)
 
 
-def test_input_of_another_dtype_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_input_of_another_dtype_is_refused(tiny_bundle, tmp_path):
     def narrow(model: onnx.ModelProto) -> None:
         (slots,) = (value for value in model.graph.input if value.name == "position_ids")
         slots.type.tensor_type.elem_type = TensorProto.INT32
@@ -95,9 +95,7 @@ def test_input_of_another_dtype_is_refused(tiny_bundle: Path, tmp_path: Path) ->
         OnnxRuntimeBackend(open_bundle(spoilt), CPU)
 
 
-def test_memory_is_spared_on_the_cpu_without_being_asked(
-    bundle: Bundle, session_options: list[Any]
-) -> None:
+def test_memory_is_spared_on_the_cpu_without_being_asked(bundle, session_options):
     OnnxRuntimeBackend(bundle, CPU)
     levels = {options.graph_optimization_level for options in session_options}
     orders = {options.execution_order for options in session_options}
@@ -142,7 +140,7 @@ print(anonymous() - start, float(y.astype(np.float64).sum()))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_half_precision_weights_stay_in_their_file(tmp_path: Path) -> None:
+def test_half_precision_weights_stay_in_their_file(tmp_path):
     layer = (np.random.default_rng(0).normal(size=(WIDTH, WIDTH)) * 0.03).astype(np.float16)
     nodes, weights, name = [], [], "x"
     with (tmp_path / "weights.bin").open("wb") as file:

@@ -71,9 +71,7 @@ def random_prompt(manifest: Manifest, length: int, rows: int = 1) -> dict[str, A
     }
 
 
-def test_cache_grown_step_by_step_equals_one_prefill(
-    backend: OnnxRuntimeBackend, tiny_bundle: Path
-) -> None:
+def test_cache_grown_step_by_step_equals_one_prefill(backend, tiny_bundle):
     given = random_prompt(open_bundle(tiny_bundle).manifest, 9)
     at_once = backend.decode(given, backend.new_cache(1))
     cache = backend.new_cache(1)
@@ -94,9 +92,7 @@ def test_cache_grown_step_by_step_equals_one_prefill(
     assert np.abs(other - at_once).max() > 1e-2
 
 
-def test_cache_is_held_by_onnx_runtime_not_by_numpy(
-    backend: OnnxRuntimeBackend, tiny_bundle: Path
-) -> None:
+def test_cache_is_held_by_onnx_runtime_not_by_numpy(backend, tiny_bundle):
     manifest = open_bundle(tiny_bundle).manifest
     cache = backend.new_cache(2)
     backend.decode(random_prompt(manifest, 5, rows=2), cache)
@@ -109,9 +105,7 @@ def test_cache_is_held_by_onnx_runtime_not_by_numpy(
 
 
 @pytest.mark.parametrize("fixture", ["tiny_bundle", "tiny_text_bundle"])
-def test_rows_of_different_length_equal_the_rows_alone(
-    request: pytest.FixtureRequest, image: Any, fixture: str
-) -> None:
+def test_rows_of_different_length_equal_the_rows_alone(request, image, fixture):
     with GroundingSession.open(request.getfixturevalue(fixture)) as session:
         alone = [session.ground(image, expression) for expression in EXPRESSIONS]
         together = session.ground_batch(image, EXPRESSIONS)
@@ -121,7 +115,7 @@ def test_rows_of_different_length_equal_the_rows_alone(
         assert one.box == other.box
 
 
-def test_compact_positions_give_other_answers(tiny_bundle: Path, image: Any) -> None:
+def test_compact_positions_give_other_answers(tiny_bundle, image):
     answers = []
     for positions in ("gap", "compact"):
         with GroundingSession.open(tiny_bundle, positions=positions) as session:  # type: ignore[arg-type]
@@ -130,16 +124,14 @@ def test_compact_positions_give_other_answers(tiny_bundle: Path, image: Any) -> 
     assert answers[0] != answers[1]
 
 
-def test_name_says_what_runs(tiny_bundle: Path) -> None:
+def test_name_says_what_runs(tiny_bundle):
     bundle = open_bundle(tiny_bundle)
     with OnnxRuntimeBackend(bundle, ["CPUExecutionProvider"], num_threads=1) as backend:
         assert backend.name == f"ONNX Runtime {ort.__version__} (CPUExecutionProvider)"
 
 
 @pytest.mark.parametrize("providers", [["NoSuchProvider"], []])
-def test_execution_provider_that_is_not_there_is_refused(
-    tiny_bundle: Path, providers: list[str]
-) -> None:
+def test_execution_provider_that_is_not_there_is_refused(tiny_bundle, providers):
     with pytest.raises(UsageError, match=r"not supported.*allowed: .*CPUExecutionProvider"):
         GroundingSession.open(tiny_bundle, execution_providers=providers)
 
@@ -158,9 +150,7 @@ def cuda_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("cuda_that_does_not_load")
 @pytest.mark.filterwarnings("ignore:Specified provider")
 @pytest.mark.parametrize("providers", [CUDA, CUDA[:1]])
-def test_asked_for_provider_that_does_not_load_is_refused(
-    tiny_bundle: Path, providers: list[str]
-) -> None:
+def test_asked_for_provider_that_does_not_load_is_refused(tiny_bundle, providers):
     with pytest.raises(
         UsageError, match=r"could not be loaded: CUDA.*cuDNN.*uninstall -y onnxrunt"
     ):
@@ -169,7 +159,7 @@ def test_asked_for_provider_that_does_not_load_is_refused(
 
 @pytest.mark.usefixtures("cuda_that_does_not_load")
 @pytest.mark.filterwarnings("ignore:Specified provider")
-def test_default_falls_back_to_the_cpu(tiny_bundle: Path, image: Any) -> None:
+def test_default_falls_back_to_the_cpu(tiny_bundle, image):
     with GroundingSession.open(tiny_bundle) as session:
         answer = session.ground(image, "the star")
     assert answer.backend == f"ONNX Runtime {ort.__version__} (CPUExecutionProvider)"
@@ -187,9 +177,7 @@ def fail_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("cuda_that_does_not_load")
-def test_failing_gpu_is_not_blamed_on_the_bundle(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_gpu_is_not_blamed_on_the_bundle(tiny_bundle, monkeypatch):
     fail_on_cuda(monkeypatch)
     with pytest.raises(UsageError, match=r"could not be loaded: .*no CUDA-capable device is det"):
         GroundingSession.open(tiny_bundle, execution_providers=CUDA)
@@ -210,9 +198,7 @@ def without_switch(**variables: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("home", ["empty", "missing"])
-def test_session_stores_no_device_id_and_says_nothing(
-    tiny_bundle: Path, tmp_path: Path, home: str
-) -> None:
+def test_session_stores_no_device_id_and_says_nothing(tiny_bundle, tmp_path, home):
     folder = tmp_path / "home"
     if home == "empty":
         folder.mkdir()
@@ -231,7 +217,7 @@ def _can_trace() -> bool:
 
 
 @pytest.mark.full  # It waits for 12 seconds.
-def test_session_that_stays_open_looks_up_no_host(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_session_that_stays_open_looks_up_no_host(tiny_bundle, tmp_path):
     if not _can_trace():
         pytest.skip("strace, which shows name look-ups, is not installed or not permitted here")
     trace = tmp_path / "trace"
@@ -245,7 +231,7 @@ def test_session_that_stays_open_looks_up_no_host(tiny_bundle: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("value", ["0", "1"])
-def test_switch_that_the_user_has_set_is_left_alone(value: str) -> None:
+def test_switch_that_the_user_has_set_is_left_alone(value):
     code = (
         "import os; from gap_export.runtime.backends.quiet_onnxruntime import TELEMETRY_SWITCH\n"
         "print(os.environ[TELEMETRY_SWITCH])"
@@ -261,13 +247,13 @@ def test_switch_that_the_user_has_set_is_left_alone(value: str) -> None:
     "CUDAExecutionProvider" in ort.get_available_providers(),
     reason="this ONNX Runtime has CUDA, so asking for it is fine",
 )
-def test_missing_cuda_says_what_to_install(tiny_bundle: Path) -> None:
+def test_missing_cuda_says_what_to_install(tiny_bundle):
     with pytest.raises(UsageError, match=r"CUDAExecutionProvider.*pip install onnxruntime-gpu"):
         GroundingSession.open(tiny_bundle, execution_providers=["CUDAExecutionProvider"])
 
 
 @pytest.mark.parametrize("num_threads", [0, -1, 100_000])
-def test_number_of_threads_out_of_range_is_refused(tiny_bundle: Path, num_threads: int) -> None:
+def test_number_of_threads_out_of_range_is_refused(tiny_bundle, num_threads):
     with pytest.raises(UsageError, match=f"number of threads out of range: {num_threads}"):
         GroundingSession.open(tiny_bundle, num_threads=num_threads)
 
@@ -329,25 +315,21 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "words"), REFUSED)
-def test_a_bundle_that_cannot_be_run_is_refused(
-    rebuild: Rebuild, tiny_bundle: Path, tmp_path: Path, change: Any, words: str
-) -> None:
+def test_a_bundle_that_cannot_be_run_is_refused(rebuild, tiny_bundle, tmp_path, change, words):
     outside = tmp_path / "outside.safetensors"
     outside.write_bytes((tiny_bundle / "model.safetensors").read_bytes())
     with pytest.raises(BundleError, match=words):
         GroundingSession.open(rebuild(**change(tiny_bundle)))
 
 
-def test_folder_whose_name_is_no_text_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_folder_whose_name_is_no_text_is_refused(tiny_bundle, tmp_path):
     bundle = tmp_path / os.fsdecode(b"n\xff")
     shutil.copytree(tiny_bundle, bundle)
     with pytest.raises(UsageError, match=r"whose name is not UTF-8: .*n\\udcff/"):
         GroundingSession.open(bundle)
 
 
-def test_failure_while_computing_is_one_clear_error(
-    backend: OnnxRuntimeBackend, tiny_bundle: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_failure_while_computing_is_one_clear_error(backend, tiny_bundle, capfd):
     given = random_prompt(open_bundle(tiny_bundle).manifest, 5)
     given["attention_mask"] = np.ones((1, 3), np.int64)
     with pytest.raises(GapExportError, match="ONNX Runtime failed while computing"):
@@ -378,9 +360,7 @@ def decode_with(bundle: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> A
         return backend.decode(random_prompt(opened.manifest, 9), backend.new_cache(1))
 
 
-def test_quantized_decoder_computes_with_float_activations(
-    quantized_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quantized_decoder_computes_with_float_activations(quantized_bundle, monkeypatch):
     def as_the_graph_says(options: ort.SessionOptions) -> None:
         # Weights are dequantized, and multiplied as floats.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -397,9 +377,7 @@ def test_quantized_decoder_computes_with_float_activations(
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "token_pruner", "newline", "tower"])
-def test_a_component_that_the_model_has_not_got_is_refused(
-    backend: OnnxRuntimeBackend, component: str
-) -> None:
+def test_a_component_that_the_model_has_not_got_is_refused(backend, component):
     with pytest.raises(UsageError, match=rf"no such component: {component}; allowed: vision_enc"):
         backend.run(component, {})
 
@@ -435,9 +413,7 @@ print([list(answer.token_ids) for answer in answers])
 
 
 @pytest.mark.parametrize("fixture", ["tiny_bundle", "tiny_text_bundle"])
-def test_session_runs_where_the_export_packages_cannot_be_imported(
-    request: pytest.FixtureRequest, tmp_path: Path, fixture: str
-) -> None:
+def test_session_runs_where_the_export_packages_cannot_be_imported(request, tmp_path, fixture):
     bundle: Path = request.getfixturevalue(fixture)
     done = run_program(
         [sys.executable, "-W", "error", "-c", BARE_SESSION, str(bundle), str(tmp_path)]
@@ -450,7 +426,7 @@ def test_session_runs_where_the_export_packages_cannot_be_imported(
     assert (tmp_path / "x.png").stat().st_size > 0
 
 
-def test_open_checks_the_bundle_first(rebuild: Rebuild) -> None:
+def test_open_checks_the_bundle_first(rebuild):
     bundle: Bundle = open_bundle(rebuild())
     weights = bundle.file("model.safetensors")
     content = bytearray(weights.read_bytes())

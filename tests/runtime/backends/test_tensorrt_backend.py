@@ -124,9 +124,7 @@ def answers(backend: Any, prompt: dict[str, Any], steps: int = 3) -> list[Any]:
 
 
 @pytest.mark.parametrize("contract", ["concat", "in_place"])
-def test_boxes_of_the_demo_model_are_those_of_onnx_runtime(
-    make_setup: MakeSetup, demo_bundle: Path, contract: str
-) -> None:
+def test_boxes_of_the_demo_model_are_those_of_onnx_runtime(make_setup, demo_bundle, contract):
     limits = EngineLimits(max_prompt=80, max_new_tokens=8, max_batch=2, max_images=1)
     setup = make_setup(contract, source=demo_bundle, limits=limits)
     samples = list(iter_samples(seed=1, num_samples=6))
@@ -139,9 +137,7 @@ def test_boxes_of_the_demo_model_are_those_of_onnx_runtime(
     assert given.backend == "TensorRT 10.16.0 (Fake GPU, desktop-sm89, float32)"
 
 
-def test_prefill_and_steps_of_a_padded_batch_equal_onnx_runtime(
-    setup: Setup, expected: OnnxRuntimeBackend
-) -> None:
+def test_prefill_and_steps_of_a_padded_batch_equal_onnx_runtime(setup, expected):
     prompt = prompt_of(setup.bundle, 9, rows=3)
     with setup.open() as backend:
         for _ in range(2):
@@ -150,9 +146,7 @@ def test_prefill_and_steps_of_a_padded_batch_equal_onnx_runtime(
     assert not np.array_equal(given[0], given[1])
 
 
-def test_text_reading_pruner_and_batch_equal_onnx_runtime(
-    make_setup: MakeSetup, tiny_text_bundle: Path, image: Any
-) -> None:
+def test_text_reading_pruner_and_batch_equal_onnx_runtime(make_setup, tiny_text_bundle, image):
     setup = make_setup(source=tiny_text_bundle)
     with GroundingSession.open(tiny_text_bundle) as other, setup.session() as session:
         given = session.ground_batch(image, EXPRESSIONS)
@@ -161,7 +155,7 @@ def test_text_reading_pruner_and_batch_equal_onnx_runtime(
         assert (one.token_ids, one.keep_indices) == (two.token_ids, two.keep_indices)
 
 
-def test_each_phase_runs_in_a_context_with_its_own_profile(setup: Setup) -> None:
+def test_each_phase_runs_in_a_context_with_its_own_profile(setup):
     with setup.open() as backend:
         answers(backend, prompt_of(setup.bundle, 9))
         contexts = [c for c in setup.module.contexts if "inputs_embeds" in c.shapes]
@@ -176,7 +170,7 @@ def test_each_phase_runs_in_a_context_with_its_own_profile(setup: Setup) -> None
         }
 
 
-def test_the_cache_never_crosses_the_bus(setup: Setup) -> None:
+def test_the_cache_never_crosses_the_bus(setup):
     with setup.open() as backend:
         prompt = prompt_of(setup.bundle, 9)
         cache = backend.new_cache(1)
@@ -189,7 +183,7 @@ def test_the_cache_never_crosses_the_bus(setup: Setup) -> None:
     assert calls.count("allocate") == 0
 
 
-def test_joined_caches_take_turns_and_an_in_place_cache_stays(make_setup: MakeSetup) -> None:
+def test_joined_caches_take_turns_and_an_in_place_cache_stays(make_setup):
     setup = make_setup("concat")
     name = "past_key_values.0.key"
     with setup.open() as backend:
@@ -205,9 +199,7 @@ def test_joined_caches_take_turns_and_an_in_place_cache_stays(make_setup: MakeSe
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [("float16", 0.02), ("bfloat16", 0.2)])
-def test_engines_of_half_precision_are_fed_and_read_in_it(
-    make_setup: MakeSetup, expected: OnnxRuntimeBackend, dtype: str, atol: float
-) -> None:
+def test_engines_of_half_precision_are_fed_and_read_in_it(make_setup, expected, dtype, atol):
     setup = make_setup("in_place", dtype=dtype)
     prompt = prompt_of(setup.bundle, 6)
     with setup.open() as backend:
@@ -218,9 +210,7 @@ def test_engines_of_half_precision_are_fed_and_read_in_it(
     np.testing.assert_allclose(np.stack(given), np.stack(answers(expected, prompt)), atol=atol)
 
 
-def test_buffers_for_a_larger_batch_replace_the_smaller_ones(
-    setup: Setup, expected: OnnxRuntimeBackend
-) -> None:
+def test_buffers_for_a_larger_batch_replace_the_smaller_ones(setup, expected):
     with setup.open() as backend:
         sizes = []
         for rows in (1, 3, 2):
@@ -233,7 +223,7 @@ def test_buffers_for_a_larger_batch_replace_the_smaller_ones(
         assert sizes[2] == sum(len(memory) for memory in setup.device.memory.values())
 
 
-def test_a_cache_whose_memory_went_to_a_newer_one_is_refused(setup: Setup) -> None:
+def test_a_cache_whose_memory_went_to_a_newer_one_is_refused(setup):
     with setup.open() as backend:
         prompt = prompt_of(setup.bundle, 4)
         old = backend.new_cache(1)
@@ -242,7 +232,7 @@ def test_a_cache_whose_memory_went_to_a_newer_one_is_refused(setup: Setup) -> No
             backend.decode(prompt, old)
 
 
-def test_a_prompt_longer_than_the_profile_is_refused_and_the_longest_is_not(setup: Setup) -> None:
+def test_a_prompt_longer_than_the_profile_is_refused_and_the_longest_is_not(setup):
     with setup.open() as backend:
         answers(backend, prompt_of(setup.bundle, LIMITS.max_prompt), steps=LIMITS.max_new_tokens)
         with pytest.raises(UsageError, match=r"prompt longer.*25 tokens.*at most 24.*--max-prompt"):
@@ -251,9 +241,7 @@ def test_a_prompt_longer_than_the_profile_is_refused_and_the_longest_is_not(setu
             answers(backend, prompt_of(setup.bundle, LIMITS.max_prompt), steps=9)
 
 
-def test_a_batch_over_the_profile_is_refused_and_the_session_goes_on(
-    setup: Setup, image: Any
-) -> None:
+def test_a_batch_over_the_profile_is_refused_and_the_session_goes_on(setup, image):
     with setup.session() as session:
         before = session.ground(image, "the star")
         with pytest.raises(UsageError, match=r"5.*1\.\.4.*--batch"):
@@ -264,7 +252,7 @@ def test_a_batch_over_the_profile_is_refused_and_the_session_goes_on(
 @pytest.mark.parametrize(
     ("pixels", "words"), [(2, r"num_images.*2 in pixel_values.*1\.\.1.*--batch")]
 )
-def test_images_over_the_profile_are_refused(setup: Setup, pixels: int, words: str) -> None:
+def test_images_over_the_profile_are_refused(setup, pixels, words):
     image = setup.bundle.manifest.image
     with setup.open() as backend, pytest.raises(UsageError, match=words):
         backend.run(
@@ -273,7 +261,7 @@ def test_images_over_the_profile_are_refused(setup: Setup, pixels: int, words: s
         )
 
 
-def test_several_tokens_after_the_prompt_are_refused(setup: Setup) -> None:
+def test_several_tokens_after_the_prompt_are_refused(setup):
     with setup.open() as backend:
         prompt = prompt_of(setup.bundle, 4)
         cache = backend.new_cache(1)
@@ -284,7 +272,7 @@ def test_several_tokens_after_the_prompt_are_refused(setup: Setup) -> None:
         assert cache.length == 4
 
 
-def test_everything_is_given_back_on_exit(setup: Setup) -> None:
+def test_everything_is_given_back_on_exit(setup):
     with setup.open() as backend:
         answers(backend, prompt_of(setup.bundle, 4))
         assert not setup.device.is_clean
@@ -293,17 +281,16 @@ def test_everything_is_given_back_on_exit(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize(
-    "call",
-    ["deserialize", "create_execution_context", "set_optimization_profile_async"],
+    "call", ["deserialize", "create_execution_context", "set_optimization_profile_async"]
 )
-def test_a_failure_while_loading_gives_everything_back(setup: Setup, call: str) -> None:
+def test_a_failure_while_loading_gives_everything_back(setup, call):
     setup.module.fails.add(call)
     with pytest.raises(GapExportError, match=f"{call} is out of order"):
         setup.open()
     assert setup.device.is_clean
 
 
-def test_a_gpu_without_room_gives_everything_back(setup: Setup) -> None:
+def test_a_gpu_without_room_gives_everything_back(setup):
     setup.device.fails.add("allocate")
     with pytest.raises(GapExportError, match="fails in allocate"):
         setup.open()
@@ -311,7 +298,7 @@ def test_a_gpu_without_room_gives_everything_back(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize("method", ["upload", "download", "synchronize"])
-def test_a_failure_while_running_gives_everything_back(setup: Setup, method: str) -> None:
+def test_a_failure_while_running_gives_everything_back(setup, method):
     backend = setup.open()
     setup.device.fails.add(method)
     with pytest.raises(GapExportError, match=f"fails in {method}"), backend:
@@ -319,7 +306,7 @@ def test_a_failure_while_running_gives_everything_back(setup: Setup, method: str
     assert setup.device.is_clean
 
 
-def test_an_engine_that_does_not_run_is_an_error_that_names_it(setup: Setup) -> None:
+def test_an_engine_that_does_not_run_is_an_error_that_names_it(setup):
     with setup.open() as backend:
         setup.module.fails.add("execute_async_v3")
         with pytest.raises(
@@ -329,9 +316,7 @@ def test_an_engine_that_does_not_run_is_an_error_that_names_it(setup: Setup) -> 
     assert setup.device.is_clean
 
 
-def test_a_gpu_that_refuses_to_take_memory_back_does_not_hide_the_error(
-    setup: Setup, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_gpu_that_refuses_to_take_memory_back_does_not_hide_the_error(setup, caplog):
     backend = setup.open()
     setup.device.fails.add("free")
     with pytest.raises(ValueError, match="the first error"), backend:
@@ -360,9 +345,7 @@ def rewrite_plan(setup: Setup, change: Callable[[EngineSpec], EngineSpec | None]
     ],
     ids=["shape", "dtype", "name"],
 )
-def test_an_engine_that_engine_json_does_not_describe_is_refused(
-    make_setup: MakeSetup, change: Any, words: str
-) -> None:
+def test_an_engine_that_engine_json_does_not_describe_is_refused(make_setup, change, words):
     def spoil(spec: EngineSpec) -> EngineSpec:
         first, *rest = spec.outputs
         return replace(spec, outputs=(change(first), *rest))
@@ -374,7 +357,7 @@ def test_an_engine_that_engine_json_does_not_describe_is_refused(
     assert setup.device.is_clean
 
 
-def test_a_missing_component_is_named(make_setup: MakeSetup) -> None:
+def test_a_missing_component_is_named(make_setup):
     setup = make_setup()
     rewrite_plan(setup, lambda spec: None if spec.component == "embed_tokens" else spec)
     with pytest.raises(BundleError, match="no engine of this component was built: embed_tokens"):
@@ -382,9 +365,7 @@ def test_a_missing_component_is_named(make_setup: MakeSetup) -> None:
     assert setup.device.is_clean
 
 
-def test_stripped_engines_get_their_weights_from_the_bundle(
-    make_setup: MakeSetup, expected: OnnxRuntimeBackend
-) -> None:
+def test_stripped_engines_get_their_weights_from_the_bundle(make_setup, expected):
     setup = make_setup(weights="stripped")
     prompt = prompt_of(setup.bundle, 4)
     with setup.open() as backend:
@@ -397,7 +378,7 @@ def test_stripped_engines_get_their_weights_from_the_bundle(
     assert setup.device.is_clean
 
 
-def test_streamed_engines_keep_as_many_weights_on_the_gpu_as_fit(make_setup: MakeSetup) -> None:
+def test_streamed_engines_keep_as_many_weights_on_the_gpu_as_fit(make_setup):
     setup = make_setup(weights="streamed")
     with setup.open():
         budgets = [c.engine.weight_streaming_budget_v2 for c in setup.module.contexts]
@@ -409,9 +390,7 @@ def test_streamed_engines_keep_as_many_weights_on_the_gpu_as_fit(make_setup: Mak
     )
 
 
-def test_cuda_graphs_are_recorded_once_for_each_length_and_then_launched(
-    make_setup: MakeSetup, expected: OnnxRuntimeBackend
-) -> None:
+def test_cuda_graphs_are_recorded_once_for_each_length_and_then_launched(make_setup, expected):
     setup = make_setup("in_place")
     with setup.open(cuda_graphs=True) as backend:
         for rows, length in ((1, 6), (1, 6), (1, 7)):
@@ -424,9 +403,7 @@ def test_cuda_graphs_are_recorded_once_for_each_length_and_then_launched(
     assert setup.device.is_clean
 
 
-def test_cuda_graphs_beyond_the_limit_are_run_directly(
-    make_setup: MakeSetup, expected: OnnxRuntimeBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cuda_graphs_beyond_the_limit_are_run_directly(make_setup, expected, monkeypatch):
     assert MAX_CAPTURED_GRAPHS > 1
     monkeypatch.setattr("gap_export.runtime.backends.tensorrt_engine.MAX_CAPTURED_GRAPHS", 1)
     setup = make_setup("in_place")
@@ -437,7 +414,7 @@ def test_cuda_graphs_beyond_the_limit_are_run_directly(
     assert setup.device.calls.count("begin_capture") == 1
 
 
-def test_a_failed_recording_leaves_no_stream_capturing(make_setup: MakeSetup) -> None:
+def test_a_failed_recording_leaves_no_stream_capturing(make_setup):
     setup = make_setup("in_place")
     with setup.open(cuda_graphs=True) as backend:
         setup.device.fails.add("begin_capture")
@@ -446,7 +423,7 @@ def test_a_failed_recording_leaves_no_stream_capturing(make_setup: MakeSetup) ->
     assert setup.device.is_clean
 
 
-def test_tensorrt_rtx_records_by_itself(make_setup: MakeSetup) -> None:
+def test_tensorrt_rtx_records_by_itself(make_setup):
     setup = make_setup("in_place", rtx=True)
     with setup.open(cuda_graphs=True) as backend:
         assert backend.name.startswith("TensorRT-RTX ")
@@ -457,7 +434,7 @@ def test_tensorrt_rtx_records_by_itself(make_setup: MakeSetup) -> None:
     assert "begin_capture" not in setup.device.calls
 
 
-def test_cuda_graphs_for_a_joined_cache_are_refused_with_the_reason(make_setup: MakeSetup) -> None:
+def test_cuda_graphs_for_a_joined_cache_are_refused_with_the_reason(make_setup):
     setup = make_setup("concat")
     with pytest.raises(UsageError, match=r"another shape.*concat.*fused"):
         setup.open(cuda_graphs=True)

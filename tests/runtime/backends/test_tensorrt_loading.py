@@ -52,33 +52,33 @@ def no_gpu() -> Any:
     raise UsageError("no NVIDIA GPU can be used here", seen="no driver", fix="get one")
 
 
-def test_the_folder_for_the_gpu_at_hand_is_taken(bundle: Bundle) -> None:
+def test_the_folder_for_the_gpu_at_hand_is_taken(bundle):
     for sm in (86, 89):
         write_engines(bundle, LIMITS, folder=f"desktop-sm{sm}", compute_capability=sm)
     assert choose(bundle).folder.path.name == "desktop-sm89"
     assert choose(bundle, sm=86).folder.path.name == "desktop-sm86"
 
 
-def test_a_damaged_folder_for_another_gpu_does_not_matter(bundle: Bundle) -> None:
+def test_a_damaged_folder_for_another_gpu_does_not_matter(bundle):
     other = write_engines(bundle, LIMITS, folder="desktop-sm86", compute_capability=86)
     (other / "embed_tokens.engine").write_bytes(b"")
     write_engines(bundle, LIMITS)
     assert choose(bundle).folder.path.name == "desktop-sm89"
 
 
-def test_engines_for_another_gpu_are_refused_by_number(bundle: Bundle) -> None:
+def test_engines_for_another_gpu_are_refused_by_number(bundle):
     write_engines(bundle, LIMITS)
     with pytest.raises(UsageError, match=r"another GPU generation: SM 120 here.*SM 89"):
         choose(bundle, sm=120)
 
 
-def test_engines_of_another_version_are_refused_by_version(bundle: Bundle) -> None:
+def test_engines_of_another_version_are_refused_by_version(bundle):
     write_engines(bundle, LIMITS, library_version="10.3.0")
     with pytest.raises(UsageError, match=r"another version.*10\.16\.0 here.*10\.3\.0"):
         choose(bundle)
 
 
-def test_several_folders_none_of_which_fits_are_all_told(bundle: Bundle) -> None:
+def test_several_folders_none_of_which_fits_are_all_told(bundle):
     write_engines(bundle, LIMITS, folder="desktop-sm86", compute_capability=86)
     write_engines(bundle, LIMITS, folder="old", library_version="10.3.0")
     with pytest.raises(UsageError, match=r"desktop-sm86.*SM 89 here; old:.*10\.16\.0") as caught:
@@ -86,7 +86,7 @@ def test_several_folders_none_of_which_fits_are_all_told(bundle: Bundle) -> None
     assert "gap-export build" in str(caught.value)
 
 
-def test_the_folder_that_was_named_is_the_only_one_looked_at(bundle: Bundle) -> None:
+def test_the_folder_that_was_named_is_the_only_one_looked_at(bundle):
     write_engines(bundle, LIMITS)
     write_engines(bundle, LIMITS, folder="desktop-sm86", compute_capability=86)
     with pytest.raises(UsageError, match="SM 86"):
@@ -97,14 +97,14 @@ def test_the_folder_that_was_named_is_the_only_one_looked_at(bundle: Bundle) -> 
         choose(bundle, engines="../..")
 
 
-def test_a_truncated_engine_is_refused_by_name(bundle: Bundle) -> None:
+def test_a_truncated_engine_is_refused_by_name(bundle):
     path = write_engines(bundle, LIMITS) / "decoder_model_merged.engine"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(BundleError, match=r"decoder_model_merged\.engine is cut short"):
         choose(bundle)
 
 
-def test_an_engine_of_another_graph_is_refused_by_name(bundle: Bundle) -> None:
+def test_an_engine_of_another_graph_is_refused_by_name(bundle):
     path = write_engines(bundle, LIMITS) / "engine.json"
     plan = json.loads(path.read_text())
     plan["engines"][0]["graph_sha256"] = "0" * 64
@@ -115,7 +115,7 @@ def test_an_engine_of_another_graph_is_refused_by_name(bundle: Bundle) -> None:
         choose(bundle)
 
 
-def test_a_library_that_is_not_installed_is_named(bundle: Bundle) -> None:
+def test_a_library_that_is_not_installed_is_named(bundle):
     write_engines(bundle, LIMITS)
 
     def missing(name: str) -> Any:
@@ -125,7 +125,7 @@ def test_a_library_that_is_not_installed_is_named(bundle: Bundle) -> None:
         choose(bundle, import_library=missing)
 
 
-def test_one_message_names_all_that_is_missing(bundle: Bundle) -> None:
+def test_one_message_names_all_that_is_missing(bundle):
     with pytest.raises(
         UsageError, match=r"holds no engines and no NVIDIA GPU.*\(no driver\); build them.*get one"
     ):
@@ -137,9 +137,7 @@ def test_one_message_names_all_that_is_missing(bundle: Bundle) -> None:
         choose(bundle, open_device=no_gpu)
 
 
-def test_a_session_opens_with_tensorrt(
-    bundle: Bundle, image: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_session_opens_with_tensorrt(bundle, image, monkeypatch):
     write_engines(bundle, LIMITS)
     device = use_fakes(monkeypatch)
     with GroundingSession.open(
@@ -161,16 +159,12 @@ def test_a_session_opens_with_tensorrt(
         ({"cuda_graphs": True}, "CUDA graphs cannot be used with onnxruntime"),
     ],
 )
-def test_arguments_of_the_other_backend_are_refused(
-    bundle: Bundle, options: Any, words: str
-) -> None:
+def test_arguments_of_the_other_backend_are_refused(bundle, options, words):
     with pytest.raises(UsageError, match=words):
         GroundingSession.open(bundle.path, **options)
 
 
-def test_nothing_is_hashed_before_it_is_known_to_fit(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_hashed_before_it_is_known_to_fit(bundle, monkeypatch):
     write_engines(bundle, LIMITS, compute_capability=86)
 
     def read(*args: Any, **options: Any) -> Any:
@@ -182,7 +176,7 @@ def test_nothing_is_hashed_before_it_is_known_to_fit(
     assert open_bundle(bundle.path)
 
 
-def test_every_name_that_is_used_is_one_of_tensorrt() -> None:
+def test_every_name_that_is_used_is_one_of_tensorrt():
     trt = pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
     used = {
         "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_dtype get_tensor_shape "
@@ -202,7 +196,7 @@ def test_every_name_that_is_used_is_one_of_tensorrt() -> None:
             assert hasattr(getattr(trt, owner), name), (owner, name)
 
 
-def test_a_file_that_is_no_engine_is_refused_by_the_real_library(bundle: Bundle) -> None:
+def test_a_file_that_is_no_engine_is_refused_by_the_real_library(bundle):
     pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
     library = import_tensorrt("tensorrt_rtx", purpose="testing")
     write_engines(bundle, LIMITS, library="tensorrt_rtx", library_version=library.version)

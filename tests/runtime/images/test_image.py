@@ -6,7 +6,6 @@ import dataclasses
 import os
 import struct
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from PIL import Image
 
 from gap_export.errors import ImageError
 from gap_export.runtime.images.image import load_image, prepare_image
-from gap_export.spec.manifest import ImageSpec, Manifest
+from gap_export.spec.manifest import ImageSpec
 
 PAD = (122, 116, 104)
 
@@ -34,32 +33,32 @@ def pixels() -> Any:
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "ppm", "webp"])
-def test_lossless_file_gives_its_pixels(tmp_path: Path, pixels: Any, suffix: str) -> None:
+def test_lossless_file_gives_its_pixels(tmp_path, pixels, suffix):
     path = tmp_path / f"x.{suffix}"
     Image.fromarray(pixels).save(path, **({"lossless": True} if suffix == "webp" else {}))
     assert (load(path) == pixels).all()
     assert (load(str(path)) == pixels).all()
 
 
-def test_image_and_array_give_the_same_pixels(pixels: Any) -> None:
+def test_image_and_array_give_the_same_pixels(pixels):
     assert (load(pixels) == pixels).all()
     assert (load(Image.fromarray(pixels)) == pixels).all()
 
 
-def test_gray_is_repeated_over_the_channels(tmp_path: Path, pixels: Any) -> None:
+def test_gray_is_repeated_over_the_channels(tmp_path, pixels):
     gray = pixels[..., 0]
     Image.fromarray(gray).save(tmp_path / "x.png")
     for given_as in (tmp_path / "x.png", gray):
         assert (load(given_as) == gray[..., None].repeat(3, axis=2)).all()
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     wide = np.asarray([[0, 257, 25700, 65535]], dtype=np.uint16)
     Image.fromarray(wide).save(tmp_path / "x.png")
     assert load(tmp_path / "x.png")[0, :, 0].tolist() == [0, 1, 100, 255]
 
 
-def test_transparent_parts_show_the_pad_color(tmp_path: Path) -> None:
+def test_transparent_parts_show_the_pad_color(tmp_path):
     image = Image.new("RGBA", (3, 1), (255, 0, 0, 255))
     image.putpixel((1, 0), (0, 255, 0, 0))
     image.putpixel((2, 0), (PAD[0] + 100, PAD[1], PAD[2], 128))
@@ -70,7 +69,7 @@ def test_transparent_parts_show_the_pad_color(tmp_path: Path) -> None:
     assert abs(int(found[2][0]) - (PAD[0] + 50)) <= 1
 
 
-def test_palette_with_a_transparent_entry_shows_the_pad_color(tmp_path: Path) -> None:
+def test_palette_with_a_transparent_entry_shows_the_pad_color(tmp_path):
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putpixel((1, 0), 1)
@@ -81,29 +80,27 @@ def test_palette_with_a_transparent_entry_shows_the_pad_color(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "CMYK", "YCbCr", "HSV", "I", "I;16"])
-def test_white_is_white_in_every_mode(mode: str) -> None:
+def test_white_is_white_in_every_mode(mode):
     white = {"1": 1, "L": 255, "LA": (255, 255), "CMYK": (0, 0, 0, 0), "YCbCr": (255, 128, 128),
              "HSV": (0, 0, 255), "I": 65535, "I;16": 65535}[mode]  # fmt: skip
     assert load(Image.new(mode, (2, 2), white)).min() == 255
 
 
-def test_cmyk_jpeg_is_read(tmp_path: Path) -> None:
+def test_cmyk_jpeg_is_read(tmp_path):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "x.jpg")
     red, green, blue = load(tmp_path / "x.jpg")[4, 4]
     assert red > 200
     assert max(green, blue) < 60
 
 
-def test_animation_gives_its_first_frame(tmp_path: Path) -> None:
+def test_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "lime", "blue")]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
     assert load(tmp_path / "x.gif")[0, 0].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_gives_the_image_as_displayed(
-    tmp_path: Path, pixels: Any, orientation: int
-) -> None:
+def test_exif_rotation_gives_the_image_as_displayed(tmp_path, pixels, orientation):
     turned = {
         1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1],
         5: pixels.transpose(1, 0, 2), 6: pixels.transpose(1, 0, 2)[:, ::-1],
@@ -141,16 +138,14 @@ def png_header(width: int, height: int) -> bytes:
     ],
     ids=["empty", "text", "magic only", "eps", "large", "larger", "bomb", "no pixels"],
 )
-def test_file_that_is_no_usable_image_is_refused(
-    tmp_path: Path, content: bytes, message: str
-) -> None:
+def test_file_that_is_no_usable_image_is_refused(tmp_path, content, message):
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(ImageError, match=message):
         load(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "gif", "tiff", "webp"])
-def test_truncated_file_is_refused(tmp_path: Path, suffix: str) -> None:
+def test_truncated_file_is_refused(tmp_path, suffix):
     noise = np.random.default_rng(0).integers(0, 256, size=(64, 64, 3), dtype=np.uint8)
     path = tmp_path / f"x.{suffix}"
     Image.fromarray(noise).save(path)
@@ -162,9 +157,7 @@ def test_truncated_file_is_refused(tmp_path: Path, suffix: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]), st.data())
-def test_damaged_file_is_refused_or_read_but_never_a_traceback(
-    tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
-) -> None:
+def test_damaged_file_is_refused_or_read_but_never_a_traceback(tmp_path_factory, kind, data):
     path = tmp_path_factory.getbasetemp() / "damaged"
     noise = np.random.default_rng(0).integers(0, 256, size=(16, 16, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path, format=kind)
@@ -178,7 +171,7 @@ def test_damaged_file_is_refused_or_read_but_never_a_traceback(
         return
 
 
-def test_missing_folder_and_pipe_are_told_apart(tmp_path: Path) -> None:
+def test_missing_folder_and_pipe_are_told_apart(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, message in [
         ("missing.png", "no such image"),
@@ -190,7 +183,7 @@ def test_missing_folder_and_pipe_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["a\0b.png", "x" * 5000])
-def test_impossible_path_is_refused(path: str) -> None:
+def test_impossible_path_is_refused(path):
     with pytest.raises(ImageError, match=r"cannot be read|no such image"):
         load(path)
 
@@ -206,32 +199,30 @@ def test_impossible_path_is_refused(path: str) -> None:
         np.zeros(4, np.uint8),
     ],
 )
-def test_array_that_is_no_image_is_refused(array: Any) -> None:
+def test_array_that_is_no_image_is_refused(array):
     with pytest.raises(ImageError, match="an array that is not an image"):
         load(array)
 
 
 @pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
-def test_image_without_pixels_is_refused(size: tuple[int, int]) -> None:
+def test_image_without_pixels_is_refused(size):
     with pytest.raises(ImageError, match="no pixels"):
         load(Image.new("RGB", size))
 
 
 @pytest.mark.parametrize("thing", [None, 5, b"bytes", [[0]], open])
-def test_thing_that_is_no_image_is_refused(thing: Any) -> None:
+def test_thing_that_is_no_image_is_refused(thing):
     with pytest.raises(ImageError, match="not an image: "):
         load(thing)
 
 
-def test_floating_point_image_is_refused_with_the_reason() -> None:
+def test_floating_point_image_is_refused_with_the_reason():
     with pytest.raises(ImageError, match=r"pixel format has no agreed range.*floating-point"):
         load(Image.new("F", (2, 2)))
 
 
 @pytest.mark.parametrize("value", [-1, 65_536, 2_000_000_000])
-def test_32_bit_integers_beyond_16_bits_are_refused_with_the_reason(
-    tmp_path: Path, value: int
-) -> None:
+def test_32_bit_integers_beyond_16_bits_are_refused_with_the_reason(tmp_path, value):
     wide = Image.fromarray(np.asarray([[0, value]], dtype=np.int32))
     assert wide.mode == "I"
     wide.save(tmp_path / "wide.tiff")
@@ -240,7 +231,7 @@ def test_32_bit_integers_beyond_16_bits_are_refused_with_the_reason(
     assert "damaged" not in str(caught.value)
 
 
-def test_32_bit_integers_within_16_bits_are_read_as_16_bits(tmp_path: Path) -> None:
+def test_32_bit_integers_within_16_bits_are_read_as_16_bits(tmp_path):
     wide = np.asarray([[0, 32_896, 65_535]], dtype=np.int32)
     Image.fromarray(wide).save(tmp_path / "wide.tiff")
     assert load(tmp_path / "wide.tiff")[0, :, 0].tolist() == [0, 128, 255]
@@ -252,9 +243,7 @@ def normalized(image: Image.Image, spec: ImageSpec) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 20), (20, 64), (31, 32), (1, 50)])
-def test_padding_puts_the_image_in_the_middle_of_a_square(
-    sample_manifest: Manifest, size: tuple[int, int]
-) -> None:
+def test_padding_puts_the_image_in_the_middle_of_a_square(sample_manifest, size):
     spec = sample_manifest.image
     noise = np.random.default_rng(1).integers(0, 256, size=(size[1], size[0], 3), dtype=np.uint8)
     side = max(size)
@@ -270,7 +259,7 @@ def test_padding_puts_the_image_in_the_middle_of_a_square(
     np.testing.assert_allclose(found, normalized(expected, spec), atol=1e-5)
 
 
-def test_squashing_ignores_the_aspect_ratio(sample_manifest: Manifest) -> None:
+def test_squashing_ignores_the_aspect_ratio(sample_manifest):
     spec = dataclasses.replace(
         sample_manifest.image, preparation="squash", resample="bilinear", height=16, width=24
     )
@@ -280,7 +269,7 @@ def test_squashing_ignores_the_aspect_ratio(sample_manifest: Manifest) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_very_thin_image_is_prepared_in_little_memory(sample_manifest: Manifest) -> None:
+def test_very_thin_image_is_prepared_in_little_memory(sample_manifest):
     thin = load_image(Image.new("RGB", (60_000, 2), "red"), pad_color=PAD)
     found, geometry = prepare_image(thin, sample_manifest.image)
     assert found.shape == (1, 3, 32, 32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,7 @@ def turned(pixels: Any, orientation: int) -> Any:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", KINDS)
-def test_raw_is_as_stored_and_upright_as_displayed(kind: str, orientation: int) -> None:
+def test_raw_is_as_stored_and_upright_as_displayed(kind, orientation):
     data = encode(kind, orientation)
     plain = EncodedImage(data=encode(kind, 1), name="x")
     stored = np.asarray(read_image(plain, pad_color=PAD).image)
@@ -63,7 +62,7 @@ def test_raw_is_as_stored_and_upright_as_displayed(kind: str, orientation: int) 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("form", ['="6"', ">6</tiff:Orientation>"])
-def test_orientation_is_read_from_xmp_where_exif_has_none(kind: str, form: str) -> None:
+def test_orientation_is_read_from_xmp_where_exif_has_none(kind, form):
     buffer = io.BytesIO()
     packet = f"<x tiff:Orientation{form}".encode()
     info: Any = {"xmp": packet}
@@ -79,12 +78,12 @@ def test_orientation_is_read_from_xmp_where_exif_has_none(kind: str, form: str) 
 
 
 @pytest.mark.parametrize("value", [0, 9, 65_535])
-def test_orientation_that_is_none_is_upright(value: int) -> None:
+def test_orientation_that_is_none_is_upright(value):
     loaded = read_image(EncodedImage(data=encode("PNG", value), name="x"), pad_color=PAD)
     assert (loaded.orientation, loaded.image.size) == (1, (64, 40))
 
 
-def test_arrays_may_be_bgr(tmp_path: Path) -> None:
+def test_arrays_may_be_bgr(tmp_path):
     rgba = np.random.default_rng(0).integers(0, 256, size=(5, 7, 4), dtype=np.uint8)
     rgb = rgba[..., :3]
     expected = np.asarray(read_image(rgb, pad_color=PAD).image)
@@ -100,17 +99,13 @@ def test_arrays_may_be_bgr(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "options", "reason"),
     [
-        (
-            np.zeros((4, 4, 3), np.uint8),
-            {"color": "BGR"},
-            "no such color: 'BGR'",
-        ),
+        (np.zeros((4, 4, 3), np.uint8), {"color": "BGR"}, "no such color: 'BGR'"),
         (np.zeros((4, 4), np.uint8), {"color": "bgr"}, "order of an array's channels"),
         (Image.new("RGB", (4, 4)), {"color": "bgr"}, "order of an array's channels"),
         ("x.png", {"color": "bgr"}, "order of an array's channels"),
         (Image.new("RGB", (4, 4)), {"frame": "stored"}, "no such frame: 'stored'"),
     ],
 )
-def test_choice_that_says_nothing_is_refused(image: Any, options: Any, reason: str) -> None:
+def test_choice_that_says_nothing_is_refused(image, options, reason):
     with pytest.raises(UsageError, match=reason):
         read_image(image, pad_color=PAD, **options)

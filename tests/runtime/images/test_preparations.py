@@ -68,7 +68,7 @@ def check_within_one_step(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_padding_is_that_of_transformers_llava_processor(size: tuple[int, int]) -> None:
+def test_padding_is_that_of_transformers_llava_processor(size):
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     processor = LlavaImageProcessorPil(
@@ -80,7 +80,7 @@ def test_padding_is_that_of_transformers_llava_processor(size: tuple[int, int]) 
     assert (geometry.width, geometry.height, geometry.canvas) == (*size, None)
 
 
-def test_square_image_is_prepared_as_by_transformers_clip_processor() -> None:
+def test_square_image_is_prepared_as_by_transformers_clip_processor():
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     for spec in (LLAVA, SHIKRA, MINIGPT):
@@ -92,7 +92,7 @@ def test_square_image_is_prepared_as_by_transformers_clip_processor() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_tiles_are_those_of_transformers_llava_next_processor(size: tuple[int, int]) -> None:
+def test_tiles_are_those_of_transformers_llava_next_processor(size):
     from transformers.models.llava_next.image_processing_pil_llava_next import (
         LlavaNextImageProcessorPil,
     )
@@ -111,7 +111,7 @@ def test_tiles_are_those_of_transformers_llava_next_processor(size: tuple[int, i
     assert len(found) == layout.num_tiles
 
 
-def test_canvas_is_that_of_transformers() -> None:
+def test_canvas_is_that_of_transformers():
     from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 
     rng = np.random.default_rng(0)
@@ -128,7 +128,7 @@ def test_canvas_is_that_of_transformers() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("spec", [LLAVA, SHIKRA], ids=["llava", "shikra"])
-def test_padding_is_the_published_recipe(spec: ImageSpec, size: tuple[int, int]) -> None:
+def test_padding_is_the_published_recipe(spec, size):
     """Where llava-hf's own config would crop: pad to a square, centred, then resize, then CLIP."""
     image = np.asarray(photo(*size))
     width, height = size
@@ -143,7 +143,7 @@ def test_padding_is_the_published_recipe(spec: ImageSpec, size: tuple[int, int])
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_squashing_is_the_published_recipe(size: tuple[int, int]) -> None:
+def test_squashing_is_the_published_recipe(size):
     small = photo(*size).resize((448, 448), Image.Resampling.BICUBIC)
     expected = (np.asarray(small) / 255 - MEAN) / STD
     found, geometry = prepare_image(photo(*size), MINIGPT)
@@ -151,7 +151,7 @@ def test_squashing_is_the_published_recipe(size: tuple[int, int]) -> None:
     assert geometry.canvas is None
 
 
-def test_first_tile_shows_the_whole_image_squashed() -> None:
+def test_first_tile_shows_the_whole_image_squashed():
     image = photo(900, 300)
     squashed, _ = prepare_image(image, spec_of("squash", 336, (0, 0, 0)))
     found, geometry = prepare_image(image, NEXT)
@@ -160,7 +160,7 @@ def test_first_tile_shows_the_whole_image_squashed() -> None:
     assert len(found) == 4
 
 
-def test_tiles_are_cut_row_by_row_with_black_around_the_image() -> None:
+def test_tiles_are_cut_row_by_row_with_black_around_the_image():
     image = Image.new("RGB", (600, 500), (255, 255, 255))
     tiles = unit(prepare_image(image, NEXT)[0])[:, 0]
     # 672x560 in the middle of 672x672: 56 rows of black above and below.
@@ -192,7 +192,7 @@ def odd_images(folder: Path) -> dict[str, tuple[Any, tuple[int, int]]]:
 
 
 @ALL
-def test_odd_images_go_through_every_preparation(spec: ImageSpec, tmp_path: Path) -> None:
+def test_odd_images_go_through_every_preparation(spec, tmp_path):
     for name, (file, size) in odd_images(tmp_path).items():
         found, geometry = prepare_image(load_image(file, pad_color=spec.pad_color), spec)
         assert (geometry.width, geometry.height) == size, name
@@ -205,7 +205,7 @@ def test_odd_images_go_through_every_preparation(spec: ImageSpec, tmp_path: Path
 
 
 @ALL
-def test_sixteen_bit_image_equals_its_eight_bit_twin(spec: ImageSpec, tmp_path: Path) -> None:
+def test_sixteen_bit_image_equals_its_eight_bit_twin(spec, tmp_path):
     odd_images(tmp_path)
     eight = np.asarray(photo(61, 35))[..., 0]
     wide, _ = prepare_image(load_image(tmp_path / "sixteen.png", pad_color=spec.pad_color), spec)
@@ -215,9 +215,7 @@ def test_sixteen_bit_image_equals_its_eight_bit_twin(spec: ImageSpec, tmp_path: 
 
 @ALL
 @pytest.mark.parametrize("size", [(60_000, 2), (2, 60_000), (1_000_000, 1), (1, 1)])
-def test_extreme_shapes_are_prepared_in_little_memory(
-    spec: ImageSpec, size: tuple[int, int]
-) -> None:
+def test_extreme_shapes_are_prepared_in_little_memory(spec, size):
     image = Image.new("RGB", size, "red")
     tracemalloc.start()
     found, geometry = prepare_image(image, spec)
@@ -242,24 +240,12 @@ def written(fractions: list[float], box: BoxSpec, decimals: int) -> str:
 
 @pytest.mark.parametrize(
     ("spec", "box", "decimals", "step"),
-    [
-        (LLAVA, PADDED, 2, 0.01),
-        (SHIKRA, PADDED, 3, 0.001),
-        (MINIGPT, ANGLED, 0, 0.01),
-    ],
+    [(LLAVA, PADDED, 2, 0.01), (SHIKRA, PADDED, 3, 0.001), (MINIGPT, ANGLED, 0, 0.01)],
     ids=["llava", "shikra", "minigpt-v2"],
 )
 @settings(deadline=None)
 @given(width=SIDES, height=SIDES, data=st.data())
-def test_box_goes_to_the_model_s_frame_and_back(
-    spec: ImageSpec,
-    box: BoxSpec,
-    decimals: int,
-    step: float,
-    width: int,
-    height: int,
-    data: st.DataObject,
-) -> None:
+def test_box_goes_to_the_model_s_frame_and_back(spec, box, decimals, step, width, height, data):
     x1, y1 = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     x2, y2 = data.draw(st.integers(x1 + 1, width)), data.draw(st.integers(y1 + 1, height))
     # Forward, as the family prepares an image, in its own words.
@@ -288,7 +274,7 @@ def test_box_goes_to_the_model_s_frame_and_back(
 
 @settings(deadline=None)
 @given(width=SIDES, height=SIDES)
-def test_grids_of_a_tiled_image_cover_it(width: int, height: int) -> None:
+def test_grids_of_a_tiled_image_cover_it(width, height):
     canvas = choose_canvas((height, width), NEXT.tiles.resolutions if NEXT.tiles else [])
     geometry = ImageGeometry(width=width, height=height, canvas=canvas)
     layout = geometry.tile_layout(NEXT, GridSpec(rows=24, cols=24))
@@ -308,7 +294,7 @@ def test_grids_of_a_tiled_image_cover_it(width: int, height: int) -> None:
         assert abs(start + span - size) <= 1.01 * token
 
 
-def test_tiles_frame_at_known_numbers() -> None:
+def test_tiles_frame_at_known_numbers():
     # 600x500 becomes 672x560 on 672x672: 4 rows of tokens above and below show nothing.
     geometry = ImageGeometry(width=600, height=500, canvas=(672, 672))
     layout = geometry.tile_layout(NEXT, GridSpec(rows=24, cols=24))
