@@ -119,7 +119,7 @@ def test_a_text_encoder_is_looked_into_as_well(tiny_text_bundle, tiny_graphs):
             "this Transpose does not compute what",
         ),
         (
-            mutants.colour_order, None,
+            mutants.color_order, None,
             "Conv", "conv2d", "tower.embeddings.patch_embedding", "4096 of 6144 values differ",
         ),
     ],
