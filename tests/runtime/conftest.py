@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import Manifest, TensorPlace, TextEncoderSpec, TilesSpec
 from tests.runtime.fake_backends import FakeBackend
 
@@ -19,6 +20,18 @@ MakeBackend = Callable[[Manifest], FakeBackend]
 @pytest.fixture
 def make_backend() -> MakeBackend:
     return FakeBackend
+
+
+@pytest.fixture
+def make_session(
+    make_backend: MakeBackend, tokenizer_folder: Path
+) -> Callable[..., GroundingSession]:
+    """Sessions on a backend in numpy; options are those of GroundingSession."""
+
+    def make(manifest: Manifest, **options: Any) -> GroundingSession:
+        return GroundingSession(manifest, tokenizer_folder, make_backend(manifest), **options)
+
+    return make
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,22 +13,11 @@ from gap_export.errors import BundleError, ExpressionError
 from gap_export.runtime.drawing import draw_grounding
 from gap_export.runtime.images.image import load_image, prepare_image
 from gap_export.runtime.session import GroundingSession
-from gap_export.spec.manifest import Manifest
 from gap_export.spec.tiles import TileTokens
 from tests.runtime.fake_backends import EditedBackend
 
-MakeBackend = Callable[[Manifest], Any]
-MakeSession = Callable[..., GroundingSession]
 KEPT = [0, 3, 6, 9, 12]
 N = 16
-
-
-@pytest.fixture
-def make_session(make_backend: MakeBackend, tokenizer_folder: Path) -> MakeSession:
-    def make(manifest: Manifest, **options: Any) -> GroundingSession:
-        return GroundingSession(manifest, tokenizer_folder, make_backend(manifest), **options)
-
-    return make
 
 
 def seen_by(session: GroundingSession, image: Any, expressions: list[str]) -> list[Any]:
