@@ -6,7 +6,7 @@ stops only those who ask for it, and is listed with its reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -77,6 +77,19 @@ class Plugins(Generic[T]):
         """The package that one comes with, where that is known."""
         entry = self.entries.get(name)
         return entry.dist.name if entry is not None and entry.dist is not None else None
+
+    def shadowed_by(self, ours: Collection[str]) -> dict[str, GapExportError]:
+        """Those whose names gap-export has itself, which therefore are never used; no import."""
+        return {
+            name: GapExportError(
+                f"{self._kind} {name}, which {entry.value} should define, has a name that is taken",
+                seen=name,
+                allowed=f"any name but {', '.join(ours)}",
+                fix=f"rename it, or uninstall {self.package_of(name) or 'its package'}",
+            )
+            for name, entry in self.entries.items()
+            if name in ours
+        }
 
     def forget(self) -> None:
         """Look anew, where packages came or went in this process."""

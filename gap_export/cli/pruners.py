@@ -82,6 +82,8 @@ def pruners(
 
 
 def _describe(preset: Preset, served: frozenset[str] | None) -> dict[str, Any]:
+    from gap_export.pruning import FixedPruner
+
     pruner = preset.pruner
     found = {
         "name": preset.name,
@@ -94,6 +96,7 @@ def _describe(preset: Preset, served: frozenset[str] | None) -> dict[str, Any]:
         "budget": preset.budget,
         "budgets": list(preset.budgets),
         "reads": sorted(pruner.reads),
+        "fixed": isinstance(pruner, FixedPruner),
         "pruner_text": preset.pruner_text if "text" in pruner.reads else None,
     }
     return found if served is None else {**found, "served": preset.name in served}
@@ -104,5 +107,5 @@ def _table_row(item: dict[str, Any]) -> list[str]:
     if item["pruner_text"] is not None:
         needs = [f"{one} ({item['pruner_text']})" if "text" in one else one for one in needs]
     row = [item["name"], item["order"], item["extra_token"], item["budget"]]
-    row.append(", ".join(needs) or "nothing")
+    row.append(", ".join(needs) or ("nothing" if item["fixed"] else "patch features"))
     return row if "served" not in item else [*row, "yes" if item["served"] else "no"]

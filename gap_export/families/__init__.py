@@ -89,8 +89,7 @@ def all_families() -> Mapping[str, Family]:
 def broken_families() -> Mapping[str, GapExportError]:
     """Those of other packages that cannot be used, and why."""
     found = {n: e for n, e in OTHER_FAMILIES.found.items() if isinstance(e, GapExportError)}
-    taken = {name: _taken(name) for name in OTHER_FAMILIES.entries if name in _OURS}
-    return MappingProxyType({**found, **taken})
+    return MappingProxyType({**found, **OTHER_FAMILIES.shadowed_by(_OURS)})
 
 
 def find_family(recipe: Recipe) -> Family:
@@ -150,16 +149,6 @@ def find_readings(recipe: Recipe) -> frozenset[str]:
         if not is_there
     }
     return find_family(recipe).readings - lacking
-
-
-def _taken(name: str) -> GapExportError:
-    entry = OTHER_FAMILIES.entries[name]
-    return GapExportError(
-        f"family {name}, which {entry.value} should define, has a name that is taken",
-        seen=name,
-        allowed=f"any name but {', '.join(_OURS)}",
-        fix=f"rename it, or uninstall {OTHER_FAMILIES.package_of(name) or 'its package'}",
-    )
 
 
 def native_protocol(family: str) -> str | None:

@@ -111,7 +111,6 @@ def _check(name: str, thing: object, where: str) -> Preset:
     return thing
 
 
-# Those called like one of ours are passed over.
 OTHER_PRESETS: Plugins[Preset] = Plugins(group=ENTRY_POINT_GROUP, kind="pruner", check=_check)
 
 
@@ -125,13 +124,8 @@ def all_presets() -> Mapping[str, Preset]:
 
 def broken_presets() -> Mapping[str, GapExportError]:
     """Those of other packages that cannot be used, and why."""
-    return MappingProxyType(
-        {
-            name: one
-            for name, one in OTHER_PRESETS.found.items()
-            if isinstance(one, GapExportError) and name not in PRESETS
-        }
-    )
+    found = {n: e for n, e in OTHER_PRESETS.found.items() if isinstance(e, GapExportError)}
+    return MappingProxyType({**found, **OTHER_PRESETS.shadowed_by(PRESETS)})
 
 
 def find_preset(name: str) -> Preset:
@@ -182,7 +176,8 @@ def check_pruner_installed(name: str, tools: Mapping[str, str]) -> None:
     raise MissingDependencyError(
         f"the pruner of this bundle, {reprlib.repr(name)}, is of a package that is not installed",
         seen=f"{named} {tools[package]}" if package is not None else "a package that is not known",
-        fix=f"install {named or 'it'}, or check against a golden, which needs no pruner: --against",
+        fix=f"install {named or 'it'} from where you have it (a package of that name on an "
+        "index may be another one), or check against a golden, which needs no pruner: --against",
     )
 
 

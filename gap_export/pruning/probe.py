@@ -66,7 +66,12 @@ def probe_pruner(pruner: Pruner, pruning: PruningSpec) -> None:
 def _run_without_values(pruner: Pruner, state: VisionState, pruning: PruningSpec) -> None:
     """Run it as a trace does, where no value is there to decide by."""
     count = pruning.num_kept_tokens
-    with _blaming(pruning.pruner, "traced, without values"):
+    with _blaming(
+        pruning.pruner,
+        "traced, without values",
+        fix="no value is known while a graph is made: torch.where in place of x[mask], and no "
+        ".item(), nonzero or if on values",
+    ):
         if isinstance(pruner, ChoosingPruner):
             pruner.choose(state, num_kept_tokens=count)
         elif isinstance(pruner, ScoringPruner):
@@ -129,7 +134,11 @@ def fixed_places(pruner: FixedPruner, pruning: PruningSpec, grid: GridSpec) -> N
 
 
 @contextmanager
-def _blaming(name: str, when: str = "tried on random tokens") -> Iterator[None]:
+def _blaming(
+    name: str,
+    when: str = "tried on random tokens",
+    fix: str = "mend it; of the state only patch_features and what its reads names are given",
+) -> Iterator[None]:
     """What another package's code raises is its own, and no bug of ours."""
     try:
         yield
@@ -141,7 +150,7 @@ def _blaming(name: str, when: str = "tried on random tokens") -> Iterator[None]:
         raise GapExportError(
             f"pruner {name} raises {type(err).__name__} when it is {when}",
             seen=f"{said} ({own[-1].filename}, line {own[-1].lineno})",
-            fix="mend it; parts of the state that its reads does not name are None",
+            fix=fix,
         ) from err
 
 

@@ -11,7 +11,7 @@ from gap_export.pruning import LEFT_OUT, PRESETS, presets
 @pytest.fixture
 def one_is_broken(monkeypatch):
     error = GapExportError("pruner lost, which lost:X should define, cannot be loaded")
-    monkeypatch.setattr(presets, "_others", lambda: {"lost": error})
+    monkeypatch.setitem(presets.OTHER_PRESETS.found, "lost", error)
 
 
 def test_the_list_is_json_for_programs(run_cli):

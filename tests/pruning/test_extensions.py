@@ -85,6 +85,7 @@ def test_the_documented_pruner_is_exported_and_grounds(
 def test_our_own_names_are_not_taken_over(install):
     install(documented_example()[0], "cls = my_pruners:UNUSUAL")
     assert find_preset("cls") is presets.PRESETS["cls"]
+    assert "has a name that is taken" in str(broken_presets()["cls"])
 
 
 @pytest.mark.parametrize(
@@ -242,9 +243,13 @@ def refusal(install, module: str, checkpoint, tmp_path) -> str:
         ("loud.numpy()", "gives no scores for each row and token: a ndarray"),
         ("None", "gives no scores for each row and token: a NoneType"),
         ("1 / 0", "raises ZeroDivisionError when it is tried on random tokens: division by zero"),
-        ("state.cls_features.sum(dim=-1)", "its reads does not name are None"),
+        (
+            "state.cls_features.sum(dim=-1)",
+            "only patch_features and what its reads names are given",
+        ),
         ("torch.rand_like(loud)", "is not deterministic"),
         ("loud if loud[0, 0] > 0 else -loud", "when it is traced, without values"),
+        ("loud[loud > -9].reshape(loud.shape)", "torch.where in place of x[mask]"),
     ],
 )
 def test_scores_that_are_none_are_refused(install, tiny_checkpoint, tmp_path, scores, says):

@@ -152,10 +152,6 @@ PINNED_DRAW = [11, 92, 113, 3, 20, 111]
 
 
 def test_every_preset_says_what_it_is():
-    assert set(PRESETS) == {
-        "cls", "text", "random", "spatial", "fastervlm", "trim", "visionzip", "dart",
-        "prumerge", "prumerge+", "prumerge-select", "divprune", "cdpruner",
-    }  # fmt: skip
     for name, preset in PRESETS.items():
         pruner = preset.pruner
         assert preset.name == name
