@@ -16,8 +16,8 @@ from typing import Literal
 import typer
 from pages import DEMO_MODEL, called_as, interval, note, percent, publish
 
-from gap_export.evaluation.calibration import refshapes_questions
 from gap_export.evaluation.evaluate import evaluate_model
+from gap_export.evaluation.refshapes import calibration_questions
 from gap_export.evaluation.results import SettingRow
 from gap_export.exporting import Dtype, ExportOptions
 from gap_export.spec.manifest import QuantizationSpec
@@ -57,7 +57,7 @@ def measure(
         pruning=PruningRequest(pruner=pruner, keep_ratio=KEEP_RATIO, seed=seed),
         dtype=dtype,
         quantization=None if method is None else int4(method),
-        calibration=tuple(refshapes_questions()) if method == "awq" else None,
+        calibration=tuple(calibration_questions()) if method == "awq" else None,
     )
     report = evaluate_model(options, num_samples=samples)
     (unpruned,) = [row for row in report.rows if row.positions == "none"]

@@ -78,9 +78,9 @@ def export(
     dtype, quantization = weights.resolve()
     calibration = None
     if quantization is not None and quantization.method == "awq":
-        from gap_export.evaluation.calibration import refshapes_questions
+        from gap_export.evaluation.refshapes import calibration_questions
 
-        calibration = tuple(refshapes_questions())
+        calibration = tuple(calibration_questions())
     options = ExportOptions(
         model=str(model),
         pruning=pruning,

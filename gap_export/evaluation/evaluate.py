@@ -16,18 +16,11 @@ from gap_export.bundle import open_bundle
 from gap_export.checkpoint.find.source import resolve_model, resolve_source
 from gap_export.errors import UsageError
 from gap_export.evaluation.baseline import check_baseline, dtype_of, quantization_of
-from gap_export.evaluation.calibration import refshapes_questions
 from gap_export.evaluation.job import DEFAULT_ASKING, Asking, Job, ModelFacts
-from gap_export.evaluation.measure import (
-    Runner,
-    RunnerOptions,
-)
-from gap_export.evaluation.results import (
-    EvaluationReport,
-)
-from gap_export.evaluation.settings import (
-    pruned_settings,
-)
+from gap_export.evaluation.measure import Runner, RunnerOptions
+from gap_export.evaluation.refshapes import calibration_questions
+from gap_export.evaluation.results import EvaluationReport
+from gap_export.evaluation.settings import pruned_settings
 from gap_export.exporting import (
     ExportOptions,
     GraphCache,
@@ -81,7 +74,7 @@ def evaluate_model(
     runs: dict[tuple[str, float], tuple[PruningSpec, ExportOptions]] = {}
     for request in prunings or (options.pruning,):
         run = replace(base, pruning=replace(request, positions="gap"))
-        # All of them now: a slip in the last must not cost the measuring of those before it.
+        # All requests are settled first: a slip in the last must not cost the work of the others.
         pruning = resolve_options(found, run)
         key = (pruning.pruner, pruning.keep_ratio)
         if runs.setdefault(key, (pruning, run))[0] != pruning:
@@ -164,7 +157,7 @@ def evaluate_bundle(
     job = Job.prepare(asking, runner, asked, num_samples, progress)
     # What cannot run here is refused before the unpruned model is made and measured.
     with Runner(runner) as attempt:
-        attempt.check(pruned_settings(bundle, manifest.pruning)[-1])
+        attempt.session(pruned_settings(bundle, manifest.pruning)[-1])
     with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
         if baseline is None:
             recipe, source = resolve_source(manifest, checkpoint or {})
@@ -175,7 +168,7 @@ def evaluate_bundle(
                 pruning=PruningRequest(keep_ratio=1.0),
                 dtype=dtype_of(manifest),
                 quantization=quantization,
-                calibration=tuple(refshapes_questions()) if calibrates else None,
+                calibration=tuple(calibration_questions()) if calibrates else None,
                 out=Path(scratch) / "unpruned",
             )
             baseline = export_checkpoint(recipe, source, options, progress=progress).bundle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from gap_export.evaluation.results import (
     GalleryItem,
     SettingRow,
 )
-from gap_export.evaluation.run import IN_PROCESS, Run, make_folder, open_executor, records_folder
+from gap_export.evaluation.run import IN_PROCESS, Run, make_folder, open_executor
 from gap_export.evaluation.settings import (
     MISALIGNMENTS,
     MisalignmentKind,
@@ -146,7 +147,8 @@ class Job:
         if self.asking.pictures is not None:
             drawings = {one.name: self.asking.pictures / f"{one.slug}.png" for one in settings}
             self.asking.rule.check({f"the drawing of {name}": p for name, p in drawings.items()})
-        with records_folder(self.asking.records) as folder:
+        with tempfile.TemporaryDirectory(prefix="gap-export-records-") as scratch:
+            folder = self.asking.records or Path(scratch)
             run = Run(settings=settings, dataset=self.dataset, options=self.runner, folder=folder)
             answers = run.answers(self.executor, progress)
         if drawings:
@@ -205,12 +207,10 @@ class Job:
             return
         with Runner(self.runner) as runner:
             for setting in settings:
-                answer = runner.ground(setting, first)
+                image, frame = first.image.load(), first.image.frame
+                answer = runner.session(setting).ground(image, first.expression, frame=frame)
                 drawing = draw_grounding(
-                    first.image.load(),
-                    answer,
-                    pad_color=manifest.image.pad_color,
-                    frame=first.image.frame,
+                    image, answer, pad_color=manifest.image.pad_color, frame=frame
                 )
                 save_drawing(drawing, drawings[setting.name], rule=self.asking.rule)
 

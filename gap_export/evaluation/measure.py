@@ -25,7 +25,6 @@ from gap_export.evaluation.workers import Shard
 from gap_export.runtime.answers import has_ended
 from gap_export.runtime.backends.backend import Backend
 from gap_export.runtime.boxes import parse_answer
-from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.images.image import ImageInput
 from gap_export.runtime.session import BackendName, GroundingSession
 from gap_export.spec.manifest import GridSpec, Manifest, PromptSpec
@@ -111,7 +110,7 @@ class Runner:
         Raises:
             GapExportError: the bundle cannot be run, or what it computes is not numbers.
         """
-        session = self._session(shard.setting)
+        session = self.session(shard.setting)
         records: list[Record] = []
         for _, group in groupby(shard.questions, key=lambda question: question.image_id):
             asked = list(group)
@@ -125,25 +124,12 @@ class Runner:
                 records += _answer_batch(session, image, batch)
         return records
 
-    def ground(self, setting: Setting, question: Question) -> Grounding:
-        """The whole answer to one question, to be drawn.
-
-        Raises:
-            GapExportError: the bundle cannot be run, the image not be read, or the expression not
-                be asked.
-        """
-        image = question.image
-        return self._session(setting).ground(image.load(), question.expression, frame=image.frame)
-
-    def check(self, setting: Setting) -> None:
-        """Open what a setting needs.
+    def session(self, setting: Setting) -> GroundingSession:
+        """The session of a setting, which stays open until another bundle is asked.
 
         Raises:
             GapExportError: the bundle cannot be run.
         """
-        self._session(setting)
-
-    def _session(self, setting: Setting) -> GroundingSession:
         name = setting.backend or self._options.backend
         if self._opened is None or self._key != (setting.bundle, name):
             self.close()

@@ -40,9 +40,8 @@ class Protocol:
     """One convention.
 
     Attributes:
-        name: On the command line and in reports.
         summary: One line for reports.
-        source: Where it is from.
+        source: The program that it is the convention of.
         syntaxes: Ways to write a box that its program reads.
         read: An answer's box as the protocol takes it, in 0..1 of the model's frame; None where it
             finds none, which is wrong.
@@ -61,10 +60,7 @@ class Protocol:
     def iou(self, record: Record, question: Question, box_spec: BoxSpec) -> float:
         """IoU of an answer with the true box, in 0..1; 0 where no box is read.
 
-        Args:
-            record: The answer.
-            question: What was asked.
-            box_spec: How the model that answered writes boxes.
+        ``box_spec`` says how the model that answered writes boxes.
         """
         box = self.read(record, box_spec)
         return 0.0 if box is None else self.compare(box, record, question, box_spec)
@@ -193,13 +189,9 @@ def _as_fractions_of_the_image(box: Box, record: Record, question: Question, _: 
 
 def _in_model_frame(box: Box, record: Record, question: Question, box_spec: BoxSpec) -> float:
     """The truth as the model would write it, clipped to its frame and in three decimals."""
-    truth = _to_fractions(question.box, _frame(record, box_spec))
-    x1, y1, x2, y2 = (round(min(max(value, 0.0), 1.0), 3) for value in truth)
-    return _iou_in_float32(box, (x1, y1, x2, y2))
-
-
-def _iou_in_float32(box: Box, truth: Box) -> float:
-    """Of thousandths in float32, which decides what is a half; areas have the corners' signs."""
+    fractions = _to_fractions(question.box, _frame(record, box_spec))
+    truth = [round(min(max(value, 0.0), 1.0), 3) for value in fractions]
+    # Thousandths in float32 decide what is a half; areas have the corners' signs.
     one, other = (np.array(values, np.float32) * np.float32(1000) for values in (box, truth))
     width, height = np.maximum(np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2]), 0)
     overlap = width * height
@@ -212,8 +204,9 @@ def _in_pixels_with_both_ends(box: Box, record: Record, question: Question, _: B
     """Coordinates are taken for indices of pixels, and both ends belong to the box."""
     width, height = record.image_size
     x1, y1, x2, y2 = box
-    answer = (x1 * width, y1 * height, x2 * width, y2 * height)
-    return intersection_over_union(_with_last_pixel(answer), _with_last_pixel(question.box))
+    left, top, right, bottom = question.box
+    answer = (x1 * width, y1 * height, x2 * width + 1, y2 * height + 1)
+    return intersection_over_union(answer, (left, top, right + 1, bottom + 1))
 
 
 def _in_hundredths_of_the_image(
@@ -244,10 +237,6 @@ def _to_fractions(box: Box, frame: Frame) -> Box:
     x1, x2 = ((value - frame.left) / frame.width for value in box[0::2])
     y1, y2 = ((value - frame.top) / frame.height for value in box[1::2])
     return x1, y1, x2, y2
-
-
-def _with_last_pixel(box: Box) -> Box:
-    return box[0], box[1], box[2] + 1, box[3] + 1
 
 
 _IN_PIXELS = (

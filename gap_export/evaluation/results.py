@@ -54,7 +54,6 @@ class SettingRow(Accuracy):
 
     Attributes:
         name: Name of the setting, unique in a report.
-        model: Recipe name.
         pruner: Its name, or ``none`` where nothing is dropped.
         keep_ratio: 1.0 where nothing is dropped.
         positions: ``none`` (nothing is dropped), ``compact``, ``gap``, or with nothing dropped
@@ -73,7 +72,6 @@ class SettingRow(Accuracy):
             tolerance.
         num_out_of_scale: Answers whose box is written on another scale than the model's.
         num_cut_off: Answers that were cut off at the model's ``max_new_tokens``.
-        by_split: Accuracy by split.
         by_kind: Accuracy by kind of expression; empty where the data has none.
         latency_ms: By stage its ``median`` and ``p95``, of one batch: expressions about one image
             that are asked together.
@@ -108,11 +106,10 @@ class SettingRow(Accuracy):
         """JSON form; what it is comes first, then what was measured."""
         plain: dict[str, Any] = plain_values(asdict(self))
         measured = {one.name for one in fields(Accuracy)}
-        named = [one.name for one in fields(SettingRow) if one.name not in measured]
         # Up to the protocol a row says what it is.
-        split = named.index("protocol") + 1
-        order = [*named[:split], *(one.name for one in fields(Accuracy)), *named[split:]]
-        return {name: plain[name] for name in order}
+        what = [name for name in plain if name not in measured]
+        what = what[: what.index("protocol") + 1]
+        return {**{name: plain[name] for name in what}, **plain}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +117,7 @@ class Comparison:
     """Two settings over the same expressions.
 
     Attributes:
-        first: Name of a setting.
-        second: Name of another.
-        n: Expressions.
-        both: Expressions that both hit.
-        only_first: Those that only the first hit.
-        only_second: Those that only the second hit.
-        neither: Those that neither hit.
+        n: Expressions, of which ``both`` hit, one of them only, or ``neither``.
         difference: acc_at_50 of the first minus that of the second.
         ci95: 95 % interval of it (Newcombe 1998, method 10).
         mcnemar_p: Exact two-sided p-value of McNemar's test.
@@ -150,12 +141,10 @@ class DataSummary:
 
     Attributes:
         spec: As the user named it.
-        name: Name of the data set.
         layout: How it is stored.
-        splits: The splits that were asked.
         num_expressions: All there are, unusable ones included.
         num_images: Images of those that could be asked about.
-        frame: That boxes are in: ``raw``: of images as stored, ``upright``: as displayed.
+        frame: What boxes are coordinates of: ``raw``: images as stored, ``upright``: as displayed.
         num_turned: Images that carry an EXIF orientation other than 1.
         num_excluded: Expressions whose annotation is at fault: no answer could be right, so they
             are left out of every accuracy.
@@ -181,9 +170,7 @@ class GalleryAnswer:
     """What one setting answered.
 
     Attributes:
-        setting: Name of the setting.
-        text: The answer.
-        box: None where it has none.
+        box: None where the answer has none.
         iou: By the report's protocol.
     """
 
@@ -199,8 +186,6 @@ class GalleryItem:
 
     Attributes:
         kind: Why: where GAP did best, worst, or was right and compact positions were wrong.
-        question_id: Id of the question.
-        expression: What was asked.
         image: The image; no part of the JSON form.
         box: The right answer.
         answers: One for each setting, in the order of the rows.
@@ -215,13 +200,9 @@ class GalleryItem:
 
     def to_plain(self) -> dict[str, Any]:
         """JSON form, without the image."""
-        return {
-            "kind": self.kind,
-            "question_id": self.question_id,
-            "expression": self.expression,
-            "box": list(self.box),
-            "answers": plain_values([asdict(answer) for answer in self.answers]),
-        }
+        plain: dict[str, Any] = plain_values(asdict(self))
+        del plain["image"]
+        return plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,20 +211,14 @@ class EvaluationReport:
 
     Attributes:
         model: Recipe name.
-        family: Family of the model.
-        data: What was asked.
-        protocol: By which answers were judged.
-        protocol_summary: What that is, in one line.
         prompt: The template that was used.
         seed: Seed of the samples, of pruners that draw, and of random orders.
         backend: ``onnxruntime`` or ``tensorrt``; see also each row's.
         misalignments: What was done to positions where no token is dropped, in words, by the name
             of the setting.
-        rows: One for each setting.
         warnings: What makes the measurement doubtful, in words: most answers of the unpruned model
             are on another scale, or none is right.
-        comparisons: Pairs of them.
-        gallery: Some questions with their answers.
+        rows: One for each setting.
     """
 
     model: str
@@ -254,9 +229,9 @@ class EvaluationReport:
     prompt: str
     seed: int
     backend: str
-    rows: tuple[SettingRow, ...]
     misalignments: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    rows: tuple[SettingRow, ...]
     comparisons: tuple[Comparison, ...] = ()
     gallery: tuple[GalleryItem, ...] = ()
 
@@ -266,18 +241,8 @@ class EvaluationReport:
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,
             "gap_export_version": __version__,
-            "model": self.model,
-            "family": self.family,
-            "data": plain_values(asdict(self.data)),
-            "protocol": self.protocol,
-            "protocol_summary": self.protocol_summary,
-            "prompt": self.prompt,
-            "seed": self.seed,
-            "backend": self.backend,
-            "misalignments": dict(self.misalignments),
-            "warnings": list(self.warnings),
+            **plain_values(asdict(self)),
             "rows": [row.to_plain() for row in self.rows],
-            "comparisons": plain_values([asdict(pair) for pair in self.comparisons]),
             "gallery": [item.to_plain() for item in self.gallery],
         }
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,24 +76,12 @@ def make_folder(folder: Path, what: str) -> None:
         )
 
 
-@contextmanager
-def records_folder(wanted: Path | None) -> Iterator[Path]:
-    """Where records go; one that is gone afterwards where none is wanted."""
-    if wanted is not None:
-        yield wanted
-        return
-    with tempfile.TemporaryDirectory(prefix="gap-export-records-") as scratch:
-        yield Path(scratch)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What is asked of which settings.
 
     Attributes:
         settings: Those that ask one bundle stand together.
-        dataset: What is asked.
-        options: How.
         folder: For records; it exists.
     """
 

@@ -28,7 +28,6 @@ class Setting:
 
     Attributes:
         name: ``unpruned``, ``spatial keep 0.3 gap``, ``permuted``, ...; unique in an evaluation.
-        bundle: The bundle that is asked.
         pruner: Its pruner; ``none`` where nothing is dropped.
         keep_ratio: 1.0 where nothing is dropped.
         positions: ``none``: nothing is dropped and nothing misaligned; ``compact`` or ``gap``: of
@@ -110,7 +109,8 @@ class Misalignment:
         """Misalign the row of an expression, which holds all visual tokens in raster order."""
         if self.kind == "shifted":
             return replace(row, shift=self.shift)
-        return permute(row, random_order(self.seed, expression, len(row.image_features)))
+        order = random_order(self.seed, expression, len(row.image_features))
+        return replace(row, image_features=row.image_features[order])
 
     def describe(self) -> str:
         """What is done, in words."""
@@ -123,11 +123,6 @@ class Misalignment:
             "no token is dropped; the visual tokens enter in a random order, another one for each "
             f"expression (seed {self.seed}), and ids are given by the order of input"
         )
-
-
-def permute(row: PromptRow, order: Int64Array) -> PromptRow:
-    """Let visual tokens enter in another order, int64 [N], ids given by the order of input."""
-    return replace(row, image_features=row.image_features[order])
 
 
 def random_order(seed: int, expression: str, num_visual_tokens: int) -> Int64Array:

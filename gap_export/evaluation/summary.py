@@ -59,13 +59,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """One setting with its answers, judged.
-
-    Attributes:
-        setting: What was asked.
-        records: One for each question, in the questions' order.
-        scores: Likewise.
-    """
+    """One setting with its answers, judged: a record and a score for each question, in order."""
 
     setting: Setting
     records: tuple[Record, ...]
@@ -79,8 +73,6 @@ class Judging:
     Attributes:
         questions: What was asked; those of one image stand together.
         unusable: What could not be asked.
-        protocol: By which answers are judged.
-        box_spec: How the model writes boxes.
         model: Recipe name.
         seed: Seed of the evaluation and of the bootstrap.
     """
@@ -113,7 +105,7 @@ class Judging:
 
     def row(self, answered: Answered, unpruned: float | None) -> SettingRow:
         """One row of the report, beside the accuracy of the unpruned row, if it is not that row."""
-        # An expression that could not be asked is answered wrongly.
+        # An expression that could not be asked counts as answered wrongly.
         scores = [
             *answered.scores,
             *(
@@ -127,6 +119,7 @@ class Judging:
         given = [record for record in answered.records if record.error is None]
         latency, batch_size = _latency(self.questions, answered.records)
         setting = answered.setting
+        pairs = list(zip(answered.records, self.questions, strict=True))
         return SettingRow(
             **vars(whole),
             name=setting.name,
@@ -149,7 +142,10 @@ class Judging:
             latency_ms=latency,
             mean_batch_size=batch_size,
             other_protocols={
-                protocol.name: self._num_hits(answered, protocol) / len(scores)
+                protocol.name: sum(
+                    protocol.is_hit(protocol.iou(*pair, self.box_spec)) for pair in pairs
+                )
+                / len(scores)
                 for protocol in applicable(self.box_spec)
                 if protocol.name != self.protocol.name
             },
@@ -198,22 +194,20 @@ class Judging:
             "best": [place for place in reversed(by_iou) if gap.scores[place].hit],
             "worst": [place for place in by_iou if not gap.scores[place].hit],
         }
-        taken: set[int] = set()
-        items: dict[GalleryKind, list[GalleryItem]] = {}
+        chosen: dict[int, GalleryKind] = {}
         for kind, candidates in ranked.items():
             images: set[str] = set()
-            chosen = items.setdefault(kind, [])
             for place in candidates:
                 image = self.questions[place].image_id
-                if len(chosen) < GALLERY_SIZE and place not in taken and image not in images:
-                    taken.add(place)
+                if len(images) < GALLERY_SIZE and place not in chosen and image not in images:
+                    chosen[place] = kind
                     images.add(image)
-                    chosen.append(_gallery_item(kind, self.questions[place], place, settings))
-        return (*items["best"], *items["worst"], *items["flipped by GAP"])
-
-    def _num_hits(self, answered: Answered, protocol: Protocol) -> int:
-        pairs = zip(answered.records, self.questions, strict=True)
-        return sum(protocol.is_hit(protocol.iou(*pair, self.box_spec)) for pair in pairs)
+        return tuple(
+            _gallery_item(kind, self.questions[place], place, settings)
+            for kind in ("best", "worst", "flipped by GAP")
+            for place, of_kind in chosen.items()
+            if of_kind == kind
+        )
 
     def _accuracy(self, scores: Sequence[Score]) -> Accuracy:
         hits = np.array([score.hit for score in scores], dtype=np.float64)

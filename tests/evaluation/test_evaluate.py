@@ -69,7 +69,7 @@ def without_times(report):
 def test_rows_are_unpruned_then_compact_and_gap_for_each_configuration(tiny_checkpoint, tmp_path):
     report = evaluate_model(
         ExportOptions(model=str(tiny_checkpoint)),
-        prunings=PruningRequest().variants(["spatial", "random", "spatial"], [0.3]),
+        prunings=PruningRequest().variants(["spatial", "text", "spatial"], [0.3]),
         num_samples=8,
         asking=Asking(pictures=tmp_path / "drawn", misaligned=("shifted", "permuted")),
     )
@@ -80,8 +80,8 @@ def test_rows_are_unpruned_then_compact_and_gap_for_each_configuration(tiny_chec
         ("none", 1.0, "permuted"),
         ("spatial", 0.3, "compact"),
         ("spatial", 0.3, "gap"),
-        ("random", 0.3, "compact"),
-        ("random", 0.3, "gap"),
+        ("text", 0.3, "compact"),
+        ("text", 0.3, "gap"),
     ]
     drawn = {path.name for path in (tmp_path / "drawn").iterdir()}
     assert drawn == {"unpruned.png", "shifted.png", "permuted.png"} | {
@@ -296,6 +296,20 @@ def test_a_slip_in_the_last_configuration_is_refused_before_anything_is_exported
         evaluate_model(options, prunings=PruningRequest().variants(["cls", "spatail"]))
 
 
+@pytest.fixture
+def exported(tiny_recipe, monkeypatch):
+    """How each export of an evaluation would prune; nothing is exported or asked."""
+    prunings = []
+
+    def note(options, **_):
+        prunings.append(resolve_options(tiny_recipe, options))
+        return SimpleNamespace(bundle=Path())
+
+    monkeypatch.setattr(evaluate, "export_model", note)
+    monkeypatch.setattr(job.Job, "measure", lambda *_: None)
+    return prunings
+
+
 @pytest.mark.parametrize(
     ("keep_ratios", "budgets"),
     [
@@ -304,30 +318,20 @@ def test_a_slip_in_the_last_configuration_is_refused_before_anything_is_exported
     ],
 )
 def test_without_a_share_a_pruner_leaves_the_number_to_the_image_as_in_export(
-    tiny_checkpoint, tiny_recipe, monkeypatch, keep_ratios, budgets
+    tiny_checkpoint, exported, keep_ratios, budgets
 ):
-    made = []
-
-    def note(options, **_):
-        pruning = resolve_options(tiny_recipe, options)
-        made.append((pruning.budget, pruning.keep_ratio))
-        return SimpleNamespace(bundle=Path())
-
-    monkeypatch.setattr(evaluate, "export_model", note)
-    monkeypatch.setattr(job.Job, "measure", lambda *_: None)
     options = ExportOptions(model=str(tiny_checkpoint))
     prunings = PruningRequest().variants(["trim", "spatial"], keep_ratios)
     evaluate_model(options, prunings=prunings, num_samples=1)
-    assert made == budgets
+    assert [(one.budget, one.keep_ratio) for one in exported] == budgets
 
 
-@pytest.mark.usefixtures("known_graphs")
-def test_score_order_needs_no_pruner_but_those_asked_for(tiny_checkpoint):
-    options = ExportOptions(
-        model=str(tiny_checkpoint), pruning=PruningRequest(order="score", pruner="cls")
-    )
-    report = evaluate_model(options, num_samples=4)
-    assert [row.pruner for row in report.rows] == ["none", "cls", "cls"]
+def test_the_unpruned_model_is_in_raster_order_whatever_that_of_the_pruned_ones(
+    tiny_checkpoint, exported
+):
+    pruning = PruningRequest(order="score", pruner="cls")
+    evaluate_model(ExportOptions(model=str(tiny_checkpoint), pruning=pruning), num_samples=1)
+    assert [(one.keep_ratio, one.order) for one in exported] == [(1.0, "raster"), (0.3, "score")]
 
 
 @pytest.mark.usefixtures("known_graphs")

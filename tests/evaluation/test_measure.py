@@ -272,4 +272,4 @@ def test_the_shift_is_half_a_row(cols, shift):
 
 def test_a_bundle_that_is_not_there_is_refused(gap):
     with pytest.raises(UsageError, match="no bundle there"), Runner(RunnerOptions()) as runner:
-        runner.check(replace(gap, bundle=Path("/nowhere/bundle")))
+        runner.session(replace(gap, bundle=Path("/nowhere/bundle")))

@@ -22,6 +22,7 @@ from gap_export.evaluation.refshapes import (
     WORDS,
     Scene,
     SceneObject,
+    calibration_questions,
     generate_scene,
     iter_samples,
 )
@@ -275,6 +276,17 @@ def read(text: str, objects: tuple[SceneObject, ...]) -> tuple[str, list[int]]:
     # Even with no margin only one qualifies, and that one is clearly on its side.
     found = [i for i in fits if i != anchor and ahead[i] >= 0]
     return "relation", [i for i in found if ahead[i] > 8 or len(found) > 1]
+
+
+def test_calibration_has_one_question_for_each_of_the_first_training_images() -> None:
+    questions = calibration_questions(seed=3, num_samples=5)
+    scenes = [
+        generate_scene(split="train", seed=3, index=index, num_expressions=1) for index in range(5)
+    ]
+    assert [text for _, text in questions] == [scene.expressions[0].text for scene in scenes]
+    for (image, _), scene in zip(questions, scenes, strict=True):
+        assert np.array_equal(image, scene.image)
+    assert len(calibration_questions()) == 32
 
 
 def test_mosaics_without_background_are_for_training_only() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gap_export.evaluation import settings
 from gap_export.evaluation.settings import (
     Misalignment,
     Setting,
-    permute,
     pruned_settings,
     random_order,
     whole_settings,
@@ -88,9 +88,10 @@ def test_permuted_gives_ids_by_the_order_of_input():
     assert np.array_equal(prompt.inputs_embeds[0, 5:], plain.inputs_embeds[0, 5:])
 
 
-def test_no_shift_and_the_order_there_was_change_nothing():
+def test_no_shift_and_the_order_there_was_change_nothing(monkeypatch):
+    monkeypatch.setattr(settings, "random_order", lambda seed, text, number: np.arange(number))
     shifted = Misalignment(kind="shifted", shift=0).edit("the cup", row())
-    permuted = permute(row(), np.arange(3))
+    permuted = Misalignment(kind="permuted").edit("the cup", row())
     plain = assemble_prompt([row()], positions="gap")
     for edited in (shifted, permuted):
         prompt = assemble_prompt([edited], positions="gap")

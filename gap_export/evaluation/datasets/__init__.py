@@ -126,8 +126,11 @@ def _find(root: Path, known: KnownSet | None) -> StoredSet:
         stored = [one for which in wanted for find in _FINDERS for one in find(root, which)]
     except OSError as err:
         raise UsageError("a folder cannot be read", seen=f"{root}: {err.strerror or err}") from err
-    # Several names may lead to the same files.
-    found = list({one.files: one for one in reversed(stored)}.values())[::-1]
+    # Several names may lead to the same files: the first counts.
+    by_files: dict[tuple[Path, ...], StoredSet] = {}
+    for one in stored:
+        by_files.setdefault(one.files, one)
+    found = list(by_files.values())
     if len(found) == 1:
         return found[0]
     if found:

@@ -29,7 +29,7 @@ from gap_export.evaluation.datasets.stored import (
     KnownSet,
     StoredSet,
     image_of,
-    is_file,
+    matching_files,
     may_be_in,
     name_after,
 )
@@ -54,21 +54,14 @@ def find(root: Path, known: KnownSet | None) -> list[StoredSet]:
     if known is not None:
         own = [root / name / below for name in known.folders for below in ("data", "")]
         folders = (folders if may_be_in(root, known) else []) + own
-    return [
-        _stored(known.name if known else name_after(folder), by_split)
-        for folder in folders
-        if (by_split := _files_in(folder))
-    ]
-
-
-def _files_in(folder: Path) -> dict[str, list[Path]]:
-    """The parquet files of each split."""
-    by_split: dict[str, list[Path]] = {}
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        match = _NAME.fullmatch(file.name)
-        if match is not None and is_file(file):
+    found = []
+    for folder in folders:
+        by_split: dict[str, list[Path]] = {}
+        for match, file in matching_files(folder, _NAME):
             by_split.setdefault(match["split"], []).append(file)
-    return by_split
+        if by_split:
+            found.append(_stored(known.name if known else name_after(folder), by_split))
+    return found
 
 
 def _stored(name: str, by_split: Mapping[str, Sequence[Path]]) -> StoredSet:

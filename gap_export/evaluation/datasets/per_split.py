@@ -13,7 +13,13 @@ from pathlib import Path, PurePosixPath
 
 from gap_export.evaluation.datasets.annotations import Annotation
 from gap_export.evaluation.datasets.rows import is_inside, read_json_rows
-from gap_export.evaluation.datasets.stored import Images, KnownSet, StoredSet, image_of, is_file
+from gap_export.evaluation.datasets.stored import (
+    Images,
+    KnownSet,
+    StoredSet,
+    image_of,
+    matching_files,
+)
 from gap_export.evaluation.questions import ImageSource
 
 LOOKED_FOR = "<set>_<split>.json"
@@ -29,10 +35,8 @@ def find(root: Path, known: KnownSet | None) -> list[StoredSet]:
     found: list[StoredSet] = []
     for folder in folders:
         by_set: dict[str, dict[str, Path]] = {}
-        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-            match = _NAME.fullmatch(file.name)
-            if match is not None and is_file(file):
-                by_set.setdefault(match["set"], {})[match["split"]] = file
+        for match, file in matching_files(folder, _NAME):
+            by_set.setdefault(match["set"], {})[match["split"]] = file
         found += [
             _stored(name, root, by_split)
             for name, by_split in by_set.items()

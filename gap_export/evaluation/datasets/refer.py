@@ -22,6 +22,7 @@ from gap_export.evaluation.datasets.stored import (
     KnownSet,
     StoredSet,
     is_file,
+    matching_files,
     may_be_in,
     name_after,
 )
@@ -36,13 +37,11 @@ _BASES = ("", "data", "refer", "refer/data", "annotations")
 def find(root: Path, known: KnownSet | None) -> list[StoredSet]:
     """The data sets of this layout in a folder; those with a known name also in folders below."""
     if known is None:
-        if not root.is_dir() or not is_file(root / _INSTANCES):
+        if not is_file(root / _INSTANCES):
             return []
-        found = [(_REFS.fullmatch(file.name), file) for file in sorted(root.iterdir())]
         return [
             _stored(name_after(root, match["split_by"]), root, file)
-            for match, file in found
-            if match is not None
+            for match, file in matching_files(root, _REFS)
         ]
     folders = [root / base / name for base in _BASES for name in known.folders[:1]]
     if may_be_in(root, known):
@@ -74,17 +73,41 @@ def _stored(name: str, root: Path, refs_file: Path) -> StoredSet:
         """Objects and images by their ids."""
         file = refs_file.parent / _INSTANCES
         whole = Row.of(read_json(file), str(file))
-        return [_by_id(whole, key) for key in ("annotations", "images")]
+        tables: list[dict[int, Row]] = []
+        for key in ("annotations", "images"):
+            by_id: dict[int, Row] = {}
+            for number, plain in enumerate(whole.entries(key)):
+                row = Row.of(plain, f"{file}, {key} {number}")
+                if by_id.setdefault(row.integer("id"), row) is not row:
+                    raise row.refuse("id", "another one for each entry")
+            tables.append(by_id)
+        return tables
 
     def read(split: str) -> Iterator[Annotation]:
+        """One annotation for each sentence of each reference."""
         boxes, stored_images = instances()
         for ref in refs():
-            if ref.label("split") == split:
-                box = _entry(boxes, ref.integer("ann_id"), ref.where, "annotations")
-                image = _entry(stored_images, ref.integer("image_id"), ref.where, "images")
-                if box.integer("image_id") != ref.integer("image_id"):
-                    raise ref.refuse("image_id", f"that of its box, {box.integer('image_id')}")
-                yield from _sentences(ref, box, image, images)
+            if ref.label("split") != split:
+                continue
+            box = _entry(boxes, ref.integer("ann_id"), ref.where, "annotations")
+            image = _entry(stored_images, ref.integer("image_id"), ref.where, "images")
+            if box.integer("image_id") != ref.integer("image_id"):
+                raise ref.refuse("image_id", f"that of its box, {box.integer('image_id')}")
+            name = image.file_name("file_name")
+            source = images.find(name)
+            for number, plain in enumerate(ref.entries("sentences")):
+                sentence = Row.of(plain, f"{ref.where}, sentence {number}")
+                yield Annotation(
+                    id=f"{ref.integer('ref_id')}-{sentence.integer('sent_id')}",
+                    image_id=str(ref.integer("image_id")),
+                    image=source,
+                    image_name=name,
+                    expression=sentence.text("sent"),
+                    box=box.box("bbox"),
+                    image_size=image.size("width", "height"),
+                    kind=None,
+                    split=split,
+                )
 
     return StoredSet(
         name=name,
@@ -94,37 +117,6 @@ def _stored(name: str, root: Path, refs_file: Path) -> StoredSet:
         splits=lambda: tuple(dict.fromkeys(ref.label("split") for ref in refs())),
         read=read,
     )
-
-
-def _sentences(ref: Row, box: Row, image: Row, images: Images) -> Iterator[Annotation]:
-    """One annotation for each sentence of a reference."""
-    name = image.file_name("file_name")
-    source = images.find(name)
-    for number, plain in enumerate(ref.entries("sentences")):
-        sentence = Row.of(plain, f"{ref.where}, sentence {number}")
-        yield Annotation(
-            id=f"{ref.integer('ref_id')}-{sentence.integer('sent_id')}",
-            image_id=str(ref.integer("image_id")),
-            image=source,
-            image_name=name,
-            expression=sentence.text("sent"),
-            box=box.box("bbox"),
-            image_size=image.size("width", "height"),
-            kind=None,
-            split=ref.label("split"),
-        )
-
-
-def _by_id(whole: Row, key: str) -> dict[int, Row]:
-    rows = (
-        Row.of(plain, f"{whole.where}, {key} {number}")
-        for number, plain in enumerate(whole.entries(key))
-    )
-    found: dict[int, Row] = {}
-    for row in rows:
-        if found.setdefault(row.integer("id"), row) is not row:
-            raise row.refuse("id", "another one for each entry")
-    return found
 
 
 def _entry(rows: dict[int, Row], wanted: int, where: str, key: str) -> Row:

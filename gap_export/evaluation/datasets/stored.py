@@ -51,8 +51,6 @@ class StoredSet:
     """A data set found in a folder. Only its place is read before it is asked for.
 
     Attributes:
-        name: Name of the data set.
-        layout: How it is stored.
         files: Those that make it this data set.
         looked_in: Where its images are looked for.
         splits: Gives the splits it has.
@@ -121,6 +119,14 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
+
+
+def matching_files(folder: Path, name: re.Pattern[str]) -> Iterator[tuple[re.Match[str], Path]]:
+    """The files directly in a folder whose whole name matches, in the order of their names."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = name.fullmatch(file.name)
+        if match is not None and is_file(file):
+            yield match, file
 
 
 def may_be_in(folder: Path, known: KnownSet) -> bool:

@@ -53,6 +53,7 @@ __all__ = [
     "Scene",
     "SceneObject",
     "Split",
+    "calibration_questions",
     "generate_scene",
     "iter_samples",
 ]
@@ -63,6 +64,8 @@ _SPLIT_KEYS: dict[str, int] = {"train": 1, "heldout": 2}
 _MIN_EXPRESSIONS = 4
 # Questions about one image, at most.
 EXPRESSIONS_PER_IMAGE = 4
+# Enough for the mean size of every channel; AWQ's authors take as few.
+_NUM_CALIBRATION_IMAGES = 32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,11 +74,8 @@ class Scene:
 
     Attributes:
         image: uint8 [96, 96, 3], RGB.
-        objects: Its objects.
         expressions: Different, unambiguous expressions.
         object_map: int64 [12, 12], index of the object that covers most of a patch, or -1.
-        split: Split it was drawn from.
-        seed: Seed it was drawn with.
         index: Index within split and seed.
     """
 
@@ -90,12 +90,7 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
-    """One question with its answer.
-
-    Attributes:
-        scene: Scene asked about.
-        expression: Expression asked.
-    """
+    """One question with its answer."""
 
     scene: Scene
     expression: Expression
@@ -172,3 +167,14 @@ def iter_samples(*, seed: int, num_samples: int, split: Split = "heldout") -> It
         for expression in scene.expressions[: num_samples - yielded]:
             yield Sample(scene=scene, expression=expression)
             yielded += 1
+
+
+def calibration_questions(
+    *, seed: int = 0, num_samples: int = _NUM_CALIBRATION_IMAGES
+) -> list[tuple[NDArray[np.uint8], str]]:
+    """Training images, uint8 [H, W, 3], with one expression each; no held-out image is shown."""
+    scenes = (
+        generate_scene(split="train", seed=seed, index=index, num_expressions=1)
+        for index in range(num_samples)
+    )
+    return [(scene.image, scene.expressions[0].text) for scene in scenes]

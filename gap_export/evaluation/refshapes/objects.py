@@ -94,8 +94,14 @@ def sample_objects(rng: np.random.Generator, split: str) -> tuple[SceneObject, .
     if layout == "crowded":
         squares = _crowded_squares(rng)
     elif layout == "mosaic":
-        squares = _mosaic_squares(rng)
-        return _mostly_square(rng, _with_attributes(rng, squares))
+        objects = _with_attributes(rng, _mosaic_squares(rng))
+        # A share of the shapes, drawn for each scene, become squares, which leave no gaps.
+        share = rng.uniform(0.4, 1.0)
+        are_squares = (rng.random(len(objects)) < share).tolist()
+        return tuple(
+            replace(item, shape="square") if is_square else item
+            for item, is_square in zip(objects, are_squares, strict=True)
+        )
     else:
         low, high = (2, 5) if layout == "scattered" else (1, 2)
         squares = _scattered_squares(rng, int(rng.integers(low, high + 1)))
@@ -133,24 +139,19 @@ def _scattered_squares(rng: np.random.Generator, count: int) -> list[tuple[int, 
     for is_small, tries in zip(rng.random(count) < SMALL_PROBABILITY, draws, strict=True):
         size = "small" if is_small else "big"
         for extent_draw, x_draw, y_draw in tries:
-            extent = _extent(size, extent_draw)
+            low, high = EXTENTS[size]
+            extent = low + int(extent_draw * (high - low + 1))
             x = int(x_draw * (IMAGE_SIZE - extent + 1))
             y = int(y_draw * (IMAGE_SIZE - extent + 1))
-            if all(_apart(x, y, extent, other) for other in squares):
+            # The gap to another square is along the axis on which they are further apart.
+            gaps = (
+                max(left - x - extent, x - left - side, top - y - extent, y - top - side)
+                for left, top, side, _ in squares
+            )
+            if all(gap >= MIN_GAP for gap in gaps):
                 squares.append((x, y, extent, size))
                 break
     return squares
-
-
-def _apart(x: int, y: int, extent: int, other: tuple[int, int, int, str]) -> bool:
-    """Whether a square keeps `MIN_GAP` from `other`."""
-    other_x, other_y, other_extent, _ = other
-    return (
-        x + extent + MIN_GAP <= other_x
-        or other_x + other_extent + MIN_GAP <= x
-        or y + extent + MIN_GAP <= other_y
-        or other_y + other_extent + MIN_GAP <= y
-    )
 
 
 def _crowded_squares(rng: np.random.Generator) -> list[tuple[int, int, int, str]]:
@@ -195,18 +196,6 @@ def _mosaic_squares(rng: np.random.Generator) -> list[tuple[int, int, int, str]]
     return squares
 
 
-def _mostly_square(
-    rng: np.random.Generator, objects: tuple[SceneObject, ...]
-) -> tuple[SceneObject, ...]:
-    """Turn a share of the objects, drawn for each scene, into squares, which leave no gaps."""
-    share = rng.uniform(0.4, 1.0)
-    draws = (rng.random(len(objects)) < share).tolist()
-    return tuple(
-        replace(item, shape="square") if is_square else item
-        for item, is_square in zip(objects, draws, strict=True)
-    )
-
-
 def _grid_slots(rng: np.random.Generator) -> list[_Slot]:
     """Cells of a 2x3, 3x2 or 3x3 grid of small objects, one or two of them left empty."""
     rows, columns = ((2, 3), (3, 2), (3, 3))[int(rng.integers(0, 3))]
@@ -235,9 +224,3 @@ def _quadrant_slots(rng: np.random.Generator) -> list[_Slot]:
         elif content < 0.92:
             slots.append((left, top, _HALF, _HALF, "small"))
     return slots
-
-
-def _extent(size: str, draw: float) -> int:
-    """Map a uniform draw in [0, 1) onto the extents of a size word."""
-    low, high = EXTENTS[size]
-    return low + int(draw * (high - low + 1))

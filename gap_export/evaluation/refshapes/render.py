@@ -48,7 +48,10 @@ def render(
         color = np.asarray(COLOR_VALUES[item.color], np.float32) + jitter[index]
         region = image[y1:y2, x1:x2]
         region += alpha[..., None] * (color - region)
-        covered = _pixels_per_patch(alpha, item.x, item.y)
+        canvas = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
+        canvas[y1:y2, x1:x2] = alpha
+        # Pixels in each patch, float32 [12, 12].
+        covered = canvas.reshape(GRID_SIZE, PATCH_SIZE, GRID_SIZE, PATCH_SIZE).sum((1, 3))
         wins = covered > most
         object_map[wins] = index
         most[wins] = covered[wins]
@@ -101,16 +104,6 @@ _INSIDE: dict[str, Callable[[_Plane, _Plane], NDArray[np.bool_]]] = {
     "cross": lambda x, y: (np.abs(x) <= 0.33) | (np.abs(y) <= 0.33),
     "diamond": lambda x, y: np.abs(x) + np.abs(y) <= 1,
 }
-
-
-def _pixels_per_patch(alpha: NDArray[np.float32], x: int, y: int) -> NDArray[np.float32]:
-    """Sum a mask placed at (x, y) over the 8x8 patches; float32 [12, 12]."""
-    canvas = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
-    canvas[y : y + alpha.shape[0], x : x + alpha.shape[1]] = alpha
-    covered: NDArray[np.float32] = canvas.reshape(GRID_SIZE, PATCH_SIZE, GRID_SIZE, PATCH_SIZE).sum(
-        (1, 3)
-    )
-    return covered
 
 
 def _ground(rng: np.random.Generator) -> NDArray[np.float32]:
