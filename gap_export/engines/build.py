@@ -14,9 +14,9 @@ from gap_export.bundle import Bundle
 from gap_export.bundle.drafts import make_draft_folder, put_in_place, sweep_drafts, sync_tree
 from gap_export.bundle.files import ENGINES_FOLDER
 from gap_export.engines.compile import BuildPlace, compile_graph
-from gap_export.engines.device import Gpu, find_gpu, free_memory
+from gap_export.engines.device import find_gpu, free_memory
 from gap_export.engines.folder import EngineFolder, read_engine_folder
-from gap_export.engines.library import TensorRT, describe_versions, elsewhere, library_for
+from gap_export.engines.library import elsewhere, library_for
 from gap_export.engines.memory import estimate_memory, memory_warnings
 from gap_export.engines.plan import PLAN_NAME, EnginePlan, EngineSpec
 from gap_export.engines.profiles import cache_capacity, check_cache_capacity
@@ -63,6 +63,7 @@ def build_engines(
         EngineError: TensorRT does not take a graph, or cannot build it.
         OutputError: the bundle cannot be written, or the disk is full.
     """
+    progress = progress or SilentProgress()
     place = check_build(bundle, choice, only=only, overrides=overrides, options=options)
     graphs = target_graphs(bundle.manifest, choice.target, only)
     library = place.library
@@ -72,9 +73,11 @@ def build_engines(
         warn(text)
     with _draft(bundle, choice.folder) as draft:
         kept = _keep_others(place, draft, only) if only else ()
-        built = tuple(
-            _compile(place, graph, draft, options, progress or SilentProgress()) for graph in graphs
-        )
+        built = []
+        for graph in graphs:
+            built.append(compile_graph(place, graph, draft, options=options, progress=progress))
+            # What TensorRT held for one engine is gone before the next.
+            gc.collect()
         plan = EnginePlan(
             library=library.name,
             library_version=library.version,
@@ -100,41 +103,41 @@ def check_build(
 ) -> BuildPlace:
     """See, before anything is built, that a target's engines can be built here.
 
-    Args:
-        bundle: Opened, and so checked.
-        choice: The target, and the GPU generation.
-        only: Components; empty for all.
-        overrides: Sizes in place of the bundle's.
-        options: How to build.
-
-    Returns:
-        What the engines will have in common.
-
-    Raises:
-        BundleError: the bundle was not made for the target.
-        UsageError: a component or a size there is not, a GPU that is not at hand, or one that has
-            not got the dtype of the weights.
-        MissingDependencyError: the target's TensorRT is missing or of a version that does not fit.
+    Returns what the engines will have in common; arguments and errors are those of
+    :func:`build_engines`.
     """
     graphs = target_graphs(bundle.manifest, choice.target, only)
     for quantization in filter(None, (graph.quantization for graph in graphs)):
         choice.check_weights(quantization.dtype)
     limits = resolve_limits(bundle.manifest, overrides)
-    # Of all components: engines of different sizes cannot be used together.
+    # All components are checked: engines of different sizes cannot be used together.
     check_cache_capacity(target_graphs(bundle.manifest, choice.target), limits)
-    gpu = find_gpu()
-    # First: without a GPU there is no need to install a TensorRT.
-    if gpu is None and choice.target.built_on != "any":
-        raise _needs_gpu(choice)
-    library = library_for(choice.target)
-    place = BuildPlace(
-        bundle=bundle,
-        choice=choice,
-        library=library,
-        limits=limits,
-        compute_capability=_compute_capability(library, choice, gpu),
-    )
-    _check_platform(place, graphs)
+    gpu, target, generation = find_gpu(), choice.target, choice.compute_capability
+    if target.built_on == "device":
+        # Without its GPU there is no need to install a TensorRT.
+        if gpu is None or generation not in (None, gpu.compute_capability):
+            raise UsageError(
+                f"engines of target {target.name} are built on the GPU they are for",
+                seen=f"{gpu.name}, SM {gpu.compute_capability}"
+                if gpu
+                else "no NVIDIA GPU with a driver (libcuda.so.1) at hand",
+                allowed=f"SM {generation}" if generation and gpu else None,
+                fix=elsewhere(target),
+            )
+        generation = gpu.compute_capability
+    assert generation is not None  # a target that is built anywhere names its generations
+    library = library_for(target)
+    platform = target.platform(library.release)
+    assert platform is not None  # see library_for
+    for graph in graphs:
+        if graph.lowering not in platform.lowerings:
+            raise UsageError(
+                f"{library.name} {library.version} does not build the bundle's graphs for "
+                f"{target.name}",
+                seen=f"lowering {graph.lowering}",
+                allowed=", ".join(platform.lowerings),
+                fix=f"export with --lowering {platform.lowerings[0]}",
+            )
     if options.weights == "stripped" and gpu is None:
         # So it is with both packages; seen with TensorRT-RTX 1.7.1.
         raise UsageError(
@@ -142,7 +145,13 @@ def check_build(
             seen="--weights stripped, and no GPU at hand",
             allowed="--weights included or streamed",
         )
-    return place
+    return BuildPlace(
+        bundle=bundle,
+        choice=choice,
+        library=library,
+        limits=limits,
+        compute_capability=generation,
+    )
 
 
 def target_graphs(
@@ -207,57 +216,6 @@ def resolve_limits(manifest: Manifest, overrides: LimitsRequest) -> EngineLimits
     tiled = manifest.image.tiles is not None
     images = max(limits.max_images, limits.max_batch) if tiled else limits.max_batch
     return dataclasses.replace(limits, max_images=images)
-
-
-def _compute_capability(library: TensorRT, choice: TargetChoice, gpu: Gpu | None) -> int:
-    """The GPU generation the engines will be for."""
-    wanted = choice.compute_capability
-    if library.is_rtx and wanted is not None:
-        return wanted
-    if gpu is None:
-        raise _needs_gpu(choice)
-    if wanted is not None and gpu.compute_capability != wanted:
-        raise UsageError(
-            f"engines of {choice.folder} are built on the GPU they are for",
-            seen=f"{gpu.name}, SM {gpu.compute_capability}",
-            allowed=f"SM {wanted}",
-            fix=elsewhere(choice.target),
-        )
-    return gpu.compute_capability
-
-
-def _needs_gpu(choice: TargetChoice) -> UsageError:
-    return UsageError(
-        f"engines of target {choice.target.name} are built on the GPU they are for",
-        seen="no NVIDIA GPU with a driver (libcuda.so.1) at hand",
-        fix=elsewhere(choice.target),
-    )
-
-
-def _check_platform(place: BuildPlace, graphs: tuple[GraphSpec, ...]) -> None:
-    """The TensorRT at hand builds the lowering the bundle has for the target."""
-    target, library = place.choice.target, place.library
-    platform = target.platform(library.release)
-    known = () if platform is None else platform.lowerings
-    for graph in graphs:
-        if graph.lowering not in known:
-            raise UsageError(
-                f"{library.name} {library.version} does not build the bundle's graphs for "
-                f"{target.name}",
-                seen=f"lowering {graph.lowering}",
-                allowed=", ".join(known) or describe_versions(target),
-                fix=f"export with --lowering {known[0]}" if known else None,
-            )
-
-
-def _compile(
-    place: BuildPlace, graph: GraphSpec, draft: Path, options: BuildOptions, progress: Progress
-) -> EngineSpec:
-    """One engine; what TensorRT held for it is gone before the next."""
-    try:
-        return compile_graph(place, graph, draft, options=options, progress=progress)
-    finally:
-        gc.collect()
 
 
 def _keep_others(place: BuildPlace, draft: Path, only: tuple[str, ...]) -> tuple[EngineSpec, ...]:

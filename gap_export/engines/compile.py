@@ -16,11 +16,11 @@ from gap_export.bundle import Bundle
 from gap_export.engines.graph_hash import hash_weights, listed_file
 from gap_export.engines.inspect import check_interface, read_interface
 from gap_export.engines.library import TensorRT
-from gap_export.engines.log import log_of, quote
+from gap_export.engines.log import log_of
 from gap_export.engines.memory import peak_bytes, reset_peak
 from gap_export.engines.monitor import STEPS, PhaseTally, make_monitor
 from gap_export.engines.network import build_failed, other_ways, out_of_memory, parse_graph
-from gap_export.engines.plan import EngineSpec, WeightsHeld
+from gap_export.engines.plan import EngineSpec, ProfileSpec, WeightsHeld
 from gap_export.engines.profiles import make_profiles
 from gap_export.engines.targets import TargetChoice
 from gap_export.engines.timing_cache import keep_timing_cache, use_timing_cache
@@ -30,7 +30,7 @@ from gap_export.spec.manifest import EngineLimits, GraphSpec
 from gap_export.spec.requests import BuildOptions
 
 _CHUNK_BYTES = 16 << 20
-# Of BuilderFlag.
+# Members of BuilderFlag.
 _FLAGS: Mapping[WeightsHeld, tuple[str, ...]] = MappingProxyType(
     {"included": (), "streamed": ("WEIGHT_STREAMING",), "stripped": ("STRIP_PLAN",)}
 )
@@ -103,19 +103,11 @@ def _compile(
     reset_peak()
     started = time.perf_counter()
     log = log_of(module)
-    builder = _create_builder(library)
-    parsed = parse_graph(library, log, builder, graph, path, advice)
+    parsed = parse_graph(library, graph, path, advice)
+    builder = parsed.builder
     interface = read_interface(parsed.network)
     check_interface(interface, graph)
-    config = _configure(place, builder, options)
-    for profile in profiles:
-        made = builder.create_optimization_profile()
-        for input_name, shapes in profile.shapes.items():
-            is_sizes = input_name in profile.values
-            sizes = profile.values[input_name] if is_sizes else shapes
-            put = made.set_shape_input if is_sizes else made.set_shape
-            put(input_name, sizes.min, sizes.opt, sizes.max)
-        config.add_optimization_profile(made)
+    config = _configure(place, builder, options, profiles)
     # Referred to from here as well: TensorRT does not keep it alive.
     monitor = make_monitor(module, PhaseTally(advance), stop)
     config.progress_monitor = monitor
@@ -151,22 +143,9 @@ def _compile(
     )
 
 
-def _create_builder(library: TensorRT) -> Any:
-    log = log_of(library.module)
-    with log.recording() as errors:
-        try:
-            builder = library.module.Builder(log.handle)
-        except (TypeError, RuntimeError) as err:
-            # pybind11's word for a null pointer: no driver, or no GPU.
-            raise EngineError(
-                f"{library.name} {library.version} cannot start a builder",
-                seen=quote(errors or [str(err)]),
-                fix="check the GPU and its driver with: gap-export doctor",
-            ) from err
-    return builder
-
-
-def _configure(place: BuildPlace, builder: Any, options: BuildOptions) -> Any:
+def _configure(
+    place: BuildPlace, builder: Any, options: BuildOptions, profiles: tuple[ProfileSpec, ...]
+) -> Any:
     module = place.library.module
     config = builder.create_builder_config()
     if place.library.is_rtx:
@@ -179,6 +158,14 @@ def _configure(place: BuildPlace, builder: Any, options: BuildOptions) -> Any:
         config.builder_optimization_level = options.optimization_level
     for flag in _FLAGS[options.weights]:
         config.set_flag(getattr(module.BuilderFlag, flag))
+    for profile in profiles:
+        made = builder.create_optimization_profile()
+        for name, shapes in profile.shapes.items():
+            sizes = profile.values.get(name)
+            put = made.set_shape if sizes is None else made.set_shape_input
+            chosen = sizes or shapes
+            put(name, chosen.min, chosen.opt, chosen.max)
+        config.add_optimization_profile(made)
     use_timing_cache(place.library, config, place.compute_capability)
     return config
 
@@ -190,9 +177,16 @@ def _build(module: Any, builder: Any, network: Any, config: Any, plan: PlanFile)
         if memory is not None:
             plan.write(memoryview(memory))
         return memory is not None
-    return bool(
-        builder.build_serialized_network_to_stream(network, config, _make_writer(module, plan))
-    )
+
+    class _Writer(module.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            # pybind11 wants the base's constructor called by its name.
+            module.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            return len(data) if plan.write(memoryview(data)) else 0
+
+    return bool(builder.build_serialized_network_to_stream(network, config, _Writer()))
 
 
 class PlanFile:
@@ -211,7 +205,7 @@ class PlanFile:
 
     @property
     def sha256(self) -> str:
-        """Of what was written, in hex."""
+        """SHA-256 of what was written, in hex."""
         return self._digest.hexdigest()
 
     def write(self, content: memoryview) -> bool:
@@ -226,15 +220,3 @@ class PlanFile:
         except OSError as err:
             self.failure = err
         return self.failure is None
-
-
-def _make_writer(module: Any, plan: PlanFile) -> Any:
-    class _Writer(module.IStreamWriter):  # type: ignore[misc]
-        def __init__(self) -> None:
-            # pybind11 wants the base's constructor called by its name.
-            module.IStreamWriter.__init__(self)
-
-        def write(self, data: bytes) -> int:
-            return len(data) if plan.write(memoryview(data)) else 0
-
-    return _Writer()

@@ -22,27 +22,17 @@ def hash_weights(bundle: Bundle, graph: str) -> str:
         graph: An ONNX file of it.
 
     Raises:
-        BundleError: not an ONNX file, or weights that the bundle does not list.
+        BundleError: not an ONNX file, or weights that leave the bundle or that it does not list.
     """
-    digest = hashlib.sha256()
-    for path in weight_files(bundle, graph):
-        digest.update(f"{listed_file(bundle, path).sha256}  {path}\n".encode())
-    return digest.hexdigest()
-
-
-def weight_files(bundle: Bundle, graph: str) -> tuple[str, ...]:
-    """Paths within the bundle of the files a graph's weights lie in, ascending.
-
-    Raises:
-        BundleError: not an ONNX file, or a path that leaves the bundle.
-    """
-    folder = PurePosixPath(graph).parent
+    folder, digest = PurePosixPath(graph).parent, hashlib.sha256()
     paths = {
         str(check_member_path(str(folder / constant.location)))
         for constant in OnnxFile.read(bundle.file(graph)).initializers.values()
         if constant.location is not None
     }
-    return tuple(sorted(paths))
+    for path in sorted(paths):
+        digest.update(f"{listed_file(bundle, path).sha256}  {path}\n".encode())
+    return digest.hexdigest()
 
 
 def listed_file(bundle: Bundle, path: str) -> FileSpec:

@@ -1,4 +1,4 @@
-"""What TensorRT says while it works: to ``logging``, and its last errors into our messages."""
+"""What TensorRT says while it works goes to ``logging``, and its errors into our messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,18 @@ class TensorRTLog:
 
     def __init__(self, module: Any) -> None:
         self._errors: list[str] = []
-        self.handle = _make_handle(module, self._take)
+        severity, take = module.ILogger.Severity, self._take
+
+        class _Handle(module.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                # pybind11 wants the base's constructor called by its name.
+                module.ILogger.__init__(self)
+
+            def log(self, level: Any, message: str) -> None:
+                is_error = level in (severity.INTERNAL_ERROR, severity.ERROR)
+                take(is_error, level in (severity.INFO, severity.VERBOSE), message)
+
+        self.handle = _Handle()
 
     @contextmanager
     def recording(self) -> Iterator[list[str]]:
@@ -56,18 +67,3 @@ def quote(errors: list[str]) -> str:
     """The errors that came first, which name the cause; later ones follow from them."""
     lines = [" ".join(error.split()) for error in errors[:_KEPT]]
     return " | ".join(dict.fromkeys(lines)) or "TensorRT did not say why"
-
-
-def _make_handle(module: Any, take: Any) -> Any:
-    severity = module.ILogger.Severity
-
-    class _Handle(module.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            # pybind11 wants the base's constructor called by its name.
-            module.ILogger.__init__(self)
-
-        def log(self, level: Any, message: str) -> None:
-            is_error = level in (severity.INTERNAL_ERROR, severity.ERROR)
-            take(is_error, level in (severity.INFO, severity.VERBOSE), message)
-
-    return _Handle()

@@ -21,7 +21,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 
 _ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "float16": 2, "bfloat16": 2})
-# Of the widest layer, in hidden sizes, that live at a time in a Llama decoder: the MLP's two
+# Activations that live at a time in a Llama decoder's widest layer, in hidden sizes: the MLP's two
 # products of about 2.7 hidden sizes each, their input, and the residual.
 _LIVE_WIDTHS = 8
 # Measured with TensorRT-RTX 1.7.1, two profiles, a Llama decoder of 2 to 8 layers of 7B's width:

@@ -10,7 +10,7 @@ from typing import Any
 
 from gap_export.bundle import Bundle
 from gap_export.engines.library import TensorRT
-from gap_export.engines.log import TensorRTLog, quote
+from gap_export.engines.log import log_of, quote
 from gap_export.engines.targets import TargetChoice
 from gap_export.errors import EngineError
 from gap_export.graph.onnx_file import OnnxFile
@@ -30,31 +30,39 @@ class ParsedGraph:
     """A graph that TensorRT took.
 
     Attributes:
+        builder: The IBuilder.
         network: The INetworkDefinition.
         parser: Its constants lie in the parser's memory, which must live as long.
     """
 
+    builder: Any
     network: Any
     parser: Any
 
 
-def parse_graph(
-    library: TensorRT, log: TensorRTLog, builder: Any, graph: GraphSpec, path: Path, advice: str
-) -> ParsedGraph:
+def parse_graph(library: TensorRT, graph: GraphSpec, path: Path, advice: str) -> ParsedGraph:
     """Parse a graph; its weights are read by their offsets, hard links included.
 
     Args:
         library: TensorRT.
-        log: TensorRT's log.
-        builder: TensorRT's builder.
         graph: The manifest's entry.
         path: The graph's file.
         advice: What the user can do where TensorRT has not got an operator.
 
     Raises:
-        EngineError: TensorRT does not take a node, or the file.
+        EngineError: TensorRT does not start, or does not take a node or the file.
     """
-    module = library.module
+    module, log = library.module, log_of(library.module)
+    with log.recording() as errors:
+        try:
+            builder = module.Builder(log.handle)
+        except (TypeError, RuntimeError) as err:
+            # pybind11's word for a null pointer: no driver, or no GPU.
+            raise EngineError(
+                f"{library.name} {library.version} cannot start a builder",
+                seen=quote(errors or [str(err)]),
+                fix="check the GPU and its driver with: gap-export doctor",
+            ) from err
     # Precision is what the graph says, nothing else. A release that knows no other way has no flag.
     flag = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
@@ -62,7 +70,7 @@ def parse_graph(
     with log.recording() as errors:
         parsed = parser.parse_from_file(str(path))
     if parsed:
-        return ParsedGraph(network=network, parser=parser)
+        return ParsedGraph(builder=builder, network=network, parser=parser)
     found = [parser.get_error(index) for index in range(parser.num_errors)]
     said = [*(str(error.desc()) for error in found), *errors]
     if _is_out_of_memory(said):
@@ -79,10 +87,9 @@ def parse_graph(
 
 def other_ways(bundle: Bundle, graph: GraphSpec, choice: TargetChoice, library: TensorRT) -> str:
     """What to do where TensorRT does not take a graph: another lowering, if there is one."""
-    target = choice.target
-    platform = target.platform(library.release)
-    known = () if platform is None else platform.lowerings
-    others = [name for name in known if name != graph.lowering]
+    platform = choice.target.platform(library.release)
+    assert platform is not None  # see library_for
+    others = [name for name in platform.lowerings if name != graph.lowering]
     if not others:
         return (
             f"no other lowering builds on {library.name} {library.version}; report it with the "
@@ -92,7 +99,7 @@ def other_ways(bundle: Bundle, graph: GraphSpec, choice: TargetChoice, library: 
     there = ", which this bundle has for another target" if set(others) & made else ""
     return (
         f"the graph's lowering is {graph.lowering}; try {' or '.join(others)}{there}: gap-export "
-        f"MODEL --trt {target.name} --lowering {others[0]}"
+        f"MODEL --trt {choice.target.name} --lowering {others[0]}"
     )
 
 

@@ -257,19 +257,18 @@ def _check_profiles(engine: EngineSpec) -> None:
         for what, ranges in (("", profile.shapes), ("values of ", profile.values)):
             for name, shapes in ranges.items():
                 where = f"{what}profile {profile.name}, {name} of {engine.file}"
+                three = (shapes.min, shapes.opt, shapes.max)
                 # A shape tensor of ours holds one number.
-                _check_range(where, shapes, 1 if what else ranks[name])
-
-
-def _check_range(name: str, shapes: ShapeRange, rank: int) -> None:
-    three = (shapes.min, shapes.opt, shapes.max)
-    if any(len(shape) != rank for shape in three):
-        raise _refuse(name, three, f"{rank} dimensions")
-    for low, usual, high in zip(*three, strict=True):
-        if not 0 <= low <= usual <= high <= _MAX_DIMENSION:
-            raise _refuse(name, three, "0 <= min <= opt <= max")
-    # A buffer of this size is allocated.
-    _between(f"numbers of the largest shape of {name}", math.prod(shapes.max), 0, _MAX_NUMBERS)
+                rank = 1 if what else ranks[name]
+                if {len(shape) for shape in three} != {rank}:
+                    raise _refuse(where, three, f"{rank} dimensions")
+                if any(
+                    not 0 <= a <= b <= c <= _MAX_DIMENSION for a, b, c in zip(*three, strict=True)
+                ):
+                    raise _refuse(where, three, "0 <= min <= opt <= max")
+                # A buffer of this size is allocated.
+                largest = math.prod(shapes.max)
+                _between(f"numbers of the largest shape of {where}", largest, 0, _MAX_NUMBERS)
 
 
 def _refuse(name: str, seen: object, allowed: str) -> BundleError:

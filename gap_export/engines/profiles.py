@@ -119,9 +119,18 @@ def _plain_sizes(manifest: Manifest, graph: GraphSpec, limits: EngineLimits) -> 
 def _profile(name: ProfileName, graph: GraphSpec, sizes: Mapping[str, Sizes]) -> ProfileSpec:
     shapes, values = {}, {}
     for tensor in graph.inputs:
-        shapes[tensor.name] = _range(
-            [_sizes_of(dim, graph, tensor.name, sizes) for dim in tensor.shape]
-        )
+        dims = []
+        for dim in tensor.shape:
+            known = (dim, dim, dim) if isinstance(dim, int) else sizes.get(dim)
+            if known is None:
+                raise BundleError(
+                    f"{graph.file} has a dimension that no engine size is known for",
+                    seen=f"{dim} of input {tensor.name}",
+                    allowed=", ".join(sizes),
+                    fix="export the bundle again with this version of gap-export",
+                )
+            dims.append(known)
+        shapes[tensor.name] = _range(dims)
         if tensor.name in sizes:
             values[tensor.name] = _range([sizes[tensor.name]])
     return ProfileSpec(name=name, shapes=shapes, values=values)
@@ -130,17 +139,3 @@ def _profile(name: ProfileName, graph: GraphSpec, sizes: Mapping[str, Sizes]) ->
 def _range(dims: Sequence[Sizes]) -> ShapeRange:
     low, usual, high = (tuple(size[place] for size in dims) for place in range(3))
     return ShapeRange(min=low, opt=usual, max=high)
-
-
-def _sizes_of(dim: int | str, graph: GraphSpec, tensor: str, sizes: Mapping[str, Sizes]) -> Sizes:
-    if isinstance(dim, int):
-        return dim, dim, dim
-    known = sizes.get(dim)
-    if known is None:
-        raise BundleError(
-            f"{graph.file} has a dimension that no engine size is known for",
-            seen=f"{dim} of input {tensor}",
-            allowed=", ".join(sizes),
-            fix="export the bundle again with this version of gap-export",
-        )
-    return known

@@ -107,14 +107,14 @@ _INTEGERS: Mapping[str, str] = MappingProxyType(
     }
 )
 # TensorRT has INT4 since 10.0. The parser of 10.6 takes the blocks from the shape of the scales,
-# whatever the opset; nothing is known of that of 10.3.
+# at any opset; nothing is known of the parser of 10.3.
 _INTEGERS_AND_INT4: Mapping[str, str] = MappingProxyType(
     {
         **_INTEGERS,
         "DequantizeLinear": "INT4 weights in blocks are of opset 21; documented are opsets 9 to 20",
     }
 )
-# Of both Jetsons.
+# Both Jetsons have it.
 _JETPACK_7_2 = Platform(
     name="JetPack 7.2",
     min_version=(10, 16),
@@ -274,33 +274,27 @@ def parse_targets(specs: Sequence[str]) -> tuple[TargetChoice, ...]:
         UsageError: an unknown target, or a GPU generation it has not got.
     """
     choices: dict[str, TargetChoice] = {}
-    for spec in specs:
-        names = TARGETS if spec == AUTO else [spec]
-        for choice in (choice for name in names for choice in _parse_target(name)):
+    for spec in (each for given in specs for each in (TARGETS if given == AUTO else [given])):
+        name, colon, suffix = spec.partition(":")
+        target = TARGETS.get(name)
+        if target is None:
+            raise UsageError(
+                "unknown TensorRT target",
+                seen=repr(spec),
+                allowed=", ".join(TARGETS),
+                fix="write it right after --trt, e.g. --trt rtx:sm89; MODEL goes before",
+            )
+        allowed = {f"sm{number}": number for number in target.compute_capabilities}
+        if colon and suffix not in allowed:
+            raise UsageError(
+                f"target {name} has no such GPU generation",
+                seen=repr(suffix),
+                allowed=", ".join(allowed) or f"none: write {name} alone, it takes the GPU at hand",
+            )
+        generations: tuple[int | None, ...] = (
+            (allowed[suffix],) if colon else target.default_compute_capabilities
+        )
+        for generation in generations or (None,):
+            choice = TargetChoice(target=target, compute_capability=generation)
             choices.setdefault(choice.folder, choice)
     return tuple(choices.values())
-
-
-def _parse_target(spec: str) -> tuple[TargetChoice, ...]:
-    name, colon, suffix = spec.partition(":")
-    target = TARGETS.get(name)
-    if target is None:
-        raise UsageError(
-            "unknown TensorRT target",
-            seen=repr(spec),
-            allowed=", ".join(TARGETS),
-            fix="write it right after --trt, e.g. --trt rtx:sm89; MODEL goes before",
-        )
-    if not colon:
-        numbers = target.default_compute_capabilities
-        return tuple(
-            TargetChoice(target=target, compute_capability=number) for number in numbers
-        ) or (TargetChoice(target=target, compute_capability=None),)
-    allowed = {f"sm{number}": number for number in target.compute_capabilities}
-    if suffix not in allowed:
-        raise UsageError(
-            f"target {name} has no such GPU generation",
-            seen=repr(suffix),
-            allowed=", ".join(allowed) or f"none: write {name} alone, it takes the GPU at hand",
-        )
-    return (TargetChoice(target=target, compute_capability=allowed[suffix]),)

@@ -323,7 +323,10 @@ def _keeps_tokens_apart(node: Node, index: int, graph: OnnxFile, values: _Values
 
 def _unreached(graph: OnnxFile, values: _Values, anchors: Mapping[int, Node]) -> Iterator[Node]:
     """Nodes that rotate or compute angles of something else than the ids."""
-    producers = {name: node for node in graph.all_nodes for name in node.outputs}
+    made_of_ids: set[str] = set()
+    for node in graph.all_nodes:
+        if id(node) in anchors or made_of_ids.intersection(node.inputs):
+            made_of_ids.update(filter(None, node.outputs))
     for nodes, known in (
         (graph.all_nodes, values),
         (graph.function_nodes, _Values(graph.function_nodes, None)),
@@ -336,25 +339,8 @@ def _unreached(graph: OnnxFile, values: _Values, anchors: Mapping[int, Node]) ->
             elif node.op_type == _ROTARY:
                 # One without ids of its own reads a cosine that may come from an anchor.
                 has_ids = len(node.inputs) > 3 and node.inputs[3]
-                if (
-                    not node.is_standard(_ROTARY)
-                    or has_ids
-                    or not _rests_on(node.inputs[1], anchors, producers)
-                ):
+                if not node.is_standard(_ROTARY) or has_ids or node.inputs[1] not in made_of_ids:
                     yield node
-
-
-def _rests_on(value: str, anchors: Mapping[int, Node], producers: Mapping[str, Node]) -> bool:
-    waiting, seen = [value], set[int]()
-    while waiting:
-        node = producers.get(waiting.pop())
-        if node is None or id(node) in seen:
-            continue
-        if id(node) in anchors:
-            return True
-        seen.add(id(node))
-        waiting += node.inputs
-    return False
 
 
 def _ids_of_rows(cos: NDArray[Any], sin: NDArray[Any]) -> Ids:

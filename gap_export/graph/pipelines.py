@@ -1,4 +1,4 @@
-"""The passes of each graph in order: of the base form, and of the forms for TensorRT."""
+"""The passes that make each graph's base form, and its forms for TensorRT, in order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from gap_export.errors import PassError
-from gap_export.graph.passes.check_operators import CheckOperators
+from gap_export.graph.passes.check_operators import check_operators
 from gap_export.graph.passes.decompose_integer_clip import DecomposeIntegerClip
 from gap_export.graph.passes.drop_zero_bias import DropZeroBias
 from gap_export.graph.passes.fold_constants import FoldConstants
@@ -145,29 +145,26 @@ def lower(
         )
     passes: list[GraphPass] = [DropZeroBias(), DecomposeIntegerClip()]
     if lowering == "fused":
-        cached = _cached_passes(limits) if component == DECODER else []
-        passes = [RaiseOpset(), *passes, *cached, FuseAttention()]
-    check = CheckOperators(lowering=lowering, operators=form.operators, max_opset=form.opset)
+        passes = [RaiseOpset(), *passes]
+        if component == DECODER:
+            if limits is None:
+                raise PassError(
+                    "the fused decoder must know its limits beforehand",
+                    seen="none",
+                    allowed="max_position_embeddings and cache_capacity",
+                )
+            passes += [
+                FuseRmsNorm(),
+                FuseRotary(max_position_embeddings=limits.max_position_embeddings),
+                UpdateCacheInPlace(capacity=limits.cache_capacity),
+            ]
+        passes.append(FuseAttention())
     lowered = model.clone()
-    run_pipeline(lowered, [*passes, check])
+    run_pipeline(lowered, passes)
+    check_operators(lowered, lowering=lowering, operators=form.operators, max_opset=form.opset)
     if form.kv_contract == "in_place":
         _check_every_layer(lowered.graph)
     return lowered
-
-
-def _cached_passes(limits: DecoderLimits | None) -> list[GraphPass]:
-    """What a fused decoder has besides."""
-    if limits is None:
-        raise PassError(
-            "the fused decoder must know its limits beforehand",
-            seen="none",
-            allowed="max_position_embeddings and cache_capacity",
-        )
-    return [
-        FuseRmsNorm(),
-        FuseRotary(max_position_embeddings=limits.max_position_embeddings),
-        UpdateCacheInPlace(capacity=limits.cache_capacity),
-    ]
 
 
 def _check_every_layer(graph: ir.Graph) -> None:

@@ -85,7 +85,15 @@ def check_cache_roles(graph: ir.Graph, num_layers: int) -> None:
                 raise _refused(
                     f"{grown} grows {', '.join(sorted(sources))}", f"{grown} grows {past}"
                 )
-            _check_role(grown, part, _roles_when_grown(outputs[grown]))
+            # The grown tensor, with its new slots, may be used under an earlier name in this step.
+            value = outputs[grown]
+            while not (roles := _roles(value)):
+                node = value.producer()
+                before = [] if node is None or node.op_type == "Concat" else list(_handed_on(node))
+                if len(before) != 1:
+                    break
+                value = before[0]
+            _check_role(grown, part, roles)
 
 
 def _check_role(name: str, part: Role, seen: set[Role]) -> None:
@@ -120,7 +128,9 @@ def _roles(start: ir.Value) -> set[Role]:
                 factors = [v for at, v in enumerate(node.inputs) if at != index and v is not None]
                 if any(_meets_softmax(factor, _before) for factor in factors):
                     found.add("value")
-                elif _meets_softmax(node.outputs[0], _behind):
+                elif _meets_softmax(
+                    node.outputs[0], lambda v: [(n, list(n.outputs)) for n, _ in v.uses()]
+                ):
                     found.add("key")
             elif _hands_on(node, index) or node.op_type in _CHANGES:
                 waiting += node.outputs
@@ -131,11 +141,6 @@ def _before(value: ir.Value) -> list[tuple[ir.Node, list[ir.Value]]]:
     """The node that gives a value, with what it reads."""
     node = value.producer()
     return [] if node is None else [(node, [each for each in node.inputs if each is not None])]
-
-
-def _behind(value: ir.Value) -> list[tuple[ir.Node, list[ir.Value]]]:
-    """The nodes that read a value, each with what it gives."""
-    return [(node, list(node.outputs)) for node, _ in value.uses()]
 
 
 def _meets_softmax(
@@ -188,17 +193,3 @@ def _sources(grown: ir.Value) -> Iterator[ir.Value]:
         past = node.inputs[at] if at is not None and at < len(node.inputs) else None
         if past is not None:
             waiting.append(past)
-
-
-def _roles_when_grown(grown: ir.Value) -> set[Role]:
-    """What the grown tensor, the new slots included, is used as in this very step."""
-    value = grown
-    while True:
-        found = _roles(value)
-        node = value.producer()
-        if found or node is None or node.op_type == "Concat":
-            return found
-        before = list(_handed_on(node))
-        if len(before) != 1:
-            return found
-        value = before[0]

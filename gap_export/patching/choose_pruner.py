@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gap_export.patching.options import DEFAULT_PRUNER, check_request
 from gap_export.patching.prune_by_score import PruneByAttention, PruneByCls, PruneByScore
@@ -18,21 +17,6 @@ from gap_export.spec.places import drawn_places, lattice_places
 from gap_export.spec.recipe import Recipe
 from gap_export.spec.requests import PruningRequest
 
-
-def _lattice(grid: GridSpec, pruning: PruningSpec) -> NDArray[np.int64]:
-    return lattice_places(grid, num_kept_tokens=pruning.num_kept_tokens)
-
-
-def _drawn(grid: GridSpec, pruning: PruningSpec) -> NDArray[np.int64]:
-    """Fed in raster order, in whichever order they were drawn."""
-    assert pruning.seed is not None
-    kept = pruning.num_kept_tokens
-    return np.sort(drawn_places(grid.num_visual_tokens, num_kept_tokens=kept, seed=pruning.seed))
-
-
-PLACES: Mapping[str, Callable[[GridSpec, PruningSpec], NDArray[np.int64]]] = MappingProxyType(
-    {"spatial": _lattice, "random": _drawn}
-)
 SCORES: Mapping[str, type[PruneByScore]] = MappingProxyType(
     {"cls": PruneByCls, "fastervlm": PruneByAttention}
 )
@@ -54,7 +38,13 @@ def settle_pruning(recipe: Recipe, request: PruningRequest) -> PruningSpec:
 
 def pruning_pass(grid: GridSpec, pruning: PruningSpec) -> PruneFeatures:
     """The pass of a pruner that :func:`settle_pruning` let through."""
-    total = grid.num_visual_tokens
-    if pruning.pruner in PLACES:
-        return PruneAtPlaces(PLACES[pruning.pruner](grid, pruning), num_visual_tokens=total)
-    return SCORES[pruning.pruner](num_kept_tokens=pruning.num_kept_tokens, num_visual_tokens=total)
+    total, kept = grid.num_visual_tokens, pruning.num_kept_tokens
+    if pruning.pruner in SCORES:
+        return SCORES[pruning.pruner](num_kept_tokens=kept, num_visual_tokens=total)
+    if pruning.pruner == "spatial":
+        places = lattice_places(grid, num_kept_tokens=kept)
+    else:
+        assert pruning.pruner == "random" and pruning.seed is not None
+        # They are fed in raster order, in whichever order they were drawn.
+        places = np.sort(drawn_places(total, num_kept_tokens=kept, seed=pruning.seed))
+    return PruneAtPlaces(places, num_visual_tokens=total)

@@ -29,11 +29,11 @@ class DecoderFacts:
     Attributes:
         position_ids: The input.
         position_axes: Ids of a token: 1, or 3 with M-RoPE.
-        num_layers: Of the KV cache.
-        num_key_value_heads: Of the KV cache.
-        head_dim: Of the KV cache.
-        hidden_size: Of ``inputs_embeds``.
-        vocab_size: Of ``logits``.
+        num_layers: Layers of the KV cache.
+        num_key_value_heads: Heads of the KV cache.
+        head_dim: Width of a head of the KV cache.
+        hidden_size: Width of ``inputs_embeds``.
+        vocab_size: Width of ``logits``.
     """
 
     position_ids: ir.Value
@@ -76,11 +76,16 @@ def read_decoder_interface(graph: ir.Graph) -> DecoderFacts:
         )
     layers = {int(match[1]) for match in caches.values() if match}
     shape = _cache_shape(inputs, layers)
-    if _LOGITS not in outputs:
+    wanted = {f"present.{layer}.{part}" for layer in layers for part in ("key", "value")} | {
+        _LOGITS
+    }
+    missing, others = wanted - set(outputs), set(outputs) - wanted
+    if missing or others:
         raise PassError(
-            "the decoder gives no logits", seen=", ".join(outputs), allowed=f"an output {_LOGITS}"
+            "the decoder's outputs are not logits and the grown KV cache",
+            seen=_shorten(sorted(missing or others)) + (" missing" if missing else " besides"),
+            allowed=f"{_LOGITS}, and for {_LAYOUT}",
         )
-    _check_outputs(outputs, layers)
     return DecoderFacts(
         position_ids=position_ids,
         position_axes=axes or 1,
@@ -140,17 +145,6 @@ def _cache_shape(inputs: Mapping[str, ir.Value], layers: set[int]) -> tuple[int,
             allowed=_LAYOUT,
         )
     return heads, width
-
-
-def _check_outputs(outputs: Mapping[str, ir.Value], layers: set[int]) -> None:
-    wanted = {f"present.{layer}.{part}" for layer in layers for part in ("key", "value")}
-    missing, strange = wanted - set(outputs), set(outputs) - wanted - {_LOGITS}
-    if missing or strange:
-        raise PassError(
-            "the decoder's outputs are not logits and the grown KV cache",
-            seen=_shorten(sorted(missing or strange)) + (" missing" if missing else " besides"),
-            allowed=_LAYOUT,
-        )
 
 
 def _shorten(names: list[str]) -> str:

@@ -76,7 +76,18 @@ def describe_patch(
         newline=None,
         dtype=decoder_graph.dtype,
         opset=decoder_graph.model.opset_imports[""],
-        graphs=tuple(map(_graph_spec, graphs)),
+        graphs=tuple(
+            GraphSpec(
+                component=each.component,
+                lowering=_LOWERING,
+                dtype=each.graph.dtype,
+                kv_contract=each.kv_contract,
+                file=each.file,
+                inputs=tuple(map(_tensor_spec, each.graph.model.graph.inputs)),
+                outputs=tuple(map(_tensor_spec, each.graph.model.graph.outputs)),
+            )
+            for each in graphs
+        ),
         files=(),
         tools=tool_versions(_TOOLS),
     )
@@ -139,19 +150,6 @@ def _known(name: str, *sources: int | None) -> int:
         f"the decoder's {name} is not known",
         seen="neither the graph, nor text_config in config.json, nor the recipe",
         fix="add it to text_config",
-    )
-
-
-def _graph_spec(patched: PatchedGraph) -> GraphSpec:
-    graph = patched.graph.model.graph
-    return GraphSpec(
-        component=patched.component,
-        lowering=_LOWERING,
-        dtype=patched.graph.dtype,
-        kv_contract=patched.kv_contract,
-        file=patched.file,
-        inputs=tuple(map(_tensor_spec, graph.inputs)),
-        outputs=tuple(map(_tensor_spec, graph.outputs)),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gap_export.errors import PassError
-from gap_export.graph.passes.matching import constant, describe
+from gap_export.graph.passes.matching import constant, describe, read_slice
 from gap_export.patching.read_graph import with_shapes
 
 # What mixes tokens: a path that meets one of these has left the projector for the tower.
@@ -77,20 +77,26 @@ def find_cls_drop(features: ir.Value) -> ClsDrop:
 def find_cls_attention(model: ir.Model, drop: ClsDrop, *, num_visual_tokens: int) -> ir.Value:
     """Attention weights of the layer that gave the features, [.., 1 + N, 1 + N], CLS first.
 
-    Of all Softmax nodes that the features rest on, the last: layers follow each other.
+    The last of all Softmax nodes that the features rest on is taken: layers follow each other.
 
     Args:
-        model: The vision encoder's.
+        model: The vision encoder.
         drop: Where CLS goes.
         num_visual_tokens: N.
 
     Raises:
         PassError: no such node, or one of another shape.
     """
-    behind = _ancestors(drop.hidden)
-    found = [node for node in model.graph if node.op_type in _MIXING and id(node) in behind]
+    rests_on = {drop.hidden.producer()}
+    last = None
+    # Backwards, each node comes after all that read it.
+    for node in reversed(model.graph):
+        if node in rests_on:
+            if node.op_type in _MIXING:
+                last = node
+                break
+            rests_on.update(node.predecessors())
     length = num_visual_tokens + 1
-    last = found[-1] if found else None
     axis = None if last is None else last.attributes.get_int("axis", -1)
     if last is not None and last.op_type == "Softmax" and axis is not None:
         values = (value for node in with_shapes(model).graph for value in node.outputs)
@@ -111,29 +117,13 @@ def find_cls_attention(model: ir.Model, drop: ClsDrop, *, num_visual_tokens: int
     )
 
 
-def _ancestors(value: ir.Value) -> set[int]:
-    """All nodes that a value rests on, by identity."""
-    seen: set[int] = set()
-    waiting: list[ir.Value | None] = [value]
-    while waiting:
-        current = waiting.pop()
-        node = None if current is None else current.producer()
-        if node is not None and id(node) not in seen:
-            seen.add(id(node))
-            waiting += node.inputs
-    return seen
-
-
 def _drops_first(node: ir.Node) -> bool:
     if node.domain != "":
         return False
     if node.op_type == "Slice":
-        numbers = [constant(value) for value in node.inputs[1:]]
-        if any(number is None or number.size != 1 for number in numbers) or len(numbers) < 3:
-            return False
-        start, end, axis, *step = (int(number.item()) for number in numbers if number is not None)
+        start, end, axis = read_slice(node) or (0, 0, 0)
         # Negative ends leave out tokens at the end; torch writes "to the end" as a huge number.
-        return start == 1 and axis in {1, -2} and step in ([], [1]) and end > 1 << 30
+        return start == 1 and axis in {1, -2} and end > 1 << 30
     if node.op_type == "Gather" and node.attributes.get_int("axis", 0) in {1, -2}:
         index = constant(node.inputs[1])
         return index is not None and np.array_equal(index, np.arange(1, index.size + 1))

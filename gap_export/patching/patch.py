@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import onnx_ir as ir
 
@@ -20,7 +19,7 @@ from gap_export.graph.onnx_file import OnnxFile
 from gap_export.graph.passes.graph_pass import GraphPass
 from gap_export.graph.passes.insert_gap_remap import DOMAIN as GAP_DOMAIN
 from gap_export.graph.passes.insert_gap_remap import POSITION_IDS, InsertGapRemap
-from gap_export.graph.passes.matching import static_dim
+from gap_export.graph.passes.matching import all_nodes, static_dim
 from gap_export.graph.pipelines import run_pipeline
 from gap_export.patching.cache_roles import check_cache_roles
 from gap_export.patching.choose_pruner import pruning_pass, settle_pruning
@@ -39,7 +38,6 @@ from gap_export.patching.options import PatchOptions, PatchReport
 from gap_export.patching.prune_features import FEATURES, check_opset
 from gap_export.patching.read_graph import (
     ForeignGraph,
-    all_nodes,
     read_graph,
     save_patched,
     with_shapes,
@@ -47,7 +45,6 @@ from gap_export.patching.read_graph import (
 from gap_export.progress import Progress
 from gap_export.spec.manifest import (
     MANIFEST_NAME,
-    DecoderSpec,
     Manifest,
     SourceSpec,
     parse_manifest,
@@ -58,16 +55,14 @@ VISION, EMBED, DECODER = COMPONENTS
 TOKENIZER = "tokenizer.json"
 # Functions in a model, of which GapRemap is one, came with this version of the format.
 _MIN_IR_VERSION = 8
+# float16 holds whole numbers up to here.
+_EXACT_IN_16_BITS = 2048
 
 
 def patch_found(found: FoundExport, options: PatchOptions, progress: Progress) -> PatchReport:
     """Patch an export whose files are found and whose options are no slip.
 
-    See :func:`gap_export.patching.patch_export`.
-
-    Raises:
-        UsageError: the export cannot be patched, and why; an option or the output folder is not
-            usable.
+    See :func:`gap_export.patching.patch_export`, also for what it raises.
     """
     graphs = _read_graphs(found, progress)
     vision, embed, decoder = (graphs[component] for component in COMPONENTS)
@@ -102,34 +97,50 @@ def patch_found(found: FoundExport, options: PatchOptions, progress: Progress) -
     with write_bundle(out, force=options.force) as draft:
         _write_tokenizer(draft, found.folder, recipe, facts, manifest)
         for each in patched:
-            _write_graph(draft, each, copy=options.copy_weights)
+            for location, path in each.graph.weight_files.items():
+                if not (draft.folder / location).exists():
+                    draft.place(path, location, hold="copy" if options.copy_weights else "link")
+            if each.component == EMBED:
+                draft.place(embed.path, each.file, hold="copy")
+            else:
+                save_patched(each.graph, draft.folder / each.file)
         with progress.stage("hashing"):
             source = _describe_source(draft, found, graphs)
             manifest = replace(manifest, source=source)
             _check_readable(manifest, found.folder)
             manifest = draft.commit(manifest)
-    return PatchReport(
-        bundle=out,
-        manifest=manifest,
-        rotary=reach.rotary,
-        warnings=tuple(_warnings(reach, manifest.decoder)),
-    )
+    warnings: tuple[str, ...] = ()
+    if reach.rounded and manifest.decoder.max_position_embeddings > _EXACT_IN_16_BITS:
+        warnings = (
+            f"the export rounds position ids to 16 bits before RoPE ({', '.join(reach.rounded)}): "
+            f"above {_EXACT_IN_16_BITS} they are not exact, there as here",
+        )
+    return PatchReport(bundle=out, manifest=manifest, rotary=reach.rotary, warnings=warnings)
 
 
 def _read_graphs(found: FoundExport, progress: Progress) -> dict[str, ForeignGraph]:
+    """All graphs; no two weight files have one name in the bundle, and none a name of its own."""
     graphs: dict[str, ForeignGraph] = {}
     with progress.stage("reading graphs", total=len(found.graphs)) as advance:
         for component, path in found.graphs.items():
             graphs[component] = read_graph(path)
             advance(1)
-    _check_weight_names(graphs.values())
+    taken: dict[str, Path] = {}
+    reserved = {MANIFEST_NAME, HASH_NAME, TOKENIZER, *(f"{name}.onnx" for name in COMPONENTS)}
+    for graph in graphs.values():
+        for location, path in graph.weight_files.items():
+            is_other = taken.setdefault(location, path.resolve()) != path.resolve()
+            if location in reserved or location.startswith(f"{ENGINES_FOLDER}/") or is_other:
+                raise UsageError(
+                    "a file of weights has a name that a bundle needs for something else",
+                    seen=f"{location}, read by {graph.path}",
+                    fix="export the model again with other names",
+                )
     return graphs
 
 
 class _RaiseIrVersion(GraphPass):
     """Declares the first version of the file format that knows functions."""
-
-    name: ClassVar[str] = "RaiseIrVersion"
 
     def apply(self, model: ir.Model) -> bool:
         """Raise it where it is lower."""
@@ -208,21 +219,6 @@ def _check_vision(model: ir.Model, recipe: Recipe) -> None:
         )
 
 
-def _check_weight_names(graphs: Iterable[ForeignGraph]) -> None:
-    """Refuse weight files whose names mean something else in a bundle, or two files of one name."""
-    taken: dict[str, Path] = {}
-    reserved = {MANIFEST_NAME, HASH_NAME, TOKENIZER, *(f"{name}.onnx" for name in COMPONENTS)}
-    for graph in graphs:
-        for location, path in graph.weight_files.items():
-            is_other = taken.setdefault(location, path.resolve()) != path.resolve()
-            if location in reserved or location.startswith(f"{ENGINES_FOLDER}/") or is_other:
-                raise UsageError(
-                    "a file of weights has a name that a bundle needs for something else",
-                    seen=f"{location}, read by {graph.path}",
-                    fix="export the model again with other names",
-                )
-
-
 def _check_readable(manifest: Manifest, export: Path) -> None:
     """See that a bundle of these sizes would be read, before it gets its name."""
     try:
@@ -234,16 +230,6 @@ def _check_readable(manifest: Manifest, export: Path) -> None:
             allowed=err.allowed,
             fix="its graphs or its configs say so; get the export again, or export the model again",
         ) from err
-
-
-def _write_graph(draft: BundleDraft, patched: PatchedGraph, *, copy: bool) -> None:
-    for location, path in patched.graph.weight_files.items():
-        if not (draft.folder / location).exists():
-            draft.place(path, location, hold="copy" if copy else "link")
-    if patched.component == EMBED:
-        draft.place(patched.graph.path, patched.file, hold="copy")
-    else:
-        save_patched(patched.graph, draft.folder / patched.file)
 
 
 def _write_tokenizer(
@@ -272,12 +258,3 @@ def _describe_source(
     for path in here:
         draft.hasher.start(path)
     return describe_source(draft, Checkpoint.of(found.folder), [(MAIN, path) for path in here])
-
-
-def _warnings(reach: PositionReach, decoder: DecoderSpec) -> Iterator[str]:
-    exact = 2048
-    if reach.rounded and decoder.max_position_embeddings > exact:
-        yield (
-            f"the export rounds position ids to 16 bits before RoPE ({', '.join(reach.rounded)}): "
-            f"above {exact} they are not exact, there as here"
-        )

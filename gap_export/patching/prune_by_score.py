@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -54,8 +53,6 @@ def _smallest(values: ir.Value, count: int, steps: Steps) -> ir.Node:
 class PruneByCls(PruneByScore):
     """``cls``: cosine of CLS and each patch where CLS is dropped, in float32."""
 
-    name: ClassVar[str] = "PruneByCls"
-
     def _score(self, model: ir.Model, drop: ClsDrop, steps: Steps) -> ir.Value:
         del model
         cls = _unit(steps("Slice", drop.hidden, [0], [1], [1]), steps)
@@ -76,8 +73,6 @@ class PruneByAttention(PruneByScore):
     It is summed over heads (FasterVLM, arXiv 2412.01818). Does not handle attention that is
     one operator, which gives no weights.
     """
-
-    name: ClassVar[str] = "PruneByAttention"
 
     def _score(self, model: ir.Model, drop: ClsDrop, steps: Steps) -> ir.Value:
         weights = find_cls_attention(model, drop, num_visual_tokens=self._num_visual_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from itertools import count
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -82,8 +82,6 @@ class PruneAtPlaces(PruneFeatures):
         places: int64 [K] of 0..N-1, in the order they are fed.
         num_visual_tokens: N.
     """
-
-    name: ClassVar[str] = "PruneAtPlaces"
 
     def __init__(self, places: NDArray[np.int64], *, num_visual_tokens: int) -> None:
         super().__init__(num_kept_tokens=len(places), num_visual_tokens=num_visual_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import onnx_ir.passes.common as common_passes
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from gap_export.errors import BundleError, PassError, UsageError
+from gap_export.graph.passes.matching import all_nodes
 from gap_export.spec.manifest import check_member_path
 
 # A protobuf message cannot be larger.
@@ -68,13 +70,19 @@ def read_graph(path: Path) -> ForeignGraph:
                 seen=f"{path}: {size} bytes",
                 allowed=f"1..{_MAX_BYTES} bytes; larger models hold weights in a file beside",
             )
-        # What it has to say of a graph that does not hold together is said by an error.
+        # An error says what there is to say of a graph that does not hold together.
         with quiet(ir.serde.__name__):
             model = ir.load(path)
         fault = _find_fault(model)
         if fault is not None:
             raise _damaged(path, fault)
-        _refuse_quantized(path, model)
+        quantized = sorted({node.op_type for node in all_nodes(model)} & _QUANTIZED)
+        if quantized:
+            raise UsageError(
+                "quantized graphs are not handled",
+                seen=f"{path}: {', '.join(quantized)}",
+                allowed="graphs in float32 or float16",
+            )
         dtype, weight_files = _main_dtype(path, model), _check_weight_files(path, model)
     except OSError as err:
         raise UsageError("the export cannot be read", seen=f"{path}: {err.strerror}") from err
@@ -137,13 +145,6 @@ def _damaged(path: Path, seen: str) -> UsageError:
     )
 
 
-def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
-    """Nodes of the graph, of its subgraphs, and of the model's functions."""
-    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    for graph in graphs:
-        yield from ir.traversal.RecursiveGraphIterator(graph)
-
-
 def _all_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     graphs: dict[int, ir.Graph] = {id(model.graph): model.graph}
     for node in all_nodes(model):
@@ -203,29 +204,18 @@ def _find_torn_tensor(model: ir.Model) -> str | None:
     return None
 
 
-def _refuse_quantized(path: Path, model: ir.Model) -> None:
-    found = sorted({node.op_type for node in all_nodes(model)} & _QUANTIZED)
-    if found:
-        raise UsageError(
-            "quantized graphs are not handled",
-            seen=f"{path}: {', '.join(found)}",
-            allowed="graphs in float32 or float16",
-        )
-
-
 def _main_dtype(path: Path, model: ir.Model) -> str:
-    elements: dict[str, int] = {}
+    elements: Counter[str] = Counter()
     for tensor in _all_tensors(model):
-        name = _WEIGHT_DTYPES.get(tensor.dtype)
-        if name is not None:
-            elements[name] = elements.get(name, 0) + tensor.size
+        if tensor.dtype in _WEIGHT_DTYPES:
+            elements[_WEIGHT_DTYPES[tensor.dtype]] += tensor.size
     if not elements:
         raise UsageError(
             "the graph has no weights in floating point",
             seen=path,
             allowed=", ".join(_WEIGHT_DTYPES.values()),
         )
-    return max(elements, key=lambda name: elements[name])
+    return elements.most_common(1)[0][0]
 
 
 def _check_weight_files(path: Path, model: ir.Model) -> dict[str, Path]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import onnx_ir as ir
 
 from gap_export.graph.passes.graph_pass import GraphPass
@@ -18,8 +16,6 @@ class DecomposeIntegerClip(GraphPass):
     ONNX defines Clip so, also where low is above high. Does not handle: Clip of floats, without any
     bound, or inside a function.
     """
-
-    name: ClassVar[str] = "DecomposeIntegerClip"
 
     def apply(self, model: ir.Model) -> bool:
         """Rewrite; True if there was one."""

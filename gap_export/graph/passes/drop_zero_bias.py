@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
@@ -18,8 +16,6 @@ class DropZeroBias(GraphPass):
     wants a bias to be an initializer, and an Expand is none. Does not handle: zeros that are
     computed in another way, and biases that are weights, of which none is read.
     """
-
-    name: ClassVar[str] = "DropZeroBias"
 
     def apply(self, model: ir.Model) -> bool:
         """Drop; True if there was one."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxscript.optimizer import fold_constants
@@ -22,8 +20,6 @@ class FoldConstants(GraphPass):
     Does not fold ``Shape`` of a value whose shape is known, nor inside subgraphs of other domains.
     """
 
-    name: ClassVar[str] = "FoldConstants"
-
     def apply(self, model: ir.Model) -> bool:
         """Fold; True if anything was."""
         before = fingerprint(model)
@@ -32,17 +28,13 @@ class FoldConstants(GraphPass):
             onnx_shape_inference=False,
             input_size_limit=_SIZE_LIMIT,
             output_size_limit=_SIZE_LIMIT,
-            should_fold=_leave_weights,
+            # False keeps a node, here one that reads a weight; None leaves it to the size limits.
+            should_fold=lambda node: (
+                False
+                if any(v and isinstance(v.const_value, ir.ExternalTensor) for v in node.inputs)
+                else None
+            ),
         )
         common_passes.RemoveUnusedNodesPass()(model)
         # The folder marks what it merely visited as modified.
         return fingerprint(model) != before
-
-
-def _leave_weights(node: ir.Node) -> bool | None:
-    """False keeps a node; None leaves it to the size limits."""
-    reads_weight = any(
-        value is not None and isinstance(value.const_value, ir.ExternalTensor)
-        for value in node.inputs
-    )
-    return False if reads_weight else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +22,7 @@ from gap_export.graph.passes.matching import (
 from gap_export.graph.passes.pattern_pass import PatternPass
 
 # What TensorRT has kernels for.
-_MIN_WIDTH, _MAX_WIDTH, _WIDTH_STEP = 16, 256, 8
+_WIDTHS = range(16, 257, 8)
 
 
 class FuseAttention(PatternPass):
@@ -41,8 +41,6 @@ class FuseAttention(PatternPass):
     16 to 256; dropout; biases that are added.
     """
 
-    name: ClassVar[str] = "FuseAttention"
-
     def __init__(self) -> None:
         # By the mask: layers of one mask share one bias. Filled anew by each run.
         self._biases: dict[ir.Value, ir.Value] = {}
@@ -53,7 +51,7 @@ class FuseAttention(PatternPass):
         return super().apply(model)
 
     def pattern(self, op: Any, query: Any, key: Any, value: Any, scale: Any) -> Any:
-        """Of query [B, heads, S, d], key and value [B, heads, T, d]."""
+        """Attention of query [B, heads, S, d], key and value [B, heads, T, d]."""
         product = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))
         scores = op.Mul(product, scale)
         allowed, lowest = Var("allowed"), Var("lowest")
@@ -77,18 +75,20 @@ class FuseAttention(PatternPass):
         if scale is None or scale.size != 1:
             raise PassError(f"{where}: the scale is not one number", seen=describe(values["scale"]))
         for part in (query, key, value):
-            _check_head(part, where)
+            width, rank = static_dim(part, 3), None if part.shape is None else part.shape.rank()
+            if part.dtype not in HALF or rank != 4 or width not in _WIDTHS:
+                raise PassError(
+                    f"{where}: TensorRT has no fused kernel for such heads",
+                    seen=f"{part.name}, {part.dtype} {part.shape}",
+                    allowed="FLOAT16 or BFLOAT16 of four axes, width a multiple of "
+                    f"{_WIDTHS.step} from {_WIDTHS[0]} to {_WIDTHS[-1]}",
+                    fix="use the portable lowering",
+                )
         inputs = [query, _shared(key, where), _shared(value, where)]
         if masked is not None:
             inputs.append(self._bias(masked.producer(), query.dtype, where))
-        return ir.Node(
-            "",
-            "Attention",
-            inputs,
-            [ir.AttrFloat32("scale", float(scale.reshape(())))],
-            outputs=[like(last.outputs[0])],
-            name=last.name,
-        )
+        factor, made = float(scale.reshape(())), [like(last.outputs[0])]
+        return ir.node("Attention", inputs, {"scale": factor}, outputs=made, name=last.name)
 
     def is_left(self, node: ir.Node) -> bool:
         """A Softmax whose result is multiplied as a matrix and read by nothing else."""
@@ -140,19 +140,6 @@ def _last_of(softmax: ir.Node) -> ir.Node | None:
         if not is_operator(node, "Cast"):
             return None
         value = node.outputs[0]
-
-
-def _check_head(part: ir.Value, where: str) -> None:
-    width = static_dim(part, 3)
-    fits = width is not None and _MIN_WIDTH <= width <= _MAX_WIDTH and width % _WIDTH_STEP == 0
-    if part.dtype not in HALF or part.shape is None or part.shape.rank() != 4 or not fits:
-        raise PassError(
-            f"{where}: TensorRT has no fused kernel for such heads",
-            seen=f"{part.name}, {part.dtype} {part.shape}",
-            allowed=f"FLOAT16 or BFLOAT16 of four axes, width a multiple of {_WIDTH_STEP} "
-            f"from {_MIN_WIDTH} to {_MAX_WIDTH}",
-            fix="use the portable lowering",
-        )
 
 
 def _shared(heads: ir.Value, where: str) -> ir.Value:

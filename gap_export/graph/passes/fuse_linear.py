@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import onnx_ir as ir
 
@@ -23,14 +23,12 @@ class FuseLinear(PatternPass):
     itself.
     """
 
-    name: ClassVar[str] = "FuseLinear"
-
     def apply(self, model: ir.Model) -> bool:
         """Rewrite; True if there was such a layer."""
         return model.opset_imports.get("", 0) >= _MIN_OPSET and super().apply(model)
 
     def pattern(self, op: Any, x: Any, weight: Any) -> Any:
-        """Of x [rows, in] and weight [out, in]."""
+        """The product of x [rows, in] and weight [out, in]."""
         return op.MatMul(x, op.Transpose(weight, _outputs=["turned"]))
 
     def replace(self, last: ir.Node, **values: Any) -> ir.Node | None:
@@ -41,11 +39,5 @@ class FuseLinear(PatternPass):
         # Without perm all axes are reversed: of two the same.
         if ranks != [2, 2] or list(perm) != [1, 0] or not weight.is_initializer():
             return None
-        return ir.Node(
-            "",
-            "Gemm",
-            [x, weight],
-            [ir.AttrInt64("transB", 1)],
-            outputs=[like(last.outputs[0])],
-            name=last.name,
-        )
+        made = [like(last.outputs[0])]
+        return ir.node("Gemm", [x, weight], {"transB": 1}, outputs=made, name=last.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import onnx_ir as ir
 
@@ -20,10 +20,8 @@ class FuseRmsNorm(PatternPass):
     with a bias.
     """
 
-    name: ClassVar[str] = "FuseRmsNorm"
-
     def pattern(self, op: Any, x: Any, weight: Any, axes: Any, epsilon: Any) -> Any:
-        """Of x [.., d] and weight [d]."""
+        """The norm of x [.., d] and weight [d]."""
         wide = op.Cast(x, to=ir.DataType.FLOAT.value)
         mean = op.ReduceMean(op.Pow(wide, 2.0), axes, _outputs=["mean"])
         scaled = op.Mul(wide, op.Reciprocal(op.Sqrt(op.Add(mean, epsilon))))
@@ -47,18 +45,9 @@ class FuseRmsNorm(PatternPass):
                 seen=f"{x.dtype}, {describe(weight)}: {weight.dtype} {weight.shape}",
                 allowed="FLOAT16 or BFLOAT16, and an initializer of one axis and the same dtype",
             )
-        return ir.Node(
-            "",
-            "RMSNormalization",
-            [x, weight],
-            [
-                ir.AttrInt64("axis", -1),
-                ir.AttrFloat32("epsilon", float(epsilon.reshape(()))),
-                ir.AttrInt64("stash_type", ir.DataType.FLOAT),
-            ],
-            outputs=[like(last.outputs[0])],
-            name=last.name,
-        )
+        stash, made = ir.DataType.FLOAT.value, [like(last.outputs[0])]
+        settings = {"axis": -1, "epsilon": float(epsilon.reshape(())), "stash_type": stash}
+        return ir.node("RMSNormalization", [x, weight], settings, outputs=made, name=last.name)
 
     def is_left(self, node: ir.Node) -> bool:
         """A Reciprocal of a Sqrt."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +14,7 @@ from gap_export.graph.passes.matching import (
     constant,
     is_operator,
     like,
+    read_slice,
     static_dim,
 )
 from gap_export.graph.passes.pattern_pass import PatternPass
@@ -39,8 +40,6 @@ class FuseRotary(PatternPass):
         max_position_embeddings: Rows of the tables: ids are below it.
     """
 
-    name: ClassVar[str] = "FuseRotary"
-
     def __init__(self, *, max_position_embeddings: int) -> None:
         if max_position_embeddings < 1:
             raise PassError(
@@ -51,7 +50,7 @@ class FuseRotary(PatternPass):
         self._rows = max_position_embeddings
 
     def pattern(self, op: Any, x: Any, ids: Any, frequencies: Any) -> Any:
-        """Of x [B, heads, S, d], ids int64 [B, S] and frequencies [d / 2]."""
+        """Rotation of x [B, heads, S, d], ids int64 [B, S] and frequencies [d / 2]."""
         column = op.Unsqueeze(op.Unsqueeze(op.Cast(ids, to=ir.DataType.FLOAT.value), [1]), [3])
         half = op.Mul(column, frequencies)
         angles = op.Concat(half, half, _outputs=["angles"])
@@ -82,12 +81,17 @@ class FuseRotary(PatternPass):
         axes = [
             values[name].producer().attributes["axis"].as_int() for name in ("angles", "turned")
         ]
-        halves = [_bounds(values["low"].producer()), _bounds(values["high"].producer())]
+        halves = []
+        for name in ("low", "high"):
+            start, end, axis = read_slice(values[name].producer()) or (None, 0, 0)
+            axes.append(axis)
+            # torch writes "to the end" as the largest integer.
+            halves.append((start, min(end, 2 * half)))
         wanted = [(0, half), (half, 2 * half)]
         if static_dim(x, 3) != 2 * half or halves != wanted or not set(axes) <= set(_LAST):
             raise PassError(
                 f"{where}: it turns other halves",
-                seen=f"{halves} of width {static_dim(x, 3)}, joined on axes {axes}",
+                seen=f"{halves} of width {static_dim(x, 3)}, on axes {axes}",
                 allowed=f"{wanted} of width {2 * half}, on the last axis",
             )
         turns = np.arange(self._rows, dtype=np.float32)[:, None] * frequencies[None, :]
@@ -97,28 +101,9 @@ class FuseRotary(PatternPass):
             add_initializer(last.graph, name, values_of(turns).astype(dtype))
             for name, values_of in ((COS_TABLE, np.cos), (SIN_TABLE, np.sin))
         ]
-        return ir.Node(
-            "",
-            "RotaryEmbedding",
-            [x, *tables, ids],
-            [ir.AttrInt64("interleaved", 0)],
-            outputs=[like(last.outputs[0])],
-            name=last.name,
-        )
+        made, inputs = [like(last.outputs[0])], [x, *tables, ids]
+        return ir.node("RotaryEmbedding", inputs, {"interleaved": 0}, outputs=made, name=last.name)
 
     def is_left(self, node: ir.Node) -> bool:
         """A Cos or a Sin."""
         return is_operator(node, "Cos") or is_operator(node, "Sin")
-
-
-def _bounds(part: ir.Node) -> tuple[int, int] | None:
-    """Where a Slice of [B, heads, S, d] begins and ends on its last axis; None if it is another."""
-    numbers = [constant(value) for value in part.inputs[1:]]
-    if len(numbers) < 3 or any(number is None or number.size != 1 for number in numbers):
-        return None
-    start, end, axis, *step = (int(number.item()) for number in numbers if number is not None)
-    width = static_dim(part.inputs[0], 3) if part.inputs[0] is not None else None
-    if width is None or axis not in _LAST or step not in ([], [1]):
-        return None
-    # torch writes "to the end" as the largest integer.
-    return start, min(end, width)

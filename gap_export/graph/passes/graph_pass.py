@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar
 
 import onnx_ir as ir
 
@@ -18,8 +17,6 @@ class GraphPass(ABC):
     A subclass implements :meth:`apply`. It returns whether it changed anything and raises
     PassError, saying what it looked for and what it saw, where it declines.
     """
-
-    name: ClassVar[str]
 
     @abstractmethod
     def apply(self, model: ir.Model) -> bool:
@@ -39,7 +36,7 @@ class GraphPass(ABC):
         changed = fingerprint(model) != before
         if changed != modified:
             raise PassError(
-                f"pass {self.name} broke its contract",
+                f"pass {type(self).__name__} broke its contract",
                 seen=f"it reported modified={modified} and the graph "
                 + ("changed" if changed else "is the same"),
             )
@@ -78,7 +75,17 @@ def _describe_graph(graph: ir.Graph | ir.Function) -> Iterator[str]:
         yield from (_describe_value(value) for value in node.outputs)
         for name, attribute in node.attributes.items():
             yield f"{name} {attribute.type}"
-            yield from _describe_attribute(attribute)
+            if attribute.is_ref():
+                yield f"ref {attribute.ref_attr_name}"
+            elif attribute.type == ir.AttributeType.GRAPH:
+                yield from _describe_graph(attribute.as_graph())
+            elif attribute.type == ir.AttributeType.GRAPHS:
+                for inner in attribute.as_graphs():
+                    yield from _describe_graph(inner)
+            elif attribute.type == ir.AttributeType.TENSOR:
+                yield _describe_tensor(attribute.as_tensor())
+            else:
+                yield repr(attribute.value)
         yield str(node.doc_string)
     yield from (_describe_value(value) for value in graph.outputs)
 
@@ -93,17 +100,3 @@ def _describe_tensor(tensor: ir.TensorProtocol | None) -> str:
     if tensor is None:
         return "no value"
     return f"{tensor.dtype} {tensor.shape} {hashlib.sha256(tensor.tobytes()).hexdigest()}"
-
-
-def _describe_attribute(attribute: ir.Attr) -> Iterator[str]:
-    if attribute.is_ref():
-        yield f"ref {attribute.ref_attr_name}"
-    elif attribute.type == ir.AttributeType.GRAPH:
-        yield from _describe_graph(attribute.as_graph())
-    elif attribute.type == ir.AttributeType.GRAPHS:
-        for graph in attribute.as_graphs():
-            yield from _describe_graph(graph)
-    elif attribute.type == ir.AttributeType.TENSOR:
-        yield _describe_tensor(attribute.as_tensor())
-    else:
-        yield repr(attribute.value)

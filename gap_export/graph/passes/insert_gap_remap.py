@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import onnx_ir as ir
 
 from gap_export.errors import PassError
 from gap_export.graph.passes.graph_pass import GraphPass
+from gap_export.graph.passes.matching import new_value
 
 DOMAIN = "gap_export"
 DOMAIN_VERSION = 1
@@ -34,8 +35,6 @@ class InsertGapRemap(GraphPass):
     Does not handle: position ids computed inside the graph, another number of axes, ids that are
     not int64. A graph output that *is* the input gives out slots as fed.
     """
-
-    name: ClassVar[str] = "InsertGapRemap"
 
     def apply(self, model: ir.Model) -> bool:
         """Insert the node.
@@ -64,26 +63,14 @@ class InsertGapRemap(GraphPass):
         ids_shape = position_ids.shape
         assert ids_shape is not None
         *axes, batch, length = ids_shape
-        kept_positions = ir.Value(
-            name=KEPT_POSITIONS,
-            type=ir.TensorType(ir.DataType.INT64),
-            shape=ir.Shape([*axes, batch, "prompt_length"]),
-        )
+        table = ir.Shape([*axes, batch, "prompt_length"])
+        kept_positions = new_value(KEPT_POSITIONS, ir.DataType.INT64, table)
         graph.inputs.insert(graph.inputs.index(position_ids) + 1, kept_positions)
-        remapped = ir.Value(
-            name=ORIGINAL_POSITION_IDS,
-            type=ir.TensorType(ir.DataType.INT64),
-            shape=ids_shape.copy(),
-        )
+        remapped = new_value(ORIGINAL_POSITION_IDS, ir.DataType.INT64, ids_shape)
         if axes:
             position_ids.shape = ir.Shape([batch, length])
-        node = ir.Node(
-            DOMAIN,
-            OP_TYPE,
-            [position_ids, kept_positions],
-            outputs=[remapped],
-            name=OP_TYPE,
-        )
+        read = [position_ids, kept_positions]
+        node = ir.Node(DOMAIN, OP_TYPE, read, outputs=[remapped], name=OP_TYPE)
         for consumer, index in consumers:
             consumer.replace_input_with(index, remapped)
         graph.insert_before(next(iter(graph)), node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,25 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
     if tensor is None or isinstance(tensor, ir.ExternalTensor):
         return None
     return np.asarray(tensor.numpy())
+
+
+def graphs_of(model: ir.Model) -> list[ir.Graph | ir.Function]:
+    """The graph of a model, and its functions."""
+    return [model.graph, *model.functions.values()]
+
+
+def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Nodes of the graph, of its subgraphs, and of the model's functions."""
+    return (node for graph in graphs_of(model) for node in graph.all_nodes())
+
+
+def read_slice(node: ir.Node) -> tuple[int, int, int] | None:
+    """Start, end and axis of a Slice of one axis in steps of 1; None of any other."""
+    numbers = [constant(value) for value in node.inputs[1:]]
+    if len(numbers) < 3 or any(number is None or number.size != 1 for number in numbers):
+        return None
+    start, end, axis, *step = (int(number.item()) for number in numbers if number is not None)
+    return (start, end, axis) if step in ([], [1]) else None
 
 
 def static_dim(value: ir.Value, axis: int) -> int | None:

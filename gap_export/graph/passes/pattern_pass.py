@@ -61,7 +61,8 @@ class PatternPass(GraphPass):
         left = [f"{node.op_type} {node.name}" for node in graph if self.is_left(node)]
         if left:
             raise PassError(
-                f"{self.name}: {len(left)} places resemble the pattern and do not match it",
+                f"{type(self).__name__}: {len(left)} places resemble the pattern and do not match "
+                "it",
                 seen=", ".join(left[:3]) + (", ..." if len(left) > 3 else ""),
                 fix="use the portable lowering",
             )

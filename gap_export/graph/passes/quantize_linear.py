@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +10,7 @@ import onnx_ir as ir
 from gap_export.checkpoint.weights import PlacedTensor, QuantizedPlace
 from gap_export.errors import PassError
 from gap_export.graph.passes.graph_pass import GraphPass
-from gap_export.graph.passes.matching import add_initializer
+from gap_export.graph.passes.matching import add_initializer, graphs_of, new_value
 
 # DequantizeLinear has blocks and INT4 from 21 on, ONNX files from IR version 10 on. All operators
 # of opset 20 but GroupNormalization mean the same in 21, which only lets some take more types.
@@ -39,16 +38,12 @@ class QuantizeLinear(GraphPass):
     To be run after FuseLinear, which makes the Gemms. Other weights, and layers that are not named,
     stay as they are. Does not handle: a Gemm with factors or a transposed first operand, a weight
     that anything else reads, and graphs of an opset below 20.
+
+    Args:
+        places: Where each weight lies, by the name of the initializer [N, K] of floats.
     """
 
-    name: ClassVar[str] = "QuantizeLinear"
-
     def __init__(self, places: Mapping[str, QuantizedPlace]) -> None:
-        """Say which weights lie where.
-
-        Args:
-            places: Where each weight lies, by the name of the initializer [N, K] of floats.
-        """
         self._places = dict(places)
 
     def apply(self, model: ir.Model) -> bool:
@@ -131,7 +126,7 @@ def _raise_opset(model: ir.Model) -> None:
         )
     if opset >= _OPSET:
         return
-    holders: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    holders = graphs_of(model)
     changed = [node for holder in holders for node in holder if node.op_type == _CHANGED]
     if changed:
         raise PassError(
@@ -150,16 +145,10 @@ def _rewrite(graph: ir.Graph, gemm: ir.Node, name: str, place: QuantizedPlace) -
     packed = _initializer(graph, f"{name}.int4", place.packed, ir.DataType.INT4, place.shape)
     assert weight.dtype is not None
     factors = _initializer(graph, f"{name}.scales", scales, weight.dtype, scales.shape)
-    floats = ir.Value(
-        name=f"{name}.dequantized", type=ir.TensorType(weight.dtype), shape=ir.Shape(place.shape)
-    )
-    dequantize = ir.Node(
-        "",
-        "DequantizeLinear",
-        [packed, factors],
-        [ir.AttrInt64("axis", 0), ir.AttrInt64("block_size", place.block_size)],
-        outputs=[floats],
-        name=f"{name}.dequantize",
+    floats = new_value(f"{name}.dequantized", weight.dtype, ir.Shape(place.shape))
+    blocks, label = {"axis": 0, "block_size": place.block_size}, f"{name}.dequantize"
+    dequantize = ir.node(
+        "DequantizeLinear", [packed, factors], blocks, outputs=[floats], name=label
     )
     bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
     old = gemm.outputs[0]

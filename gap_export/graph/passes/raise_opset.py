@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import onnx_ir as ir
 
 from gap_export.errors import PassError
 from gap_export.graph.passes.graph_pass import GraphPass
+from gap_export.graph.passes.matching import all_nodes, graphs_of
 
 _FROM, _TO = 20, 24
 # Operators whose newer versions up to 24 only take more types, or have more attributes with a
@@ -29,8 +28,6 @@ class RaiseOpset(GraphPass):
     Does not handle: opsets before 20, and operators whose meaning it was not checked for.
     """
 
-    name: ClassVar[str] = "RaiseOpset"
-
     def apply(self, model: ir.Model) -> bool:
         """Raise; False if it is 24 already.
 
@@ -42,15 +39,13 @@ class RaiseOpset(GraphPass):
             return False
         if opset is None or not _FROM <= opset <= _TO:
             raise PassError("cannot raise this opset", seen=opset, allowed=f"{_FROM} to {_TO}")
-        graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-        for graph in graphs:
-            for node in graph.all_nodes():
-                if node.domain == "" and node.op_type not in UNCHANGED_OPERATORS:
-                    raise PassError(
-                        f"an operator is not known to mean the same in opset {_TO}",
-                        seen=f"{node.op_type}, node {node.name}",
-                        allowed=", ".join(sorted(UNCHANGED_OPERATORS)),
-                    )
-        for graph in graphs:
+        for node in all_nodes(model):
+            if node.domain == "" and node.op_type not in UNCHANGED_OPERATORS:
+                raise PassError(
+                    f"an operator is not known to mean the same in opset {_TO}",
+                    seen=f"{node.op_type}, node {node.name}",
+                    allowed=", ".join(sorted(UNCHANGED_OPERATORS)),
+                )
+        for graph in graphs_of(model):
             graph.opset_imports[""] = _TO
         return True

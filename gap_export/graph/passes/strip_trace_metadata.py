@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import onnx_ir as ir
 
 from gap_export.graph.passes.graph_pass import GraphPass
+from gap_export.graph.passes.matching import graphs_of
 
 
 class StripTraceMetadata(GraphPass):
@@ -17,14 +17,16 @@ class StripTraceMetadata(GraphPass):
     bundle would tell where it was made, and differ from machine to machine. Does not touch names.
     """
 
-    name: ClassVar[str] = "StripTraceMetadata"
-
     def apply(self, model: ir.Model) -> bool:
         """Clear; True if there was anything."""
+        graphs = graphs_of(model)
+        graphs += [inner for graph in graphs for inner in graph.subgraphs()]
+        holders: list[Any] = [model, *model.graph.initializers.values()]
+        for graph in graphs:
+            holders += [graph, *graph.inputs]
+            holders += [part for node in graph for part in (node, *node.outputs)]
         modified = False
-        graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-        holders = [model, *(part for graph in graphs for part in _parts(graph))]
-        for holder in (*holders, *model.graph.initializers.values()):
+        for holder in holders:
             if holder.metadata_props:
                 holder.metadata_props.clear()
                 modified = True
@@ -32,18 +34,3 @@ class StripTraceMetadata(GraphPass):
                 holder.doc_string = None
                 modified = True
         return modified
-
-
-def _parts(graph: ir.Graph | ir.Function) -> Iterator[Any]:
-    """The graph, its inputs, nodes and values, and those of graphs within nodes."""
-    yield graph
-    yield from graph.inputs
-    for node in graph:
-        yield node
-        yield from node.outputs
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                yield from _parts(attribute.as_graph())
-            elif attribute.type == ir.AttributeType.GRAPHS:
-                for inner in attribute.as_graphs():
-                    yield from _parts(inner)

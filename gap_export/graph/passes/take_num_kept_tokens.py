@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import onnx_ir as ir
 
 from gap_export.errors import PassError
@@ -21,8 +19,6 @@ class TakeNumKeptTokens(GraphPass):
     Does not handle a graph that reads more of ``kept_slots`` than its length.
     """
 
-    name: ClassVar[str] = "TakeNumKeptTokens"
-
     def apply(self, model: ir.Model) -> bool:
         """Replace the input."""
         graph = model.graph
@@ -33,7 +29,7 @@ class TakeNumKeptTokens(GraphPass):
         strange = [node.op_type for node in readers if node.op_type != "Shape"]
         if strange or not readers:
             raise PassError(
-                f"{self.name}: {_SLOTS} is read for more than its length",
+                f"{type(self).__name__}: {_SLOTS} is read for more than its length",
                 seen=", ".join(strange) or "read by no node",
                 allowed="Shape",
             )

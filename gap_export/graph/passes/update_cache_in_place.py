@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -42,8 +41,6 @@ class UpdateCacheInPlace(GraphPass):
         capacity: Slots of each buffer.
     """
 
-    name: ClassVar[str] = "UpdateCacheInPlace"
-
     def __init__(self, *, capacity: int) -> None:
         if capacity < 1:
             raise PassError("a cache has slots", seen=capacity, allowed="1 or more")
@@ -64,56 +61,47 @@ class UpdateCacheInPlace(GraphPass):
         ]
         if all(written):
             return False
-        caches = [_match(past) for past in pasts]
+        caches = [(past, *_match(past)) for past in pasts]
         mask, ids = _input(graph, _ATTENTION_MASK), _input(graph, _POSITION_IDS)
         lengths = _insert_lengths(graph, mask, ids)
-        for cache in caches:
-            self._rewrite(graph, cache, lengths)
+        for past, concat, measured in caches:
+            self._rewrite(graph, past, concat, measured, lengths)
         common_passes.RemoveUnusedNodesPass()(model)
         return True
 
-    def _rewrite(self, graph: ir.Graph, cache: _Cache, lengths: _Lengths) -> None:
-        past, concat = cache.past, cache.concat
-        for shape in cache.length_of:
-            measured = [like(shape.outputs[0])]
-            past_length = [lengths.total, lengths.fed]
-            node = ir.Node("", "Sub", past_length, outputs=measured, name=shape.name)
+    def _rewrite(
+        self,
+        graph: ir.Graph,
+        past: ir.Value,
+        concat: ir.Node,
+        measured: list[ir.Node],
+        lengths: _Lengths,
+    ) -> None:
+        for shape in measured:
+            made, past_length = [like(shape.outputs[0])], [lengths.total, lengths.fed]
+            node = ir.node("Sub", past_length, outputs=made, name=shape.name)
             take_place(graph, shape, node)
         grown = concat.outputs[0]
         assert past.shape is not None and grown.shape is not None
         past.shape = _with_slots(past.shape, self._capacity)
         buffer = new_value(grown.name, grown.dtype, _with_slots(grown.shape, self._capacity))
-        scatter = ir.Node(
-            "",
+        scatter = ir.node(
             "TensorScatter",
             [past, concat.inputs[1], lengths.write_at],
             # Counted from the end: the one spelling that TensorRT's documents allow.
-            [ir.AttrInt64("axis", _SLOTS - 4), ir.AttrString("mode", "linear")],
+            {"axis": _SLOTS - 4, "mode": "linear"},
             outputs=[buffer],
             name=concat.name,
         )
-        valid = like(grown)
-        valid.name = f"{grown.name}.valid"
-        cut = ir.Node(
-            "",
-            "Slice",
-            [buffer, lengths.zero, lengths.total, lengths.axis],
-            outputs=[valid],
-            name=f"{concat.name}.valid",
-        )
+        valid = new_value(f"{grown.name}.valid", grown.dtype, grown.shape)
+        slots = [buffer, lengths.zero, lengths.total, lengths.axis]
+        cut = ir.node("Slice", slots, outputs=[valid], name=f"{concat.name}.valid")
         graph.insert_before(concat, [scatter, cut])
         for index, output in enumerate(graph.outputs):
             if output is grown:
                 graph.outputs[index] = buffer
         grown.replace_all_uses_with(valid)
         graph.remove(concat, safe=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Cache:
-    past: ir.Value
-    concat: ir.Node
-    length_of: tuple[ir.Node, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +115,8 @@ class _Lengths:
     axis: ir.Value
 
 
-def _match(past: ir.Value) -> _Cache:
+def _match(past: ir.Value) -> tuple[ir.Node, list[ir.Node]]:
+    """The Concat that extends a cache, and the nodes that measure its length."""
     concats, lengths = [], []
     for node, _ in past.uses():
         if is_operator(node, "Concat"):
@@ -165,7 +154,7 @@ def _match(past: ir.Value) -> _Cache:
             seen=f"Concat {concat.name}, axis {axis}, {len(concat.inputs)} inputs",
             allowed=f"Concat(past, new) on axis {_SLOTS}, a graph output",
         )
-    return _Cache(past=past, concat=concat, length_of=tuple(lengths))
+    return concat, lengths
 
 
 def _input(graph: ir.Graph, name: str) -> ir.Value:
@@ -186,8 +175,7 @@ def _insert_lengths(graph: ir.Graph, mask: ir.Value, ids: ir.Value) -> _Lengths:
         length = 1 if name != "cache.write_at" else None
         assert mask.shape is not None
         out = new_value(name, ir.DataType.INT64, ir.Shape([length or mask.shape[0]]))
-        given = [ir.AttrInt64(key, number) for key, number in attributes.items()]
-        nodes.append(ir.Node("", op_type, inputs, given, outputs=[out], name=name))
+        nodes.append(ir.node(op_type, inputs, attributes, outputs=[out], name=name))
         return out
 
     total = add("cache.total_length", "Shape", [mask], start=1, end=2)
