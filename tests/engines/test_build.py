@@ -54,9 +54,7 @@ def test_every_component_is_built_and_said_of_what(built_bundle):
         assert [t.name for t in engine.inputs] == [t.name for t in graph.inputs]
         assert [t.dtype for t in engine.outputs] == [t.dtype for t in graph.outputs]
         assert engine.build_seconds > 0 and engine.peak_memory_bytes > 10 << 20
-
-
-def test_the_bundle_is_as_good_as_before(built_bundle):
+    # The bundle is as good as before.
     assert open_bundle(built_bundle.path, verify="full").manifest == built_bundle.manifest
 
 
@@ -117,48 +115,25 @@ def test_sizes_may_be_others_than_the_bundles(trt_bundle):
     assert shapes.max == (1, 16)
 
 
-def test_generations_have_folders_of_their_own(trt_bundle):
-    build_engines(trt_bundle, SM89, only=COMPONENT)
-    build_engines(trt_bundle, SM86, only=COMPONENT)
-    plans = [read_engine_folder(trt_bundle, f).plan for f in ("rtx-sm86", "rtx-sm89")]
-    assert [plan.compute_capability for plan in plans] == [86, 89]
-
-
 def test_a_folder_is_replaced_when_the_new_one_is_complete(one_graph_bundle):
     bundle = one_graph_bundle(one_node_model("Relu", {"x": (1, [2])}, {"y": (1, [2])}))
+    # What a killed build left is swept.
+    left = bundle.path / "engines" / ".rtx-sm89.gap-draft-0a1b2c3d"
+    left.mkdir(parents=True)
+    (left / "half.engine").write_bytes(b"x")
     build_engines(bundle, SM89)
+    build_engines(bundle, SM86)
+    plans = [read_engine_folder(bundle, f).plan for f in ("rtx-sm86", "rtx-sm89")]
+    assert [plan.compute_capability for plan in plans] == [86, 89]
     (bundle.path / "engines" / "rtx-sm89" / "engine.json").write_text("damaged")
     build_engines(bundle, SM89, overrides=LimitsRequest(max_prompt=8))
     assert read_engine_folder(bundle, "rtx-sm89").plan.limits.max_prompt == 8
     assert not [name for name in contents(bundle) if name.startswith(".")]
 
 
-def test_what_a_killed_build_left_is_swept(trt_bundle):
-    left = trt_bundle.path / "engines" / ".rtx-sm89.gap-draft-0a1b2c3d"
-    left.mkdir(parents=True)
-    (left / "half.engine").write_bytes(b"x")
-    build_engines(trt_bundle, SM89, only=COMPONENT)
-    assert contents(trt_bundle) == {
-        "rtx-sm89",
-        "rtx-sm89/engine.json",
-        "rtx-sm89/embed_tokens.engine",
-    }
-
-
-def test_plans_whose_weights_are_streamed_build_without_a_gpu(trt_bundle):
-    options = BuildOptions(weights="streamed")
-    folder = build_engines(trt_bundle, SM89, only=COMPONENT, options=options)
-    assert folder.engine("embed_tokens").weights == "streamed"
-
-
-def test_plans_without_weights_need_a_gpu(trt_bundle, monkeypatch):
-    monkeypatch.setattr(build_module, "find_gpu", lambda: None)
-    with pytest.raises(UsageError, match="without their weights on a GPU alone"):
-        build_engines(trt_bundle, SM89, options=BuildOptions(weights="stripped"))
-
-
-def test_options_reach_the_builder(trt_bundle, monkeypatch):
-    seen = []
+def test_options_and_warnings_of_memory_reach_builder_and_user(trt_bundle, monkeypatch):
+    seen, told = [], []
+    monkeypatch.setattr(build_module, "free_memory", lambda: 1000)
     real = compile_module._configure
 
     def configure(*args: Any) -> Any:
@@ -168,17 +143,11 @@ def test_options_reach_the_builder(trt_bundle, monkeypatch):
         return config
 
     monkeypatch.setattr(compile_module, "_configure", configure)
-    options = BuildOptions(workspace_mib=64, optimization_level=1)
-    build_engines(trt_bundle, SM89, only=COMPONENT, options=options)
+    options = BuildOptions(workspace_mib=64, optimization_level=1, weights="streamed")
+    folder = build_engines(trt_bundle, SM89, only=COMPONENT, options=options, warn=told.append)
     assert seen == [(64 << 20, 1)]
-
-
-def test_what_memory_may_not_do_is_told_before_the_build(trt_bundle, monkeypatch):
-    told: list[str] = []
-    monkeypatch.setattr(build_module, "free_memory", lambda: 1000)
-    build_engines(trt_bundle, SM89, only=COMPONENT, warn=told.append)
-    assert len(told) == 1
-    assert told[0].startswith("building takes about")
+    assert folder.engine("embed_tokens").weights == "streamed"
+    assert len(told) == 1 and told[0].startswith("building takes about")
 
 
 @pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
@@ -212,18 +181,16 @@ def test_a_lowering_the_release_does_not_build_is_refused(trt_bundle):
 
 
 @pytest.mark.usefixtures("full_tensorrt")
-def test_another_gpu_than_the_targets_is_refused(trt_bundle, monkeypatch):
+def test_without_the_gpu_that_is_needed_a_build_is_refused(trt_bundle, monkeypatch):
     gpu = dataclasses.replace(build_module.find_gpu(), name="RTX 4090", compute_capability=89)
     monkeypatch.setattr(build_module, "find_gpu", lambda: gpu)
     with pytest.raises(UsageError, match=r"RTX 4090, SM 89; allowed: SM 87; copy the bundle"):
         build_engines(trt_bundle, ORIN)
-
-
-@pytest.mark.usefixtures("full_tensorrt")
-def test_a_target_of_a_device_needs_one(trt_bundle, monkeypatch):
     monkeypatch.setattr(build_module, "find_gpu", lambda: None)
     with pytest.raises(UsageError, match=r"built on the GPU they are for: no NVIDIA GPU"):
         build_engines(trt_bundle, ORIN)
+    with pytest.raises(UsageError, match="without their weights on a GPU alone"):
+        build_engines(trt_bundle, SM89, options=BuildOptions(weights="stripped"))
 
 
 @pytest.mark.parametrize(
@@ -237,15 +204,12 @@ def test_a_target_of_a_device_needs_one(trt_bundle, monkeypatch):
         ((), {"max_prompt": 156, "max_new_tokens": 101}, "context: .*; allowed: 256 tokens"),
     ],
 )
-def test_a_component_or_size_there_is_not_is_refused(trt_bundle, only, sizes, said):
+def test_a_component_or_size_there_is_not_is_refused(trt_bundle, tiny_bundle, only, sizes, said):
+    with pytest.raises(BundleError, match="not made for this target: rtx; allowed: none"):
+        build_engines(open_bundle(tiny_bundle), SM89)
     assert trt_bundle.manifest.decoder.max_position_embeddings == 256
     with pytest.raises(UsageError, match=said):
         build_engines(trt_bundle, SM89, only=only, overrides=LimitsRequest(**sizes))
-
-
-def test_a_bundle_that_was_not_made_for_engines_is_refused(tiny_bundle):
-    with pytest.raises(BundleError, match="not made for this target: rtx; allowed: none"):
-        build_engines(open_bundle(tiny_bundle), SM89)
 
 
 @pytest.mark.parametrize("sizes", [{"max_prompt": 41}, {"max_new_tokens": 9}])
@@ -270,7 +234,7 @@ def test_a_cache_that_grows_may_have_more_than_the_bundle_says(trt_bundle):
     assert decode.shapes["attention_mask"].max == (2, most)
 
 
-def test_what_was_exported_may_be_built_whatever_the_context(trt_bundle):
+def test_what_was_exported_may_be_built_even_beyond_the_context(trt_bundle):
     """Caches of the longest prompt there is, and an answer, have more slots than ever are used."""
     most = trt_bundle.manifest.decoder.max_position_embeddings
     own = dataclasses.replace(LIMITS, max_prompt=most)

@@ -124,11 +124,7 @@ def test_targets_that_can_be_imported_are_listed(monkeypatch):
 
 
 def test_versions_and_places_are_told_for_people():
+    assert TensorRT(name="tensorrt", module=None, version="10.16.2.post1").release == (10, 16)
     assert describe_versions(TARGETS["orin"]).startswith("10.3 (JetPack 6.2), 10.16 to ")
     assert elsewhere(TARGETS["rtx"]) is None
     assert "the machine that has the GPU" in str(elsewhere(TARGETS["desktop"]))
-
-
-def test_a_release_is_the_first_two_numbers():
-    library = TensorRT(name="tensorrt", module=None, version="10.16.2.post1")
-    assert library.release == (10, 16)

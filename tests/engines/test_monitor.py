@@ -57,11 +57,11 @@ def test_progress_never_goes_back_and_never_over(tally, told):
     assert min(told) > 0 and sum(told) == STEPS
 
 
-def test_phases_nobody_announced_or_without_steps_do_no_harm(tally, told):
+def test_phases_that_were_not_announced_or_without_steps_do_no_harm(tally, told):
     tally.step("unknown", 0)
     tally.finish("unknown")
     tally.start("root", None, 0)
-    tally.start("orphan", "nobody", 3)
+    tally.start("orphan", "missing", 3)
     tally.step("orphan", 0)
     assert told == []
     tally.finish("root")

@@ -101,7 +101,9 @@ any_limits = st.builds(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+)
 @given(limits=any_limits)
 def test_the_mask_is_as_long_as_past_and_new_tokens(sample_manifest, limits):
     for profile in make_profiles(sample_manifest, decoder("concat"), limits):

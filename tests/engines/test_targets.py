@@ -11,48 +11,38 @@ from gap_export.errors import UsageError
 from gap_export.graph.pipelines import FUSED_OPERATORS, LOWERINGS
 
 
-def folders(*specs: str) -> list[str]:
-    return [choice.folder for choice in parse_targets(specs)]
+@pytest.mark.parametrize(
+    ("specs", "chosen"),
+    [
+        ("rtx", "rtx-sm86 rtx-sm89 rtx-sm120"),
+        ("orin", "orin-sm87"),
+        ("desktop", "desktop"),
+        ("rtx:sm89 orin rtx:sm75", "rtx-sm89 orin-sm87 rtx-sm75"),
+        ("rtx:sm89 rtx rtx:sm89", "rtx-sm89 rtx-sm86 rtx-sm120"),
+        ("", ""),
+    ],
+)
+def test_targets_are_chosen_each_once_in_the_order_given(specs, chosen):
+    assert [choice.folder for choice in parse_targets(specs.split())] == chosen.split()
 
 
-def test_target_alone_means_its_default_generations():
-    assert folders("rtx") == ["rtx-sm86", "rtx-sm89", "rtx-sm120"]
-    assert folders("orin") == ["orin-sm87"]
-    assert folders("desktop") == ["desktop"]
-
-
-def test_generation_is_chosen_by_number():
-    assert folders("rtx:sm89") == ["rtx-sm89"]
-    assert folders("rtx:sm89", "orin", "rtx:sm75") == ["rtx-sm89", "orin-sm87", "rtx-sm75"]
-
-
-def test_what_is_named_twice_is_built_once():
-    assert folders("rtx:sm89", "rtx", "rtx:sm89") == ["rtx-sm89", "rtx-sm86", "rtx-sm120"]
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        (["", "llava", "RTX", "rtx-sm89", "jetson:sm87"],
+         "unknown TensorRT target.*rtx, desktop, orin, thor"),
+        (["rtx:", "rtx:sm87", "rtx:89", "rtx:sm90", "orin:sm89"], "no such GPU generation.*sm8"),
+        (["desktop:sm89"], "write desktop alone"),
+    ],
+)  # fmt: skip
+def test_a_target_or_generation_there_is_not_is_refused(specs, message):
+    for spec in specs:
+        with pytest.raises(UsageError, match=message):
+            parse_targets([spec])
 
 
 def test_auto_is_every_target():
     assert {choice.target.name for choice in parse_targets([AUTO])} == set(TARGETS)
-
-
-def test_nothing_asked_is_nothing_chosen():
-    assert parse_targets([]) == ()
-
-
-@pytest.mark.parametrize("spec", ["", "llava", "RTX", "rtx-sm89", "jetson:sm87"])
-def test_unknown_target_is_refused_with_the_names_there_are(spec):
-    with pytest.raises(UsageError, match=r"unknown TensorRT target.*rtx, desktop, orin, thor"):
-        parse_targets([spec])
-
-
-@pytest.mark.parametrize("spec", ["rtx:", "rtx:sm87", "rtx:89", "rtx:sm90", "orin:sm89"])
-def test_generation_a_target_has_not_got_is_refused(spec):
-    with pytest.raises(UsageError, match=r"no such GPU generation.*sm8"):
-        parse_targets([spec])
-
-
-def test_target_that_takes_the_gpu_at_hand_has_no_generations_to_choose():
-    with pytest.raises(UsageError, match="write desktop alone"):
-        parse_targets(["desktop:sm89"])
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)

@@ -46,7 +46,7 @@ class Case:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Of the plan's weights in bytes: at least, and at most."""
+        """Bytes of the plan's weights: at least, and at most."""
         head = 2 * self.hidden * self.vocabulary
         values = NUM_LAYERS * (4 * self.hidden**2 + 3 * self.hidden * self.inner)
         if self.quantization is not None:

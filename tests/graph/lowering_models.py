@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.checkpoint.weights import index_files, place_reference, store_quantized
+from gap_export.errors import PassError
 from gap_export.exporting.trace import trace_component
 from gap_export.families import build_reference, resolve_pruning
+from gap_export.graph.passes.graph_pass import GraphPass, fingerprint
 from gap_export.graph.passes.quantize_linear import QuantizeLinear
 from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.spec.architecture import Architecture, DecoderShape, ProjectorShape, VisionShape
@@ -41,9 +43,9 @@ class Family:
     Attributes:
         recipe: Its name.
         pruner: Which one.
-        heads: Of the decoder, with 16 numbers each.
+        heads: Heads of the decoder, with 16 numbers each.
         key_value_heads: Fewer of them share.
-        tower_width: Of the vision tower, with 2 heads.
+        tower_width: Width of the vision tower, which has 2 heads.
         join: Patches to a token.
         text_tower: Its width, or None.
     """
@@ -89,7 +91,7 @@ class LoweringModels:
     """Base graphs by family and dtype, traced once; a dtype's weights are those of float16.
 
     Attributes:
-        folder: Of this process alone, for what tests make of them.
+        folder: Belongs to this process alone, for what tests make of them.
     """
 
     def __init__(self, shared: SharedFolder, folder: Path) -> None:
@@ -208,7 +210,7 @@ def _trace(case: Family, name: str, dtype: str, folder: Path) -> ir.Model:
 
 
 def _draw(key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Of a size that keeps what comes out about 1; float16, whatever it is cast to."""
+    """Draws a weight of a size that keeps what comes out about 1, in float16."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
     if len(shape) == 1:
         drawn = noise * 0.1 + float("norm" in key and key.endswith("weight"))
@@ -249,6 +251,22 @@ def parse(text: str, **initializers: np.ndarray) -> ir.Model:
     for number, node in enumerate(model.graph):
         node.name = node.name or f"{node.op_type}_{number}"
     return model
+
+
+def changed(text: str, *changes: tuple[str, str]) -> str:
+    """A text with parts that must be there replaced."""
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
+def check_declined(graph_pass: GraphPass, model: ir.Model, message: str) -> None:
+    """A pass refuses a model, and leaves it as it was."""
+    before = fingerprint(model)
+    with pytest.raises(PassError, match=message):
+        graph_pass.run(model)
+    assert fingerprint(model) == before
 
 
 def kinds(model: ir.Model) -> list[str]:

@@ -122,7 +122,7 @@ def test_a_damaged_file_is_refused_or_read(tiny_text_bundle, tmp_path, data):
     at = data.draw(st.integers(0, len(raw) - 1))
     raw[at] ^= data.draw(st.integers(0, 255))
     (tmp_path / "damaged.onnx").write_bytes(raw[:end])
-    # Nothing else is raised, whatever the bytes.
+    # No bytes raise anything else.
     with suppress(BundleError):
         OnnxFile.read(tmp_path / "damaged.onnx")
 

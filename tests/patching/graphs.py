@@ -34,12 +34,6 @@ def to_ir(proto: onnx.ModelProto) -> ir.Model:
     return ir.from_proto(proto)
 
 
-def decoder(nodes, *, inputs=(), outputs=(), constants=(), opset=18) -> ir.Model:
-    """Nodes that read ``position_ids`` [batch, sequence] in some way."""
-    ids = value("position_ids", INT64, ["batch", "sequence"])
-    return to_ir(model(nodes, [ids, *inputs], list(outputs), constants, opset=opset))
-
-
 def angles(*, dtype=FLOAT) -> list[onnx.NodeProto]:
     """From ids to ``cos`` and ``sin`` [batch, sequence, 2], as transformers has it."""
     return [

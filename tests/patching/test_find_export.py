@@ -106,16 +106,13 @@ def test_what_is_no_folder_is_refused(tmp_path, path, message):
         find_export(tmp_path / path)
 
 
-def test_a_bundle_is_refused(folder):
+def test_a_bundle_and_an_unknown_variant_are_refused(folder):
     put(folder, "")
+    with pytest.raises(UsageError, match="no such variant: q4; allowed: fp32, fp16"):
+        find_export(folder, variant="q4")
     (folder / "gap.json").touch()
     with pytest.raises(UsageError, match="this is a bundle"):
         find_export(folder)
-
-
-def test_an_unknown_variant_is_refused(folder):
-    with pytest.raises(UsageError, match="no such variant: q4; allowed: fp32, fp16"):
-        find_export(folder, variant="q4")
 
 
 def test_a_link_to_nothing_is_not_called_quantized(folder):

@@ -71,26 +71,20 @@ def test_a_config_of_wrong_types_is_refused(tmp_path, changes, message):
         read_facts(write(tmp_path, **changes))
 
 
+@pytest.mark.parametrize("mean", [[0.1, 0.2], "0.5", [True, 1, 1]])
+def test_means_must_be_three_numbers(folder, mean):
+    write(folder, "preprocessor_config.json", image_mean=mean)
+    with pytest.raises(CheckpointError, match="image_mean"):
+        read_facts(folder)
+
+
 @pytest.mark.parametrize("raw", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b" " * (5 << 20)])
 def test_a_damaged_config_is_refused(tmp_path, raw):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        read_facts(tmp_path)
     (tmp_path / "config.json").write_bytes(raw)
     with pytest.raises(CheckpointError):
         read_facts(tmp_path)
-
-
-def test_no_config_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
-        read_facts(tmp_path)
-
-
-@pytest.mark.parametrize("mean", [[0.1, 0.2], "0.5", [True, 1, 1], None])
-def test_means_must_be_three_numbers(folder, mean):
-    write(folder, "preprocessor_config.json", image_mean=mean)
-    if mean is None:
-        assert read_facts(folder).mean is None
-    else:
-        with pytest.raises(CheckpointError, match="image_mean"):
-            read_facts(folder)
 
 
 def test_the_one_recipe_of_these_sizes_is_chosen(folder):
@@ -100,12 +94,7 @@ def test_the_one_recipe_of_these_sizes_is_chosen(folder):
     assert choose_recipe(folder, facts, larger, name=None).name == "llava-1.5-13b"
 
 
-def test_no_recipe_of_these_sizes_is_refused(folder):
-    with pytest.raises(UsageError, match=r"no recipe of these sizes; write a recipe\.yaml"):
-        choose_recipe(folder, read_facts(folder), {**SIZES_7B, "num_layers": 31}, name=None)
-
-
-def test_several_recipes_are_refused_naming_them(folder):
+def test_several_recipes_and_none_are_refused(folder):
     everything_open = ModelFacts(
         num_visual_tokens=None, image_size=None, has_tiles=False,
         image_token_id=None, max_position_embeddings=None, vocab_size=None, hidden_size=None,
@@ -113,23 +102,21 @@ def test_several_recipes_are_refused_naming_them(folder):
     )  # fmt: skip
     with pytest.raises(UsageError, match=r"llava-1\.5-7b, .*refshapes-llava.*--recipe NAME"):
         choose_recipe(folder, everything_open, {}, name=None)
+    with pytest.raises(UsageError, match=r"no recipe of these sizes; write a recipe\.yaml"):
+        choose_recipe(folder, read_facts(folder), {**SIZES_7B, "num_layers": 31}, name=None)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "changes", "message"),
     [
-        ({"num_visual_tokens": 256}, "visual tokens 256; allowed: visual tokens 576"),
-        ({"has_tiles": True}, "tiles True"),
-        ({"mean": (0.5, 0.5, 0.5)}, r"image_mean \[0.5, 0.5, 0.5\]"),
+        ("llava", {"num_visual_tokens": 256}, "visual tokens 256; allowed: visual tokens 576"),
+        ("llava", {"has_tiles": True}, "tiles True"),
+        ("llava", {"mean": (0.5, 0.5, 0.5)}, r"image_mean \[0.5, 0.5, 0.5\]"),
+        ("llava-next", {}, "cut into tiles, which is not patched"),
     ],
     ids=str,
 )
-def test_a_recipe_that_does_not_fit_is_refused(folder, changes, message):
+def test_a_recipe_that_does_not_fit_is_refused(folder, name, changes, message):
     facts = replace(read_facts(folder), **changes)
     with pytest.raises(UsageError, match=message):
-        choose_recipe(folder, facts, SIZES_7B, name="llava")
-
-
-def test_a_model_whose_images_are_cut_into_tiles_is_refused(folder):
-    with pytest.raises(UsageError, match="cut into tiles, which is not patched"):
-        choose_recipe(folder, read_facts(folder), SIZES_7B, name="llava-next")
+        choose_recipe(folder, facts, SIZES_7B, name=name)

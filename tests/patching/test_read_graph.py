@@ -143,16 +143,13 @@ def test_every_cut_of_a_file_is_refused(path):
         assert str(path) in refusal(path)
 
 
-def test_an_empty_file_is_refused(path):
-    path.touch()
-    assert "sensible size" in refusal(path) and "0 bytes" in refusal(path)
-
-
-def test_an_oversized_file_is_refused_unread(path):
+def test_an_oversized_or_empty_file_is_refused_unread(path):
     with path.open("wb") as stream:
         os.truncate(stream.fileno(), 1 << 31)
     message = refusal(path)
     assert "not an ONNX file of sensible size" in message and "2147483648 bytes" in message
+    os.truncate(path, 0)
+    assert "sensible size" in refusal(path) and "0 bytes" in refusal(path)
 
 
 def of_shape(*dims: int) -> TensorProto:

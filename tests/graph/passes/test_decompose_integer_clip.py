@@ -35,11 +35,6 @@ def test_clip_becomes_max_and_min_with_the_same_result(arguments, operators):
     assert DecomposeIntegerClip().run(model)
     assert kinds(model) == operators
     np.testing.assert_array_equal(run(model, x=X)[0], truth)
-
-
-def test_second_run_finds_nothing():
-    model = parse(CLIP, **NUMBERS)
-    DecomposeIntegerClip().run(model)
     assert not DecomposeIntegerClip().run(model)
 
 

@@ -5,9 +5,8 @@ import pytest
 
 from gap_export.errors import PassError
 from gap_export.graph.passes.fuse_rotary import FuseRotary
-from gap_export.graph.passes.graph_pass import fingerprint
 from gap_export.graph.passes.raise_opset import RaiseOpset
-from tests.graph.lowering_models import kinds, parse, run
+from tests.graph.lowering_models import changed, check_declined, kinds, parse, run
 
 RNG = np.random.default_rng(0)
 FREQUENCIES = (1.0 / 10000 ** (np.arange(0, 8, 2) / 8)).astype(np.float32)
@@ -42,11 +41,7 @@ rotary (float16[b, 2, s, 8] x, int64[b, s] ids, float[4] inv_freq) => (float16[b
 
 
 def rotary(*changes: tuple[str, str]):
-    text = ROTARY
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    return parse(text, inv_freq=FREQUENCIES)
+    return parse(changed(ROTARY, *changes), inv_freq=FREQUENCIES)
 
 
 def feeds(*ids: int):
@@ -78,15 +73,10 @@ def test_tables_are_the_cosines_of_exact_ids():
     FuseRotary(max_position_embeddings=ROWS).run(model)
     cos = model.graph.initializers["rotary.cos"].const_value.numpy()
     assert (cos.dtype, cos.shape) == (np.float16, (ROWS, 4))
+    assert not FuseRotary(max_position_embeddings=ROWS).run(model)
     truth = np.cos(np.arange(ROWS)[:, None] * FREQUENCIES.astype(np.float64))
     # float32 angles up to 40,000 are exact to 2**-9 of a turn's radian.
     assert np.abs(cos - truth).max() < 2.0**-8
-
-
-def test_second_run_finds_nothing():
-    model = rotary()
-    FuseRotary(max_position_embeddings=16).run(model)
-    assert not FuseRotary(max_position_embeddings=16).run(model)
 
 
 def test_graph_without_cosine_stays():
@@ -112,15 +102,7 @@ def test_graph_without_cosine_stays():
     ],
 )  # fmt: skip
 def test_near_miss_is_refused_and_left(changes, message):
-    text = ROTARY
-    for change in changes:
-        assert change[0] in text
-        text = text.replace(*change)
-    model = parse(text, inv_freq=FREQUENCIES)
-    before = fingerprint(model)
-    with pytest.raises(PassError, match=message):
-        FuseRotary(max_position_embeddings=16).run(model)
-    assert fingerprint(model) == before
+    check_declined(FuseRotary(max_position_embeddings=16), rotary(*changes), message)
 
 
 def test_a_cosine_beside_the_rotation_is_refused():
