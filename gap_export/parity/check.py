@@ -12,6 +12,7 @@ from gap_export.errors import UsageError
 from gap_export.parity.candidate import Candidate, CannotRun, ask_candidate, open_candidate
 from gap_export.parity.inside.look import look_inside
 from gap_export.parity.levels.agreement import judge_boxes, judge_tokens
+from gap_export.parity.levels.fed_ids import first_wrong_fed_ids
 from gap_export.parity.levels.positions import judge_positions
 from gap_export.parity.levels.task import judge_task
 from gap_export.parity.levels.tensor import judge_tensors
@@ -230,10 +231,11 @@ def _judge(bundle: Bundle, candidate: Candidate, plan: _Plan) -> _Judged:
         next(call.inputs["kept_positions"] for call in calls if call.is_decode)
         for calls in recorded.calls[:_NUM_PROMPTS]
     ]
+    wrong_fed = first_wrong_fed_ids(recorded, bundle.manifest)
     bars = plan.fail_under
     judges: dict[Level, Callable[[], LevelResult]] = {
         "positions": lambda: judge_positions(
-            bundle, candidate.decoder_graph, tables=tables, note=note
+            bundle, candidate.decoder_graph, tables=tables, wrong_fed=wrong_fed, note=note
         ),
         "tensor": lambda: judge_tensors(
             (*rows, *inside.layers), broken=answered.broken, note=inside.note

@@ -7,6 +7,7 @@ from pathlib import Path
 from gap_export.bundle import Bundle
 from gap_export.errors import OutputError, ParityError, UsageError
 from gap_export.parity.golden import ReferenceFacts, check_golden_place, record_golden
+from gap_export.parity.levels.fed_ids import first_wrong_fed_ids
 from gap_export.parity.results import BackendKey
 from gap_export.parity.truth import Truth
 from gap_export.progress import Progress, SilentProgress
@@ -61,6 +62,7 @@ def record_truth(
         progress=progress or SilentProgress(),
     )
     wrong = [*recorded.other_facts, *(row.reason for row in recorded.shared if not row.passed)]
+    wrong += filter(None, [first_wrong_fed_ids(recorded, bundle.manifest)])
     if wrong:
         raise ParityError(
             "a golden is not recorded of a bundle that is wrong already",

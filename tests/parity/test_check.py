@@ -22,6 +22,7 @@ from gap_export.parity.question import Question
 from gap_export.parity.record import record_truth
 from gap_export.parity.results import LEVELS
 from gap_export.parity.truth import GoldenTruth, TorchTruth
+from gap_export.runtime import generation
 from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.spec.manifest import EngineLimits
 from gap_export.spec.tolerances import TOLERANCES
@@ -463,6 +464,34 @@ def test_a_reference_that_decodes_wrongly_from_its_cache_is_noticed(
     report = run(tiny_bundle, truth, levels=("tensor",))
     assert "logits (cached)" in failed_outputs(report)
     with pytest.raises(ParityError, match="decoding with a cache is not its prefill without"):
+        record_truth(open_bundle(tiny_bundle), truth, tmp_path / "golden")
+
+
+def _renumbered(kept):
+    return np.arange(len(kept))
+
+
+def _shifted_image(kept):
+    is_image = (kept > 5) & (kept < kept[-1] - 5)
+    return np.where(is_image, kept - 1, kept)
+
+
+def _reversed_image(kept):
+    return np.concatenate([kept[:8], kept[8:11][::-1], kept[11:]])
+
+
+@pytest.mark.parametrize("spoil", [_renumbered, _shifted_image, _reversed_image])
+def test_wrong_ids_fed_to_both_sides_are_noticed(
+    tiny_bundle, tiny_recipe, tiny_checkpoint, questions, monkeypatch, tmp_path, spoil
+):
+    """PyTorch and the bundle are fed by one session, so that no other level can tell."""
+    honest = generation.build_kept_positions
+    monkeypatch.setattr(generation, "build_kept_positions", lambda **given: spoil(honest(**given)))
+    truth = TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), questions[:1])
+    report = run(tiny_bundle, truth, levels=("positions", "tensor", "token"))
+    assert statuses(report) == {"positions": "failed", "tensor": "passed", "token": "passed"}
+    assert "counted by hand" in level_of(report, "positions").reason
+    with pytest.raises(ParityError, match="counted by hand"):
         record_truth(open_bundle(tiny_bundle), truth, tmp_path / "golden")
 
 

@@ -71,7 +71,7 @@ def _torn(seen: str) -> _TornError:
         "the golden does not hold together",
         seen=seen,
         allowed="what follows from the arrays that were recorded",
-        fix=RECORD_AGAIN,
+        fix=f"see which of the two is wrong, the golden or this gap-export; then {RECORD_AGAIN}",
     )
 
 

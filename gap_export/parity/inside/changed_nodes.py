@@ -93,7 +93,10 @@ def wrong_operator(
                 return replace(place, module=module, last_agreeing=last)
             if right[name].dtype.kind == "f" and right[name].ndim:
                 last = name
-    return "its weights and nodes are those of an export made now: the runtime computes otherwise"
+    return (
+        "its weights are the checkpoint's, and no node was found that an export made now has "
+        "otherwise: the runtime may compute otherwise"
+    )
 
 
 def _changed(

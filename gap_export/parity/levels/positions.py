@@ -11,7 +11,12 @@ from gap_export.spec.positions import Int64Array
 
 
 def judge_positions(
-    bundle: Bundle, decoder_graph: str, *, tables: Sequence[Int64Array] = (), note: str = ""
+    bundle: Bundle,
+    decoder_graph: str,
+    *,
+    tables: Sequence[Int64Array] = (),
+    wrong_fed: str = "",
+    note: str = "",
 ) -> LevelResult:
     """The ids that a decoder turns into angles are those there must be.
 
@@ -19,18 +24,25 @@ def judge_positions(
         bundle: Whose decoder it is.
         decoder_graph: Which of its graphs, by its file.
         tables: int64 [B, P] or [A, B, P] each: ids of prompts that the reference was asked with.
+        wrong_fed: What is wrong with these ids already; see :mod:`.fed_ids`.
         note: What should be known of the graph.
     """
     found = read_positions(bundle, file=decoder_graph, tables=tables)
     if isinstance(found, PositionsNotRead):
-        return LevelResult(level="positions", status="not_run", reason=found.reason)
+        return LevelResult(
+            level="positions",
+            status="failed" if wrong_fed else "not_run",
+            reason="; ".join(filter(None, (wrong_fed, found.reason))),
+        )
     failed = [row for row in found if not row.passed]
     reasons = [f"{row.call}: {row.reason}" for row in failed[:1]]
+    if wrong_fed:
+        reasons.insert(0, wrong_fed)
     if len(failed) > 1:
         reasons.append(f"wrong as well: {', '.join(row.call for row in failed[1:])}")
     return LevelResult(
         level="positions",
-        status="failed" if failed else "passed",
+        status="failed" if reasons else "passed",
         reason="; ".join(filter(None, (*reasons, note))),
         figures={"calls": len(found), "readers": max(row.readers for row in found)},
         rows=found,
