@@ -21,7 +21,6 @@ AgainstOption = Annotated[
         help="What to compare with: the checkpoint ([ROLE=]PATH, the same as --checkpoint), a "
         "golden made by --record, or of a bundle made by `gap-export patch` the export that was "
         "patched. [default: the checkpoint, where the bundle's was]",
-        show_default=False,
     ),
 ]
 BackendsOption = Annotated[
@@ -31,7 +30,6 @@ BackendsOption = Annotated[
         metavar="ort|trt",
         help="What runs the bundle. ort: ONNX Runtime; trt: its TensorRT engines, on this "
         "machine's GPU. Repeatable. [default: ort]",
-        show_default=False,
     ),
 ]
 LevelsOption = Annotated[
@@ -41,7 +39,6 @@ LevelsOption = Annotated[
         metavar="positions|tensor|token|box|task",
         help="What to compare: positions: the ids that RoPE sees; tensor: every output; token: "
         "answers; box: their boxes; task: Acc@0.5. Repeatable. [default: all]",
-        show_default=False,
     ),
 ]
 CheckSamplesOption = Annotated[
@@ -51,22 +48,15 @@ CheckSamplesOption = Annotated[
         metavar="N",
         min=1,
         help=f"How many expressions to ask. [default: {NUM_SAMPLES}; a golden's own]",
-        show_default=False,
     ),
 ]
 CheckSeedOption = Annotated[
-    int | None,
-    typer.Option(
-        "--seed", metavar="N", min=0, help="Seed of the samples. [default: 0]", show_default=False
-    ),
+    int | None, typer.Option("--seed", metavar="N", min=0, help="Seed of the samples. [default: 0]")
 ]
 ImagesOption = Annotated[
     list[Path] | None,
     typer.Option(
-        "--image",
-        metavar="FILE",
-        help="An image of your own to compare on as well; repeatable.",
-        show_default=False,
+        "--image", metavar="FILE", help="An image of your own to compare on as well; repeatable."
     ),
 ]
 FailUnderOption = Annotated[
@@ -78,7 +68,6 @@ FailUnderOption = Annotated[
         "but for ties, of task the Acc@0.5. Repeatable. positions and tensor have none: an id is "
         "right or wrong, and how far a tensor may be off depends on its dtype alone. [default: "
         "token=1, box=1; task: not significantly worse]",
-        show_default=False,
     ),
 ]
 PerLayerOption = Annotated[
@@ -91,7 +80,6 @@ RequireOption = Annotated[
         metavar="ort|trt",
         help="Run this backend, and fail (exit code 3) where it cannot be run here; otherwise "
         "that is reported, and no failure. Repeatable.",
-        show_default=False,
     ),
 ]
 RecordOption = Annotated[
@@ -101,16 +89,12 @@ RecordOption = Annotated[
         metavar="DIR",
         help="Judge nothing: write what PyTorch gives, in the dtype of --backend, as a golden "
         "that --against takes where there is no PyTorch.",
-        show_default=False,
     ),
 ]
 ReportJsonOption = Annotated[
     Path | None,
     typer.Option(
-        "--report-json",
-        metavar=_REPORT_FILE,
-        help="Write the report as JSON: what --json prints.",
-        show_default=False,
+        "--report-json", metavar=_REPORT_FILE, help="Write the report as JSON: what --json prints."
     ),
 ]
 JunitOption = Annotated[
@@ -119,16 +103,12 @@ JunitOption = Annotated[
         "--junit",
         metavar=_REPORT_FILE,
         help="Write it as JUnit XML, a case for each backend and level.",
-        show_default=False,
     ),
 ]
 MarkdownOption = Annotated[
     Path | None,
     typer.Option(
-        "--markdown",
-        metavar=_REPORT_FILE,
-        help="Write it as Markdown, for the summary of a job.",
-        show_default=False,
+        "--markdown", metavar=_REPORT_FILE, help="Write it as Markdown, for the summary of a job."
     ),
 ]
 HtmlOption = Annotated[
@@ -137,7 +117,6 @@ HtmlOption = Annotated[
         "--html",
         metavar=_REPORT_FILE,
         help="Write it as a page with plots, which needs nothing but itself.",
-        show_default=False,
     ),
 ]
 

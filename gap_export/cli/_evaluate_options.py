@@ -16,26 +16,17 @@ TargetArgument = Annotated[
     typer.Argument(
         metavar="MODEL|BUNDLE",
         help="A model is exported at every --pruner and --keep; a bundle is taken as it is.",
-        show_default=False,
     ),
 ]
 _PRUNING = {each.name: each.option for each in options_of(PruningRequest)}
 KeepsOption = Annotated[
     list[float] | None,
-    typer.Option(
-        "--keep",
-        metavar="SHARE",
-        help=f"{_PRUNING['keep_ratio'].help} Repeatable.",
-        show_default=False,
-    ),
+    typer.Option("--keep", metavar="SHARE", help=f"{_PRUNING['keep_ratio'].help} Repeatable."),
 ]
 PrunersOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--pruner",
-        metavar="NAME",
-        help=f"{_PRUNING['pruner'].help} Repeatable, or with commas.",
-        show_default=False,
+        "--pruner", metavar="NAME", help=f"{_PRUNING['pruner'].help} Repeatable, or with commas."
     ),
 ]
 DataOption = Annotated[
@@ -55,7 +46,6 @@ EvaluateSamplesOption = Annotated[
         min=0,
         help="How many expressions to ask, the first of each split; 0: all. [default: 500 of "
         "refshapes, else all]",
-        show_default=False,
     ),
 ]
 ProtocolOption = Annotated[
@@ -74,7 +64,6 @@ PromptOption = Annotated[
         metavar="TEMPLATE",
         help="Ask with this in place of the model's own prompt; it holds the model's image token "
         "and {expression} once each.",
-        show_default=False,
     ),
 ]
 MisalignedOption = Annotated[
@@ -85,7 +74,6 @@ MisalignedOption = Annotated[
         help="Measure the unpruned model with wrong positions as well. permuted: visual tokens "
         "enter in a random order; shifted: ids from the first visual token on are half a row "
         "higher. Repeatable, or with commas.",
-        show_default=False,
     ),
 ]
 RecordsOption = Annotated[
@@ -94,7 +82,6 @@ RecordsOption = Annotated[
         "--records",
         metavar="DIR",
         help="Keep the answers, one file a setting; what is there already is not asked again.",
-        show_default=False,
     ),
 ]
 WorkersOption = Annotated[
@@ -112,7 +99,6 @@ BaselineOption = Annotated[
         "--baseline",
         metavar="BUNDLE",
         help="Of a BUNDLE: its model exported with --keep 1. [default: made from its weights]",
-        show_default=False,
     ),
 ]
 PicturesOption = Annotated[
@@ -121,7 +107,6 @@ PicturesOption = Annotated[
         "--pictures",
         metavar="DIR",
         help="Draw the first answer of each row: box, kept tokens, heat map of the scores.",
-        show_default=False,
     ),
 ]
 MinRecoveredOption = Annotated[
@@ -132,7 +117,6 @@ MinRecoveredOption = Annotated[
         min=0.0,
         max=1.0,
         help="Exit 3 where GAP recovers less than this share (0..1) of the unpruned accuracy.",
-        show_default=False,
     ),
 ]
 

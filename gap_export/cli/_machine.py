@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, get_args
@@ -58,15 +59,11 @@ def installed_packages() -> dict[str, dict[str, str | None]]:
         if name is None or name.group() == _DISTRIBUTION:
             continue
         group = extra.group(1) if extra else "base"
-        found.setdefault(group, {})[name.group()] = _version(name.group())
+        packages = found.setdefault(group, {})
+        packages[name.group()] = None
+        with suppress(PackageNotFoundError):
+            packages[name.group()] = version(name.group())
     return found
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _execution_providers() -> list[str]:

@@ -40,8 +40,7 @@ def terminal_of(ctx: Any) -> Terminal:
 
 
 QuietOption = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", help="Nothing on stderr but errors.", callback=_set_quiet),
+    bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.", callback=_set_quiet)
 ]
 VerboseOption = Annotated[
     bool,
@@ -54,26 +53,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 MODEL_HELP = (
     "Name or alias of a recipe (see `gap-export models`), its hub id, or a checkpoint folder."
 )
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help=MODEL_HELP,
-        show_default=False,
-    ),
-]
-BundleArgument = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.", show_default=False)
-]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.")]
 
 RecipeOption = Annotated[
     str | None,
-    typer.Option(
-        "--recipe",
-        metavar="NAME",
-        help="Recipe that a checkpoint folder follows.",
-        show_default=False,
-    ),
+    typer.Option("--recipe", metavar="NAME", help="Recipe that a checkpoint folder follows."),
 ]
 CheckpointOption = Annotated[
     list[str] | None,
@@ -83,7 +68,6 @@ CheckpointOption = Annotated[
         help="Where weights are: a folder, or a file where the part is one. ROLE is main if left "
         "out, else base, tower, ...: see `gap-export models`. Repeatable. [default: where a "
         "bundle's were, and the Hugging Face cache]",
-        show_default=False,
     ),
 ]
 BackendOption = Annotated[
@@ -99,7 +83,6 @@ EnginesOption = Annotated[
         "--engines",
         metavar="NAME",
         help="With trt: a folder below the bundle's engines/. [default: the first that fits]",
-        show_default=False,
     ),
 ]
 CopyWeightsOption = Annotated[

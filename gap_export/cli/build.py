@@ -26,10 +26,7 @@ def build(
     target: Annotated[
         list[str],
         typer.Option(
-            "--target",
-            metavar="TARGET",
-            help="rtx, rtx:sm89, desktop, orin or thor. Repeatable.",
-            show_default=False,
+            "--target", metavar="TARGET", help="rtx, rtx:sm89, desktop, orin or thor. Repeatable."
         ),
     ],
     limits: LimitsRequest,
@@ -40,7 +37,6 @@ def build(
             "--only",
             metavar="COMPONENT",
             help="Build this component alone; other engines stay. Repeatable.",
-            show_default=False,
         ),
     ] = None,
     as_json: JsonOption = False,

@@ -24,14 +24,9 @@ from gap_export.visible import visible
 def ground(
     ctx: typer.Context,
     bundle: BundleArgument,
-    image: Annotated[
-        Path, typer.Argument(metavar="IMAGE", help="An image file.", show_default=False)
-    ],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file.")],
     expression: Annotated[
-        str,
-        typer.Argument(
-            metavar="EXPRESSION", help='What to find: "the small red circle".', show_default=False
-        ),
+        str, typer.Argument(metavar="EXPRESSION", help='What to find: "the small red circle".')
     ],
     save: Annotated[
         Path | None,
@@ -62,14 +57,11 @@ def ground(
             metavar="NAME",
             help="CPUExecutionProvider or CUDAExecutionProvider, best first; repeatable. "
             "[default: CUDA where it loads, else the CPU]",
-            show_default=False,
         ),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(
-            "--threads", metavar="N", min=1, help="CPU threads. [default: all]", show_default=False
-        ),
+        typer.Option("--threads", metavar="N", min=1, help="CPU threads. [default: all]"),
     ] = None,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,

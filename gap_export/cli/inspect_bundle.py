@@ -6,8 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gap_export.cli._describe import describe_shared, describe_tokens
-from gap_export.cli._describe_engines import describe_engines, describe_targets, find_engines
+from gap_export.cli._describe import (
+    describe_engines,
+    describe_shared,
+    describe_targets,
+    describe_tokens,
+    find_engines,
+)
 from gap_export.cli._options import (
     BundleArgument,
     JsonOption,
@@ -148,8 +153,7 @@ def _describe_source(manifest: Manifest) -> list[str]:
 
 def _describe_tokens(tokens: dict[str, int], manifest: Manifest) -> str:
     grid, tiles = manifest.grid, manifest.image.tiles
-    whose = "" if tiles is None else f", tiles as of {tiles.follows}"
-    unit = "image" if manifest.image.tiles is None else "tile"
+    whose, unit = ("", "image") if tiles is None else (f", tiles as of {tiles.follows}", "tile")
     least = "at least " if manifest.pruning.budget == "adaptive" else ""
     return (
         f"tokens     {describe_tokens(manifest)}, {grid.rows}x{grid.cols} grid{whose}; "

@@ -24,9 +24,7 @@ from gap_export.cli.export import export
 
 PROGRAM = "optimum-cli export gap"
 
-_ModelOption = Annotated[
-    str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP, show_default=False)
-]
+_ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
 
 
 def run_export(arguments: Sequence[str]) -> int:

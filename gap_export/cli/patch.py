@@ -35,7 +35,6 @@ def patch(
             metavar="DIR",
             help="Folder with vision_encoder, embed_tokens and decoder_model_merged .onnx, "
             "config.json and tokenizer.json. It stays as it is.",
-            show_default=False,
         ),
     ],
     pruning: Annotated[PruningRequest, Only(("keep_ratio", "pruner", "positions", "seed"))],
@@ -46,14 +45,11 @@ def patch(
             metavar="NAME",
             help="Recipe that says how the model is asked. [default: DIR/recipe.yaml, else the one "
             "whose sizes fit]",
-            show_default=False,
         ),
     ] = None,
     variant: Annotated[
         Literal["fp32", "fp16"] | None,
-        typer.Option(
-            "--variant", help="Which files, where there are several of a graph.", show_default=False
-        ),
+        typer.Option("--variant", help="Which files, where there are several of a graph."),
     ] = None,
     copy_weights: CopyWeightsOption = False,
     out: OutOption = None,

@@ -41,12 +41,7 @@ def pruners(
     ctx: typer.Context,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model",
-            metavar="MODEL",
-            help="Say which of them this model can serve.",
-            show_default=False,
-        ),
+        typer.Option("--model", metavar="MODEL", help="Say which of them this model can serve."),
     ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
