@@ -22,7 +22,7 @@ from gap_export.parity.golden.format import NAMES
 from gap_export.parity.patched.check import check_patched, was_patched
 from gap_export.parity.question import Question
 from gap_export.parity.record import record_truth
-from gap_export.parity.results import LEVELS, BackendKey, CheckReport, Level
+from gap_export.parity.results import LEVELS, BackendKey, CheckReport
 from gap_export.parity.truth import GoldenTruth, TorchTruth, Truth
 from gap_export.progress import Progress, SilentProgress
 
@@ -91,7 +91,10 @@ def check(
     run = choose(backends, BACKENDS, "--backend")
     compared = choose(levels, LEVELS, "--level")
     must = choose(required, BACKENDS, "--require")
-    bars = {_level(name): share for name, share in (fail_under or {}).items()}
+    bars = {
+        choose([name], LEVELS, "--fail-under")[0]: share
+        for name, share in (fail_under or {}).items()
+    }
     needed = parity.needs_reference(compared)
     if "trt" not in {*run, *must}:
         refuse_ignored("it is for --backend trt", {"--engines": engines})
@@ -296,10 +299,6 @@ def choose(values: Sequence[str], allowed: Sequence[_Choice], option: str) -> li
     if unknown is not None:
         raise UsageError(f"{option} has no such choice", seen=unknown, allowed=", ".join(known))
     return [known[value] for value in dict.fromkeys(values)]
-
-
-def _level(name: str) -> Level:
-    return choose([name], LEVELS, "--fail-under")[0]
 
 
 def refuse_ignored(why: str, options: Mapping[str, object]) -> None:

@@ -21,7 +21,7 @@ from gap_export.exporting.quantization import (
     store_scales,
 )
 from gap_export.exporting.torch_backend import TorchBackend, TorchCache, to_torch
-from gap_export.families import Component, Reference
+from gap_export.families import Reference
 from gap_export.progress import Progress
 from gap_export.runtime.backends.backend import Feed, FloatArray, KVCache
 from gap_export.runtime.images.image import ImageInput
@@ -54,8 +54,14 @@ def calibration_inputs(
     Raises:
         UsageError: an image or an expression cannot be used.
     """
-    components = tuple(map(_widened, reference.components))
-    wide = replace(reference, dtype="float32", components=components)
+    components = []
+    for component in reference.components:
+        inputs = (
+            replace(spec, dtype="float32") if spec.dtype in SAFETENSORS_NAMES else spec
+            for spec in component.inputs
+        )
+        components.append(replace(component, inputs=tuple(inputs)))
+    wide = replace(reference, dtype="float32", components=tuple(components))
     with ExitStack() as stack:
         for component in wide.components:
             if component.name != _DECODER:
@@ -131,12 +137,3 @@ class _PromptRecorder(TorchBackend):
         logits = np.zeros((cache.batch_size, self._spec.vocab_size), dtype=np.float32)
         logits[:, list(self._spec.eos_token_ids)] = 1.0
         return logits
-
-
-def _widened(component: Component) -> Component:
-    """The component with float32 inputs."""
-    inputs = (
-        replace(spec, dtype="float32") if spec.dtype in SAFETENSORS_NAMES else spec
-        for spec in component.inputs
-    )
-    return replace(component, inputs=tuple(inputs))

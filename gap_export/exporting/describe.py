@@ -45,6 +45,20 @@ def describe_bundle(
     is_quantized: bool,
 ) -> Manifest:
     """All that is known before the graphs are made; without weights, before those are placed."""
+    from gap_export.pruning import PACKAGE_MARK, package_of
+
+    newline = None
+    if placed is not None and reference.newline_weight is not None:
+        place = placed.of({"newline": reference.newline_weight})["newline"]
+        newline = TensorPlace(
+            file=place.location, offset=place.offset, dtype=reference.dtype, shape=place.shape
+        )
+    # The packages that pruner and family are of, where not ours: ``check`` needs them again.
+    packages = {
+        PACKAGE_MARK: package_of(pruning.pruner),
+        FAMILY_MARK: OTHER_FAMILIES.package_of(recipe.family),
+    }
+    marked = {f"{mark}{one}": version(one) for mark, one in packages.items() if one is not None}
     return Manifest(
         model=ModelSpec(
             name=recipe.name, family=recipe.family, summary=recipe.summary, license=recipe.license
@@ -57,12 +71,12 @@ def describe_bundle(
         box=recipe.box,
         text_encoder=reference.text_encoder_spec,
         decoder=reference.decoder_spec,
-        newline=None if placed is None else _newline_place(reference, placed),
+        newline=newline,
         dtype=reference.dtype,
         opset=_OPSET_QUANTIZED if is_quantized else _OPSET,
         graphs=(),
         files=(),
-        tools={**tool_versions(), **_other_packages(recipe.family, pruning.pruner)},
+        tools={**tool_versions(), **marked},
     )
 
 
@@ -128,23 +142,6 @@ def describe_source(
         ]
         parts.append(SourcePart(role=role, location=str(folder.resolve()), files=tuple(listed)))
     return SourceSpec(parts=tuple(parts), random_seed=checkpoint.random_seed)
-
-
-def _newline_place(reference: Reference, placed: PlacedWeights) -> TensorPlace | None:
-    if reference.newline_weight is None:
-        return None
-    place = placed.of({"newline": reference.newline_weight})["newline"]
-    return TensorPlace(
-        file=place.location, offset=place.offset, dtype=reference.dtype, shape=place.shape
-    )
-
-
-def _other_packages(family: str, pruner: str) -> dict[str, str]:
-    """The packages that family and pruner are of, where not ours: ``check`` needs them again."""
-    from gap_export.pruning import PACKAGE_MARK, package_of
-
-    found = {PACKAGE_MARK: package_of(pruner), FAMILY_MARK: OTHER_FAMILIES.package_of(family)}
-    return {f"{mark}{one}": version(one) for mark, one in found.items() if one is not None}
 
 
 def tool_versions(names: Sequence[str] = _TOOLS) -> dict[str, str]:

@@ -107,11 +107,13 @@ def find_limits(
         raise UsageError("no such --max-new-tokens", seen=answer, allowed=f"1..{context}")
     if batch < 1:
         raise UsageError("no such --batch", seen=batch, allowed=">= 1")
+    # Beside the base tile, which an image that is not cut is alone.
+    tiles = max((rows * columns for rows, columns in _tilings(manifest.image)), default=0)
     return EngineLimits(
         max_prompt=chosen,
         max_new_tokens=answer,
         max_batch=batch,
-        max_images=max(1 + _max_tiles(manifest.image), batch),
+        max_images=max(1 + tiles, batch),
     )
 
 
@@ -174,11 +176,6 @@ def _tilings(image: ImageSpec) -> list[tuple[int, int]]:
     return [
         (height // image.height, width // image.width) for height, width in image.tiles.resolutions
     ]
-
-
-def _max_tiles(image: ImageSpec) -> int:
-    """Tiles beside the base one; 0 where images are not cut."""
-    return max((rows * columns for rows, columns in _tilings(image)), default=0)
 
 
 def _max_visual_tokens(manifest: Manifest) -> int:

@@ -74,7 +74,11 @@ class GraphWriter:
         base: ir.Model | None = None
         for lowering in lowerings:
             quantization = self.quantization if quantized else None
-            path = self.folder / _file_name(component.name, lowering, dtype, quantization)
+            name = component.name
+            if lowering != BASE:
+                suffix = "" if quantization is None else f"_{quantization.dtype}"
+                name += f"_{lowering}_{_SHORT_DTYPES[dtype]}{suffix}"
+            path = self.folder / f"{name}.onnx"
             known = None if component.prunes else self.cache.get((*key, lowering))
             if known is not None:
                 path.write_bytes(known[0])
@@ -134,12 +138,3 @@ def decoder_limits(manifest: Manifest) -> DecoderLimits | None:
         max_position_embeddings=manifest.decoder.max_position_embeddings,
         cache_capacity=cache_capacity(limits),
     )
-
-
-def _file_name(
-    component: str, lowering: str, dtype: str, quantization: QuantizationSpec | None
-) -> str:
-    if lowering == BASE:
-        return f"{component}.onnx"
-    suffix = "" if quantization is None else f"_{quantization.dtype}"
-    return f"{component}_{lowering}_{_SHORT_DTYPES[dtype]}{suffix}.onnx"

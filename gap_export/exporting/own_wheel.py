@@ -59,18 +59,15 @@ def write_own_wheel(folder: Path) -> Path:
             seen=f"{__version__} runs, {dist.version} is installed",
             fix=_FIX,
         )
-    members = _metadata(dist) | (_installed(dist) if _runs_from(dist) else _checked_out())
+    init = f"{_PACKAGE}/__init__.py"
+    is_installed = any(file.as_posix() == init for file in dist.files or ()) and Path(
+        str(dist.locate_file(init))
+    ).samefile(_HERE / "__init__.py")
+    # Else the code that runs is a checkout's.
+    members = _metadata(dist) | (_installed(dist) if is_installed else _checked_out())
     path = folder / wheel_name()
     _pack(path, members)
     return path
-
-
-def _runs_from(dist: Distribution) -> bool:
-    """Whether the code that runs is what the distribution brought, not a checkout."""
-    init = f"{_PACKAGE}/__init__.py"
-    if not any(file.as_posix() == init for file in dist.files or ()):
-        return False
-    return Path(str(dist.locate_file(init))).samefile(_HERE / "__init__.py")
 
 
 def _metadata(dist: Distribution) -> dict[str, bytes]:
@@ -109,11 +106,13 @@ def _installed(dist: Distribution) -> dict[str, bytes]:
 
 def _checked_out() -> dict[str, bytes]:
     """Files of a checkout, by their places in a wheel."""
-    package = _HERE
-    plugin = package / "optimum_plugin"
-    places = {path: f"{_PACKAGE}/{path.relative_to(package)}" for path in _walk(package)}
-    places = {path: name for path, name in places.items() if not path.is_relative_to(plugin)}
-    places |= {path: str(path.relative_to(plugin)) for path in _walk(plugin)}
+    plugin = _HERE / "optimum_plugin"
+    places = {
+        path: str(path.relative_to(plugin))
+        if path.is_relative_to(plugin)
+        else f"{_PACKAGE}/{path.relative_to(_HERE)}"
+        for path in _walk(_HERE)
+    }
     models = models_dir()
     places |= {path: f"{_PACKAGE}/_models/{path.relative_to(models)}" for path in _walk(models)}
     return {name: path.read_bytes() for path, name in places.items()}

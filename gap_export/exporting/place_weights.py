@@ -76,8 +76,17 @@ class PlacedWeights:
 
     def of(self, refs: Mapping[str, Weight]) -> dict[str, PlacedTensor]:
         """The places of some weights, by the same keys; :data:`NOT_HELD` where they are INT4."""
+        dtype = SAFETENSORS_NAMES[self.dtype]
+        item_bytes = TORCH_DTYPES[dtype].itemsize
         return {
-            key: self._places.get(id(weight)) or self._not_held(weight)
+            key: self._places.get(id(weight))
+            or PlacedTensor(
+                location=NOT_HELD,
+                dtype=dtype,
+                shape=weight.shape,
+                offset=0,
+                length=math.prod(weight.shape) * item_bytes,
+            )
             for key, weight in refs.items()
         }
 
@@ -89,13 +98,6 @@ class PlacedWeights:
     def all_quantized(self) -> QuantizedPlaces:
         """What the bundle holds as INT4, by component and key of its weight."""
         return self._quantized
-
-    def _not_held(self, weight: Weight) -> PlacedTensor:
-        dtype = SAFETENSORS_NAMES[self.dtype]
-        length = math.prod(weight.shape) * TORCH_DTYPES[dtype].itemsize
-        return PlacedTensor(
-            location=NOT_HELD, dtype=dtype, shape=weight.shape, offset=0, length=length
-        )
 
 
 def check_quantization(reference: Reference, spec: QuantizationSpec) -> None:

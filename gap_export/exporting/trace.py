@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
@@ -109,12 +110,20 @@ def _trace_three_layers(component: Component, opset: int) -> ir.Model | None:
 
 
 def _trace(component: Component, opset: int) -> ir.Model:
-    examples = tuple(_example(spec, component.example_sizes) for spec in component.inputs)
-    dynamic = tuple(_dynamic_dims(spec) for spec in component.inputs)
+    examples, dynamic = [], []
+    for spec in component.inputs:
+        shape = [component.example_sizes[d] if isinstance(d, str) else d for d in spec.shape]
+        examples.append(torch.zeros(shape, dtype=_INTERFACE_DTYPES[spec.dtype], device="meta"))
+        # AUTO: torch works out by itself that e.g. total = past + sequence.
+        named = [i for i, dim in enumerate(spec.shape) if isinstance(dim, str)]
+        dynamic.append(dict.fromkeys(named, torch.export.Dim.AUTO))
     with _quiet_exporter():
         try:
             program = torch.export.export(
-                _Flat(component.module), examples, dynamic_shapes=(dynamic,), strict=False
+                _Flat(component.module),
+                tuple(examples),
+                dynamic_shapes=(tuple(dynamic),),
+                strict=False,
             )
             traced = torch.onnx.export(
                 program, dynamo=True, optimize=False, opset_version=opset, verbose=False
@@ -157,16 +166,6 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _example(spec: TensorSpec, sizes: Mapping[str, int]) -> torch.Tensor:
-    shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
-    return torch.zeros(shape, dtype=_INTERFACE_DTYPES[spec.dtype], device="meta")
-
-
-def _dynamic_dims(spec: TensorSpec) -> dict[int, object]:
-    # AUTO: torch works out by itself that e.g. total = past + sequence.
-    return {i: torch.export.Dim.AUTO for i, dim in enumerate(spec.shape) if isinstance(dim, str)}
-
-
 def _name_interface(graph: ir.Graph, component: Component) -> None:
     for values, specs in (
         (list(graph.inputs), component.inputs),
@@ -202,7 +201,7 @@ def _name_dimensions(graph: ir.Graph, component: Component) -> None:
                 seen=traced,
                 allowed=str(list(spec.shape)),
             )
-    for value in _all_values(graph):
+    for value in chain(graph.inputs, *(node.outputs for node in graph)):
         if value.shape is not None:
             dims = _dims(value.shape)
             value.shape = ir.Shape([names.get(d, d) if isinstance(d, str) else d for d in dims])
@@ -212,22 +211,16 @@ def _dims(shape: ir.Shape) -> list[int | str | None]:
     return [dim.value if isinstance(dim, ir.SymbolicDim) else dim for dim in shape]
 
 
-def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from graph.inputs
-    for node in graph:
-        yield from node.outputs
-
-
 def _refer_weights(
     graph: ir.Graph, component: Component, placed: Mapping[str, PlacedTensor]
 ) -> None:
     for name, value in list(graph.initializers.items()):
-        key = name.removeprefix(f"{_ROOT}.")
+        key, raw = name.removeprefix(f"{_ROOT}."), getattr(value.const_value, "raw", None)
         if key in component.weight_refs:
             value.const_value = _external(value, placed[key])
         elif key in component.constants:
             value.const_value = ir.tensor(component.constants[key], name=name)
-        elif _has_no_value(value):
+        elif value.const_value is None or (isinstance(raw, torch.Tensor) and raw.is_meta):
             raise ExportError(
                 f"{component.name} has an initializer without a value",
                 seen=key,
@@ -235,11 +228,6 @@ def _refer_weights(
             )
         if key != name:
             value.name = key
-
-
-def _has_no_value(value: ir.Value) -> bool:
-    raw = getattr(value.const_value, "raw", None)
-    return value.const_value is None or (isinstance(raw, torch.Tensor) and raw.is_meta)
 
 
 def _external(value: ir.Value, tensor: PlacedTensor) -> ir.ExternalTensor:

@@ -14,12 +14,11 @@ from types import MappingProxyType
 from gap_export.errors import GapExportError, MissingDependencyError, UsageError
 from gap_export.plugins import Plugins
 from gap_export.pruning.cdpruner import CdPruner
-from gap_export.pruning.check_preset import check_preset
 from gap_export.pruning.cls import ClsPruner
 from gap_export.pruning.dart import DartPruner
 from gap_export.pruning.divprune import DivPrunePruner
 from gap_export.pruning.fastervlm import FasterVlmPruner
-from gap_export.pruning.preset import Preset
+from gap_export.pruning.preset import Preset, check_preset
 from gap_export.pruning.prumerge import PruMergePlusPruner, PruMergePruner, PruMergeSelection
 from gap_export.pruning.pruner import Pruner
 from gap_export.pruning.spatial import SpatialPruner

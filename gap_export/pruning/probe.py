@@ -58,20 +58,16 @@ def probe_pruner(pruner: Pruner, pruning: PruningSpec) -> None:
                 allowed="a choice that follows from what it reads",
                 fix="draw places once, in a FixedPruner with uses_seed",
             )
-    with torch.inference_mode():
-        nowhere = _random_state(pruning.num_visual_tokens, pruner.reads, device="meta")
-        _run_without_values(pruner, nowhere, pruning)
-
-
-def _run_without_values(pruner: Pruner, state: VisionState, pruning: PruningSpec) -> None:
-    """Run it as a trace does, where no value is there to decide by."""
     count = pruning.num_kept_tokens
-    with _blaming(
+    # As in a trace, where no value is there to decide by.
+    state = _random_state(pruning.num_visual_tokens, pruner.reads, device="meta")
+    blaming = _blaming(
         pruning.pruner,
         "traced, without values",
         fix="no value is known while a graph is made: torch.where in place of x[mask], and no "
         ".item(), nonzero or if on values",
-    ):
+    )
+    with torch.inference_mode(), blaming:
         if isinstance(pruner, ChoosingPruner):
             pruner.choose(state, num_kept_tokens=count)
         elif isinstance(pruner, ScoringPruner):

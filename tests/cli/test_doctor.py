@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from importlib import metadata
 
 import onnxruntime
 import pytest
@@ -37,11 +38,23 @@ def test_versions_and_providers_are_those_that_import(run_cli):
     }
 
 
-def test_what_is_missing_is_said_with_the_way_to_get_it(run_cli, monkeypatch):
-    installed = _machine._version
-    monkeypatch.setattr(
-        _machine, "_version", lambda name: None if name in {"onnx", "optimum"} else installed(name)
-    )
+@pytest.fixture
+def versions(monkeypatch):
+    """Versions of packages that differ from what is installed; None is missing."""
+    changed = {}
+
+    def find(name):
+        found = changed[name] if name in changed else metadata.version(name)
+        if found is None:
+            raise metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(_machine, "version", find)
+    return changed
+
+
+def test_what_is_missing_is_said_with_the_way_to_get_it(run_cli, versions):
+    versions |= {"onnx": None, "optimum": None}
     lines = run_cli("doctor").out.splitlines()
     assert f"export: missing: {pip_install('export')}" in lines
     assert "  onnx missing" in lines
@@ -49,22 +62,15 @@ def test_what_is_missing_is_said_with_the_way_to_get_it(run_cli, monkeypatch):
     assert "base: installed" in lines
 
 
-def test_both_onnx_runtimes_at_once_are_a_problem(run_cli, monkeypatch):
-    installed = _machine._version
-    monkeypatch.setattr(
-        _machine, "_version", lambda name: "1.0" if name == "onnxruntime-gpu" else installed(name)
-    )
+def test_both_onnx_runtimes_at_once_are_a_problem(run_cli, versions):
+    versions["onnxruntime-gpu"] = "1.0"
     outcome = run_cli("doctor")
     assert outcome.code == 0
     assert "warning: onnxruntime and onnxruntime-gpu are both installed" in outcome.err
 
 
-def test_onnxruntime_gpu_alone_is_no_problem(run_cli, monkeypatch):
-    versions = {"onnxruntime": None, "onnxruntime-gpu": "1.0"}
-    installed = _machine._version
-    monkeypatch.setattr(
-        _machine, "_version", lambda name: versions[name] if name in versions else installed(name)
-    )
+def test_onnxruntime_gpu_alone_is_no_problem(run_cli, versions):
+    versions |= {"onnxruntime": None, "onnxruntime-gpu": "1.0"}
     assert run_cli("doctor", "--json").plain["problems"] == []
 
 

@@ -13,17 +13,17 @@ EXPRESSION = "the red circle"
 
 
 @pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "picture.png"
+def image(tmp_path):
+    path = tmp_path / "image.png"
     pixels = np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return path
 
 
-def test_stdout_is_one_json_document(run_cli, tiny_bundle, picture):
-    outcome = run_cli("ground", tiny_bundle, picture, EXPRESSION)
+def test_stdout_is_one_json_document(run_cli, tiny_bundle, image):
+    outcome = run_cli("ground", tiny_bundle, image, EXPRESSION)
     assert outcome.code == 0
-    assert outcome.plain["image"] == str(picture)
+    assert outcome.plain["image"] == str(image)
     assert outcome.plain["expression"] == EXPRESSION
     assert outcome.plain["image_size"] == [40, 24]
     assert len(outcome.plain["keep_indices"]) == 5
@@ -33,31 +33,31 @@ def test_stdout_is_one_json_document(run_cli, tiny_bundle, picture):
         assert outcome.err.count("warning: the answer holds no box") == 1
 
 
-def test_provider_threads_and_verify_are_taken(run_cli, tiny_bundle, picture):
+def test_provider_threads_and_verify_are_taken(run_cli, tiny_bundle, image):
     flags = ["--provider", "CPUExecutionProvider", "--threads", "1", "--verify", "full"]
-    plain = run_cli("ground", tiny_bundle, picture, EXPRESSION, "-q", *flags).plain
+    plain = run_cli("ground", tiny_bundle, image, EXPRESSION, "-q", *flags).plain
     assert (
-        plain["token_ids"] == run_cli("ground", tiny_bundle, picture, EXPRESSION).plain["token_ids"]
+        plain["token_ids"] == run_cli("ground", tiny_bundle, image, EXPRESSION).plain["token_ids"]
     )
 
 
-def test_backend_trt_gives_the_same_answer(run_cli, tiny_bundle, picture, tmp_path, monkeypatch):
+def test_backend_trt_gives_the_same_answer(run_cli, tiny_bundle, image, tmp_path, monkeypatch):
     bundle = copy_bundle(tiny_bundle, tmp_path / "bundle")
     limits = EngineLimits(max_prompt=24, max_new_tokens=8, max_batch=1, max_images=1)
     write_engines(bundle, limits)
     device = use_fakes(monkeypatch)
     flags = ["--backend", "trt", "--engines", "desktop-sm89"]
-    outcome = run_cli("ground", bundle.path, picture, EXPRESSION, *flags)
+    outcome = run_cli("ground", bundle.path, image, EXPRESSION, *flags)
     assert outcome.code == 0
     assert outcome.plain["backend"].startswith("TensorRT ")
     assert device.calls and device.is_clean
-    expected = run_cli("ground", bundle.path, picture, EXPRESSION).plain
+    expected = run_cli("ground", bundle.path, image, EXPRESSION).plain
     assert outcome.plain["token_ids"] == expected["token_ids"]
 
 
-def test_save_writes_a_picture_and_says_so_on_stderr(run_cli, tiny_bundle, picture, tmp_path):
+def test_save_writes_an_image_and_says_so_on_stderr(run_cli, tiny_bundle, image, tmp_path):
     out = tmp_path / "found.png"
-    outcome = run_cli("ground", tiny_bundle, picture, EXPRESSION, "--save", out)
+    outcome = run_cli("ground", tiny_bundle, image, EXPRESSION, "--save", out)
     assert outcome.code == 0
     assert f"wrote {out}\n" in outcome.err
     with Image.open(out) as saved:
@@ -81,11 +81,11 @@ def test_a_damaged_image_is_refused_unless_it_is_allowed(run_cli, tiny_bundle, t
     assert out.exists()
 
 
-def test_save_replaces_another_picture_only_with_force(run_cli, tiny_bundle, picture, tmp_path):
+def test_save_replaces_another_image_only_with_force(run_cli, tiny_bundle, image, tmp_path):
     photo = tmp_path / "photo.png"
     Image.new("RGB", (30, 20)).save(photo)
     before = photo.read_bytes()
-    ground = ["ground", tiny_bundle, picture, EXPRESSION, "--save", photo]
+    ground = ["ground", tiny_bundle, image, EXPRESSION, "--save", photo]
     outcome = run_cli(*ground)
     assert (outcome.code, outcome.out) == (2, "")
     assert "that gap-export did not write" in outcome.err

@@ -6,7 +6,6 @@ import numpy as np
 import onnx
 from PIL import Image
 
-from tests.contract.test_imports import HEAVY, modules_after
 from tests.patching.conftest import *  # noqa: F403 - its fixtures
 
 
@@ -16,9 +15,9 @@ def test_a_patched_export_can_be_asked_and_inspected(run_cli, tiny_export, tmp_p
     assert (answer.code, answer.out.strip()) == (0, str(out))
     assert "tiny-llava: 5 of 16 visual tokens (spatial, gap positions), float32" in answer.err
     assert "GapRemap feeds 2 nodes of RoPE: Cos " in answer.err
-    picture = tmp_path / "picture.png"
-    Image.fromarray(np.zeros((20, 30, 3), dtype=np.uint8)).save(picture)
-    answer = run_cli("ground", out, picture, "the red circle")
+    image = tmp_path / "image.png"
+    Image.fromarray(np.zeros((20, 30, 3), dtype=np.uint8)).save(image)
+    answer = run_cli("ground", out, image, "the red circle")
     assert answer.code == 0
     assert len(answer.plain["keep_indices"]) == 5
     answer = run_cli("inspect", out)
@@ -77,8 +76,3 @@ def test_missing_packages_are_named_with_the_extra(run_cli, tiny_export, monkeyp
     answer = run_cli("patch", tiny_export)
     assert answer.code == 2
     assert "onnxscript" in answer.err and extras.pip_install("patch") in answer.err
-
-
-def test_help_imports_nothing_heavy():
-    loaded = modules_after("from gap_export.cli import main; main(['patch', '-h'])")
-    assert loaded & (HEAVY | {"rich"}) == set()

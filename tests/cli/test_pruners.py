@@ -24,7 +24,7 @@ def test_the_list_is_json_for_programs(run_cli):
     assert outcome.plain["broken"] == {}
 
 
-def test_one_that_is_broken_is_told_and_stops_nobody(run_cli, one_is_broken):
+def test_a_broken_pruner_is_a_warning_and_the_others_are_listed(run_cli, one_is_broken):
     outcome = run_cli("pruners")
     assert outcome.code == 0
     assert "warning: pruner lost, which lost:X should define, cannot be loaded" in outcome.err

@@ -88,6 +88,7 @@ def all_modules() -> list[str]:
         ["eval", "-h"],
         ["doctor", "-h"],
         ["build", "-h"],
+        ["patch", "-h"],
     ],
     ids=" ".join,
 )

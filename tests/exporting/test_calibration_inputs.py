@@ -20,8 +20,8 @@ from gap_export.spec.positions import gap_remap
 from gap_export.spec.recipe import load_recipe
 from gap_export.spec.tolerances import TOLERANCES
 
-PICTURE = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
-QUESTIONS = [(PICTURE, "the red circle"), (PICTURE, "the small blue square left-most")]
+IMAGE = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
+QUESTIONS = [(IMAGE, "the red circle"), (IMAGE, "the small blue square left-most")]
 
 
 @pytest.fixture(params=["float32", "float16"])
@@ -39,8 +39,8 @@ def test_samples_are_the_prompts_of_a_session(references, tiny_text_bundle):
     samples = list(calibration_inputs(meta, manifest, tiny_text_bundle, QUESTIONS))
     recorder = RecordingBackend(TorchBackend(loaded))
     with GroundingSession(manifest, tiny_text_bundle, recorder) as session:
-        for picture, expression in QUESTIONS:
-            session.ground(picture, expression)
+        for image, expression in QUESTIONS:
+            session.ground(image, expression)
     steps = [call.inputs for call in recorder.calls if call.is_decode]
     prompts = [step for step in steps if step["inputs_embeds"].shape[1] > 1]
     assert len(samples) == len(prompts) == 2
@@ -70,7 +70,7 @@ def test_no_weight_stays_in_memory(references, tiny_text_bundle):
 def test_expression_that_cannot_be_used_is_the_users_error(references, tiny_text_bundle):
     manifest, meta, _ = references
     with pytest.raises(ExpressionError):
-        list(calibration_inputs(meta, manifest, tiny_text_bundle, [(PICTURE, " ")]))
+        list(calibration_inputs(meta, manifest, tiny_text_bundle, [(IMAGE, " ")]))
 
 
 def test_scales_found_fit_the_references_of_every_dtype(references, tiny_text_bundle):

@@ -98,7 +98,7 @@ def test_limits_end_at_the_models_context(sample_manifest):
     assert limits(dataclasses.replace(sample_manifest, decoder=decoder)).max_prompt == 20
 
 
-def test_limits_of_a_tiled_picture_count_base_tile_and_newlines(sample_manifest):
+def test_limits_of_a_tiled_image_count_base_tile_and_newlines(sample_manifest):
     tiles = TilesSpec(resolutions=((32, 64), (64, 64)))
     image = dataclasses.replace(sample_manifest.image, preparation="anyres", tiles=tiles)
     decoder = dataclasses.replace(sample_manifest.decoder, max_position_embeddings=4096)

@@ -12,7 +12,7 @@ import pytest
 
 from gap_export.bundle import open_bundle
 from gap_export.checkpoint.find.source import Checkpoint
-from gap_export.errors import CheckpointError, OutputError, UnsupportedPrunerError, UsageError
+from gap_export.errors import CheckpointError
 from gap_export.exporting import (
     ExportOptions,
     ExportReport,
@@ -123,59 +123,6 @@ def test_report_is_json_and_times_every_step(reports):
         p.stat().st_size for p in report.bundle.iterdir() if not p.name.startswith("gap.json")
     )
     assert all(value >= 0 for value in plain["seconds"].values())
-
-
-@pytest.mark.parametrize("keep", [0.0, -0.1, 1.01, float("nan"), float("inf")])
-def test_keep_ratio_out_of_range_is_refused_before_anything_is_written(
-    tiny_checkpoint, tmp_path, keep
-):
-    with pytest.raises(UsageError, match="keep"):
-        export_model(options(tiny_checkpoint, tmp_path / "b", keep_ratio=keep))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_unknown_pruner_suggests_a_name(tiny_checkpoint, tmp_path):
-    with pytest.raises(UsageError, match="spatial"):
-        export_model(options(tiny_checkpoint, tmp_path / "b", pruner="spatail"))
-
-
-def test_text_pruner_without_a_text_tower_is_refused_with_those_that_work(
-    tiny_checkpoint, tmp_path
-):
-    folder = tmp_path / "no-text"
-    shutil.copytree(tiny_checkpoint, folder)
-    recipe = folder / "recipe.yaml"
-    lines = recipe.read_text().split("text_tower:")
-    assert len(lines) == 2
-    recipe.write_text(lines[0] + "text_tower: null\n")
-    with pytest.raises(UnsupportedPrunerError, match="spatial") as caught:
-        export_model(options(folder, tmp_path / "b", pruner="text"))
-    assert caught.value.exit_code == 2
-    assert not (tmp_path / "b").exists()
-
-
-def test_existing_bundle_is_replaced_only_with_force(
-    tiny_checkpoint, tiny_bundle, exports, tmp_path
-):
-    out = tmp_path / "b"
-    shutil.copytree(tiny_bundle, out)
-    before = open_bundle(out).manifest
-    with pytest.raises(OutputError, match="force"):
-        export_model(options(tiny_checkpoint, out, keep_ratio=0.5))
-    assert open_bundle(out).manifest == before
-    cache = exports.graphs(str(tiny_checkpoint))
-    export_model(options(tiny_checkpoint, out, keep_ratio=0.5, force=True), cache=cache)
-    assert open_bundle(out).manifest.pruning.num_kept_tokens == 8
-
-
-def test_a_foreign_folder_is_never_replaced(tiny_checkpoint, tmp_path):
-    out = tmp_path / "photos"
-    out.mkdir()
-    (out / "holiday.jpg").write_bytes(b"precious")
-    with pytest.raises(OutputError):
-        export_model(options(tiny_checkpoint, out, force=True))
-    assert (out / "holiday.jpg").read_bytes() == b"precious"
-    assert [p.name for p in tmp_path.iterdir()] == ["photos"]
 
 
 def test_a_failing_export_leaves_nothing_behind(tiny_checkpoint, tmp_path, monkeypatch):

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from gap_export.bundle import write_bundle
-from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.checkpoint.weights import TORCH_DTYPES, quantize_columns
 from gap_export.errors import UsageError
 from gap_export.exporting.place_weights import (
@@ -25,29 +24,19 @@ from gap_export.exporting.place_weights import (
 )
 from gap_export.exporting.quantization import linear_keys
 from gap_export.exporting.trace import save_graph, trace_component
-from gap_export.families import Reference, build_reference, resolve_pruning
+from gap_export.families import Reference
 from gap_export.graph.passes.quantize_linear import QuantizeLinear
 from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.progress import SilentProgress
 from gap_export.spec.manifest import QuantizationSpec
-from gap_export.spec.recipe import load_recipe
-from gap_export.spec.requests import PruningRequest
 from gap_export.spec.tolerances import TOLERANCES
+from tests.exporting.references import reference_of
 
 DECODER = "decoder_model_merged"
 
 
 def spec(block_size: int = 32, *, lm_head: bool = False) -> QuantizationSpec:
     return QuantizationSpec(dtype="int4", block_size=block_size, method="rtn", lm_head=lm_head)
-
-
-def reference_of(folder: Path, dtype: str | None = None, pruner: str = "spatial") -> Reference:
-    recipe = load_recipe(folder / "recipe.yaml")
-    pruning = resolve_pruning(
-        recipe,
-        PruningRequest(pruner=pruner, keep_ratio=0.3, order="raster"),
-    )
-    return build_reference(recipe, Checkpoint.of(folder), pruning, device="meta", dtype=dtype)
 
 
 def place(
@@ -254,12 +243,7 @@ def test_quantized_decoder_equals_pytorch_with_the_rounded_weights(
 ):
     import onnxruntime
 
-    recipe = load_recipe(tiny_checkpoint / "recipe.yaml")
-    pruning = resolve_pruning(
-        recipe,
-        PruningRequest(pruner="spatial", keep_ratio=0.3, order="raster"),
-    )
-    reference = build_reference(recipe, Checkpoint.of(tiny_checkpoint), pruning, device="cpu")
+    reference = reference_of(tiny_checkpoint, device="cpu")
     shape = reference.decoder_spec
     fed = feeds(dtype, shape.num_key_value_heads, shape.head_dim, shape.num_layers)
     options = onnxruntime.SessionOptions()
@@ -276,7 +260,8 @@ def test_quantized_decoder_equals_pytorch_with_the_rounded_weights(
     given["position_ids"] = ids
     with torch.inference_mode():
         wanted = rounded(reference)(*given.values())[0].double().numpy()
-        plain = reference_logits(tiny_checkpoint, recipe, pruning, given)
+        exact = reference_of(tiny_checkpoint, device="cpu").decoder
+        plain = exact(*given.values())[0].double().numpy()
     tolerance = TOLERANCES[dtype]["logits"]
     bound = (
         tolerance.atol
@@ -286,11 +271,6 @@ def test_quantized_decoder_equals_pytorch_with_the_rounded_weights(
     assert (np.abs(logits - wanted) <= bound).all()
     # The bar can tell: weights that were not rounded give other logits.
     assert (np.abs(plain - wanted) > bound).any()
-
-
-def reference_logits(checkpoint: Path, recipe, pruning, given) -> np.ndarray:
-    plain = build_reference(recipe, Checkpoint.of(checkpoint), pruning, device="cpu")
-    return plain.decoder(*given.values())[0].double().numpy()
 
 
 def test_tensorrt_keeps_int4_in_the_plan(tmp_path):

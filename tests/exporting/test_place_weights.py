@@ -12,21 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gap_export.bundle import write_bundle
-from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.exporting.place_weights import place_weights
-from gap_export.families import build_reference, resolve_pruning
 from gap_export.progress import SilentProgress
-from gap_export.spec.recipe import load_recipe
-from gap_export.spec.requests import PruningRequest
-
-
-def reference_of(folder: Path, dtype: str | None = None, pruner: str = "spatial"):
-    recipe = load_recipe(folder / "recipe.yaml")
-    pruning = resolve_pruning(
-        recipe,
-        PruningRequest(pruner=pruner, keep_ratio=0.3, order="raster"),
-    )
-    return build_reference(recipe, Checkpoint.of(folder), pruning, device="meta", dtype=dtype)
+from tests.exporting.references import reference_of
 
 
 def place(folder: Path, out: Path, *, hold: str = "link", **options):

@@ -23,11 +23,10 @@ from gap_export.exporting.trace import (
     save_graph,
     trace_component,
 )
-from gap_export.families import Component, build_reference, resolve_pruning
+from gap_export.families import Component, build_reference
 from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.spec.manifest import TensorSpec
-from gap_export.spec.recipe import load_recipe
-from gap_export.spec.requests import PruningRequest
+from tests.exporting.references import reference_of
 
 PRUNERS = ("cls", "text", "random", "spatial", "fastervlm")
 ATOL = 5e-5
@@ -55,11 +54,16 @@ def location_of(ref: Any) -> str:
     return f"{ref.file.parent.name}-{ref.file.name}"
 
 
-@pytest.mark.parametrize("keep_ratio", [0.3, 1.0])
-@pytest.mark.parametrize("pruner", PRUNERS)
-def test_vision_graph_equals_pytorch(tiny_graphs, pruner, keep_ratio):
-    session = tiny_graphs.session("vision_encoder", pruner, keep_ratio)
-    module = tiny_graphs.reference(pruner, keep_ratio).vision_encoder
+@pytest.mark.parametrize(
+    ("pruner", "keep_ratio", "order"),
+    [
+        *((pruner, keep_ratio, "raster") for pruner in PRUNERS for keep_ratio in (0.3, 1.0)),
+        *((pruner, 0.3, "score") for pruner in ("cls", "random", "fastervlm")),
+    ],
+)
+def test_vision_graph_equals_pytorch(tiny_graphs, pruner, keep_ratio, order):
+    session = tiny_graphs.session("vision_encoder", pruner, keep_ratio, order)
+    module = tiny_graphs.reference(pruner, keep_ratio, order).vision_encoder
     generator = torch.Generator().manual_seed(1)
     sizes = [(1, 1), (1, 4), (3, 3)] if pruner == "text" else [(1, 1), (3, 3)]
     for images, rows in sizes:
@@ -71,21 +75,9 @@ def test_vision_graph_equals_pytorch(tiny_graphs, pruner, keep_ratio):
         found, indices, *_ = session.run(None, {k: v.numpy() for k, v in feeds.items()})
         assert indices.dtype == np.int64
         assert np.array_equal(indices, keep.numpy())
+        assert np.array_equal(indices, np.sort(indices)) == (order == "raster")
         assert found.shape == (rows, len(indices[0]), 32)
         assert np.abs(found - features.numpy()).max() <= ATOL
-
-
-@pytest.mark.parametrize("pruner", ["cls", "random", "fastervlm"])
-def test_score_order_equals_pytorch(tiny_graphs, pruner):
-    session = tiny_graphs.session("vision_encoder", pruner, 0.3, "score")
-    module = tiny_graphs.reference(pruner, 0.3, "score").vision_encoder
-    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        features, keep, *_ = module(pixels)
-    found, indices, *_ = session.run(None, {"pixel_values": pixels.numpy()})
-    assert np.array_equal(indices, keep.numpy())
-    assert np.abs(found - features.numpy()).max() <= ATOL
-    assert not np.array_equal(indices, np.sort(indices))
 
 
 def test_ties_fall_alike_in_graph_and_pytorch(tiny_graphs):
@@ -201,27 +193,19 @@ def toy(module: nn.Module, *, outputs: tuple[TensorSpec, ...]) -> Component:
     )
 
 
-def test_module_that_cannot_be_traced_is_an_export_error():
-    with pytest.raises(ExportError, match="torch cannot export toy"):
-        trace_component(toy(Branching(), outputs=(spec("out", "rows"),)), placed={})
-
-
 @pytest.mark.parametrize(
-    ("outputs", "says"),
+    ("module", "outputs", "says"),
     [
-        ((spec("out", 3),), "out traced to another shape"),
-        ((spec("out", "rows", 1),), "out traced to another shape"),
-        ((spec("out", "rows"), spec("more", "rows")), "another number of inputs or outputs"),
+        (Branching(), [spec("out", "rows")], "torch cannot export toy"),
+        (Fixing(), [spec("out", "rows")], r"out traced to another shape: \[3\]"),
+        (nn.ReLU(), [spec("out", 3)], "out traced to another shape"),
+        (nn.ReLU(), [spec("out", "rows", 1)], "out traced to another shape"),
+        (nn.ReLU(), [spec("out", "rows"), spec("more", "rows")], "another number of inputs or"),
     ],
 )
-def test_interface_that_is_not_the_declared_one_is_an_export_error(outputs, says):
+def test_trace_that_is_not_as_declared_is_an_export_error(module, outputs, says):
     with pytest.raises(ExportError, match=says):
-        trace_component(toy(nn.ReLU(), outputs=outputs), placed={})
-
-
-def test_dimension_that_tracing_fixes_is_an_export_error():
-    with pytest.raises(ExportError, match=r"out traced to another shape: \[3\]"):
-        trace_component(toy(Fixing(), outputs=(spec("out", "rows"),)), placed={})
+        trace_component(toy(module, outputs=tuple(outputs)), placed={})
 
 
 def test_buffer_without_a_declared_value_is_an_export_error(tiny_graphs):
@@ -235,13 +219,7 @@ def test_buffer_without_a_declared_value_is_an_export_error(tiny_graphs):
 def test_real_grid_sizes_equal_pytorch(make_checkpoint, tmp_path, grid, pruner):
     """144 and 576 visual tokens."""
     checkpoint = make_checkpoint(grid=grid)
-    recipe = load_recipe(checkpoint / "recipe.yaml")
-    pruning = resolve_pruning(
-        recipe,
-        PruningRequest(pruner=pruner, keep_ratio=0.3, order="raster"),
-    )
-    parts = Checkpoint.of(checkpoint)
-    component = build_reference(recipe, parts, pruning, device="meta").component("vision_encoder")
+    component = reference_of(checkpoint, pruner=pruner).component("vision_encoder")
     for ref in component.weight_refs.values():
         shutil.copyfile(ref.file, tmp_path / location_of(ref))
     model = trace_component(component, placed=placed_by_file_name(component))
@@ -252,7 +230,7 @@ def test_real_grid_sizes_equal_pytorch(make_checkpoint, tmp_path, grid, pruner):
     feeds = {"pixel_values": torch.randn(1, 3, 8 * grid, 8 * grid, generator=generator)}
     if pruner == "text":
         feeds["text_embeds"] = torch.randn(2, 16, generator=generator)
-    encoder = build_reference(recipe, parts, pruning, device="cpu").vision_encoder
+    encoder = reference_of(checkpoint, pruner=pruner, device="cpu").vision_encoder
     with torch.inference_mode():
         features, keep, *_ = encoder(*feeds.values())
     found, indices, *_ = session.run(None, {k: v.numpy() for k, v in feeds.items()})

@@ -1,6 +1,6 @@
 """Every pruner once more, written out slowly from its definition, in plain loops of numpy.
 
-Nothing here comes from the package. One picture at a time: arrays have no batch dimension.
+Nothing here comes from the package. One image at a time: arrays have no batch dimension.
 """
 
 from __future__ import annotations

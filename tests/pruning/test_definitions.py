@@ -162,7 +162,7 @@ def test_choice_on_real_sizes(name, num_tokens, which):
 
 
 @pytest.mark.parametrize("name", ["cls", "prumerge+", "visionzip", "trim", "dart"])
-def test_choice_on_all_tokens_of_a_tiled_picture(name):
+def test_choice_on_all_tokens_of_a_tiled_image(name):
     state = make_state(6, 2880, ties=True, rows=1)
     assert chosen(name, state, 200) == [chosen_slowly(name, row_of(state, 0), 200, 1)]
 

@@ -169,7 +169,7 @@ def run(path: Path, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
     return session.run(None, feed)
 
 
-def picture(seed: int, images: int, *, ties: bool) -> np.ndarray:
+def random_pixels(seed: int, images: int, *, ties: bool) -> np.ndarray:
     pixels = np.random.default_rng(seed).normal(size=(images, 3, N, WIDTH)).astype(np.float32)
     # Vectors of -1 and 1 have exact lengths and cosines, so that ties are ties in any runtime.
     return np.where(pixels > 0, np.float32(1), np.float32(-1)) if ties else pixels
@@ -207,7 +207,7 @@ def check_graph(name, order, extra, folder, places):
         rng = np.random.default_rng(1)
         # A DPP divides as it goes: what would tie is told apart by rounding.
         for seed, ties in itertools.product(range(3), (False, name != "cdpruner")):
-            feed = {"pixel_values": picture(seed, 2, ties=ties)}
+            feed = {"pixel_values": random_pixels(seed, 2, ties=ties)}
             if len(component.inputs) == 2:
                 text = rng.normal(size=(2, 5)).astype(np.float32)
                 feed["text_embeds"] = np.sign(text) if ties else text
@@ -265,7 +265,7 @@ def test_token_pruner_takes_any_number(name, order, extra, tmp_path):
     path = export(component, tmp_path / "pruner.onnx")
     fixed = make_component(request(name, order, extra, "centroid")).module.to_empty(device="cpu")
     scored = make_component(pruning).module.to_empty(device="cpu")
-    feed = {"pixel_values": picture(7, 2, ties=False)}
+    feed = {"pixel_values": random_pixels(7, 2, ties=False)}
     if "text" in find_preset(name).pruner.reads:
         feed["text_embeds"] = np.ones((2, 5), dtype=np.float32)
     given = [torch.from_numpy(value) for value in feed.values()]

@@ -74,9 +74,9 @@ def test_the_documented_pruner_is_exported_and_grounds(
     check_pruner_installed("unusual", manifest.tools)
     with pytest.raises(MissingDependencyError, match=r"'lost', is of .*: my_pruners 1\.0; install"):
         check_pruner_installed("lost", manifest.tools)
-    picture = np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)
     with GroundingSession.open(bundle) as session:
-        answer = session.ground(picture, "the star")
+        answer = session.ground(image, "the star")
         scores = np.array(answer.tokens[0].scores)
     best = np.sort(np.argsort(-scores, kind="stable")[:5])
     assert list(answer.keep_indices) == best.tolist()
@@ -120,58 +120,37 @@ def test_a_name_in_capitals_is_understood_and_a_long_one_cut_short():
     assert len(str(caught.value)) < 300
 
 
-class Places(FixedPruner):
-    summary = "for tests"
-
-    def __init__(self, places: list[int]) -> None:
-        self._places = places
-
-    def places(self, grid, *, num_kept_tokens, seed):
-        return np.array(self._places)
-
-
-@pytest.mark.parametrize(
-    ("places", "says"),
-    [([0, 1, 2, 3, 16], "0..16"), ([0, 1, 2, 3, 3], "3 more than once"), ([0, 1], "shape [2]")],
-)
-def test_places_that_are_none_stop_the_export(monkeypatch, tiny_checkpoint, tmp_path, places, says):
-    mine = Preset(name="mine", pruner=Places(places))
-    monkeypatch.setattr(presets, "PRESETS", {**presets.PRESETS, "mine": mine})
-    options = ExportOptions(
-        model=str(tiny_checkpoint),
-        pruning=PruningRequest(pruner="mine", keep_ratio=0.3),
-        out=tmp_path / "bundle",
-    )
-    with pytest.raises(GapExportError, match="pruner mine does not keep what it should") as caught:
-        export_model(options)
-    assert says in str(caught.value)
-    assert not options.out.exists()
+def refusal(pruner: str, checkpoint: Path, out: Path) -> str:
+    """What an export by a pruner is refused with; it leaves nothing."""
+    pruning = PruningRequest(pruner=pruner, keep_ratio=0.3)
+    with pytest.raises(GapExportError) as caught:
+        export_model(ExportOptions(model=str(checkpoint), pruning=pruning, out=out))
+    assert not out.exists()
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("given", "says"),
     [
+        (lambda: np.array([0, 1, 2, 3, 16]), "does not keep what it should: 0..16"),
+        (lambda: np.array([0, 1, 2, 3, 3]), "does not keep what it should: 3 more than once"),
+        (lambda: np.array([0, 1]), "does not keep what it should: int64 of shape [2]"),
         (lambda: 1 / 0, "raises ZeroDivisionError when it is asked for its places"),
         (lambda: None, "gives no places: a NoneType; allowed: a numpy array"),
         (lambda: np.array([0.5, 1, 2, 3, 4]), "gives no places: a ndarray of float64"),
     ],
 )
-def test_what_a_fixed_pruner_gives_is_looked_at(
-    monkeypatch, tiny_checkpoint, tmp_path, given, says
-):
-    pruner = Places([])
-    monkeypatch.setattr(pruner, "places", lambda *_, **__: given())
-    monkeypatch.setattr(
-        presets, "PRESETS", {**presets.PRESETS, "mine": Preset(name="mine", pruner=pruner)}
-    )
-    options = ExportOptions(
-        model=str(tiny_checkpoint),
-        pruning=PruningRequest(pruner="mine", keep_ratio=0.3),
-        out=tmp_path / "bundle",
-    )
-    with pytest.raises(GapExportError) as caught:
-        export_model(options)
-    assert str(caught.value).startswith("pruner mine ") and says in str(caught.value)
+def test_places_that_are_none_stop_the_export(monkeypatch, tiny_checkpoint, tmp_path, given, says):
+    class Places(FixedPruner):
+        summary = "for tests"
+
+        def places(self, grid, *, num_kept_tokens, seed):
+            return given()
+
+    mine = Preset(name="mine", pruner=Places())
+    monkeypatch.setattr(presets, "PRESETS", {**presets.PRESETS, "mine": mine})
+    said = refusal("mine", tiny_checkpoint, tmp_path / "bundle")
+    assert said.startswith("pruner mine ") and says in said
 
 
 CHOOSING = """
@@ -189,23 +168,6 @@ MINE = Preset(name="mine", pruner=Mine())
 """
 
 
-@pytest.mark.parametrize(
-    ("chosen", "says"), [("index + 14", "14..18"), ("index // 2", "0 more than once")]
-)
-def test_chosen_tokens_that_are_none_are_refused_when_they_are_chosen(
-    install, tiny_checkpoint, tmp_path, chosen, says
-):
-    install(CHOOSING.replace("CHOSEN", chosen), "mine = my_pruners:MINE")
-    options = ExportOptions(
-        model=str(tiny_checkpoint),
-        pruning=PruningRequest(pruner="mine", keep_ratio=0.3),
-        out=tmp_path / "bundle",
-    )
-    with pytest.raises(GapExportError, match="does not keep what it should") as caught:
-        export_model(options)
-    assert says in str(caught.value)
-
-
 SCORING = """
 import torch
 from gap_export.pruning import Preset, ScoringPruner
@@ -221,18 +183,15 @@ MINE = Preset(name="mine", pruner=Mine())
 """
 
 
-def refusal(install, module: str, checkpoint, tmp_path) -> str:
-    """What an export with pruner ``mine`` of a module says."""
-    install(module, "mine = my_pruners:MINE")
-    options = ExportOptions(
-        model=str(checkpoint),
-        pruning=PruningRequest(pruner="mine", keep_ratio=0.3),
-        out=tmp_path / "bundle",
-    )
-    with pytest.raises(GapExportError) as caught:
-        export_model(options)
-    assert not (tmp_path / "bundle").exists()
-    return str(caught.value)
+@pytest.fixture
+def refused(install, tiny_checkpoint, tmp_path):
+    """What an export with pruner ``mine`` of a module is refused with."""
+
+    def export(module: str) -> str:
+        install(module, "mine = my_pruners:MINE")
+        return refusal("mine", tiny_checkpoint, tmp_path / "bundle")
+
+    return export
 
 
 @pytest.mark.parametrize(
@@ -252,15 +211,13 @@ def refusal(install, module: str, checkpoint, tmp_path) -> str:
         ("loud[loud > -9].reshape(loud.shape)", "torch.where in place of x[mask]"),
     ],
 )
-def test_scores_that_are_none_are_refused(install, tiny_checkpoint, tmp_path, scores, says):
-    module = SCORING.replace("SCORES", scores)
-    said = refusal(install, module, tiny_checkpoint, tmp_path)
+def test_scores_that_are_none_are_refused(refused, scores, says):
+    said = refused(SCORING.replace("SCORES", scores))
     assert said.startswith("pruner mine ") and says in said
 
 
-def test_what_torch_cannot_trace_is_said_in_a_line(install, tiny_checkpoint, tmp_path):
-    module = SCORING.replace("SCORES", "loud + torch.arange(16.0)")
-    said = refusal(install, module, tiny_checkpoint, tmp_path)
+def test_what_torch_cannot_trace_is_said_in_a_line(refused):
+    said = refused(SCORING.replace("SCORES", "loud + torch.arange(16.0)"))
     assert said.startswith("torch cannot export vision_encoder: Tensor on device cpu")
     assert len(said) < 200 and "\n" not in said
 
@@ -268,13 +225,14 @@ def test_what_torch_cannot_trace_is_said_in_a_line(install, tiny_checkpoint, tmp
 @pytest.mark.parametrize(
     ("chosen", "says"),
     [
+        ("index + 14", "does not keep what it should: 14..18"),
+        ("index // 2", "does not keep what it should: 0 more than once"),
         ("index.to(torch.int32)", "tokens of another type: torch.int32; allowed: int64"),
         ("torch.cat([index, index[:1] + 9])", "shape [2, 6]; allowed: a tensor [B, 5]"),
     ],
 )
-def test_chosen_tokens_of_another_shape_or_type(install, tiny_checkpoint, tmp_path, chosen, says):
-    module = CHOOSING.replace("CHOSEN", chosen)
-    assert says in refusal(install, module, tiny_checkpoint, tmp_path)
+def test_chosen_tokens_that_are_none_are_refused(refused, chosen, says):
+    assert says in refused(CHOOSING.replace("CHOSEN", chosen))
 
 
 @pytest.mark.parametrize(
@@ -288,9 +246,8 @@ def test_chosen_tokens_of_another_shape_or_type(install, tiny_checkpoint, tmp_pa
         ("pruner=Mine", "has no pruner"),
     ],
 )
-def test_presets_that_no_manifest_could_hold(install, tiny_checkpoint, tmp_path, preset, says):
-    module = SCORING.replace("SCORES", "loud").replace("pruner=Mine()", preset)
-    assert says in refusal(install, module, tiny_checkpoint, tmp_path)
+def test_presets_that_no_manifest_could_hold(refused, preset, says):
+    assert says in refused(SCORING.replace("SCORES", "loud").replace("pruner=Mine()", preset))
 
 
 @pytest.mark.parametrize("says", ["raise ValueError('no')", "def (", "import sys; sys.exit(0)"])

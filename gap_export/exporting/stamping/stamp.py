@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from itertools import chain
 
 import onnx_ir as ir
@@ -65,7 +65,11 @@ def stamp_layers(graph: ir.Graph, component: Component, *, root: str) -> None:
                 node.replace_input_with(index, carried[value].of(previous))
     _rename_last(graph, trace, labels, names, num_layers - 1)
     _complete_interface(graph, component, labels, new_values)
-    _check_names(graph)
+    seen: set[str | None] = set()
+    for value in chain(graph.inputs, graph.initializers.values(), outputs_of(graph)):
+        if value.name in seen:
+            raise unlike("a name occurs twice", value.name)
+        seen.add(value.name)
 
 
 class _Names:
@@ -161,29 +165,16 @@ def _complete_interface(
     graph.inputs[:] = [values[spec.name] for spec in component.inputs]
     graph.outputs[:] = [values[spec.name] for spec in component.outputs]
     graph.initializers.clear()
-    for value in _by_layer(weights, labels):
-        graph.initializers.add(value)
-
-
-def _by_layer(weights: Sequence[ir.Value], labels: Labels) -> Iterator[ir.Value]:
-    """The weights with the layers' where the first of them is, in the layers' order."""
+    # The layers' weights stand where the first of them did, in the layers' order.
     layered = [value for value in weights if labels.layer(value) is not None]
+    first = layered[0] if layered else None
     layered.sort(key=lambda value: labels.layer(value) or 0)
-    done = False
     for value in weights:
-        if labels.layer(value) is None:
-            yield value
-        elif not done:
-            yield from layered
-            done = True
-
-
-def _check_names(graph: ir.Graph) -> None:
-    seen: set[str | None] = set()
-    for value in chain(graph.inputs, graph.initializers.values(), outputs_of(graph)):
-        if value.name in seen:
-            raise unlike("a name occurs twice", value.name)
-        seen.add(value.name)
+        if value is first:
+            for one in layered:
+                graph.initializers.add(one)
+        elif labels.layer(value) is None:
+            graph.initializers.add(value)
 
 
 def _parse(name: str | None) -> tuple[str, int]:
