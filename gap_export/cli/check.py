@@ -54,15 +54,6 @@ class _Asked(TypedDict):
     progress: Progress
 
 
-class _Places(TypedDict):
-    """Where reports go."""
-
-    json: Path | None
-    junit: Path | None
-    markdown: Path | None
-    html: Path | None
-
-
 def check(
     ctx: typer.Context,
     bundle: BundleArgument,
@@ -127,7 +118,7 @@ def check(
         golden = api.record(bundle, record, backends=backend or ["ort"], force=force, **asked)
         terminal.result(visible(str(golden)))
         return
-    places = _Places(json=report_json, junit=junit, markdown=markdown, html=html)
+    places = {"json": report_json, "junit": junit, "markdown": markdown, "html": html}
     if force and not any(places.values()):
         api.refuse_ignored("no file is to be written", {"--force": force})
     bars = parse_bars(fail_under or [])
