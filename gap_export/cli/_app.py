@@ -45,15 +45,12 @@ class DefaultCommandGroup(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Insert the default command where none is named."""
         with plain_messages():
-            return self._parse(ctx, args)
-
-    def _parse(self, ctx: Any, args: list[str]) -> list[str]:
-        args = fill_bare(args)
-        place = next((n for n, arg in enumerate(args) if arg not in _ANYWHERE), None)
-        if place is not None and args[place] not in {*self.commands, *_GROUP_ONLY}:
-            self._refuse_near_miss(args[place])
-            args = [*args[:place], DEFAULT_COMMAND, *args[place:]]
-        return super().parse_args(ctx, args)
+            args = fill_bare(args)
+            place = next((n for n, arg in enumerate(args) if arg not in _ANYWHERE), None)
+            if place is not None and args[place] not in {*self.commands, *_GROUP_ONLY}:
+                self._refuse_near_miss(args[place])
+                args = [*args[:place], DEFAULT_COMMAND, *args[place:]]
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command, whose own arguments are read here."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from gap_export.visible import visible_strings
 
 if TYPE_CHECKING:
     from gap_export.errors import GapExportError
-    from gap_export.spec.recipe import CheckpointPart, Recipe
+    from gap_export.spec.recipe import Recipe
 
 _BUNDLED, _HERE, _INCOMPLETE, _MISSING = "bundled", "here", "incomplete", "missing"
 
@@ -79,7 +78,24 @@ def _table_row(item: dict[str, Any]) -> list[str]:
 
 
 def _describe(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    parts = [_describe_part(role, recipe.checkpoint.parts) for role in recipe.checkpoint.parts]
+    from gap_export.checkpoint.find.hub_cache import find_part, is_incomplete
+
+    parts = []
+    for role, part in recipe.checkpoint.parts.items():
+        found = find_part(role, recipe.checkpoint.parts)
+        parts.append(
+            {
+                "role": role,
+                "what": part.what,
+                "hub": part.hub.id if part.hub is not None else None,
+                "also": [repository.id for repository in part.also],
+                "url": part.url,
+                "file": part.file,
+                "required": bool(part.required),
+                "path": None if found is None else str(found),
+                "incomplete": is_incomplete(role, recipe.checkpoint.parts),
+            }
+        )
     return {
         "name": recipe.name,
         "aliases": list(recipe.aliases),
@@ -91,23 +107,6 @@ def _describe(recipe: Recipe, folder: Path) -> dict[str, Any]:
         "parts": parts,
         "license": recipe.license,
         "summary": recipe.summary,
-    }
-
-
-def _describe_part(role: str, parts: Mapping[str, CheckpointPart]) -> dict[str, Any]:
-    from gap_export.checkpoint.find.hub_cache import find_part, is_incomplete
-
-    part, found = parts[role], find_part(role, parts)
-    return {
-        "role": role,
-        "what": part.what,
-        "hub": part.hub.id if part.hub is not None else None,
-        "also": [repository.id for repository in part.also],
-        "url": part.url,
-        "file": part.file,
-        "required": bool(part.required),
-        "path": None if found is None else str(found),
-        "incomplete": is_incomplete(role, parts),
     }
 
 

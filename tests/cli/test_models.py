@@ -81,7 +81,7 @@ def test_required_parts_that_are_not_here_are_named(run_cli, found):
     assert said["llava-1.5-13b"] == "missing: main"
 
 
-def test_json_tells_each_part_and_where_it_is(run_cli, found, tmp_path):
+def test_json_names_each_part_and_where_it_is(run_cli, found, tmp_path):
     found.add("eva_vit_g.pth")
     models = run_cli("models", "--json").plain["models"]
     (minigpt,) = [model for model in models if model["name"] == "minigpt-v2"]
@@ -112,7 +112,7 @@ def test_a_download_that_was_cut_short_is_incomplete(run_cli, monkeypatch, tmp_p
     assert weights(run_cli)["shikra-7b"] == "missing: base, tower"
 
 
-def test_tiles_and_licences_are_told(run_cli, found):
+def test_tiles_and_licenses_are_listed(run_cli, found):
     lines = run_cli("models").out.splitlines()
     rows = {line.split()[0]: n for n, line in enumerate(lines) if not line.startswith(" ")}
     assert "24x24 = 576 a tile" in lines[rows["llava-1.6-mistral-7b"]]
