@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
+from typing import TypeVar
 
 from gap_export.evaluation.results import (
     SCHEMA_VERSION,
     Accuracy,
     EvaluationReport,
+    GalleryItem,
     Interval,
     SettingRow,
 )
@@ -25,6 +28,7 @@ from gap_export.report.gallery import TITLES, gallery_shelves
 from gap_export.report.panels import Panel, names_of, panels_of, stages_of
 from gap_export.visible import clean, visible_strings
 
+_Value = TypeVar("_Value")
 _FRAMES = {
     "raw": "boxes of images as stored",
     "upright": "boxes of images as displayed, turned as EXIF says",
@@ -44,8 +48,25 @@ def document_of_evaluation(report: EvaluationReport) -> Document:
     panels = panels_of(report.rows)
     made = (
         _accuracy(report, lead),
-        _comparisons(report),
-        _thresholds(report.rows, panels),
+        Section(title="Paired comparisons", tables=(_comparisons(report),)),
+        Section(
+            title="Accuracy by threshold of IoU",
+            tables=(
+                _spread(
+                    "share of expressions that hit, by the threshold of IoU",
+                    report.rows,
+                    lambda row: {f"Acc@{name}": share for name, share in row.curve.items()},
+                    percent,
+                ),
+            ),
+            figures=(
+                Figure(
+                    caption="The share of hits falls as the threshold of IoU rises; the numbers "
+                    "are in the table.",
+                    draw=partial(draw_thresholds, panels),
+                ),
+            ),
+        ),
         _groups("kind", "kind of expression", lambda row: row.by_kind, report.rows, panels),
         # A split alone is the data set, of which all is said already.
         _groups(
@@ -183,20 +204,16 @@ def _accuracy(report: EvaluationReport, lead: str) -> Section:
         },
         notes=notes,
     )
-    names = names_of(row.other_protocols for row in rows)
-    others = Table(
-        title="Acc@0.5 of the same answers by other protocols",
-        header=("setting", *names),
-        rows=tuple(
-            (row.name, *(percent(row.other_protocols.get(name)) for name in names))
-            for row in rows
-            if names
-        ),
-        notes=(
+    others = _spread(
+        "Acc@0.5 of the same answers by other protocols",
+        rows,
+        lambda row: row.other_protocols,
+        percent,
+        notes=[
             "To be compared with published figures, and not to be mixed with the ones above. An "
             "answer that a protocol does not read is wrong under it: Shikra's reads no box with "
-            "spaces in it.",
-        ),
+            "spaces in it."
+        ],
     )
     figures = [Figure(caption=f"Acc@0.5: {lead}.", draw=partial(draw_accuracies, rows))]
     if any(row.positions == "gap" for row in rows):
@@ -209,8 +226,37 @@ def _accuracy(report: EvaluationReport, lead: str) -> Section:
     return Section(title="Accuracy", tables=(table, others), figures=tuple(figures))
 
 
-def _comparisons(report: EvaluationReport) -> Section:
-    table = Table.of(
+def _spread(
+    title: str,
+    rows: Sequence[SettingRow],
+    values_of: Callable[[SettingRow], Mapping[str, _Value]],
+    cell: Callable[[_Value], object],
+    *,
+    more: Mapping[str, Callable[[SettingRow], object]] = MappingProxyType({}),
+    notes: Sequence[str] = (),
+) -> Table:
+    """A table with a column for each name of a value; rows without values are left out.
+
+    Args:
+        title: What it shows.
+        rows: The settings.
+        values_of: The values of a setting by the name of their column.
+        cell: How a value is written.
+        more: Columns between the setting and these.
+        notes: Lines below it.
+    """
+    rows = [row for row in rows if values_of(row)]
+
+    def column(name: str, row: SettingRow) -> object:
+        values = values_of(row)
+        return cell(values[name]) if name in values else ""
+
+    columns = {name: partial(column, name) for name in names_of(map(values_of, rows))}
+    return Table.of(title, rows, {"setting": lambda row: row.name, **more, **columns}, notes=notes)
+
+
+def _comparisons(report: EvaluationReport) -> Table:
+    return Table.of(
         "two settings over the same expressions, counted at Acc@0.5",
         report.comparisons,
         {
@@ -229,24 +275,6 @@ def _comparisons(report: EvaluationReport) -> Section:
             "one image are treated as independent here, so it is a little small."
         ],
     )
-    return Section(title="Paired comparisons", tables=(table,))
-
-
-def _thresholds(rows: Sequence[SettingRow], panels: Sequence[Panel]) -> Section:
-    names = names_of(row.curve for row in rows)
-    table = Table(
-        title="share of expressions that hit, by the threshold of IoU",
-        header=("setting", *(f"Acc@{name}" for name in names)),
-        rows=tuple(
-            (row.name, *(percent(row.curve.get(name)) for name in names)) for row in rows if names
-        ),
-    )
-    caption = "The share of hits falls as the threshold of IoU rises; the numbers are in the table."
-    return Section(
-        title="Accuracy by threshold of IoU",
-        tables=(table,),
-        figures=(Figure(caption=caption, draw=partial(draw_thresholds, panels)),),
-    )
 
 
 def _groups(
@@ -257,21 +285,12 @@ def _groups(
     panels: Sequence[Panel],
 ) -> Section:
     """A column for each group, with the number of its expressions in the header."""
-    found = {row.name: groups_of(row) for row in rows}
-    names = names_of(found.values())
-    sizes = {name: group.n for groups in found.values() for name, group in groups.items()}
-
-    def cell(group: Accuracy | None) -> str:
-        return "" if group is None else f"{percent(group.acc_at_50)} ({_interval(group.ci95)})"
-
-    table = Table(
-        title=f"Acc@0.5 and its 95 % interval by {what}; in brackets the number of expressions",
-        header=("setting", *(f"{name} ({sizes[name]})" for name in names)),
-        rows=tuple(
-            (name, *(cell(groups.get(each)) for each in names))
-            for name, groups in found.items()
-            if groups
-        ),
+    sizes = {name: group.n for row in rows for name, group in groups_of(row).items()}
+    table = _spread(
+        f"Acc@0.5 and its 95 % interval by {what}; in brackets the number of expressions",
+        rows,
+        lambda row: {f"{name} ({sizes[name]})": one for name, one in groups_of(row).items()},
+        lambda group: f"{percent(group.acc_at_50)} ({_interval(group.ci95)})",
     )
     caption = f"Acc@0.5 with its 95 % interval by {what}; the numbers are in the table."
     return Section(
@@ -283,32 +302,23 @@ def _groups(
 
 def _latency(rows: Sequence[SettingRow]) -> Section:
     stages = stages_of(rows)
-    several = len({row.backend for row in rows}) > 1
-
-    def cell(times: Mapping[str, float] | None) -> str:
-        return "" if times is None else f"{times['median']:.1f} / {times['p95']:.1f}"
-
-    table = Table(
-        title="milliseconds by stage: median / 95th percentile",
-        header=(
-            *("setting", *(("backend",) if several else ()), "expressions a batch"),
-            *stages,
-        ),
-        rows=tuple(
-            (
-                row.name,
-                *((row.backend,) if several else ()),
-                f"{row.mean_batch_size:.1f}",
-                *(cell(row.latency_ms.get(stage)) for stage in stages),
-            )
-            for row in rows
-            if row.latency_ms
-        ),
-        notes=(
+    more: dict[str, Callable[[SettingRow], object]] = {
+        "backend": lambda row: row.backend,
+        "expressions a batch": lambda row: f"{row.mean_batch_size:.1f}",
+    }
+    if len({row.backend for row in rows}) == 1:
+        del more["backend"]
+    table = _spread(
+        "milliseconds by stage: median / 95th percentile",
+        rows,
+        lambda row: {name: row.latency_ms[name] for name in stages if name in row.latency_ms},
+        lambda times: f"{times['median']:.1f} / {times['p95']:.1f}",
+        more=more,
+        notes=[
             "Times are of a batch: the expressions about one image that are asked together. They "
             "were measured while the evaluation ran, beside all else that ran; compare settings by "
-            "them, not machines.",
-        ),
+            "them, not machines."
+        ],
     )
     caption = "Each mark is a median; its line ends at the 95th percentile. See the table."
     return Section(
@@ -319,22 +329,18 @@ def _latency(rows: Sequence[SettingRow]) -> Section:
 
 
 def _gallery(report: EvaluationReport) -> Table:
-    names = [row.name for row in report.rows]
-    cells = []
-    for item in report.gallery:
-        ious = {answer.setting: f"{answer.iou:.2f}" for answer in item.answers}
-        cells.append(
-            (
-                item.question_id,
-                TITLES[item.kind],
-                item.expression,
-                *(ious.get(name, "") for name in names),
-            )
-        )
-    return Table(
-        title="IoU of some answers; chosen by the first setting with GAP",
-        header=("question", "why", "expression", *names),
-        rows=tuple(cells),
+    def iou(setting: str, item: GalleryItem) -> str:
+        return next((f"{one.iou:.2f}" for one in item.answers if one.setting == setting), "")
+
+    return Table.of(
+        "IoU of some answers; chosen by the first setting with GAP",
+        report.gallery,
+        {
+            "question": lambda item: item.question_id,
+            "why": lambda item: TITLES[item.kind],
+            "expression": lambda item: item.expression,
+            **{row.name: partial(iou, row.name) for row in report.rows},
+        },
     )
 
 
