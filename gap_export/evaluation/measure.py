@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
 
 from gap_export.bundle import Bundle, open_bundle
 from gap_export.errors import (
@@ -28,9 +26,6 @@ from gap_export.runtime.boxes import parse_answer
 from gap_export.runtime.images.image import ImageInput
 from gap_export.runtime.session import BackendName, GroundingSession
 from gap_export.spec.manifest import GridSpec, Manifest, PromptSpec
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # Expressions about one image that are asked together, at most. Memory grows with it.
 MAX_BATCH = 16
@@ -56,7 +51,7 @@ class RunnerOptions:
     seed: int = 0
 
 
-class Runner:
+class Runner(AbstractContextManager["Runner"]):
     """Answers shards; a context manager, and an ``Executor`` in this process.
 
     One bundle is open at a time, with a session for each setting that asks it: shards of one bundle
@@ -72,16 +67,7 @@ class Runner:
         self._max_batch = MAX_BATCH
         self._sessions: dict[str, GroundingSession] = {}
 
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close what is open."""
         self.close()
 

@@ -102,14 +102,6 @@ def applicable(box_spec: BoxSpec) -> tuple[Protocol, ...]:
     return tuple(one for one in PROTOCOLS.values() if box_spec.syntax in one.syntaxes)
 
 
-def _as_ground_does(record: Record, _: BoxSpec) -> Box | None:
-    return record.fractions
-
-
-def _in_own_syntax(record: Record, box_spec: BoxSpec) -> Box | None:
-    return parse_box(record.text, box_spec)
-
-
 # Floats in square brackets. Stricter than our own reading: no plus sign, no ".5", no space before a
 # comma, and nothing is divided by the model's scale.
 _FLOAT = r"(-?\d+(?:\.\d+)?)"
@@ -251,7 +243,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 name=_OURS,
                 summary=f"{_IN_PIXELS}; answers are read with tolerance, as gap-export ground does",
                 source="gap-export",
-                read=_as_ground_does,
+                read=lambda record, _: record.fractions,
                 compare=_in_pixels,
                 reaches=operator.gt,
             ),
@@ -259,7 +251,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 name="unpad",
                 summary=f"{_IN_PIXELS}; only boxes in the model's own syntax are read",
                 source="gap-export",
-                read=_in_own_syntax,
+                read=lambda record, box_spec: parse_box(record.text, box_spec),
                 compare=_in_pixels,
                 reaches=operator.gt,
             ),

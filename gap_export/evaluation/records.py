@@ -11,18 +11,14 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal
 
 from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter, with_config
 
 from gap_export.errors import OutputError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 FORMAT = "gap-export-records"
 FORMAT_VERSION = 2
@@ -45,7 +41,6 @@ class Record:
     """One answered question.
 
     Attributes:
-        question_id: Id of the question.
         text: The model's answer.
         fractions: The box as the model gave it, divided by its scale; corners in the order given,
             not clipped. None where nothing was parsed.
@@ -85,7 +80,7 @@ _READER = TypeAdapter(Record)
 _ALWAYS = {one.name for one in fields(Record)} - {"orientation", "fault"}
 
 
-class RecordsFile:
+class RecordsFile(AbstractContextManager["RecordsFile"]):
     """The answers of one setting; a context manager.
 
     Attributes:
@@ -130,16 +125,7 @@ class RecordsFile:
             self._file.close()
             raise
 
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close the file."""
         # On a full disk the last flush fails again, and has been reported.
         with suppress(OSError):

@@ -8,10 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.evaluation.protocols import Protocol
-
-THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-
 # Clusters drawn at once: 16 MB, for any number of resamples.
 _MAX_DRAWN = 2_000_000
 
@@ -103,27 +99,3 @@ def mcnemar(only_first: int, only_second: int) -> float:
         if term < 1e-17 * tail:
             break
     return min(1.0, 2.0 * tail * math.exp(log_largest - total * math.log(2.0)))
-
-
-def accuracy_curve(
-    ious: Sequence[float], protocol: Protocol, thresholds: Sequence[float] = THRESHOLDS
-) -> dict[str, float]:
-    """Share of hits by threshold.
-
-    Args:
-        ious: By the protocol, one for each question; 0 for an answer without a box.
-        protocol: Says whether an IoU of exactly the threshold hits.
-        thresholds: In 0..1.
-
-    Returns:
-        Shares in 0..1 by threshold: ``"0.1"``, ``"0.2"``, ...
-
-    Raises:
-        ValueError: there are no IoUs: an accuracy of nothing means nothing.
-    """
-    if not ious:
-        raise ValueError("accuracy of no samples")
-    return {
-        f"{threshold:g}": sum(protocol.is_hit(iou, threshold) for iou in ious) / len(ious)
-        for threshold in thresholds
-    }

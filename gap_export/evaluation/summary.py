@@ -23,12 +23,13 @@ from gap_export.evaluation.results import (
     SettingRow,
 )
 from gap_export.evaluation.settings import Setting
-from gap_export.evaluation.statistics import accuracy_curve, bootstrap_interval, mcnemar
+from gap_export.evaluation.statistics import bootstrap_interval, mcnemar
 from gap_export.parity.metrics import paired_difference_interval, wilson_interval
 from gap_export.runtime.boxes import parse_box
 from gap_export.spec.manifest import BoxSpec
 
 GALLERY_SIZE = 8
+_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +221,10 @@ class Judging:
             ci95=_interval(hits, images, self.seed),
             mean_iou=_mean(ious),
             parse_failures=sum(score.was_asked and not score.parsed for score in scores),
-            curve=accuracy_curve(ious, self.protocol),
+            curve={
+                f"{threshold:g}": _mean(self.protocol.is_hit(iou, threshold) for iou in ious)
+                for threshold in _THRESHOLDS
+            },
         )
 
     def _by(

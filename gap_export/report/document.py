@@ -27,9 +27,7 @@ class Table:
     """Text in rows.
 
     Attributes:
-        title: What it shows.
-        header: Names of the columns.
-        rows: As many cells each; the first one names the row.
+        rows: As many cells each as there are columns; the first one names the row.
         failed: Indices of the rows that are not as they should be.
         notes: Lines below it.
         is_long: There may be hundreds of rows, of which a summary shows the failed ones alone.
@@ -57,7 +55,7 @@ class Table:
 
         Args:
             title: What it shows.
-            rows: A record each.
+            rows: The records.
             columns: How a record's cells are made, by the names of the columns.
             failed: Whether a record is not as it should be.
             notes: Lines below it.
@@ -104,8 +102,6 @@ class Stroke:
 
     Attributes:
         label: Whose box it is.
-        color: A color of the palette of Okabe and Ito.
-        width: Width of the line.
         dashes: Lengths of a dash and of the gap after it; empty for a solid line.
     """
 
@@ -130,8 +126,6 @@ class Card:
     """One question of a gallery.
 
     Attributes:
-        question: Its id.
-        expression: What was asked.
         alt: The image in words.
         uri: The image as ``data:``; empty where it could not be loaded.
         problem: Why it could not be loaded.
@@ -152,13 +146,7 @@ class Card:
 
 @dataclass(frozen=True, kw_only=True)
 class Shelf:
-    """Questions that were chosen for the same reason.
-
-    Attributes:
-        title: The reason.
-        strokes: How boxes are drawn in its images.
-        cards: At least one.
-    """
+    """Questions that were chosen for the same reason, which is the title."""
 
     title: str
     strokes: tuple[Stroke, ...]
@@ -170,7 +158,6 @@ class Section:
     """A part of a report.
 
     Attributes:
-        title: Its heading.
         depth: 2, or 3 for a part of the section before it.
         status: Verdict beside the heading, where it has one.
         callouts: Sentences that should not be missed.
@@ -190,13 +177,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """A figure to be seen first.
-
-    Attributes:
-        label: What it is of.
-        value: The figure, or a verdict.
-        status: The verdict, where it is one.
-    """
+    """A number to be seen first; or a verdict, and then it has a status."""
 
     label: str
     value: str

@@ -235,15 +235,9 @@ def _spread(
     more: Mapping[str, Callable[[SettingRow], object]] = MappingProxyType({}),
     notes: Sequence[str] = (),
 ) -> Table:
-    """A table with a column for each name of a value; rows without values are left out.
+    """A table with a column for each name that settings have values for, after ``more`` columns.
 
-    Args:
-        title: What it shows.
-        rows: The settings.
-        values_of: The values of a setting by the name of their column.
-        cell: How a value is written.
-        more: Columns between the setting and these.
-        notes: Lines below it.
+    Settings without values are left out.
     """
     rows = [row for row in rows if values_of(row)]
 

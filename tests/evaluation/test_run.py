@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from dataclasses import replace
 
@@ -10,25 +11,13 @@ import pytest
 from gap_export.errors import GapExportError, OutputError, UsageError
 from gap_export.evaluation.datasets import open_dataset
 from gap_export.evaluation.measure import Runner, RunnerOptions
-from gap_export.evaluation.records import Record
 from gap_export.evaluation.run import Run, make_folder, open_executor
 from gap_export.evaluation.settings import whole_settings
 from gap_export.evaluation.workers.ray_cluster import RayExecutor
 from gap_export.progress import SilentProgress
+from tests.evaluation.answers import WHOLE, record
 
 SETTINGS = ("none", "shifted")
-
-
-def made_up(question):
-    return Record(
-        question_id=question.id,
-        text="[0.1, 0.1, 0.5, 0.5]",
-        fractions=(0.1, 0.1, 0.5, 0.5),
-        box=(9.6, 9.6, 48.0, 48.0),
-        image_size=(96, 96),
-        num_kept_tokens=16,
-        num_visual_tokens=16,
-    )
 
 
 class FakeExecutor:
@@ -43,7 +32,8 @@ class FakeExecutor:
             if number == self.stop_after:
                 raise GapExportError("stopped")
             self.asked += [(shard.setting.name, one.id) for one in shard.questions]
-            yield shard, [made_up(one) for one in shard.questions]
+            given = record("[0.1, 0.1, 0.5, 0.5]", WHOLE, (96, 96))
+            yield shard, [replace(given, question_id=one.id) for one in shard.questions]
 
 
 @pytest.fixture
@@ -105,8 +95,6 @@ def test_answers_of_another_model_are_refused(run, tiny_bundle):
 
 
 def test_the_same_bundle_elsewhere_is_the_same_model(run, tiny_whole_bundle, tmp_path):
-    import shutil
-
     run.answers(FakeExecutor(), SilentProgress())
     copy = tmp_path / "elsewhere"
     shutil.copytree(tiny_whole_bundle, copy)
@@ -142,7 +130,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 
 
 def test_a_folder_that_nothing_can_be_put_into_is_refused(tmp_path, monkeypatch):
-    # Whoever runs the tests may be root, who can write anywhere.
+    # The tests may be run by root, who can write anywhere.
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
     with pytest.raises(OutputError, match="nothing can be put into the folder for images"):
         make_folder(tmp_path, "images")

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gap_export.evaluation import statistics
-from gap_export.evaluation.protocols import PROTOCOLS
-from gap_export.evaluation.statistics import accuracy_curve, bootstrap_interval, mcnemar
+from gap_export.evaluation.statistics import bootstrap_interval, mcnemar
 
 
 def test_bootstrap_is_close_to_all_resamples_there_are():
@@ -143,21 +142,3 @@ def test_mcnemar_of_many_questions_is_exact_too():
 def test_mcnemar_of_negative_counts_is_refused():
     with pytest.raises(ValueError, match="-1 and 3"):
         mcnemar(-1, 3)
-
-
-def test_curve_is_the_share_of_hits_by_threshold():
-    ious = [0.0, 0.1, 0.5, 0.55, 0.95]
-    above = accuracy_curve(ious, PROTOCOLS["unpad"])
-    reached = accuracy_curve(ious, PROTOCOLS["lmms"])
-    assert list(above) == [f"0.{n}" for n in range(1, 10)]
-    assert [above[key] for key in ("0.1", "0.4", "0.5", "0.6", "0.9")] == [0.6, 0.6, 0.4, 0.2, 0.2]
-    assert [reached[key] for key in ("0.1", "0.4", "0.5", "0.6")] == [0.8, 0.6, 0.6, 0.2]
-
-
-def test_curve_takes_other_thresholds():
-    assert accuracy_curve([0.8, 0.2], PROTOCOLS["unpad"], [0.75]) == {"0.75": 0.5}
-
-
-def test_curve_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="no samples"):
-        accuracy_curve([], PROTOCOLS["unpad"])

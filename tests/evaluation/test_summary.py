@@ -68,7 +68,7 @@ def test_a_row_sums_up_its_answers():
     assert row.acc_at_50 == 5 / 8
     assert row.recovered == pytest.approx(5 / 8 / 0.8)
     assert row.mean_iou == pytest.approx((4 + 0.8) / 8)
-    assert row.curve["0.8"] == 4 / 8 and row.curve["0.7"] == 5 / 8
+    assert row.curve == {f"0.{n}": (5 if n < 8 else 4) / 8 for n in range(1, 10)}
     assert row.ci95[0] < row.acc_at_50 < row.ci95[1]
     assert {name: part.acc_at_50 for name, part in row.by_split.items()} == {
         "val": 2 / 4,

@@ -126,9 +126,9 @@ def unusable(reason: str = "missing picture", text: str = TEXT) -> Unusable:
 
 
 def evaluation_report(text: str = TEXT, **changes: Any) -> EvaluationReport:
-    """Three configurations, both misalignments, and whatever else a report can hold.
+    """Three configurations, both misalignments, and all else that a report can hold.
 
-    ``text`` stands wherever a data set, a user or a model has a say.
+    ``text`` stands where a data set, a user or a model has a say.
     """
     rows = [whole_row()]
     comparisons = []

@@ -22,48 +22,40 @@ def row(value: object) -> Row:
     return Row.of({"key": value}, "a.json, row 7")
 
 
-def test_box_becomes_corners() -> None:
+OTHERS = {
+    "box": [
+        *(None, 3, "1,2,3,4", [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, "4"], [1, 2, 3, True]),
+        *([1, 2, 3, number] for number in (float("nan"), float("inf"), 10**400, None)),
+    ],
+    "text": [None, 3, ["a"], {"a": 1}, "half \ud800"],
+    "label": ["", "x" * 201, "a\nb", "\x1b[2J", 3],
+    "integer": [True, 2.0, "2", None],
+    "texts": [[], ["a", 3], ["a", "\udfff"], None],
+    "entries": [None, "a", {}],
+}
+ALLOWED = {
+    "box": "four finite numbers",
+    "text": "a text",
+    "label": "(a text|1 to 200 characters that can be printed)",
+    "integer": "a whole number",
+    "texts": "a text, or a list of texts",
+    "entries": "a list",
+}
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_value_of_another_kind_is_refused_with_its_row(method: str) -> None:
+    for value in OTHERS[method]:
+        said = rf"key of an annotation .*a\.json, row 7.*allowed: {ALLOWED[method]}"
+        with pytest.raises(UsageError, match=said):
+            getattr(row(value), method)("key")
+
+
+def test_values_are_given_as_they_are_asked_for() -> None:
     assert row([1, 2.5, 3, 4]).box("key") == (1.0, 2.5, 4.0, 6.5)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [None, 3, "1,2,3,4", [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, "4"], [1, 2, 3, True]]
-    + [[1, 2, 3, number] for number in (float("nan"), float("inf"), 10**400, None)],
-)
-def test_box_of_another_type_is_refused_with_its_row(value: object) -> None:
-    with pytest.raises(UsageError, match=r"key of an annotation .*a\.json, row 7"):
-        row(value).box("key")
-
-
-@pytest.mark.parametrize("value", [None, 3, ["a"], {"a": 1}, "half \ud800"])
-def test_text_of_another_type_is_refused(value: object) -> None:
-    with pytest.raises(UsageError, match=r"row 7.*allowed: a text"):
-        row(value).text("key")
-
-
-@pytest.mark.parametrize("value", ["", "x" * 201, "a\nb", "\x1b[2J", 3])
-def test_label_that_would_spoil_a_table_is_refused(value: object) -> None:
     assert row("testA").label("key") == "testA"
-    with pytest.raises(UsageError, match="key of an annotation"):
-        row(value).label("key")
-
-
-@pytest.mark.parametrize("value", [True, 2.0, "2", None])
-def test_integer_of_another_type_is_refused(value: object) -> None:
-    with pytest.raises(UsageError, match="a whole number"):
-        row(value).integer("key")
-
-
-def test_texts_of_one_and_of_several() -> None:
     assert row("a").texts("key") == ["a"]
     assert row(["a", "b"]).texts("key") == ["a", "b"]
-
-
-@pytest.mark.parametrize("value", [[], ["a", 3], ["a", "\udfff"], None])
-def test_texts_of_another_type_are_refused(value: object) -> None:
-    with pytest.raises(UsageError, match="a list of texts"):
-        row(value).texts("key")
 
 
 @pytest.mark.parametrize("value", [0, -3, 2.5, None])
