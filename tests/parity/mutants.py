@@ -193,42 +193,26 @@ def mean_of_other_colors(bundle: Path, out: Path) -> Path:
     return rewrite(bundle, out, edit_manifest=edit)
 
 
-# In the order of the table that the check is judged by; those of float16 need such a bundle, and
-# ids above 2048 a model that knows as many.
-MUTANTS: Mapping[str, Mutant] = {
-    "GAP node removed": gap_node_removed,
-    "kept_positions read off by one": neighbour_in_table,
-    "kept_positions one too large": table_off_by_one,
-    "decode offset lost": decode_offset_lost,
-    "rows and columns swapped": rows_and_columns_swapped,
-    "heads and width swapped": transpose_swapped,
-    "keys rotated with fp16 ids": keys_with_half_ids,
-    "weight transposed": weight_transposed,
-    "weight zeroed": weight_zeroed,
-    "fp16 overflow": activations_overflow,
-    "wrong color order": color_order,
-    "mean and deviation of other colors": mean_of_other_colors,
-    "compact positions": compact_positions,
-}
-
-
-# The first level that must fail. An id that is one too large everywhere changes no difference of
-# ids, which is all that attention sees; how an image is prepared is no output of a graph, and is
-# compared with recipe and checkpoint beside the tensors.
-CAUGHT_AT: Mapping[str, Level] = {
-    "GAP node removed": "positions",
-    "kept_positions read off by one": "positions",
-    "kept_positions one too large": "positions",
-    "decode offset lost": "positions",
-    "rows and columns swapped": "tensor",
-    "heads and width swapped": "tensor",
-    "keys rotated with fp16 ids": "positions",
-    "weight transposed": "tensor",
-    "weight zeroed": "tensor",
-    "fp16 overflow": "tensor",
-    "wrong color order": "tensor",
-    "mean and deviation of other colors": "tensor",
-    "compact positions": "positions",
+# Each fault with the first level that must fail, in the order of the table that the check is judged
+# by; those of float16 need such a bundle, and ids above 2048 a model that knows as many.
+#
+# An id that is one too large everywhere changes no difference of ids, which is all that attention
+# sees; how an image is prepared is no output of a graph, and is compared with recipe and checkpoint
+# beside the tensors.
+MUTANTS: Mapping[str, tuple[Mutant, Level]] = {
+    "GAP node removed": (gap_node_removed, "positions"),
+    "kept_positions read off by one": (neighbour_in_table, "positions"),
+    "kept_positions one too large": (table_off_by_one, "positions"),
+    "decode offset lost": (decode_offset_lost, "positions"),
+    "rows and columns swapped": (rows_and_columns_swapped, "tensor"),
+    "heads and width swapped": (transpose_swapped, "tensor"),
+    "keys rotated with fp16 ids": (keys_with_half_ids, "positions"),
+    "weight transposed": (weight_transposed, "tensor"),
+    "weight zeroed": (weight_zeroed, "tensor"),
+    "fp16 overflow": (activations_overflow, "tensor"),
+    "wrong color order": (color_order, "tensor"),
+    "mean and deviation of other colors": (mean_of_other_colors, "tensor"),
+    "compact positions": (compact_positions, "positions"),
 }
 
 

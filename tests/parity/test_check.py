@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +51,15 @@ def questions():
 
 
 @pytest.fixture(scope="module")
-def truth(tiny_recipe, tiny_checkpoint, questions):
+def ask_torch(tiny_recipe, tiny_checkpoint):
+    """A reference for some questions."""
+    return partial(TorchTruth, tiny_recipe, Checkpoint.of(tiny_checkpoint))
+
+
+@pytest.fixture(scope="module")
+def truth(ask_torch, questions):
     """Asked once for all tests that do not change it."""
-    return TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), questions)
+    return ask_torch(questions)
 
 
 @pytest.fixture
@@ -103,11 +110,8 @@ def test_an_honest_bundle_passes_at_every_level(tiny_bundle, truth):
     assert report.backends[0].divergences == ()
 
 
-def test_a_bundle_whose_pruner_reads_the_text_passes(
-    tiny_text_bundle, tiny_recipe, tiny_checkpoint, questions
-):
-    own = TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), questions[:1])
-    report = run(tiny_text_bundle, own)
+def test_a_bundle_whose_pruner_reads_the_text_passes(tiny_text_bundle, ask_torch, questions):
+    report = run(tiny_text_bundle, ask_torch(questions[:1]))
     assert report.passed, report.to_plain()
     assert "text_embeds" in {row.tensor for row in outputs(report)}
 
@@ -131,7 +135,7 @@ def test_positions_alone_need_no_reference(tiny_bundle):
 
 
 def test_one_reference_serves_backends_of_one_dtype(
-    engine_bundle, tiny_recipe, tiny_checkpoint, questions, monkeypatch
+    engine_bundle, ask_torch, questions, monkeypatch
 ):
     use_fakes(monkeypatch)
     asked = []
@@ -142,7 +146,7 @@ def test_one_reference_serves_backends_of_one_dtype(
         return decode(self, feed, cache)
 
     monkeypatch.setattr(TorchBackend, "decode", count)
-    own = TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), questions[:1])
+    own = ask_torch(questions[:1])
     run(engine_bundle("float32"), own, levels=("box",))
     alone = len(asked)
     report = run(engine_bundle("float32"), own, levels=("box",), backends=("ort", "trt"))
@@ -281,7 +285,7 @@ def test_ids_that_attention_cannot_tell_apart_fail_in_positions_alone(tiny_bundl
 @pytest.mark.usefixtures("blind")
 @pytest.mark.parametrize(("gap", "passes"), [(1e-4, True), (1e-3, False)])
 def test_a_flipped_token_is_a_tie_only_where_the_reference_is_undecided(
-    tiny_bundle, tiny_recipe, tiny_checkpoint, questions, monkeypatch, gap, passes
+    tiny_bundle, ask_torch, questions, monkeypatch, gap, passes
 ):
     """Both sides get logits whose best two are ``gap`` apart, the other way round in ONNX."""
 
@@ -304,7 +308,7 @@ def test_a_flipped_token_is_a_tie_only_where_the_reference_is_undecided(
                 honest(self, feed, cache), sign
             ),
         )
-    own = TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), questions[:1])
+    own = ask_torch(questions[:1])
     report = run(tiny_bundle, own, levels=("token",))
     assert level_of(report, "token").figures["equal"] == 0
     assert level_of(report, "token").figures["ties"] == int(passes)
@@ -408,24 +412,22 @@ def test_what_makes_no_sense_is_refused(tiny_bundle, truth, options, words):
         run(tiny_bundle, truth, **options)
 
 
-def test_no_questions_is_refused(tiny_bundle, tiny_recipe, tiny_checkpoint):
+def test_no_questions_is_refused(tiny_bundle, ask_torch):
     with pytest.raises(UsageError, match="at least 1"):
-        run(tiny_bundle, TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), []))
+        run(tiny_bundle, ask_torch([]))
     with pytest.raises(UsageError, match="at least 1"):
         run(tiny_bundle, None)
 
 
-def test_an_image_that_cannot_be_read_is_an_error_and_no_finding(
-    tiny_bundle, tiny_recipe, tiny_checkpoint, tmp_path
-):
+def test_an_image_that_cannot_be_read_is_an_error_and_no_finding(tiny_bundle, ask_torch, tmp_path):
     missing = Question(image=tmp_path / "missing.png", expression="the red circle")
     with pytest.raises(ImageError):
-        run(tiny_bundle, TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), [missing]))
+        run(tiny_bundle, ask_torch([missing]))
 
 
-def test_no_true_box_leaves_the_task_out(tiny_bundle, tiny_recipe, tiny_checkpoint, questions):
+def test_no_true_box_leaves_the_task_out(tiny_bundle, ask_torch, questions):
     plain = [Question(image=questions[0].image, expression=questions[0].expression)]
-    own = TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), plain)
+    own = ask_torch(plain)
     report = run(tiny_bundle, own, levels=("task",))
     assert statuses(report) == {"task": "not_run"} and not report.passed
 
@@ -445,7 +447,7 @@ def _heads_turned(values):
 
 @pytest.mark.parametrize("spoil", [_keys_for_values, _another_layers, _heads_turned, None])
 def test_a_reference_that_decodes_wrongly_from_its_cache_is_noticed(
-    tiny_bundle, tiny_recipe, tiny_checkpoint, questions, monkeypatch, tmp_path, spoil
+    tiny_bundle, ask_torch, questions, monkeypatch, tmp_path, spoil
 ):
     """What is compared step by step would be wrong on both sides alike."""
     honest = TorchBackend.decode
@@ -460,7 +462,7 @@ def test_a_reference_that_decodes_wrongly_from_its_cache_is_noticed(
         return logits
 
     monkeypatch.setattr(TorchBackend, "decode", decode)
-    truth = TorchTruth(tiny_recipe, Checkpoint.of(tiny_checkpoint), questions[:1])
+    truth = ask_torch(questions[:1])
     report = run(tiny_bundle, truth, levels=("tensor",))
     assert "logits (cached)" in failed_outputs(report)
     with pytest.raises(ParityError, match="decoding with a cache is not its prefill without"):
@@ -541,11 +543,11 @@ FACTS = {
 @pytest.mark.parametrize("level", ["tensor", "box"])
 @pytest.mark.parametrize("name", FACTS)
 def test_what_the_bundle_says_of_its_model_is_held_against_the_checkpoint(
-    tiny_bundle, truth, tmp_path, name, level
+    tiny_bundle, ask_torch, truth, tmp_path, name, level
 ):
     edits, words = FACTS[name]
     bundle = mutants.rewrite(tiny_bundle, tmp_path / "wrong", **edits)
-    fresh = TorchTruth(truth._recipe, truth._checkpoint, truth.questions)
+    fresh = ask_torch(truth.questions)
     report = run(
         bundle,
         fresh,

@@ -11,7 +11,12 @@ from gap_export.parity.inside.look import Inside
 from gap_export.parity.question import Question
 from gap_export.parity.results import LEVELS
 from tests.parity.checking import check_with_torch, statuses
-from tests.parity.mutants import CAUGHT_AT, MUTANTS, checkpoint_with_long_context, with_long_context
+from tests.parity.mutants import (
+    MUTANTS,
+    activations_overflow,
+    checkpoint_with_long_context,
+    with_long_context,
+)
 
 EXPRESSIONS = ("the star", "a small red circle", "the big object left of a square")
 
@@ -30,10 +35,6 @@ def questions(seed: int) -> list[Question]:
     ]
 
 
-def test_every_fault_has_its_level():
-    assert set(CAUGHT_AT) == set(MUTANTS)
-
-
 @pytest.fixture(scope="module")
 def with_room(tiny_bundle, tiny_checkpoint, tmp_path_factory):
     """A bundle and its checkpoint, with room for ids far beyond the prompt's."""
@@ -45,8 +46,8 @@ def with_room(tiny_bundle, tiny_checkpoint, tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name in MUTANTS if name != "fp16 overflow"])
 def test_a_fault_is_caught_at_its_level(with_room, tiny_recipe, tmp_path, name):
     honest, checkpoint = with_room
-    bundle = MUTANTS[name](honest, tmp_path / "mutant")
-    level = CAUGHT_AT[name]
+    mutant, level = MUTANTS[name]
+    bundle = mutant(honest, tmp_path / "mutant")
     levels = LEVELS[: LEVELS.index(level) + 1]
     report = check_with_torch(
         bundle, tiny_recipe, Checkpoint.of(checkpoint), questions(0), levels=levels
@@ -64,7 +65,7 @@ def test_an_overflow_in_float16_is_caught_as_a_tensor(
     honest = exports.bundle(
         model=str(tiny_checkpoint), pruner="spatial", keep_ratio=0.3, dtype="float16"
     )
-    bundle = MUTANTS["fp16 overflow"](honest, tmp_path / "mutant")
+    bundle = activations_overflow(honest, tmp_path / "mutant")
     checkpoint = Checkpoint.of(tiny_checkpoint)
     report = check_with_torch(bundle, tiny_recipe, checkpoint, questions(0), levels=["tensor"])
     assert statuses(report) == {"tensor": "failed"}

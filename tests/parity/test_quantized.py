@@ -12,7 +12,6 @@ import onnx
 import pytest
 import torch
 
-from gap_export.bundle import open_bundle, write_bundle
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.checkpoint.weights import (
     QUANTIZED_NAME,
@@ -38,6 +37,7 @@ from gap_export.spec.recipe import Recipe
 from gap_export.spec.requests import PruningRequest
 from gap_export.spec.tolerances import COMPUTED_WEIGHT
 from tests.parity.checking import check_with_torch, failed_outputs, outputs
+from tests.parity.mutants import rewrite
 from tests.runtime.backends.fake_tensorrt import copy_bundle, use_fakes, write_engines
 from tests.shared import SharedExports
 
@@ -109,17 +109,6 @@ def check(
         return check_with_torch(bundle, tiny_recipe, source, questions, **given)
 
     return run
-
-
-def changed(bundle: Path, out: Path, change: Callable[[Path], None]) -> Path:
-    """A copy of a bundle with something else in a file, and all hashes right."""
-    opened = open_bundle(bundle)
-    with write_bundle(out) as draft:
-        for file in opened.manifest.files:
-            draft.place(opened.file(file.path), file.path, hold="copy")
-        change(draft.folder)
-        draft.commit(opened.manifest)
-    return out
 
 
 @pytest.mark.parametrize(
@@ -210,7 +199,7 @@ def edit(
 def test_weights_that_the_checkpoint_does_not_round_to_fail(
     export, check, tmp_path, change, said, method
 ):
-    report = check(changed(export(method), tmp_path / "changed", change))
+    report = check(rewrite(export(method), tmp_path / "changed", edit_folder=change))
     assert not report.passed
     # The graph computes with these weights as well as any: only the checkpoint tells.
     (reason,) = failed_outputs(report).values()
@@ -230,7 +219,7 @@ def half(raw: bytes) -> bytes:
 
 
 def test_channels_scaled_by_something_else_than_the_bundle_says_fail(export, check, tmp_path):
-    report = check(changed(export("awq"), tmp_path / "changed", halve_a_channel))
+    report = check(rewrite(export("awq"), tmp_path / "changed", edit_folder=halve_a_channel))
     reasons = failed_outputs(report)
     assert reasons[ROUNDED].startswith("layers.1.self_attn.q_proj.weight is not what")
     # Nor does the norm that undoes the scaling fit.
@@ -242,7 +231,7 @@ def test_a_norm_that_does_not_undo_the_scaling_fails(export, check, tmp_path):
         name = f"{DECODER}.layers.0.input_layernorm.weight"
         edit(folder, name, times_two, "converted.safetensors")
 
-    report = check(changed(export("awq"), tmp_path / "changed", double))
+    report = check(rewrite(export("awq"), tmp_path / "changed", edit_folder=double))
     assert failed_outputs(report).keys() == LOGITS
 
 
@@ -250,7 +239,7 @@ def test_scaled_weights_without_their_scales_are_refused(export, check, tmp_path
     def lose(folder: Path) -> None:
         (folder / SCALES_NAME).unlink()
 
-    bundle = changed(export("awq"), tmp_path / "changed", lose)
+    bundle = rewrite(export("awq"), tmp_path / "changed", edit_folder=lose)
     with pytest.raises(BundleError, match=r"scaled by: no awq\.safetensors; export the bundle"):
         check(bundle)
 
@@ -270,7 +259,7 @@ def test_a_graph_that_reads_another_layer_s_weights_fails(export, check, tmp_pat
                 tensor.external_data.add(key=key, value=value)
         onnx.save(model, path)
 
-    report = check(changed(export(), tmp_path / "changed", swap))
+    report = check(rewrite(export(), tmp_path / "changed", edit_folder=swap))
     assert failed_outputs(report).keys() == LOGITS
 
 

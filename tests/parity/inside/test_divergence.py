@@ -11,12 +11,15 @@ from gap_export.bundle import open_bundle
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import UsageError
 from gap_export.exporting.torch_backend import TorchBackend
+from gap_export.families import build_reference
 from gap_export.parity.inside import changed_nodes, divergence, graph_search
 from gap_export.parity.inside.divergence import compare_layers, find_divergence
 from gap_export.parity.inside.reference_taps import ReferenceTaps
+from gap_export.parity.quantized import use_quantized_weights
 from gap_export.parity.replay import RecordingBackend
+from gap_export.progress import SilentProgress
 from gap_export.runtime.session import GroundingSession
-from gap_export.spec.requests import PruningRequest
+from gap_export.spec.manifest import QuantizationSpec
 from tests.parity import mutants
 
 COMPONENTS = ("text_encoder", "vision_encoder", "embed_tokens", "decoder_model_merged")
@@ -288,25 +291,19 @@ def test_layers_of_a_vision_encoder_are_those_that_are_run(question, tiny_bundle
 
 
 @pytest.mark.full
-def test_activations_that_overflow_float16_are_found(tiny_checkpoint, tiny_recipe, tmp_path):
-    from gap_export.exporting import ExportOptions, export_model
-    from gap_export.families import build_reference
-
-    options = ExportOptions(
-        model=str(tiny_checkpoint),
-        pruning=PruningRequest(pruner="spatial", keep_ratio=0.3),
-        dtype="float16",
-        out=tmp_path / "half",
+def test_activations_that_overflow_float16_are_found(
+    exports, tiny_checkpoint, tiny_recipe, tmp_path
+):
+    half = exports.bundle(
+        model=str(tiny_checkpoint), pruner="spatial", keep_ratio=0.3, dtype="float16"
     )
-    manifest = export_model(options).manifest
+    pruning = open_bundle(half).manifest.pruning
     checkpoint = Checkpoint.of(tiny_checkpoint)
-    reference = build_reference(
-        tiny_recipe, checkpoint, manifest.pruning, device="cpu", dtype="float16"
-    )
-    asked = Question(tmp_path / "half", reference, tiny_recipe, tiny_checkpoint)
+    reference = build_reference(tiny_recipe, checkpoint, pruning, device="cpu", dtype="float16")
+    asked = Question(half, reference, tiny_recipe, tiny_checkpoint)
     for component in ("vision_encoder", "decoder_model_merged"):
-        assert asked.find(tmp_path / "half", component) is None
-    bundle = mutants.activations_overflow(tmp_path / "half", tmp_path / "mutant")
+        assert asked.find(half, component) is None
+    bundle = mutants.activations_overflow(half, tmp_path / "mutant")
     found = asked.find(bundle, "decoder_model_merged")
     assert (found.operator, found.module) == ("Gemm", "layers.0.mlp.up_proj")
     assert found.max_abs_diff == float("inf")
@@ -314,26 +311,13 @@ def test_activations_that_overflow_float16_are_found(tiny_checkpoint, tiny_recip
 
 @pytest.mark.full
 def test_int4_weights_are_looked_into_by_what_they_stand_for(
-    tiny_checkpoint, tiny_recipe, tmp_path
+    exports, tiny_checkpoint, tiny_recipe, tmp_path
 ):
-    from gap_export.exporting import ExportOptions, export_model
-    from gap_export.families import build_reference
-    from gap_export.parity.quantized import use_quantized_weights
-    from gap_export.progress import SilentProgress
-    from gap_export.spec.manifest import QuantizationSpec
-
     spec = QuantizationSpec(dtype="int4", block_size=32, method="rtn", lm_head=False)
-    out = tmp_path / "int4"
-    options = ExportOptions(
-        model=str(tiny_checkpoint),
-        pruning=PruningRequest(pruner="spatial", keep_ratio=0.3),
-        quantization=spec,
-        out=out,
-    )
-    manifest = export_model(options).manifest
-    reference = build_reference(
-        tiny_recipe, Checkpoint.of(tiny_checkpoint), manifest.pruning, device="cpu"
-    )
+    out = exports.bundle(model=str(tiny_checkpoint), keep_ratio=0.3, quantization=spec)
+    pruning = open_bundle(out).manifest.pruning
+    checkpoint = Checkpoint.of(tiny_checkpoint)
+    reference = build_reference(tiny_recipe, checkpoint, pruning, device="cpu")
     use_quantized_weights(reference, out, spec, progress=SilentProgress())
     asked = Question(out, reference, tiny_recipe, tiny_checkpoint)
     asked.taps = replace(asked.taps, quantization=spec)
