@@ -146,10 +146,23 @@ def _draw_view(
     image: Image.Image, grid: TokenGrid, grounding: Grounding, scale: float
 ) -> Image.Image:
     """The image, scaled, with one grid's tokens and the box."""
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    drawing = _show_tokens(image.resize(size, Image.Resampling.LANCZOS), grid, scale)
+    drawing = _resized(image, scale)
+    if not grid.is_whole:
+        size = (grid.rows, grid.cols)
+        places = (token_box(index, size, grid.frame) for index in sorted(grid.kept))
+        cells = [_inclusive(_scaled(place, scale)) for place in places]
+        mask = Image.new("L", drawing.size, 0)
+        mask_pen = ImageDraw.Draw(mask)
+        for cell in cells:
+            mask_pen.rectangle(cell, fill=255)
+        gray = drawing.convert("L").convert("RGB")
+        even = Image.new("RGB", drawing.size, _DROPPED_COLOR)
+        drawing = Image.composite(drawing, Image.blend(gray, even, _DROPPED_SHARE), mask)
+        pen = ImageDraw.Draw(drawing)
+        for cell in cells:
+            pen.rectangle(cell, outline=_OUTLINE_COLOR)
     if grounding.box is not None:
-        stroke = max(2, max(size) // 170)
+        stroke = max(2, max(drawing.size) // 170)
         pen = ImageDraw.Draw(drawing)
         corners = _scaled(grounding.box, scale)
         left, top, right, bottom = corners
@@ -159,31 +172,12 @@ def _draw_view(
     return drawing
 
 
-def _show_tokens(drawing: Image.Image, grid: TokenGrid, scale: float) -> Image.Image:
-    if grid.is_whole:
-        return drawing
-    size = (grid.rows, grid.cols)
-    cells = [_scaled(token_box(index, size, grid.frame), scale) for index in sorted(grid.kept)]
-    mask = Image.new("L", drawing.size, 0)
-    mask_pen = ImageDraw.Draw(mask)
-    for cell in cells:
-        mask_pen.rectangle(_inclusive(cell), fill=255)
-    gray = drawing.convert("L").convert("RGB")
-    even = Image.new("RGB", drawing.size, _DROPPED_COLOR)
-    shown = Image.composite(drawing, Image.blend(gray, even, _DROPPED_SHARE), mask)
-    pen = ImageDraw.Draw(shown)
-    for cell in cells:
-        pen.rectangle(_inclusive(cell), outline=_OUTLINE_COLOR)
-    return shown
-
-
 def _draw_scores(
     image: Image.Image, grid: TokenGrid, scores: tuple[float, ...], scale: float
 ) -> Image.Image:
     """The image in gray under its scores as colors; kept tokens outlined."""
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    drawing = image.resize(size, Image.Resampling.LANCZOS).convert("L").convert("RGB")
-    colors = Image.new("RGB", size)
+    drawing = _resized(image, scale).convert("L").convert("RGB")
+    colors = Image.new("RGB", drawing.size)
     pen = ImageDraw.Draw(colors)
     cells = [
         _inclusive(_scaled(token_box(index, (grid.rows, grid.cols), grid.frame), scale))
@@ -274,6 +268,11 @@ def heat_scale(height: int) -> Image.Image:
         pen.line((x, 0, x, height), fill=heat_color(x / (scale.width - 1)))
     pen.rectangle((0, 0, scale.width - 1, height - 1), outline=_CAPTION_COLOR)
     return scale
+
+
+def _resized(image: Image.Image, scale: float) -> Image.Image:
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _scaled(box: Box, scale: float) -> Box:

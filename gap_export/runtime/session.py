@@ -10,11 +10,11 @@ ONNX Runtime.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -50,36 +50,11 @@ from gap_export.spec.positions import PositionRule
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
 __all__ = ["BackendName", "Grounding", "GroundingSession"]
 
 BackendName = Literal["onnxruntime", "tensorrt"]
 # What is asked and its row of the prompt; gives the row that is fed.
 EditRow = Callable[[str, PromptRow], PromptRow]
-
-
-def _keeps_open(
-    method: Callable[Concatenate[GroundingSession, _P], _R],
-) -> Callable[Concatenate[GroundingSession, _P], _R]:
-    """A call that is refused by a closed session, and keeps the backend while it runs."""
-
-    @wraps(method)
-    def call(self: GroundingSession, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with self._lock:
-            self._check_open()
-            self._num_running += 1
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            with self._lock:
-                self._num_running -= 1
-                is_last = self._closed and not self._num_running
-            if is_last:
-                self.backend.close()
-
-    return call
 
 
 class GroundingSession:
@@ -251,7 +226,6 @@ class GroundingSession:
             image, [expression], frame=frame, allow_damaged=allow_damaged, color=color
         )[0]
 
-    @_keeps_open
     def ground_batch(
         self,
         image: ImageInput,
@@ -278,50 +252,68 @@ class GroundingSession:
             ExpressionError: there are no expressions, or one cannot be used.
             GapExportError: the session is closed.
         """
-        if isinstance(expressions, str) or not expressions:
-            raise ExpressionError(
-                "no list of expressions", seen=repr(expressions), allowed="at least one, in a list"
-            )
-        clock = StageClock()
-        with clock.stage("preprocess"):
-            encoded = [self._prompts.encode(expression) for expression in expressions]
-            loaded = read_image(
-                image,
-                pad_color=self.manifest.image.pad_color,
-                frame=frame,
-                allow_damaged=allow_damaged,
-                color=color,
-            )
-            pixel_values, geometry = prepare_image(loaded.image, self.manifest.image)
-            layout = geometry.tile_layout(self.manifest.image, self.manifest.grid)
-            if layout is not None:
-                # Its size decides how long the prompt is.
-                for row in encoded:
-                    self._prompts.check_context(row, layout.num_visual_tokens)
-        text_embeds: FloatArray | None = None
-        if self.manifest.text_encoder is not None:
-            with clock.stage("text_encoder"):
-                text_embeds = encode_texts(self.backend, encoded)
-        with clock.stage("vision_encoder"):
-            visual = encode_image(
+        with self._kept_open():
+            if isinstance(expressions, str) or not expressions:
+                raise ExpressionError(
+                    "no list of expressions",
+                    seen=repr(expressions),
+                    allowed="at least one, in a list",
+                )
+            clock = StageClock()
+            with clock.stage("preprocess"):
+                encoded = [self._prompts.encode(expression) for expression in expressions]
+                loaded = read_image(
+                    image,
+                    pad_color=self.manifest.image.pad_color,
+                    frame=frame,
+                    allow_damaged=allow_damaged,
+                    color=color,
+                )
+                pixel_values, geometry = prepare_image(loaded.image, self.manifest.image)
+                layout = geometry.tile_layout(self.manifest.image, self.manifest.grid)
+                if layout is not None:
+                    # Its size decides how long the prompt is.
+                    for row in encoded:
+                        self._prompts.check_context(row, layout.num_visual_tokens)
+            text_embeds: FloatArray | None = None
+            if self.manifest.text_encoder is not None:
+                with clock.stage("text_encoder"):
+                    text_embeds = encode_texts(self.backend, encoded)
+            with clock.stage("vision_encoder"):
+                visual = encode_image(
+                    self.backend,
+                    pixel_values,
+                    text_embeds,
+                    manifest=self.manifest,
+                    geometry=geometry,
+                    num_rows=len(encoded),
+                )
+            with clock.stage("embed_tokens"):
+                prompt = self._assemble(expressions, encoded, visual)
+            answer = generate(
                 self.backend,
-                pixel_values,
-                text_embeds,
-                manifest=self.manifest,
-                geometry=geometry,
-                num_rows=len(encoded),
+                prompt,
+                max_new_tokens=self.manifest.prompt.max_new_tokens,
+                eos_token_ids=self.manifest.decoder.eos_token_ids,
             )
-        with clock.stage("embed_tokens"):
-            prompt = self._assemble(expressions, encoded, visual)
-        answer = generate(
-            self.backend,
-            prompt,
-            max_new_tokens=self.manifest.prompt.max_new_tokens,
-            eos_token_ids=self.manifest.decoder.eos_token_ids,
-        )
-        clock.add("prefill", answer.prefill_ms)
-        clock.add("decode", answer.decode_ms)
-        return self._answers(expressions, encoded, answer, visual, geometry, clock, loaded)
+            clock.add("prefill", answer.prefill_ms)
+            clock.add("decode", answer.decode_ms)
+            return self._answers(expressions, encoded, answer, visual, geometry, clock, loaded)
+
+    @contextmanager
+    def _kept_open(self) -> Iterator[None]:
+        """A call, which a closed session refuses; the backend is kept while it runs."""
+        with self._lock:
+            self._check_open()
+            self._num_running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_running -= 1
+                is_last = self._closed and not self._num_running
+            if is_last:
+                self.backend.close()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -142,8 +142,8 @@ def read_positions(
                 for prompt in _within(prompts, step, manifest.decoder.max_position_embeddings)
             ]
             # The furthest off; of several that are right the one that reaches furthest.
-            worst = max(found, key=lambda one: (one.off, one.row.expected[1]))
-            rows.append(worst.row)
+            _, worst = max(found, key=lambda one: (one[0], one[1].expected[1]))
+            rows.append(worst)
     except GapExportError as err:
         return PositionsNotRead(reason=f"the ids inside {spec.file} cannot be read: {err}")
     return tuple(rows)
@@ -206,57 +206,43 @@ def _within(prompts: Sequence[_Prompt], step: int, num_positions: int) -> list[_
     return found or [prompts[int(np.argmin(ends))]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Seen:
-    off: float
-    row: PositionsRow
-
-
 def _look(
     graph: OnnxFile, spec: GraphSpec, readers: Sequence[IdReader], prompt: _Prompt, step: int
-) -> _Seen:
-    """One step of one prompt."""
+) -> tuple[float, PositionsRow]:
+    """One step of one prompt: by how much the reader that is furthest off is off, and its row."""
     mask, slots = prompt.at(step)
-    expected = gap_remap(slots, prompt.id_table)
-    call = f"decode {step}" if step else "prefill"
+    truth = gap_remap(slots, prompt.id_table).astype(np.float64)
+
+    def row(batch_row: int, seen: Ids | None, reason: str) -> PositionsRow:
+        first, last = _ends(truth, batch_row)
+        return PositionsRow(
+            call=f"decode {step}" if step else "prefill",
+            readers=len(readers),
+            expected=(int(first), int(last)),
+            seen=(np.nan, np.nan) if seen is None else _ends(seen, batch_row),
+            passed=not reason,
+            reason=reason,
+        )
+
     if not readers:
-        ends = _ends(expected.astype(np.float64), 0)
-        return _Seen(off=np.inf, row=_row(call, 0, ends, (np.nan, np.nan), _LOOKED_FOR))
+        return np.inf, row(0, None, _LOOKED_FOR)
     given = {"attention_mask": mask, "position_ids": slots, "kept_positions": prompt.id_table}
     feed = _feed(spec, given, past=mask.shape[1] - slots.shape[1])
     names = list(dict.fromkeys(name for reader in readers for name in reader.values))
     values = run_taps(graph, names, feed)
-    truth = expected.astype(np.float64)
-    worst = _Seen(off=-1.0, row=_row(call, len(readers), _ends(truth, 0), _ends(truth, 0), ""))
+    worst, found = -1.0, row(0, truth, "")
     for reader in readers:
         seen = reader.ids(values, truth.shape)
         if isinstance(seen, str):
-            row = _row(call, len(readers), _ends(truth, 0), (np.nan, np.nan), seen)
-            return _Seen(off=np.inf, row=row)
+            return np.inf, row(0, None, seen)
         # What is not a number is as far off as can be.
         difference = np.nan_to_num(np.abs(seen - truth), nan=np.inf)
         off = float(difference.max())
-        if off > worst.off:
-            batch_row = int(
-                difference.reshape(-1, *difference.shape[-2:]).max(axis=(0, 2)).argmax()
-            )
+        if off > worst:
+            by_row = difference.reshape(-1, *difference.shape[-2:]).max(axis=(0, 2))
             reason = _describe(reader, seen, truth) if off else ""
-            row = _row(call, len(readers), _ends(truth, batch_row), _ends(seen, batch_row), reason)
-            worst = _Seen(off=off, row=row)
-    return worst
-
-
-def _row(
-    call: str, readers: int, expected: tuple[float, float], seen: tuple[float, float], reason: str
-) -> PositionsRow:
-    return PositionsRow(
-        call=call,
-        readers=readers,
-        expected=(int(expected[0]), int(expected[1])),
-        seen=seen,
-        passed=not reason,
-        reason=reason,
-    )
+            worst, found = off, row(int(by_row.argmax()), seen, reason)
+    return worst, found
 
 
 def _ends(ids: Ids, row: int) -> tuple[float, float]:
