@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import pytest
 from hypothesis import assume, given
@@ -90,37 +89,27 @@ def test_pixels_of_a_wide_image_at_known_points(fractions, expected):
     assert box == (None if expected is None else pytest.approx(expected))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "no box",
-        "[]",
-        "[0.1, 0.2, 0.3]",
-        "[0.1, 0.2, 0.3, 0.4, 0.5]",
-        "[0.1 0.2 0.3 0.4]",
-        "[a, b, c, d]",
-        "[0.1, 0.2, 0.3, 0.4",
-        "(0.1, 0.2, 0.3, 0.4)",
-        "[nan, inf, 0.3, 0.4]",
-        "[1e3, 0.2, 0.3, 0.4]",
-        "[., 0.2, 0.3, 0.4]",
-        "[0.1,, 0.2, 0.3, 0.4]",
+NO_BOX = {
+    PADDED: [
+        "", "no box", "[]", "[0.1, 0.2, 0.3]", "[0.1, 0.2, 0.3, 0.4, 0.5]", "[0.1 0.2 0.3 0.4]",
+        "[a, b, c, d]", "[0.1, 0.2, 0.3, 0.4", "(0.1, 0.2, 0.3, 0.4)", "[nan, inf, 0.3, 0.4]",
+        "[1e3, 0.2, 0.3, 0.4]", "[., 0.2, 0.3, 0.4]", "[0.1,, 0.2, 0.3, 0.4]",
         "[" + "9" * 400 + ", 0, 0, 0]",
         "[\u0661, 0.2, 0.3, 0.4]",  # a digit, but not one of the syntax
     ],
+    ANGLED: [
+        "", "{}", "{<1><2><3>}", "{<1><2><3><4><5>}", "{<1>,<2>,<3>,<4>}", "<1><2><3><4>",
+        "{<1.5><2><3><4>}", "{<-1><2><3><4>}", "{<a><b><c><d>}", "{<1><2><3><4>",
+        "[0.1, 0.2, 0.3, 0.4]", "{<" + "9" * 400 + "><2><3><4>}", "{<\u0661><2><3><4>}",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"), [(text, spec) for spec, texts in NO_BOX.items() for text in texts]
 )
-def test_text_without_a_box_gives_none(text):
-    assert parse_box(text, PADDED) is None
-
-
-@pytest.mark.parametrize("spec", [PADDED, ANGLED], ids=["bracketed", "angled"])
-@given(st.one_of(st.text(alphabet="[]{}<>0123456789.,- \n", max_size=300), st.text(max_size=60)))
-def test_garbage_is_parsed_without_error(spec, text):
-    box = parse_box(text, spec)
-    if box is not None:
-        assert ("[" if spec is PADDED else "{") in text
-        assert all(abs(value) < 1e10 for value in box)
+def test_text_without_a_box_in_the_syntax_gives_none(text, spec):
+    assert parse_box(text, spec) is None
 
 
 @given(
@@ -135,43 +124,8 @@ def test_angled_box_is_read_back(corners, space, before, after):
     assert box == pytest.approx([corner / 100 for corner in corners], abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{}",
-        "{<1><2><3>}",
-        "{<1><2><3><4><5>}",
-        "{<1>,<2>,<3>,<4>}",
-        "<1><2><3><4>",
-        "{<1.5><2><3><4>}",
-        "{<-1><2><3><4>}",
-        "{<a><b><c><d>}",
-        "{<1><2><3><4>",
-        "[0.1, 0.2, 0.3, 0.4]",
-        "{<" + "9" * 400 + "><2><3><4>}",
-        "{<\u0661><2><3><4>}",
-    ],
-)
-def test_text_without_an_angled_box_gives_none(text):
-    assert parse_box(text, ANGLED) is None
-
-
 def test_shikra_s_answer_is_bracketed():
     assert parse_box("Answer: [0.123,0.456,0.7,0.9] .", PADDED) == (0.123, 0.456, 0.7, 0.9)
-
-
-@pytest.mark.parametrize("spec", [PADDED, ANGLED], ids=["bracketed", "angled"])
-@pytest.mark.parametrize(
-    "piece", ["{", "[", "{ ", "[ ", "{<1><2><3>", "[1,2,3,", "{<1> ", " ", "1"]
-)
-def test_parsing_takes_linear_time(spec, piece):
-    text = piece * (1_000_000 // len(piece))
-    for start in ("", "{<1>", "[1,"):
-        began = time.process_time()
-        assert parse_box(start + text, spec) is None
-        # About 10 ms; a quadratic search would take hours.
-        assert time.process_time() - began < 2
 
 
 def test_first_of_several_boxes_counts():

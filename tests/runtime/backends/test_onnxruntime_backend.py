@@ -15,7 +15,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from gap_export.bundle import Bundle, open_bundle, write_bundle
+from gap_export.bundle import open_bundle
 from gap_export.errors import BundleError, GapExportError, UsageError
 from gap_export.runtime.backends import onnxruntime_backend
 from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
@@ -23,6 +23,7 @@ from gap_export.runtime.backends.onnxruntime_options import session_options
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import GraphSpec, Manifest, QuantizationSpec
 from gap_export.spec.tolerances import TOLERANCES
+from tests.parity.mutants import rewrite
 from tests.programs import run_program
 from tests.shared import SharedExports
 
@@ -47,15 +48,16 @@ def rebuild(tiny_bundle: Path, tmp_path: Path) -> Rebuild:
     """A copy of the bundle with some files' bytes or manifest entries changed, hashes right."""
 
     def build(contents: dict[str, bytes] | None = None, **changes: Any) -> Path:
-        opened = open_bundle(tiny_bundle)
-        with write_bundle(tmp_path / "rebuilt") as draft:
-            for file in opened.manifest.files:
-                if contents is not None and file.path in contents:
-                    (draft.folder / file.path).write_bytes(contents[file.path])
-                else:
-                    draft.place(opened.file(file.path), file.path, hold="copy")
-            draft.commit(dataclasses.replace(opened.manifest, **changes))
-        return tmp_path / "rebuilt"
+        def edit_folder(folder: Path) -> None:
+            for name, content in (contents or {}).items():
+                (folder / name).write_bytes(content)
+
+        return rewrite(
+            tiny_bundle,
+            tmp_path / "rebuilt",
+            edit_folder=edit_folder,
+            edit_manifest=lambda manifest: dataclasses.replace(manifest, **changes),
+        )
 
     return build
 
@@ -427,7 +429,7 @@ def test_session_runs_where_the_export_packages_cannot_be_imported(request, tmp_
 
 
 def test_open_checks_the_bundle_first(rebuild):
-    bundle: Bundle = open_bundle(rebuild())
+    bundle = open_bundle(rebuild())
     weights = bundle.file("model.safetensors")
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
