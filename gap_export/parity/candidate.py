@@ -30,11 +30,11 @@ class Candidate:
     """A backend that can be run and judged.
 
     Attributes:
-        key: As the command line has it.
-        session: With the backend; closing it is the caller's.
+        key: The backend's name on the command line.
+        session: A session with the backend; the caller closes it.
         decoder_graph: File of the graph that its decoder is, or was built from.
         note: What should be known of that graph.
-        tolerances: By name of output, of its dtype.
+        tolerances: Those of its dtype, by name of output.
     """
 
     key: BackendKey
@@ -45,7 +45,7 @@ class Candidate:
 
     @property
     def backend(self) -> Backend:
-        """The session's."""
+        """What runs the bundle."""
         return self.session.backend
 
 

@@ -264,7 +264,7 @@ def _without_reference(
 def _with_facts(levels: tuple[LevelResult, ...], wrong: Sequence[str]) -> tuple[LevelResult, ...]:
     """The first level that compares with the reference fails for what the bundle says wrongly.
 
-    Whichever is asked for: that some questions are answered alike all the same excuses nothing.
+    It fails whichever level that is: that some questions are answered alike excuses nothing.
     """
     if not wrong:
         return levels

@@ -160,7 +160,7 @@ def compare_selections(
     Args:
         reference: int64 [I, K], the truth.
         candidate: int64 [I, K], what is judged.
-        max_changed_fraction: Of each row's tokens; at least one may have changed.
+        max_changed_fraction: Fraction of a row's tokens that may have changed; one may always.
 
     Returns:
         ``max_abs_diff`` is the largest number of changed tokens in a row. A row that repeats a

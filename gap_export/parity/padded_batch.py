@@ -62,7 +62,7 @@ def _length(calls: Sequence[Call]) -> int:
 
 
 def _input(call: Call, name: str) -> NDArray[Any]:
-    """Of the one row that was asked."""
+    """An input of the one row that was asked."""
     row: NDArray[Any] = call.inputs[name][0]
     return row
 

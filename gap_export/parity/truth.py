@@ -35,10 +35,10 @@ class Recorded:
 
     Attributes:
         name: What it is, for reports.
-        calls: Of each question what its backend was asked and gave.
+        calls: What its backend was asked and gave, by question.
         answers: To each question.
-        shared: Of what both sides have alike, whether that is right: a row for quantized weights,
-            and one for decoding with a cache.
+        shared: Whether what both sides have alike is right: a row for quantized weights, and one
+            for decoding with a cache.
         other_facts: What the bundle says of the model, and recipe and checkpoint do not.
     """
 
@@ -79,7 +79,7 @@ class Truth(Protocol):
 
     @property
     def seed(self) -> int:
-        """Of the samples among them."""
+        """Seed of the samples among them."""
         ...
 
     def check_dtype(self, dtype: str, quantization: QuantizationSpec | None) -> None:

@@ -23,7 +23,7 @@ def uncached_row(pairs: Sequence[Pair], tolerance: Tolerance) -> TensorRow:
 
     Args:
         pairs: Logits [B, V] of a prefill of all tokens, and of the last decode step; at least one.
-        tolerance: Of logits.
+        tolerance: The tolerance of logits.
     """
     row = tensor_row("decoder_model_merged", "logits (cached)", pairs, tolerance)
     if row.passed:
@@ -37,7 +37,7 @@ def decode_uncached(backend: Backend, calls: Sequence[Call]) -> Pair | None:
 
     Args:
         backend: What was asked; its last cache is of no use afterwards.
-        calls: Of one question, in order.
+        calls: The calls of one question, in order.
 
     Returns:
         Logits [B, V] of that call, and those of the last step; None where there was no step.

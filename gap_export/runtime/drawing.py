@@ -57,9 +57,9 @@ def draw_grounding(
         image: The image that was asked about.
         grounding: The answer.
         pad_color: RGB 0..255, shown where the image is transparent.
-        frame: As it was asked about, and likewise the others.
-        allow_damaged: Likewise.
-        color: Likewise.
+        frame: The one it was asked about in; ``allow_damaged`` and ``color`` likewise.
+        allow_damaged: See ``frame``.
+        color: See ``frame``.
         caption: Write the expression, the number of tokens and the scale of the heat map below.
 
     Returns:

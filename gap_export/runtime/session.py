@@ -214,7 +214,7 @@ class GroundingSession:
                 displayed; ``raw``: both are of the image as stored.
             allow_damaged: Use what can be decoded of a damaged image; ``Grounding.warnings`` says
                 so. By default it is refused.
-            color: Of an array: ``rgb``, or ``bgr`` as OpenCV has it.
+            color: Order of an array's channels: ``rgb``, or ``bgr`` as OpenCV has it.
 
         Raises:
             ImageError: the image cannot be used.

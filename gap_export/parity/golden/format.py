@@ -101,7 +101,7 @@ class StoredTensor:
     Attributes:
         dtype: numpy's name, little-endian.
         shape: Dimensions, row-major.
-        offset: Of its first byte, from the start of the file.
+        offset: Place of its first byte in the file.
     """
 
     dtype: str
@@ -125,7 +125,7 @@ class StoredQuestion:
 
     Attributes:
         image: Array of the image: uint8 [H, W, 3], upright, RGB.
-        image_sha256: Of that array's bytes.
+        image_sha256: Hash of that array's bytes.
         expression: What was asked.
         box: Array of the true one, float64 [4] in pixels, where it is known.
     """
@@ -171,7 +171,7 @@ class StoredPart:
 
     Attributes:
         role: As the recipe has it.
-        commit: Of its repository, where the files lay in a hub's cache; else None.
+        commit: The repository's commit, where the files lay in a hub's cache; else None.
         files: What was read, with its hashes.
     """
 
@@ -192,17 +192,17 @@ class GoldenSpec:
         model: Name of the recipe.
         family: The model's.
         source: The checkpoint; empty where the weights are random.
-        random_seed: Of random weights, else None.
+        random_seed: Seed of random weights, else None.
         dtype: What the reference computed in.
         quantization: How the decoder's weights, which were the bundle's own, are quantized; None
             if they are not.
         pruning: What was pruned, and how.
         facts: What else decides inputs and answers.
         tensors_size: Bytes of the safetensors file.
-        tensors_sha256: Of its bytes.
+        tensors_sha256: Hash of that file.
         tensors: Arrays by name.
         questions: In the order they were asked.
-        calls: Of each question.
+        calls: Calls by question.
         answers: To each question.
     """
 
@@ -226,7 +226,7 @@ class GoldenSpec:
     answers: tuple[Grounding, ...]
 
     def to_json(self) -> bytes:
-        """ASCII, so that half characters in somebody's expression do no harm."""
+        """The file's content: ASCII, so that half characters in an expression do no harm."""
         plain = {"format": FORMAT, "format_version": FORMAT_VERSION, **to_plain(self)}
         return (json.dumps(plain, indent=1, allow_nan=False) + "\n").encode()
 

@@ -59,8 +59,8 @@ class Golden:
         path: Its folder, absolute.
         spec: What was recorded, of which model and with what.
         questions: What was asked; images as arrays.
-        calls: Of each question what the reference's backend was asked and gave; read from the disk
-            each time they are asked for.
+        calls: What the reference's backend was asked and gave, by question; read from the disk each
+            time they are asked for.
         answers: To each question.
     """
 

@@ -78,11 +78,11 @@ def record_golden(
     Arrays that occur more than once, such as the image of several expressions, are written once.
 
     Args:
-        folder: The golden's; its parent exists.
+        folder: The golden's folder; its parent exists.
         manifest: Describes the bundle.
         reference: What was asked.
         questions: At least one.
-        calls: Of each question.
+        calls: Calls by question.
         answers: To each question.
         seed: Seed of the samples.
         force: Replace a golden that is there. Any other folder is refused in any case.
@@ -136,7 +136,7 @@ def record_golden(
         (draft / GOLDEN_NAME).write_bytes(raw)
         (draft / HASH_NAME).write_bytes(hash_line(raw))
         sync_tree(draft, leave_out=())
-        # Somebody may have put something there meanwhile.
+        # Something may have been put there meanwhile.
         check_golden_place(final, force=force)
         put_in_place(draft, final)
     return final

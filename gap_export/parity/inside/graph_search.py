@@ -84,7 +84,7 @@ class Search:
         )
 
     def pairs(self, taps: Sequence[Tap]) -> list[tuple[Tap, NDArray[Any], NDArray[Any]]]:
-        """Of each tap that the reference has: what it has, and what the graph has."""
+        """Each tap that the reference has, with its value there and in the graph."""
         given = self.replayed.modules({tap.module for tap in taps if tap.side is not None})
         expected: dict[Tap, NDArray[Any]] = {}
         for tap in taps:

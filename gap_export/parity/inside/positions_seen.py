@@ -166,7 +166,7 @@ def _decoder_graph(manifest: Manifest, file: str | None) -> GraphSpec:
 
 
 def _prompts(manifest: Manifest, *, last_step: int) -> Iterator[_Prompt]:
-    """Of the bundle's own shape; and as far as ids go, for all steps and for prefill."""
+    """Prompts of the bundle's own shape, and prompts that go as far as ids do."""
     pruning = manifest.pruning
     num_visual, num_kept = pruning.num_visual_tokens, pruning.num_emitted_tokens
     keep = np.linspace(0, num_visual - 1, num_kept).astype(np.int64)

@@ -21,7 +21,7 @@ def session_options(num_threads: int | None) -> ort.SessionOptions:
     """Options of any graph.
 
     Args:
-        num_threads: Of one operator; None to leave it to ONNX Runtime.
+        num_threads: Threads of one operator; None to leave it to ONNX Runtime.
 
     Raises:
         UsageError: a number of threads out of range.

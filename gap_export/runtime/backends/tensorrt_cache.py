@@ -28,8 +28,8 @@ class KVLayout:
 
     Attributes:
         names: Without ``past_key_values.`` or ``present.``, e.g. ``0.key``.
-        heads: Of keys and values.
-        dim: Of a head.
+        heads: How many keys and values have.
+        dim: Size of a head.
         capacity: Slots there is room for.
         itemsize: Bytes of a number.
     """
@@ -41,7 +41,7 @@ class KVLayout:
     itemsize: int
 
     def num_bytes(self, batch_size: int) -> int:
-        """Of one tensor."""
+        """Bytes of one tensor."""
         return batch_size * self.heads * self.capacity * self.dim * self.itemsize
 
 

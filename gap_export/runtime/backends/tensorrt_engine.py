@@ -69,8 +69,8 @@ class DirectExecution:
         """Give the work to the stream.
 
         Args:
-            shapes: Of every input.
-            addresses: Of every input and output; of shape tensors on the host.
+            shapes: Shapes of all inputs.
+            addresses: Addresses of all inputs and outputs; those of shape tensors are the host's.
 
         Raises:
             EngineError: TensorRT refuses.
@@ -343,7 +343,7 @@ def _resolve(tensor: TensorSpec, sizes: Mapping[str, int]) -> Shape:
 
 
 def _size(dim: str, sizes: Mapping[str, int]) -> int:
-    """Of a dimension, or of one and some more: ``num_kept_tokens + 1``."""
+    """The size of a dimension, or of a sum such as ``num_kept_tokens + 1``."""
     name, _, more = dim.partition(" + ")
     return sizes[name] + int(more or 0)
 
