@@ -25,7 +25,7 @@ from gap_export.runtime.images.geometry import ImageGeometry
 from gap_export.spec.keep_indices import check_keep_indices
 from gap_export.spec.manifest import Manifest
 from gap_export.spec.positions import Int64Array
-from gap_export.spec.tiles import TiledTokens, TileLayout, TileTokens, arrange_tiles
+from gap_export.spec.tiles import TileLayout, TileTokens, arrange_tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,18 +225,6 @@ def _of_tiles(
     tokens = arrange_tiles(np.stack([tile["keep_indices"] for tile in rows]), layout)
     # The newline comes last, which is what its source, -1, says.
     table = np.concatenate([*(tile["image_features"] for tile in rows), newline[None]])
-    return VisualTokens(
-        features=table[tokens.source],
-        keep_indices=tokens.keep_indices,
-        num_visual_tokens=tokens.num_visual_tokens,
-        shape=None,
-        grids=_views(tokens, layout, manifest, geometry),
-    )
-
-
-def _views(
-    tokens: TiledTokens, layout: TileLayout, manifest: Manifest, geometry: ImageGeometry
-) -> tuple[TokenGrid, TokenGrid]:
     patches = tokens.keep_indices[tokens.source >= 0]
     num_base = layout.rows * layout.cols
     row, col = np.divmod(patches[patches >= num_base] - num_base, layout.num_cols + 1)
@@ -256,4 +244,10 @@ def _views(
         kept=tuple((row * layout.num_cols + col).tolist()),
         tiles=tokens.tiles[1:],
     )
-    return base, joined
+    return VisualTokens(
+        features=table[tokens.source],
+        keep_indices=tokens.keep_indices,
+        num_visual_tokens=tokens.num_visual_tokens,
+        shape=None,
+        grids=(base, joined),
+    )

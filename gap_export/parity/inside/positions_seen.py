@@ -124,7 +124,12 @@ def read_positions(
         BundleError: there is no such graph, or its file is damaged.
     """
     manifest = bundle.manifest
-    spec = _decoder_graph(manifest, file)
+    graphs = {graph.file: graph for graph in manifest.graphs if graph.component == DECODER}
+    spec = manifest.graph(DECODER) if file is None else graphs.get(file)
+    if spec is None:
+        raise BundleError(
+            "the bundle has no such graph of its decoder", seen=file, allowed=", ".join(graphs)
+        )
     graph = OnnxFile.read(bundle.file(spec.file))
     readers = find_id_readers(graph)
     prompts = [
@@ -137,32 +142,18 @@ def read_positions(
     rows = []
     try:
         for step in steps:
-            found = [
-                _look(graph, spec, readers, prompt, step)
-                for prompt in _within(prompts, step, manifest.decoder.max_position_embeddings)
-            ]
+            ends = [prompt.last_id + step for prompt in prompts]
+            most = manifest.decoder.max_position_embeddings
+            known = [prompt for prompt, end in zip(prompts, ends, strict=True) if end < most]
+            # A model for a few tokens may know the ids of none of them.
+            looked_at = known or [prompts[int(np.argmin(ends))]]
+            found = [_look(graph, spec, readers, prompt, step) for prompt in looked_at]
             # The furthest off; of several that are right the one that reaches furthest.
             _, worst = max(found, key=lambda one: (one[0], one[1].expected[1]))
             rows.append(worst)
     except GapExportError as err:
         return PositionsNotRead(reason=f"the ids inside {spec.file} cannot be read: {err}")
     return tuple(rows)
-
-
-def _decoder_graph(manifest: Manifest, file: str | None) -> GraphSpec:
-    """The decoder's graph in a file.
-
-    Raises:
-        BundleError: there is none.
-    """
-    if file is None:
-        return manifest.graph(DECODER)
-    graphs = {graph.file: graph for graph in manifest.graphs if graph.component == DECODER}
-    if file not in graphs:
-        raise BundleError(
-            "the bundle has no such graph of its decoder", seen=file, allowed=", ".join(graphs)
-        )
-    return graphs[file]
 
 
 def _prompts(manifest: Manifest, *, last_step: int) -> Iterator[_Prompt]:
@@ -197,13 +188,6 @@ def _prompts(manifest: Manifest, *, last_step: int) -> Iterator[_Prompt]:
             ids = (np.linspace(0, last, length).astype(np.int64) for length in _FAR_LENGTHS)
             far = [np.unique(row) for row in ids]
         yield _Prompt.of_rows([np.tile(row, (axes, 1)) if axes > 1 else row for row in far])
-
-
-def _within(prompts: Sequence[_Prompt], step: int, num_positions: int) -> list[_Prompt]:
-    """Those whose ids the model knows; there is always one, but of a model for a few tokens."""
-    ends = [prompt.last_id + step for prompt in prompts]
-    found = [prompt for prompt, end in zip(prompts, ends, strict=True) if end < num_positions]
-    return found or [prompts[int(np.argmin(ends))]]
 
 
 def _look(

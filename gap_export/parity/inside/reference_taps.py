@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -119,28 +119,21 @@ class ReferenceCall:
         known = dict(module.named_modules())
         with ExitStack() as hooks, torch.inference_mode():
             for name in known.keys() & set(names):
-                handle = known[name].register_forward_hook(_keeper(found, name))
-                hooks.callback(handle.remove)
+
+                def keep(module: Any, args: Any, output: Any, name: str = name) -> None:
+                    del module
+                    values: dict[Side, Any] = {"input": args[0] if args else None, "output": output}
+                    for side, value in values.items():
+                        if isinstance(value, torch.Tensor):
+                            # It must stay as it is, also where it is later changed in place.
+                            found.setdefault((name, side), []).append(to_numpy(value).copy())
+
+                hooks.callback(known[name].register_forward_hook(keep).remove)
             given = module(*to_torch(self.component, self.feed).values())
         tensors = [given] if isinstance(given, torch.Tensor) else list(given)
         for spec, tensor in zip(self.component.outputs, tensors, strict=True):
             self._outputs[spec.name] = to_numpy(tensor)
         return found
-
-
-_Hook = Callable[[torch.nn.Module, tuple[Any, ...], Any], None]
-
-
-def _keeper(found: dict[tuple[str, Side], list[NDArray[Any]]], name: str) -> _Hook:
-    def keep(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        del module
-        values: Mapping[Side, Any] = {"input": args[0] if args else None, "output": output}
-        for side, value in values.items():
-            if isinstance(value, torch.Tensor):
-                # What is kept must stay as it is, also where it is later changed in place.
-                found.setdefault((name, side), []).append(to_numpy(value).copy())
-
-    return keep
 
 
 def _before(call: Call, calls: Sequence[Call]) -> list[Call]:

@@ -214,7 +214,15 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
         except ORT_ERRORS as err:
             if self._providers == [_CPU]:
                 raise _refused(spec, err) from err
-            session = self._start_on_cpu(path, spec, why=err)
+            # Without the GPU it shows whether the graph or the GPU is at fault.
+            try:
+                session = self._start(path, spec, [_CPU])
+            except ORT_ERRORS as fault:
+                raise _refused(spec, fault) from fault
+            if not self._may_fall_back:
+                raise _not_loaded(self._providers[0], err) from err
+            # The other graphs must not end up elsewhere than this one.
+            self._providers = [_CPU]
         wanted = self._providers[0]
         if not self._may_fall_back and wanted not in session.get_providers():
             raise _not_loaded(wanted, None)
@@ -229,18 +237,6 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
         if spec.dtype == "float16" and providers == [_CPU]:
             spare_memory(options)
         return start_session(path, options, providers)
-
-    def _start_on_cpu(self, path: Path, spec: GraphSpec, *, why: Exception) -> ort.InferenceSession:
-        """A session without the GPU, which tells whether the graph or the GPU is at fault."""
-        try:
-            session = self._start(path, spec, [_CPU])
-        except ORT_ERRORS as err:
-            raise _refused(spec, err) from err
-        if not self._may_fall_back:
-            raise _not_loaded(self._providers[0], why) from why
-        # The other graphs must not end up elsewhere than this one.
-        self._providers = [_CPU]
-        return session
 
 
 def _choose_providers(wanted: Sequence[str] | None) -> list[str]:

@@ -165,7 +165,12 @@ def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[NDArray[np.float
     geometry = ImageGeometry(
         width=image.width, height=image.height, canvas=None if canvas is None else canvas.size
     )
-    views = preparation.views(_shrink_thin(image), spec, canvas)
+    side = max(image.size)
+    if side > _MAX_SIDE:
+        scale = _MAX_SIDE / side
+        small = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(small, Image.Resampling.BOX)
+    views = preparation.views(image, spec, canvas)
     pixels: NDArray[np.float32] = np.stack([np.asarray(each, dtype=np.float32) for each in views])
     unit = pixels / np.float32(255.0)
     normal = (unit - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
@@ -278,21 +283,15 @@ def _flatten(image: Image.Image, pad_color: tuple[int, int, int], name: str) -> 
     rows = max(1, _PIECE // image.width)
     for top in range(0, image.height, rows):
         piece = image.crop((0, top, image.width, min(top + rows, image.height)))
-        flat.paste(_flatten_piece(piece, pad_color), (0, top))
+        if piece.mode.startswith("I"):
+            # 16 bits a pixel, in either byte order; Pillow's own conversion would clip them.
+            piece = Image.fromarray((np.asarray(piece).astype(np.int64) // 257).astype(np.uint8))
+        elif piece.has_transparency_data:
+            layer = piece.convert("RGBA")
+            piece = Image.new("RGBA", layer.size, (*pad_color, 255))
+            piece.alpha_composite(layer)
+        flat.paste(piece.convert("RGB"), (0, top))
     return flat
-
-
-def _flatten_piece(image: Image.Image, pad_color: tuple[int, int, int]) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16 bits a pixel, in either byte order; Pillow's own conversion would clip them.
-        wide = np.asarray(image).astype(np.int64)
-        return Image.fromarray((wide // 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        canvas = Image.new("RGBA", layer.size, (*pad_color, 255))
-        canvas.alpha_composite(layer)
-        return canvas.convert("RGB")
-    return image.convert("RGB")
 
 
 def _unknown_range(seen: str) -> ImageError:
@@ -302,12 +301,3 @@ def _unknown_range(seen: str) -> ImageError:
         allowed="8 or 16 bits a channel",
         fix="save it with 8 bits a channel",
     )
-
-
-def _shrink_thin(image: Image.Image) -> Image.Image:
-    side = max(image.size)
-    if side <= _MAX_SIDE:
-        return image
-    scale = _MAX_SIDE / side
-    small = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(small, Image.Resampling.BOX)
