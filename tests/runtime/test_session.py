@@ -186,18 +186,25 @@ def answering(make_backend, tokenizer_folder):
     return make
 
 
+MIDDLE, OUTSIDE, FLAT = (
+    "[ 0.25 , 0.50 , 0.75 , 0.60 ]", "[ 0.25 , 0.01 , 0.75 , 0.10 ]",
+    "[ 0.25 , 0.50 , 0.75 , 0.50 ]",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("answer", "frame", "box"),
+    ("answer", "frame", "box", "warning"),
     [
-        ("[ 0.25 , 0.50 , 0.75 , 0.60 ]", "padded_square", (10.0, 12.0, 30.0, 16.0)),
-        ("[ 0.75 , 0.60 , 0.25 , 0.50 ]", "padded_square", (10.0, 12.0, 30.0, 16.0)),
-        ("[ 0.25 , 0.50 , 0.75 , 0.60 ]", "image", (10.0, 12.0, 30.0, 14.4)),
-        ("[ 0.25 , 0.01 , 0.75 , 0.10 ]", "padded_square", None),
-        ("the red star", "image", None),
+        (MIDDLE, "padded_square", (10.0, 12.0, 30.0, 16.0), None),
+        ("[ 0.75 , 0.60 , 0.25 , 0.50 ]", "padded_square", (10.0, 12.0, 30.0, 16.0), None),
+        (MIDDLE, "image", (10.0, 12.0, 30.0, 14.4), None),
+        (OUTSIDE, "padded_square", None, "the answer lies outside the image: "),
+        (FLAT, "padded_square", None, "the answer has no area: "),
+        ("the red star", "image", None, "the answer holds no box: 'the red star'"),
     ],
 )
-def test_answer_becomes_a_box_in_pixels_of_the_image(
-    sample_manifest, answering, image, answer, frame, box
+def test_answer_becomes_a_box_in_pixels_of_the_image_or_a_warning(
+    sample_manifest, answering, image, answer, frame, box, warning
 ):
     spec = BoxSpec(syntax="bracketed", scale=1.0, frame=frame)
     manifest = dataclasses.replace(sample_manifest, box=spec)
@@ -205,6 +212,8 @@ def test_answer_becomes_a_box_in_pixels_of_the_image(
     assert found.text == answer
     assert found.token_ids[-1] == 2
     assert found.box == (None if box is None else pytest.approx(box))
+    assert len(found.warnings) == (warning is not None)
+    assert all(text.startswith(str(warning)) for text in found.warnings)
 
 
 def test_box_of_a_turned_image_is_in_its_frame_as_displayed(
@@ -303,22 +312,6 @@ def test_rows_of_a_batch_are_cut_off_one_by_one(session, image):
     first, second = session.ground_batch(image, ["the star", "blue square"])
     assert not any("cut off" in text for text in first.warnings)
     assert any("cut off" in text for text in second.warnings)
-
-
-@pytest.mark.parametrize(
-    ("answer", "warning"),
-    [
-        ("[ 0.25 , 0.50 , 0.75 , 0.60 ]", None),
-        ("[ 0.25 , 0.01 , 0.75 , 0.10 ]", "the answer lies outside the image: "),
-        ("[ 0.25 , 0.50 , 0.75 , 0.50 ]", "the answer has no area: "),
-        ("the red star", "the answer holds no box: 'the red star'"),
-    ],
-)
-def test_missing_box_comes_with_its_reason(sample_manifest, answering, image, answer, warning):
-    found = answering(sample_manifest, answer).ground(image, "the star")
-    assert (found.box is None) == (warning is not None)
-    assert len(found.warnings) == (warning is not None)
-    assert all(text.startswith(str(warning)) for text in found.warnings)
 
 
 def test_box_is_printed_to_a_hundredth_of_a_pixel(session, image):

@@ -205,15 +205,6 @@ def test_odd_images_go_through_every_preparation(spec, tmp_path):
 
 
 @ALL
-def test_sixteen_bit_image_equals_its_eight_bit_twin(spec, tmp_path):
-    odd_images(tmp_path)
-    eight = np.asarray(photo(61, 35))[..., 0]
-    wide, _ = prepare_image(load_image(tmp_path / "sixteen.png", pad_color=spec.pad_color), spec)
-    plain, _ = prepare_image(load_image(eight, pad_color=spec.pad_color), spec)
-    assert (wide == plain).all()
-
-
-@ALL
 @pytest.mark.parametrize("size", [(60_000, 2), (2, 60_000), (1_000_000, 1), (1, 1)])
 def test_extreme_shapes_are_prepared_in_little_memory(spec, size):
     image = Image.new("RGB", size, "red")
