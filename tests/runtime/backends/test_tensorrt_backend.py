@@ -59,10 +59,7 @@ MakeSetup = Callable[..., Setup]
 
 
 @pytest.fixture
-def make_setup(tiny_bundle: Path, tmp_path: Path) -> Iterator[MakeSetup]:
-    """Bundles with engines; behind each test everything was given back that could be."""
-    devices: list[FakeDevice] = []
-
+def make_setup(tiny_bundle: Path, tmp_path: Path) -> MakeSetup:
     def make(
         contract: str = "concat",
         *,
@@ -75,11 +72,9 @@ def make_setup(tiny_bundle: Path, tmp_path: Path) -> Iterator[MakeSetup]:
         library = {"library": "tensorrt_rtx"} if rtx else {}
         write_engines(bundle, limits, **library, **engines)
         device = FakeDevice()
-        devices.append(device)
         return Setup(bundle, device, (FakeRtxModule if rtx else FakeModule)(device))
 
-    yield make
-    assert all(device.is_clean for device in devices if "free" not in device.fails)
+    return make
 
 
 @pytest.fixture(params=["concat", "in_place"])
@@ -121,11 +116,11 @@ def step_of(prompt: dict[str, Any], number: int) -> dict[str, Any]:
     }
 
 
-def answers(backend: Any, prompt: dict[str, Any], steps: int = 3) -> Any:
+def answers(backend: Any, prompt: dict[str, Any], steps: int = 3) -> list[Any]:
     """Logits of the prefill and of some steps."""
     cache = backend.new_cache(len(prompt["inputs_embeds"]))
     fed = [prompt, *(step_of(prompt, number) for number in range(steps))]
-    return np.stack([backend.decode(one, cache) for one in fed])
+    return [backend.decode(one, cache) for one in fed]
 
 
 @pytest.mark.parametrize("contract", ["concat", "in_place"])
@@ -147,7 +142,7 @@ def test_prefill_and_steps_of_a_padded_batch_equal_onnx_runtime(setup, expected)
     with setup.open() as backend:
         for _ in range(2):
             given, wanted = answers(backend, prompt), answers(expected, prompt)
-            np.testing.assert_array_equal(given, wanted)
+            np.testing.assert_array_equal(np.stack(given), np.stack(wanted))
     assert not np.array_equal(given[0], given[1])
 
 
@@ -212,7 +207,7 @@ def test_engines_of_half_precision_are_fed_and_read_in_it(make_setup, expected, 
         given = answers(backend, prompt)
         # The buffers have half the size, and the fake would not let more be written.
         assert given[0].dtype == (np.float16 if dtype == "float16" else np.float32)
-    np.testing.assert_allclose(given, answers(expected, prompt), atol=atol)
+    np.testing.assert_allclose(np.stack(given), np.stack(answers(expected, prompt)), atol=atol)
 
 
 def test_buffers_for_a_larger_batch_replace_the_smaller_ones(setup, expected):
@@ -220,7 +215,9 @@ def test_buffers_for_a_larger_batch_replace_the_smaller_ones(setup, expected):
         sizes = []
         for rows in (1, 3, 2):
             prompt = prompt_of(setup.bundle, 4, rows=rows)
-            np.testing.assert_array_equal(answers(backend, prompt), answers(expected, prompt))
+            np.testing.assert_array_equal(
+                np.stack(answers(backend, prompt)), np.stack(answers(expected, prompt))
+            )
             sizes.append(backend.num_device_bytes)
         assert sizes[0] < sizes[1] == sizes[2]
         assert sizes[2] == sum(len(memory) for memory in setup.device.memory.values())
@@ -286,24 +283,27 @@ def test_everything_is_given_back_on_exit(setup):
 @pytest.mark.parametrize(
     "call", ["deserialize", "create_execution_context", "set_optimization_profile_async"]
 )
-def test_a_failure_while_loading_is_named(setup, call):
+def test_a_failure_while_loading_gives_everything_back(setup, call):
     setup.module.fails.add(call)
     with pytest.raises(GapExportError, match=f"{call} is out of order"):
         setup.open()
+    assert setup.device.is_clean
 
 
-def test_a_gpu_without_room_says_so(setup):
+def test_a_gpu_without_room_gives_everything_back(setup):
     setup.device.fails.add("allocate")
     with pytest.raises(GapExportError, match="fails in allocate"):
         setup.open()
+    assert setup.device.is_clean
 
 
 @pytest.mark.parametrize("method", ["upload", "download", "synchronize"])
-def test_a_failure_while_running_is_named(setup, method):
+def test_a_failure_while_running_gives_everything_back(setup, method):
     backend = setup.open()
     setup.device.fails.add(method)
     with pytest.raises(GapExportError, match=f"fails in {method}"), backend:
         answers(backend, prompt_of(setup.bundle, 4))
+    assert setup.device.is_clean
 
 
 def test_an_engine_that_does_not_run_is_an_error_that_names_it(setup):
@@ -313,6 +313,7 @@ def test_an_engine_that_does_not_run_is_an_error_that_names_it(setup):
             GapExportError, match=r"cannot run.*decoder_model_merged\.engine.*execute"
         ):
             answers(backend, prompt_of(setup.bundle, 4))
+    assert setup.device.is_clean
 
 
 def test_a_gpu_that_refuses_to_take_memory_back_does_not_hide_the_error(setup, caplog):
@@ -353,6 +354,7 @@ def test_an_engine_that_engine_json_does_not_describe_is_refused(make_setup, cha
     rewrite_plan(setup, spoil)
     with pytest.raises(BundleError, match=rf"engine\.json describes.*allowed: .*{words}"):
         setup.open()
+    assert setup.device.is_clean
 
 
 def test_a_missing_component_is_named(make_setup):
@@ -360,16 +362,20 @@ def test_a_missing_component_is_named(make_setup):
     rewrite_plan(setup, lambda spec: None if spec.component == "embed_tokens" else spec)
     with pytest.raises(BundleError, match="no engine of this component was built: embed_tokens"):
         setup.open()
+    assert setup.device.is_clean
 
 
 def test_stripped_engines_get_their_weights_from_the_bundle(make_setup, expected):
     setup = make_setup(weights="stripped")
     prompt = prompt_of(setup.bundle, 4)
     with setup.open() as backend:
-        np.testing.assert_array_equal(answers(backend, prompt), answers(expected, prompt))
+        np.testing.assert_array_equal(
+            np.stack(answers(backend, prompt)), np.stack(answers(expected, prompt))
+        )
     setup.module.fails.add("refit_from_file")
     with pytest.raises(GapExportError, match="the weights of"):
         setup.open()
+    assert setup.device.is_clean
 
 
 def test_streamed_engines_keep_as_many_weights_on_the_gpu_as_fit(make_setup):
@@ -390,10 +396,11 @@ def test_cuda_graphs_are_recorded_once_for_each_length_and_then_launched(make_se
         for rows, length in ((1, 6), (1, 6), (1, 7)):
             prompt = prompt_of(setup.bundle, length, rows=rows)
             given = answers(backend, prompt, steps=3)
-            np.testing.assert_array_equal(given, answers(expected, prompt))
+            np.testing.assert_array_equal(np.stack(given), np.stack(answers(expected, prompt)))
         # Lengths 7, 8, 9 and, of the longer prompt, 10; all else was recorded before.
         assert setup.device.calls.count("begin_capture") == 4
         assert setup.device.calls.count("launch") == 3 + 2
+    assert setup.device.is_clean
 
 
 def test_cuda_graphs_beyond_the_limit_are_run_directly(make_setup, expected, monkeypatch):
@@ -403,7 +410,7 @@ def test_cuda_graphs_beyond_the_limit_are_run_directly(make_setup, expected, mon
     prompt = prompt_of(setup.bundle, 5)
     with setup.open(cuda_graphs=True) as backend:
         given = answers(backend, prompt, steps=4)
-    np.testing.assert_array_equal(given, answers(expected, prompt, steps=4))
+    np.testing.assert_array_equal(np.stack(given), np.stack(answers(expected, prompt, steps=4)))
     assert setup.device.calls.count("begin_capture") == 1
 
 
@@ -413,6 +420,7 @@ def test_a_failed_recording_leaves_no_stream_capturing(make_setup):
         setup.device.fails.add("begin_capture")
         with pytest.raises(GapExportError, match="begin_capture"):
             answers(backend, prompt_of(setup.bundle, 5))
+    assert setup.device.is_clean
 
 
 def test_tensorrt_rtx_records_by_itself(make_setup):
@@ -430,3 +438,4 @@ def test_cuda_graphs_for_a_joined_cache_are_refused_with_the_reason(make_setup):
     setup = make_setup("concat")
     with pytest.raises(UsageError, match=r"another shape.*concat.*fused"):
         setup.open(cuda_graphs=True)
+    assert setup.device.is_clean
