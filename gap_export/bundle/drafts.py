@@ -6,6 +6,7 @@ which the kernel releases when the process dies, so a living draft is never swep
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
@@ -15,13 +16,20 @@ from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 
-from gap_export.bundle.exchange import exchange
 from gap_export.errors import OutputError
 
 logger = logging.getLogger(__name__)
 
 DRAFT_MARK = ".gap-draft-"
 REPLACED_MARK = ".gap-replaced-"
+# linux/fcntl.h and linux/fs.h; the same on every architecture.
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+# How kernels, file systems and sandboxes say that they cannot: no such call, no such flag, not
+# permitted, or, of layered file systems, not between these two.
+_CANNOT = frozenset({
+    errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EXDEV,
+})  # fmt: skip
 
 
 def make_draft_folder(final: Path) -> tuple[Path, int]:
@@ -207,3 +215,25 @@ def _put_back(folder: Path, final: Path, replaced: Path) -> None:
         # Another process may have taken the name; the old one then stays, hidden but whole.
         with suppress(OSError):
             replaced.rename(final)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Give each of two folders the name of the other, atomically.
+
+    Returns:
+        False where system or file system have no such call; then nothing was done.
+
+    Raises:
+        OSError: it failed for another reason; then nothing was done either.
+    """
+    # Since glibc 2.28 (2018); other systems have calls of their own, if any.
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    names = (os.fsencode(one.absolute()), os.fsencode(other.absolute()))
+    if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _CANNOT:
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))

@@ -42,7 +42,7 @@ class HeldFile:
 
     Attributes:
         source: Where from, links resolved.
-        state: Of the source when it was taken.
+        state: The state of the source when it was taken.
         size: In bytes.
         held: ``cloned``: shares its blocks until either is written to; ``linked``: is the source,
             under another name; ``copied``.
@@ -64,7 +64,7 @@ def hold_file(source: Path, target: Path, *, hold: Hold, hasher: FileHasher) -> 
         source: Any file; links to it are followed.
         target: A new name in an existing folder.
         hold: ``link``: clone, else hard link, else copy; ``copy``: clone, else copy.
-        hasher: Told of the source.
+        hasher: Hashes the source.
 
     Raises:
         CheckpointError: the source cannot be read.
@@ -74,8 +74,12 @@ def hold_file(source: Path, target: Path, *, hold: Hold, hasher: FileHasher) -> 
     real = source.resolve()
     with _open_source(real) as reader:
         state = FileState.of(os.fstat(reader.fileno()))
-        held = _share(reader, real, target, hold)
-        if held == "copied":
+        held: Held = "copied"
+        if _clone(reader, target):
+            held = "cloned"
+        elif hold == "link" and _link(real, target):
+            held = "linked"
+        else:
             _copy(reader, real, target, state, hasher)
     if held == "linked" and FileState.of(os.lstat(target)) != state:
         raise changed(real)
@@ -83,20 +87,16 @@ def hold_file(source: Path, target: Path, *, hold: Hold, hasher: FileHasher) -> 
     return HeldFile(source=real, state=state, size=state.size, held=held)
 
 
-def _share(reader: BinaryIO, real: Path, target: Path, hold: Hold) -> Held:
-    """Give the target the source's bytes without copying them, or say that they must be copied."""
-    if _clone(reader, target):
-        return "cloned"
-    if hold == "link":
-        try:
-            os.link(real, target)
-        except OSError as err:
-            if err.errno not in _CANNOT_SHARE:
-                raise
-            logger.info("%s is copied, it cannot be linked: %s", real, err.strerror)
-        else:
-            return "linked"
-    return "copied"
+def _link(real: Path, target: Path) -> bool:
+    """Make the target a hard link; False where the bytes must be copied."""
+    try:
+        os.link(real, target)
+    except OSError as err:
+        if err.errno not in _CANNOT_SHARE:
+            raise
+        logger.info("%s is copied, it cannot be linked: %s", real, err.strerror)
+        return False
+    return True
 
 
 def _clone(reader: BinaryIO, target: Path) -> bool:

@@ -116,12 +116,7 @@ def _check_listing(manifest: Manifest) -> None:
                 fix=_GET_IT_AGAIN,
             )
         listed.add(file.path)
-    used = [graph.file for graph in manifest.graphs]
-    if manifest.text_encoder is not None:
-        used.append(manifest.text_encoder.tokenizer_file)
-    if manifest.newline is not None:
-        used.append(manifest.newline.file)
-    for path in used:
+    for path in manifest.used_files():
         if path not in listed:
             raise BundleError(
                 f"{MANIFEST_NAME} uses a file that it does not list", seen=path, fix=_GET_IT_AGAIN

@@ -78,11 +78,11 @@ def _table_row(item: dict[str, Any]) -> list[str]:
 
 
 def _describe(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    from gap_export.checkpoint.find.hub_cache import find_part, is_incomplete
+    from gap_export.checkpoint.find.hub_cache import look_for
 
     parts = []
     for role, part in recipe.checkpoint.parts.items():
-        found = find_part(role, recipe.checkpoint.parts)
+        search = look_for(role, recipe.checkpoint.parts)
         parts.append(
             {
                 "role": role,
@@ -92,8 +92,8 @@ def _describe(recipe: Recipe, folder: Path) -> dict[str, Any]:
                 "url": part.url,
                 "file": part.file,
                 "required": bool(part.required),
-                "path": None if found is None else str(found),
-                "incomplete": is_incomplete(role, recipe.checkpoint.parts),
+                "path": None if search.place is None else str(search.place),
+                "incomplete": search.place is None and search.unfinished is not None,
             }
         )
     return {

@@ -5,19 +5,14 @@ Plain dataclasses without torch, so that a recipe can hold them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
+
+from gap_export.spec.manifest.facts import Strict
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Strict:
-    # pydantic reads this where a recipe nests one of these classes; it needs no import here.
-    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformerShape(_Strict):
+class TransformerShape(Strict):
     """What the layers of a CLIP-like encoder read.
 
     Attributes:
@@ -61,7 +56,7 @@ class TextShape(TransformerShape):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectorShape(_Strict):
+class ProjectorShape(Strict):
     """From vision features to the decoder.
 
     Attributes:
@@ -80,7 +75,7 @@ class ProjectorShape(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderShape(_Strict):
+class DecoderShape(Strict):
     """What a decoder is made of.
 
     The decoder in ``families/common`` serves Llama, Mistral, Qwen2 and Qwen3. Another family's own
@@ -164,7 +159,7 @@ class DecoderShape(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture(_Strict):
+class Architecture(Strict):
     """All sizes of a model.
 
     Attributes:

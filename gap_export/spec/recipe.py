@@ -18,7 +18,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -127,20 +126,16 @@ class TextTower(_Strict):
     similarity_sign: Literal[-1, 1]
     shape: TextShape | None = None
 
-    @field_validator("folder")
-    @classmethod
-    def _folder_stays_within(cls, folder: str) -> str:
-        path = PurePosixPath(folder)
-        if path.is_absolute() or ".." in path.parts or "\0" in folder:
-            raise ValueError("a relative path within the checkpoint's folder")
-        return folder
-
-    @field_validator("template")
-    @classmethod
-    def _template_holds_its_slot(cls, template: str) -> str:
-        if template.count(SLOT) != 1:
-            raise ValueError(f"must hold {SLOT!r} exactly once")
-        return template
+    @model_validator(mode="after")
+    def _folder_and_template_are_sensible(self) -> TextTower:
+        path = PurePosixPath(self.folder)
+        if path.is_absolute() or ".." in path.parts or "\0" in self.folder:
+            raise ValueError(
+                "text_tower.folder must be a relative path within the checkpoint's folder"
+            )
+        if self.template.count(SLOT) != 1:
+            raise ValueError(f"text_tower.template must hold {SLOT!r} exactly once")
+        return self
 
 
 class PruningDefaults(_Strict):
@@ -236,35 +231,27 @@ class Recipe(_Strict):
         return self
 
     @model_validator(mode="after")
-    def _tokens_are_named(self) -> Recipe:
+    def _names_are_known(self) -> Recipe:
         unknown = [text for text in self.end_of_answer if text not in self.special_tokens]
         if unknown:
             raise ValueError(f"end_of_answer must name special_tokens; {unknown} are none")
         for text, token in self.special_tokens.items():
             _in_range(f"special_tokens of {text!r}", token, 0, _MAX_TOKEN_ID)
+        roles = tuple(self.checkpoint.parts) or ("main",)
+        if self.text_tower is not None and self.text_tower.role not in roles:
+            raise ValueError(f"text_tower.role must be one of {', '.join(roles)}")
         return self
 
     @model_validator(mode="after")
-    def _sizes_are_sensible_together(self) -> Recipe:
+    def _sizes_fit_together(self) -> Recipe:
         sizes = [*image_sizes(self.image, self.grid)]
         if self.architecture is not None:
             hidden = self.architecture.decoder.hidden_size
             sizes += prompt_sizes(self.image, self.grid, self.prompt, hidden)
         for name, seen, most in sizes:
             _in_range(f"{name} ({seen})", seen, 1, most)
-        return self
-
-    @model_validator(mode="after")
-    def _sizes_agree(self) -> Recipe:
         if self.architecture is not None:
             _check_sizes(self.architecture, self.image, self.grid)
-        return self
-
-    @model_validator(mode="after")
-    def _text_tower_has_a_part(self) -> Recipe:
-        roles = tuple(self.checkpoint.parts) or ("main",)
-        if self.text_tower is not None and self.text_tower.role not in roles:
-            raise ValueError(f"text_tower.role must be one of {', '.join(roles)}")
         return self
 
 

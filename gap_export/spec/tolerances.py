@@ -93,29 +93,19 @@ _FLOAT16 = Tolerance(
     "each other; measured on the demo model: 3.4",
 )
 
+_COMPUTED = (
+    "text_embeds", "token_scores", "patch_features", "patch_keys", "image_features", "logits",
+)  # fmt: skip
 TOLERANCES: Mapping[str, Mapping[str, Tolerance]] = {
-    "float32": {
-        "text_embeds": _FLOAT32,
-        "token_scores": _FLOAT32,
-        "patch_features": _FLOAT32,
-        "patch_keys": _FLOAT32,
-        "image_features": _FLOAT32,
-        "keep_indices": _SELECTED,
-        "image_newline": _READ,
-        "inputs_embeds": _READ,
-        "logits": _FLOAT32,
-    },
-    "float16": {
-        "text_embeds": _FLOAT16,
-        "token_scores": _FLOAT16,
-        "patch_features": _FLOAT16,
-        "patch_keys": _FLOAT16,
-        "image_features": _FLOAT16,
-        "keep_indices": _SELECTED_HALF,
-        "image_newline": _READ,
-        "inputs_embeds": _READ,
-        "logits": _FLOAT16,
-    },
+    dtype: {
+        **dict.fromkeys(_COMPUTED, computed),
+        **dict.fromkeys(("image_newline", "inputs_embeds"), _READ),
+        "keep_indices": selected,
+    }
+    for dtype, computed, selected in (
+        ("float32", _FLOAT32, _SELECTED),
+        ("float16", _FLOAT16, _SELECTED_HALF),
+    )
 }
 
 

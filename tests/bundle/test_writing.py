@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gap_export.bundle import BundleDraft, drafts, open_bundle, write_bundle, writing
-from gap_export.bundle.exchange import exchange
+from gap_export.bundle.drafts import exchange
 from gap_export.errors import BundleError, CheckpointError, OutputError
 from gap_export.spec.manifest import Manifest
 from tests.programs import run_program, start_program

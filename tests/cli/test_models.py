@@ -30,9 +30,10 @@ def found(monkeypatch, tmp_path):
     def find(role, parts):
         part = parts[role]
         names = {repository.id for repository in part.repositories} | {part.file}
-        return tmp_path / "there" if names & there else None
+        place = tmp_path / "there" if names & there else None
+        return hub_cache.PartSearch(role=role, part=part, place=place)
 
-    monkeypatch.setattr(hub_cache, "find_part", find)
+    monkeypatch.setattr(hub_cache, "look_for", find)
     return there
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ _PROCESSOR_FILES = frozenset({
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "preprocessor_config.json",
     "processor_config.json", "special_tokens_map.json",
 })  # fmt: skip
-_CONVERT = "load the model with the program it is for, and save it with transformers"
 
 
 def refuse_foreign(place: Path) -> None:
@@ -64,8 +63,8 @@ def refuse_foreign(place: Path) -> None:
         return
     if ADAPTER_CONFIG in names and _TRAINED_BESIDE not in names:
         raise _lone_adapter(place)
-    for holds, what, fix in _FORMATS:
-        found = sorted(name for name in names if holds(name))
+    for ends, what, fix in _FORMATS:
+        found = sorted(name for name in names if name.lower().endswith(ends))
         if found:
             raise _wrong(what, place, ", ".join(found[:3]), fix)
     weights = sorted(name for name in names if _WEIGHTS.fullmatch(name))
@@ -124,19 +123,18 @@ def quantized(what: str, seen: object, *, original: str | None = None) -> Checkp
 
 
 def _refuse_quantized(place: Path, names: set[str], config: Mapping[str, Any]) -> None:
+    name = config.get("_name_or_path")
+    original = reprlib.repr(name) if isinstance(name, str) and name else None
     parts = (config.get(f"{part}_config") for part in ("text", "llm", "vision"))
     for owner in (config, *parts):
         for key in ("quantization_config", "compression_config", "quantization"):
             found = owner.get(key) if isinstance(owner, dict) else None
             if isinstance(found, dict) and found:
-                raise quantized(
-                    _method(key, found),
-                    f"{place / 'config.json'}: {key}",
-                    original=_original(config),
-                )
-    for name, method in _QUANTIZER_FILES.items():
-        if name in names:
-            raise quantized(method, place / name, original=_original(config))
+                shown = f"{place / 'config.json'}: {key}"
+                raise quantized(_method(key, found), shown, original=original)
+    for file, method in _QUANTIZER_FILES.items():
+        if file in names:
+            raise quantized(method, place / file, original=original)
 
 
 def _method(key: str, found: Mapping[str, Any]) -> str:
@@ -151,36 +149,25 @@ def _method(key: str, found: Mapping[str, Any]) -> str:
     return f"{name}, {bits} bits" if type(bits) is int else name
 
 
-def _original(config: Mapping[str, Any]) -> str | None:
-    name = config.get("_name_or_path")
-    return reprlib.repr(name) if isinstance(name, str) and name else None
-
-
 def _lone_adapter(place: Path) -> CheckpointError:
     config = read_object(place / ADAPTER_CONFIG)
     base, kind = config.get("base_model_name_or_path"), config.get("peft_type")
-    named = isinstance(base, str) and bool(base)
-    here = _find_base(base) if isinstance(base, str) and base else None
-    name = reprlib.repr(base) if named else "its base model"
-    where = f" (here: {here})" if here is not None else ""
+    name, seen = "its base model", str(place)
+    if isinstance(base, str) and base:
+        try:
+            here = Path(base) if Path(base).is_dir() else find_repository(HubRepository(id=base))
+        except (OSError, ValueError):  # no name of a folder, or of a repository
+            here = None
+        name = reprlib.repr(base)
+        seen += f", trained on {name}" + ("" if here is None else f" (here: {here})")
     return CheckpointError(
         f"this is an adapter of peft ({reprlib.repr(kind)}) without the model it belongs to",
-        seen=f"{place}, trained on {name}{where}" if named else place,
+        seen=seen,
         allowed="a whole model, with or without an adapter beside it",
         fix=f"copy the files of {name} into one folder with the adapter's and export that, or "
         "merge it with peft's merge_and_unload and export what that saves; an adapter of LLaVA's "
         f"authors needs its {_TRAINED_BESIDE} beside it",
     )
-
-
-def _find_base(name: str) -> Path | None:
-    """Where an adapter's base model is on this machine."""
-    try:
-        if Path(name).is_dir():
-            return Path(name)
-        return find_repository(HubRepository(id=name))
-    except (OSError, ValueError):  # no name of a folder, or of a repository
-        return None
 
 
 def _wrong(what: str, place: Path, seen: str, fix: str | None = None) -> CheckpointError:
@@ -192,30 +179,30 @@ def _wrong(what: str, place: Path, seen: str, fix: str | None = None) -> Checkpo
     )
 
 
-def _ends(*suffixes: str) -> Callable[[str], bool]:
-    return lambda name: name.lower().endswith(suffixes)
-
-
-# (is a name one, what it then is, what to do), for folders without weights that can be read.
-_FORMATS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
+# (how names end, what they then are, what to do), for folders without weights that can be read.
+_FORMATS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
-        _ends(".gguf", ".ggml"),
+        (".gguf", ".ggml"),
         "this is a model for llama.cpp (GGUF)",
         "export the checkpoint that it was converted from, as transformers or its authors save it",
     ),
     (
-        _ends(".onnx"),
+        (".onnx",),
         "this is an ONNX export and no checkpoint",
         "put pruner and GapRemap into it with: gap-export patch DIR",
     ),
     (
-        _ends("tf_model.h5", ".ckpt.index", "flax_model.msgpack", "flax_model.msgpack.index.json"),
+        ("tf_model.h5", ".ckpt.index", "flax_model.msgpack", "flax_model.msgpack.index.json"),
         "these are weights for TensorFlow or Flax",
         "download the PyTorch weights of the model, or convert them with transformers 4",
     ),
-    (_ends("weights.npz"), "these are weights for MLX", _CONVERT),
     (
-        _ends("consolidated.00.pth", "consolidated.safetensors", "params.json"),
+        ("weights.npz",),
+        "these are weights for MLX",
+        "load the model with the program it is for, and save it with transformers",
+    ),
+    (
+        ("consolidated.00.pth", "consolidated.safetensors", "params.json"),
         "these are weights as Meta or Mistral publish them for their own code",
         "download the model as converted for transformers",
     ),

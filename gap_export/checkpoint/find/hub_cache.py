@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +30,77 @@ _MAX_JSON_BYTES = 16 << 20
 Parts = Mapping[str, CheckpointPart]
 
 
-def find_part(role: str, parts: Parts) -> Path | None:
-    """Where a part lies, complete, without anybody saying so; None where it does not.
+@dataclass(frozen=True, kw_only=True)
+class PartSearch:
+    """What came of looking for a part of a checkpoint in the caches.
+
+    Attributes:
+        role: The part's role.
+        part: What the recipe says of it; None where it has no such part.
+        place: A folder, or a file where the part is one; None where it is not there as a whole.
+        unfinished: The first repository whose download was cut short, and the files it lacks.
+    """
+
+    role: str
+    part: CheckpointPart | None
+    place: Path | None = None
+    unfinished: tuple[HubRepository, list[str]] | None = None
+
+    def where_looked(self) -> str:
+        """Where the part was looked for, in words."""
+        from huggingface_hub import constants
+
+        assert self.part is not None, "only a part of the recipe is looked for"
+        places = []
+        if self.part.repositories:
+            names = " or ".join(repository.id for repository in self.part.repositories)
+            places.append(f"{names} in {Path(constants.HF_HUB_CACHE)}")
+        if self.part.url is not None and self.part.file is not None:
+            places.append(f"{self.part.file} in {_torch_cache()}")
+        text = " and ".join(places) or "nowhere: it is not published"
+        if self.unfinished is None:
+            return text
+        repository, missing = self.unfinished
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return f"{text} ({repository.id} is there, but without {missing[0]}{more})"
+
+    def how_to_get(self) -> str:
+        """How to get the part and how to name it, in words."""
+        say = f"say where it is: --checkpoint {self.role}=PATH"
+        if self.part is None:
+            return say
+        if self.unfinished is not None:
+            command = _download_command(self.unfinished[0], self.part.file)
+            return f"its download was not finished: run `{command}` again, or {say}"
+        if self.part.hub is not None:
+            return f"get it with `{_download_command(self.part.hub, self.part.file)}`, or {say}"
+        return f"get it from {self.part.url}, and {say}" if self.part.url is not None else say
+
+
+def look_for(role: str, parts: Parts) -> PartSearch:
+    """Look for a part that the user has not named.
 
     Args:
-        role: Of the part that is wanted.
+        role: The role of the part.
         parts: All parts of the recipe: where no other is required, main has the tokenizer, too.
-
-    Returns:
-        A folder, or a file where the part is one.
     """
-    part = parts[role]
+    part = parts.get(role)
+    if part is None:
+        return PartSearch(role=role, part=None)
+    place, unfinished = None, None
     for repository in part.repositories:
         found = find_repository(repository, file=part.file)
-        if found is not None and not _missing_files(found, role, parts):
-            return found
-    if part.url is not None and part.file is not None:
+        missing = [] if found is None else _missing_files(found, role, parts)
+        if missing:
+            unfinished = unfinished or (repository, missing)
+        elif found is not None:
+            place = found
+            break
+    if place is None and part.url is not None and part.file is not None:
         # There the models' own code puts what it fetches by url.
         path = _torch_cache() / part.file
-        return path if path.is_file() else None
-    return None
-
-
-def is_incomplete(role: str, parts: Parts) -> bool:
-    """Whether a part's download was begun and not finished, and no other will do for it."""
-    return find_part(role, parts) is None and _unfinished(role, parts) is not None
+        place = path if path.is_file() else None
+    return PartSearch(role=role, part=part, place=place, unfinished=unfinished)
 
 
 def find_repository(repository: HubRepository, *, file: str | None = None) -> Path | None:
@@ -76,41 +123,6 @@ def find_repository(repository: HubRepository, *, file: str | None = None) -> Pa
     return Path(found) if file is not None else Path(found).parent
 
 
-def where_looked(role: str, parts: Parts) -> str:
-    """Where a part is looked for by itself, in words."""
-    part = parts[role]
-    places = []
-    if part.repositories:
-        names = " or ".join(repository.id for repository in part.repositories)
-        places.append(f"{names} in {_hub_cache()}")
-    if part.url is not None and part.file is not None:
-        places.append(f"{part.file} in {_torch_cache()}")
-    text = " and ".join(places) or "nowhere: it is not published"
-    unfinished = _unfinished(role, parts)
-    if unfinished is None:
-        return text
-    repository, missing = unfinished
-    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    return f"{text} ({repository.id} is there, but without {missing[0]}{more})"
-
-
-def how_to_get(role: str, parts: Parts) -> str:
-    """How to get a part and how to name it, in words."""
-    flag = f"--checkpoint {role}=PATH"
-    part = parts.get(role)
-    if part is None:
-        return f"say where it is: {flag}"
-    unfinished = _unfinished(role, parts)
-    if unfinished is not None:
-        command = _download_command(unfinished[0], part.file)
-        return f"its download was not finished: run `{command}` again, or say where it is: {flag}"
-    if part.hub is not None:
-        return f"get it with `{_download_command(part.hub, part.file)}`, or say where it is: {flag}"
-    if part.url is not None:
-        return f"get it from {part.url}, and say where it is: {flag}"
-    return f"say where it is: {flag}"
-
-
 def _download_command(repository: HubRepository, file: str | None) -> str:
     words = ["hf download", repository.id]
     if file is not None:
@@ -120,17 +132,6 @@ def _download_command(repository: HubRepository, file: str | None) -> str:
     if repository.revision != "main":
         words.append(f"--revision {repository.revision}")
     return " ".join(words)
-
-
-def _unfinished(role: str, parts: Parts) -> tuple[HubRepository, list[str]] | None:
-    """The first of a part's repositories that is there, and what it lacks; None for nothing."""
-    part = parts[role]
-    for repository in part.repositories:
-        found = find_repository(repository, file=part.file)
-        if found is not None:
-            missing = _missing_files(found, role, parts)
-            return (repository, missing) if missing else None
-    return None
 
 
 def _missing_files(place: Path, role: str, parts: Parts) -> list[str]:
@@ -175,12 +176,6 @@ def read_object(file: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return plain if isinstance(plain, dict) else {}
-
-
-def _hub_cache() -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
 
 
 def _torch_cache() -> Path:

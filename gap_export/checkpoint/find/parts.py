@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gap_export.checkpoint.find.hub_cache import find_part, how_to_get, where_looked
+from gap_export.checkpoint.find.hub_cache import look_for
 from gap_export.errors import CheckpointError, UsageError
 from gap_export.spec.recipe import Recipe
 
@@ -47,17 +47,17 @@ class Checkpoint:
         """
         if role in self.parts:
             return self.parts[role]
-        declared = recipe.checkpoint.parts
-        known = role in declared
+        search = look_for(role, recipe.checkpoint.parts)
+        what = role if search.part is None else search.part.what
         raise CheckpointError(
-            f"{recipe.name} needs {declared[role].what if known else role}, which was not found",
-            seen="looked for " + where_looked(role, declared) if known else None,
-            fix=how_to_get(role, declared),
+            f"{recipe.name} needs {what}, which was not found",
+            seen=None if search.part is None else f"looked for {search.where_looked()}",
+            fix=search.how_to_get(),
         )
 
 
 def parse_parts(values: Sequence[str]) -> dict[str, Path]:
-    """What ``--checkpoint [ROLE=]PATH``, given any number of times, means.
+    """Read ``--checkpoint [ROLE=]PATH``, which may be given any number of times.
 
     A word and ``=`` in front are a role, whether or not a recipe has it: a path of that form is
     written ``main=PATH`` or ``./PATH``. Without a role it is the main part.
@@ -120,7 +120,7 @@ def check_named_parts(recipe: Recipe, checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"the part {role} of the checkpoint is not there",
                 seen=str(path / file if wrong_kind and file is not None else path)[:_MAX_SHOWN],
-                fix=how_to_get(role, declared),
+                fix=look_for(role, declared).how_to_get(),
             )
         if path.is_file() and file is None and role != MAIN:
             raise CheckpointError(
@@ -140,16 +140,16 @@ def check_required_parts(recipe: Recipe, checkpoint: Checkpoint) -> None:
     if not declared:
         return
     # Named by the user, the main part may be whole; if it is not, its reader says what it lacks.
-    own = MAIN in checkpoint.parts and checkpoint.main != find_part(MAIN, declared)
+    own = MAIN in checkpoint.parts and checkpoint.main != look_for(MAIN, declared).place
     absent = {r: p for r, p in declared.items() if p.required and r not in checkpoint.parts}
     if all(part.required == "published" and own for part in absent.values()):
         return
     merged = f"; not needed where {MAIN} is merged with it" if own else ""
-    lines = [
-        f"{role}: {part.what}{merged if part.required == 'published' else ''}; looked for "
-        f"{where_looked(role, declared)}; {how_to_get(role, declared)}"
-        for role, part in absent.items()
-    ]
+    lines = []
+    for role, part in absent.items():
+        search = look_for(role, declared)
+        what = part.what + (merged if part.required == "published" else "")
+        lines.append(f"{role}: {what}; looked for {search.where_looked()}; {search.how_to_get()}")
     raise CheckpointError(
         f"weights of {recipe.name} are not on this machine",
         seen=", ".join(absent),

@@ -12,7 +12,7 @@ from typing import Any
 
 from gap_export.bundle.files import sha256_of
 from gap_export.checkpoint.find.foreign import describe_config, refuse_foreign
-from gap_export.checkpoint.find.hub_cache import ADAPTER_CONFIG, find_part
+from gap_export.checkpoint.find.hub_cache import ADAPTER_CONFIG, look_for
 from gap_export.checkpoint.find.parts import (
     MAIN,
     Checkpoint,
@@ -109,11 +109,13 @@ def resolve_model(
     elif main is not None:
         parts = {MAIN: main, **parts}
     declared = wanted.checkpoint.parts
-    here = {role: _settle(path, declared.get(role)) for role, path in parts.items()}
-    for role in declared:
-        place = find_part(role, declared) if role not in here else None
+    here = dict(parts)
+    for role, part in declared.items():
+        place = here.get(role) or look_for(role, declared).place
         if place is not None:
-            here[role] = place
+            # The file itself, where the folder that holds it was named.
+            inside = place / part.file if part.file is not None else place
+            here[role] = inside if exists(inside) else place
     checkpoint = Checkpoint(parts=here)
     check_named_parts(wanted, checkpoint)
     if MAIN not in parts:
@@ -222,8 +224,8 @@ def _find_model(
         try:
             found, home = find_recipe(model)
         except UnknownModelError:
-            published = _published_as(model)
             if not exists(Path(model)):
+                published = _published_as(model)
                 if published is None:
                     raise
                 return published
@@ -279,13 +281,6 @@ def _narrowed(recipe: Recipe, repository: HubRepository) -> Recipe:
 def _recipe_file(place: Path) -> Path:
     """Where a main part's own recipe is: in its folder, or beside it where it is a file."""
     return (place.parent if place.is_file() else place) / RECIPE_NAME
-
-
-def _settle(path: Path, part: CheckpointPart | None) -> Path:
-    """The file itself where a part is a file and the folder that holds it was named."""
-    if part is not None and part.file is not None and exists(path / part.file):
-        return path / part.file
-    return path
 
 
 def _shipped(name: str) -> tuple[Recipe, Path] | None:
@@ -351,7 +346,7 @@ def _first_place(
         if shipped is not None and shipped[0].checkpoint.kind == "bundled" and part.role == MAIN:
             places.append(shipped[1])
         declared = recipe.checkpoint.parts if recipe is not None else {}
-        cached = find_part(part.role, declared) if part.role in declared else None
+        cached = look_for(part.role, declared).place
         places += [] if cached is None else [cached]
     place = next(filter(exists, places), None)
     if place is None:

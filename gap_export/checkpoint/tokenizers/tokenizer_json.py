@@ -31,7 +31,7 @@ def read_tokenizer(folder: Path, recipe: Recipe) -> Path | bytes:
 
     ``tokenizer.json`` is taken where there is one, else ``tokenizer.model`` is converted; the
     tokens of ``added_tokens.json`` and of the recipe that it lacks are added at its end, and no
-    text is cut or padded, even if ``tokenizer.json`` was last used for. Text is
+    text is cut or padded, though training may have left ``tokenizer.json`` to do so. Text is
     split at special tokens before anything else is done with it, and each piece is tokenized like
     a text of its own, with a space in front, as by the tokenizers these models were trained with.
 
@@ -59,7 +59,9 @@ def read_tokenizer(folder: Path, recipe: Recipe) -> Path | bytes:
             fix="copy the tokenizer of the language model there",
         )
     before = json.dumps(plain)
-    _encode_whole(plain)
+    for key in ("truncation", "padding"):
+        if plain.get(key) is not None:
+            plain[key] = None
     _check_ids(plain, _load(plain, source), source)
     _add_tokens(plain, _wanted(folder, recipe), source)
     _split_at_special_tokens(plain, recipe)
@@ -99,15 +101,10 @@ def _add_tokens(plain: dict[str, Any], wanted: Mapping[str, int], source: Path) 
             taken = tokenizer.id_to_token(token)
             what = f"token {token} is {taken!r}" if taken is not None else f"{free} tokens"
             raise _refused(source, what, f"{text} as token {token}")
-        added.append(_entry(text, token))
+        # The spaces around it belong to it: slow tokenizers stripped them at tokens added later.
+        strips = {"single_word": False, "lstrip": True, "rstrip": True}
+        added.append({"id": token, "content": text, **strips, "normalized": False, "special": True})
         free += 1
-
-
-def _encode_whole(plain: dict[str, Any]) -> None:
-    """Drop the lengths that texts were cut or padded to in training, in place."""
-    for key in ("truncation", "padding"):
-        if plain.get(key) is not None:
-            plain[key] = None
 
 
 def _split_at_special_tokens(plain: dict[str, Any], recipe: Recipe) -> None:
@@ -121,19 +118,6 @@ def _split_at_special_tokens(plain: dict[str, Any], recipe: Recipe) -> None:
     # Newer conversions put a space before the first piece alone.
     if isinstance(splitter, dict) and splitter.get("prepend_scheme") == "first":
         splitter["prepend_scheme"] = "always"
-
-
-def _entry(text: str, token: int) -> dict[str, Any]:
-    # The spaces around it belong to it: slow tokenizers stripped them at tokens added later.
-    return {
-        "id": token,
-        "content": text,
-        "single_word": False,
-        "lstrip": True,
-        "rstrip": True,
-        "normalized": False,
-        "special": True,
-    }
 
 
 def _check_ids(plain: dict[str, Any], tokenizer: Tokenizer, source: Path) -> None:

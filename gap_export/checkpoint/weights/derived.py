@@ -25,7 +25,7 @@ from gap_export.checkpoint.weights.weight import (
 )
 from gap_export.errors import CheckpointError
 
-# Of random weights: normal values drawn once and repeated, in pieces from places drawn per weight.
+# Random weights are normal values drawn once, in pieces from places that are drawn per weight.
 # Drawing all 7e9 values of a model would take minutes; copying takes as long as the disk.
 _POOL_SIZE = 1 << 21
 _PIECE = 1 << 16
@@ -47,7 +47,7 @@ def cast(weight: Weight, dtype: str) -> Weight:
         dtype=dtype,
         shape=weight.shape,
         sources=(weight,),
-        compute=_same,
+        compute=lambda tensor: tensor,
         origin=weight.origin,
     )
 
@@ -234,10 +234,6 @@ def _pool() -> torch.Tensor:
     """Standard normal values, float32 [2M]."""
     drawn = np.random.default_rng(0).standard_normal(_POOL_SIZE, dtype=np.float32)
     return torch.from_numpy(drawn)
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 def _by_rows(

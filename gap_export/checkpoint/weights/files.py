@@ -16,10 +16,10 @@ _MAX_JSON_BYTES = 16_000_000
 _LFS_POINTER = b"version https://git-lfs"
 _NAMES_SHOWN = 5
 _MAX_SHOWN = 300
-# Of a tensor's name and shape: no model comes near, and a message that has them stays short.
+# No tensor of a model has such a name or shape; a message that has them stays short.
 MAX_KEY = 1000
 MAX_RANK = 16
-# Of one file's name, on any file system we know.
+# No file system we know has longer names.
 _MAX_NAME_BYTES = 255
 
 

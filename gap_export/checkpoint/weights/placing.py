@@ -84,7 +84,12 @@ def store_weights(
         CheckpointError: a weight cannot be read, is no float tensor, or is not finite once cast.
         OSError: the file is there already or cannot be written, or the disk has no room for it.
     """
-    distinct, first_names = _distinct(weights)
+    distinct: dict[str, Weight] = {}
+    first_of: dict[int, str] = {}
+    for name, weight in weights.items():
+        check_float(name, weight)
+        if first_of.setdefault(id(weight), name) == name:
+            distinct[name] = weight
     header, stored = lay_out(
         path.name, {name: (dtype, weight.shape) for name, weight in distinct.items()}
     )
@@ -92,7 +97,7 @@ def store_weights(
         for name, weight in distinct.items():
             assert stream.tell() == stored[name].offset, name
             _write(stream, name, weight, TORCH_DTYPES[dtype], advance)
-    return {name: stored[first_names[name]] for name in weights}
+    return {name: stored[first_of[id(weight)]] for name, weight in weights.items()}
 
 
 def lay_out(
@@ -171,17 +176,6 @@ def _single_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _distinct(weights: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str, str]]:
-    """Each weight once, and for every name the first one of its weight."""
-    distinct: dict[str, Weight] = {}
-    first_of: dict[int, str] = {}
-    for name, weight in weights.items():
-        check_float(name, weight)
-        if first_of.setdefault(id(weight), name) == name:
-            distinct[name] = weight
-    return distinct, {name: first_of[id(weight)] for name, weight in weights.items()}
 
 
 def check_float(name: str, weight: Weight) -> None:

@@ -31,6 +31,7 @@ from gap_export.checkpoint.weights.weight import (
     FLOAT_DTYPES,
     TORCH_DTYPES,
     Weight,
+    is_finite,
     not_finite,
 )
 from gap_export.errors import CheckpointError, UsageError
@@ -117,7 +118,7 @@ def store_quantized(
     places, header, stored = _lay_out(path.name, weights, block_size, dtypes)
     with new_file(path, header, stored.values()) as stream:
         for name, weight in weights.items():
-            _write(stream, name, weight, places[name], advance or _ignore)
+            _write(stream, name, weight, places[name], advance or (lambda _: None))
     return places
 
 
@@ -246,11 +247,16 @@ def _write(
     stream.seek(place.packed.offset)
     for start, stop in _pieces(place):
         columns = tensor[:, start:stop]
-        if not _is_finite(columns):
+        if not is_finite(columns):
             raise not_finite(tensor, torch.float32, origin=f"{name} ({weight.origin})")
         steps, found = quantize_columns(columns, block_size=place.block_size)
         if float(found.max()) > _MAX_SCALE:
-            raise _too_large(name, weight, columns)
+            raise CheckpointError(
+                "a weight is too large for INT4 with float16 scales",
+                seen=f"{name} ({weight.origin}), largest value {float(columns.abs().max()):g}",
+                allowed=f"up to {_LARGEST * _MAX_SCALE:g}",
+                fix="export it in a float dtype",
+            )
         scales[start // place.block_size : stop // place.block_size] = found[..., 0].T
         advance(stream.write(_pack(steps).numpy().data))
     for dtype, held in place.scales.items():
@@ -271,21 +277,3 @@ def _pack(steps: torch.Tensor) -> torch.Tensor:
     """Int8 [N, blocks, block_size] to bytes of two values each, row-major over [k, N]."""
     flat = steps.reshape(steps.shape[0], -1).T.reshape(-1).view(torch.uint8)
     return (flat[0::2] & 0xF) | (flat[1::2] << 4)
-
-
-def _is_finite(columns: torch.Tensor) -> bool:
-    low, high = torch.aminmax(columns)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _too_large(name: str, weight: Weight, columns: torch.Tensor) -> CheckpointError:
-    return CheckpointError(
-        "a weight is too large for INT4 with float16 scales",
-        seen=f"{name} ({weight.origin}), largest value {float(columns.abs().max()):g}",
-        allowed=f"up to {_LARGEST * _MAX_SCALE:g}",
-        fix="export it in a float dtype",
-    )
-
-
-def _ignore(written: int) -> None:
-    del written

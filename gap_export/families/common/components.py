@@ -15,9 +15,15 @@ from gap_export.families.common.decoder_kind import DecoderKind
 from gap_export.families.common.modules.clip_text import ClipTextEncoder
 from gap_export.families.common.modules.decoder_stack import TokenEmbedding
 from gap_export.families.common.modules.expected import NEWLINE_KEY, decoder_key
-from gap_export.families.common.reference import Component, Device, ModelSource, Reference
+from gap_export.families.common.reference import (
+    Component,
+    Device,
+    ModelSource,
+    Reference,
+    spec,
+)
 from gap_export.pruning import find_preset
-from gap_export.spec.manifest import DecoderSpec, PruningSpec, TensorSpec, TextEncoderSpec
+from gap_export.spec.manifest import DecoderSpec, PruningSpec, TextEncoderSpec
 from gap_export.spec.recipe import Recipe
 
 _TOKENIZER = "tokenizer.json"
@@ -30,8 +36,8 @@ def text_component(text: TextTowerSource, *, dtype: str) -> Component:
     return Component(
         name="text_encoder",
         module=ClipTextEncoder(text.shape),
-        inputs=(_spec("input_ids", "batch_size", "text_length", dtype=_I64),),
-        outputs=(_spec("text_embeds", "batch_size", text.shape.embed_dim, dtype=dtype),),
+        inputs=(spec("input_ids", "batch_size", "text_length", dtype=_I64),),
+        outputs=(spec("text_embeds", "batch_size", text.shape.embed_dim, dtype=dtype),),
         example_sizes={"batch_size": 2, "text_length": 5},
         weight_refs=text.weights,
         constants={},
@@ -42,8 +48,8 @@ def text_component(text: TextTowerSource, *, dtype: str) -> Component:
 def embedding_component(source: ModelSource, *, dtype: str) -> Component:
     """Prompt ids to vectors."""
     shape = source.architecture.decoder
-    inputs = (_spec("input_ids", "batch_size", "sequence_length", dtype=_I64),)
-    hidden = _spec("inputs_embeds", "batch_size", "sequence_length", shape.embeds_size, dtype=dtype)
+    inputs = (spec("input_ids", "batch_size", "sequence_length", dtype=_I64),)
+    hidden = spec("inputs_embeds", "batch_size", "sequence_length", shape.embeds_size, dtype=dtype)
     return Component(
         name="embed_tokens",
         module=TokenEmbedding(shape),
@@ -63,7 +69,7 @@ def decoder_component(source: ModelSource, kind: DecoderKind, *, dtype: str) -> 
     width, heads = shape.head_dim, shape.num_key_value_heads
     cache = [f"{i}.{part}" for i in range(shape.num_layers) for part in ("key", "value")]
     past = [
-        _spec(
+        spec(
             f"past_key_values.{name}",
             *("batch_size", heads, "past_sequence_length", width),
             dtype=dtype,
@@ -71,7 +77,7 @@ def decoder_component(source: ModelSource, kind: DecoderKind, *, dtype: str) -> 
         for name in cache
     ]
     present = [
-        _spec(
+        spec(
             f"present.{name}",
             *("batch_size", heads, "total_sequence_length", width),
             dtype=dtype,
@@ -82,12 +88,12 @@ def decoder_component(source: ModelSource, kind: DecoderKind, *, dtype: str) -> 
         name="decoder_model_merged",
         module=module,
         inputs=(
-            _spec("inputs_embeds", "batch_size", "sequence_length", shape.embeds_size, dtype=dtype),
-            _spec("attention_mask", "batch_size", "total_sequence_length", dtype=_I64),
-            _spec("position_ids", *axes, "batch_size", "sequence_length", dtype=_I64),
+            spec("inputs_embeds", "batch_size", "sequence_length", shape.embeds_size, dtype=dtype),
+            spec("attention_mask", "batch_size", "total_sequence_length", dtype=_I64),
+            spec("position_ids", *axes, "batch_size", "sequence_length", dtype=_I64),
             *past,
         ),
-        outputs=(_spec("logits", "batch_size", 1, shape.vocab_size, dtype=dtype), *present),
+        outputs=(spec("logits", "batch_size", 1, shape.vocab_size, dtype=dtype), *present),
         example_sizes={
             "batch_size": 2,
             "sequence_length": 5,
@@ -202,7 +208,3 @@ def _existing(tokenizer: Path | bytes) -> Path | bytes:
             fix="save the tokenizer with transformers' save_pretrained into that folder",
         )
     return tokenizer
-
-
-def _spec(name: str, *shape: int | str, dtype: str) -> TensorSpec:
-    return TensorSpec(name=name, dtype=dtype, shape=shape)

@@ -118,6 +118,11 @@ class Component:
     channel_groups: tuple[ChannelGroup, ...] = ()
 
 
+def spec(name: str, *shape: int | str, dtype: str) -> TensorSpec:
+    """The input or output of a component, its dimensions one by one."""
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """A pruned model in PyTorch: what everything else is compared with.

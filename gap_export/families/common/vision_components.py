@@ -25,7 +25,7 @@ from gap_export.families.common.modules.pruned_vision import (
     TokenPruner,
     VisionParts,
 )
-from gap_export.families.common.reference import Component, ModelSource
+from gap_export.families.common.reference import Component, ModelSource, spec
 from gap_export.pruning import PRESETS, FixedPruner, ScoringPruner, find_pruner
 from gap_export.pruning.probe import fixed_places, probe_pruner
 from gap_export.spec.keep_indices import check_keep_indices
@@ -97,25 +97,25 @@ def _vision(
     dtype: str,
 ) -> Component:
     size = (recipe.image.height, recipe.image.width)
-    inputs = [_spec("pixel_values", "num_images", 3, *size, dtype=_F32)]
+    inputs = [spec("pixel_values", "num_images", 3, *size, dtype=_F32)]
     sizes = {"num_images": 2}
     rows = "num_images"
     if text is not None:
-        inputs.append(_spec("text_embeds", "batch_size", text.shape.embed_dim, dtype=dtype))
+        inputs.append(spec("text_embeds", "batch_size", text.shape.embed_dim, dtype=dtype))
         sizes["batch_size"], rows = 3, "batch_size"
     layers = module.tower.get_submodule(_LAYERS)
     assert isinstance(layers, nn.ModuleList)
     weights = _weights(source.weights, text, num_layers=len(layers))
     pruning, pruner = module.pruning, module.pruner
     tokens = pruning.num_visual_tokens
-    scores = _spec("token_scores", rows, tokens, dtype=_F32)
+    scores = spec("token_scores", rows, tokens, dtype=_F32)
     if isinstance(module, ScoredVisionEncoder):
         outputs = [scores, *_patches(module.pruner, source, tokens=tokens, rows=rows, dtype=dtype)]
     else:
         emitted, hidden = pruning.num_emitted_tokens, source.architecture.decoder.hidden_size
         outputs = [
-            _spec("image_features", rows, emitted, hidden, dtype=dtype),
-            _spec("keep_indices", rows, emitted, dtype=_I64),
+            spec("image_features", rows, emitted, hidden, dtype=dtype),
+            spec("keep_indices", rows, emitted, dtype=_I64),
             *([scores] if isinstance(pruner, ScoringPruner) else []),
         ]
     return Component(
@@ -134,20 +134,20 @@ def _vision(
 def _token_pruner(module: TokenPruner, source: ModelSource, *, rows: str, dtype: str) -> Component:
     pruning, hidden = module.pruning, source.architecture.decoder.hidden_size
     tokens = pruning.num_visual_tokens
-    scores = _spec("token_scores", rows, tokens, dtype=_F32)
+    scores = spec("token_scores", rows, tokens, dtype=_F32)
     emitted = "num_kept_tokens" if pruning.extra_token == "none" else "num_kept_tokens + 1"
     return Component(
         name="token_pruner",
         prunes=True,
         module=module,
         inputs=(
-            _spec("kept_slots", "num_kept_tokens", dtype=_I64),
+            spec("kept_slots", "num_kept_tokens", dtype=_I64),
             scores,
             *_patches(module.pruner, source, tokens=tokens, rows=rows, dtype=dtype),
         ),
         outputs=(
-            _spec("image_features", rows, emitted, hidden, dtype=dtype),
-            _spec("keep_indices", rows, emitted, dtype=_I64),
+            spec("image_features", rows, emitted, hidden, dtype=dtype),
+            spec("keep_indices", rows, emitted, dtype=_I64),
         ),
         # No two alike, and less than the tokens of any model worth pruning.
         example_sizes={rows: 2, "num_kept_tokens": 3},
@@ -162,10 +162,10 @@ def _patches(
     """What the second graph takes from the first beside the scores."""
     assert isinstance(pruner, ScoringPruner)
     vision, projector = source.architecture.vision, source.architecture.projector
-    found = [_spec("patch_features", rows, tokens, projector.width, dtype=dtype)]
+    found = [spec("patch_features", rows, tokens, projector.width, dtype=dtype)]
     if pruner.merges_by is not None:
         heads = vision.num_heads if pruner.merges_by == "keys" else 1
-        found.append(_spec("patch_keys", rows, tokens, projector.width // heads, dtype=dtype))
+        found.append(spec("patch_keys", rows, tokens, projector.width // heads, dtype=dtype))
     return found
 
 
@@ -212,7 +212,3 @@ def _fixed_places(
         who=f"pruner {pruning.pruner}",
     )
     return {"fixed_places": ordered}
-
-
-def _spec(name: str, *shape: int | str, dtype: str) -> TensorSpec:
-    return TensorSpec(name=name, dtype=dtype, shape=shape)

@@ -37,7 +37,7 @@ from gap_export.families.common.checkpoints.parts import (
 )
 from gap_export.families.common.modules.expected import expected_language
 from gap_export.families.common.reference import Expected, ModelSource
-from gap_export.spec.architecture import Architecture, DecoderShape, ProjectorShape
+from gap_export.spec.architecture import Architecture, ProjectorShape
 from gap_export.spec.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,13 @@ def _read_main(recipe: Recipe, checkpoint: Checkpoint) -> _Main:
     folder = checkpoint.main
     found = index_folder(folder)
     config_file = folder / "config.json"
-    decoder = _decoder_shape(recipe, config_file, num_tensors=len(found))
+    plain = read_json_object(config_file)
+    layer = plain.get("mm_vision_select_layer", recipe.select_layer)
+    compare_facts(recipe, config_file, [("mm_vision_select_layer", layer, recipe.select_layer)])
+    as_llama = {key: value for key, value in plain.items() if key not in _WRONG_IDS}
+    as_llama["model_type"] = LlamaConfig.model_type
+    config = build_config(LlamaConfig, as_llama, config_file, num_tensors=len(found))
+    decoder = decoder_shape(config, config_file)
     tower = read_clip_tower(checkpoint.part(TOWER, recipe))
     side = tower.shape.image_size
     wanted = [recipe.image.height, recipe.image.width]
@@ -174,14 +180,6 @@ def _read_main(recipe: Recipe, checkpoint: Checkpoint) -> _Main:
         tower=tower.weights,
         files=(*((MAIN, file) for file in files), *((TOWER, file) for file in tower.files)),
     )
-
-
-def _decoder_shape(recipe: Recipe, file: Path, *, num_tensors: int) -> DecoderShape:
-    plain = {key: value for key, value in read_json_object(file).items() if key not in _WRONG_IDS}
-    layer = plain.get("mm_vision_select_layer", recipe.select_layer)
-    compare_facts(recipe, file, [("mm_vision_select_layer", layer, recipe.select_layer)])
-    as_llama = {**plain, "model_type": LlamaConfig.model_type}
-    return decoder_shape(build_config(LlamaConfig, as_llama, file, num_tensors=num_tensors), file)
 
 
 def _source(

@@ -118,12 +118,7 @@ def parse_manifest(raw: bytes) -> Manifest:
     manifest = from_plain(Manifest, fields, where=MANIFEST_NAME)
     paths = [file.path for file in manifest.files]
     paths += [file.path for part in manifest.source.parts for file in part.files]
-    paths += [graph.file for graph in manifest.graphs]
-    if manifest.text_encoder is not None:
-        paths.append(manifest.text_encoder.tokenizer_file)
-    if manifest.newline is not None:
-        paths.append(manifest.newline.file)
-    for path in paths:
+    for path in (*paths, *manifest.used_files()):
         check_member_path(path)
     check_values(manifest)
     return manifest

@@ -27,7 +27,7 @@ _MAX_TILES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Strict:
-    """The base of all parts of a manifest."""
+    """The base of all parts of a manifest, and of the sizes in a recipe."""
 
     # pydantic reads this where a recipe nests one of these classes; it needs no import here.
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -48,7 +48,7 @@ class GridSpec(Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class TilesSpec(Strict):
-    """Canvases a image may be fitted to and cut into tiles ("anyres", LLaVA-1.6).
+    """Canvases an image may be fitted to and cut into tiles ("anyres", LLaVA-1.6).
 
     Attributes:
         resolutions: (height, width) in pixels, each a multiple of the tile's. The first of equals
@@ -63,7 +63,7 @@ class TilesSpec(Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec(Strict):
-    """How a image becomes ``pixel_values`` [I,3,height,width] float32.
+    """How an image becomes ``pixel_values`` [I,3,height,width] float32.
 
     Attributes:
         height: Pixels the vision encoder reads, vertical; of one tile where there are tiles.

@@ -90,8 +90,8 @@ class PruningSpec(Strict):
         extra_position: Index of the extra token: that of the ``last`` visual token, or of the cell
             at the ``centroid`` of what was dropped.
         budget: ``fixed``: K of every image; ``adaptive``: as many as stand out by their scores.
-        kept_buckets: Of bundles made before every number of 1..K could be kept: those an adaptive
-            one is rounded up to, ascending, K the last. Else empty.
+        kept_buckets: Numbers that an adaptive one is rounded up to, ascending, K the last; empty
+            in bundles made since every number of 1..K can be kept.
         pruner_text: What a pruner that reads the text reads: the ``expression`` alone, or the whole
             ``question`` that the decoder is asked.
     """
@@ -364,6 +364,12 @@ class Manifest(Strict):
             allowed=", ".join(t.name for t in self.targets) or "none",
             fix=f"export it again with --trt {name}",
         )
+
+    def used_files(self) -> list[str]:
+        """Paths of the files that a runtime reads."""
+        files = [graph.file for graph in self.graphs]
+        files += [] if self.text_encoder is None else [self.text_encoder.tokenizer_file]
+        return files + ([] if self.newline is None else [self.newline.file])
 
     def to_json(self) -> bytes:
         """Canonical UTF-8 JSON."""

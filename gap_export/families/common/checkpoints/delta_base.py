@@ -81,7 +81,11 @@ def check_delta_base(
             allowed=what,
             fix=advice,
         )
-    name = _telling_name(base.folder)
+    saved_as, place = peek_config(base.folder).get("_name_or_path"), base.folder.resolve()
+    names = [Path(saved_as).name] if isinstance(saved_as, str) else []
+    # In the hub's cache the name is that of an outer folder.
+    names += [place.name, *(part for part in place.parts if part.startswith("models--"))]
+    name = next((n for n in names if any(word in n.lower() for word in _TRAINED_FURTHER)), None)
     if name is not None:
         raise CheckpointError(
             f"{base.folder} is not the base model of {recipe.name} but one trained further",
@@ -105,17 +109,6 @@ def check_delta_base(
             allowed=f"{what}, number for number: then all of them are",
             fix=advice,
         )
-
-
-def _telling_name(folder: Path) -> str | None:
-    """A name that says the model was trained further."""
-    saved_as = peek_config(folder).get("_name_or_path")
-    place = folder.resolve()
-    names = [Path(saved_as).name] if isinstance(saved_as, str) else []
-    names.append(place.name)
-    # In the hub's cache the name is that of an outer folder.
-    names += [part for part in place.parts if part.startswith("models--")]
-    return next((n for n in names if any(word in n.lower() for word in _TRAINED_FURTHER)), None)
 
 
 def _count_inexact(delta: Mapping[str, Weight], base: LanguageModel) -> tuple[int, int]:

@@ -42,20 +42,6 @@ _SECTIONS = ("text_config", "vision_config", "rope_parameters", "rope_scaling")
 _WITH_WEIGHTS = frozenset({"prelu", "xielu"})
 
 
-def check_values(plain: Mapping[str, Any], file: Path, *, max_layers: int) -> None:
-    """Check a config.json and its nested configs; keys that are left out are not looked at.
-
-    Args:
-        plain: The parsed file.
-        file: Named in messages.
-        max_layers: No more than the checkpoint has tensors.
-
-    Raises:
-        CheckpointError: a value is of the wrong type or out of range.
-    """
-    _check_section(plain, str(file), "", max_layers)
-
-
 def check_extent(plain: Mapping[str, Any], file: Path) -> None:
     """Refuse what takes a parser of configs long, or nests too deep for it.
 
@@ -98,7 +84,20 @@ def require(ok: bool, key: str, seen: object, allowed: str, *, where: object) ->
         )
 
 
-def _check_section(plain: Mapping[str, Any], where: str, prefix: str, max_layers: int) -> None:
+def check_values(
+    plain: Mapping[str, Any], file: Path, *, max_layers: int, prefix: str = ""
+) -> None:
+    """Check a config.json and its nested configs; keys that are left out are not looked at.
+
+    Args:
+        plain: The parsed file, or a config in it.
+        file: Named in messages.
+        max_layers: No more than the checkpoint has tensors.
+        prefix: Put before the names of keys, for a config within another.
+
+    Raises:
+        CheckpointError: a value is of the wrong type or out of range.
+    """
     sizes = {**_SIZES, "num_hidden_layers": min(max_layers, _MAX_SIZE)}
     for key, value in plain.items():
         name = prefix + key
@@ -109,10 +108,10 @@ def _check_section(plain: Mapping[str, Any], where: str, prefix: str, max_layers
             allowed = f"a whole number, 1..{limit}"
             if key == "num_hidden_layers":
                 allowed += " (the checkpoint has no more tensors)"
-            require(type(value) is int and 1 <= value <= limit, name, value, allowed, where=where)
+            require(type(value) is int and 1 <= value <= limit, name, value, allowed, where=file)
         elif key in _POSITIVE:
             positive = type(value) in (int, float) and 0 < value <= sys.float_info.max
-            require(positive, name, value, "a number above 0", where=where)
+            require(positive, name, value, "a number above 0", where=file)
         elif key in _ACTIVATIONS:
             known = sorted(set(ACT2FN) - _WITH_WEIGHTS)
             require(
@@ -120,15 +119,15 @@ def _check_section(plain: Mapping[str, Any], where: str, prefix: str, max_layers
                 name,
                 value,
                 ", ".join(known),
-                where=where,
+                where=file,
             )
         elif key in _SECTIONS and isinstance(value, dict):
-            _check_section(value, where, f"{name}.", max_layers)
+            check_values(value, file, max_layers=max_layers, prefix=f"{name}.")
     # Sizes that are fine one by one and do not fit each other.
     width, heads, head_dim = map(plain.get, ("hidden_size", "num_attention_heads", "head_dim"))
     if head_dim is not None:
         allowed = "an even number: RoPE turns pairs"
-        require(head_dim % 2 == 0, f"{prefix}head_dim", head_dim, allowed, where=where)
+        require(head_dim % 2 == 0, f"{prefix}head_dim", head_dim, allowed, where=file)
     elif width is not None and heads is not None:
         allowed = f"a divisor of hidden_size, {width}"
-        require(width % heads == 0, f"{prefix}num_attention_heads", heads, allowed, where=where)
+        require(width % heads == 0, f"{prefix}num_attention_heads", heads, allowed, where=file)

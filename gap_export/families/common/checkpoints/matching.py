@@ -14,14 +14,13 @@ from transformers import PreTrainedConfig
 
 from gap_export.checkpoint.find.foreign import describe_config, quantized, quantizer_of
 from gap_export.checkpoint.weights import FLOAT_DTYPES, Weight, read_json_object
+from gap_export.checkpoint.weights.files import some
 from gap_export.errors import CheckpointError
 from gap_export.families.common.checkpoints.limits import check_extent, check_values
 
 ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
 WeightT = TypeVar("WeightT", bound=Weight)
 
-# More than this many names in one message hide the point.
-_NAMES_SHOWN = 6
 _MAX_REASON = 300
 # Of classifiers, which no model here is; transformers makes a name for each of num_labels.
 _LABEL_KEYS = frozenset({"num_labels", "id2label", "label2id"})
@@ -149,7 +148,7 @@ def look_at(folder: Path) -> str:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as err:
         return str(err)
-    return f"a folder without config.json: {_some(names)}" if names else "an empty folder"
+    return f"a folder without config.json: {some(names)}" if names else "an empty folder"
 
 
 def main_dtype(weights: Mapping[str, Weight]) -> str:
@@ -221,9 +220,9 @@ def _check_keys(refs: Iterable[str], expected: Iterable[str], where: Path, sizes
         return
     quantizer = quantizer_of(unexpected)
     if quantizer is not None:
-        raise quantized(quantizer, f"{where}: {_some(unexpected)}")
+        raise quantized(quantizer, f"{where}: {some(unexpected)}")
     parts = [
-        f"{word} {_some(keys)}"
+        f"{word} {some(keys)}"
         for word, keys in (("missing", missing), ("unexpected", unexpected))
         if keys
     ]
@@ -249,7 +248,7 @@ def _check_tensors(
     if wrong:
         raise CheckpointError(
             f"{where}: tensors of the wrong shape",
-            seen=_some(wrong),
+            seen=some(wrong),
             fix=f"check that {sizes_of} belongs to these weights",
         )
     dtypes = sorted({refs[key].dtype for key in expected} - set(FLOAT_DTYPES))
@@ -262,9 +261,3 @@ def _check_tensors(
             allowed=", ".join(FLOAT_DTYPES),
             fix="load the model with transformers as float32 and save it again",
         )
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    more = len(names) - _NAMES_SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown

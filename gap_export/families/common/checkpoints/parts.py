@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from transformers import (
     CLIPConfig,
@@ -54,38 +54,27 @@ _CLIP_KEYS = KeyLayout(
 _NO_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
 
+_Shape = TypeVar("_Shape", DecoderShape, VisionShape)
+
+
 @dataclass(frozen=True, kw_only=True)
-class LanguageModel:
-    """A Llama, Mistral, Qwen2 or Qwen3, checked.
+class CheckedPart(Generic[_Shape]):
+    """A language model or a vision tower whose tensors were found to be exactly its own.
 
     Attributes:
         folder: Where it is.
         shape: What its config.json says.
-        weights: ``decoder.*`` and ``lm_head.weight``.
+        weights: ``decoder.*`` and ``lm_head.weight``, or ``tower.*``.
         files: All files that were read.
     """
 
     folder: Path
-    shape: DecoderShape
+    shape: _Shape
     weights: Mapping[str, Stored]
     files: tuple[Path, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class VisionTower:
-    """A CLIP vision tower, checked.
-
-    Attributes:
-        folder: Where it is.
-        shape: What its config.json says.
-        weights: ``tower.*``.
-        files: All files that were read.
-    """
-
-    folder: Path
-    shape: VisionShape
-    weights: Mapping[str, Stored]
-    files: tuple[Path, ...]
+LanguageModel = CheckedPart[DecoderShape]
 
 
 def has_weights(folder: Path) -> bool:
@@ -128,7 +117,7 @@ def read_language_model(folder: Path) -> LanguageModel:
     shape = decoder_shape(config, config_file)
     keys = LLAMA_KEYS.tying(head=config.tie_word_embeddings)
     weights = match_tensors(found, expected_decoder(shape), keys, where=folder)
-    return LanguageModel(
+    return CheckedPart(
         folder=folder,
         shape=shape,
         weights=weights,
@@ -136,7 +125,7 @@ def read_language_model(folder: Path) -> LanguageModel:
     )
 
 
-def read_clip_tower(folder: Path) -> VisionTower:
+def read_clip_tower(folder: Path) -> CheckedPart[VisionShape]:
     """Read the headers of a CLIP vision tower, whether the folder holds the text tower or not.
 
     Raises:
@@ -152,7 +141,7 @@ def read_clip_tower(folder: Path) -> VisionTower:
         config = parse_config(CLIPVisionConfig, config_file, num_tensors=len(found))
     shape = clip_vision_shape(config, config_file)
     weights = match_tensors(found, expected_clip_tower(shape), _CLIP_KEYS, where=folder)
-    return VisionTower(
+    return CheckedPart(
         folder=folder,
         shape=shape,
         weights=weights,
