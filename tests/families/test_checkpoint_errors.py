@@ -67,7 +67,7 @@ ONES = np.ones((64, 33), np.float32)
         (lambda t: t.update({"adapter.weight": ONES}), ["unexpected adapter.weight"]),
         (lambda t: t.update({"image_newline": ONES[0, :32]}), ["unexpected image_newline"]),
         (lambda t: t.update({f"x.{LAYER}": t.pop(LAYER)}), [f"missing {UP}, unexpected x.{LAYER}"]),
-        (lambda t: [t.pop(k) for k in list(t) if "layers.1" in k], ["and 19 more"]),
+        (lambda t: [t.pop(k) for k in list(t) if "layers.1" in k], ["and 20 more"]),
         (
             lambda t: t.update({LAYER: ONES, ZEROTH: ONES[0, :2]}),
             [f"{UP} [64, 33] instead of [64, 32]", "layers.0.mlp.up_proj.weight [2] instead of"],
