@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +18,7 @@ from tests.programs import start_program
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 70_000])
-def test_hash_is_hashlibs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+def test_hash_is_hashlibs(tmp_path, monkeypatch, size):
     monkeypatch.setattr(hashing, "_CHUNK_BYTES", 1000)
     data = os.urandom(size)
     (tmp_path / "file").write_bytes(data)
@@ -28,7 +27,7 @@ def test_hash_is_hashlibs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size:
         assert hasher.hashed(tmp_path / "file").state.size == size
 
 
-def test_links_to_one_file_are_one_file(tmp_path: Path) -> None:
+def test_links_to_one_file_are_one_file(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "link").symlink_to("file")
     with FileHasher() as hasher:
@@ -37,16 +36,14 @@ def test_links_to_one_file_are_one_file(tmp_path: Path) -> None:
         assert hasher.has(tmp_path / "link")
 
 
-def test_file_that_cannot_be_read_is_told_when_asked_for(tmp_path: Path) -> None:
+def test_file_that_cannot_be_read_is_told_when_asked_for(tmp_path):
     with FileHasher() as hasher:
         hasher.start(tmp_path / "none")
         with pytest.raises(CheckpointError, match=r"cannot be read: .*none: No such file"):
             hasher.sha256(tmp_path / "none")
 
 
-def test_file_written_to_while_it_is_hashed_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_written_to_while_it_is_hashed_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"first")
 
@@ -60,9 +57,7 @@ def test_file_written_to_while_it_is_hashed_is_refused(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_leaving_stops_the_threads_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
-) -> None:
+def test_leaving_stops_the_threads_at_once(tmp_path, monkeypatch, error):
     monkeypatch.setattr(hashing, "_CHUNK_BYTES", 10)
     begun = threading.Event()
 
@@ -101,7 +96,7 @@ with write_bundle(Path(sys.argv[2])) as draft:
 """
 
 
-def test_ctrl_c_while_waiting_for_a_hash_ends_the_process(tmp_path: Path) -> None:
+def test_ctrl_c_while_waiting_for_a_hash_ends_the_process(tmp_path):
     # Sparse: a terabyte that takes no room and minutes to hash.
     with (tmp_path / "huge").open("wb") as stream:
         stream.truncate(1 << 40)

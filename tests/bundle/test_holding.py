@@ -80,7 +80,7 @@ def export(out: Path, source: Path, manifest: Manifest, *, hold: holding.Hold) -
 
 
 @pytest.mark.usefixtures("no_clones")
-def test_link_is_the_source_itself(source: Path, tmp_path: Path, sample_manifest: Manifest) -> None:
+def test_link_is_the_source_itself(source, tmp_path, sample_manifest):
     spec = export(tmp_path / "out", source, sample_manifest, hold="link")
     sha256 = hashlib.sha256(CONTENT).hexdigest()
     assert spec == FileSpec(path=NAME, size=len(CONTENT), sha256=sha256, held="linked")
@@ -89,9 +89,7 @@ def test_link_is_the_source_itself(source: Path, tmp_path: Path, sample_manifest
 
 
 @pytest.mark.usefixtures("no_clones")
-def test_link_to_a_symlink_is_one_to_the_file_behind_it(
-    source: Path, tmp_path: Path, sample_manifest: Manifest
-) -> None:
+def test_link_to_a_symlink_is_one_to_the_file_behind_it(source, tmp_path, sample_manifest):
     snapshot = tmp_path / "snapshots" / "model.safetensors"
     snapshot.parent.mkdir()
     snapshot.symlink_to(Path("..", "checkpoint", source.name))
@@ -102,7 +100,7 @@ def test_link_to_a_symlink_is_one_to_the_file_behind_it(
 
 
 @pytest.mark.usefixtures("no_clones")
-def test_copy_is_a_file_of_its_own(source: Path, tmp_path: Path, sample_manifest: Manifest) -> None:
+def test_copy_is_a_file_of_its_own(source, tmp_path, sample_manifest):
     spec = export(tmp_path / "out", source, sample_manifest, hold="copy")
     copied = tmp_path / "out" / NAME
     assert spec.held == "copied"
@@ -112,9 +110,7 @@ def test_copy_is_a_file_of_its_own(source: Path, tmp_path: Path, sample_manifest
 
 @pytest.mark.usefixtures("clones")
 @pytest.mark.parametrize("hold", ["link", "copy"])
-def test_clone_comes_first_for_both(
-    source: Path, tmp_path: Path, sample_manifest: Manifest, hold: holding.Hold
-) -> None:
+def test_clone_comes_first_for_both(source, tmp_path, sample_manifest, hold):
     spec = export(tmp_path / "out", source, sample_manifest, hold=hold)
     assert spec.held == "cloned"
     assert (tmp_path / "out" / NAME).stat().st_nlink == 1
@@ -124,9 +120,8 @@ def test_clone_comes_first_for_both(
 @pytest.mark.usefixtures("no_clones")
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP])
 def test_what_cannot_be_linked_is_copied_and_said(
-    source: Path, tmp_path: Path, sample_manifest: Manifest, code: int,
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    source, tmp_path, sample_manifest, code, monkeypatch, caplog
+):
     def refuse(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -141,9 +136,7 @@ def test_what_cannot_be_linked_is_copied_and_said(
 @pytest.mark.skipif(
     not Path("/dev/shm").is_dir() or not os.access("/dev/shm", os.W_OK), reason="needs a /dev/shm"
 )
-def test_source_on_another_device_is_copied(
-    source: Path, tmp_path: Path, sample_manifest: Manifest
-) -> None:
+def test_source_on_another_device_is_copied(source, tmp_path, sample_manifest):
     other = Path("/dev/shm", f"gap-export-test-{os.getpid()}")
     try:
         other.write_bytes(CONTENT)
@@ -159,9 +152,8 @@ def test_source_on_another_device_is_copied(
 @pytest.mark.usefixtures("no_clones")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 def test_failure_to_link_for_want_of_room_is_no_reason_to_copy(
-    source: Path, tmp_path: Path, sample_manifest: Manifest, code: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    source, tmp_path, sample_manifest, code, monkeypatch
+):
     def refuse(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -172,9 +164,7 @@ def test_failure_to_link_for_want_of_room_is_no_reason_to_copy(
 
 
 @pytest.mark.usefixtures("no_clones")
-def test_disk_that_fills_up_half_way_leaves_nothing(
-    source: Path, tmp_path: Path, sample_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_that_fills_up_half_way_leaves_nothing(source, tmp_path, sample_manifest, monkeypatch):
     place = tmp_path / "place"
     place.mkdir()
 
@@ -190,9 +180,7 @@ def test_disk_that_fills_up_half_way_leaves_nothing(
 
 @pytest.mark.usefixtures("no_clones")
 @pytest.mark.parametrize("hold", ["link", "copy"])
-def test_source_is_hashed_once_whoever_asks(
-    source: Path, tmp_path: Path, sample_manifest: Manifest, reads: list[bytes], hold: holding.Hold
-) -> None:
+def test_source_is_hashed_once_whoever_asks(source, tmp_path, sample_manifest, reads, hold):
     with write_bundle(tmp_path / "out") as draft:
         draft.place(source, "model.safetensors", hold=hold)
         draft.place(source, "again.safetensors", hold=hold)
@@ -203,9 +191,7 @@ def test_source_is_hashed_once_whoever_asks(
 
 
 @pytest.mark.usefixtures("no_clones")
-def test_copy_of_what_is_being_hashed_is_not_hashed_again(
-    source: Path, tmp_path: Path, sample_manifest: Manifest, reads: list[bytes]
-) -> None:
+def test_copy_of_what_is_being_hashed_is_not_hashed_again(source, tmp_path, sample_manifest, reads):
     with write_bundle(tmp_path / "out") as draft:
         draft.hasher.start(source)
         draft.place(source, NAME, hold="copy")
@@ -218,8 +204,8 @@ def test_copy_of_what_is_being_hashed_is_not_hashed_again(
 @pytest.mark.parametrize("hold", ["link", "copy"])
 @pytest.mark.parametrize("replaced", [True, False], ids=["replaced", "written-to"])
 def test_checkpoint_that_changes_meanwhile_is_refused(
-    source: Path, tmp_path: Path, sample_manifest: Manifest, hold: holding.Hold, replaced: bool
-) -> None:
+    source, tmp_path, sample_manifest, hold, replaced
+):
     def write() -> None:
         with write_bundle(tmp_path / "out") as draft:
             draft.place(source, NAME, hold=hold)
@@ -235,9 +221,7 @@ def test_checkpoint_that_changes_meanwhile_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_file_that_only_was_hashed_must_not_change_either(
-    source: Path, tmp_path: Path, sample_manifest: Manifest
-) -> None:
+def test_file_that_only_was_hashed_must_not_change_either(source, tmp_path, sample_manifest):
     def write() -> None:
         with write_bundle(tmp_path / "out") as draft:
             (draft.folder / NAME).write_bytes(b"graph")
@@ -250,7 +234,7 @@ def test_file_that_only_was_hashed_must_not_change_either(
     assert not (tmp_path / "out").exists()
 
 
-def test_name_that_is_taken_is_refused(source: Path, tmp_path: Path) -> None:
+def test_name_that_is_taken_is_refused(source, tmp_path):
     for hold in ("link", "copy"):
         with write_bundle(tmp_path / "out") as draft:
             (draft.folder / NAME).write_bytes(b"mine")
@@ -259,7 +243,7 @@ def test_name_that_is_taken_is_refused(source: Path, tmp_path: Path) -> None:
             assert (draft.folder / NAME).read_bytes() == b"mine"
 
 
-def test_folder_or_pipe_is_no_source(tmp_path: Path) -> None:
+def test_folder_or_pipe_is_no_source(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name in (".", "pipe"):
         with (
@@ -270,9 +254,7 @@ def test_folder_or_pipe_is_no_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_clones")
-def test_linked_files_are_not_flushed(
-    source: Path, tmp_path: Path, sample_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_linked_files_are_not_flushed(source, tmp_path, sample_manifest, monkeypatch):
     flushed: list[str] = []
     real = drafts.sync
     monkeypatch.setattr(drafts, "sync", lambda path: (flushed.append(path.name), real(path)))

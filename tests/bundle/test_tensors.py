@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -19,7 +17,7 @@ def place(**changes: object) -> TensorPlace:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("shape", [(2, 3), (6,), (), (0, 4)])
-def test_values_are_read_at_any_offset(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+def test_values_are_read_at_any_offset(tmp_path, dtype, shape):
     values = np.arange(np.prod(shape, dtype=int), dtype=dtype).reshape(shape) - 2
     (tmp_path / "w.safetensors").write_bytes(b"abc" + values.tobytes() + b"more")
     read = read_place(tmp_path, place(dtype=dtype, shape=shape))
@@ -28,7 +26,7 @@ def test_values_are_read_at_any_offset(tmp_path: Path, dtype: str, shape: tuple[
     assert np.array_equal(read, values)
 
 
-def test_bfloat16_becomes_float32(tmp_path: Path) -> None:
+def test_bfloat16_becomes_float32(tmp_path):
     values = np.array([1.5, -0.0, 3e38, np.inf, 1e-40], dtype=np.float32)
     upper = (values.view(np.uint32) >> 16).astype("<u2")
     (tmp_path / "w.safetensors").write_bytes(b"abc" + upper.tobytes())
@@ -43,14 +41,14 @@ def test_bfloat16_becomes_float32(tmp_path: Path) -> None:
     [{"offset": 4}, {"shape": (2, 4)}, {"offset": -1}, {"shape": (-1, -6)}, {"offset": 1 << 70},
      {"shape": (1 << 40, 1 << 40)}, {"shape": (0, -1)}],
 )  # fmt: skip
-def test_place_outside_of_the_file_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_place_outside_of_the_file_is_refused(tmp_path, changes):
     (tmp_path / "w.safetensors").write_bytes(bytes(27))
     assert read_place(tmp_path, place()).shape == (2, 3)
     with pytest.raises(BundleError, match="lies outside of its file"):
         read_place(tmp_path, place(**changes))
 
 
-def test_other_dtypes_files_and_folders_are_refused(tmp_path: Path) -> None:
+def test_other_dtypes_files_and_folders_are_refused(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(bytes(99))
     with pytest.raises(BundleError, match="dtype that is not read: int8"):
         read_place(tmp_path, place(dtype="int8"))

@@ -6,15 +6,14 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gap_export.bundle import BundleDraft, drafts, open_bundle, write_bundle, writing
 from gap_export.bundle.drafts import exchange
 from gap_export.errors import BundleError, CheckpointError, OutputError
-from gap_export.spec.manifest import Manifest
 from tests.programs import run_program, start_program
 
 
@@ -38,9 +37,7 @@ def place(tmp_path: Path) -> Path:
     return folder
 
 
-def test_bundle_appears_under_its_name_and_nothing_beside_it(
-    place: Path, write_sample: Callable[..., Path]
-) -> None:
+def test_bundle_appears_under_its_name_and_nothing_beside_it(place, write_sample):
     write_sample(place / "out")
     assert names(place) == {"out"}
     assert names(place / "out") == {
@@ -48,14 +45,14 @@ def test_bundle_appears_under_its_name_and_nothing_beside_it(
     }  # fmt: skip
 
 
-def test_hash_file_is_what_sha256sum_reads(place: Path, write_sample: Callable[..., Path]) -> None:
+def test_hash_file_is_what_sha256sum_reads(place, write_sample):
     out = write_sample(place / "out")
     done = run_program(["sha256sum", "-c", "gap.json.sha256"], cwd=out)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(1)])
-def test_interrupted_write_leaves_nothing(place: Path, error: BaseException) -> None:
+def test_interrupted_write_leaves_nothing(place, error):
     def interrupted() -> None:
         with write_bundle(place / "deep" / "er" / "out") as draft:
             (draft.folder / "half.onnx").write_bytes(b"half")
@@ -66,16 +63,14 @@ def test_interrupted_write_leaves_nothing(place: Path, error: BaseException) -> 
     assert names(place) == set()
 
 
-def test_draft_without_commit_leaves_nothing(place: Path) -> None:
+def test_draft_without_commit_leaves_nothing(place):
     with write_bundle(place / "out") as draft:
         (draft.folder / "half.onnx").write_bytes(b"half")
         assert not (place / "out").exists()
     assert names(place) == set()
 
 
-def test_interrupt_while_replacing_keeps_the_old_bundle(
-    place: Path, write_sample: Callable[..., Path]
-) -> None:
+def test_interrupt_while_replacing_keeps_the_old_bundle(place, write_sample):
     out = write_sample(place / "out")
     before = contents(out)
 
@@ -90,26 +85,32 @@ def test_interrupt_while_replacing_keeps_the_old_bundle(
     assert names(place) == {"out"}
 
 
-@pytest.mark.parametrize("renames", [1, 2])
+def interrupt(monkeypatch: Any, owner: Any, name: str, error: BaseException, *, call: int) -> None:
+    """Have a function of a module or class done as ever, and its n-th call fail after that."""
+    real, calls = getattr(owner, name), []
+
+    def interrupted(*names: Path) -> Any:
+        done = real(*names)
+        calls.append(names)
+        if len(calls) == call:
+            raise error
+        return done
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("step", ["exchange", "rename 1", "rename 2"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "broken")])
-def test_interrupt_right_after_a_rename_puts_the_old_bundle_back(
-    place: Path, write_sample: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
-    renames: int, error: BaseException,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(drafts, "exchange", lambda one, other: False)
+def test_interrupt_right_after_a_step_puts_the_old_bundle_back(
+    place, write_sample, monkeypatch, step, error
+):
     out = write_sample(place / "out")
     before = contents(out)
-    done: list[Path] = []
-    rename = Path.rename
-
-    def interrupted(self: Path, target: Path) -> Path:
-        moved = rename(self, target)
-        done.append(target)
-        if len(done) == renames:
-            raise error
-        return moved
-
-    monkeypatch.setattr(Path, "rename", interrupted)
+    if step == "exchange":
+        interrupt(monkeypatch, drafts, "exchange", error, call=1)
+    else:
+        monkeypatch.setattr(drafts, "exchange", lambda one, other: False)
+        interrupt(monkeypatch, Path, "rename", error, call=int(step[-1]))
     with pytest.raises(type(error)):
         write_sample(out, force=True, graph=b"another graph")
     assert contents(out) == before
@@ -117,50 +118,17 @@ def test_interrupt_right_after_a_rename_puts_the_old_bundle_back(
 
 
 def test_interrupt_right_after_the_rename_of_a_first_write_leaves_nothing(
-    place: Path, write_sample: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rename = Path.rename
-    done: list[Path] = []
-
-    def interrupted(self: Path, target: Path) -> None:
-        rename(self, target)
-        done.append(target)
-        if len(done) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "rename", interrupted)
+    place, write_sample, monkeypatch
+):
+    interrupt(monkeypatch, Path, "rename", KeyboardInterrupt(), call=1)
     with pytest.raises(KeyboardInterrupt):
         write_sample(place / "out")
     assert names(place) == set()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "broken")])
-def test_interrupt_right_after_the_exchange_puts_the_old_bundle_back(
-    place: Path, write_sample: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
-    error: BaseException,
-) -> None:  # fmt: skip
-    out = write_sample(place / "out")
-    before = contents(out)
-    calls: list[Path] = []
-
-    def interrupted(one: Path, other: Path) -> bool:
-        done = exchange(one, other)
-        calls.append(one)
-        if len(calls) == 1:
-            raise error
-        return done
-
-    monkeypatch.setattr(drafts, "exchange", interrupted)
-    with pytest.raises(type(error)):
-        write_sample(out, force=True, graph=b"another graph")
-    assert contents(out) == before
-    assert names(place) == {"out"}
-
-
 def test_folder_that_takes_the_name_at_the_last_moment_is_given_it_back(
-    place: Path, foreign_folder: Path, write_sample: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    place, foreign_folder, write_sample, monkeypatch
+):
     out = write_sample(place / "out")
 
     def late(one: Path, other: Path) -> bool:
@@ -223,9 +191,8 @@ with write_bundle(out, force=True) as draft:
     ],
 )
 def test_bundle_that_is_replaced_stands_whenever_its_writer_is_killed(
-    place: Path, write_sample: Callable[..., Path], caplog: pytest.LogCaptureFixture,
-    way: str, point: str, stands: str,
-) -> None:  # fmt: skip
+    place, write_sample, caplog, way, point, stands
+):
     out = write_sample(place / "out")
     killed = run_program([sys.executable, "-c", KILLED_REPLACER, out, way, point])
     assert killed.returncode == -signal.SIGKILL
@@ -249,9 +216,7 @@ with write_bundle(Path(sys.argv[1])) as draft:
 """
 
 
-def test_kill_9_in_the_middle_leaves_no_bundle_and_the_next_write_sweeps(
-    place: Path, write_sample: Callable[..., Path]
-) -> None:
+def test_kill_9_in_the_middle_leaves_no_bundle_and_the_next_write_sweeps(place, write_sample):
     with start_program([sys.executable, "-c", KILLED_WRITER, place / "out"]) as writer:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "writing\n"
@@ -267,9 +232,7 @@ def test_kill_9_in_the_middle_leaves_no_bundle_and_the_next_write_sweeps(
     assert names(place) == {"out"}
 
 
-def test_bundle_set_aside_by_a_dead_writer_is_put_back(
-    place: Path, write_sample: Callable[..., Path]
-) -> None:
+def test_bundle_set_aside_by_a_dead_writer_is_put_back(place, write_sample):
     out = write_sample(place / "out")
     before = contents(out)
     out.rename(place / ".out.gap-replaced-0a1b2c3d")
@@ -279,9 +242,7 @@ def test_bundle_set_aside_by_a_dead_writer_is_put_back(
         assert contents(out) == before
 
 
-def test_hidden_folders_of_others_are_not_swept(
-    place: Path, write_sample: Callable[..., Path]
-) -> None:
+def test_hidden_folders_of_others_are_not_swept(place, write_sample):
     others = {".other.gap-draft-0a1b2c3d", ".out", ".out.backup"}
     for name in others:
         (place / name).mkdir()
@@ -290,17 +251,18 @@ def test_hidden_folders_of_others_are_not_swept(
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_foreign_folder_is_never_touched(
-    foreign_folder: Path, force: bool, write_sample: Callable[..., Path]
-) -> None:
-    with pytest.raises(OutputError, match=r"not only a gap-export bundle.*no gap\.json"):
+@pytest.mark.parametrize("content", [None, b"", b"{}", b'{"format": "another"}'])
+def test_foreign_folder_is_never_touched(foreign_folder, force, content, write_sample):
+    if content is not None:
+        (foreign_folder / "gap.json").write_bytes(content)
+    before = contents(foreign_folder)
+    reason = r".*no gap\.json" if content is None else ""
+    with pytest.raises(OutputError, match=f"not only a gap-export bundle{reason}"):
         write_sample(foreign_folder, force=force)
-    assert contents(foreign_folder) == {"diary.txt": b"dear diary"}
+    assert contents(foreign_folder) == before
 
 
-def test_bundle_with_a_foreign_file_in_it_is_not_replaced(
-    place: Path, write_sample: Callable[..., Path]
-) -> None:
+def test_bundle_with_a_foreign_file_in_it_is_not_replaced(place, write_sample):
     out = write_sample(place / "out")
     (out / "notes.txt").write_bytes(b"mine")
     with pytest.raises(OutputError, match=r"it holds notes\.txt, which the bundle does not list"):
@@ -308,19 +270,7 @@ def test_bundle_with_a_foreign_file_in_it_is_not_replaced(
     assert (out / "notes.txt").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b'{"format": "another"}'])
-def test_folder_with_another_gap_json_is_not_replaced(
-    foreign_folder: Path, content: bytes, write_sample: Callable[..., Path]
-) -> None:
-    (foreign_folder / "gap.json").write_bytes(content)
-    with pytest.raises(OutputError, match="not only a gap-export bundle"):
-        write_sample(foreign_folder, force=True)
-    assert (foreign_folder / "diary.txt").exists()
-
-
-def test_bundle_is_replaced_only_with_force_and_its_engines_go_too(
-    place: Path, write_sample: Callable[..., Path]
-) -> None:
+def test_bundle_is_replaced_only_with_force_and_its_engines_go_too(place, write_sample):
     out = write_sample(place / "out", graph=b"old")
     (out / "engines").mkdir()
     (out / "engines" / "old.engine").write_bytes(b"old")
@@ -333,7 +283,7 @@ def test_bundle_is_replaced_only_with_force_and_its_engines_go_too(
     assert not (out / "engines").exists()
 
 
-def test_damaged_bundle_may_be_replaced(place: Path, write_sample: Callable[..., Path]) -> None:
+def test_damaged_bundle_may_be_replaced(place, write_sample):
     out = write_sample(place / "out")
     (out / "model.safetensors").unlink()
     with pytest.raises(BundleError):
@@ -342,14 +292,12 @@ def test_damaged_bundle_may_be_replaced(place: Path, write_sample: Callable[...,
     assert open_bundle(out).path == out
 
 
-def test_empty_folder_is_used(place: Path, write_sample: Callable[..., Path]) -> None:
+def test_empty_folder_is_used(place, write_sample):
     (place / "out").mkdir()
     assert open_bundle(write_sample(place / "out")).path == place / "out"
 
 
-def test_file_or_link_in_the_way_is_refused(
-    place: Path, foreign_folder: Path, write_sample: Callable[..., Path]
-) -> None:
+def test_file_or_link_in_the_way_is_refused(place, foreign_folder, write_sample):
     (place / "file").write_bytes(b"x")
     (place / "link").symlink_to(foreign_folder)
     (place / "dangling").symlink_to(place / "nowhere")
@@ -361,9 +309,7 @@ def test_file_or_link_in_the_way_is_refused(
     assert names(place) == {"file", "link", "dangling"}
 
 
-def test_name_taken_while_writing_is_refused(
-    place: Path, sample_manifest: Manifest, foreign_folder: Path
-) -> None:
+def test_name_taken_while_writing_is_refused(place, sample_manifest, foreign_folder):
     def write() -> None:
         with write_bundle(place / "out", force=True) as draft:
             (draft.folder / "embed_tokens.onnx").write_bytes(b"x")
@@ -377,12 +323,7 @@ def test_name_taken_while_writing_is_refused(
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk_is_one_clear_error_and_leaves_nothing(
-    place: Path,
-    write_sample: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    code: int,
-) -> None:
+def test_full_disk_is_one_clear_error_and_leaves_nothing(place, write_sample, monkeypatch, code):
     def full(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -392,9 +333,7 @@ def test_full_disk_is_one_clear_error_and_leaves_nothing(
     assert names(place) == set()
 
 
-def test_full_disk_while_copying_is_one_clear_error(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_while_copying_is_one_clear_error(place, tmp_path, monkeypatch):
     source = tmp_path / "big"
     source.write_bytes(b"x" * 100)
     real_open = Path.open
@@ -416,9 +355,7 @@ def test_full_disk_while_copying_is_one_clear_error(
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write all")
-def test_place_without_permission_is_one_clear_error(
-    place: Path, write_sample: Callable[..., Path]
-) -> None:
+def test_place_without_permission_is_one_clear_error(place, write_sample):
     place.chmod(0o500)
     try:
         with pytest.raises(OutputError, match=r"cannot be written: .*Permission denied"):
@@ -427,9 +364,7 @@ def test_place_without_permission_is_one_clear_error(
         place.chmod(0o700)
 
 
-def test_denied_mkdir_is_one_clear_error(
-    place: Path, write_sample: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_denied_mkdir_is_one_clear_error(place, write_sample, monkeypatch):
     def denied(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
@@ -438,25 +373,22 @@ def test_denied_mkdir_is_one_clear_error(
         write_sample(place / "out")
 
 
-@pytest.mark.parametrize("name", ["shard.bin", "out.bin", ".out.gap-draftless", "sub/out"])
-def test_file_beside_the_output_is_not_blamed_on_it(place: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "blamed"),
+    [
+        *((name, False) for name in ("shard.bin", "out.bin", ".out.gap-draftless", "sub/out")),
+        *((name, True) for name in ("out", "out/sub/file", ".out.gap-draft-1234/file", "")),
+    ],
+)
+def test_only_a_file_of_the_output_is_blamed_on_it(place, name, blamed):
     error = PermissionError(errno.EACCES, "Permission denied", str(place / name))
-    with pytest.raises(PermissionError), write_bundle(place / "out"):
+    raised, words = (OutputError, "cannot be written: ") if blamed else (PermissionError, "")
+    with pytest.raises(raised, match=f"{words}.*Permission denied"), write_bundle(place / "out"):
         raise error
     assert not names(place)
 
 
-@pytest.mark.parametrize("name", ["out", "out/sub/file", ".out.gap-draft-1234/file", ""])
-def test_file_of_the_output_is_blamed_on_it(place: Path, name: str) -> None:
-    error = PermissionError(errno.EACCES, "Permission denied", str(place / name))
-    with (
-        pytest.raises(OutputError, match=r"cannot be written: .*Permission denied"),
-        write_bundle(place / "out"),
-    ):
-        raise error
-
-
-def test_missing_source_is_not_blamed_on_the_output(place: Path) -> None:
+def test_missing_source_is_not_blamed_on_the_output(place):
     def write() -> None:
         with write_bundle(place / "out") as draft:
             draft.place(place.parent / "no-such-weights", "model.safetensors", hold="copy")
@@ -467,7 +399,7 @@ def test_missing_source_is_not_blamed_on_the_output(place: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../x", ""])
-def test_copy_to_outside_of_the_draft_is_refused(place: Path, name: str) -> None:
+def test_copy_to_outside_of_the_draft_is_refused(place, name):
     def write(draft: BundleDraft) -> None:
         draft.place(Path(__file__), name, hold="copy")
 
@@ -476,9 +408,7 @@ def test_copy_to_outside_of_the_draft_is_refused(place: Path, name: str) -> None
     assert names(place) == set()
 
 
-def test_file_changed_after_copying_is_hashed_again(
-    place: Path, tmp_path: Path, sample_manifest: Manifest
-) -> None:
+def test_file_changed_after_copying_is_hashed_again(place, tmp_path, sample_manifest):
     source = tmp_path / "weights"
     source.write_bytes(b"weights")
     with write_bundle(place / "out") as draft:
@@ -495,9 +425,7 @@ def test_a_place_that_takes_no_folders_is_refused():
         pass
 
 
-def test_a_mount_point_is_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
     out = tmp_path / "volume"
     out.mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda self: self == out)

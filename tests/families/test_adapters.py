@@ -39,15 +39,6 @@ CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_pr
 OLD_NAMES = (("model.language_model.", "language_model.model."), ("model.", ""))
 
 
-@pytest.fixture(scope="module")
-def theirs(tiny_checkpoint: Path) -> Any:
-    from transformers import LlavaForConditionalGeneration
-
-    return LlavaForConditionalGeneration.from_pretrained(
-        tiny_checkpoint, attn_implementation="eager"
-    ).eval()
-
-
 def build(folder: Path, recipe: Recipe | None = None, device: Any = "meta", **parts: Path) -> Any:
     return reading.build(recipe, {"main": folder, **parts}, device=device)
 

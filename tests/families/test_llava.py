@@ -184,8 +184,7 @@ def test_similarity_sign_turns_the_choice_round(tiny_checkpoint):
     text, kept = torch.randn(1, 16), []
     for each in (recipe, flipped):
         pruning = resolve_pruning(
-            each,
-            PruningRequest(pruner="text", keep_ratio=0.5, order="raster"),
+            each, PruningRequest(pruner="text", keep_ratio=0.5, order="raster")
         )
         checkpoint = Checkpoint.of(tiny_checkpoint)
         encoder = build_reference(each, checkpoint, pruning, device="cpu").vision_encoder

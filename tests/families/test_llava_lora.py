@@ -20,7 +20,6 @@ from tests.families.llava_layouts import (
     edit_json,
     make_adapters,
     merged,
-    take_apart,
     under,
     with_parts,
     write_base,
@@ -29,20 +28,6 @@ from tests.families.llava_layouts import (
 )
 from tests.families.reading import build, refusal
 from tests.families.test_llava_original import assert_all_logits_equal
-
-
-@pytest.fixture(scope="module")
-def theirs(tiny_checkpoint: Path) -> Any:
-    from transformers import LlavaForConditionalGeneration
-
-    return LlavaForConditionalGeneration.from_pretrained(
-        tiny_checkpoint, attn_implementation="eager"
-    ).eval()
-
-
-@pytest.fixture
-def pieces(theirs: Any) -> Pieces:
-    return take_apart(theirs)
 
 
 @pytest.fixture

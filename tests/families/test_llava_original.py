@@ -32,20 +32,6 @@ from tests.families.tiny_llava_next import write_llava_next
 ATOL = 1e-5
 
 
-@pytest.fixture(scope="module")
-def theirs(tiny_checkpoint: Path) -> Any:
-    from transformers import LlavaForConditionalGeneration
-
-    return LlavaForConditionalGeneration.from_pretrained(
-        tiny_checkpoint, attn_implementation="eager"
-    ).eval()
-
-
-@pytest.fixture
-def pieces(theirs: Any) -> Pieces:
-    return take_apart(theirs)
-
-
 @pytest.fixture
 def recipe(tiny_recipe: Recipe) -> Recipe:
     return with_parts(tiny_recipe)
@@ -236,10 +222,7 @@ def test_one_clip_gives_both_towers(tmp_path, recipe, pieces, tiny_checkpoint, f
     shutil.copy(tiny_checkpoint / "clip/tokenizer.json", clip)
     tower = recipe.text_tower.model_copy(update={"role": "tower", "folder": "."})
     recipe = recipe.model_copy(update={"text_tower": tower})
-    pruning = resolve_pruning(
-        recipe,
-        PruningRequest(pruner="text", keep_ratio=0.5, order="raster"),
-    )
+    pruning = resolve_pruning(recipe, PruningRequest(pruner="text", keep_ratio=0.5, order="raster"))
     parts = {"main": write_original(tmp_path / "m", pieces), "tower": clip}
     ref = build_reference(recipe, Checkpoint(parts=parts), pruning, device="cpu")
     ids = torch.tensor([[1, 10, 14, 16, 2]])

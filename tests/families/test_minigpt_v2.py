@@ -204,16 +204,12 @@ def test_pruners_that_read_text_are_refused(recipe):
     merging = {"prumerge", "prumerge+", "prumerge-select"}
     assert set(supported_pruners(recipe)) == set(PRESETS) - reading - merging
     with pytest.raises(UnsupportedPrunerError, match="text"):
-        resolve_pruning(
-            recipe,
-            PruningRequest(pruner="text", keep_ratio=0.3, order="raster"),
-        )
+        resolve_pruning(recipe, PruningRequest(pruner="text", keep_ratio=0.3, order="raster"))
 
 
 def test_random_weights_need_no_checkpoint(recipe):
     pruning = resolve_pruning(
-        recipe,
-        PruningRequest(pruner="fastervlm", keep_ratio=0.5, order="raster"),
+        recipe, PruningRequest(pruner="fastervlm", keep_ratio=0.5, order="raster")
     )
     reference = build_reference(
         recipe, Checkpoint(parts={}, random_seed=4), pruning, device="cpu", dtype="float32"

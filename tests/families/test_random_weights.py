@@ -36,10 +36,7 @@ def recipe(request, tmp_path_factory, tiny_checkpoint) -> Recipe:
 
 
 def drawn(recipe: Recipe, seed: int = 0, pruner: str = "cls", **options: Any) -> Reference:
-    pruning = resolve_pruning(
-        recipe,
-        PruningRequest(pruner=pruner, keep_ratio=0.3, order="raster"),
-    )
+    pruning = resolve_pruning(recipe, PruningRequest(pruner=pruner, keep_ratio=0.3, order="raster"))
     checkpoint = Checkpoint(parts={}, random_seed=seed)
     return build_reference(recipe, checkpoint, pruning, **({"device": "cpu"} | options))
 

@@ -86,8 +86,10 @@ def places_of(value: Any, place: Place = ()) -> Iterator[Place]:
             yield from places_of(value[key], (*place, key))
 
 
-def replaced(plain: Any, place: Place, value: Any) -> Any:
-    """A copy with another value at one place."""
+def replaced(plain: Any, place: Place | str, value: Any) -> Any:
+    """A copy with another value at one place, which may be written with dots."""
+    if isinstance(place, str):
+        place = tuple(int(key) if key.isdigit() else key for key in place.split("."))
     copy = json.loads(json.dumps(plain))
     node = copy
     for key in place[:-1]:
@@ -98,7 +100,7 @@ def replaced(plain: Any, place: Place, value: Any) -> Any:
 
 @given(values_of(Manifest))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_typed_values_survive_json_and_back(manifest: Manifest) -> None:
+def test_any_typed_values_survive_json_and_back(manifest):
     plain = plain_of(manifest)
     fields = {key: plain[key] for key in plain if key not in ("format", "format_version")}
     found = from_plain(Manifest, fields, where="gap.json")
@@ -106,7 +108,7 @@ def test_any_typed_values_survive_json_and_back(manifest: Manifest) -> None:
     assert found.to_json() == manifest.to_json()
 
 
-def test_manifest_survives_its_file_and_back(sample_manifest: Manifest) -> None:
+def test_manifest_survives_its_file_and_back(sample_manifest):
     raw = sample_manifest.to_json()
     assert parse_manifest(raw) == sample_manifest
     assert parse_manifest(raw).to_json() == raw
@@ -172,16 +174,13 @@ NONSENSE: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("where", "value"), NONSENSE)
-def test_value_that_makes_no_sense_is_refused(
-    sample_manifest: Manifest, where: str, value: Any
-) -> None:
-    place = tuple(int(key) if key.isdigit() else key for key in where.split("."))
-    raw = raw_of(replaced(plain_of(sample_manifest), place, value))
+def test_value_that_makes_no_sense_is_refused(sample_manifest, where, value):
+    raw = raw_of(replaced(plain_of(sample_manifest), where, value))
     with pytest.raises(BundleError, match=r"not a sensible value|leaves its folder|not a finite"):
         parse_manifest(raw)
 
 
-# Sizes that are sensible one by one.
+# Sizes that are too large, most of them sensible one by one.
 TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"image.height": 16_384, "image.width": 16_384}, "pixels of image.height x image.width"),
     ({"image.height": 1, "image.width": 16_385}, "image.width is not"),
@@ -206,6 +205,7 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
         {"prompt.max_expression_tokens": 100_000, "decoder.hidden_size": 1 << 20},
         "slots of a prompt x decoder.hidden_size",
     ),
+    ({"decoder.num_layers": 10**6}, r"decoder\.num_layers .*: 1000000; allowed: 1\.\.10000"),
     ({"decoder.vocab_size": (1 << 24) + 1}, "decoder.vocab_size"),
     ({"decoder.max_position_embeddings": (1 << 24) + 1}, "decoder.max_position_embeddings"),
     ({"graphs.0.outputs.0.shape": [65_536, 65_536]}, "numbers of shape of"),
@@ -214,18 +214,15 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), TOGETHER)
-def test_sizes_that_no_machine_holds_together_are_refused(
-    sample_manifest: Manifest, changes: dict[str, Any], message: str
-) -> None:
+def test_sizes_that_no_machine_holds_together_are_refused(sample_manifest, changes, message):
     plain = plain_of(sample_manifest)
     for where, value in changes.items():
-        place = tuple(int(key) if key.isdigit() else key for key in where.split("."))
-        plain = replaced(plain, place, value)
+        plain = replaced(plain, where, value)
     with pytest.raises(BundleError, match=message):
         parse_manifest(raw_of(plain))
 
 
-def test_tiles_and_engines_count_among_the_sizes(sample_manifest: Manifest) -> None:
+def test_tiles_and_engines_count_among_the_sizes(sample_manifest):
     plain = plain_of(sample_manifest)
     side = 2048
     plain["image"] |= {"height": side, "width": side, "preparation": "anyres"}
@@ -264,9 +261,7 @@ TILED_NONSENSE: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("where", "value"), [(None, None), *TILED_NONSENSE])
-def test_tiles_and_newline_go_together_and_make_sense(
-    sample_manifest: Manifest, where: str | None, value: Any
-) -> None:
+def test_tiles_and_newline_go_together_and_make_sense(sample_manifest, where, value):
     image = dataclasses.replace(
         sample_manifest.image,
         preparation="anyres",
@@ -277,19 +272,12 @@ def test_tiles_and_newline_go_together_and_make_sense(
     if where is None:
         assert parse_manifest(tiled.to_json()) == tiled
         return
-    place = tuple(int(key) if key.isdigit() else key for key in where.split("."))
     with pytest.raises(BundleError, match=r"not a sensible value|leaves its folder"):
-        parse_manifest(raw_of(replaced(plain_of(tiled), place, value)))
-
-
-def test_refusal_names_the_value_and_what_is_allowed(sample_manifest: Manifest) -> None:
-    raw = raw_of(replaced(plain_of(sample_manifest), ("decoder", "num_layers"), 10**6))
-    with pytest.raises(BundleError, match=r"decoder\.num_layers .*: 1000000; allowed: 1\.\.10000"):
-        parse_manifest(raw)
+        parse_manifest(raw_of(replaced(plain_of(tiled), where, value)))
 
 
 @pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])
-def test_number_that_is_not_finite_is_refused(sample_manifest: Manifest, number: bytes) -> None:
+def test_number_that_is_not_finite_is_refused(sample_manifest, number):
     raw = sample_manifest.to_json()
     assert raw.count(b'"scale": 1.0') == 1
     with pytest.raises(BundleError, match=r"finite numbers"):
@@ -297,9 +285,7 @@ def test_number_that_is_not_finite_is_refused(sample_manifest: Manifest, number:
 
 
 @pytest.mark.parametrize("seen", [0, 1, 3, 4])
-def test_decoder_graph_has_a_key_and_a_value_per_layer(
-    sample_manifest: Manifest, seen: int
-) -> None:
+def test_decoder_graph_has_a_key_and_a_value_per_layer(sample_manifest, seen):
     past = tuple(
         TensorSpec(name=f"past_key_values.{i}.key", dtype="float32", shape=()) for i in range(seen)
     )
@@ -315,9 +301,7 @@ def test_decoder_graph_has_a_key_and_a_value_per_layer(
 LATER = ("question", "pruner_text", "long_texts")
 
 
-def test_a_manifest_from_before_there_was_a_choice_of_text_is_of_the_expression(
-    sample_manifest: Manifest,
-) -> None:
+def test_a_manifest_from_before_there_was_a_choice_of_text_is_of_the_expression(sample_manifest):
     tower = TextEncoderSpec(template="{expression}", tokenizer_file="t.json", max_tokens=77)
     plain = plain_of(dataclasses.replace(sample_manifest, text_encoder=tower))
     for part, key in (("prompt", LATER[0]), ("pruning", LATER[1]), ("text_encoder", LATER[2])):
@@ -328,8 +312,8 @@ def test_a_manifest_from_before_there_was_a_choice_of_text_is_of_the_expression(
 
 
 def test_a_manifest_from_before_published_checkpoints_had_their_own_tiles_is_of_transformers(
-    sample_manifest: Manifest,
-) -> None:
+    sample_manifest,
+):
     tiles = TilesSpec(resolutions=((32, 64),))
     image = dataclasses.replace(sample_manifest.image, preparation="anyres", tiles=tiles)
     newline = TensorPlace(file="x", offset=0, dtype="float32", shape=(8,))
@@ -352,8 +336,8 @@ def test_a_manifest_from_before_published_checkpoints_had_their_own_tiles_is_of_
     ],
 )
 def test_a_manifest_that_says_question_holds_the_question(
-    sample_manifest: Manifest, marks: tuple[str, str, str] | None, template: str, refused: bool
-) -> None:
+    sample_manifest, marks, template, refused
+):
     question = None
     if marks is not None:
         question = QuestionSpec(**dict(zip(("start", "end", "image"), marks, strict=True)))
@@ -385,8 +369,8 @@ def test_a_manifest_that_says_question_holds_the_question(
     ],
 )  # fmt: skip
 def test_the_question_is_what_the_user_says_without_the_image(
-    sample_manifest: Manifest, template: str, image: str, question: str | None
-) -> None:
+    sample_manifest, template, image, question
+):
     marks = QuestionSpec(start="USER:", end="ASSISTANT:", image=image)
     prompt = dataclasses.replace(sample_manifest.prompt, template=template, question=marks)
     assert prompt.question_template() == question
@@ -395,7 +379,7 @@ def test_the_question_is_what_the_user_says_without_the_image(
 
 @sharing
 @given(st.data())
-def test_missing_key_is_refused_by_name(sample_manifest: Manifest, data: st.DataObject) -> None:
+def test_missing_key_is_refused_by_name(sample_manifest, data):
     plain = plain_of(sample_manifest)
     named = [p for p in places_of(plain) if isinstance(p[-1], str) and p[0] != "tools"]
     must = [p for p in named if p[0] != "format" and p[-1] not in LATER]
@@ -411,9 +395,7 @@ def test_missing_key_is_refused_by_name(sample_manifest: Manifest, data: st.Data
 
 @sharing
 @given(st.data(), st.text(min_size=1, max_size=8))
-def test_unknown_key_is_refused_at_any_depth(
-    sample_manifest: Manifest, data: st.DataObject, name: str
-) -> None:
+def test_unknown_key_is_refused_at_any_depth(sample_manifest, data, name):
     plain = plain_of(sample_manifest)
     objects: list[Place] = [()]
     for place in places_of(plain):
@@ -434,7 +416,7 @@ def test_unknown_key_is_refused_at_any_depth(
 
 @sharing
 @given(st.data())
-def test_wrong_type_is_refused_at_any_place(sample_manifest: Manifest, data: st.DataObject) -> None:
+def test_wrong_type_is_refused_at_any_place(sample_manifest, data):
     plain = plain_of(sample_manifest)
     places = [p for p in places_of(plain) if p[0] not in ("format", "format_version")]
     place = data.draw(st.sampled_from(places))
@@ -445,9 +427,7 @@ def test_wrong_type_is_refused_at_any_place(sample_manifest: Manifest, data: st.
 
 @sharing
 @given(st.data())
-def test_any_value_anywhere_is_refused_or_kept_as_it_is(
-    sample_manifest: Manifest, data: st.DataObject
-) -> None:
+def test_any_value_anywhere_is_refused_or_kept_as_it_is(sample_manifest, data):
     plain = plain_of(sample_manifest)
     place = data.draw(st.sampled_from(list(places_of(plain))))
     value = data.draw(st.sampled_from([None, True, 0, -1, 1.5, "", "x", [], [1], {}]))
@@ -460,7 +440,7 @@ def test_any_value_anywhere_is_refused_or_kept_as_it_is(
 
 
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, "1", None, 1.5, True, [1]])
-def test_another_version_is_refused_before_anything_else_is_read(version: Any) -> None:
+def test_another_version_is_refused_before_anything_else_is_read(version):
     raw = raw_of({"format": "gap-export-bundle", "format_version": version, "future": 1})
     with pytest.raises(BundleError, match=r"manifest version not supported.*upgrade gap-export"):
         parse_manifest(raw)
@@ -469,7 +449,7 @@ def test_another_version_is_refused_before_anything_else_is_read(version: Any) -
 @pytest.mark.parametrize(
     "raw", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b"[]", b'{"format": "other"}', b'"x"']
 )
-def test_what_is_not_a_manifest_is_refused(raw: bytes) -> None:
+def test_what_is_not_a_manifest_is_refused(raw):
     with pytest.raises(BundleError, match=r"gap\.json is not"):
         parse_manifest(raw)
 
@@ -479,8 +459,8 @@ UNSAFE = ["", ".", "..", "/etc/passwd", "a/../b", "../a", "a//b", "./a", "a/", "
 
 @pytest.mark.parametrize("path", UNSAFE)
 def test_path_outside_the_folder_is_refused_wherever_the_manifest_holds_paths(
-    sample_manifest: Manifest, path: str
-) -> None:
+    sample_manifest, path
+):
     with pytest.raises(BundleError, match="leaves its folder"):
         check_member_path(path)
     file = FileSpec(path=path, size=0, sha256="", held="written")
@@ -494,11 +474,11 @@ def test_path_outside_the_folder_is_refused_wherever_the_manifest_holds_paths(
 
 
 @pytest.mark.parametrize("path", ["a", "a/b.onnx", "..a", "a..b/c", "über.onnx", "a b"])
-def test_plain_relative_path_is_accepted(path: str) -> None:
+def test_plain_relative_path_is_accepted(path):
     assert str(check_member_path(path)) == path
 
 
-def test_graph_is_found_by_component_and_lowering(sample_manifest: Manifest) -> None:
+def test_graph_is_found_by_component_and_lowering(sample_manifest):
     assert sample_manifest.graph("embed_tokens") is sample_manifest.graphs[0]
     with pytest.raises(BundleError, match=r"no such graph: decoder .*embed_tokens onnxruntime"):
         sample_manifest.graph("decoder")
@@ -506,7 +486,7 @@ def test_graph_is_found_by_component_and_lowering(sample_manifest: Manifest) -> 
         sample_manifest.graph("embed_tokens", lowering="portable")
 
 
-def test_part_of_a_manifest_can_be_read_alone(sample_manifest: Manifest) -> None:
+def test_part_of_a_manifest_can_be_read_alone(sample_manifest):
     plain = json.loads(json.dumps(to_plain(sample_manifest.pruning)))
     part = from_plain(type(sample_manifest.pruning), plain, where="pruning")
     assert part == sample_manifest.pruning

@@ -74,7 +74,7 @@ def table_by_loop(prompt: Prompt) -> list[int]:
 
 
 @given(prompts())
-def test_kept_positions_equal_a_loop_with_any_number_of_images(prompt: Prompt) -> None:
+def test_kept_positions_equal_a_loop_with_any_number_of_images(prompt):
     length, spans = spans_of(prompt)
     table = build_kept_positions(unpruned_length=length, spans=spans)
     assert table.dtype == np.int64
@@ -82,14 +82,14 @@ def test_kept_positions_equal_a_loop_with_any_number_of_images(prompt: Prompt) -
 
 
 @given(prompts())
-def test_kept_positions_end_with_their_largest_id(prompt: Prompt) -> None:
+def test_kept_positions_end_with_their_largest_id(prompt):
     length, spans = spans_of(prompt)
     table = build_kept_positions(unpruned_length=length, spans=spans)
     assert table[-1] == length - 1 == table.max()
 
 
 @given(prompts(), st.integers(0, 3000))
-def test_gap_remap_equals_a_loop_far_beyond_the_prompt(prompt: Prompt, extra: int) -> None:
+def test_gap_remap_equals_a_loop_far_beyond_the_prompt(prompt, extra):
     length, spans = spans_of(prompt)
     table = build_kept_positions(unpruned_length=length, spans=spans)
     slots = np.arange(len(table) + extra, dtype=np.int64)[None]
@@ -104,9 +104,7 @@ def test_gap_remap_equals_a_loop_far_beyond_the_prompt(prompt: Prompt, extra: in
 
 
 @given(st.lists(prompts(max_images=2), min_size=1, max_size=4), st.integers(0, 20))
-def test_gap_remap_of_a_left_padded_stack_equals_its_rows_alone(
-    batch: list[Prompt], num_decoded: int
-) -> None:
+def test_gap_remap_of_a_left_padded_stack_equals_its_rows_alone(batch, num_decoded):
     tables = []
     for prompt in batch:
         length, spans = spans_of(prompt)
@@ -122,12 +120,12 @@ def test_gap_remap_of_a_left_padded_stack_equals_its_rows_alone(
 
 
 @given(st.integers(1, 40), st.integers(0, 40))
-def test_gap_remap_of_a_compact_table_changes_nothing(length: int, extra: int) -> None:
+def test_gap_remap_of_a_compact_table_changes_nothing(length, extra):
     slots = np.arange(length + extra, dtype=np.int64)[None]
     assert gap_remap(slots, compact_positions(length)[None]).tolist() == slots.tolist()
 
 
-def test_gap_remap_on_llava_1_5_decodes_from_the_unpruned_length() -> None:
+def test_gap_remap_on_llava_1_5_decodes_from_the_unpruned_length():
     keep = np.linspace(0, 575, 173).astype(np.int64)
     span = VisualSpan(start=35, num_visual_tokens=576, keep_indices=keep)
     table = build_kept_positions(unpruned_length=35 + 576 + 24, spans=[span])
@@ -136,7 +134,7 @@ def test_gap_remap_on_llava_1_5_decodes_from_the_unpruned_length() -> None:
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4))
-def test_slots_equal_a_loop_for_any_mask(rows: list[list[bool]]) -> None:
+def test_slots_equal_a_loop_for_any_mask(rows):
     expected = []
     for row in rows:
         counter, slots = -1, []
@@ -148,7 +146,7 @@ def test_slots_equal_a_loop_for_any_mask(rows: list[list[bool]]) -> None:
 
 
 @given(st.floats(0, 1, exclude_min=True), st.integers(1, 4096))
-def test_num_kept_tokens_rounds_half_up_within_1_and_n(keep_ratio: float, num: int) -> None:
+def test_num_kept_tokens_rounds_half_up_within_1_and_n(keep_ratio, num):
     kept = num_kept_tokens(keep_ratio, num)
     assert 1 <= kept <= num
     assert abs(kept - keep_ratio * num) <= 0.5 or kept == 1
@@ -158,19 +156,19 @@ def test_num_kept_tokens_rounds_half_up_within_1_and_n(keep_ratio: float, num: i
     ("keep_ratio", "num", "kept"),
     [(0.3, 144, 43), (0.3, 576, 173), (0.5, 5, 3), (0.5, 7, 4), (1e-9, 144, 1), (1.0, 144, 144)],
 )
-def test_num_kept_tokens_at_known_points(keep_ratio: float, num: int, kept: int) -> None:
+def test_num_kept_tokens_at_known_points(keep_ratio, num, kept):
     assert num_kept_tokens(keep_ratio, num) == kept
 
 
 @pytest.mark.parametrize("keep_ratio", [0.0, -0.1, 1.0000001, 30, math.nan, math.inf, -math.inf])
-def test_keep_ratio_outside_its_range_is_refused(keep_ratio: float) -> None:
+def test_keep_ratio_outside_its_range_is_refused(keep_ratio):
     with pytest.raises(UsageError, match=r"keep ratio out of range.*0 < keep <= 1"):
         check_keep_ratio(keep_ratio)
     with pytest.raises(UsageError, match="keep ratio"):
         num_kept_tokens(keep_ratio, 10)
 
 
-def test_no_visual_tokens_are_refused() -> None:
+def test_no_visual_tokens_are_refused():
     with pytest.raises(UsageError, match="at least one visual token: 0"):
         num_kept_tokens(0.5, 0)
 
@@ -193,15 +191,13 @@ def _span(start: int, num: int, keep: Any) -> VisualSpan:
         (0, [], "must end with a token that is not visual"),
     ],
 )
-def test_kept_positions_refuse_spans_that_do_not_fit(
-    length: int, spans: list[VisualSpan], message: str
-) -> None:
+def test_kept_positions_refuse_spans_that_do_not_fit(length, spans, message):
     with pytest.raises(UsageError, match=message):
         build_kept_positions(unpruned_length=length, spans=spans)
 
 
 @pytest.mark.parametrize("rows", [[], [np.empty(0, np.int64)], [np.zeros((1, 1, 2), np.int64)]])
-def test_stacking_refuses_what_is_not_a_list_of_tables(rows: list[Any]) -> None:
+def test_stacking_refuses_what_is_not_a_list_of_tables(rows):
     with pytest.raises(UsageError, match="non-empty, one a row"):
         stack_tables(rows)
 
@@ -215,9 +211,7 @@ def test_stacking_refuses_what_is_not_a_list_of_tables(rows: list[Any]) -> None:
         (np.full((1, 3), -1), np.zeros((1, 3), np.int64), "never negative: -1"),
     ],
 )
-def test_gap_remap_refuses_shapes_that_do_not_fit(
-    position_ids: Any, kept_positions: Any, message: str
-) -> None:
+def test_gap_remap_refuses_shapes_that_do_not_fit(position_ids, kept_positions, message):
     with pytest.raises(UsageError, match=message):
         gap_remap(position_ids, kept_positions)
 
@@ -262,9 +256,7 @@ def mrope_prompts(draw: st.DrawFn) -> tuple[int, list[VisualSpan]]:
 # Importing transformers takes its time.
 @settings(deadline=None, max_examples=50)
 @given(mrope_prompts())
-def test_three_axes_equal_a_loop_and_what_transformers_gives(
-    prompt: tuple[int, list[VisualSpan]],
-) -> None:
+def test_three_axes_equal_a_loop_and_what_transformers_gives(prompt):
     length, spans = prompt
     ids = unpruned_ids(length, spans, position_axes=3)
     assert ids.T.tolist() == mrope_by_loop(length, spans)
@@ -300,7 +292,7 @@ def rope_index(kinds: np.ndarray, grids: list[list[int]]) -> list[tuple[np.ndarr
     return found
 
 
-def test_three_axes_of_a_small_prompt_are_the_published_ones() -> None:
+def test_three_axes_of_a_small_prompt_are_the_published_ones():
     ids = unpruned_ids(19, [mrope_span(3, (3, 4))], position_axes=3)
     assert [" ".join(map(str, axis)) for axis in ids.tolist()] == [
         "0 1 2 3 3 3 3 3 3 3 3 3 3 3 3 7 8 9 10",
@@ -313,9 +305,7 @@ def test_three_axes_of_a_small_prompt_are_the_published_ones() -> None:
 
 
 @given(mrope_prompts(), st.integers(0, 9))
-def test_a_table_of_three_axes_is_a_choice_of_columns_and_goes_on_at_the_largest(
-    prompt: tuple[int, list[VisualSpan]], extra: int
-) -> None:
+def test_a_table_of_three_axes_is_a_choice_of_columns_and_goes_on_at_the_largest(prompt, extra):
     length, spans = prompt
     kept = build_kept_positions(unpruned_length=length, spans=spans)
     table = build_id_table(kept, unpruned_length=length, spans=spans, position_axes=3)
@@ -328,7 +318,7 @@ def test_a_table_of_three_axes_is_a_choice_of_columns_and_goes_on_at_the_largest
     assert found.T.tolist() == table.T.tolist() + more
 
 
-def test_tables_of_three_axes_are_stacked_and_continued_on_each_axis() -> None:
+def test_tables_of_three_axes_are_stacked_and_continued_on_each_axis():
     tables = []
     for length, grid, keep in ((9, (2, 3), [1, 4]), (13, (3, 3), list(range(9)))):
         span = mrope_span(2, grid, keep)
@@ -356,7 +346,7 @@ def test_tables_of_three_axes_are_stacked_and_continued_on_each_axis() -> None:
         ("gap", [0, 3], [0, 1, 2, 2, 5, 6]),
     ],
 )
-def test_baselines_of_three_axes(rule: Any, keep: list[int], last_axis: list[int]) -> None:
+def test_baselines_of_three_axes(rule, keep, last_axis):
     span = mrope_span(2, (2, 3), keep)
     kept = build_kept_positions(unpruned_length=10, spans=[span])
     table = build_id_table(kept, unpruned_length=10, spans=[span], position_axes=3, rule=rule)
@@ -364,7 +354,7 @@ def test_baselines_of_three_axes(rule: Any, keep: list[int], last_axis: list[int
 
 
 @pytest.mark.parametrize("rule", ["gap", "compact", "text-shifted"])
-def test_with_one_axis_an_id_is_an_index_but_for_the_baselines(rule: Any) -> None:
+def test_with_one_axis_an_id_is_an_index_but_for_the_baselines(rule):
     span = VisualSpan(start=2, num_visual_tokens=6, keep_indices=np.array([1, 4]))
     kept = build_kept_positions(unpruned_length=10, spans=[span])
     table = build_id_table(kept, unpruned_length=10, spans=[span], rule=rule)
@@ -386,7 +376,7 @@ def test_with_one_axis_an_id_is_an_index_but_for_the_baselines(rule: Any) -> Non
         (3, (2, 4), r"no grid .*: 6 visual tokens, grid \(2, 4\)"),
     ],
 )
-def test_axes_without_ids_are_refused(axes: int, grid: Any, message: str) -> None:
+def test_axes_without_ids_are_refused(axes, grid, message):
     span = VisualSpan(start=2, num_visual_tokens=6, keep_indices=np.array([1]), grid=grid)
     with pytest.raises(UsageError, match=message):
         unpruned_ids(10, [span], position_axes=axes)

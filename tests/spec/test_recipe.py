@@ -163,42 +163,38 @@ def test_unknown_model_suggests_the_nearest_names():
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"surprise": 1}, "surprise"),
-        ({"image__surprise": 1}, "surprise"),
-        ({"grid__rows": "many"}, "grid.rows"),
-        ({"defaults__keep_ratio": 0}, "keep_ratio"),
-        ({"prompt__template": "USER: <image> ASSISTANT:"}, "{expression}"),
-        ({"prompt__template": "<image> <image> {expression}"}, "<image>"),
-        ({"prompt__template": "{expression} <image>"}, "after the image"),
-        ({"prompt__template": "HUMAN: <image> {expression} ASSISTANT:"}, "prompt.question must be"),
-        ({"text_tower__similarity_sign": 0}, "similarity_sign"),
-        ({"text_tower__template": "a photo"}, "text_tower.template"),
-        ({"text_tower__folder": "../clip"}, "text_tower.folder"),
-        *(({"name": v}, "name") for v in ("../up", "/tmp/x", "", ".hidden", "a\n", "a" * 200)),
-        ({"aliases": ["fine", "a/b"]}, "aliases.1"),
-        ({"grid__rows": 0}, "grid.rows must be 1..4096"),
-        ({"grid__cols": 4097}, "grid.cols must be 1..4096"),
-        ({"image__height": 0}, "height"),
-        ({"image__width": 10**9}, "width"),
-        ({"image__pad_color": [0, 256, 0]}, "image.pad_color must be 0..255"),
-        ({"image__mean": [0, float("nan"), 0]}, "image.mean must be finite"),
-        ({"image__std": [1, 0, 1]}, "image.std must be a finite number above 0"),
-        ({"box__scale": 0}, "box.scale must be a finite number above 0"),
-        ({"box__scale": float("inf")}, "box.scale must be a finite number above 0"),
-        ({"prompt__max_new_tokens": 0}, "max_new_tokens must be 1..100000"),
-        ({"prompt__max_expression_tokens": 100_001}, "max_expression_tokens must be 1.."),
-    ],
-)
-def test_bad_recipe_names_the_key(tmp_path, changes, words):
-    with pytest.raises(RecipeError, match=re.escape(words)):
-        load_recipe(write_recipe(tmp_path, **changes))
-
-
-@pytest.mark.parametrize(
     ("source", "changes", "words"),
     [
+        (DEMO, {"surprise": 1}, "surprise"),
+        (DEMO, {"image__surprise": 1}, "surprise"),
+        (DEMO, {"grid__rows": "many"}, "grid.rows"),
+        (DEMO, {"defaults__keep_ratio": 0}, "keep_ratio"),
+        (DEMO, {"prompt__template": "USER: <image> ASSISTANT:"}, "{expression}"),
+        (DEMO, {"prompt__template": "<image> <image> {expression}"}, "<image>"),
+        (DEMO, {"prompt__template": "{expression} <image>"}, "after the image"),
+        (DEMO, {"prompt__template": "A <image> {expression} B"}, "prompt.question must be"),
+        (DEMO, {"prompt__template": "<image> {expression} \ud800"}, "surrogate"),
+        (DEMO, {"prompt__image_token": "expression"}, "must not be part of"),
+        (DEMO, {"prompt__image_token": "{expression}"}, "must not be part of"),
+        (DEMO, {"text_tower__similarity_sign": 0}, "similarity_sign"),
+        (DEMO, {"text_tower__template": "a photo"}, "text_tower.template"),
+        (DEMO, {"text_tower__folder": "../clip"}, "text_tower.folder"),
+        *(
+            (DEMO, {"name": name}, "name")
+            for name in ("../up", "/tmp/x", "", ".hidden", "a\n", "a" * 200)
+        ),
+        (DEMO, {"aliases": ["fine", "a/b"]}, "aliases.1"),
+        (DEMO, {"grid__rows": 0}, "grid.rows must be 1..4096"),
+        (DEMO, {"grid__cols": 4097}, "grid.cols must be 1..4096"),
+        (DEMO, {"image__height": 0}, "height"),
+        (DEMO, {"image__width": 10**9}, "width"),
+        (DEMO, {"image__pad_color": [0, 256, 0]}, "image.pad_color must be 0..255"),
+        (DEMO, {"image__mean": [0, float("nan"), 0]}, "image.mean must be finite"),
+        (DEMO, {"image__std": [1, 0, 1]}, "image.std must be a finite number above 0"),
+        (DEMO, {"box__scale": 0}, "box.scale must be a finite number above 0"),
+        (DEMO, {"box__scale": float("inf")}, "box.scale must be a finite number above 0"),
+        (DEMO, {"prompt__max_new_tokens": 0}, "max_new_tokens must be 1..100000"),
+        (DEMO, {"prompt__max_expression_tokens": 100_001}, "max_expression_tokens must be 1.."),
         (LLAVA, {"grid__cols": 23}, "grid must be 24 rows, 24 cols"),
         (MINIGPT, {"grid": {"rows": 16, "cols": 16}}, "grid must be 32 rows, 8 cols"),
         (MINIGPT, {"architecture__projector__width": 1408 * 5}, "grid must be"),
@@ -241,71 +237,44 @@ def test_bad_recipe_names_the_key(tmp_path, changes, words):
         (LLAVA, {"published": [{"dataset": "RefCOCO", "acc_at_50": 56.1}]}, "published"),
     ],
 )
-def test_a_recipe_that_contradicts_itself_is_refused(tmp_path, source, changes, words):
+def test_a_recipe_that_makes_no_sense_is_refused_by_the_key(tmp_path, source, changes, words):
     with pytest.raises(RecipeError, match=re.escape(words)) as caught:
         load_recipe(write_recipe(tmp_path, source, **changes))
     assert len(str(caught.value)) < 500
 
 
+LAUGHS = ["a0: &a0 [ha, ha]"]
+LAUGHS += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
+
+
 @pytest.mark.parametrize(
-    "content",
+    ("content", "words"),
     [
-        "",
-        "just text",
-        "a: [",
-        "!!python/object:os.system {}",
-        "a: 2024-13-45",
-        "a: !!bool perhaps",
-        "a: !!timestamp never",
-        pytest.param("a: " + "9" * 5000, id="long number"),
-        pytest.param("[" * 5000, id="deep"),
-        pytest.param("a" * 60_000 + ": 1", id="long key"),
+        ("", "recipe"),
+        ("just text", "recipe"),
+        ("a: [", "cannot be read"),
+        ("!!python/object:os.system {}", "cannot be read"),
+        ("a: 2024-13-45", "cannot be read"),
+        ("a: !!bool perhaps", "cannot be read"),
+        ("a: !!timestamp never", "cannot be read"),
+        pytest.param("a: " + "9" * 5000, "recipe", id="long number"),
+        pytest.param("[" * 5000, "cannot be read", id="deep"),
+        pytest.param("a" * 60_000 + ": 1", "recipe", id="long key"),
+        pytest.param(DEMO.read_text() + "#" * 65_536, "too large", id="large"),
+        pytest.param("\n".join(LAUGHS), "aliases", id="laughs"),
+        pytest.param(
+            DEMO.read_text() + "\nselect_layer: -1\n", "'select_layer' is there twice", id="twice"
+        ),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path, content):
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, words):
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RecipeError, match=words) as caught:
         load_recipe(path)
     assert len(str(caught.value)) < 1500
-
-
-def test_a_file_too_large_for_a_recipe_is_not_parsed(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(DEMO.read_text() + "#" * 65_536)
-    with pytest.raises(RecipeError, match="too large"):
-        load_recipe(path)
-
-
-def test_aliases_are_refused_before_they_multiply(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    laughs = ["a0: &a0 [ha, ha]"]
-    laughs += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
-    path.write_text("\n".join(laughs))
-    with pytest.raises(RecipeError, match="aliases"):
-        load_recipe(path)
 
 
 def test_missing_recipe_file_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path / "nowhere.yaml")
-
-
-def test_a_key_given_twice_is_refused(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(DEMO.read_text() + "\nselect_layer: -1\n")
-    with pytest.raises(RecipeError, match="'select_layer' is there twice"):
-        load_recipe(path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"prompt__image_token": "expression"}, "must not be part of"),
-        ({"prompt__image_token": "{expression}"}, "must not be part of"),
-        ({"prompt__template": "<image> {expression} \ud800"}, "half a character|surrogate"),
-    ],
-)
-def test_a_prompt_that_would_lose_its_expression_is_refused(tmp_path, changes, words):
-    with pytest.raises(RecipeError, match=words):
-        load_recipe(write_recipe(tmp_path, **changes))

@@ -101,31 +101,22 @@ def test_a_bundle_is_no_model(tiny_bundle, recipe):
         resolve_model(str(tiny_bundle), recipe=recipe)
 
 
-def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="not found"):
-        resolve_model(str(tmp_path / "nowhere"))
-
-
-def test_an_unknown_name_is_refused():
-    with pytest.raises(UnknownModelError):
-        resolve_model("no-such-model")
-
-
-@pytest.mark.parametrize("name", ["", " ", "a\0b", "a" * 300, "a/" * 4000, "nobody/a--b"])
-def test_a_name_that_no_file_can_have_is_unknown(name):
-    with pytest.raises(UnknownModelError) as caught:
-        resolve_model(name)
+@pytest.mark.parametrize(
+    ("model", "error", "words"),
+    [
+        ("/tmp/there/is/no/such/folder", CheckpointError, "not found"),
+        ("./" + "a" * 300, CheckpointError, "not found"),
+        ("~nosuchuser/x", CheckpointError, "home folder.*~nosuchuser/x"),
+        *(
+            (name, UnknownModelError, "")
+            for name in ("no-such-model", "", " ", "a\0b", "a" * 300, "a/" * 4000, "nobody/a--b")
+        ),
+    ],
+)
+def test_what_is_neither_a_place_nor_a_name_is_refused(model, error, words):
+    with pytest.raises(error, match=words) as caught:
+        resolve_model(model)
     assert len(str(caught.value)) < 1000
-
-
-def test_a_path_that_no_folder_can_have_is_refused():
-    with pytest.raises(CheckpointError, match="not found"):
-        resolve_model("./" + "a" * 300)
-
-
-def test_the_home_of_nobody_is_refused():
-    with pytest.raises(CheckpointError, match=r"home folder.*~nosuchuser/x"):
-        resolve_model("~nosuchuser/x")
 
 
 def test_a_folder_named_as_a_recipe_is_meant_by_its_path(tiny_checkpoint, tmp_path, monkeypatch):

@@ -138,21 +138,13 @@ def test_header_length_that_lies_is_refused(tmp_path, length):
         read_header(path)
 
 
-@pytest.mark.parametrize("size", [0, 3, 7])
-def test_file_shorter_than_its_length_field_is_refused(tmp_path, size):
-    path = tmp_path / "w.safetensors"
-    path.write_bytes(b"\0" * size)
-    with pytest.raises(CheckpointError, match="header too small"):
-        read_header(path)
-
-
-def test_truncated_file_is_refused(tmp_path):
+@pytest.mark.parametrize("size", [0, 3, 7, 20, -1])
+def test_truncated_file_is_refused(tmp_path, size):
     save_file({"a": torch.zeros(100)}, tmp_path / "w.safetensors")
     raw = (tmp_path / "w.safetensors").read_bytes()
-    for size in (4, 20, len(raw) - 1):
-        (tmp_path / "w.safetensors").write_bytes(raw[:size])
-        with pytest.raises(CheckpointError):
-            read_header(tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").write_bytes(raw[:size])
+    with pytest.raises(CheckpointError, match="header too small" if 0 <= size < 8 else "damaged"):
+        read_header(tmp_path / "w.safetensors")
 
 
 def test_missing_file_is_refused(tmp_path):
@@ -190,6 +182,9 @@ def test_sharded_checkpoint_is_read_through_its_index(tmp_path):
         {"weight_map": {"a": "..safetensors/../x.safetensors"}},
         {"weight_map": {"a": "pytorch_model.bin"}},
         {"weight_map": {}},
+        # No file system has such names.
+        *({"weight_map": {"a": f"{name}.safetensors"}} for name in ("a" * 300, "\u00e9" * 200)),
+        {"weight_map": {"a": "\ud800" * 100 + ".safetensors"}},
     ],
 )
 def test_index_that_names_no_plain_files_is_refused(tmp_path, index):
@@ -252,11 +247,3 @@ def test_json_object_is_read_or_refused(tmp_path):
     assert read_json_object(tmp_path / "a.json") == {"x": 1}
     with pytest.raises(CheckpointError, match="not found"):
         read_json_object(tmp_path / "b.json")
-
-
-@pytest.mark.parametrize("name", ["a" * 300, "\u00e9" * 200, "\ud800" * 100])
-def test_shard_with_a_name_that_no_file_has_is_refused(tmp_path, name):
-    index = {"weight_map": {"a": f"{name}.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"with a name of .* characters"):
-        index_checkpoint(tmp_path)
