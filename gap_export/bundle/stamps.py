@@ -43,9 +43,9 @@ def verify_hashes(
     Args:
         folder: What the files' paths are relative to; its stamps are kept together.
         hashes: SHA-256 of each file, in hex, by path.
-        statuses: Of the same files, taken before this call.
+        statuses: Status of the same files, taken before this call.
         verify: ``full`` hashes every file; ``stamp`` trusts those with a stamp of their status.
-        owner_sha256: Of the file that lists the hashes; stamps of another one are not used.
+        owner_sha256: Hash of the file that lists the hashes; stamps of another one are not used.
         refusal: The error to raise, from a path and the SHA-256 seen there.
 
     Raises:

@@ -1,7 +1,7 @@
 """The ways to prepare an image, by the names that recipes and manifests use.
 
-How each works is code of the runtime; here is only where it lies, since whoever reads a bundle or
-builds its engines needs none of it.
+How each works is code of the runtime; here is only where it lies, since reading a bundle or
+building its engines needs none of it.
 """
 
 from __future__ import annotations

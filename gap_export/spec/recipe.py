@@ -46,7 +46,7 @@ _MAX_SIZES = {
 }
 # One matrix of each layer's MLP; in a 70B model they have 19e9.
 _MAX_WEIGHTS = 1 << 38
-# Of a position in M-RoPE: time, row, column.
+# A position in M-RoPE has time, row and column.
 _AXES = 3
 HUB_ID = r"^[\w-][\w.-]*/[\w-][\w.-]*$"
 # A name becomes part of a folder's name, and must not lead out of the current folder.

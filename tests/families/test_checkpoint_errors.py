@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint, and what the user is told."""
+"""What can be wrong with a checkpoint, and what its refusal says."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_the_file_or_folder_that_was_meant_is_named(trained, tiny_checkpoint):
 
 
 def test_files_beside_a_config_do_not_stand_alone(tmp_path):
-    # What a trainer leaves there is a pickle that nobody reads.
+    # What a trainer leaves there is a pickle that is not read.
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "training_args.bin").write_bytes(b"junk")
     text = refusal(minigpt_recipe(), tmp_path)

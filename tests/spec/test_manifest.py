@@ -420,7 +420,7 @@ def test_wrong_type_is_refused_at_any_place(sample_manifest, data):
     plain = plain_of(sample_manifest)
     places = [p for p in places_of(plain) if p[0] not in ("format", "format_version")]
     place = data.draw(st.sampled_from(places))
-    # An object with a key nobody has fits nowhere: not even in tools, whose values are texts.
+    # An object with an unknown key fits nowhere: not even in tools, whose values are texts.
     with pytest.raises(BundleError):
         parse_manifest(raw_of(replaced(plain, place, {"\0": 1})))
 

@@ -142,7 +142,7 @@ def _check_kind(model: Any, file: Path) -> None:
 def _merges(model: Any, vocabulary: dict[str, int], file: Path) -> list[tuple[str, str]]:
     """Every way to join two pieces into a third, the best first.
 
-    SentencePiece keeps a score per piece and joins whichever neighbours make the best one;
+    SentencePiece keeps a score per piece and joins whichever neighbors make the best one;
     a tokenizer.json wants the joins ranked. Only normal pieces are made by joining.
     """
     normal = {piece.piece: piece.score for piece in model.pieces if piece.type == _NORMAL}

@@ -208,9 +208,9 @@ def random_normal(shape: tuple[int, ...], *, std: float, seed: int, dtype: str) 
     that does not. Good for timing and for shapes, not for training.
 
     Args:
-        shape: Of the result.
+        shape: Shape of the result.
         std: Standard deviation; the mean is 0.
-        seed: Of this weight alone, so that two of a model are not the same.
+        seed: One for each weight, so that two of a model are not the same.
         dtype: Safetensors name.
     """
     origin = f"random values of seed {seed}"

@@ -65,7 +65,7 @@ def shard_files(index: Path, *, suffix: str) -> tuple[Path, ...]:
 
     Args:
         index: The index, in the folder of its shards.
-        suffix: Of their names, e.g. ``.safetensors``.
+        suffix: How their names end, e.g. ``.safetensors``.
 
     Raises:
         CheckpointError: the index is damaged or names files elsewhere, or shards are missing.

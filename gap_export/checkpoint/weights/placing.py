@@ -37,7 +37,7 @@ class PlacedTensor:
         location: File name beside the graph.
         dtype: Safetensors name.
         shape: Dimensions.
-        offset: Of its first byte in the file.
+        offset: Where its first byte is in the file.
         length: In bytes.
     """
 
@@ -75,7 +75,7 @@ def store_weights(
         path: The new file; it is removed again where writing it fails.
         weights: By name in the file.
         dtype: Safetensors name all of them are cast to.
-        advance: Told the bytes written since the last call.
+        advance: Called with the bytes written since the last call.
 
     Returns:
         Where each lies; ``location`` is the file's name.
@@ -106,7 +106,7 @@ def lay_out(
     """The first bytes of a safetensors file, and where each tensor goes behind them.
 
     Args:
-        location: Of the file, beside the graph.
+        location: Name of the file beside the graph.
         tensors: Safetensors dtype and shape by name, in the order of the file.
     """
     ends: dict[str, tuple[int, int]] = {}
@@ -142,7 +142,7 @@ def new_file(path: Path, header: bytes, placed: Iterable[PlacedTensor]) -> Itera
     Torch keeps to one thread meanwhile.
 
     Args:
-        path: Of the file; it is removed again where writing it fails.
+        path: The file; it is removed again where writing it fails.
         header: Its first bytes.
         placed: All that goes into it.
 

@@ -68,7 +68,7 @@ def check_blocks(weights: Mapping[str, Weight], *, block_size: int) -> None:
     """See that a block size serves every weight.
 
     Args:
-        weights: Of linear layers, [N, K] (out, in), by name.
+        weights: Weights of linear layers, [N, K] (out, in), by name.
         block_size: Values along K that share a scale.
 
     Raises:
@@ -101,10 +101,10 @@ def store_quantized(
 
     Args:
         path: The new file; it is removed again where writing it fails.
-        weights: Of linear layers, [N, K] (out, in), by name in the file.
+        weights: Weights of linear layers, [N, K] (out, in), by name in the file.
         block_size: 32, 64 or 128, and a divisor of every K.
         dtypes: Safetensors names of the dtypes that scales are stored in.
-        advance: Told the bytes written since the last call.
+        advance: Called with the bytes written since the last call.
 
     Returns:
         Where each lies; ``location`` is the file's name.

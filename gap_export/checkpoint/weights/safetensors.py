@@ -45,7 +45,7 @@ class TensorRef:
         key: Its name in the file.
         dtype: Safetensors name, e.g. ``F32``.
         shape: Dimensions, row-major.
-        offset: Of its first byte, from the start of the file.
+        offset: Where its first byte is, from the start of the file.
         length: In bytes.
     """
 
@@ -172,7 +172,7 @@ def map_bytes(
 
     Args:
         file: Any file.
-        offset: Of the first byte.
+        offset: Where the first byte is.
         length: In bytes, not 0, a multiple of the dtype's.
         dtype: What they are read as.
         key: What they are, for messages.

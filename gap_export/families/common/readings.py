@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Of any tower: its features can be projected, and attention has keys.
+# The features of any tower can be projected, and its attention has keys.
 ANY_TOWER = frozenset({"image_embeds", "keys"})
 WITH_CLS = ANY_TOWER | {"cls_features", "cls_attention"}
 # CLIP was trained with a text tower, and its select layer is not the last.

@@ -1,4 +1,4 @@
-"""EVA's ViT-g as MiniGPT-v2 uses it, with neighbouring patches joined to one token.
+"""EVA's ViT-g as MiniGPT-v2 uses it, with neighboring patches joined to one token.
 
 The layers are CLIP's (norm before attention and MLP, separate projections), so CLIP's code runs
 them. What differs: the patch projection has a bias, no norm stands before the first layer, the norm
@@ -19,7 +19,7 @@ from gap_export.families.common.modules.clip_vision import ClipEmbeddings
 from gap_export.families.common.modules.pruned_vision import VisionFeatures
 from gap_export.spec.architecture import VisionShape
 
-# Of the norm behind the tower; the layers' own is the shape's (1e-6 in EVA).
+# The norm behind the tower has this; the layers' own is the shape's (1e-6 in EVA).
 _FINAL_NORM_EPS = 1e-5
 
 

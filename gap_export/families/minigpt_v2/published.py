@@ -56,7 +56,7 @@ class MiniGptV2Layout:
     The file of trained weights holds the projector and LoRA adapters for queries and values, which
     are merged into the base with a scale of 16 / rank (0.25 at the published rank of 64). The norm
     behind the tower, ``ln_vision``, may be in there; the published file is without it, and then it
-    is what it was initialised to: weight 1, bias 0. No config.json speaks of the whole model, so
+    is what it was initialized to: weight 1, bias 0. No config.json speaks of the whole model, so
     its sizes are the recipe's, and every tensor is checked against them.
     """
 

@@ -52,7 +52,7 @@ def write_model(file: Path, change: Callable[[Any], None] = lambda model: None) 
 
 
 def by_definition(text: str) -> list[int]:
-    """SentencePiece's BPE: always join the neighbours that make the best piece, leftmost first."""
+    """SentencePiece's BPE: always join the neighbors that make the best piece, leftmost first."""
     ids = {piece: token for token, piece in enumerate(PIECES)}
     parts = list((SPACE + text.replace(" ", SPACE)) if text else "")
     while True:

@@ -79,7 +79,7 @@ def test_plain_tensors_of_an_archive_are_references_to_its_bytes(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs a Linux /proc")
 def test_indexing_reads_no_tensor(tmp_path):
-    # Sparse on the disk: whatever reads all of it fills the memory.
+    # Sparse on the disk: reading all of it fills the memory.
     size = 1 << 33
     with torch.serialization.skip_data():
         file = save({"big": torch.empty(size, dtype=torch.uint8)}, tmp_path / "w.bin")

@@ -56,9 +56,9 @@ def test_file_is_read_by_the_safetensors_library(tmp_path, dtype):
         "last": torch.randn(2, 1, 3),
     }
     path = tmp_path / "weights.safetensors"
-    told: list[int] = []
+    written: list[int] = []
     placed = store_weights(
-        path, {k: made(v) for k, v in tensors.items()}, dtype=dtype, advance=told.append
+        path, {k: made(v) for k, v in tensors.items()}, dtype=dtype, advance=written.append
     )
     torch_dtype = weight.TORCH_DTYPES[dtype]
     loaded = load_file(path)
@@ -72,7 +72,7 @@ def test_file_is_read_by_the_safetensors_library(tmp_path, dtype):
         assert place.shape == tuple(tensor.shape)
         values = raw[place.offset : place.offset + place.length]
         assert values == expected.reshape(-1).view(torch.uint8).numpy().tobytes()
-    assert sum(told) == sum(place.length for place in placed.values())
+    assert sum(written) == sum(place.length for place in placed.values())
     # The other way round: our own reader, which refuses holes and overlaps.
     assert {k: r.offset for k, r in read_header(path).items()} == {
         k: p.offset for k, p in placed.items()

@@ -93,16 +93,16 @@ def test_file_holds_what_the_slow_reference_says(
 ):
     monkeypatch.setattr(quantized, "CHUNK", chunk)
     tensors = {f"w{i}": drawn(rows, width, seed=i).to(weight.TORCH_DTYPES[dtype]) for i in range(3)}
-    told: list[int] = []
+    written: list[int] = []
     given_weights = {name: made(tensor, dtype) for name, tensor in tensors.items()}
     places = store_quantized(
         tmp_path / "int4.safetensors",
         given_weights,
         block_size=block,
         dtypes=["F16", "F32", "BF16"],
-        advance=told.append,
+        advance=written.append,
     )
-    assert sum(told) == quantized_bytes(
+    assert sum(written) == quantized_bytes(
         given_weights, block_size=block, dtypes=["F16", "F32", "BF16"]
     )
     for name, tensor in tensors.items():

@@ -29,7 +29,7 @@ _MAX_KEY = 1 << 24
 _VISUAL_PROJECTION = "visual_projection.safetensors"
 _VISUAL_PROJECTION_KEY = "visual_projection.weight"
 _KEYS = KeyLayout(prefixes=(("text_model.", ""),), ignored_suffixes=(".embeddings.position_ids",))
-# Of a whole CLIP the text tower is one half.
+# The rest of a whole CLIP, of which the text tower is one half.
 _OTHER_HALF = ("vision_model.", _VISUAL_PROJECTION_KEY, "logit_scale")
 
 

@@ -112,7 +112,7 @@ def check_delta_base(
 
 
 def _count_inexact(delta: Mapping[str, Weight], base: LanguageModel) -> tuple[int, int]:
-    """Of the sums that must be float16 numbers, how many are not, and how many there are."""
+    """How many of the sums are no float16 numbers, though they must be; and how many there are."""
     last = base.shape.num_layers - 1
     num_off = num_compared = 0
     for layer in sorted({0, last // 2, last}):

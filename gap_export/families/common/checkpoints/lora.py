@@ -40,7 +40,7 @@ _PREFIX = "base_model.model."
 _HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
 # The matrix or bias of a module that has an adapter.
 _WRAPPED = ".base_layer."
-# Of adapter_config.json: what changes nothing here; what else is not read must be off.
+# Keys of adapter_config.json that change nothing here; what else is not read must be off.
 _IRRELEVANT_KEYS = {
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
     "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "runtime_config",

@@ -22,7 +22,7 @@ ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
 WeightT = TypeVar("WeightT", bound=Weight)
 
 _MAX_REASON = 300
-# Of classifiers, which no model here is; transformers makes a name for each of num_labels.
+# Classifiers have these, and no model here is one; transformers makes num_labels names.
 _LABEL_KEYS = frozenset({"num_labels", "id2label", "label2id"})
 
 

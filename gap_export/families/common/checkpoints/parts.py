@@ -111,7 +111,7 @@ def read_language_model(folder: Path) -> LanguageModel:
     """
     found = index_folder(folder)
     config_file = folder / "config.json"
-    # Of another kind than these, the first one's message says so.
+    # Where it is of another kind than these, the first one's message says so.
     kind = _LANGUAGE_MODELS.get(model_type_of(folder) or "", LlamaConfig)
     config: Any = parse_config(kind, config_file, num_tensors=len(found))
     shape = decoder_shape(config, config_file)
