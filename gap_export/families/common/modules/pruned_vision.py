@@ -121,23 +121,30 @@ class _VisionReader(nn.Module):
         """What the pruner reads, one row for each of B (of I, where no text is read)."""
         dtype = next(self.parameters()).dtype
         features: VisionFeatures = self.tower(pixel_values.to(dtype))
-        patches, reads = features.patches, self.pruner.reads
-        rows = None if text_embeds is None else text_embeds.shape[0]
-
-        def read(name: Reading, part: torch.Tensor | None) -> torch.Tensor | None:
-            return None if part is None or name not in reads else per_row(part, rows)
-
+        patches = features.patches
         next_layer = (None, None) if self.next_layer is None else self.next_layer(features)
-        embeds = None if self.joint_space is None else per_row(self.joint_space(patches), rows)
+        seen: dict[Reading, torch.Tensor | None] = {
+            "cls_features": features.cls,
+            "cls_attention": features.cls_attention,
+            "keys": features.keys,
+            "image_embeds": None if projector is None else projector(patches),
+        }
+        rows = None if text_embeds is None else text_embeds.shape[0]
+        parts = {
+            name: None if part is None or name not in self.pruner.reads else per_row(part, rows)
+            for name, part in seen.items()
+        }
         return VisionState(
             patch_features=per_row(patches, rows),
-            cls_features=read("cls_features", features.cls),
-            cls_attention=read("cls_attention", features.cls_attention),
-            keys=read("keys", features.keys),
-            image_embeds=None if projector is None else read("image_embeds", projector(patches)),
+            cls_features=parts["cls_features"],
+            cls_attention=parts["cls_attention"],
+            keys=parts["keys"],
+            image_embeds=parts["image_embeds"],
             next_attention=next_layer[0],
             next_keys=next_layer[1],
-            patch_embeds=embeds,
+            patch_embeds=(
+                None if self.joint_space is None else per_row(self.joint_space(patches), rows)
+            ),
             text_embeds=text_embeds,
             text_similarity_sign=self.pruning.text_similarity_sign or 1,
         )
