@@ -108,7 +108,7 @@ def test_a_bundle_is_no_model(tiny_bundle, recipe):
         ("./" + "a" * 300, CheckpointError, "not found"),
         ("~nosuchuser/x", CheckpointError, "home folder.*~nosuchuser/x"),
         *(
-            (name, UnknownModelError, "")
+            (name, UnknownModelError, "no model")
             for name in ("no-such-model", "", " ", "a\0b", "a" * 300, "a/" * 4000, "nobody/a--b")
         ),
     ],
