@@ -68,9 +68,10 @@ def answers(demo_bundle: Path) -> Iterator[Callable[[str], list[dict[str, Any]]]
 
 
 @pytest.mark.parametrize(
-    ("layout", "options"), [("per split", {}), ("own", {"frame": "raw"})], ids=["coco", "own"]
+    ("layout", "options", "suffix"),
+    [("per split", {}, ".jpg"), ("own", {"frame": "raw"}, ".png")],
+    ids=["coco", "own"],
 )
-@pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_boxes_are_those_of_the_image_without_an_orientation(
     answers: Any, tmp_path: Path, layout: str, options: Any, suffix: str
 ) -> None:

@@ -14,20 +14,18 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gap_export.errors import GapExportError, UsageError
+from gap_export.evaluation.measure import Runner, RunnerOptions
 from gap_export.evaluation.records import Record
 from gap_export.evaluation.workers import Shard
 from gap_export.evaluation.workers.node_files import files_of
 from gap_export.evaluation.workers.ray_connection import ray_connection, reach
-from gap_export.evaluation.workers.ray_worker import Reply, RunnerFactory, make_runner, worker_task
+from gap_export.evaluation.workers.ray_worker import Reply, RunnerFactory, worker_task
 from gap_export.extras import pip_install, require_extra
 from gap_export.progress import Progress, SilentProgress
 from gap_export.version import __version__
-
-if TYPE_CHECKING:
-    from gap_export.evaluation.measure import RunnerOptions
 
 _log = logging.getLogger(__name__)
 # One loss is an accident, two may be; a shard that three workers died of would end them all.
@@ -67,7 +65,7 @@ class RayExecutor:
         options: RunnerOptions,
         progress: Progress | None = None,
         *,
-        runner_factory: RunnerFactory = make_runner,
+        runner_factory: RunnerFactory = Runner,
     ) -> None:
         if num_workers is not None and num_workers < 1:
             raise UsageError("too few workers", seen=num_workers, allowed=">= 1")

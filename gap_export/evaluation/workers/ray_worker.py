@@ -6,15 +6,13 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from gap_export.errors import GapExportError
+from gap_export.evaluation.measure import RunnerOptions
 from gap_export.evaluation.records import Record
 from gap_export.evaluation.workers import Shard
 from gap_export.evaluation.workers.node_files import check_files
-
-if TYPE_CHECKING:
-    from gap_export.evaluation.measure import RunnerOptions
 
 
 class AnswersShards(Protocol):
@@ -25,15 +23,7 @@ class AnswersShards(Protocol):
         ...
 
 
-RunnerFactory = Callable[["RunnerOptions"], AnswersShards]
-
-
-def make_runner(options: RunnerOptions) -> AnswersShards:
-    """The runner that opens bundles."""
-    # In the worker: the process that asks needs no session.
-    from gap_export.evaluation.measure import Runner
-
-    return Runner(options)
+RunnerFactory = Callable[[RunnerOptions], AnswersShards]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,21 +44,9 @@ def make_question(name: str, index: int, image: ImageSource | None = None) -> Qu
     )
 
 
-def make_record(question: Question, text: str) -> Record:
-    return Record(
-        question_id=question.id,
-        text=text,
-        fractions=None,
-        box=None,
-        image_size=(1, 1),
-        num_kept_tokens=1,
-        num_visual_tokens=1,
-    )
-
-
 @dataclass(frozen=True)
 class Fake:
-    """A runner factory: its runner says of each question which process has answered it.
+    """A runner and its factory: the answer to each question is the process that has answered it.
 
     Attributes:
         before: Called with each shard before it is answered.
@@ -67,18 +55,24 @@ class Fake:
     before: Callable[[Shard], None] | None = None
 
     def __call__(self, options: RunnerOptions) -> AnswersShards:
-        return _FakeRunner(options, self.before)
-
-
-class _FakeRunner:
-    def __init__(self, options: RunnerOptions, before: Callable[[Shard], None] | None) -> None:
         assert options.num_threads == 1
-        self._before = before
+        return self
 
     def answer(self, shard: Shard) -> list[Record]:
-        if self._before is not None:
-            self._before(shard)
-        return [make_record(question, str(os.getpid())) for question in shard.questions]
+        if self.before is not None:
+            self.before(shard)
+        return [
+            Record(
+                question_id=question.id,
+                text=str(os.getpid()),
+                fractions=None,
+                box=None,
+                image_size=(1, 1),
+                num_kept_tokens=1,
+                num_visual_tokens=1,
+            )
+            for question in shard.questions
+        ]
 
 
 @dataclass(frozen=True)
