@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from tests.programs import run_program
 
 EXPRESSIONS = ["the red circle", "the small blue star above the circle"]
 
+KEEP = PruningRequest(keep_ratio=0.3)
 SAMPLE = [{}, {"dtype": "float16"}]
 # torch's first exporter ends at opset 20; its second begins at 18 and says so for 17.
 EVERY = [
@@ -203,40 +205,16 @@ def test_a_patched_export_is_refused(tiny_export, own_export, patch):
         shutil.copyfile(tiny_export / name, own_export / name)
 
 
-def test_nothing_is_left_where_patching_fails(own_export, tmp_path):
-    (own_export / "tokenizer.json").write_text("{}")
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(UsageError):
-        patch_export(
-            PatchOptions(
-                export=own_export, pruning=PruningRequest(keep_ratio=0.3), out=tmp_path / "out"
-            )
-        )
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_an_output_within_the_export_is_refused(own_export):
-    with pytest.raises(UsageError, match="within the export"):
-        patch_export(
-            PatchOptions(
-                export=own_export, pruning=PruningRequest(keep_ratio=0.3), out=own_export / "out"
-            )
-        )
-    assert not (own_export / "out").exists()
-
-
-def test_a_folder_of_something_else_is_never_replaced(tiny_export, tmp_path):
+def test_a_folder_of_something_else_is_never_replaced(own_export, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    options = PatchOptions(
-        export=tiny_export,
-        pruning=PruningRequest(keep_ratio=0.3),
-        out=tmp_path / "mine",
-        force=True,
-    )
+    options = PatchOptions(export=own_export, pruning=KEEP, out=tmp_path / "mine", force=True)
     with pytest.raises(OutputError, match="not only a gap-export bundle"):
         patch_export(options)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    with pytest.raises(UsageError, match="within the export"):
+        patch_export(replace(options, out=own_export / "out"))
+    assert not (own_export / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -255,22 +233,6 @@ def test_a_folder_of_something_else_is_never_replaced(tiny_export, tmp_path):
 def test_wrong_options_are_refused(tiny_export, patch, options, message):
     with pytest.raises(UsageError, match=message):
         patch(tiny_export, **options)
-
-
-def test_values_that_no_bundle_may_hold_are_refused_before_there_is_one(own_export, tmp_path):
-    (own_export / "generation_config.json").write_text('{"eos_token_id": 99999999999999999999}')
-    out = tmp_path / "bundle"
-    with pytest.raises(UsageError, match=r"cannot be patched: decoder.eos_token_ids\[0\]"):
-        patch_export(PatchOptions(export=own_export, out=out))
-    assert [path.name for path in tmp_path.iterdir()] == ["export"]
-
-
-def test_a_tokenizer_without_the_image_token_is_refused(own_export, patch):
-    path = own_export / "tokenizer.json"
-    plain = json.loads(path.read_text().replace("<image>", "<picture>"))
-    path.write_text(json.dumps(plain))
-    with pytest.raises(UsageError, match="does not know the image token"):
-        patch(own_export)
 
 
 @pytest.mark.parametrize(
@@ -308,12 +270,6 @@ def test_weights_under_a_name_that_a_bundle_needs_are_refused(own_export, patch,
         patch(own_export)
 
 
-def test_an_export_without_tokenizer_is_refused(own_export, patch):
-    (own_export / "tokenizer.json").unlink()
-    with pytest.raises(UsageError, match="the export has no tokenizer"):
-        patch(own_export)
-
-
 def test_a_patched_bundle_is_measured_beside_its_export_patched_with_all_tokens(tiny_export, patch):
     bundle = patch(tiny_export).bundle
     with pytest.raises(UsageError, match="patch that export once more with --keep 1"):
@@ -321,3 +277,26 @@ def test_a_patched_bundle_is_measured_beside_its_export_patched_with_all_tokens(
     baseline = patch(tiny_export, keep_ratio=1.0).bundle
     rows = evaluate_bundle(bundle, baseline=baseline, num_samples=4).rows
     assert [row.positions for row in rows] == ["none", "compact", "gap"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", None, "the export has no tokenizer"),
+        ("tokenizer.json", "{}", "tokenizer"),
+        ("tokenizer.json", ("<image>", "<photo>"), "does not know the image token"),
+        ("generation_config.json", '{"eos_token_id": 99999999999999999999}',
+         r"cannot be patched: decoder.eos_token_ids\[0\]"),
+    ],
+)  # fmt: skip
+def test_nothing_is_left_where_a_file_of_the_export_is_refused(
+    own_export, tmp_path, file, content, message
+):
+    path = own_export / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content if isinstance(content, str) else path.read_text().replace(*content))
+    with pytest.raises(UsageError, match=message):
+        patch_export(PatchOptions(export=own_export, pruning=KEEP, out=tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
