@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from gap_export.cli._terminal import Terminal, process_started
-from gap_export.patching.choose_pruner import PLACES, SCORES
+from gap_export.patching.choose_pruner import SCORES
 from gap_export.patching.options import PRUNERS
 from gap_export.spec.recipe import models_dir
 
@@ -190,4 +190,4 @@ def test_a_process_began_before_now():
 
 
 def test_the_pruners_of_patch_are_those_that_have_a_pass():
-    assert set(PRUNERS) == {*PLACES, *SCORES}
+    assert set(PRUNERS) == {"spatial", "random", *SCORES}
