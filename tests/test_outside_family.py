@@ -157,7 +157,10 @@ def test_unpruned_it_is_what_transformers_computes(package, theirs, checkpoint):
     torch.testing.assert_close(logits[:, 0], wanted, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("pruner", ["spatial", "divprune", "dart"])
+@pytest.mark.parametrize(
+    "pruner",
+    ["divprune", *(pytest.param(name, marks=pytest.mark.full) for name in ("spatial", "dart"))],
+)
 def test_it_is_pruned_checked_at_all_levels_and_grounds(package, checkpoint, tmp_path, pruner):
     bundle = export(checkpoint, tmp_path / "bundle", pruner=pruner)
     recipe, _ = find_recipe(MODEL)
@@ -173,7 +176,7 @@ def test_it_is_pruned_checked_at_all_levels_and_grounds(package, checkpoint, tmp
     assert answer.tokens[0].frame == Frame(left=0, top=4, width=32, height=32)
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq"])
+@pytest.mark.parametrize("method", [pytest.param("rtn", marks=pytest.mark.full), "awq"])
 def test_it_is_quantized_and_checked(package, checkpoint, tmp_path, method):
     """AWQ scales what the family groups: one norm's readers, attention and MLP alike."""
     spec = QuantizationSpec(dtype="int4", block_size=32, method=method, lm_head=False)
@@ -211,6 +214,7 @@ def test_an_unpruned_export_that_others_made_is_patched(package, checkpoint, tmp
         assert len(session.ground(asked[0].image, "the star").keep_indices) == 6
 
 
+@pytest.mark.full
 def test_its_forms_for_tensorrt_are_made_in_full(package, checkpoint, tmp_path):
     """The fused one too: rotations of a part of each head, and LayerNorms that stay."""
     made = export(
@@ -226,6 +230,7 @@ def test_its_forms_for_tensorrt_are_made_in_full(package, checkpoint, tmp_path):
     assert kinds.count("LayerNormalization") and not kinds.count("RMSNormalization")
 
 
+@pytest.mark.full
 def test_random_weights_of_its_shape_need_no_checkpoint(package, tmp_path):
     options = ExportOptions(model=MODEL, random_weights=True, out=tmp_path / "bundle")
     export_model(options)
