@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 from gap_export.errors import GapExportError
@@ -78,9 +79,14 @@ class Plugins(Generic[T]):
         entry = self.entries.get(name)
         return entry.dist.name if entry is not None and entry.dist is not None else None
 
-    def shadowed_by(self, ours: Collection[str]) -> dict[str, GapExportError]:
-        """Those whose names gap-export has itself, which therefore are never used; no import."""
-        return {
+    def broken(self, ours: Collection[str]) -> Mapping[str, GapExportError]:
+        """Those that cannot be used, and why; every package is imported.
+
+        Args:
+            ours: Names that gap-export has itself: another package's of such a name is never used.
+        """
+        unusable = {n: one for n, one in self.found.items() if isinstance(one, GapExportError)}
+        hidden = {
             name: GapExportError(
                 f"{self._kind} {name}, which {entry.value} should define, has a name that is taken",
                 seen=name,
@@ -90,6 +96,7 @@ class Plugins(Generic[T]):
             for name, entry in self.entries.items()
             if name in ours
         }
+        return MappingProxyType({**unusable, **hidden})
 
     def forget(self) -> None:
         """Look anew, where packages came or went in this process."""

@@ -88,8 +88,7 @@ def all_families() -> Mapping[str, Family]:
 
 def broken_families() -> Mapping[str, GapExportError]:
     """Those of other packages that cannot be used, and why."""
-    found = {n: e for n, e in OTHER_FAMILIES.found.items() if isinstance(e, GapExportError)}
-    return MappingProxyType({**found, **OTHER_FAMILIES.shadowed_by(_OURS)})
+    return OTHER_FAMILIES.broken(_OURS)
 
 
 def find_family(recipe: Recipe) -> Family:

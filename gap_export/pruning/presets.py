@@ -123,8 +123,7 @@ def all_presets() -> Mapping[str, Preset]:
 
 def broken_presets() -> Mapping[str, GapExportError]:
     """Those of other packages that cannot be used, and why."""
-    found = {n: e for n, e in OTHER_PRESETS.found.items() if isinstance(e, GapExportError)}
-    return MappingProxyType({**found, **OTHER_PRESETS.shadowed_by(PRESETS)})
+    return OTHER_PRESETS.broken(PRESETS)
 
 
 def find_preset(name: str) -> Preset:
