@@ -19,7 +19,15 @@ from gap_export.spec.manifest import ExtraToken, GridSpec, Order
 if TYPE_CHECKING:
     import torch
 
-Reading = Literal["cls_features", "cls_attention", "keys", "next_layer", "text", "image_embeds"]
+Reading = Literal[
+    "cls_features",
+    "cls_attention",
+    "received_attention",
+    "keys",
+    "next_layer",
+    "text",
+    "image_embeds",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +39,8 @@ class VisionState:
         cls_features: float [B, D], of the CLS token at the same layer.
         cls_attention: float [B, N], attention of CLS to each patch, averaged over the heads, in the
             layer that produced the features.
+        received_attention: float [B, N], attention that each patch receives in that layer: the mean
+            over heads and queries, then over the patches of a token.
         keys: float [B, N, C], the keys of that layer, averaged over the heads.
         next_attention: float [B, N], attention of CLS to each patch in the layer behind the select
             layer, as one head of the full width; the CLS column left out after the softmax.
@@ -44,6 +54,7 @@ class VisionState:
     patch_features: torch.Tensor
     cls_features: torch.Tensor | None = None
     cls_attention: torch.Tensor | None = None
+    received_attention: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     next_attention: torch.Tensor | None = None
     next_keys: torch.Tensor | None = None

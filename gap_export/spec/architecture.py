@@ -34,15 +34,33 @@ class TransformerShape(Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class VisionShape(TransformerShape):
-    """A vision tower: square images of ``image_size`` pixels, square patches."""
+    """A vision tower: images of one size, square patches.
 
-    image_size: int
+    Attributes:
+        image_size: Pixels of the side of a square image, or height and width of a canvas.
+        patch_size: Pixels of the side of a patch.
+    """
+
+    image_size: int | tuple[int, int]
     patch_size: int
 
     @property
-    def grid_size(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
+    def canvas(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        size = self.image_size
+        return size if isinstance(size, tuple) else (size, size)
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.canvas
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image, CLS not counted."""
+        rows, cols = self.patch_grid
+        return rows * cols
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +83,13 @@ class ProjectorShape(Strict):
         bias: Whether the linear layers have one.
         activation: Between the two linear layers of an MLP; None where one linear layer is all.
         joined_rows: Rows of patches that are joined to one token; the width says how many columns.
+        inner_size: Width between the two linear layers; None where it is ``hidden_size``.
+        norm: What stands before the first linear layer, if anything.
+        norm_eps: Its epsilon.
+        norm_width: Over how many features it goes: those of one patch (Qwen's merger), or None for
+            all of a token (InternVL).
+        num_taps: Planes of features behind the first, each with a projector of its own, whose norm
+            is over all patches of a token (DeepStack, Qwen3-VL).
     """
 
     width: int
@@ -72,6 +97,16 @@ class ProjectorShape(Strict):
     bias: bool = True
     activation: str | None
     joined_rows: int = 1
+    inner_size: int | None = None
+    norm: Literal["layer_norm", "rms_norm"] | None = None
+    norm_eps: float = 1e-5
+    norm_width: int | None = None
+    num_taps: int = 0
+
+    @property
+    def features_size(self) -> int:
+        """Width of a token's features: what is projected, then a plane for each tap."""
+        return self.width * (1 + self.num_taps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +210,15 @@ class Architecture(Strict):
     @property
     def token_grid(self) -> tuple[int, int]:
         """Rows and columns of visual tokens; (0, 0) where patches cannot be joined so."""
-        side, down = self.vision.grid_size, self.projector.joined_rows
-        across, rest = divmod(self.projector.width, self.vision.width * down)
-        if rest or not across or side % down or side % across:
+        rows, cols = self.vision.patch_grid
+        down, across = self.joined_patches
+        if not across or rows % down or cols % across:
             return 0, 0
-        return side // down, side // across
+        return rows // down, cols // across
+
+    @property
+    def joined_patches(self) -> tuple[int, int]:
+        """Rows and columns of patches in one token; no columns where the widths do not fit."""
+        down = self.projector.joined_rows
+        across, rest = divmod(self.projector.width, self.vision.width * down)
+        return down, 0 if rest else across

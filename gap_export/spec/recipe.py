@@ -266,10 +266,17 @@ def _check_sizes(architecture: Architecture, image: ImageSpec, grid: GridSpec) -
                 _in_range(f"architecture.{name}.{key}", size, low, most)
     weights = decoder.num_layers * decoder.hidden_size * decoder.intermediate_size
     _in_range(f"weights of architecture.decoder's layers ({weights})", weights, 1, _MAX_WEIGHTS)
-    if (image.height, image.width) != (vision.image_size,) * 2:
-        raise ValueError(f"image must be {vision.image_size} px, architecture.vision.image_size")
+    if (image.height, image.width) != vision.canvas:
+        height, width = vision.canvas
+        raise ValueError(
+            f"image must be {height} px high and {width} wide, architecture.vision.image_size"
+        )
+    if projector.num_taps != decoder.num_taps:
+        raise ValueError("architecture.projector and architecture.decoder must have as many taps")
     if projector.width % vision.width or projector.hidden_size != decoder.hidden_size:
         raise ValueError("architecture.projector must go from vision.width to decoder.hidden_size")
+    if projector.width % (projector.norm_width or 1):
+        raise ValueError("architecture.projector.norm_width must divide its width")
     if vision.width % vision.num_heads or decoder.num_heads % decoder.num_key_value_heads:
         raise ValueError("architecture: heads must divide the width, and groups the heads")
     sections, turned = decoder.rope_sections, decoder.num_frequencies

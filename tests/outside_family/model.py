@@ -39,7 +39,7 @@ class _Patches(nn.Module):
         super().__init__()
         patch = shape.patch_size
         self.patch_embedding = nn.Conv2d(3, shape.width, kernel_size=patch, stride=patch)
-        self.position_embedding = nn.Embedding(shape.grid_size**2, shape.width)
+        self.position_embedding = nn.Embedding(shape.num_patches, shape.width)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)

@@ -112,7 +112,7 @@ def _vision(
     if isinstance(module, ScoredVisionEncoder):
         outputs = [scores, *_patches(module.pruner, source, tokens=tokens, rows=rows, dtype=dtype)]
     else:
-        emitted, hidden = pruning.num_emitted_tokens, source.architecture.decoder.hidden_size
+        emitted, hidden = pruning.num_emitted_tokens, source.architecture.decoder.embeds_size
         outputs = [
             spec("image_features", rows, emitted, hidden, dtype=dtype),
             spec("keep_indices", rows, emitted, dtype=_I64),
@@ -132,7 +132,7 @@ def _vision(
 
 
 def _token_pruner(module: TokenPruner, source: ModelSource, *, rows: str, dtype: str) -> Component:
-    pruning, hidden = module.pruning, source.architecture.decoder.hidden_size
+    pruning, hidden = module.pruning, source.architecture.decoder.embeds_size
     tokens = pruning.num_visual_tokens
     scores = spec("token_scores", rows, tokens, dtype=_F32)
     emitted = "num_kept_tokens" if pruning.extra_token == "none" else "num_kept_tokens + 1"
@@ -162,7 +162,7 @@ def _patches(
     """What the second graph takes from the first beside the scores."""
     assert isinstance(pruner, ScoringPruner)
     vision, projector = source.architecture.vision, source.architecture.projector
-    found = [spec("patch_features", rows, tokens, projector.width, dtype=dtype)]
+    found = [spec("patch_features", rows, tokens, projector.features_size, dtype=dtype)]
     if pruner.merges_by is not None:
         heads = vision.num_heads if pruner.merges_by == "keys" else 1
         found.append(spec("patch_keys", rows, tokens, projector.width // heads, dtype=dtype))

@@ -18,9 +18,9 @@ def _tower(architecture: Architecture, num_layers: int) -> EvaVisionTower:
     Raises:
         RecipeError: no whole number of patches, or one that does not divide a row.
     """
-    width, side = architecture.vision.width, architecture.vision.grid_size
-    join, rest = divmod(architecture.projector.width, width)
-    if rest or not join or side % join:
+    width, side = architecture.vision.width, architecture.vision.patch_grid[1]
+    down, join = architecture.joined_patches
+    if down != 1 or not join or side % join:
         raise RecipeError(
             "the projector does not take whole patches of one row",
             seen=f"width {architecture.projector.width}",

@@ -66,7 +66,7 @@ def read_eva_tower(file: Path, shape: VisionShape) -> dict[str, Weight]:
         f"{embeddings}patch_embedding.weight": theirs["patch_embed.proj.weight"],
         f"{embeddings}patch_embedding.bias": theirs["patch_embed.proj.bias"],
         f"{embeddings}position_embedding.weight": interpolated_positions(
-            reshaped(theirs["pos_embed"], theirs["pos_embed"].shape[1:]), shape.grid_size
+            reshaped(theirs["pos_embed"], theirs["pos_embed"].shape[1:]), shape.patch_grid[0]
         ),
     }
     for index in range(shape.num_layers):

@@ -16,6 +16,7 @@ from torch import nn
 
 from gap_export.families.common.modules.clip_layers import ClipEncoder
 from gap_export.families.common.modules.clip_vision import ClipEmbeddings
+from gap_export.families.common.modules.joining import join_patches
 from gap_export.families.common.modules.pruned_vision import VisionFeatures
 from gap_export.spec.architecture import VisionShape
 
@@ -36,15 +37,15 @@ class EvaVisionTower(nn.Module):
     """The tower. Weight names are CLIP's, ``post_layernorm`` being ``ln_vision``.
 
     Args:
-        shape: The tower's; J divides G, so that no token reaches over the end of a row.
+        shape: The tower's, of square images; J divides G, so that no token reaches over the end of
+            a row.
         num_layers: How many layers to run.
         join: J.
     """
 
     def __init__(self, shape: VisionShape, *, num_layers: int, join: int = 4) -> None:
         super().__init__()
-        assert shape.grid_size % join == 0, (shape.grid_size, join)
-        self.join = join
+        self.join, self.grid = join, shape.patch_grid
         self.embeddings = EvaEmbeddings(shape)
         self.encoder = ClipEncoder(shape, num_layers=num_layers)
         self.post_layernorm = nn.LayerNorm(shape.width, eps=_FINAL_NORM_EPS)
@@ -74,5 +75,4 @@ class EvaVisionTower(nn.Module):
 
     def _joined(self, per_patch: torch.Tensor) -> torch.Tensor:
         """[I, G * G, ...] to [I, N, J, ...]: patches that follow each other in a row."""
-        images, patches, *rest = per_patch.shape
-        return per_patch.reshape(images, patches // self.join, self.join, *rest)
+        return join_patches(per_patch, self.grid, (1, self.join))

@@ -134,7 +134,7 @@ def check_architecture(recipe: Recipe, architecture: Architecture, where: Path) 
         recipe,
         where,
         [
-            ("image size", [vision.image_size] * 2, [recipe.image.height, recipe.image.width]),
+            ("image size", list(vision.canvas), [recipe.image.height, recipe.image.width]),
             (
                 "visual token grid",
                 list(architecture.token_grid),

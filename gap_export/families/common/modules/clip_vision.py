@@ -21,7 +21,7 @@ class ClipEmbeddings(nn.Module):
         width, patch = shape.width, shape.patch_size
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
-        self.position_embedding = nn.Embedding(shape.grid_size**2 + 1, width)
+        self.position_embedding = nn.Embedding(shape.num_patches + 1, width)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Float [I, 3, h, w] to [I, 1 + N, D], CLS first, patches in raster order."""

@@ -16,6 +16,7 @@ from gap_export.families.common.modules.attention import (
     split_heads,
 )
 from gap_export.families.common.modules.decoder_stack import DecoderStack
+from gap_export.families.common.modules.norms import RmsNorm
 from gap_export.spec.architecture import DecoderShape
 
 
@@ -28,21 +29,6 @@ class LlamaDecoder(DecoderStack):
             layers=[_Layer(shape) for _ in range(shape.num_layers)],
             norm=RmsNorm(shape.hidden_size, eps=shape.rms_norm_eps),
         )
-
-
-class RmsNorm(nn.Module):
-    """Root mean square norm (arXiv 1910.07467), computed in float32."""
-
-    def __init__(self, width: int, *, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., H] to [..., H]."""
-        wide = hidden.to(torch.float32)
-        scale = torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(hidden.dtype)
 
 
 class _Layer(nn.Module):

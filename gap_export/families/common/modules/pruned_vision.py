@@ -6,11 +6,13 @@ features, C width of a key, E CLIP embedding, H the decoder's hidden size.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from gap_export.families.common.modules.projector import TappedProjector, embeds_of
 from gap_export.pruning import (
     ChoosingPruner,
     FixedPruner,
@@ -29,17 +31,22 @@ class VisionFeatures(NamedTuple):
     """What a tower gives; None what it has not got, which its family's readings leave out.
 
     Attributes:
-        patches: float [I, N, D], at the select layer, raster order of the grid.
-        keys: float [I, N, C], of the layer that produced the features, averaged over the heads.
+        patches: float [I, N, D], at the select layer, raster order of the grid; with DeepStack a
+            plane of features behind the other, see ``ProjectorShape.num_taps``.
+        keys: float [I, N, C], of the layer that produced the features, averaged over the heads;
+            those of patches that are joined to a token side by side.
         cls: float [I, D], of the CLS token at the select layer.
         cls_attention: float [I, N], attention of CLS to each, averaged over the heads, in the layer
             that produced the features.
+        received_attention: float [I, N], attention that each receives in that layer: the mean over
+            heads and queries, then over the patches of a token.
     """
 
     patches: torch.Tensor
     keys: torch.Tensor | None = None
     cls: torch.Tensor | None = None
     cls_attention: torch.Tensor | None = None
+    received_attention: torch.Tensor | None = None
 
 
 class JointSpace(nn.Module):
@@ -126,8 +133,9 @@ class _VisionReader(nn.Module):
         seen: dict[Reading, torch.Tensor | None] = {
             "cls_features": features.cls,
             "cls_attention": features.cls_attention,
+            "received_attention": features.received_attention,
             "keys": features.keys,
-            "image_embeds": None if projector is None else projector(patches),
+            "image_embeds": None if projector is None else embeds_of(projector, patches),
         }
         rows = None if text_embeds is None else text_embeds.shape[0]
         parts = {
@@ -138,6 +146,7 @@ class _VisionReader(nn.Module):
             patch_features=per_row(patches, rows),
             cls_features=parts["cls_features"],
             cls_attention=parts["cls_attention"],
+            received_attention=parts["received_attention"],
             keys=parts["keys"],
             image_embeds=parts["image_embeds"],
             next_attention=next_layer[0],
@@ -188,7 +197,7 @@ class PrunedVisionEncoder(_VisionReader):
             scores = self.pruner.scores(state)
             features, keep = emit_scored(
                 self.pruner,
-                state,
+                self._emitted(state),
                 scores,
                 num_kept_tokens=pruning.num_kept_tokens,
                 pruning=pruning,
@@ -201,7 +210,9 @@ class PrunedVisionEncoder(_VisionReader):
             keep = put_in_order(chosen, order=pruning.order)
         else:
             keep = self.fixed_places.expand(state.patch_features.shape[0], -1)
-        return emit_kept(state, keep, pruning=pruning, grid=self.grid, project=self.projector)
+        return emit_kept(
+            self._emitted(state), keep, pruning=pruning, grid=self.grid, project=self.projector
+        )
 
     def margins(
         self, pixel_values: torch.Tensor, text_embeds: torch.Tensor | None = None
@@ -224,6 +235,14 @@ class PrunedVisionEncoder(_VisionReader):
     def _projector_of_all(self) -> nn.Module | None:
         """The projector, where the pruner reads all tokens projected."""
         return self.projector if "image_embeds" in self.pruner.reads else None
+
+    def _emitted(self, state: VisionState) -> VisionState:
+        """The state to emit from: what is projected already, where that is all of it.
+
+        Of tapped features a pruner reads the first plane alone; survivors are projected anew.
+        """
+        tapped = isinstance(self.projector, TappedProjector)
+        return replace(state, image_embeds=None) if tapped else state
 
 
 class ScoredVisionEncoder(_VisionReader):
