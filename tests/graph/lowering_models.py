@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Family:
         key_value_heads: Fewer of them share.
         tower_width: Width of the vision tower, which has 2 heads.
         join: Patches to a token.
-        text_tower: Its width, or None.
+        decoder: What else is special of its decoder.
     """
 
     recipe: str
@@ -58,6 +58,24 @@ class Family:
     join: int = 1
     activation: str = "quick_gelu"
     projector: str | None = "gelu"
+    decoder: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def decoder_shape(self) -> DecoderShape:
+        """Two layers of 64 numbers."""
+        plain: dict[str, Any] = {
+            "hidden_size": HIDDEN,
+            "intermediate_size": 96,
+            "num_layers": NUM_LAYERS,
+            "num_heads": self.heads,
+            "num_key_value_heads": self.key_value_heads,
+            "head_dim": 16,
+            "vocab_size": 100,
+            "max_position_embeddings": MAX_POSITIONS,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e4,
+        }
+        return DecoderShape(**plain | dict(self.decoder))
 
 
 FAMILIES = {
@@ -74,16 +92,43 @@ FAMILIES = {
         activation="gelu",
         projector=None,
     ),
+    # The decoder of Qwen3-VL: three position axes that take turns, normalized heads that are wider
+    # together than the hidden state, and an input behind the first layer.
+    "interleaved": Family(
+        recipe="llava-1.5-7b",
+        pruner="spatial",
+        heads=6,
+        key_value_heads=2,
+        decoder={
+            "rope_sections": (4, 2, 2),
+            "rope_interleaved": True,
+            "qk_norm": True,
+            "num_taps": 1,
+        },
+    ),
+    # That of Qwen2.5-VL: each axis has a run of frequencies, and heads have biases.
+    "chunked": Family(
+        recipe="llava-1.5-7b",
+        pruner="spatial",
+        key_value_heads=2,
+        decoder={"rope_sections": (2, 3, 3), "attention_bias": "qkv", "rope_theta": 1e6},
+    ),
 }
 # One of each kind: what families share is looked at once.
-DECODERS = ("llava", "llava_next")
+DECODERS = (
+    "llava",
+    "llava_next",
+    "interleaved",
+    pytest.param("chunked", marks=pytest.mark.full),
+)
 COMPONENTS = [
-    *((family, "vision_encoder") for family in FAMILIES if family != "shikra"),
+    *((family, "vision_encoder") for family in ("llava", "llava_next", "minigpt_v2")),
     # What it has of its own is a Clip of floats.
     pytest.param("shikra", "vision_encoder", marks=pytest.mark.full),
     ("llava", "text_encoder"),
     ("llava", "embed_tokens"),
-    *((family, _DECODER) for family in DECODERS),
+    *((family, _DECODER) for family in ("llava", "llava_next", "interleaved")),
+    pytest.param("chunked", _DECODER, marks=pytest.mark.full),
 ]
 
 
@@ -173,18 +218,7 @@ def _architecture(case: Family) -> Architecture:
         projector=ProjectorShape(
             width=case.tower_width * case.join, hidden_size=HIDDEN, activation=case.projector
         ),
-        decoder=DecoderShape(
-            hidden_size=HIDDEN,
-            intermediate_size=96,
-            num_layers=NUM_LAYERS,
-            num_heads=case.heads,
-            num_key_value_heads=case.key_value_heads,
-            head_dim=16,
-            vocab_size=100,
-            max_position_embeddings=MAX_POSITIONS,
-            rms_norm_eps=1e-5,
-            rope_theta=1e4,
-        ),
+        decoder=case.decoder_shape,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from gap_export.spec.tolerances import TOLERANCES
 from tests.graph.lowering_models import (
     COMPONENTS,
     DECODERS,
-    HIDDEN,
+    FAMILIES,
     MAX_POSITIONS,
     NUM_LAYERS,
     LoweringModels,
@@ -93,17 +94,20 @@ def test_component_gives_what_the_base_graph_gives(lowering_models, family, comp
 class Decode:
     """A padded batch: a prompt, then three steps; ids go up to 3,900."""
 
-    def __init__(self) -> None:
+    def __init__(self, family: str) -> None:
         rng = np.random.default_rng(1)
-        total = PROMPT + STEPS
-        self.embeds = (rng.standard_normal((2, total, HIDDEN)) / 2).astype(np.float16)
+        total, shape = PROMPT + STEPS, FAMILIES[family].decoder_shape
+        self.embeds = (rng.standard_normal((2, total, shape.embeds_size)) / 2).astype(np.float16)
         self.mask = np.ones((2, total), np.int64)
         self.mask[1, :6] = 0
         # Hidden in the middle, as the oracle of the design has dropped tokens.
         self.mask[0, 9:11] = 0
         self.slots = np.maximum(np.cumsum(self.mask, axis=1) - 1, 0)
-        rows = [np.sort(rng.choice(3900, PROMPT, replace=False)) for _ in range(2)]
-        self.kept = np.stack(rows)
+        rows = [
+            np.sort(rng.choice(3900, PROMPT, replace=False)) for _ in range(2 * shape.position_axes)
+        ]
+        axes = (shape.position_axes,) if shape.position_axes > 1 else ()
+        self.kept = np.stack(rows).reshape(*axes, 2, PROMPT)
 
     def run(
         self, path: Any, *, dtype: type = np.float16, kept: np.ndarray | None = None
@@ -139,7 +143,7 @@ class Decode:
 def test_decoder_gives_what_the_base_graph_gives_over_prefill_and_decode(
     lowering_models, family, form
 ):
-    decode = Decode()
+    decode = Decode(family)
     base = lowering_models.base(family, DECODER)
     wanted, caches = decode.run(lowering_models.save(base, DECODER, family))
     lowered = lowering_models.save(
@@ -154,15 +158,19 @@ def test_decoder_gives_what_the_base_graph_gives_over_prefill_and_decode(
         mine = present[name][:, :, : PROMPT + STEPS].swapaxes(1, 2)[used]
         check_close("logits", cache.swapaxes(1, 2)[used], mine)
     # The comparison can fail: other ids give other logits.
-    compact, _ = decode.run(lowered, kept=np.tile(np.arange(PROMPT), (2, 1)))
-    with pytest.raises(AssertionError):
-        check_close("logits", wanted, compact)
+    # With several axes each is seen by itself.
+    for axis in range(len(decode.kept) if decode.kept.ndim == 3 else 1):
+        kept = decode.kept.copy()
+        kept[axis if kept.ndim == 3 else ...] = np.arange(PROMPT)
+        compact, _ = decode.run(lowered, kept=kept)
+        with pytest.raises(AssertionError):
+            check_close("logits", wanted, compact)
 
 
 def test_fused_decoder_is_as_far_from_float32_as_the_base_graph(lowering_models):
     """Where it rounds is another place, how often is not more."""
     family = "llava_next"
-    decode = Decode()
+    decode = Decode(family)
     exact = lowering_models.save(
         lowering_models.base(family, DECODER, "float32"), DECODER, family, "float32"
     )
@@ -216,7 +224,7 @@ def test_lowering_leaves_the_given_model_and_reads_no_weight(
     assert lost == []
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_fused_decoder_feeds_rotary_from_gap_remap(lowering_models, family):
     graph = lower(lowering_models.base(family, DECODER), DECODER, "fused", limits=LIMITS).graph
     turned = [node for node in graph if node.op_type == "RotaryEmbedding"]
@@ -228,6 +236,45 @@ def test_fused_decoder_feeds_rotary_from_gap_remap(lowering_models, family):
         assert x.shape[3] == 16
     (remap,) = (node for node in graph if node.op_type == "GapRemap")
     assert [value.name for value in remap.inputs] == ["position_ids", "kept_positions"]
+
+
+@pytest.mark.parametrize(
+    ("family", "norms"),
+    [("interleaved", 4), pytest.param("chunked", 2, marks=pytest.mark.full)],
+)
+def test_fused_decoder_of_three_axes_has_one_cosine_a_token_and_all_its_norms(
+    lowering_models, family, norms
+):
+    graph = lower(lowering_models.base(family, DECODER), DECODER, "fused", limits=LIMITS).graph
+    found = Counter(node.op_type for node in graph)
+    # Of a layer, of queries and keys where they have one, and before the head.
+    assert found["RMSNormalization"] == norms * NUM_LAYERS + 1
+    assert (found["Cos"], found["Sin"], found["RotaryEmbedding"]) == (1, 1, 2 * NUM_LAYERS)
+    for node in graph:
+        if node.op_type == "RotaryEmbedding":
+            # No ids, and no table of all positions: rows of cos and sin, from ids that are exact.
+            assert [len(value.shape) for value in node.inputs] == [4, 3, 3]
+            product = node.inputs[1].producer().inputs[0].producer().inputs[0].producer()
+            numbers = product.inputs[0].producer()
+            assert (product.op_type, numbers.inputs[0].dtype) == ("Mul", ir.DataType.INT64)
+            chosen = numbers.inputs[0].producer().inputs[0].producer()
+            assert chosen.inputs[0].producer().op_type == "GapRemap"
+            assert product.inputs[1].dtype == ir.DataType.FLOAT
+
+
+def test_a_norm_of_queries_that_is_not_fused_is_refused(lowering_models):
+    model = lowering_models.base("interleaved", DECODER).clone()
+    weight = model.graph.initializers["layers.1.self_attn.q_norm.weight"]
+    ((mul, _),) = weight.uses()
+    # What the norm gives is scaled twice: the second scale stays outside of it.
+    twice = ir.node("Mul", [mul.outputs[0], weight], name="twice")
+    twice.outputs[0].name = "twice"
+    twice.outputs[0].type, twice.outputs[0].shape = mul.outputs[0].type, mul.outputs[0].shape
+    mul.outputs[0].replace_all_uses_with(twice.outputs[0])
+    twice.replace_input_with(0, mul.outputs[0])
+    model.graph.insert_after(mul, twice)
+    with pytest.raises(PassError, match=r"a norm of the decoder was not fused: .*q_norm\.weight"):
+        lower(model, DECODER, "fused", limits=LIMITS)
 
 
 def test_only_attention_whose_weights_a_pruner_reads_is_left(lowering_models):
@@ -300,12 +347,12 @@ def test_a_layer_that_lost_its_norm_is_not_taken_for_fused(lowering_models):
 
 
 @pytest.mark.parametrize("form", LOWERINGS)
-def test_int4_weights_survive_lowering(lowering_models, form):
+@pytest.mark.parametrize("family", ["llava_next", "interleaved"])
+def test_int4_weights_survive_lowering(lowering_models, family, form):
     """DequantizeLinear and MatMul stand where Gemm stood; no pass looks at either."""
-    family = "llava_next"
     model = lowering_models.base(family, DECODER).clone()
     quantized = lowering_models.quantize(model, family, f"{form}_int4")
-    decode = Decode()
+    decode = Decode(family)
     wanted, _ = decode.run(lowering_models.save(model, f"{DECODER}_int4", family))
     lowered = lower(model, DECODER, form, limits=LIMITS)
     assert lowered.opset_imports[""] == (24 if form == "fused" else 21)

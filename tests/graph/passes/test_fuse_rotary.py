@@ -39,9 +39,26 @@ rotary (float16[b, 2, s, 8] x, int64[b, s] ids, float[4] inv_freq) => (float16[b
     y = Add (by_cos, by_sin)
 }"""
 
+# Of four frequencies two turn by the first of three ids.
+MROPE = changed(
+    ROTARY,
+    ("int64[b, s] ids", "int64[3, b, s] ids"),
+    ("one = ", "axes = Constant <value = int64[4] {0, 1, 2, 0}> ()\n    one = "),
+    ("numbers = Cast <to = 1> (ids)", "chosen = Gather <axis = 0> (ids, axes)"),
+    ("row = Unsqueeze (numbers, one)", "by_token = Transpose <perm = [1, 2, 0]> (chosen)"),
+    (
+        "column = Unsqueeze (row, three)",
+        "numbers = Cast <to = 1> (by_token)\n    column = Unsqueeze (numbers, one)",
+    ),
+)
+
 
 def rotary(*changes: tuple[str, str]):
     return parse(changed(ROTARY, *changes), inv_freq=FREQUENCIES)
+
+
+def mrope(*changes: tuple[str, str]):
+    return parse(changed(MROPE, *changes), inv_freq=FREQUENCIES)
 
 
 def feeds(*ids: int):
@@ -77,6 +94,46 @@ def test_tables_are_the_cosines_of_exact_ids():
     truth = np.cos(np.arange(ROWS)[:, None] * FREQUENCIES.astype(np.float64))
     # float32 angles up to 40,000 are exact to 2**-9 of a turn's radian.
     assert np.abs(cos - truth).max() < 2.0**-8
+
+
+def test_ids_of_three_axes_give_each_token_a_row_and_need_no_table():
+    model = mrope()
+    ids = RNG.integers(0, ROWS, (3, 2, 7))
+    given = {**feeds(*range(7)), "ids": ids}
+    before = run(model, **given)[0]
+    RaiseOpset().run(model)
+    assert FuseRotary(max_position_embeddings=16).run(model)
+    # Worked out once from exact ids, in float32, and cast then.
+    assert kinds(model)[-6:] == ["Mul", "Cos", "Cast", "Sin", "Cast", "RotaryEmbedding"]
+    *_, node = model.graph
+    assert [str(value.shape) for value in node.inputs] == ["[b,2,s,8]", "[b,s,4]", "[b,s,4]"]
+    assert "rotary.cos" not in model.graph.initializers
+    assert not FuseRotary(max_position_embeddings=16).run(model)
+    after = run(model, **given)[0]
+    np.testing.assert_allclose(
+        after.astype(np.float32), before.astype(np.float32), atol=2.0**-9, rtol=0
+    )
+    for axis in range(3):
+        # Each axis turns something.
+        moved = ids + (np.arange(3) == axis)[:, None, None]
+        assert np.abs(run(model, **{**given, "ids": moved})[0] - after).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([("Transpose <perm = [1, 2, 0]>", "Transpose <perm = [2, 1, 0]>")], MISSED),
+        ([("int64[4] {0, 1, 2, 0}", "int64[1] {0}")], "chosen in another way: .*0. on axis 0"),
+        ([("Mul (turned, sin16)", "Mul (turned, cos16)")], MISSED),
+        ([("float16[b, 2, s, 8] y)", "float16[b, 2, s, 8] y, float[b, 1, s, 4] cos0)"),
+          ("cos = Cos", "cos0 = Cos (half)\n    cos = Cos")], MISSED),
+        ([("float16[b, 2, s, 8] y)", "float16[b, 2, s, 8] y, float[b, 1, s, 8] cos)")], MISSED),
+    ],
+)  # fmt: skip
+def test_near_miss_of_several_axes_is_refused(changes, message):
+    model = mrope(*changes)
+    with pytest.raises(PassError, match=message):
+        FuseRotary(max_position_embeddings=16).run(model)
 
 
 def test_graph_without_cosine_stays():
