@@ -29,9 +29,10 @@ def describe_tokens(manifest: Manifest) -> str:
         return text
     area = manifest.image.height * manifest.image.width
     most = 1 + max(height * width // area for height, width in tiles.resolutions)
+    newlines = ", and a newline after each row" if manifest.image.has_newlines else ""
     return (
         f"{text} of each tile (up to {most} tiles: at most {most * pruning.num_kept_tokens} of "
-        f"{most * pruning.num_visual_tokens}, and a newline after each row)"
+        f"{most * pruning.num_visual_tokens}{newlines})"
     )
 
 

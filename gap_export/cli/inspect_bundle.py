@@ -153,7 +153,8 @@ def _describe_source(manifest: Manifest) -> list[str]:
 
 def _describe_tokens(tokens: dict[str, int], manifest: Manifest) -> str:
     grid, tiles = manifest.grid, manifest.image.tiles
-    whose, unit = ("", "image") if tiles is None else (f", tiles as of {tiles.follows}", "tile")
+    unit = "image" if tiles is None else "tile"
+    whose = f", tiles as of {tiles.follows}" if tiles and manifest.image.has_newlines else ""
     least = "at least " if manifest.pruning.budget == "adaptive" else ""
     return (
         f"tokens     {describe_tokens(manifest)}, {grid.rows}x{grid.cols} grid{whose}; "

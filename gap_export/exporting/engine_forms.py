@@ -181,10 +181,11 @@ def _tilings(image: ImageSpec) -> list[tuple[int, int]]:
 def _max_visual_tokens(manifest: Manifest) -> int:
     """Visual tokens of one image after pruning, at most."""
     emitted = manifest.pruning.num_emitted_tokens
-    # Each row of the joined grid ends in a newline token.
+    # Each row of a joined grid ends in a newline token.
+    newlines = manifest.grid.rows if manifest.image.has_newlines else 0
     return max(
         (
-            emitted * (1 + rows * columns) + manifest.grid.rows * rows
+            emitted * (1 + rows * columns) + newlines * rows
             for rows, columns in _tilings(manifest.image)
         ),
         default=emitted,

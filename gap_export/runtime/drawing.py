@@ -51,7 +51,7 @@ def draw_grounding(
     of this image, then red, yellow, and white the highest; the caption has its scale.
 
     An image that was cut into tiles shows the tokens of the tiles; where some were dropped, those
-    of the base tile are shown on a smaller copy beside or below it.
+    of the base tile, or thumbnail, are shown on a smaller copy beside or below it.
 
     Args:
         image: The image that was asked about.
@@ -226,7 +226,7 @@ def _caption(grounding: Grounding) -> list[str]:
     if len(grids) > 1:
         parts = [f"{grid.view} {len(grid.kept)} of {grid.rows * grid.cols}" for grid in grids]
         newlines = sum(tile.num_newline_tokens for grid in grids for tile in grid.tiles)
-        lines.append(f"{', '.join(parts)}, newlines {newlines}")
+        lines.append(", ".join([*parts, *([f"newlines {newlines}"] if newlines else [])]))
     return lines
 
 

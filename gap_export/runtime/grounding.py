@@ -19,8 +19,8 @@ class TokenGrid:
 
     Attributes:
         view: ``image``: all there are; of an image cut into tiles ``base``: the whole of it at low
-            resolution, and ``tiles``: all its tiles joined, without their rows and columns of
-            padding.
+            resolution, though some models read it last, and ``tiles``: all its tiles joined,
+            without their rows and columns of padding.
         rows: Rows of unpruned tokens.
         cols: Columns of unpruned tokens.
         frame: The part of the image that they cover.

@@ -21,11 +21,18 @@ from gap_export.runtime.backends.backend import (
 from gap_export.runtime.budget import count_outliers, settle_numbers
 from gap_export.runtime.computed import check_computed
 from gap_export.runtime.grounding import TokenGrid
-from gap_export.runtime.images.geometry import ImageGeometry
+from gap_export.runtime.images.geometry import Frame, ImageGeometry
 from gap_export.spec.keep_indices import check_keep_indices
 from gap_export.spec.manifest import Manifest
 from gap_export.spec.positions import Int64Array
-from gap_export.spec.tiles import TileLayout, TileTokens, arrange_tiles
+from gap_export.spec.tiles import (
+    TiledTokens,
+    TileLayout,
+    TileStack,
+    TileTokens,
+    arrange_tiles,
+    stack_tiles,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +91,7 @@ def encode_image(
         rows = encode(backend, _feed(pixel_values, text_embeds), manifest)
         found = [_of_whole(row, manifest, geometry) for row in rows]
     else:
-        newline = backend.run(NEWLINE, {})["image_newline"]
-        check_computed(
-            newline, graph="the checkpoint", output="image_newline", may_be_constant=True
-        )
+        newline = _newline(backend) if isinstance(layout, TileLayout) else None
         per_tile = (
             [None]
             if text_embeds is None
@@ -110,6 +114,12 @@ def _feed(pixel_values: NDArray[np.float32], text_embeds: FloatArray | None) -> 
     """The vision encoder's inputs; each text, or without texts each image, gives a row."""
     feed: Outputs = {"pixel_values": pixel_values}
     return feed if text_embeds is None else feed | {"text_embeds": text_embeds}
+
+
+def _newline(backend: Backend) -> FloatArray:
+    newline = backend.run(NEWLINE, {})["image_newline"]
+    check_computed(newline, graph="the checkpoint", output="image_newline", may_be_constant=True)
+    return newline
 
 
 def _num_rows(feed: Feed) -> int:
@@ -217,14 +227,36 @@ def _of_whole(row: Outputs, manifest: Manifest, geometry: ImageGeometry) -> Visu
 def _of_tiles(
     rows: list[Outputs],
     *,
-    newline: FloatArray,
-    layout: TileLayout,
+    newline: FloatArray | None,
+    layout: TileLayout | TileStack,
     manifest: Manifest,
     geometry: ImageGeometry,
 ) -> VisualTokens:
-    tokens = arrange_tiles(np.stack([tile["keep_indices"] for tile in rows]), layout)
-    # The newline comes last, which is what its source, -1, says.
-    table = np.concatenate([*(tile["image_features"] for tile in rows), newline[None]])
+    keep = np.stack([tile["keep_indices"] for tile in rows])
+    features = [tile["image_features"] for tile in rows]
+    whole = geometry.input_frame(manifest.image)
+    if isinstance(layout, TileLayout):
+        assert newline is not None
+        tokens = arrange_tiles(keep, layout)
+        # The newline comes last, which is what its source, -1, says.
+        features.append(newline[None])
+        grids = _joined_grids(tokens, layout, whole, geometry.tiles_frame(manifest.image, layout))
+    else:
+        tokens = stack_tiles(keep, layout)
+        grids = _stacked_grids(keep, tokens, layout, whole)
+    return VisualTokens(
+        features=np.concatenate(features)[tokens.source],
+        keep_indices=tokens.keep_indices,
+        num_visual_tokens=tokens.num_visual_tokens,
+        shape=None,
+        grids=grids,
+    )
+
+
+def _joined_grids(
+    tokens: TiledTokens, layout: TileLayout, whole: Frame, tiles: Frame
+) -> tuple[TokenGrid, TokenGrid]:
+    """The base tile, and all other tiles joined without their padding."""
     patches = tokens.keep_indices[tokens.source >= 0]
     num_base = layout.rows * layout.cols
     row, col = np.divmod(patches[patches >= num_base] - num_base, layout.num_cols + 1)
@@ -232,7 +264,7 @@ def _of_tiles(
         view="base",
         rows=layout.rows,
         cols=layout.cols,
-        frame=geometry.input_frame(manifest.image),
+        frame=whole,
         kept=tuple(patches[patches < num_base].tolist()),
         tiles=tokens.tiles[:1],
     )
@@ -240,14 +272,35 @@ def _of_tiles(
         view="tiles",
         rows=layout.num_rows,
         cols=layout.num_cols,
-        frame=geometry.tiles_frame(manifest.image, layout),
+        frame=tiles,
         kept=tuple((row * layout.num_cols + col).tolist()),
         tiles=tokens.tiles[1:],
     )
-    return VisualTokens(
-        features=table[tokens.source],
-        keep_indices=tokens.keep_indices,
-        num_visual_tokens=tokens.num_visual_tokens,
-        shape=None,
-        grids=(base, joined),
+    return base, joined
+
+
+def _stacked_grids(
+    keep: Int64Array, tokens: TiledTokens, stack: TileStack, whole: Frame
+) -> tuple[TokenGrid, TokenGrid]:
+    """The thumbnail, which is fed last, and the tiles before it joined; both show all."""
+    tile_row, tile_col = np.divmod(np.arange(stack.num_tiles - 1)[:, None], stack.tile_cols)
+    row, col = np.divmod(keep[:-1], stack.cols)
+    num_cols = stack.tile_cols * stack.cols
+    cells = (tile_row * stack.rows + row) * num_cols + tile_col * stack.cols + col
+    thumbnail = TokenGrid(
+        view="base",
+        rows=stack.rows,
+        cols=stack.cols,
+        frame=whole,
+        kept=tuple(keep[-1].tolist()),
+        tiles=tokens.tiles[-1:],
     )
+    joined = TokenGrid(
+        view="tiles",
+        rows=stack.tile_rows * stack.rows,
+        cols=num_cols,
+        frame=whole,
+        kept=tuple(cells.reshape(-1).tolist()),
+        tiles=tokens.tiles[:-1],
+    )
+    return thumbnail, joined

@@ -13,10 +13,17 @@ from gap_export.spec.family import other_families
 
 _OURS = "gap_export.runtime.images.preparations"
 SHARED: Mapping[str, str] = MappingProxyType(
-    {"pad": f"{_OURS}:PAD", "squash": f"{_OURS}:SQUASH", "anyres": f"{_OURS}:ANYRES"}
+    {
+        "pad": f"{_OURS}:PAD",
+        "squash": f"{_OURS}:SQUASH",
+        "anyres": f"{_OURS}:ANYRES",
+        "dynamic_tiles": f"{_OURS}:DYNAMIC_TILES",
+    }
 )
+# Those that end each row of tokens, joined from several tiles, with the model's newline vector.
+WITH_NEWLINE = frozenset({"anyres"})
 # Those that cut an image into the manifest's tiles.
-TILED = frozenset({"anyres"})
+TILED = WITH_NEWLINE | {"dynamic_tiles"}
 
 
 def known_preparations() -> Mapping[str, str]:

@@ -1,7 +1,8 @@
 """Images that are cut into tiles: the order of their visual tokens, and which of them are padding.
 
-Once :func:`arrange_tiles` has put the tokens of all tiles in order, a tiled image is to
-``spec.positions`` an image like any other.
+The tiles of one image are joined to rows (:class:`TileLayout`) or follow each other
+(:class:`TileStack`). Once their tokens are put in order, a tiled image is to ``spec.positions`` an
+image like any other.
 
 Shape letters: N visual tokens of one tile before pruning, K kept of each, I tiles of one image,
 M tokens of a tiled image after pruning.
@@ -116,6 +117,37 @@ class TileLayout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TileStack:
+    """Tiles whose tokens follow each other, tile after tile ("dynamic tiles", InternVL).
+
+    Unpruned, the sequence is: the tokens of each tile in raster order, tiles row by row; then those
+    of the thumbnail, which shows the whole image. Nothing stands between tiles: which one a token
+    belongs to is in its position alone.
+
+    Attributes:
+        rows: Rows of tokens in one tile.
+        cols: Columns of tokens in one tile.
+        tile_rows: Tiles below each other, the thumbnail not counted.
+        tile_cols: Tiles beside each other.
+    """
+
+    rows: int
+    cols: int
+    tile_rows: int
+    tile_cols: int
+
+    @property
+    def num_tiles(self) -> int:
+        """I, the thumbnail included."""
+        return self.tile_rows * self.tile_cols + 1
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Length of the unpruned visual sequence."""
+        return self.num_tiles * self.rows * self.cols
+
+
+@dataclass(frozen=True, kw_only=True)
 class TileTokens:
     """The token counts of one image or tile.
 
@@ -140,7 +172,7 @@ class TiledTokens:
         source: int64 [M], what each token is: tile * K + k, or -1 for a newline.
         keep_indices: int64 [M], ascending: its index in the unpruned visual sequence.
         num_visual_tokens: Length of the unpruned visual sequence.
-        tiles: The counts of each tile, base tile first, then row by row.
+        tiles: The counts of each tile, in the order of the vision encoder's inputs.
     """
 
     source: Int64Array
@@ -199,12 +231,36 @@ def arrange_tiles(keep_indices: Int64Array, layout: TileLayout) -> TiledTokens:
     )
 
 
-def _check_tile_indices(keep: Int64Array, layout: TileLayout) -> None:
+def stack_tiles(keep_indices: Int64Array, stack: TileStack) -> TiledTokens:
+    """Put what pruning left of each tile behind what it left of the one before.
+
+    Args:
+        keep_indices: int64 [I, K], for each tile, row by row and the thumbnail last, the ascending
+            indices 0..N-1 of its kept tokens.
+        stack: How many tiles there are.
+
+    Raises:
+        UsageError: there is not one row a tile, or a row does not ascend within 0..N-1.
+    """
+    keep = np.asarray(keep_indices, dtype=np.int64)
+    _check_tile_indices(keep, stack)
+    per_tile = stack.rows * stack.cols
+    first = np.arange(stack.num_tiles, dtype=np.int64)[:, None] * per_tile
+    return TiledTokens(
+        source=np.arange(keep.size, dtype=np.int64),
+        keep_indices=(first + keep).reshape(-1),
+        num_visual_tokens=stack.num_visual_tokens,
+        tiles=(TileTokens(num_visual_tokens=per_tile, num_kept_tokens=keep.shape[1]),)
+        * stack.num_tiles,
+    )
+
+
+def _check_tile_indices(keep: Int64Array, layout: TileLayout | TileStack) -> None:
     if keep.ndim != 2 or keep.shape[0] != layout.num_tiles or keep.shape[1] < 1:
         raise UsageError(
             "keep_indices of a tiled image must be one row a tile",
             seen=f"shape {list(keep.shape)}",
-            allowed=f"[{layout.num_tiles}, K], base tile first",
+            allowed=f"[{layout.num_tiles}, K]",
         )
     last = layout.rows * layout.cols - 1
     if keep.min() < 0 or keep.max() > last:

@@ -31,6 +31,7 @@ from gap_export.families.common.vision_components import vision_components
 from gap_export.pruning import find_pruner
 from gap_export.spec.architecture import Architecture
 from gap_export.spec.manifest import PruningSpec
+from gap_export.spec.preparations import SHARED, WITH_NEWLINE
 from gap_export.spec.recipe import Recipe
 
 
@@ -44,7 +45,7 @@ class ModelBuilder:
             :class:`VisionFeatures` whose layers are a ``ModuleList`` called ``encoder.layers``.
         never_run: Shapes of tensors that checkpoints hold and no tower runs, by our names.
         decoder: The decoder's kind.
-        newline: Whether there is the vector that ends each row of a tiled image.
+        newline: Whether there is the vector that ends each row of tokens joined from tiles.
     """
 
     layouts: Sequence[Layout]
@@ -104,14 +105,15 @@ class ModelBuilder:
         )
 
     def _check_tiles(self, recipe: Recipe) -> None:
-        """Tiles and the vector that ends their rows go together.
+        """The vector that ends rows of tiles goes with a preparation that has use for it.
 
         Raises:
             RecipeError: the recipe has one, its family the other.
         """
-        if (recipe.image.tiles is not None) != self.newline:
+        if recipe.image.has_newlines != self.newline:
+            fitting = WITH_NEWLINE if self.newline else SHARED.keys() - WITH_NEWLINE
             raise RecipeError(
                 f"recipe {recipe.name}: image.preparation does not fit family {recipe.family}",
                 seen=recipe.image.preparation,
-                allowed="anyres" if self.newline else "pad or squash",
+                allowed=" or ".join(sorted(fitting)),
             )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gap_export.spec.manifest import BoxSpec, GridSpec, ImageSpec
-from gap_export.spec.tiles import TileLayout
+from gap_export.spec.tiles import TileLayout, TileStack
 
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]
@@ -48,20 +48,11 @@ class ImageGeometry:
         """What the answer's coordinates are relative to."""
         return self.padded_square if spec.frame == "padded_square" else self.whole
 
-    def tile_layout(self, spec: ImageSpec, grid: GridSpec) -> TileLayout | None:
-        """How the tokens of its tiles are joined; None without tiles."""
-        if self.canvas is None:
-            return None
-        assert spec.tiles is not None, "a canvas is one of the tiles' resolutions"
-        return TileLayout.for_image(
-            self.width,
-            self.height,
-            rows=grid.rows,
-            cols=grid.cols,
-            tile_rows=self.canvas[0] // spec.height,
-            tile_cols=self.canvas[1] // spec.width,
-            follows=spec.tiles.follows,
-        )
+    def tile_layout(self, spec: ImageSpec, grid: GridSpec) -> TileLayout | TileStack | None:
+        """How the tokens of its tiles are put in order; None without tiles."""
+        from gap_export.runtime.images.preparations import find_preparation
+
+        return find_preparation(spec.preparation).tile_layout(self, spec, grid)
 
     def tiles_frame(self, spec: ImageSpec, layout: TileLayout) -> Frame:
         """What the joined grid of the tiles covers, its rows and columns of padding left out."""
@@ -106,6 +97,24 @@ def choose_canvas(size: Size, canvases: Sequence[Size]) -> Size:
         return effective, effective - canvas[0] * canvas[1]
 
     return max(canvases, key=merit)
+
+
+def nearest_canvas(size: Size, canvases: Sequence[Size]) -> Size:
+    """The canvas whose aspect ratio is nearest to an image's (InternVL-1.5, arXiv 2404.16821).
+
+    Of two that are equally near, which those of one shape are, the one further back is taken if it
+    has less than twice the image's pixels.
+
+    Args:
+        size: (height, width).
+        canvases: At least one, smaller ones first.
+    """
+    (height, width), found = size, canvases[0]
+    for canvas in canvases[1:]:
+        off, least = (abs(width / height - w / h) for h, w in (canvas, found))
+        if off < least or (off == least and 2 * width * height > canvas[0] * canvas[1]):
+            found = canvas
+    return found
 
 
 def fitted_size(size: Size, canvas: Size) -> Size:

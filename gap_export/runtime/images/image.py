@@ -157,8 +157,9 @@ def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[NDArray[np.float
         spec: What the vision encoder reads.
 
     Returns:
-        pixel_values float32 [I, 3, height, width] and the image's geometry. I is 1, but for
-        ``anyres``: the squashed image, then its tiles row by row.
+        pixel_values float32 [I, 3, height, width] and the image's geometry. I is 1 where the image
+        is not cut. With ``anyres`` the squashed image comes before its tiles, with
+        ``dynamic_tiles`` behind them; the tiles themselves come row by row.
     """
     preparation = find_preparation(spec.preparation)
     canvas = preparation.canvas((image.height, image.width), spec)

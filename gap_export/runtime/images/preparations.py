@@ -19,9 +19,11 @@ from gap_export.runtime.images.geometry import (
     Size,
     choose_canvas,
     fitted_size,
+    nearest_canvas,
 )
-from gap_export.spec.manifest import ImageSpec
+from gap_export.spec.manifest import GridSpec, ImageSpec
 from gap_export.spec.preparations import known_preparations
+from gap_export.spec.tiles import TileLayout, TileStack
 
 Views = list[Image.Image]
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -32,7 +34,7 @@ class Canvas(NamedTuple):
 
     Attributes:
         size: The canvas; its tiles are as large as the vision encoder's inputs.
-        fitted: What the image becomes on it, its aspect kept.
+        fitted: What the image becomes on it.
     """
 
     size: Size
@@ -56,8 +58,17 @@ class Preparation(ABC):
         """What an image of that (height, width) is fitted to and cut from, if at all."""
         return None
 
+    def tile_layout(
+        self,
+        geometry: ImageGeometry,  # noqa: ARG002
+        spec: ImageSpec,  # noqa: ARG002
+        grid: GridSpec,  # noqa: ARG002
+    ) -> TileLayout | TileStack | None:
+        """How the tokens of an image's tiles are put in order; None of one that is not cut."""
+        return None
+
     def frame(self, geometry: ImageGeometry) -> Frame:
-        """What the first view covers, in pixels of the image."""
+        """What a view of the whole image covers, in pixels of the image."""
         return geometry.whole
 
 
@@ -120,21 +131,74 @@ class _AnyRes(Preparation):
         assert canvas is not None, "self.canvas gave it"
         height, width = canvas.fitted
         fitted = image.resize((width, height), _RESAMPLE[spec.resample])
-        whole = _center(fitted, canvas.size, spec)
-        tiles = [
-            whole.crop((left, top, left + spec.width, top + spec.height))
-            for top in range(0, canvas.size[0], spec.height)
-            for left in range(0, canvas.size[1], spec.width)
-        ]
-        return [resize(image, spec), *tiles]
+        return [resize(image, spec), *_cut(_center(fitted, canvas.size, spec), spec)]
+
+    def tile_layout(
+        self, geometry: ImageGeometry, spec: ImageSpec, grid: GridSpec
+    ) -> TileLayout | None:
+        if geometry.canvas is None:
+            return None
+        assert spec.tiles is not None, "a canvas is one of the tiles' resolutions"
+        tile_rows, tile_cols = _tiling(geometry.canvas, spec)
+        return TileLayout.for_image(
+            geometry.width,
+            geometry.height,
+            rows=grid.rows,
+            cols=grid.cols,
+            tile_rows=tile_rows,
+            tile_cols=tile_cols,
+            follows=spec.tiles.follows,
+        )
 
 
-PAD, SQUASH, ANYRES = _Pad(), _Squash(), _AnyRes()
+class _DynamicTiles(Preparation):
+    """Tiles of the image squashed to a canvas, row by row, then a thumbnail (InternVL-1.5).
+
+    An image whose canvas is one tile is that tile alone, and not cut.
+    """
+
+    def canvas(self, size: Size, spec: ImageSpec) -> Canvas | None:
+        assert spec.tiles is not None, "the manifest's values were checked"
+        canvas = nearest_canvas(size, spec.tiles.resolutions)
+        return None if _tiling(canvas, spec) == (1, 1) else Canvas(size=canvas, fitted=canvas)
+
+    def views(self, image: Image.Image, spec: ImageSpec, canvas: Canvas | None) -> Views:
+        thumbnail = resize(image, spec)
+        if canvas is None:
+            return [thumbnail]
+        height, width = canvas.fitted
+        squashed = image.resize((width, height), _RESAMPLE[spec.resample])
+        return [*_cut(squashed, spec), thumbnail]
+
+    def tile_layout(
+        self, geometry: ImageGeometry, spec: ImageSpec, grid: GridSpec
+    ) -> TileStack | None:
+        if geometry.canvas is None:
+            return None
+        tile_rows, tile_cols = _tiling(geometry.canvas, spec)
+        return TileStack(rows=grid.rows, cols=grid.cols, tile_rows=tile_rows, tile_cols=tile_cols)
+
+
+PAD, SQUASH, ANYRES, DYNAMIC_TILES = _Pad(), _Squash(), _AnyRes(), _DynamicTiles()
 
 
 def resize(image: Image.Image, spec: ImageSpec) -> Image.Image:
     """An image, resized to what the vision encoder reads."""
     return image.resize((spec.width, spec.height), _RESAMPLE[spec.resample])
+
+
+def _tiling(canvas: Size, spec: ImageSpec) -> tuple[int, int]:
+    """Rows and columns of tiles on a canvas."""
+    return canvas[0] // spec.height, canvas[1] // spec.width
+
+
+def _cut(canvas: Image.Image, spec: ImageSpec) -> Views:
+    """The tiles of a canvas, row by row."""
+    return [
+        canvas.crop((left, top, left + spec.width, top + spec.height))
+        for top in range(0, canvas.height, spec.height)
+        for left in range(0, canvas.width, spec.width)
+    ]
 
 
 def _center(image: Image.Image, size: Size, spec: ImageSpec) -> Image.Image:

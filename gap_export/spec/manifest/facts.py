@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from gap_export.spec.manifest.plain import ADDED_LATER
-from gap_export.spec.preparations import SHARED, TILED, known_preparations
+from gap_export.spec.preparations import SHARED, TILED, WITH_NEWLINE, known_preparations
 
 TileCode = Literal["transformers", "authors"]
 # A fact's name, what was seen, what is allowed.
@@ -48,13 +48,15 @@ class GridSpec(Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class TilesSpec(Strict):
-    """Canvases an image may be fitted to and cut into tiles ("anyres", LLaVA-1.6).
+    """Canvases an image may be fitted to and cut into tiles.
 
     Attributes:
-        resolutions: (height, width) in pixels, each a multiple of the tile's. The first of equals
-            is taken, which decides for every image that all of them would enlarge.
-        follows: Whose code is followed in which rows and columns of tokens are padding:
-            ``transformers``, or the model's ``authors``; see ``spec.tiles.TileLayout``.
+        resolutions: (height, width) in pixels, each a multiple of the tile's. With ``anyres`` the
+            first of equals is taken, which decides for every image that all of them would enlarge.
+            With ``dynamic_tiles`` smaller canvases stand before larger ones, see
+            ``runtime.images.geometry.nearest_canvas``.
+        follows: With ``anyres`` alone: whose code is followed in which rows and columns of tokens
+            are padding, ``transformers`` or the model's ``authors``; see ``spec.tiles.TileLayout``.
     """
 
     resolutions: tuple[tuple[int, int], ...]
@@ -71,12 +73,14 @@ class ImageSpec(Strict):
         preparation: A name of :mod:`gap_export.spec.preparations`. ``pad``: padded to a square,
             centered, with pad_color, then resized; ``squash``: resized without regard to the aspect
             ratio; ``anyres``: squashed as the base tile, and fitted with pad_color to one of
-            ``tiles.resolutions``, cut into tiles.
+            ``tiles.resolutions``, cut into tiles (LLaVA-1.6); ``dynamic_tiles``: squashed to that
+            of ``tiles.resolutions`` whose aspect ratio is nearest, cut into tiles and, where there
+            are several, followed by the squashed image as a thumbnail (InternVL).
         pad_color: RGB 0..255 of the padding.
         resample: Filter of the resize.
         mean: Per channel, of values in 0..1.
         std: Per channel, of values in 0..1.
-        tiles: With ``anyres`` alone.
+        tiles: With ``anyres`` and ``dynamic_tiles`` alone.
     """
 
     height: int
@@ -87,6 +91,11 @@ class ImageSpec(Strict):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     tiles: TilesSpec | None = None
+
+    @property
+    def has_newlines(self) -> bool:
+        """Whether the model's newline vector ends each row of tokens joined from tiles."""
+        return self.preparation in WITH_NEWLINE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +195,8 @@ def wrong_facts(
     if image.preparation not in SHARED and image.preparation not in known_preparations():
         yield "image.preparation", image.preparation, ", ".join(known_preparations())
     if image.preparation in SHARED and (image.tiles is not None) != (image.preparation in TILED):
-        yield "image.tiles", image.tiles, "there with preparation anyres, and only there"
+        cut = " or ".join(sorted(TILED))
+        yield "image.tiles", image.tiles, f"there with preparation {cut}, and only there"
     if image.tiles is not None:
         yield from _wrong_tiles(image, image.tiles.resolutions)
 

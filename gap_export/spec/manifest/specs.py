@@ -303,7 +303,7 @@ class FileSpec(Strict):
 class Manifest(Strict):
     """The whole of ``gap.json``, whose JSON form has ``format`` and ``format_version`` as well.
 
-    ``newline`` [H] stands at the end of each row of a tiled image; None without tiles.
+    ``newline`` [H] stands at the end of each row of an image tiled by ``anyres``; None without.
     ``targets`` and ``engine_limits`` are there where engines are to be built.
     """
 

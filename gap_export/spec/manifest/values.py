@@ -14,6 +14,7 @@ from gap_export.errors import BundleError
 from gap_export.spec.manifest.facts import MAX_TOKENS, wrong_facts, wrong_template
 from gap_export.spec.manifest.sizes import decoder_sizes, engine_sizes, image_sizes
 from gap_export.spec.manifest.specs import GraphSpec, Manifest, PruningSpec
+from gap_export.spec.preparations import WITH_NEWLINE
 
 DTYPES = ("float32", "float16", "bfloat16")
 _DECODER = "decoder_model_merged"
@@ -139,8 +140,9 @@ def _check_extra(pruning: PruningSpec) -> None:
 
 def _check_newline(manifest: Manifest) -> None:
     newline = manifest.newline
-    if (newline is not None) != (manifest.image.tiles is not None):
-        raise _refuse("newline", newline, "a tensor where the model has tiles, and only there")
+    if (newline is not None) != manifest.image.has_newlines:
+        named = " or ".join(WITH_NEWLINE)
+        raise _refuse("newline", newline, f"a tensor with preparation {named}, and only there")
     if newline is None:
         return
     if newline.shape != (manifest.decoder.hidden_size,):
