@@ -159,8 +159,8 @@ def _rows(
     """Each row by itself, of the shape the manifest says."""
     pruning = manifest.pruning
     emitted = num_kept + pruning.num_emitted_tokens - pruning.num_kept_tokens
-    hidden = manifest.decoder.hidden_size
-    _check_shape("image_features", outputs["image_features"], (num_rows, emitted, hidden))
+    width = manifest.decoder.embeds_size
+    _check_shape("image_features", outputs["image_features"], (num_rows, emitted, width))
     _check_shape("keep_indices", outputs["keep_indices"], (num_rows, emitted))
     _check_floats(graph, outputs)
     for row in outputs["keep_indices"]:

@@ -39,10 +39,20 @@ class VisionShape(TransformerShape):
     Attributes:
         image_size: Pixels of the side of a square image, or height and width of a canvas.
         patch_size: Pixels of the side of a patch.
+        position_side: Side of the square table of learned positions that is interpolated to the
+            canvas; None where there is none, or the positions are those of the canvas.
+        window_size: Pixels of the side of a window, whose patches see each other alone; None where
+            every patch sees all.
+        full_attention: Layers, counted from 0, in which every patch sees all nevertheless.
+        taps: Layers whose features go to the decoder beside the last one's (DeepStack).
     """
 
     image_size: int | tuple[int, int]
     patch_size: int
+    position_side: int | None = None
+    window_size: int | None = None
+    full_attention: tuple[int, ...] = ()
+    taps: tuple[int, ...] = ()
 
     @property
     def canvas(self) -> tuple[int, int]:

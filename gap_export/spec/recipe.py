@@ -22,7 +22,12 @@ from pydantic import (
 )
 
 from gap_export.errors import RecipeError, UnknownModelError
-from gap_export.spec.architecture import Architecture, TextShape
+from gap_export.spec.architecture import (
+    Architecture,
+    ProjectorShape,
+    TextShape,
+    VisionShape,
+)
 from gap_export.spec.family import other_families
 from gap_export.spec.manifest import (
     BoxSpec,
@@ -246,8 +251,8 @@ class Recipe(_Strict):
     def _sizes_fit_together(self) -> Recipe:
         sizes = [*image_sizes(self.image, self.grid)]
         if self.architecture is not None:
-            hidden = self.architecture.decoder.hidden_size
-            sizes += prompt_sizes(self.image, self.grid, self.prompt, hidden)
+            width = self.architecture.decoder.embeds_size
+            sizes += prompt_sizes(self.image, self.grid, self.prompt, width)
         for name, seen, most in sizes:
             _in_range(f"{name} ({seen})", seen, 1, most)
         if self.architecture is not None:
@@ -271,6 +276,7 @@ def _check_sizes(architecture: Architecture, image: ImageSpec, grid: GridSpec) -
         raise ValueError(
             f"image must be {height} px high and {width} wide, architecture.vision.image_size"
         )
+    _check_vision(vision, projector)
     if projector.num_taps != decoder.num_taps:
         raise ValueError("architecture.projector and architecture.decoder must have as many taps")
     if projector.width % vision.width or projector.hidden_size != decoder.hidden_size:
@@ -290,6 +296,19 @@ def _check_sizes(architecture: Architecture, image: ImageSpec, grid: GridSpec) -
     rows, cols = architecture.token_grid
     if (grid.rows, grid.cols) != (rows, cols):
         raise ValueError(f"grid must be {rows} rows, {cols} cols, as architecture says")
+
+
+def _check_vision(vision: VisionShape, projector: ProjectorShape) -> None:
+    """Refuse layers that the tower has not got."""
+    for key, layers in (("full_attention", vision.full_attention), ("taps", vision.taps)):
+        if list(layers) != sorted(set(layers) & set(range(vision.num_layers))):
+            raise ValueError(
+                f"architecture.vision.{key} must be layers of 0..{vision.num_layers - 1}, ascending"
+            )
+    if vision.window_size is not None and vision.num_layers - 1 not in vision.full_attention:
+        raise ValueError("architecture.vision: the last layer must see the whole image")
+    if vision.taps and len(vision.taps) != projector.num_taps:
+        raise ValueError("architecture.projector must have as many taps as architecture.vision")
 
 
 def _in_range(key: str, value: int, low: int, high: int) -> None:

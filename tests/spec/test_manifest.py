@@ -203,7 +203,7 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"prompt.max_expression_tokens": 100_000, "decoder.hidden_size": 1 << 20},
-        "slots of a prompt x decoder.hidden_size",
+        "slots of a prompt x width of embeddings",
     ),
     ({"decoder.num_layers": 10**6}, r"decoder\.num_layers .*: 1000000; allowed: 1\.\.10000"),
     ({"decoder.vocab_size": (1 << 24) + 1}, "decoder.vocab_size"),

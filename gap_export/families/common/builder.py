@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -26,7 +26,13 @@ from gap_export.families.common.modules.expected import (
     expected_language,
     prefixed,
 )
-from gap_export.families.common.reference import Device, Layout, ModelSource, Reference
+from gap_export.families.common.reference import (
+    Component,
+    Device,
+    Layout,
+    ModelSource,
+    Reference,
+)
 from gap_export.families.common.vision_components import vision_components
 from gap_export.pruning import find_pruner
 from gap_export.spec.architecture import Architecture
@@ -43,6 +49,7 @@ class ModelBuilder:
         layouts: How its checkpoints are stored; the first that recognizes one reads it.
         tower: Makes the first so many layers of the vision tower, a module from pixel_values to
             :class:`VisionFeatures` whose layers are a ``ModuleList`` called ``encoder.layers``.
+        tower_constants: Values of the tower's non-persistent buffers, by name.
         never_run: Shapes of tensors that checkpoints hold and no tower runs, by our names.
         decoder: The decoder's kind.
         newline: Whether there is the vector that ends each row of tokens joined from tiles.
@@ -50,6 +57,7 @@ class ModelBuilder:
 
     layouts: Sequence[Layout]
     tower: Callable[[Architecture, int], nn.Module]
+    tower_constants: Callable[[Architecture], Mapping[str, torch.Tensor]] = lambda _: {}
     never_run: Callable[[Architecture], Shapes] = lambda _: {}
     decoder: DecoderKind = LLAMA
     newline: bool = False
@@ -88,8 +96,12 @@ class ModelBuilder:
             )
         with torch.device("meta"):
             tower = self.tower(source.architecture, select_index(recipe, vision))
+            vision_encoder, *token_pruner = vision_components(
+                tower, source, pruning, recipe=recipe, text=text, dtype=dtype
+            )
             components = [
-                *vision_components(tower, source, pruning, recipe=recipe, text=text, dtype=dtype),
+                self._with_constants(vision_encoder, source.architecture),
+                *token_pruner,
                 *([text_component(text, dtype=dtype)] if text is not None else []),
                 embedding_component(source, dtype=dtype),
                 decoder_component(source, self.decoder, dtype=dtype),
@@ -103,6 +115,11 @@ class ModelBuilder:
             dtype=dtype,
             device=device,
         )
+
+    def _with_constants(self, vision_encoder: Component, architecture: Architecture) -> Component:
+        found = self.tower_constants(architecture).items()
+        named = {f"tower.{name}": value.numpy() for name, value in found}
+        return replace(vision_encoder, constants={**vision_encoder.constants, **named})
 
     def _check_tiles(self, recipe: Recipe) -> None:
         """The vector that ends rows of tiles goes with a preparation that has use for it.

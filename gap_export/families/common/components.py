@@ -161,6 +161,7 @@ def assemble(
             num_heads=shape.num_heads
             if shape.num_heads * shape.head_dim != shape.hidden_size
             else None,
+            num_taps=shape.num_taps,
         ),
         text_encoder_spec=text_spec,
         image_token_id=source.image_token_id,

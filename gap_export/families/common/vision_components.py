@@ -127,7 +127,8 @@ def _vision(
         example_sizes=sizes,
         weight_refs={key: weights[key] for key in module.state_dict()},
         constants=_fixed_places(module, recipe.grid),
-        repeated=f"tower.{_LAYERS}",
+        # A tap reads what is between layers.
+        repeated=None if source.architecture.vision.taps else f"tower.{_LAYERS}",
     )
 
 

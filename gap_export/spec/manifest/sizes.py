@@ -40,11 +40,11 @@ def image_sizes(image: ImageSpec, grid: GridSpec) -> Iterator[Product]:
 
 
 def prompt_sizes(
-    image: ImageSpec, grid: GridSpec, prompt: PromptSpec, hidden_size: int
+    image: ImageSpec, grid: GridSpec, prompt: PromptSpec, embeds_size: int
 ) -> Iterator[Product]:
     """What the embeddings of a prompt come to."""
     slots = _slots(image, grid, prompt)
-    yield "slots of a prompt x decoder.hidden_size", slots * hidden_size, MAX_EMBEDDING_NUMBERS
+    yield "slots of a prompt x width of embeddings", slots * embeds_size, MAX_EMBEDDING_NUMBERS
 
 
 def decoder_sizes(
@@ -58,7 +58,7 @@ def decoder_sizes(
         width * _slots(image, grid, prompt),
         MAX_CACHE_NUMBERS,
     )
-    yield from prompt_sizes(image, grid, prompt, decoder.hidden_size)
+    yield from prompt_sizes(image, grid, prompt, decoder.embeds_size)
     yield "decoder.vocab_size", decoder.vocab_size, MAX_LOGITS
 
 
@@ -72,7 +72,7 @@ def engine_sizes(limits: EngineLimits, image: ImageSpec, decoder: DecoderSpec) -
         16 * MAX_INPUT_PIXELS,
     )
     yield "cache of engine_limits (max_batch x slots)", width * slots, 16 * MAX_CACHE_NUMBERS
-    yield "embeddings of engine_limits", slots * decoder.hidden_size, 16 * MAX_EMBEDDING_NUMBERS
+    yield "embeddings of engine_limits", slots * decoder.embeds_size, 16 * MAX_EMBEDDING_NUMBERS
     yield "logits of engine_limits", limits.max_batch * decoder.vocab_size, 16 * MAX_LOGITS
 
 

@@ -57,6 +57,8 @@ class DecoderSpec(Strict):
         position_axes: Ids of a token that RoPE reads: 1, or 3 with M-RoPE (time, row, column); see
             ``spec.positions``.
         num_heads: Heads of the queries; None where they are hidden_size / head_dim.
+        num_taps: Planes that stand behind the hidden state in a token's embedding, each added
+            behind one of the first layers (DeepStack).
     """
 
     num_layers: int
@@ -68,6 +70,12 @@ class DecoderSpec(Strict):
     eos_token_ids: tuple[int, ...]
     position_axes: Literal[1, 3] = field(default=1, metadata=RARE)
     num_heads: int | None = field(default=None, metadata=RARE)
+    num_taps: int = field(default=0, metadata=RARE)
+
+    @property
+    def embeds_size(self) -> int:
+        """Width of an embedding with its planes."""
+        return self.hidden_size * (1 + self.num_taps)
 
 
 @dataclass(frozen=True, kw_only=True)

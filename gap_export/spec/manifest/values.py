@@ -182,6 +182,7 @@ def _check_decoder(manifest: Manifest) -> None:
         raise _refuse("decoder.eos_token_ids", [], "at least one id")
     for index, token in enumerate(spec.eos_token_ids):
         _between(f"decoder.eos_token_ids[{index}]", token, 0, _MAX_VOCABULARY)
+    _between("decoder.num_taps", spec.num_taps, 0, spec.num_layers)
     if spec.num_heads is not None:
         _between("decoder.num_heads", spec.num_heads, 1, _MAX_WIDTH)
     if spec.position_axes > 1 and manifest.image.tiles is not None:

@@ -23,18 +23,19 @@ _BIASES: Mapping[str, bool | Literal["qkv"] | None] = {
 _FREE = ("vocab_size", "tied_embeddings")
 
 
-def decoder_shape(text: Any, file: Path) -> DecoderShape:
+def decoder_shape(text: Any, file: Path, *, kind: str | None = None) -> DecoderShape:
     """What the config of a Llama, Mistral, Qwen2 or Qwen3 says.
 
     Args:
         text: The parsed config; its class leaves most fields open.
         file: Where it was read, for messages.
+        kind: Which of them it is, where its model_type has another name.
 
     Raises:
         CheckpointError: a kind of decoder, RoPE or attention that is not implemented.
     """
     where: Any = file
-    kind = text.model_type
+    kind = kind or text.model_type
     require(kind in _BIASES, "decoder model_type", kind, ", ".join(_BIASES), where=where)
     heads, groups = text.num_attention_heads, text.num_key_value_heads
     require(
@@ -71,7 +72,8 @@ def decoder_shape(text: Any, file: Path) -> DecoderShape:
         attention_bias=text.attention_bias if bias is None else bias,
         mlp_bias=getattr(text, "mlp_bias", False),
         qk_norm=kind == "qwen3",
-        tied_embeddings=text.tie_word_embeddings,
+        # What nests a decoder may say it for all of the model.
+        tied_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
     )
 
 

@@ -15,6 +15,7 @@ from gap_export.errors import CheckpointError
 # Far above any model, and low enough that no product of two makes a shape torch cannot describe.
 _MAX_SIZE = 1 << 20
 _MAX_PIXELS = 1 << 14
+_MAX_MERGE = 1 << 6
 # Hundreds of values, of lists in a dict in a dict, are much for a config.json.
 _MAX_VALUES = 10_000
 _MAX_DEPTH = 20
@@ -29,10 +30,20 @@ _SIZES: Mapping[str, int] = {
     "head_dim": _MAX_SIZE,
     "vocab_size": _MAX_SIZE,
     "projection_dim": _MAX_SIZE,
+    # Of Qwen's vision towers.
+    "embed_dim": _MAX_SIZE,
+    "out_hidden_size": _MAX_SIZE,
+    "num_heads": _MAX_SIZE,
+    "num_position_embeddings": _MAX_SIZE,
+    "spatial_merge_size": _MAX_MERGE,
+    "temporal_patch_size": _MAX_MERGE,
+    "window_size": _MAX_PIXELS,
     "image_size": _MAX_PIXELS,
     "patch_size": _MAX_PIXELS,
     "max_position_embeddings": _MAX_POSITIONS,
 }
+# What configs call the number of layers.
+_LAYERS = ("num_hidden_layers", "depth")
 # Where these are null, they follow from the other sizes.
 _NULLABLE = frozenset({"num_key_value_heads", "head_dim", "rope_theta"})
 _POSITIVE = ("layer_norm_eps", "rms_norm_eps", "rope_theta")
@@ -98,7 +109,8 @@ def check_values(
     Raises:
         CheckpointError: a value is of the wrong type or out of range.
     """
-    sizes = {**_SIZES, "num_hidden_layers": min(max_layers, _MAX_SIZE)}
+    most = min(max_layers, _MAX_SIZE)
+    sizes = {**_SIZES, **dict.fromkeys(_LAYERS, most)}
     for key, value in plain.items():
         name = prefix + key
         if value is None and key in _NULLABLE:
@@ -106,7 +118,7 @@ def check_values(
         if key in sizes:
             limit = sizes[key]
             allowed = f"a whole number, 1..{limit}"
-            if key == "num_hidden_layers":
+            if key in _LAYERS:
                 allowed += " (the checkpoint has no more tensors)"
             require(type(value) is int and 1 <= value <= limit, name, value, allowed, where=file)
         elif key in _POSITIVE:

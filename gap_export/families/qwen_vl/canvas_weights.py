@@ -1,0 +1,67 @@
+"""Weights that the stored ones come to on a canvas, for images that stand still."""
+
+from __future__ import annotations
+
+import torch
+
+from gap_export.checkpoint.weights import DerivedWeight, Weight
+
+
+def summed_frames(patches: Weight) -> Weight:
+    """A projection of patches of several frames, as one of patches of a single frame.
+
+    The frames of an image are all the same, so their weights add up.
+
+    Args:
+        patches: [D, 3, frames, p, p].
+
+    Returns:
+        [D, 3, p, p], of the same dtype.
+    """
+    width, channels, frames, *patch = patches.shape
+    return DerivedWeight(
+        dtype=patches.dtype,
+        shape=(width, channels, *patch),
+        sources=(patches,),
+        compute=lambda stored: stored.float().sum(dim=2),
+        origin=f"{patches.origin}, its {frames} frames added",
+    )
+
+
+def interpolated_table(table: Weight, grid: tuple[int, int]) -> Weight:
+    """A square table of learned positions for another grid, bilinear, corners on corners.
+
+    Args:
+        table: [G * G, D].
+        grid: R and C, rows and columns of patches.
+
+    Returns:
+        [R * C, D] in raster order, of the same dtype.
+    """
+    (number, width), (rows, cols) = table.shape, grid
+    side = int(number**0.5)
+    if (rows, cols) == (side, side):
+        return table
+
+    def compute(stored: torch.Tensor) -> torch.Tensor:
+        plane = stored.float().reshape(side, side, width)
+        upper, lower, down = _neighbors(rows, side)
+        left, right, across = _neighbors(cols, side)
+        bent = torch.lerp(plane[upper], plane[lower], down[:, None, None])
+        return torch.lerp(bent[:, left], bent[:, right], across[None, :, None]).flatten(0, 1)
+
+    return DerivedWeight(
+        dtype=table.dtype,
+        shape=(rows * cols, width),
+        sources=(table,),
+        compute=compute,
+        origin=f"{table.origin}, from {side}x{side} to {rows}x{cols} patches",
+    )
+
+
+def _neighbors(count: int, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each of ``count`` places the two nearest of ``side``, and the weight of the second."""
+    places = torch.arange(count, dtype=torch.float32) * (side - 1) / max(count - 1, 1)
+    first = places.floor()
+    second = (first + 1).clamp(max=side - 1)
+    return first.long(), second.long(), places - first

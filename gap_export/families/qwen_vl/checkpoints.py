@@ -1,0 +1,148 @@
+"""Checkpoints of Qwen's models, as published and as transformers saves them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gap_export.checkpoint.find.source import MAIN, Checkpoint
+from gap_export.checkpoint.tokenizers.tokenizer_json import read_tokenizer
+from gap_export.checkpoint.weights import Weight, read_json_object
+from gap_export.families.common.checkpoints.configs import check_architecture, eos_token_ids
+from gap_export.families.common.checkpoints.lora import with_adapter
+from gap_export.families.common.checkpoints.matching import (
+    KeyLayout,
+    main_dtype,
+    match_tensors,
+    parse_config,
+    peek_config,
+)
+from gap_export.families.common.checkpoints.parts import index_folder
+from gap_export.families.common.reference import Expected, ModelSource
+from gap_export.families.qwen_vl.canvas_weights import interpolated_table, summed_frames
+from gap_export.families.qwen_vl.configs import ConfigKind, check_rope_type, read_architecture
+from gap_export.spec.architecture import Architecture, VisionShape
+from gap_export.spec.recipe import Recipe
+
+_PATCHES = "tower.embeddings.patch_embedding.weight"
+_TABLE = "tower.embeddings.position_embedding.weight"
+# A model that reasons opens its turn with this, and its template says so.
+_THINKING = "<think>"
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+_MAX_TEMPLATE = 1 << 20
+
+
+@dataclass(frozen=True)
+class QwenLayout:
+    """One folder that holds everything.
+
+    Attributes:
+        kind: Which family it is of.
+    """
+
+    kind: ConfigKind
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self._model_type.replace('_', '-')}"
+
+    @property
+    def _model_type(self) -> str:
+        return self.kind.config_class.model_type
+
+    def recognizes(self, checkpoint: Checkpoint) -> bool:
+        """By the model_type of config.json."""
+        return peek_config(checkpoint.main).get("model_type") == self._model_type
+
+    def read(self, recipe: Recipe, checkpoint: Checkpoint, expected: Expected) -> ModelSource:
+        """See :class:`gap_export.families.common.reference.Layout`."""
+        folder = checkpoint.main
+        found = index_folder(folder)
+        file = folder / "config.json"
+        check_rope_type(read_json_object(file), file)
+        config: Any = parse_config(self.kind.config_class, file, num_tensors=len(found))
+        canvas = recipe.image.height, recipe.image.width
+        architecture = read_architecture(self.kind, config, canvas, file)
+        check_architecture(recipe, architecture, folder)
+        vision, frames = architecture.vision, config.vision_config.temporal_patch_size
+        keys = key_layout(self.kind, architecture)
+        stored = match_tensors(
+            found, _as_stored(expected(architecture), vision, frames), keys, where=folder
+        )
+        weights: dict[str, Weight] = {**stored, _PATCHES: summed_frames(stored[_PATCHES])}
+        if vision.position_side is not None:
+            weights[_TABLE] = interpolated_table(stored[_TABLE], vision.patch_grid)
+        generation = folder / "generation_config.json"
+        files = [file, *([generation] if generation.is_file() else [])]
+        files += sorted({ref.file for ref in found.values()})
+        source = ModelSource(
+            layout=self.name,
+            architecture=architecture,
+            weights=weights,
+            dtype=main_dtype(weights),
+            eos_token_ids=eos_token_ids(recipe, config.text_config, generation),
+            image_token_id=config.image_token_id,
+            tokenizer=read_tokenizer(folder, recipe),
+            files=tuple((MAIN, path) for path in files),
+            notes=tuple(_notes(folder)),
+        )
+        return with_adapter(source, folder, keys)
+
+
+def key_layout(kind: ConfigKind, architecture: Architecture) -> KeyLayout:
+    """Names in the files: those on the hub, and those transformers has saved since 4.52."""
+    vision = architecture.vision
+    prefixes: list[tuple[str, str]] = []
+    for root in ("model.visual.", "visual."):
+        prefixes.append((f"{root}patch_embed.proj.", "tower.embeddings.patch_embedding."))
+        prefixes.append((f"{root}pos_embed.", "tower.embeddings.position_embedding."))
+        prefixes += [
+            (f"{root}blocks.{index}.mlp.{theirs}.", f"tower.encoder.layers.{index}.mlp.{ours}.")
+            for index in range(vision.num_layers)
+            for ours, theirs in kind.mlp.items()
+        ]
+        prefixes.append((f"{root}blocks.", "tower.encoder.layers."))
+        main = "projector.main" if vision.taps else "projector"
+        mergers = {f"{root}merger": main} | {
+            f"{root}deepstack_merger_list.{tap}": f"projector.taps.{tap}"
+            for tap in range(len(vision.taps))
+        }
+        prefixes += [
+            (f"{merger}.{theirs}.", f"{module}.{ours}.")
+            for merger, module in mergers.items()
+            for ours, theirs in kind.merger.items()
+        ]
+    prefixes += [("model.language_model.", "decoder."), ("model.", "decoder.")]
+    return KeyLayout(prefixes=tuple(prefixes), ignored_suffixes=(".rotary_emb.inv_freq",)).tying(
+        head=architecture.decoder.tied_embeddings
+    )
+
+
+def _as_stored(
+    expected: Mapping[str, tuple[int, ...]], vision: VisionShape, frames: int
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's tensors as files hold them, whatever the canvas."""
+    width, _, *patch = expected[_PATCHES]
+    stored = {**expected, _PATCHES: (width, 3, frames, *patch)}
+    if vision.position_side is not None:
+        stored[_TABLE] = (vision.position_side**2, width)
+    return stored
+
+
+def _notes(folder: Path) -> Iterator[str]:
+    """That the model reasons before it answers, where its chat template shows it."""
+    for name in _TEMPLATES:
+        file = folder / name
+        if not file.is_file() or file.stat().st_size > _MAX_TEMPLATE:
+            continue
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if _THINKING in text:
+            yield (
+                f"{file} opens answers with {_THINKING}: this is a thinking variant, whose answers "
+                "carry reasoning before the box; they may need many more new tokens than the "
+                "recipe's max_new_tokens"
+            )
+            return
