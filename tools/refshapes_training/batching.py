@@ -13,6 +13,7 @@ from typing import Generic, Self, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -31,6 +32,7 @@ from gap_export.evaluation.refshapes.expressions import (
 )
 from gap_export.evaluation.refshapes.objects import SceneObject
 from gap_export.evaluation.refshapes.render import shape_mask
+from refshapes_training.cells import Cells
 from refshapes_training.designs import Design
 from refshapes_training.vocabulary import PAD, text_vocabulary, vocabulary_of
 
@@ -50,7 +52,7 @@ class Batch:
     """What both stages need to know about images.
 
     Attributes:
-        images: uint8 [B, 96, 96, 3].
+        images: uint8 [B, height, width, 3], or [B, tiles, side, side, 3]; see :func:`views`.
         color: int64 [B, N], index into COLORS, `NO_COLOR` on the ground.
         shape: int64 [B, N], index into SHAPES, `NO_SHAPE` on the ground.
         small: int64 [B, N], index into SIZES.
@@ -153,8 +155,8 @@ def iter_batches(
 
 def collate_vision(design: Design, scenes: list[Scene]) -> VisionBatch:
     """Captions and phrases for stage 1; the words are drawn from the first scene's number."""
-    vocab, side = text_vocabulary(), design.patch_side
-    maps = [object_map(scene, side, side) for scene in scenes]
+    vocab = text_vocabulary()
+    maps = [object_map(scene, design.patches) for scene in scenes]
     rng = np.random.default_rng([3, scenes[0].seed, scenes[0].index])
     captions, phrases, patches = [], [], []
     for scene, flat in zip(scenes, maps, strict=True):
@@ -165,7 +167,7 @@ def collate_vision(design: Design, scenes: list[Scene]) -> VisionBatch:
         phrases.append(np.stack([vocab.encode_for_text_tower(text) for text in texts]))
         patches.append([np.isin(flat, mentioned), np.isin(flat, expression.mentioned)])
     return VisionBatch(
-        **_image_fields(scenes, maps),
+        **_image_fields(design, scenes, maps),
         captions=torch.from_numpy(np.stack(captions)),
         phrases=torch.from_numpy(np.stack(phrases)),
         phrase_patches=torch.from_numpy(np.asarray(patches)),
@@ -175,7 +177,7 @@ def collate_vision(design: Design, scenes: list[Scene]) -> VisionBatch:
 def collate_language(design: Design, scenes: list[Scene]) -> LanguageBatch:
     """Pack the questions of each scene one after another."""
     vocab = vocabulary_of(design.name)
-    maps = [object_map(scene, *design.grid) for scene in scenes]
+    maps = [object_map(scene, design.tokens) for scene in scenes]
     ids, offsets, segments = [], [], []
     rows, asking, answers, targets = [], [], [], []
     for row, scene in enumerate(scenes):
@@ -198,7 +200,7 @@ def collate_language(design: Design, scenes: list[Scene]) -> LanguageBatch:
         offsets.append(row_offsets)
         segments.append(row_segments)
     return LanguageBatch(
-        **_image_fields(scenes, maps),
+        **_image_fields(design, scenes, maps),
         ids=_padded(ids, PAD),
         offsets=_padded(offsets, 0),
         segments=_padded(segments, _PADDING_SEGMENT),
@@ -228,26 +230,53 @@ def packed_mask(segments: Tensor, prefix: int) -> Tensor:
     return (allowed & causal)[:, None]
 
 
-def object_map(scene: Scene, rows: int, columns: int) -> NDArray[np.int64]:
-    """Index of the object that covers most of each cell, or -1; int64 [rows * columns].
+def object_map(scene: Scene, cells: Cells) -> NDArray[np.int64]:
+    """Index of the object that covers most of each cell, or -1; int64 [N].
 
-    The rule of :attr:`Scene.object_map`, for any grid whose cells are whole pixels.
+    The rule of :attr:`Scene.object_map`, for any grids.
     """
-    height, width = IMAGE_SIZE // rows, IMAGE_SIZE // columns
-    found = np.full((rows, columns), -1, np.int64)
-    most = np.full((rows, columns), _MIN_COVERAGE * height * width, np.float32)
+    found = [np.full(rows * cols, -1, np.int64) for rows, cols in cells.grids]
+    most = [np.full(rows * cols, _MIN_COVERAGE, np.float32) for rows, cols in cells.grids]
     for index, item in enumerate(scene.objects):
         canvas = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
         alpha = shape_mask(item.shape, item.extent)
         canvas[item.y : item.y + item.extent, item.x : item.x + item.extent] = alpha
-        covered = canvas.reshape(rows, height, columns, width).sum((1, 3))
-        wins = covered > most
-        found[wins] = index
-        most[wins] = covered[wins]
-    return found.reshape(-1)
+        whole = Image.fromarray(canvas)
+        for number, (rows, cols) in enumerate(cells.grids):
+            # The mean over each cell, also where its edges cut pixels.
+            covered = np.asarray(whole.resize((cols, rows), Image.Resampling.BOX)).reshape(-1)
+            wins = covered > most[number]
+            found[number][wins] = index
+            most[number][wins] = covered[wins]
+    return np.concatenate(found)[cells.order]
 
 
-def _image_fields(scenes: list[Scene], cells: list[NDArray[np.int64]]) -> dict[str, Tensor]:
+def views(design: Design, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """What the tower sees of an image, prepared as the package's runtime does.
+
+    Returns:
+        uint8 [height, width, 3], or [tiles, side, side, 3], the thumbnail last.
+    """
+    height, width = design.canvas
+    if image.shape[:2] == design.canvas and design.tile is None:
+        return image
+    whole = Image.fromarray(image)
+    squashed = whole.resize((width, height), Image.Resampling.BICUBIC)
+    if design.tile is None:
+        return np.asarray(squashed)
+    side = design.tile
+    tiles = [
+        squashed.crop((left, top, left + side, top + side))
+        for top in range(0, height, side)
+        for left in range(0, width, side)
+    ]
+    tiles.append(whole.resize((side, side), Image.Resampling.BICUBIC))
+    return np.stack([np.asarray(tile) for tile in tiles])
+
+
+def _image_fields(
+    design: Design, scenes: list[Scene], cells: list[NDArray[np.int64]]
+) -> dict[str, Tensor]:
     """The fields of `Batch`."""
     maps = np.stack(cells)
     color = np.full(maps.shape, NO_COLOR, np.int64)
@@ -262,7 +291,7 @@ def _image_fields(scenes: list[Scene], cells: list[NDArray[np.int64]]) -> dict[s
         small[row, shown] = np.array([SIZES.index(o.size) for o in scene.objects])[which]
         boxes[row, shown] = np.array([o.box for o in scene.objects], np.float32)[which]
     return {
-        "images": torch.from_numpy(np.stack([scene.image for scene in scenes])),
+        "images": torch.from_numpy(np.stack([views(design, scene.image) for scene in scenes])),
         "color": torch.from_numpy(color),
         "shape": torch.from_numpy(shape),
         "small": torch.from_numpy(small),

@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gap_export.evaluation.refshapes import IMAGE_SIZE
+from gap_export.spec.positions import VisualSpan, unpruned_ids
+from refshapes_training.cells import Cells, tiles_and_thumbnail, whole_image
+
+Tower = Literal["clip", "eva", "qwen3_vl", "internvl"]
 
 NUM_BINS = 101
 """Values 0.00 to 1.00 that a coordinate's first token can say."""
@@ -64,6 +71,25 @@ def _angled() -> tuple[Slot, ...]:
     )
 
 
+def _thousandths(before: str, between: str, behind: str) -> tuple[Slot, ...]:
+    """Whole thousandths, two leading digits and the last one: `12` and `3`."""
+    slots = []
+    for corner, left in enumerate((before, between, between, between)):
+        slots.append(Slot(texts=_bins(left, "", percent=True), corner=corner, unit=0.01))
+        slots.append(Slot(texts=tuple("0123456789"), corner=corner, unit=0.001))
+    return (*slots, Slot(texts=(behind,)))
+
+
+def _json() -> tuple[Slot, ...]:
+    """Qwen3-VL's `{"bbox_2d":[123,345,567,789]}`."""
+    return (Slot(texts=('{"bbox_2d":',)), *_thousandths("[", ",", "]}"))
+
+
+def _double_bracketed() -> tuple[Slot, ...]:
+    """InternVL's `<box>[[123,345,567,789]]</box>`."""
+    return (Slot(texts=("<box>",)), *_thousandths("[[", ",", "]]"), Slot(texts=("</box>",)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Design:
     """One demo model.
@@ -72,10 +98,17 @@ class Design:
         name: Folder of the checkpoint.
         tower: `clip`: [CLS], a norm before the first layer, the last layer but one is read;
             `eva`: a biased patch projection, no norm in front, the norm behind the last layer is
-            read, and `join` neighbours in a row are one token.
+            read, and neighbours in a row are one token; `qwen3_vl`: no [CLS] and no learned
+            positions, rotary ones in attention, states of earlier layers handed on (DeepStack);
+            `internvl`: as `eva`, with layer scale, and no norm behind.
         patch_size: In pixels.
-        join: Patches to a token.
-        projector: `mlp` of two layers, or `linear`.
+        join: Rows and columns of patches in a token.
+        projector: `mlp` of two layers, `linear`, Qwen's `merger`, or `internvl`'s.
+        decoder: Whose decoder it is.
+        canvas: Height and width in pixels that the image is squashed to.
+        tile: Pixels of the side of the tiles that the canvas is cut into, the whole image squashed
+            to one behind them; None where it is not cut.
+        taps: Layers of the tower whose states are handed on.
         before: Prompt tokens before the image, `<s>` first.
         behind: Prompt tokens between the image and the expression.
         asking: Prompt tokens behind the expression.
@@ -87,10 +120,11 @@ class Design:
     """
 
     name: str
-    tower: Literal["clip", "eva"]
+    tower: Tower
     patch_size: int
-    join: int
-    projector: Literal["mlp", "linear"]
+    join: tuple[int, int]
+    projector: Literal["mlp", "linear", "merger", "internvl"]
+    decoder: Literal["llama", "qwen2", "qwen3_vl"] = "llama"
     before: tuple[str, ...]
     behind: tuple[str, ...]
     asking: tuple[str, ...]
@@ -99,30 +133,52 @@ class Design:
     spaced: bool
     starts_from: str | None
     has_text_tower: bool
+    canvas: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)
+    tile: int | None = None
+    taps: tuple[int, ...] = ()
 
     @property
-    def patch_side(self) -> int:
-        """Patches along one side."""
-        return IMAGE_SIZE // self.patch_size
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches in what the tower sees at a time."""
+        height, width = self.canvas if self.tile is None else (self.tile, self.tile)
+        return height // self.patch_size, width // self.patch_size
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of visual tokens."""
-        return self.patch_side, self.patch_side // self.join
+    def patches(self) -> Cells:
+        """The patches of an image, as the tower sees them."""
+        return self._cells((1, 1))
+
+    @property
+    def tokens(self) -> Cells:
+        """The visual tokens of an image, as they are fed."""
+        return self._cells(self.join)
+
+    def _cells(self, joined: tuple[int, int]) -> Cells:
+        rows, cols = (side // join for side, join in zip(self.patch_grid, joined, strict=True))
+        if self.tile is None:
+            return whole_image(rows, cols)
+        return tiles_and_thumbnail(
+            rows, cols, self.canvas[0] // self.tile, self.canvas[1] // self.tile
+        )
 
     @property
     def num_tokens(self) -> int:
         """N, visual tokens of an image."""
-        return self.grid[0] * self.grid[1]
+        return len(self.tokens.order)
+
+    @property
+    def position_axes(self) -> int:
+        """Numbers that a position is made of."""
+        return 3 if self.decoder == "qwen3_vl" else 1
 
     @property
     def visual_start(self) -> int:
-        """Position id of the first visual token."""
+        """Index of the first visual token."""
         return len(self.before)
 
     @property
     def visual_end(self) -> int:
-        """Position id behind the last visual token."""
+        """Index behind the last visual token."""
         return len(self.before) + self.num_tokens
 
     @property
@@ -130,12 +186,23 @@ class Design:
         """Tokens that all questions about an image share."""
         return self.visual_end + len(self.behind)
 
+    def prefix_ids(self) -> NDArray[np.int64]:
+        """Position ids of these tokens and of the one behind them; int64 [A, prefix + 1]."""
+        grid = self.tokens.grids[0]
+        span = VisualSpan(
+            start=self.visual_start,
+            num_visual_tokens=self.num_tokens,
+            keep_indices=np.arange(self.num_tokens),
+            grid=grid if self.position_axes > 1 else None,
+        )
+        return unpruned_ids(self.prefix_length + 1, [span], position_axes=self.position_axes)
+
 
 LLAVA = Design(
     name="refshapes-llava",
     tower="clip",
     patch_size=8,
-    join=1,
+    join=(1, 1),
     projector="mlp",
     before=("<s>", "USER:"),
     behind=(),
@@ -151,7 +218,7 @@ SHIKRA = Design(
     name="refshapes-shikra",
     tower="clip",
     patch_size=8,
-    join=1,
+    join=(1, 1),
     projector="linear",
     before=("<s>", "USER:", "In", "the", "given", "<im_start>"),
     behind=("<im_end>", "could", "you", "find", "and", "tell", "me", "the", "coordinates", "of"),
@@ -167,7 +234,7 @@ MINIGPT_V2 = Design(
     name="refshapes-minigpt-v2",
     tower="eva",
     patch_size=6,
-    join=4,
+    join=(1, 4),
     projector="linear",
     # Twice, as MiniGPT-v2: the tokenizer's own and the template's.
     before=("<s>", "<s>", "[INST]", "<Img>"),
@@ -180,4 +247,50 @@ MINIGPT_V2 = Design(
     has_text_tower=False,
 )
 
-DESIGNS: Mapping[str, Design] = {d.name: d for d in (LLAVA, SHIKRA, MINIGPT_V2)}
+QWEN3_VL = Design(
+    name="refshapes-qwen3-vl",
+    tower="qwen3_vl",
+    # 9 rows of 12 tokens: not square, so that rows and columns cannot be mistaken unseen.
+    canvas=(108, 144),
+    patch_size=6,
+    join=(2, 2),
+    taps=(0, 1),
+    projector="merger",
+    decoder="qwen3_vl",
+    before=("<|im_start|>", "user", "<|vision_start|>"),
+    behind=("<|vision_end|>", "Locate"),
+    asking=("in", "JSON", "<|im_end|>", "<|im_start|>", "assistant"),
+    answer=_json(),
+    markers=(
+        "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+        "<|video_pad|>",
+    ),
+    spaced=False,
+    starts_from="refshapes-llava",
+    has_text_tower=False,
+)  # fmt: skip
+
+INTERNVL = Design(
+    name="refshapes-internvl",
+    tower="internvl",
+    # Two rows of three tiles, and the thumbnail: 112 tokens.
+    canvas=(96, 144),
+    tile=48,
+    patch_size=6,
+    join=(2, 2),
+    projector="internvl",
+    decoder="qwen2",
+    before=("<|im_start|>", "user", "<img>"),
+    behind=("</img>", "locate", "<ref>"),
+    asking=("</ref>", "<|im_end|>", "<|im_start|>", "assistant"),
+    answer=_double_bracketed(),
+    markers=(
+        "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<ref>", "</ref>",
+        "<box>", "</box>",
+    ),
+    spaced=False,
+    starts_from="refshapes-llava",
+    has_text_tower=False,
+)  # fmt: skip
+
+DESIGNS: Mapping[str, Design] = {d.name: d for d in (LLAVA, SHIKRA, MINIGPT_V2, QWEN3_VL, INTERNVL)}

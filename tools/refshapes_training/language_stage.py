@@ -198,15 +198,16 @@ def language_loss(
         with torch.no_grad():
             shown = tower(batch.images, roll=True, num_layers=tower.num_layers_read)
             selected = tower.tokens(tower.selected(shown))
+            taps = [tower.tokens(tap) for tap in tower.tapped(shown)]
         if token_dropout > 0:
             hidden_tokens = _draw_hidden_tokens(selected, token_dropout)
             mask = _hide(mask, hidden_tokens, visual_span)
-        visual = model.projector(selected).float()
-        embeds, position_ids = _embed(model, batch, visual)
-        states, layers = model.decode(embeds, position_ids, mask)
+        visual, *added = (plane.float() for plane in model.project(selected, taps))
+        embeds, position_ids = embed(model, batch, visual)
+        states, layers = model.decode(embeds, position_ids, mask, added)
         watched = slice(0, _WATCHED_IMAGES)
         inputs = [state[watched] for state in (embeds, *layers[:-1])]
-        attention = model.attention(inputs, position_ids[watched], mask[watched])
+        attention = model.attention(inputs, position_ids[:, watched], mask[watched])
         asking = design.prefix_length + batch.asking
         places = torch.arange(batch.answers.shape[1], device=device)
         logits = model.lm_head(states[batch.rows[:, None], asking[:, None] + places])
@@ -292,17 +293,19 @@ def box_overlap(candidate: Tensor, reference: Tensor) -> Tensor:
     return shared / (areas[0] + areas[1] - shared).clamp(min=1e-6)
 
 
-def _embed(model: RefShapesModel, batch: LanguageBatch, visual: Tensor) -> tuple[Tensor, Tensor]:
-    """Input embeddings [B, S, H] and ids [B, S]; every question starts behind the prefix."""
+def embed(model: RefShapesModel, batch: LanguageBatch, visual: Tensor) -> tuple[Tensor, Tensor]:
+    """Input embeddings [B, S, H], ids [A, B, S]; every question starts behind the prefix."""
     size, device = batch.images.shape[0], batch.images.device
-    table, length = model.decoder.embed_tokens, model.design.prefix_length
+    table = model.decoder.embed_tokens
     before, behind = (
         table(torch.tensor(ids, device=device, dtype=torch.int64)).expand(size, -1, -1)
         for ids in (model.vocabulary.before, model.vocabulary.behind)
     )
     embeds = torch.cat([before, visual, behind, table(batch.ids)], 1)
-    shared = torch.arange(length, device=device).expand(size, -1)
-    return embeds, torch.cat([shared, length + batch.offsets], 1)
+    ids = torch.from_numpy(model.design.prefix_ids()).to(device)
+    shared = ids[:, None, :-1].expand(-1, size, -1)
+    asked = ids[:, None, -1:] + batch.offsets
+    return embeds, torch.cat([shared, asked], 2)
 
 
 def _background_loss(
@@ -359,11 +362,11 @@ def _probe_loss(
 ) -> Tensor:
     """Can row, column and the object's box be read from the visual states?"""
     rows, columns, boxes = probes
-    width = model.design.grid[1]
-    index = torch.arange(model.design.num_tokens, device=rows.device).repeat(rows.shape[0])
+    places = torch.from_numpy(model.design.tokens.rows_and_columns()).to(rows.device)
+    row, column = places.repeat(1, rows.shape[0])
     return (
-        functional.cross_entropy(rows.flatten(0, 1), index // width)
-        + functional.cross_entropy(columns.flatten(0, 1), index % width)
+        functional.cross_entropy(rows.flatten(0, 1), row)
+        + functional.cross_entropy(columns.flatten(0, 1), column)
         + 5 * (boxes - batch.boxes)[batch.covered].abs().mean()
     )
 

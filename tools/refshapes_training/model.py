@@ -6,14 +6,25 @@ Shape letters: B images, N visual tokens, C vision width, H decoder width, S seq
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, LlamaConfig, LlamaModel
+from torch.nn import functional
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    LlamaModel,
+    PretrainedConfig,
+    Qwen2Model,
+    Qwen3VLTextModel,
+)
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionPatchMerger
 
 from gap_export.evaluation.refshapes import COLORS, SHAPES
 from refshapes_training.designs import Design
+from refshapes_training.qwen_tower import QwenTower, qwen_vision_config
 from refshapes_training.towers import VISION_WIDTH, VisionTower, normal_by_fan_in
 from refshapes_training.vocabulary import (
     BOS,
@@ -28,6 +39,7 @@ DECODER_WIDTH = 160
 DECODER_HEADS = 5
 PROJECTION_WIDTH = 64
 POINTER_LAYERS = (1, 2)
+_DECODERS = {"llama": LlamaModel, "qwen2": Qwen2Model, "qwen3_vl": Qwen3VLTextModel}
 
 
 class RefShapesModel(nn.Module):
@@ -45,15 +57,9 @@ class RefShapesModel(nn.Module):
         super().__init__()
         self.design = design
         self.vocabulary: Vocabulary = vocabulary_of(design.name)
-        self.vision_tower = VisionTower(design)
-        width = VISION_WIDTH * design.join
-        if design.projector == "mlp":
-            self.projector: nn.Module = nn.Sequential(
-                nn.Linear(width, DECODER_WIDTH), nn.GELU(), nn.Linear(DECODER_WIDTH, DECODER_WIDTH)
-            )
-        else:
-            self.projector = nn.Linear(width, DECODER_WIDTH)
-        self.decoder = LlamaModel(decoder_config(self.vocabulary))
+        self.vision_tower = QwenTower(design) if design.tower == "qwen3_vl" else VisionTower(design)
+        self.projector = _build_projector(design)
+        self.decoder = _DECODERS[design.decoder](decoder_config(self.vocabulary))
         self.lm_head = nn.Linear(DECODER_WIDTH, len(self.vocabulary.tokens), bias=False)
         self.text = CLIPTextModelWithProjection(_text_config())
         self.visual_projection = nn.Linear(VISION_WIDTH, PROJECTION_WIDTH, bias=False)
@@ -66,29 +72,44 @@ class RefShapesModel(nn.Module):
         """Text embeddings of `<s> words </s>`; int64 [B, T] -> [B, 64], not normalised."""
         return self.text(input_ids=ids).text_embeds
 
+    def project(self, selected: Tensor, taps: Sequence[Tensor]) -> list[Tensor]:
+        """What the decoder reads of visual tokens: at first, then behind its first layers.
+
+        Args:
+            selected: [B, N, J * C].
+            taps: Of earlier layers of the tower, the same.
+
+        Returns:
+            One [B, N, H] tensor, and one for each tap.
+        """
+        if not isinstance(self.projector, nn.ModuleList):
+            return [self.projector(selected)]
+        shape = (*selected.shape[:2], -1)
+        planes = zip(self.projector, (selected, *taps), strict=True)
+        return [merger(plane.reshape(-1, VISION_WIDTH)).view(shape) for merger, plane in planes]
+
     def decode(
-        self, embeds: Tensor, position_ids: Tensor, mask: Tensor
+        self, embeds: Tensor, position_ids: Tensor, mask: Tensor, added: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the decoder with explicit ids and mask, without a cache.
 
         Args:
             embeds: [B, S, H].
-            position_ids: int64 [B, S].
+            position_ids: int64 [A, B, S].
             mask: bool [B or 1, 1, S, S], True where a query may look.
+            added: [B, N, H] each, added to the visual tokens behind the first layers.
 
         Returns:
             The normalised last state [B, S, H], and the state after every layer.
         """
-        rotary = self.decoder.rotary_emb(embeds, position_ids)
+        rotary = self._rotary(embeds, position_ids)
+        start, end = self.design.visual_start, self.design.visual_end
         hidden, states = embeds, []
-        for layer in self.decoder.layers:
-            hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_ids=position_ids,
-                position_embeddings=rotary,
-                use_cache=False,
-            )
+        for index, layer in enumerate(self.decoder.layers):
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, use_cache=False)
+            if index < len(added):
+                rest = hidden.shape[1] - end
+                hidden = hidden + functional.pad(added[index], (0, 0, start, rest))
             states.append(hidden)
         return self.decoder.norm(hidden), states
 
@@ -97,29 +118,40 @@ class RefShapesModel(nn.Module):
 
         Args:
             inputs: The state that enters each layer, [B, S, H].
-            position_ids: int64 [B, S].
+            position_ids: int64 [A, B, S].
             mask: bool [B, 1, S, S], True where a query may look.
 
         Returns:
             For each layer float32 [B, heads, S, S]; rows sum to 1.
         """
-        cos, sin = self.decoder.rotary_emb(inputs[0], position_ids)
+        cos, sin = self._rotary(inputs[0], position_ids)
         weights = []
         for layer, hidden in zip(self.decoder.layers, inputs, strict=True):
             normed, attention = layer.input_layernorm(hidden), layer.self_attn
             shape = (*normed.shape[:2], -1, attention.head_dim)
-            query = attention.q_proj(normed).view(shape).transpose(1, 2)
-            key = attention.k_proj(normed).view(shape).transpose(1, 2)
+            query = attention.q_proj(normed).view(shape)
+            key = attention.k_proj(normed).view(shape)
+            if self.design.decoder == "qwen3_vl":
+                query, key = attention.q_norm(query), attention.k_norm(key)
+            query, key = (heads.transpose(1, 2) for heads in (query, key))
             query, key = apply_rotary_pos_emb(query, key, cos, sin)
             scores = (query @ key.transpose(2, 3)).float() * attention.scaling
             hidden_away = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
             weights.append(hidden_away.softmax(-1))
         return weights
 
+    def _rotary(self, embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        ids = position_ids if self.design.position_axes > 1 else position_ids[0]
+        cos, sin = self.decoder.rotary_emb(embeds, ids)
+        return cos, sin
+
     @torch.no_grad()
     def _initialise(self) -> None:
         """Scale matrices by fan-in: the libraries' 0.02 is meant for widths of thousands."""
         normal_by_fan_in(self.decoder.layers, 0.7)
+        for name, parameter in self.decoder.layers.named_parameters():
+            if name.endswith("_proj.bias"):
+                parameter.zero_()
         normal_by_fan_in(self.projector, 1.0)
         self.decoder.embed_tokens.weight.normal_(0, 0.5)
         self.lm_head.weight.normal_(0, 0.02)
@@ -146,7 +178,7 @@ class LanguageHeads(nn.Module):
     def __init__(self, design: Design) -> None:
         """Build with random weights."""
         super().__init__()
-        self.outputs = (*design.grid, 4)
+        self.outputs = (*design.tokens.num_rows_and_columns, 4)
         self.place = nn.Linear(DECODER_WIDTH, sum(self.outputs))
         self.queries = nn.ModuleList(nn.Linear(DECODER_WIDTH, 64) for _ in POINTER_LAYERS)
         self.keys = nn.ModuleList(nn.Linear(DECODER_WIDTH, 64) for _ in POINTER_LAYERS)
@@ -174,9 +206,14 @@ class LanguageHeads(nn.Module):
         return torch.einsum("qd,qnd->qn", queries, keys[row]) / 8.0
 
 
-def decoder_config(vocabulary: Vocabulary) -> LlamaConfig:
-    """Sizes of the decoder."""
-    return LlamaConfig(
+def decoder_config(vocabulary: Vocabulary) -> PretrainedConfig:
+    """Sizes of the decoder, in the terms of its own class."""
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": 10000.0}
+    more: dict[str, object] = {}
+    if vocabulary.design.decoder == "qwen3_vl":
+        rope |= {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+        more["head_dim"] = DECODER_WIDTH // DECODER_HEADS
+    return _DECODERS[vocabulary.design.decoder].config_class(
         vocab_size=len(vocabulary.tokens),
         hidden_size=DECODER_WIDTH,
         intermediate_size=320,
@@ -184,11 +221,30 @@ def decoder_config(vocabulary: Vocabulary) -> LlamaConfig:
         num_attention_heads=DECODER_HEADS,
         num_key_value_heads=DECODER_HEADS,
         max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters=rope,
+        rms_norm_eps=1e-6,
         bos_token_id=BOS,
         eos_token_id=vocabulary.eos,
         pad_token_id=PAD,
         tie_word_embeddings=False,
+        **more,
+    )
+
+
+def _build_projector(design: Design) -> nn.Module:
+    width = VISION_WIDTH * design.join[0] * design.join[1]
+    if design.projector == "merger":
+        config = qwen_vision_config(design, out_hidden_size=DECODER_WIDTH)
+        taps = [Qwen3VLVisionPatchMerger(config, use_postshuffle_norm=True) for _ in design.taps]
+        return nn.ModuleList([Qwen3VLVisionPatchMerger(config), *taps])
+    if design.projector == "linear":
+        return nn.Linear(width, DECODER_WIDTH)
+    norm = [nn.LayerNorm(width)] if design.projector == "internvl" else []
+    return nn.Sequential(
+        *norm,
+        nn.Linear(width, DECODER_WIDTH),
+        nn.GELU(),
+        nn.Linear(DECODER_WIDTH, DECODER_WIDTH),
     )
 
 

@@ -1,34 +1,41 @@
-"""Vision towers of the demo models: CLIP's, and EVA's as MiniGPT-v2 uses it.
+"""Vision towers with [CLS]: CLIP's, EVA's as MiniGPT-v2 uses it, and InternViT on tiles.
 
-Shape letters: B images, G patches along a side, P = G * G patches, J patches to a token, N = P / J
-tokens, C width of a patch.
+Shape letters: B images, W views of an image (tiles, or 1), G patches along a side of a view,
+P = W * G * G patches, J patches to a token, N = P / J tokens, C width of a patch.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, InternVLVisionConfig, PretrainedConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder
+from transformers.models.internvl.modeling_internvl import InternVLVisionEncoder
 
-from gap_export.evaluation.refshapes import IMAGE_SIZE
-from refshapes_training.designs import Design
+from gap_export.families.common.modules.joining import join_patches
+from refshapes_training.designs import Design, Tower
 
 VISION_WIDTH = 128
 VISION_INNER_WIDTH = 384
 VISION_LAYERS = 4
 VISION_HEADS = 4
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+PIXEL_STATISTICS: Mapping[Tower, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "clip": (_CLIP_MEAN, _CLIP_STD),
+    "eva": (_CLIP_MEAN, _CLIP_STD),
+    "qwen3_vl": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "internvl": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 _ACTIVATIONS = {"clip": "quick_gelu", "eva": "gelu"}
 _LAYER_NORM_EPS = {"clip": 1e-5, "eva": 1e-6}
 
 
 class VisionTower(nn.Module):
-    """The tower, its weights named as in CLIP's `vision_model`.
+    """The tower, its weights named as in CLIP's `vision_model`; InternViT's layers as in its own.
 
     Attributes:
         design: The design of the model.
@@ -42,13 +49,21 @@ class VisionTower(nn.Module):
         self.config = vision_config(design)
         eps = self.config.layer_norm_eps
         self.embeddings = _Embeddings(design)
-        # CLIP's own spelling; EVA has no such norm.
+        # CLIP's own spelling; the others have no such norm.
         self.pre_layrnorm = nn.LayerNorm(VISION_WIDTH, eps=eps)
-        if design.tower == "eva":
+        if design.tower != "clip":
             self.pre_layrnorm = nn.Identity()
-        self.encoder = CLIPEncoder(self.config)
+        intern = design.tower == "internvl"
+        self.encoder = (InternVLVisionEncoder if intern else CLIPEncoder)(self.config)
+        # InternViT has none: what is compared with texts in training is normalized all the same.
         self.post_layernorm = nn.LayerNorm(VISION_WIDTH, eps=1e-5)
         self._initialise()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The encoder's layers."""
+        encoder = self.encoder
+        return encoder.layer if isinstance(encoder, InternVLVisionEncoder) else encoder.layers
 
     def forward(
         self, images: Tensor, *, roll: bool = False, num_layers: int | None = None
@@ -56,28 +71,29 @@ class VisionTower(nn.Module):
         """Hidden states, embeddings first.
 
         Args:
-            images: uint8 [B, 96, 96, 3].
-            roll: Shift the position table cyclically by a random offset per image. The tower can
+            images: uint8 [B, height, width, 3], or [B, W, side, side, 3].
+            roll: Shift the position table cyclically by a random offset per view. The tower can
                 then learn relative places only, and the decoder must take absolute ones from RoPE.
             num_layers: Stop after this many layers; all when None.
 
         Returns:
-            One [B, 1 + P, C] tensor per computed state.
+            One [B * W, 1 + G * G, C] tensor per computed state.
         """
         embeddings = self.embeddings
-        patches = embeddings.patch_embedding(normalise_pixels(images)).flatten(2).transpose(1, 2)
+        pixels = normalise_pixels(images, self.design.tower)
+        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
         table = embeddings.position_embedding.weight
-        batch = images.shape[0]
+        batch = patches.shape[0]
         if roll:
-            shifted = _rolled_indices(batch, self.design.patch_side, images.device)
+            shifted = _rolled_indices(batch, self.design.patch_grid[0], images.device)
             positions = functional.embedding(shifted, table[1:])
         else:
             positions = table[1:].expand(batch, -1, -1)
         cls = (embeddings.class_embedding + table[0]).expand(batch, 1, -1)
         hidden = self.pre_layrnorm(torch.cat([cls, patches + positions], 1))
         states = [hidden]
-        for layer in self.encoder.layers[:num_layers]:
-            hidden = layer(hidden, None)
+        for layer in self.layers[:num_layers]:
+            hidden = layer(hidden) if self.design.tower == "internvl" else layer(hidden, None)
             states.append(hidden)
         return states
 
@@ -93,22 +109,38 @@ class VisionTower(nn.Module):
             states: From :meth:`forward`, at least up to `num_layers_read`.
         """
         hidden = states[self.num_layers_read][:, 1:]
+        hidden = hidden.reshape(-1, len(self.design.patches.order), VISION_WIDTH)
         return self.post_layernorm(hidden) if self.design.tower == "eva" else hidden
 
     def tokens(self, selected: Tensor) -> Tensor:
-        """Patches that follow each other in a row, side by side; [B, N, J * C]."""
-        batch, patches, width = selected.shape
-        return selected.reshape(batch, patches // self.design.join, self.design.join * width)
+        """The patches of a token side by side; [B, N, J * C]."""
+        rows, cols = grid = self.design.patch_grid
+        views = selected.reshape(-1, rows * cols, VISION_WIDTH)
+        joined = join_patches(views, grid, self.design.join)
+        return joined.reshape(selected.shape[0], self.design.num_tokens, -1)
+
+    def tapped(self, states: list[Tensor]) -> list[Tensor]:
+        """States of earlier layers that are handed on: none."""
+        del states
+        return []
 
     def comparable(self, selected: Tensor) -> Tensor:
         """Selected patches as the projection into the joint space takes them; [B, P, C]."""
         return selected if self.design.tower == "eva" else self.post_layernorm(selected)
 
+    def whole(self, states: list[Tensor]) -> Tensor:
+        """What speaks for the image, [CLS] of its last view; [B, C]."""
+        views = len(self.design.patches.order) // (states[-1].shape[1] - 1)
+        return self.post_layernorm(states[-1][views - 1 :: views, 0])
+
     @torch.no_grad()
     def _initialise(self) -> None:
         """Scale matrices by fan-in: the libraries' 0.02 is meant for widths of thousands."""
-        normal_by_fan_in(self.encoder.layers, 0.6)
-        patch, side = self.design.patch_size, self.design.patch_side
+        normal_by_fan_in(self.layers, 0.6)
+        for name, scale in self.layers.named_parameters():
+            if "lambda_" in name:
+                scale.fill_(1.0)
+        patch, side = self.design.patch_size, self.design.patch_grid[0]
         self.embeddings.patch_embedding.weight.normal_(0, (3 * patch**2) ** -0.5)
         # Sines whose periods divide the side: shifting such a table cyclically is a rotation.
         angle = torch.arange(side) * 2 * math.pi / side
@@ -123,34 +155,46 @@ class VisionTower(nn.Module):
 class _Embeddings(nn.Module):
     def __init__(self, design: Design) -> None:
         super().__init__()
-        patch, eva = design.patch_size, design.tower == "eva"
+        patch, biased = design.patch_size, design.tower != "clip"
         self.class_embedding = nn.Parameter(torch.randn(VISION_WIDTH) * VISION_WIDTH**-0.5)
-        self.patch_embedding = nn.Conv2d(3, VISION_WIDTH, patch, stride=patch, bias=eva)
-        self.position_embedding = nn.Embedding(design.patch_side**2 + 1, VISION_WIDTH)
+        self.patch_embedding = nn.Conv2d(3, VISION_WIDTH, patch, stride=patch, bias=biased)
+        rows, cols = design.patch_grid
+        self.position_embedding = nn.Embedding(rows * cols + 1, VISION_WIDTH)
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
 
-def vision_config(design: Design) -> CLIPVisionConfig:
+def vision_config(design: Design) -> PretrainedConfig:
     """Sizes of a tower."""
+    rows, cols = design.patch_grid
+    sizes = {
+        "hidden_size": VISION_WIDTH,
+        "intermediate_size": VISION_INNER_WIDTH,
+        "num_hidden_layers": VISION_LAYERS,
+        "num_attention_heads": VISION_HEADS,
+        "attn_implementation": "sdpa",
+    }
+    if design.tower == "internvl":
+        return InternVLVisionConfig(
+            **sizes,
+            attention_bias=True,
+            image_size=(rows * design.patch_size, cols * design.patch_size),
+            patch_size=(design.patch_size, design.patch_size),
+        )
     return CLIPVisionConfig(
-        hidden_size=VISION_WIDTH,
-        intermediate_size=VISION_INNER_WIDTH,
-        num_hidden_layers=VISION_LAYERS,
-        num_attention_heads=VISION_HEADS,
-        image_size=IMAGE_SIZE,
+        **sizes,
+        image_size=rows * design.patch_size,
         patch_size=design.patch_size,
         projection_dim=64,
         hidden_act=_ACTIVATIONS[design.tower],
         layer_norm_eps=_LAYER_NORM_EPS[design.tower],
-        attn_implementation="sdpa",
     )
 
 
-def normalise_pixels(images: Tensor) -> Tensor:
-    """CLIP's normalisation; uint8 [B, 96, 96, 3] -> float32 [B, 3, 96, 96]."""
-    mean = torch.tensor(PIXEL_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(PIXEL_STD, device=images.device).view(1, 3, 1, 1)
-    return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+def normalise_pixels(images: Tensor, tower: Tower) -> Tensor:
+    """Normalisation of a tower; uint8 [..., h, w, 3] to float32 [n, 3, h, w]."""
+    mean, std = (torch.tensor(part, device=images.device) for part in PIXEL_STATISTICS[tower])
+    normal = (images.flatten(0, -4).float() / 255 - mean) / std
+    return normal.permute(0, 3, 1, 2)
 
 
 def normal_by_fan_in(module: nn.Module, gain: float) -> None:

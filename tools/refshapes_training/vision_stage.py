@@ -73,7 +73,7 @@ def train_vision(
     optimizers = build_optimizers(
         trained,
         stage.optimizer,
-        hidden=[model.vision_tower.encoder.layers, model.text.text_model.encoder.layers],
+        hidden=[model.vision_tower.layers, model.text.text_model.encoder.layers],
     )
     clock = Clock(minutes=stage.minutes)
     saver = Checkpointer(
@@ -132,7 +132,7 @@ def vision_loss(
         color, shape, offsets = heads(selected)
         joint = model.visual_projection(tower.comparable(selected))
         patches = functional.normalize(joint.float(), dim=-1)
-        whole = model.visual_projection(tower.post_layernorm(states[-1][:, 0]))
+        whole = model.visual_projection(tower.whole(states))
         cls = functional.normalize(whole.float(), dim=-1)
         texts = torch.cat([batch.captions, batch.phrases.flatten(0, 1)])
         embeds = functional.normalize(model.encode_text(texts).float(), dim=-1)
@@ -151,7 +151,8 @@ def vision_loss(
 
     color_loss = functional.cross_entropy(color.flatten(0, 1), batch.color.flatten())
     shape_loss = functional.cross_entropy(shape.flatten(0, 1), batch.shape.flatten())
-    wanted = batch.boxes - patch_centers(model.design.patch_side, batch.images.device)
+    centers = torch.from_numpy(model.design.patches.centers()).to(batch.images.device)
+    wanted = batch.boxes - centers
     box_loss = (offsets - wanted)[batch.covered].abs().mean()
     loss = color_loss + 2 * shape_loss + 10 * box_loss + 0.3 * contrastive + 2 * alignment
     with torch.no_grad():
@@ -168,14 +169,6 @@ def vision_loss(
             "shape": (shape.argmax(-1) == batch.shape)[shown].float().mean(),
         }
     return loss, figures
-
-
-def patch_centers(side: int, device: torch.device) -> Tensor:
-    """Center of each patch twice over, as (x, y, x, y) fractions; float32 [1, side * side, 4]."""
-    index = torch.arange(side * side, device=device)
-    x = (index % side + 0.5) / side
-    y = (index // side + 0.5) / side
-    return torch.stack([x, y, x, y], -1)[None]
 
 
 class _Scalars(torch.nn.Module):

@@ -85,7 +85,9 @@ class Vocabulary:
         return [*ids, self.eos]
 
     def build_tokenizer(self, *, end_of_text: bool = False) -> PreTrainedTokenizerFast:
-        """The same vocabulary as a Hugging Face tokenizer that prepends `<s>`.
+        """The same vocabulary as a Hugging Face tokenizer.
+
+        It prepends `<s>` where prompts begin with it, which those of Qwen and InternVL do not.
 
         Args:
             end_of_text: Also append `</s>`, where CLIP's text tower pools.
@@ -93,9 +95,10 @@ class Vocabulary:
         end = " </s>" if end_of_text else ""
         tokenizer = Tokenizer(models.WordLevel(vocab=dict(self.ids), unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        start = "<s> " if self.design.before[0] == "<s>" else ""
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"<s> $A{end}",
-            pair=f"<s> $A $B{end}",
+            single=f"{start}$A{end}",
+            pair=f"{start}$A $B{end}",
             special_tokens=[("<s>", BOS), ("</s>", self.eos)],
         )
         if not self.design.spaced:
