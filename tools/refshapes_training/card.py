@@ -19,7 +19,15 @@ from gap_export.evaluation.refshapes import (
 )
 from gap_export.evaluation.refshapes.objects import LAYOUT_PROBABILITIES, LAYOUTS
 from refshapes_training.batching import object_map
-from refshapes_training.designs import DESIGNS, LLAVA, MINIGPT_V2, SHIKRA, Design
+from refshapes_training.designs import (
+    DESIGNS,
+    INTERNVL,
+    LLAVA,
+    MINIGPT_V2,
+    QWEN3_VL,
+    SHIKRA,
+    Design,
+)
 from refshapes_training.loop import load_state
 from refshapes_training.model import RefShapesModel
 
@@ -91,8 +99,8 @@ def _introduction(model: RefShapesModel, settings: dict[str, dict[str, object]])
 def _text_tower(model: RefShapesModel) -> str:
     if not model.design.has_text_tower:
         return (
-            "There is no text tower: EVA was not trained together with one. `text`, `trim` and "
-            "`cdpruner` do not apply, and the exporter refuses them."
+            "There is no text tower, as in the model it stands for. `text`, `trim` and `cdpruner` "
+            "do not apply, and the exporter refuses them."
         )
     size = sum(p.numel() for p in model.text.parameters())
     return (
@@ -109,12 +117,21 @@ def _prompt(model: RefShapesModel) -> str:
         " ".join(part) for part in (design.before, design.behind, design.asking)
     )
     words = f"{before} [image] {behind} {{expression}} {asking}".replace("  ", " ")
-    rows, columns = design.grid
-    height, width = IMAGE_SIZE // rows, IMAGE_SIZE // columns
+    rows, columns = design.tokens.grids[0]
+    height, width = IMAGE_SIZE / rows, IMAGE_SIZE / columns
+    start, end = design.visual_start, design.visual_end
+    if design.position_axes > 1:
+        ids = (
+            f"on the axes of time, row and column the ids of a token are {start}, {start} + row "
+            f"and {start} + column, and text goes on at {start + max(rows, columns)}."
+        )
+    else:
+        ids = f"position ids {start}..{end - 1}, text goes on at {end}."
+    of_tiles = "" if design.tile is None else _TILES
     return (
         f"Prompt: `{words}`. The {IMAGE_SIZE}x{IMAGE_SIZE} image is {design.num_tokens} visual "
-        f"tokens, {rows} rows of {columns}, each {width} px wide and {height} px high: position "
-        f"ids {design.visual_start}..{design.visual_end - 1}, text goes on at {design.visual_end}."
+        f"tokens, {rows} rows of {columns}, each {width:.3g} px wide and {height:.3g} px high"
+        f"{of_tiles}: {ids}"
     )
 
 
@@ -136,16 +153,15 @@ def _origin(design: Design) -> str:
 
 
 def _data_section(design: Design) -> str:
-    rows, columns = design.grid
-    height, width = IMAGE_SIZE // rows, IMAGE_SIZE // columns
     samples = list(iter_samples(seed=0, num_samples=_DATA_SAMPLES))
     scenes: dict[int, Scene] = {s.scene.index: s.scene for s in samples}
     kinds = Counter(s.expression.kind for s in samples)
-    boxes = np.array([s.box for s in samples])
-    size = np.array([width, height])
-    cells = (boxes[:, 2:] - 1) // size - boxes[:, :2] // size + 1
-    by_box = cells.prod(1) / design.num_tokens
-    maps = {index: object_map(scene, rows, columns) for index, scene in scenes.items()}
+    cells = design.tokens
+    boxes = np.array([s.box for s in samples])[:, None] / IMAGE_SIZE
+    corners = cells.corners()
+    meets = (boxes[..., :2] < corners[:, 2:]) & (corners[:, :2] < boxes[..., 2:])
+    by_box = meets.all(2).mean(1)
+    maps = {index: object_map(scene, cells) for index, scene in scenes.items()}
     by_mask = np.array([(maps[s.scene.index] == s.expression.target).mean() for s in samples])
     counts = np.array([len(scene.objects) for scene in scenes.values()])
     small = np.mean([s.scene.objects[s.expression.target].size == "small" for s in samples])
@@ -190,8 +206,8 @@ def _training_section(design: Design, settings: dict[str, dict[str, object]]) ->
 
 def _stages(design: Design) -> str:
     vision = (
-        "The vision stage trains both towers (contrastive, dense patch and patch-text losses, the "
-        "position table shifted at random so that absolute places can only come from RoPE)"
+        "The vision stage trains both towers (contrastive, dense patch and patch-text losses, "
+        f"{_NO_PLACES[design.tower]} so that absolute places can only come from position ids)"
     )
     start = DESIGNS.get(design.starts_from or "")
     if start is not None and start.tower == design.tower:
@@ -209,6 +225,13 @@ def _format(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+_TABLE_SHIFTED = "the position table shifted at random"
+_NO_PLACES = {
+    "clip": _TABLE_SHIFTED,
+    "eva": _TABLE_SHIFTED,
+    "internvl": _TABLE_SHIFTED,
+    "qwen3_vl": "without a table of positions",
+}
 _WHAT = {
     LLAVA.name: "A genuine, very small LLaVA (`LlavaForConditionalGeneration`: CLIP vision tower "
     "with [CLS], a two-layer projector, Llama decoder with RoPE) that answers a referring "
@@ -218,11 +241,25 @@ _WHAT = {
     "the image in mid-sentence between `<im_start>` and `<im_end>`, Llama decoder with RoPE. It "
     "answers a referring expression with a box as Shikra does: `[0.123,0.345,0.567,0.789]`, "
     "fractions of the padded square (x1, y1, x2, y2).",
+    QWEN3_VL.name: "A genuine, very small Qwen3-VL (`Qwen3VLForConditionalGeneration`: vision "
+    "tower with 2-D rotary positions, four patches merged to one visual token, two DeepStack taps, "
+    "Qwen3 decoder with interleaved M-RoPE) that answers a referring expression with a box, as "
+    'Qwen3-VL does: `{"bbox_2d":[123,456,789,900]}`, thousandths of the image (x1, y1, x2, y2).',
+    INTERNVL.name: "A genuine, very small InternVL (`InternVLForConditionalGeneration`: InternViT "
+    "with [CLS] and layer scale on tiles, four patches joined to one visual token, two-layer "
+    "projector with a norm, Qwen2 decoder with RoPE) that answers a referring expression with a "
+    "box, as InternVL does: `<box>[[123,456,789,900]]</box>`, thousandths of the image (x1, y1, "
+    "x2, y2).",
     MINIGPT_V2.name: "A very small MiniGPT-v2: EVA's vision tower, four patches that follow each "
     "other in a row joined to one visual token, one linear layer as projector, Llama decoder with "
     "RoPE. It answers a referring expression with a box as MiniGPT-v2 does: `{<12><34><56><78>}`, "
     "hundredths of the image (x1, y1, x2, y2).",
 }
+
+_TILES = (
+    ", in tiles one after the other, and behind them the whole image once more as a tile (the "
+    "thumbnail)"
+)
 
 _FIGURES = """## Figures
 

@@ -30,14 +30,20 @@ class Cells:
             above, left = above + rows, left + cols
         return np.concatenate(found, axis=1)[:, self.order]
 
-    def centers(self) -> NDArray[np.float32]:
-        """Center of each cell twice over, as (x, y, x, y) fractions; float32 [N, 4]."""
+    def corners(self) -> NDArray[np.float64]:
+        """What each cell covers, (x1, y1, x2, y2) as fractions of the image; float64 [N, 4]."""
         found = []
         for rows, cols in self.grids:
             row, col = np.divmod(np.arange(rows * cols), cols)
-            x, y = (col + 0.5) / cols, (row + 0.5) / rows
-            found.append(np.stack([x, y, x, y], axis=1))
-        return np.concatenate(found)[self.order].astype(np.float32)
+            sides = (col / cols, row / rows, (col + 1) / cols, (row + 1) / rows)
+            found.append(np.stack(sides, axis=1))
+        return np.concatenate(found)[self.order]
+
+    def centers(self) -> NDArray[np.float32]:
+        """Center of each cell twice over, as (x, y, x, y) fractions; float32 [N, 4]."""
+        corners = self.corners()
+        middle = (corners[:, :2] + corners[:, 2:]) / 2
+        return np.tile(middle, 2).astype(np.float32)
 
     @property
     def num_rows_and_columns(self) -> tuple[int, int]:
