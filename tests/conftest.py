@@ -52,12 +52,15 @@ pytest_plugins = ["tests.limits"]
 def pytest_collection_finish() -> None:
     """Save all later tests work that gives the same each time."""
     if "torch" in sys.modules:
-        from torch.onnx._internal.exporter import _registration
+        from torch.onnx._internal.exporter import _decomp, _registration
 
         # For every export torch reads the signatures of 500 ONNX functions anew, from their source:
-        # more than half the time of a small one.
-        apis = _registration.onnxscript_apis
+        # more than half the time of a small one. What it makes of them is the same each time, too.
+        apis, registry = _registration.onnxscript_apis, _registration.ONNXRegistry
         apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
+        registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+        table = functools.cache(_decomp.create_onnx_friendly_decomposition_table)
+        _decomp.create_onnx_friendly_decomposition_table = lambda ops: dict(table(frozenset(ops)))
     # What is imported by now stays, and was looked through for garbage again and again.
     gc.collect()
     gc.freeze()

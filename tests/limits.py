@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import sys
 from collections.abc import Generator
 
 import pytest
@@ -37,6 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
     for name in SURROUNDINGS:
         os.environ.pop(name, None)
+    # Many tests start Python; where this is set, each would compile what it imports anew.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     # While a test runs, descriptor 2 leads to what pytest captures.
     config.stash[_stderr] = os.dup(2)
 

@@ -3,6 +3,8 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
+# Where it is set, as in many containers, each program started here would compile torch anew.
+unset PYTHONDONTWRITEBYTECODE
 
 # The first Python that has venv and is new enough for the export extra.
 find_python() {
