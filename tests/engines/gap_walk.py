@@ -64,17 +64,19 @@ def gap_remap_output(view: NetworkView) -> str:
     """The tensor of remapped ids: kept[min(slot, last)] + (slot - min(slot, last)).
 
     Found from ``position_ids`` through Min, GatherElements, Sub and Add; AssertionError where the
-    network has not got them so.
+    network has not got them so. With several position axes slots are repeated on each.
     """
     slots = "position_ids"
     (least,) = _only(view, slots, "ELEMENTWISE", "MIN")
     (within,) = least.outputs
     (gather,) = _only(view, within, "GATHER", "ELEMENT")
-    assert gather.inputs == ("kept_positions", within)
+    table, places = gather.inputs
+    assert table == "kept_positions" and places in _in_any_shape(view, within)
     (beyond,) = _only(view, slots, "ELEMENTWISE", "SUB")
     assert beyond.inputs == (slots, within)
     (add,) = _only(view, gather.outputs[0], "ELEMENTWISE", "SUM")
-    assert set(add.inputs) == {gather.outputs[0], beyond.outputs[0]}
+    first, second = add.inputs
+    assert first == gather.outputs[0] and second in _in_any_shape(view, beyond.outputs[0])
     (remapped,) = add.outputs
     return remapped
 
@@ -99,11 +101,21 @@ def assert_rope_sees_remapped_ids(view: NetworkView) -> None:
 
 
 def _only(view: NetworkView, tensor: str, kind: str, operation: str) -> list[LayerView]:
+    known = _in_any_shape(view, tensor)
     return [
         layer
-        for layer in view.consumers(tensor)
-        if (layer.type, layer.operation) == (kind, operation)
+        for layer in view.layers
+        if (layer.type, layer.operation) == (kind, operation) and known & set(layer.inputs)
     ]
+
+
+def _in_any_shape(view: NetworkView, tensor: str) -> set[str]:
+    """A tensor, and the same with more axes or repeated along them."""
+    found = {tensor}
+    for layer in view.layers:
+        if layer.type in {"SHUFFLE", "SLICE"} and layer.inputs[0] in found:
+            found |= set(layer.outputs)
+    return found
 
 
 def _layer(module: Any, layer: Any) -> LayerView:

@@ -1,15 +1,17 @@
-"""LLaVA-1.5-7B's decoder in its true shape, random weights, cut to two layers: it builds.
+"""Decoders in the true shape of published models, random weights, cut to two layers: they build.
 
-By default a quarter as wide, which is as much of a plan's size as can be told apart quickly.
+By default LLaVA-1.5-7B's, a quarter as wide, which is as much of a plan's size as can be told apart
+quickly, and Qwen3-VL-4B's, an eighth as wide.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ from gap_export.bundle import Bundle, open_bundle
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.engines.build import build_engines
 from gap_export.engines.plan import EngineSpec
+from gap_export.spec.architecture import DecoderShape
 from gap_export.spec.manifest import QuantizationSpec
 from gap_export.spec.recipe import Recipe, find_recipe
 from gap_export.spec.requests import EnginesRequest, PruningRequest
@@ -33,22 +36,47 @@ INT4 = QuantizationSpec(dtype="int4", block_size=128, method="rtn", lm_head=Fals
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A decoder of ``heads`` times 128 numbers, and how its weights are held."""
+    """A decoder whose heads have 128 numbers, and how its weights are held.
+
+    Attributes:
+        hidden: Of its hidden state; None where that is as wide as all heads.
+        key_value_heads: None where there are as many as heads.
+        more: What else is special of it.
+    """
 
     heads: int = 32
     inner: int = 11008
     vocabulary: int = 32064
+    hidden: int | None = None
+    key_value_heads: int | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
     quantization: QuantizationSpec | None = None
 
     @property
-    def hidden(self) -> int:
-        return self.heads * HEAD_DIM
+    def shape(self) -> DecoderShape:
+        """Two layers."""
+        plain: dict[str, Any] = {
+            "num_layers": NUM_LAYERS,
+            "hidden_size": self.hidden or self.heads * HEAD_DIM,
+            "intermediate_size": self.inner,
+            "num_heads": self.heads,
+            "num_key_value_heads": self.key_value_heads or self.heads,
+            "head_dim": HEAD_DIM,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e4,
+        }
+        return DecoderShape(**plain | dict(self.more))
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Bytes of the plan's weights: at least, and at most."""
-        head = 2 * self.hidden * self.vocabulary
-        values = NUM_LAYERS * (4 * self.hidden**2 + 3 * self.hidden * self.inner)
+        shape = self.shape
+        hidden, wide = shape.hidden_size, shape.num_heads * HEAD_DIM
+        heads = wide + 2 * shape.num_key_value_heads * HEAD_DIM
+        head = 2 * hidden * self.vocabulary
+        values = NUM_LAYERS * hidden * (heads + wide + 3 * self.inner)
         if self.quantization is not None:
             # Half a byte a value, and a float16 scale for every block.
             size = values // 2 + 2 * values // self.quantization.block_size + head
@@ -56,18 +84,52 @@ class Case:
         # TensorRT-RTX 1.7.1 holds float16 weights of layers that share their input (q, k, v; gate,
         # up) in two layouts where prefill and decode have a profile each; it does not with INT4,
         # nor with one profile.
-        twice = 2 * NUM_LAYERS * (3 * self.hidden**2 + 2 * self.hidden * self.inner)
+        twice = 2 * NUM_LAYERS * hidden * (heads + 2 * self.inner)
         return 2 * values + head, 2 * values + head + twice
 
 
-SMALL = Case(heads=8, inner=2816, vocabulary=32064, quantization=INT4)
-CASES = {"int4": Case(quantization=INT4), "fp16": Case()}
+QWEN3_VL: Mapping[str, Any] = {
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5e6,
+    "rope_sections": (24, 20, 20),
+    "rope_interleaved": True,
+    "qk_norm": True,
+    "num_taps": 1,
+}
+SMALL = {
+    "small-int4": Case(heads=8, inner=2816, quantization=INT4),
+    # As in Qwen3-VL-4B, whose heads are together wider than its hidden state.
+    "small-qwen3-vl": Case(
+        heads=4, hidden=320, key_value_heads=1, inner=1216, vocabulary=8192, more=QWEN3_VL
+    ),
+}
+CASES = {
+    "int4": Case(quantization=INT4),
+    "fp16": Case(),
+    "qwen3-vl-4b": Case(
+        hidden=2560, key_value_heads=8, inner=9728, vocabulary=151936, more=QWEN3_VL
+    ),
+    "qwen2.5-vl-7b": Case(
+        heads=28,
+        key_value_heads=4,
+        inner=18944,
+        vocabulary=152064,
+        more={
+            "max_position_embeddings": 128000,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "rope_sections": (16, 24, 24),
+            "attention_bias": "qkv",
+        },
+    ),
+}
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(SMALL, id="small-int4"),
+        *(pytest.param(case, id=name) for name, case in SMALL.items()),
         *(pytest.param(case, id=name, marks=pytest.mark.full) for name, case in CASES.items()),
     ],
 )
@@ -93,16 +155,10 @@ def recipe_of(case: Case) -> Recipe:
     assert shape is not None
     cut = dataclasses.replace(
         shape,
-        decoder=dataclasses.replace(
-            shape.decoder,
-            num_layers=NUM_LAYERS,
-            hidden_size=case.hidden,
-            intermediate_size=case.inner,
-            num_heads=case.heads,
-            num_key_value_heads=case.heads,
-            vocab_size=case.vocabulary,
+        decoder=case.shape,
+        projector=dataclasses.replace(
+            shape.projector, width=64, hidden_size=case.shape.embeds_size
         ),
-        projector=dataclasses.replace(shape.projector, width=64, hidden_size=case.hidden),
         vision=dataclasses.replace(
             shape.vision, num_layers=3, width=64, intermediate_size=128, num_heads=2
         ),
@@ -147,10 +203,14 @@ def test_true_shape_decoder_builds_and_the_plan_is_as_large_as_its_weights(case,
 
 def test_true_shape_engine_has_the_true_interface(case, engine):
     shapes = {tensor.name: tensor.shape for tensor in (*engine.inputs, *engine.outputs)}
-    assert shapes["inputs_embeds"] == (-1, -1, case.hidden)
+    assert shapes["inputs_embeds"] == (-1, -1, case.shape.embeds_size)
     assert shapes["logits"][-1] == case.vocabulary
     caches = [shape for name, shape in shapes.items() if name.startswith("present.")]
-    assert [(shape[1], shape[3]) for shape in caches] == [(case.heads, HEAD_DIM)] * 2 * NUM_LAYERS
+    assert [(shape[1], shape[3]) for shape in caches] == [
+        (case.shape.num_key_value_heads, HEAD_DIM)
+    ] * 2 * NUM_LAYERS
+    axes = (3,) if case.shape.position_axes > 1 else ()
+    assert (shapes["position_ids"], shapes["kept_positions"]) == ((-1, -1), (*axes, -1, -1))
 
 
 def test_true_shape_rope_sees_remapped_ids(bundle):

@@ -79,11 +79,9 @@ class DecoderStack(nn.Module):
         hidden = inputs_embeds.reshape(-1, width)
         taps: Sequence[torch.Tensor] = ()
         if self.shape.num_taps:
-            # [B * S, (1 + taps) * H] to so many matrices [B * S, H]; no chunk, which is exported
-            # as Split, an operator that the form for all TensorRTs has not got.
+            # [B * S, (1 + taps) * H] to so many matrices [B * S, H].
             width = self.shape.hidden_size
-            starts = range(0, hidden.shape[1], width)
-            hidden, *taps = (hidden[:, start : start + width] for start in starts)
+            hidden, *taps = torch.chunk(hidden, 1 + self.shape.num_taps, dim=1)
         present: list[torch.Tensor] = []
         for index, layer in enumerate(self.layers):
             past = past_key_values[2 * index], past_key_values[2 * index + 1]
