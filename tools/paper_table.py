@@ -161,7 +161,7 @@ def measure(
     adaptive = [one for one in pruners if "adaptive" in presets[one].budgets]
     rows += run("adaptive", adaptive, (1.0,), budget="adaptive")
     if not asks_bare(recipe):
-        reading = [one for one in pruners if "text" in presets[one].pruner.reads]
+        reading = [one for one in pruners if presets[one].pruner.reads_text]
         for text in get_args(PrunerText):
             others = [one for one in reading if presets[one].pruner_text != text]
             rows += run(text, others, TEXT_KEEPS, pruner_text=text)

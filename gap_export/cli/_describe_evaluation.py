@@ -45,7 +45,7 @@ def describe_evaluation(report: EvaluationReport) -> str:
         format_table(_HEADER, [_table_row(row) for row in report.rows]),
     ]
     texts = {row.pruner: row.pruner_text for row in report.rows if row.pruner_text is not None}
-    lines += [f"{name}: the text tower reads the {text}" for name, text in texts.items()]
+    lines += [f"{name}: the pruner reads the {text}" for name, text in texts.items()]
     lines += [f"{name}: {what}" for name, what in report.misalignments.items()]
     for row in report.rows:
         given = row.n - row.num_unusable

@@ -130,7 +130,7 @@ def _describe_model(bundle: Bundle, manifest: Manifest) -> str:
         + ("" if pruning.seed is None else f", seed {pruning.seed}"),
         f"positions  {pruning.positions}",
         *(
-            [f"text       the tower reads the {pruning.pruner_text}: {tower.template!r}"]
+            [f"text       {tower.component} reads the {pruning.pruner_text}: {tower.template!r}"]
             if tower
             else []
         ),

@@ -20,6 +20,7 @@ _READINGS = {
     "keys": "the tower's keys",
     "next_layer": "a layer behind the select layer",
     "text": "a CLIP text tower",
+    "llm_text": "the decoder's words",
     "image_embeds": "the projected tokens",
 }
 _ADAPTIVE = (
@@ -28,7 +29,7 @@ _ADAPTIVE = (
     "--keep is not given."
 )
 _TEXTS = (
-    "(expression), (question): what the text tower reads by default, as the pruner's authors have "
+    "(expression), (question): what is read of the text by default, as the pruner's authors have "
     "it; --pruner-text chooses."
 )
 _WHY = (
@@ -92,15 +93,17 @@ def _describe(preset: Preset, served: frozenset[str] | None) -> dict[str, Any]:
         "budgets": list(preset.budgets),
         "reads": sorted(pruner.reads),
         "fixed": isinstance(pruner, FixedPruner),
-        "pruner_text": preset.pruner_text if "text" in pruner.reads else None,
+        "pruner_text": preset.pruner_text if pruner.reads_text else None,
     }
     return found if served is None else {**found, "served": preset.name in served}
 
 
 def _table_row(item: dict[str, Any]) -> list[str]:
-    needs = list(dict.fromkeys(_READINGS[part] for part in item["reads"]))
-    if item["pruner_text"] is not None:
-        needs = [f"{one} ({item['pruner_text']})" if "text" in one else one for one in needs]
+    from gap_export.pruning.pruner import TEXT_READINGS
+
+    # One that reads a text says which; of the two spaces it reads one.
+    texts = dict.fromkeys(TEXT_READINGS, f" ({item['pruner_text']})")
+    needs = list(dict.fromkeys(_READINGS[one] + texts.get(one, "") for one in item["reads"]))
     row = [item["name"], item["order"], item["extra_token"], item["budget"]]
     row.append(", ".join(needs) or ("nothing" if item["fixed"] else "patch features"))
     return row if "served" not in item else [*row, "yes" if item["served"] else "no"]

@@ -1,4 +1,4 @@
-"""``cdpruner``: tokens that fit the question and differ (CDPruner, arXiv 2506.10967)."""
+"""``cdpruner``, ``cdpruner-llm``: tokens that fit and differ (CDPruner, arXiv 2506.10967)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from gap_export.pruning.greedy import Choices, GreedyPruner, rows_at
 from gap_export.pruning.pruner import Reading, VisionState, unit
+from gap_export.pruning.text import word_cosines
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ class CdPruner(GreedyPruner):
         import torch
 
         assert state.image_embeds is not None
-        embeds, relevance = unit(state.image_embeds), _relevance(state)
+        embeds, relevance = unit(state.image_embeds), _relevance(self.fits(state))
         similarity = torch.matmul(embeds, embeds.transpose(1, 2))
         kernel = relevance[:, :, None] * similarity * relevance[:, None, :]
         index = torch.arange(embeds.shape[1], device=embeds.device)
@@ -52,15 +53,32 @@ class CdPruner(GreedyPruner):
         diagonal = torch.where(index[:, None] == index, kernel, 0.0).sum(dim=2)
         return Choices(diagonal, kernel, follow)
 
+    def fits(self, state: VisionState) -> torch.Tensor:
+        """How well each token fits the text, float [B, N]; only differences count."""
+        import torch
 
-def _relevance(state: VisionState) -> torch.Tensor:
+        assert state.patch_embeds is not None
+        assert state.text_embeds is not None
+        text = unit(state.text_embeds)[:, :, None]
+        return state.text_similarity_sign * torch.matmul(unit(state.patch_embeds), text)[:, :, 0]
+
+
+class LlmCdPruner(CdPruner):
+    """CDPruner where there is no CLIP text tower: r is the mean cosine with the decoder's words.
+
+    So OpenVINO GenAI has it for such models, see :class:`LlmTextPruner`.
+    """
+
+    summary: ClassVar[str] = "as cdpruner, of the expression, by the decoder's word embeddings"
+    reads: ClassVar[frozenset[Reading]] = frozenset({"llm_text", "image_embeds"})
+
+    def fits(self, state: VisionState) -> torch.Tensor:
+        """See CdPruner."""
+        return word_cosines(state)
+
+
+def _relevance(fits: torch.Tensor) -> torch.Tensor:
     """Float [B, N] above 0, at most about 1."""
-    import torch
-
-    assert state.patch_embeds is not None
-    assert state.text_embeds is not None
-    text = unit(state.text_embeds)[:, :, None]
-    fits = state.text_similarity_sign * torch.matmul(unit(state.patch_embeds), text)[:, :, 0]
     least, most = fits.amin(dim=1, keepdim=True), fits.amax(dim=1, keepdim=True)
     # All alike: nothing to tell them apart by.
     return (fits - least + _LEAST_RELEVANCE) / (most - least).clamp(min=_LEAST_RELEVANCE)

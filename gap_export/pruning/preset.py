@@ -8,6 +8,7 @@ from typing import get_args
 
 from gap_export.errors import GapExportError
 from gap_export.pruning.pruner import (
+    TEXT_READINGS,
     ChoosingPruner,
     FixedPruner,
     Pruner,
@@ -27,8 +28,8 @@ class Preset:
         order: As published.
         extra_token: As published.
         budget: As published: ``adaptive`` where the image decides how many survive.
-        pruner_text: As published: what the text tower reads, of a pruner that reads the text.
-        long_texts: As published: what becomes of a text that is too long for the tower.
+        pruner_text: As published: what is read of the text, by a pruner that reads it.
+        long_texts: As published: what becomes of a text that is too long for what reads it.
         paper: Where it is from.
     """
 
@@ -72,6 +73,12 @@ def check_preset(preset: Preset, where: str) -> None:
             f"{where}: reads is no frozenset", seen=repr(pruner.reads), allowed="frozenset({...})"
         )
     _check(where, "reads", pruner.reads, get_args(Reading))
+    if pruner.reads >= TEXT_READINGS:
+        raise GapExportError(
+            f"{where}: reads names two spaces of the text",
+            seen=", ".join(sorted(TEXT_READINGS)),
+            allowed="one of them",
+        )
     _check(where, "orders", pruner.orders, get_args(Order))
     _check(where, "extra_tokens", pruner.extra_tokens, get_args(ExtraToken))
     _check(where, "order", [preset.order], pruner.orders)

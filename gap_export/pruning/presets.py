@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from gap_export.errors import GapExportError, MissingDependencyError, UsageError
 from gap_export.plugins import Plugins
-from gap_export.pruning.cdpruner import CdPruner
+from gap_export.pruning.cdpruner import CdPruner, LlmCdPruner
 from gap_export.pruning.cls import ClsPruner
 from gap_export.pruning.dart import DartPruner
 from gap_export.pruning.divprune import DivPrunePruner
@@ -22,7 +22,7 @@ from gap_export.pruning.preset import Preset, check_preset
 from gap_export.pruning.prumerge import PruMergePlusPruner, PruMergePruner, PruMergeSelection
 from gap_export.pruning.pruner import Pruner
 from gap_export.pruning.spatial import SpatialPruner
-from gap_export.pruning.text import TextPruner
+from gap_export.pruning.text import LlmTextPruner, TextPruner
 from gap_export.pruning.trim import TrimPruner
 from gap_export.pruning.uniform_random import RandomPruner
 from gap_export.pruning.visionzip import VisionZipPruner
@@ -80,6 +80,13 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 name="cdpruner",
                 pruner=CdPruner(),
                 pruner_text="question",
+                long_texts="segments",
+                paper="arXiv 2506.10967",
+            ),
+            Preset(name="text-llm", pruner=LlmTextPruner(), long_texts="segments"),
+            Preset(
+                name="cdpruner-llm",
+                pruner=LlmCdPruner(),
                 long_texts="segments",
                 paper="arXiv 2506.10967",
             ),

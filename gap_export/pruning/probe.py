@@ -190,4 +190,5 @@ def _random_state(num_tokens: int, reads: frozenset[Reading], device: str = "cpu
         image_embeds=show("image_embeds", draw(num_tokens, _WIDTH)),
         patch_embeds=show("text", draw(num_tokens, _WIDTH)),
         text_embeds=show("text", draw(_WIDTH)),
+        word_embeds=show("llm_text", draw(_WIDTH)),
     )

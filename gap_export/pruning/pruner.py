@@ -26,8 +26,12 @@ Reading = Literal[
     "keys",
     "next_layer",
     "text",
+    "llm_text",
     "image_embeds",
 ]
+
+# Either needs one vector of the text, of another space each.
+TEXT_READINGS: frozenset[Reading] = frozenset({"text", "llm_text"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,8 @@ class VisionState:
         image_embeds: float [B, N, H], the patches projected to what the decoder reads.
         patch_embeds: float [B, N, E], patches in CLIP's joint space.
         text_embeds: float [B, E], the expression or question in CLIP's joint space.
+        word_embeds: float [B, H], the expression or question as the decoder reads its words: the
+            mean of their unit vectors, so that a product with it is a mean of cosines.
         text_similarity_sign: +1 or -1; -1 where patch-text similarity is inverted.
     """
 
@@ -61,6 +67,7 @@ class VisionState:
     image_embeds: torch.Tensor | None = None
     patch_embeds: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
+    word_embeds: torch.Tensor | None = None
     text_similarity_sign: int = 1
 
 
@@ -80,6 +87,11 @@ class Pruner(ABC):
     uses_seed: ClassVar[bool] = False
     orders: ClassVar[tuple[Order, ...]] = ("raster", "score")
     extra_tokens: ClassVar[tuple[ExtraToken, ...]] = ("none", "mean")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it reads the expression or the question, in one space or the other."""
+        return not self.reads.isdisjoint(TEXT_READINGS)
 
 
 class ScoringPruner(Pruner):

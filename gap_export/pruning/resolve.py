@@ -92,7 +92,12 @@ def resolve_request(
     if num_kept == num_visual and extra != "none":
         # Nothing is dropped that an extra token could stand for.
         num_kept, extra = (num_visual - 1, extra) if adaptive else (num_visual, "none")
-    tower = recipe.text_tower
+    sign = None
+    if "text" in pruner.reads and recipe.text_tower is not None:
+        sign = recipe.text_tower.similarity_sign
+    elif pruner.reads_text:
+        # The decoder's words are no CLIP, whose similarity may be inverted.
+        sign = 1
     return PruningSpec(
         pruner=name,
         order=order,
@@ -103,7 +108,7 @@ def resolve_request(
         num_visual_tokens=num_visual,
         num_kept_tokens=num_kept,
         num_emitted_tokens=num_kept + int(extra != "none"),
-        text_similarity_sign=tower.similarity_sign if tower and "text" in pruner.reads else None,
+        text_similarity_sign=sign,
         extra_position=(request.extra_position or "last") if extra != "none" else "last",
         budget=budget,
         pruner_text=pruner_text,
@@ -163,7 +168,7 @@ def _settle_choices(
 
 
 def _settle_text(recipe: Recipe, preset: Preset, asked: PrunerText | None) -> PrunerText:
-    """What the text tower reads; of a pruner that reads no text it means nothing.
+    """What is read of the text; of a pruner that reads no text it means nothing.
 
     Raises:
         UsageError: the pruner reads no text, there is no such text, or the recipe does not say
@@ -175,7 +180,7 @@ def _settle_text(recipe: Recipe, preset: Preset, asked: PrunerText | None) -> Pr
             seen=asked,
             allowed=", ".join(get_args(PrunerText)),
         )
-    if "text" not in preset.pruner.reads:
+    if not preset.pruner.reads_text:
         if asked is not None:
             raise UsageError(
                 f"pruner {preset.name} reads no text that could be chosen",

@@ -32,7 +32,7 @@ class EncodedExpression:
     Attributes:
         prefix_ids: int64 [s], tokens before the image, beginning-of-sequence included.
         suffix_ids: int64 [t], tokens after the image.
-        text_ids: int64 [T'] each, for the text tower: one text, or the segments of a long one;
+        text_ids: int64 [T'] each, for the pruner: one text, or the segments of a long one;
             empty where the pruner reads no text.
         warnings: What the user should know, e.g. words the tokenizer does not.
     """
@@ -113,7 +113,7 @@ class PromptEncoder:
         encoded = EncodedExpression(
             prefix_ids=np.asarray(prefix, dtype=np.int64),
             suffix_ids=np.asarray(suffix, dtype=np.int64),
-            text_ids=self._encode_for_text_tower(text),
+            text_ids=self._encode_for_pruner(text),
             warnings=warnings,
         )
         grid = self._manifest.grid
@@ -214,17 +214,20 @@ class PromptEncoder:
             )
         return prefix, _tokenize(self._tokenizer, behind, add_special_tokens=False).ids
 
-    def _encode_for_text_tower(self, text: str) -> tuple[Int64Array, ...]:
+    def _encode_for_pruner(self, text: str) -> tuple[Int64Array, ...]:
         spec = self._manifest.text_encoder
         if spec is None or self._text_tokenizer is None:
             return ()
         most = spec.max_tokens
-        ids = _tokenize(self._text_tokenizer, spec.template.replace(_SLOT, text)).ids
+        # A tower was trained on whole texts; of bare words the special ones mean nothing.
+        whole = spec.component == "text_encoder"
+        text = spec.template.replace(_SLOT, text)
+        ids = _tokenize(self._text_tokenizer, text, add_special_tokens=whole).ids
         if len(ids) > most and spec.long_texts == "cut":
             # The last token is the end of text, which the tower reads its answer from.
             ids = [*ids[: most - 1], ids[-1]]
-        whole = np.asarray(ids, dtype=np.int64)
-        return tuple(whole[start : start + most] for start in range(0, len(whole), most))
+        text_ids = np.asarray(ids, dtype=np.int64)
+        return tuple(text_ids[start : start + most] for start in range(0, len(text_ids), most))
 
 
 def _no_place_for_image(template: str, times: int) -> BundleError:

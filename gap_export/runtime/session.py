@@ -278,7 +278,7 @@ class GroundingSession:
             text_embeds: FloatArray | None = None
             if self.manifest.text_encoder is not None:
                 with clock.stage("text_encoder"):
-                    text_embeds = encode_texts(self.backend, encoded)
+                    text_embeds = encode_texts(self.backend, encoded, self.manifest)
             with clock.stage("vision_encoder"):
                 visual = encode_image(
                     self.backend,

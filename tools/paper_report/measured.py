@@ -125,7 +125,7 @@ def _parse(line: dict[str, str]) -> Row:
     row |= {name: int(line[name]) for name in _COUNTS}
     row |= {name: float(line[name]) if line[name] else None for name in _NUMBERS}
     preset = PRESETS.get(line["pruner"])
-    reads = preset is not None and "text" in preset.pruner.reads
+    reads = preset is not None and preset.pruner.reads_text
     row["pruner_text"] = (line.get("pruner_text") or "expression") if reads else None
     return row
 

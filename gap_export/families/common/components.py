@@ -22,8 +22,9 @@ from gap_export.families.common.reference import (
     Reference,
     spec,
 )
-from gap_export.pruning import find_preset
+from gap_export.pruning import find_preset, find_pruner
 from gap_export.spec.manifest import DecoderSpec, PruningSpec, TextEncoderSpec
+from gap_export.spec.manifest.facts import MAX_TOKENS, SLOT
 from gap_export.spec.recipe import Recipe
 
 _TOKENIZER = "tokenizer.json"
@@ -126,17 +127,26 @@ def assemble(
     """
     files = source.files
     assets = {_TOKENIZER: _existing(source.tokenizer)}
+    shape = source.architecture.decoder
     text_spec = None
     if text is not None:
         assets[_TEXT_TOKENIZER] = _existing(text.tokenizer)
         files = (*files, *text.files)
         text_spec = TextEncoderSpec(
-            template=_read_template(recipe, pruning, text),
+            template=_read_template(recipe, pruning, text.tower.template),
             tokenizer_file=_TEXT_TOKENIZER,
             max_tokens=text.shape.max_tokens,
             long_texts=find_preset(pruning.pruner).long_texts,
         )
-    shape = source.architecture.decoder
+    elif find_pruner(pruning.pruner).reads_text:
+        text_spec = TextEncoderSpec(
+            template=_read_template(recipe, pruning, SLOT),
+            tokenizer_file=_TOKENIZER,
+            # A question is shorter than its prompt, which has to fit.
+            max_tokens=min(shape.max_position_embeddings, MAX_TOKENS),
+            long_texts="segments",
+            component="embed_tokens",
+        )
     torch_dtype = TORCH_DTYPES[SAFETENSORS_NAMES[dtype]]
     for component in components:
         # Parameters alone: RoPE's frequencies stay float32 in any model.
@@ -173,10 +183,10 @@ def assemble(
     )
 
 
-def _read_template(recipe: Recipe, pruning: PruningSpec, text: TextTowerSource) -> str:
-    """What the text tower reads."""
+def _read_template(recipe: Recipe, pruning: PruningSpec, expression: str) -> str:
+    """What is read of the text; ``expression`` where that is no question."""
     if pruning.pruner_text == "expression":
-        return text.tower.template
+        return expression
     question = recipe.prompt.question_template()
     if question is None:
         raise RecipeError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# The features of any tower can be projected, and its attention has keys.
-ANY_TOWER = frozenset({"image_embeds", "keys"})
+# The features of any tower can be projected, its attention has keys, and any decoder has words.
+ANY_TOWER = frozenset({"image_embeds", "keys", "llm_text"})
 WITH_CLS = ANY_TOWER | {"cls_features", "cls_attention"}
 # CLIP was trained with a text tower, and its select layer is not the last.
 CLIP = WITH_CLS | {"next_layer", "text"}

@@ -26,7 +26,7 @@ from gap_export.families.common.modules.pruned_vision import (
     VisionParts,
 )
 from gap_export.families.common.reference import Component, ModelSource, spec
-from gap_export.pruning import PRESETS, FixedPruner, ScoringPruner, find_pruner
+from gap_export.pruning import PRESETS, FixedPruner, Pruner, ScoringPruner, find_pruner
 from gap_export.pruning.probe import fixed_places, probe_pruner
 from gap_export.spec.keep_indices import check_keep_indices
 from gap_export.spec.manifest import GridSpec, PruningSpec, TensorSpec
@@ -53,7 +53,7 @@ def vision_components(
         source: Holds the weights.
         pruning: Who survives, how many, in which order, with which extra token.
         recipe: Says the image's size and the grid.
-        text: Where the pruner reads the text.
+        text: Where the pruner reads the text in CLIP's joint space.
         dtype: Dtype of the float outputs; scores are float32 in any case.
 
     Raises:
@@ -82,7 +82,7 @@ def vision_components(
         _token_pruner(
             TokenPruner(projector=projector, pruner=pruner, pruning=pruning, grid=recipe.grid),
             source,
-            rows="num_images" if text is None else "batch_size",
+            rows=_rows(pruner),
             dtype=dtype,
         ),
     ]
@@ -96,23 +96,27 @@ def _vision(
     text: TextTowerSource | None,
     dtype: str,
 ) -> Component:
-    size = (recipe.image.height, recipe.image.width)
+    pruning, pruner = module.pruning, module.pruner
+    size, hidden = (
+        (recipe.image.height, recipe.image.width),
+        source.architecture.decoder.hidden_size,
+    )
     inputs = [spec("pixel_values", "num_images", 3, *size, dtype=_F32)]
     sizes = {"num_images": 2}
-    rows = "num_images"
-    if text is not None:
-        inputs.append(spec("text_embeds", "batch_size", text.shape.embed_dim, dtype=dtype))
-        sizes["batch_size"], rows = 3, "batch_size"
+    rows = _rows(pruner)
+    if pruner.reads_text:
+        width = decoder.hidden_size if text is None else text.shape.embed_dim
+        inputs.append(spec("text_embeds", rows, width, dtype=dtype))
+        sizes[rows] = 3
     layers = module.tower.get_submodule(_LAYERS)
     assert isinstance(layers, nn.ModuleList)
     weights = _weights(source.weights, text, num_layers=len(layers))
-    pruning, pruner = module.pruning, module.pruner
     tokens = pruning.num_visual_tokens
     scores = spec("token_scores", rows, tokens, dtype=_F32)
     if isinstance(module, ScoredVisionEncoder):
         outputs = [scores, *_patches(module.pruner, source, tokens=tokens, rows=rows, dtype=dtype)]
     else:
-        emitted, hidden = pruning.num_emitted_tokens, source.architecture.decoder.embeds_size
+        emitted, hidden = pruning.num_emitted_tokens, decoder.embeds_size
         outputs = [
             spec("image_features", rows, emitted, hidden, dtype=dtype),
             spec("keep_indices", rows, emitted, dtype=_I64),
@@ -155,6 +159,11 @@ def _token_pruner(module: TokenPruner, source: ModelSource, *, rows: str, dtype:
         weight_refs={key: source.weights[key] for key in module.state_dict()},
         constants={},
     )
+
+
+def _rows(pruner: Pruner) -> str:
+    """Of what each gives a row: texts, or images where none is read."""
+    return "batch_size" if pruner.reads_text else "num_images"
 
 
 def _patches(

@@ -26,8 +26,10 @@ def wrong_fed_ids(calls: Sequence[Call], answer: Grounding, manifest: Manifest) 
         answer: To it.
         manifest: The bundle's.
     """
-    text = next(call for call in calls if call.component == "embed_tokens")
-    prefill = next(call for call in calls if call.is_decode)
+    at = next(place for place, call in enumerate(calls) if call.is_decode)
+    prefill = calls[at]
+    # The last one before it: a pruner may have read the words of the text by themselves.
+    text = next(call for call in reversed(calls[:at]) if call.component == "embed_tokens")
     embeds, fed = text.outputs["inputs_embeds"][0], prefill.inputs["inputs_embeds"][0]
     num_kept, num_text = len(answer.keep_indices), len(embeds)
     before = next(

@@ -8,7 +8,8 @@ Shape letters: B rows (expressions), I images (1, B or the tiles of one image), 
 tokens, P prompt tokens after pruning, K' emitted visual tokens, N unpruned visual tokens, H hidden
 size, D text embedding size, V vocabulary. The components, with what a session feeds and reads:
 
-* ``text_encoder``, of pruners that read the text: input_ids int64 [B, T'] -> text_embeds [B, D].
+* ``text_encoder``, of pruners that read a text tower: input_ids int64 [B, T'] -> text_embeds
+  [B, D].
 * ``vision_encoder``: pixel_values float32 [I, 3, height, width] (, text_embeds [B, D]) ->
   image_features [I|B, K', H], keep_indices int64 [I|B, K'] (, token_scores float32 [I|B, N]); with
   an adaptive budget -> token_scores, patch_features [I|B, N, D] (, patch_keys [I|B, N, C]).
@@ -111,7 +112,8 @@ class Backend(ABC):
 
 def graph_components(manifest: Manifest) -> list[str]:
     """The graphs that a session of this model runs."""
-    reads_text, adapts = manifest.text_encoder is not None, manifest.pruning.budget == "adaptive"
+    reader, adapts = manifest.text_encoder, manifest.pruning.budget == "adaptive"
+    reads_text = reader is not None and reader.component == TEXT
     wanted = {VISION: True, PRUNER: adapts, TEXT: reads_text, EMBEDDING: True, DECODER: True}
     return [component for component, is_there in wanted.items() if is_there]
 

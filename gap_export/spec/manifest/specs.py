@@ -20,25 +20,30 @@ ExtraPosition = Literal["last", "centroid"]
 Budget = Literal["fixed", "adaptive"]
 PrunerText = Literal["expression", "question"]
 LongTexts = Literal["cut", "segments"]
+TextReader = Literal["text_encoder", "embed_tokens"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderSpec(Strict):
-    """The CLIP text tower that text-aware pruners read.
+    """What makes one vector of a text, for pruners that read the text.
 
     Attributes:
         template: What it reads; holds ``{expression}`` once. See ``PruningSpec.pruner_text``.
-        tokenizer_file: In the bundle: which tokenizer the tower reads.
-        max_tokens: How many the tower reads at a time.
+        tokenizer_file: In the bundle: whose tokens it reads.
+        max_tokens: How many it reads at a time.
         long_texts: What becomes of a longer one: ``cut``: its end is left out, the last token
             (CLIP's end-of-text) kept; ``segments``: it is read in pieces of so many tokens, whose
             unit vectors are averaged.
+        component: The graph that reads it: ``text_encoder``, a CLIP text tower, gives one vector of
+            a text; ``embed_tokens`` gives the decoder's embedding of each of its tokens, without
+            special ones, and the vector is the mean of their unit vectors.
     """
 
     template: str
     tokenizer_file: str
     max_tokens: int
     long_texts: LongTexts = field(default="cut", metadata=ADDED_LATER)
+    component: TextReader = field(default="text_encoder", metadata=RARE)
 
 
 @dataclass(frozen=True, kw_only=True)

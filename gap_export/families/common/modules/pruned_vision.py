@@ -95,7 +95,7 @@ class VisionParts(NamedTuple):
 
     Attributes:
         tower: pixel_values to :class:`VisionFeatures`.
-        joint_space: None unless the pruner reads the text.
+        joint_space: None unless the pruner reads the text in it.
         next_layer: None unless the pruner reads it.
         pruner: Who survives.
         pruning: How many, in which order, with which extra token.
@@ -154,7 +154,8 @@ class _VisionReader(nn.Module):
             patch_embeds=(
                 None if self.joint_space is None else per_row(self.joint_space(patches), rows)
             ),
-            text_embeds=text_embeds,
+            text_embeds=None if self.joint_space is None else text_embeds,
+            word_embeds=text_embeds if "llm_text" in self.pruner.reads else None,
             text_similarity_sign=self.pruning.text_similarity_sign or 1,
         )
 
@@ -185,7 +186,7 @@ class PrunedVisionEncoder(_VisionReader):
 
         Args:
             pixel_values: float32 [I, 3, h, w], also where weights are of 16 bits.
-            text_embeds: float [B, E], where the pruner reads the text; I is then 1 or B.
+            text_embeds: float [B, E or H], where the pruner reads the text; I is then 1 or B.
 
         Returns:
             image_features [B, K', H], keep_indices int64 [B, K'] and, of a pruner that has scores,
@@ -255,7 +256,7 @@ class ScoredVisionEncoder(_VisionReader):
 
         Args:
             pixel_values: float32 [I, 3, h, w].
-            text_embeds: float [B, E], where the pruner reads the text; I is then 1 or B.
+            text_embeds: float [B, E or H], where the pruner reads the text; I is then 1 or B.
 
         Returns:
             token_scores float32 [B, N], patch_features [B, N, D] and, where the pruner merges,
