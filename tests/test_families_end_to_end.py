@@ -196,10 +196,14 @@ CASES = {
     "shikra-delta": Case(
         write=shikra, options={"pruner": "text", "dtype": "float32"}, held="shared and written"
     ),
-    "minigpt_v2": Case(write=minigpt_v2, options={"pruner": "cls"}, held="shared and written"),
+    "minigpt_v2": Case(
+        write=minigpt_v2, options={"pruner": "cdpruner-llm"}, held="shared and written"
+    ),
 }
 MORE = {
     "llava-4.52-names": Case(write=llava(rewriting.renamed(rewriting.TRANSFORMERS_4_52))),
+    "minigpt_v2-cls": Case(write=minigpt_v2, options={"pruner": "cls"}, held="shared and written"),
+    "llava-text-llm": Case(write=llava(), options={"pruner": "text-llm"}),
     "llava-bfloat16-cast": Case(
         write=llava(BRAIN),
         options={"dtype": "float32", "pruner": "text"},

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _READINGS = {
     "cls_features": "a CLS token",
     "cls_attention": "a CLS token",
+    "received_attention": "the attention tokens receive",
     "keys": "the tower's keys",
     "next_layer": "a layer behind the select layer",
     "text": "a CLIP text tower",

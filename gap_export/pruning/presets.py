@@ -17,7 +17,7 @@ from gap_export.pruning.cdpruner import CdPruner, LlmCdPruner
 from gap_export.pruning.cls import ClsPruner
 from gap_export.pruning.dart import DartPruner
 from gap_export.pruning.divprune import DivPrunePruner
-from gap_export.pruning.fastervlm import FasterVlmPruner
+from gap_export.pruning.fastervlm import FasterVlmPruner, FasterVlmReceivedPruner
 from gap_export.pruning.preset import Preset, check_preset
 from gap_export.pruning.prumerge import PruMergePlusPruner, PruMergePruner, PruMergeSelection
 from gap_export.pruning.pruner import Pruner
@@ -25,7 +25,7 @@ from gap_export.pruning.spatial import SpatialPruner
 from gap_export.pruning.text import LlmTextPruner, TextPruner
 from gap_export.pruning.trim import TrimPruner
 from gap_export.pruning.uniform_random import RandomPruner
-from gap_export.pruning.visionzip import VisionZipPruner
+from gap_export.pruning.visionzip import VisionZipPruner, VisionZipReceivedPruner
 
 ENTRY_POINT_GROUP = "gap_export.pruners"
 # Before the name of a pruner's package, among the tools that a bundle was made with.
@@ -75,6 +75,17 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             Preset(
                 name="visionzip", pruner=VisionZipPruner(), order="score", paper="arXiv 2412.04467"
             ),
+            Preset(
+                name="fastervlm-received",
+                pruner=FasterVlmReceivedPruner(),
+                paper="arXiv 2412.01818",
+            ),
+            Preset(
+                name="visionzip-received",
+                pruner=VisionZipReceivedPruner(),
+                order="score",
+                paper="arXiv 2412.04467",
+            ),
             Preset(name="divprune", pruner=DivPrunePruner(), paper="arXiv 2503.02175"),
             Preset(
                 name="cdpruner",
@@ -83,7 +94,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 long_texts="segments",
                 paper="arXiv 2506.10967",
             ),
-            Preset(name="text-llm", pruner=LlmTextPruner(), long_texts="segments"),
+            Preset(name="text-llm", pruner=LlmTextPruner(), long_texts="segments", paper=_GAP),
             Preset(
                 name="cdpruner-llm",
                 pruner=LlmCdPruner(),

@@ -184,6 +184,7 @@ def _random_state(num_tokens: int, reads: frozenset[Reading], device: str = "cpu
         patch_features=draw(num_tokens, _WIDTH),
         cls_features=show("cls_features", draw(_WIDTH)),
         cls_attention=show("cls_attention", draw(num_tokens).softmax(dim=-1)),
+        received_attention=show("received_attention", draw(num_tokens).softmax(dim=-1)),
         keys=show("keys", draw(num_tokens, _WIDTH)),
         next_attention=show("next_layer", draw(num_tokens).softmax(dim=-1)),
         next_keys=show("next_layer", draw(num_tokens, _WIDTH)),

@@ -1,10 +1,14 @@
-"""``visionzip``: dominant tokens, and context merged into some others (VisionZip, 2412.04467)."""
+"""``visionzip``: dominant tokens, and context merged into some others (VisionZip, 2412.04467).
+
+``visionzip-received`` is its rule where there is no CLS token.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from gap_export.pruning.pruner import Reading, ScoringPruner, VisionState, unit, wide
+from gap_export.pruning.fastervlm import FasterVlmPruner
+from gap_export.pruning.pruner import Reading, VisionState, unit
 from gap_export.pruning.select import first_of_largest, gather_tokens, is_among, rank_tokens
 
 if TYPE_CHECKING:
@@ -17,10 +21,10 @@ def split_budget(num_kept_tokens: int) -> tuple[int, int]:
     return num_kept_tokens - contextual, contextual
 
 
-class VisionZipPruner(ScoringPruner):
+class VisionZipPruner(FasterVlmPruner):
     """VisionZip without its CLS token, which has no place in the image.
 
-    Dominant are the tokens that CLS attends to most, in the layer that produced the features. Of
+    Dominant are the tokens that CLS attends to most, as :class:`FasterVlmPruner` has it. Of
     the M others, in raster order, every floor(M / C)-th becomes a target, C of them; to each target
     the mean of those others is added whose key is most similar to its own. Keys are averaged over
     the heads. ``score`` order is the authors': dominant, then contextual, each ascending.
@@ -29,15 +33,6 @@ class VisionZipPruner(ScoringPruner):
     summary: ClassVar[str] = "patches the CLS token attends to; the others merged into a few"
     reads: ClassVar[frozenset[Reading]] = frozenset({"cls_attention", "keys"})
     merges_by: ClassVar[Literal["keys", "next_keys"] | None] = "keys"
-
-    def scores(self, state: VisionState) -> torch.Tensor:
-        """Float [B, N] in 0..1."""
-        assert state.cls_attention is not None
-        return wide(state.cls_attention)
-
-    def weights(self, scores: torch.Tensor) -> torch.Tensor:
-        """The attention itself."""
-        return scores
 
     def priorities(self, scores: torch.Tensor, *, num_kept_tokens: int) -> torch.Tensor:
         """Dominant ascending, targets ascending, all others."""
@@ -76,3 +71,14 @@ class VisionZipPruner(ScoringPruner):
         weights = members.to(features.dtype)
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1)
         return gather_tokens(features, keep_indices) + torch.matmul(weights, features)
+
+
+class VisionZipReceivedPruner(VisionZipPruner):
+    """VisionZip whose dominant tokens are those that receive most attention, over all queries.
+
+    So its authors have it for towers without a CLS token.
+    """
+
+    summary: ClassVar[str] = "as visionzip, by the attention that all tokens give; needs no CLS"
+    reads: ClassVar[frozenset[Reading]] = frozenset({"received_attention", "keys"})
+    attention: ClassVar[Literal["cls_attention", "received_attention"]] = "received_attention"

@@ -86,7 +86,7 @@ def test_unpruned_logits_of_every_token_equal_transformers(checkpoint):
     assert np.abs(logits_of_every_token(ref, embeds.numpy()) - wanted).max() < ATOL
 
 
-def test_features_and_cls_attention_equal_transformers(tiny_checkpoint):
+def test_features_and_attention_equal_transformers(tiny_checkpoint):
     theirs = transformers_model(tiny_checkpoint)
     tower = reference(tiny_checkpoint).vision_encoder.tower
     with torch.inference_mode():
@@ -102,6 +102,8 @@ def test_features_and_cls_attention_equal_transformers(tiny_checkpoint):
     # hidden_states[-2] is what the last layer reads, so the layer before it produced it.
     attention = seen.attentions[-2][:, :, 0, 1:].mean(dim=1)
     assert (features.cls_attention - attention).abs().max() < ATOL
+    received = seen.attentions[-2].mean(dim=(1, 2))[:, 1:]
+    assert (features.received_attention - received).abs().max() < ATOL
     assert (ours - torch.stack(list(wanted))).abs().max() < ATOL
 
 

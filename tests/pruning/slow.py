@@ -35,6 +35,11 @@ def text_scores(text, embeds, sign):
     return np.array([sign * float(text @ patch) for patch in embeds])
 
 
+def word_scores(words, embeds):
+    """Mean of each token's cosines with the words."""
+    return np.array([sum(cosine(word, e) for word in words) / len(words) for e in embeds])
+
+
 def softmax(values):
     powers = [math.exp(value - max(values)) for value in values]
     return np.array([power / sum(powers) for power in powers])
@@ -104,9 +109,9 @@ def divprune(embeds, count):
     return chosen
 
 
-def cdpruner(embeds, patches, text, sign, count):
+def cdpruner(embeds, fits, count):
     """By the definition: each time the token that makes the determinant largest."""
-    fits = np.array([sign * cosine(text, patch) for patch in patches])
+    fits = np.array(fits)
     relevance = (fits - fits.min() + 1e-6) / max(fits.max() - fits.min(), 1e-6)
     unit = [e / math.sqrt(e @ e) for e in embeds]
     kernel = np.array([[float(a @ b) for b in unit] for a in unit])

@@ -37,9 +37,12 @@ def make_state(seed: int, num_tokens: int, *, ties: bool, rows: int = 2, sign: i
         "patch_embeds": rng.normal(size=(rows, num_tokens, 4)),
         "cls_attention": rng.dirichlet(np.ones(num_tokens + 1), size=rows)[:, 1:],
         "next_attention": rng.dirichlet(np.ones(num_tokens + 1), size=rows)[:, 1:],
+        "received_attention": rng.dirichlet(np.ones(num_tokens), size=rows),
     }
     parts["cls_features"] = rng.normal(size=(rows, WIDTH))
     parts["text_embeds"] = rng.normal(size=(rows, 4))
+    # One word, as the decoder reads it; of several see test_word_cosines_are_means_over_the_words.
+    parts["word_embeds"] = rng.normal(size=(rows, EMBED))
     if ties:
         parts = {
             key: rng.integers(1, 6, size=part.shape) / (8 * num_tokens)
@@ -58,8 +61,8 @@ def row_of(state: VisionState, row: int) -> dict[str, np.ndarray]:
 def chosen_slowly(name: str, seen: dict[str, np.ndarray], count: int, sign: int) -> list[int]:
     if name == "prumerge+":
         return slow.prumerge_plus(seen["next_attention"], count)
-    if name == "visionzip":
-        parts = (seen["patch_features"], seen["keys"], seen["cls_attention"])
+    if name in VISIONZIP:
+        parts = (seen["patch_features"], seen["keys"], seen[VISIONZIP[name]])
         return slow.visionzip(*parts, count)[0]
     if name == "divprune":
         return slow.divprune(seen["image_embeds"], count)
@@ -67,14 +70,20 @@ def chosen_slowly(name: str, seen: dict[str, np.ndarray], count: int, sign: int)
         return slow.dart(seen["image_embeds"], count)
     if name == "cdpruner":
         embeds, text = seen["patch_embeds"], seen["text_embeds"]
-        return slow.cdpruner(seen["image_embeds"], embeds, text, sign, count)
+        fits = [sign * slow.cosine(text, patch) for patch in embeds]
+        return slow.cdpruner(seen["image_embeds"], fits, count)
+    if name == "cdpruner-llm":
+        fits = slow.word_scores([seen["word_embeds"]], seen["image_embeds"])
+        return slow.cdpruner(seen["image_embeds"], fits, count)
     scores = {
         "cls": lambda: slow.cls_scores(seen["cls_features"], seen["patch_features"]),
         "text": lambda: slow.text_scores(seen["text_embeds"], seen["patch_embeds"], sign),
         "trim": lambda: slow.softmax(
             slow.text_scores(seen["text_embeds"], seen["patch_embeds"], sign)
         ),
+        "text-llm": lambda: slow.word_scores([seen["word_embeds"]], seen["image_embeds"]),
         "fastervlm": lambda: seen["cls_attention"],
+        "fastervlm-received": lambda: seen["received_attention"],
         "prumerge": lambda: seen["next_attention"],
         "prumerge-select": lambda: seen["next_attention"],
     }[name]()
@@ -94,10 +103,13 @@ def number_of(num_tokens: int, share: float) -> int:
     return max(1, round(share * num_tokens))
 
 
+# Whose attention their dominant tokens go by.
+VISIONZIP = {"visionzip": "cls_attention", "visionzip-received": "received_attention"}
+CDPRUNERS = ("cdpruner", "cdpruner-llm")
 CHOOSING = [n for n, preset in PRESETS.items() if not isinstance(preset.pruner, FixedPruner)]
 
 
-@pytest.mark.parametrize("name", [n for n in CHOOSING if n != "cdpruner"])
+@pytest.mark.parametrize("name", [n for n in CHOOSING if n not in CDPRUNERS])
 @settings(max_examples=200, deadline=None)
 # Tokens 0 and 4 are each other's nearest, and a product of matrices rounds that differently.
 @example(case=(2891, 5, 0.0, False), sign=1)
@@ -112,16 +124,17 @@ def test_choice_equals_the_slow_one(name, case, sign):
     assert chosen(name, state, count, order="raster") == [sorted(row) for row in wanted]
 
 
+@pytest.mark.parametrize("name", CDPRUNERS)
 @settings(max_examples=200, deadline=None)
 @given(case=CASES, sign=st.sampled_from([1, -1]))
-def test_cdpruner_equals_the_slow_one(case, sign):
+def test_cdpruner_equals_the_slow_one(name, case, sign):
     # Without copies: the kernel of two equal tokens has no inverse. The last choice may be between
     # tokens of next to no relevance, so a few are left.
     seed, num_tokens, share, _ = case
     count = max(1, min(number_of(num_tokens, share), num_tokens - 2))
     state = make_state(seed, num_tokens, ties=False, sign=sign)
-    wanted = [chosen_slowly("cdpruner", row_of(state, row), count, sign) for row in range(2)]
-    assert chosen("cdpruner", state, count) == wanted
+    wanted = [chosen_slowly(name, row_of(state, row), count, sign) for row in range(2)]
+    assert chosen(name, state, count) == wanted
 
 
 @pytest.mark.parametrize("name", CHOOSING)
@@ -137,7 +150,7 @@ def test_equal_tokens_go_by_their_index(name, count):
     found = chosen(name, alike, count, order="raster")
     if name == "prumerge+":
         assert found == [sorted(slow.prumerge_plus(np.zeros(24), count))] * 2
-    elif name == "visionzip":
+    elif name in VISIONZIP:
         context = (count * 10 + 32) // 64
         step = max((24 - count + context) // max(context, 1), 1)
         late = [count - context + step * n for n in range(context)]
@@ -151,23 +164,23 @@ def test_equal_tokens_go_by_their_index(name, count):
 @pytest.mark.parametrize("which", ["one", "third", "all"])
 def test_choice_on_real_sizes(name, num_tokens, which):
     count = {"one": 1, "third": round(0.3 * num_tokens), "all": num_tokens}[which]
-    if name in {"divprune", "cdpruner"} and (num_tokens, which) != (144, "one"):
+    if name in {"divprune", *CDPRUNERS} and (num_tokens, which) != (144, "one"):
         # The slow ones are too slow; what must hold of any choice is looked at.
         state = make_state(5, num_tokens, ties=True)
         for row in chosen(name, state, count):
             assert len(set(row)) == count and min(row) >= 0 and max(row) < num_tokens
         return
-    state = make_state(5, num_tokens, ties=name != "cdpruner", rows=1)
+    state = make_state(5, num_tokens, ties=name not in CDPRUNERS, rows=1)
     assert chosen(name, state, count) == [chosen_slowly(name, row_of(state, 0), count, 1)]
 
 
-@pytest.mark.parametrize("name", ["cls", "prumerge+", "visionzip", "trim", "dart"])
+@pytest.mark.parametrize("name", ["cls", "prumerge+", "visionzip", "trim", "dart", "text-llm"])
 def test_choice_on_all_tokens_of_a_tiled_image(name):
     state = make_state(6, 2880, ties=True, rows=1)
     assert chosen(name, state, 200) == [chosen_slowly(name, row_of(state, 0), 200, 1)]
 
 
-@pytest.mark.parametrize("name", ["prumerge", "prumerge+", "visionzip"])
+@pytest.mark.parametrize("name", ["prumerge", "prumerge+", *VISIONZIP])
 @settings(max_examples=100, deadline=None)
 @given(case=CASES)
 def test_merged_features_equal_the_slow_ones(name, case):
@@ -181,8 +194,8 @@ def test_merged_features_equal_the_slow_ones(name, case):
         found = pruner.merge(state, scores, keep).numpy()
         for row in range(2):
             seen = row_of(state, row)
-            if name == "visionzip":
-                parts = (seen["patch_features"], seen["keys"], seen["cls_attention"])
+            if name in VISIONZIP:
+                parts = (seen["patch_features"], seen["keys"], seen[VISIONZIP[name]])
                 places, features = slow.visionzip(*parts, count)
                 wanted = features[[places.index(place) for place in keep[row].tolist()]]
             else:
@@ -225,6 +238,18 @@ def test_extra_token_and_its_place_equal_the_slow_ones(seed, rows, cols, share):
     if count < num_tokens:
         wanted = [[slow.centroid(keep[row], rows, cols)] for row in (0, 1)]
         assert place_extra(dropped, "centroid", grid).tolist() == wanted
+
+
+def test_word_cosines_are_means_over_the_words():
+    rng = np.random.default_rng(4)
+    words = rng.normal(size=(2, 3, EMBED)) * rng.uniform(0.1, 9, size=(2, 3, 1))
+    state = make_state(4, 30, ties=False)
+    pooled = (words / np.linalg.norm(words, axis=2, keepdims=True)).mean(axis=1)
+    state = VisionState(**(vars(state) | {"word_embeds": torch.from_numpy(pooled)}))
+    scores = PRESETS["text-llm"].pruner.scores(state).numpy()
+    for row in range(2):
+        wanted = slow.word_scores(words[row], row_of(state, row)["image_embeds"])
+        assert np.abs(scores[row] - wanted).max() < 1e-12
 
 
 @pytest.mark.parametrize("name", ["prumerge", "trim"])

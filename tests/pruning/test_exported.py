@@ -46,6 +46,7 @@ class FakeTower(nn.Module):
             patches=patches,
             cls=rest[:, 0],
             cls_attention=torch.softmax(rest[:, :, 1], dim=-1),
+            received_attention=torch.softmax(rest[:, :, 2], dim=-1),
             keys=keys,
         )
 
@@ -80,6 +81,10 @@ def request(name, order, extra, position="last", budget="fixed") -> PruningSpec:
     )  # fmt: skip
 
 
+def text_width(pruner) -> int:
+    return HIDDEN if "llm_text" in pruner.reads else 5
+
+
 def make_component(pruning: PruningSpec) -> Component:
     pruner = find_preset(pruning.pruner).pruner
     parts = VisionParts(
@@ -91,8 +96,8 @@ def make_component(pruning: PruningSpec) -> Component:
     )
     # The module asks its weights for the dtype.
     inputs, rows = [spec("pixel_values", "num_images", 3, N, WIDTH)], "num_images"
-    if "text" in pruner.reads:
-        inputs.append(spec("text_embeds", "batch_size", 5))
+    if pruner.reads_text:
+        inputs.append(spec("text_embeds", "batch_size", text_width(pruner)))
         rows = "batch_size"
     scores = spec("token_scores", rows, N)
     constants = {}
@@ -186,14 +191,17 @@ CHOICES = [
     for name, preset in PRESETS.items()
     for order, extra in itertools.product(preset.pruner.orders, preset.pruner.extra_tokens)
 ]
+# They share a rule with another one, and differ in what they read.
+VARIANTS = ("fastervlm-received", "visionzip-received", "text-llm", "cdpruner-llm")
 # Every pair (pruner, order), (pruner, extra token) and (order, extra token) is among these.
 PAIRWISE = [
     (name, order, extra)
     for name, order, extra in CHOICES
-    if len(PRESETS[name].pruner.orders) == 1
+    if (name not in VARIANTS or (order, extra) == ("raster", "none"))
+    and (len(PRESETS[name].pruner.orders) == 1
     or BY_EXTRA[extra][0] == order
     or (name, order, extra) in {("cls", "score", "none"), ("cls", "raster", "mean"),
-                                ("prumerge", "score", "weighted")}
+                                ("prumerge", "score", "weighted")})
 ]  # fmt: skip
 
 
@@ -206,10 +214,10 @@ def check_graph(name, order, extra, folder, places):
             module.register_buffer(buffer, torch.from_numpy(value), persistent=False)
         rng = np.random.default_rng(1)
         # A DPP divides as it goes: what would tie is told apart by rounding.
-        for seed, ties in itertools.product(range(3), (False, name != "cdpruner")):
+        for seed, ties in itertools.product(range(3), (False, "cdpruner" not in name)):
             feed = {"pixel_values": random_pixels(seed, 2, ties=ties)}
             if len(component.inputs) == 2:
-                text = rng.normal(size=(2, 5)).astype(np.float32)
+                text = rng.normal(size=(2, component.inputs[1].shape[1])).astype(np.float32)
                 feed["text_embeds"] = np.sign(text) if ties else text
             with torch.inference_mode():
                 wanted = [t.numpy() for t in module(*map(torch.from_numpy, feed.values()))]

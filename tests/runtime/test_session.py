@@ -14,10 +14,11 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from gap_export.errors import BundleError, ExpressionError, GapExportError, ImageError
+from gap_export.runtime.backends.backend import graph_components
 from gap_export.runtime.images.geometry import Frame
 from gap_export.runtime.prompt import PromptEncoder
 from gap_export.runtime.session import GroundingSession
-from gap_export.spec.manifest import BoxSpec, Manifest
+from gap_export.spec.manifest import BoxSpec, Manifest, TextEncoderSpec
 from gap_export.spec.tiles import TileTokens
 from tests.runtime.fake_backends import EditedBackend
 
@@ -133,6 +134,32 @@ def test_a_text_in_segments_is_fed_as_the_mean_of_their_unit_vectors(
     assert len(parts) == 2 and np.allclose(patches @ texts[0], np.mean(cosines, axis=0), atol=1e-5)
     (alone,) = encoder.encode("the star").text_ids
     assert np.array_equal(texts[1], embed(alone))
+
+
+def test_words_are_fed_as_the_mean_of_the_unit_vectors_that_the_decoder_reads(
+    text_manifest, make_backend, tokenizer_folder, image
+):
+    """Of the expression's own tokens: neither the prompt's nor special ones are among them."""
+    reader = TextEncoderSpec(
+        template="{expression}",
+        tokenizer_file="tokenizer.json",
+        max_tokens=3,
+        long_texts="segments",
+        component="embed_tokens",
+    )
+    manifest = dataclasses.replace(text_manifest, text_encoder=reader)
+    assert "text_encoder" not in graph_components(manifest)
+    backend = make_backend(manifest)
+    GroundingSession(manifest, tokenizer_folder, backend).ground_batch(image, EXPRESSIONS)
+    assert "text_encoder" not in backend.calls
+    (texts,) = (feed["text_embeds"] for feed in backend.feeds if "text_embeds" in feed)
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    for expression, found in zip(EXPRESSIONS, texts, strict=True):
+        ids = np.array([tokenizer.encode(expression, add_special_tokens=False).ids])
+        words = backend.run("embed_tokens", {"input_ids": ids})["inputs_embeds"][0]
+        units = [word / np.linalg.norm(word) for word in words]
+        assert len(units) == len(expression.split())
+        assert np.allclose(found, sum(units) / len(units), atol=1e-6)
 
 
 def test_batch_of_a_text_reading_pruner_equals_its_rows_alone(text_session, image):

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 # The features of any tower can be projected, its attention has keys, and any decoder has words.
 ANY_TOWER = frozenset({"image_embeds", "keys", "llm_text"})
-WITH_CLS = ANY_TOWER | {"cls_features", "cls_attention"}
+WITH_CLS = ANY_TOWER | {"cls_features", "cls_attention", "received_attention"}
 # CLIP was trained with a text tower, and its select layer is not the last.
 CLIP = WITH_CLS | {"next_layer", "text"}

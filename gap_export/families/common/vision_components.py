@@ -97,10 +97,7 @@ def _vision(
     dtype: str,
 ) -> Component:
     pruning, pruner = module.pruning, module.pruner
-    size, hidden = (
-        (recipe.image.height, recipe.image.width),
-        source.architecture.decoder.hidden_size,
-    )
+    size, decoder = (recipe.image.height, recipe.image.width), source.architecture.decoder
     inputs = [spec("pixel_values", "num_images", 3, *size, dtype=_F32)]
     sizes = {"num_images": 2}
     rows = _rows(pruner)

@@ -54,14 +54,16 @@ class EvaVisionTower(nn.Module):
         """Features of joined patches: a grid of G rows and G / J columns.
 
         CLS is as wide as one patch, so it is repeated J times: its cosine with a token then weighs
-        all of the token's patches alike. Its attention to a token is the mean over the patches, and
-        a token's key is theirs, side by side. All are our choice; the model itself drops CLS.
+        all of the token's patches alike. Attention to a token, of CLS or of all, is the mean over
+        its patches, and its key is theirs, side by side. All are our choice; the model itself drops
+        CLS.
 
         Args:
             pixel_values: float [I, 3, h, w].
 
         Returns:
-            patches [I, N, J * D], cls [I, J * D], cls_attention [I, N], keys [I, N, J * d].
+            patches [I, N, J * D], cls [I, J * D], cls_attention and
+            received_attention [I, N], keys [I, N, J * d].
         """
         hidden, attended = self.encoder(self.embeddings(pixel_values))
         assert attended is not None, "a tower has layers"
@@ -70,6 +72,7 @@ class EvaVisionTower(nn.Module):
             patches=self._joined(hidden[:, 1:]).flatten(2),
             cls=hidden[:, 0].repeat(1, self.join),
             cls_attention=self._joined(attended.weights[:, :, 0, 1:].mean(dim=1)).mean(dim=2),
+            received_attention=self._joined(attended.weights.mean(dim=(1, 2))[:, 1:]).mean(dim=2),
             keys=self._joined(attended.keys[:, :, 1:].mean(dim=1)).flatten(2),
         )
 

@@ -46,7 +46,7 @@ class ClipVisionTower(nn.Module):
         self.encoder = ClipEncoder(shape, num_layers=num_layers)
 
     def forward(self, pixel_values: torch.Tensor) -> VisionFeatures:
-        """Features at the last layer run, CLS's attention and the keys in it.
+        """Features at the last layer run, its attention and keys.
 
         Args:
             pixel_values: float [I, 3, h, w].
@@ -57,5 +57,6 @@ class ClipVisionTower(nn.Module):
             patches=hidden[:, 1:],
             cls=hidden[:, 0],
             cls_attention=attended.weights[:, :, 0, 1:].mean(dim=1),
+            received_attention=attended.weights.mean(dim=(1, 2))[:, 1:],
             keys=attended.keys[:, :, 1:].mean(dim=1),
         )
