@@ -66,8 +66,8 @@ class Measured:
 
 
 def asks_bare(recipe: Recipe) -> bool:
-    """Whether a model's question is the expression itself."""
-    return recipe.prompt.question_template() == "{expression}"
+    """Whether a model's question is the expression itself, or is not marked in its prompt."""
+    return recipe.prompt.question_template() in {None, "{expression}"}
 
 
 def with_budget(recipe: Recipe, report: Row, budget: str) -> list[Row]:
