@@ -35,7 +35,7 @@ def find_doubts(records: Sequence[Record], spec: BoxSpec, *, accuracy: float) ->
     doubts = []
     if 2 * len(out) > len(given):
         guess = guess_scale(out, spec)
-        looks = f"look like {guess}" if guess else f"do not run from 0 to {spec.scale:g}"
+        looks = f"look like {guess}" if guess else f"do not run from 0 {spec.describe_ends()}"
         doubts.append(
             f"unpruned, out of scale: {len(out)} of {len(given)}; the answers {looks}: check the "
             "recipe's box.scale"
@@ -70,7 +70,9 @@ def guess_scale(records: Sequence[Record], spec: BoxSpec) -> str:
 
 def _fits(record: Record, spec: BoxSpec, size: tuple[float, float]) -> bool:
     assert record.fractions is not None, "an answer out of scale holds a box"
-    x1, y1, x2, y2 = (value * spec.scale for value in record.fractions)
+    x1, y1, x2, y2 = (
+        value * end for value, end in zip(record.fractions, spec.ends * 2, strict=True)
+    )
     most = 1 + SCALE_TOLERANCE
     return (
         min(x1, y1, x2, y2) >= 0

@@ -43,6 +43,7 @@ class Protocol:
         summary: One line for reports.
         source: The program that it is the convention of.
         syntaxes: Ways to write a box that its program reads.
+        scale: The only scale that its program knows; None where any will do.
         read: An answer's box as the protocol takes it, in 0..1 of the model's frame; None where it
             finds none, which is wrong.
         compare: IoU of what was read with the true box.
@@ -52,7 +53,8 @@ class Protocol:
     name: str
     summary: str
     source: str
-    syntaxes: tuple[str, ...] = ("bracketed", "angled")
+    syntaxes: tuple[str, ...] = ("bracketed", "angled", "corners")
+    scale: float | None = None
     read: Callable[[Record, BoxSpec], Box | None]
     compare: Callable[[Box, Record, Question, BoxSpec], float]
     reaches: Callable[[float, float], bool]
@@ -64,6 +66,10 @@ class Protocol:
         """
         box = self.read(record, box_spec)
         return 0.0 if box is None else self.compare(box, record, question, box_spec)
+
+    def reads_boxes_of(self, box_spec: BoxSpec) -> bool:
+        """Whether its program reads boxes written so."""
+        return box_spec.syntax in self.syntaxes and self.scale in (None, box_spec.scale)
 
     def is_hit(self, iou: float, threshold: float = 0.5) -> bool:
         """Whether an IoU counts as right."""
@@ -88,10 +94,11 @@ def resolve_protocol(name: str, native: str | None, box_spec: BoxSpec) -> Protoc
             "there is no such protocol", seen=repr(name), allowed=", ".join([NATIVE, *PROTOCOLS])
         )
     protocol = PROTOCOLS[chosen]
-    if box_spec.syntax not in protocol.syntaxes:
+    if not protocol.reads_boxes_of(box_spec):
         raise UsageError(
             "the protocol does not read this model's boxes, so every answer would be wrong",
-            seen=f"{chosen}, and boxes that are {box_spec.syntax}",
+            seen=f"{chosen}, and boxes that are {box_spec.syntax}, from 0 "
+            f"{box_spec.describe_ends()}",
             allowed=", ".join(one.name for one in applicable(box_spec)),
         )
     return protocol
@@ -99,7 +106,7 @@ def resolve_protocol(name: str, native: str | None, box_spec: BoxSpec) -> Protoc
 
 def applicable(box_spec: BoxSpec) -> tuple[Protocol, ...]:
     """The protocols that read boxes written so."""
-    return tuple(one for one in PROTOCOLS.values() if box_spec.syntax in one.syntaxes)
+    return tuple(one for one in PROTOCOLS.values() if one.reads_boxes_of(box_spec))
 
 
 # Floats in square brackets. Stricter than our own reading: no plus sign, no ".5", no space before a
@@ -261,6 +268,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 "about a padded square are under-counted; only [x1, y1, x2, y2] is read",
                 source="lmms-eval, tasks/refcoco/utils_rec.py",
                 syntaxes=("bracketed",),
+                scale=1.0,
                 read=_first_four_floats,
                 compare=_as_fractions_of_the_image,
                 reaches=operator.ge,
@@ -271,6 +279,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 "answers with one box, [0.1,0.2,0.3,0.4] without spaces, are read",
                 source="Shikra, single_image_dataset/rec.py and box_process_function.py",
                 syntaxes=("bracketed",),
+                scale=1.0,
                 read=_the_only_box,
                 compare=_in_model_frame,
                 reaches=operator.gt,
@@ -293,6 +302,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 "[x1, y1, x2, y2] and nothing else, in 0..1 and corners in order, are read",
                 source="vlm-evaluation, tasks/harnesses/refcoco.py",
                 syntaxes=("bracketed",),
+                scale=1.0,
                 read=_the_whole_answer,
                 compare=_in_hundredths_of_the_image,
                 reaches=operator.ge,

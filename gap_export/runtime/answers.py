@@ -27,8 +27,8 @@ def read_answer(
     else:
         if is_out_of_scale(parsed.fractions, spec):
             warnings.append(
-                f"the box is out of scale, its coordinates should run from 0 to {spec.scale:g}: "
-                f"{text!r}"
+                "the box is out of scale, its coordinates should run from 0 "
+                f"{spec.describe_ends()}: {text!r}"
             )
         box = to_pixels(parsed.fractions, spec, geometry)
         if box is None:
@@ -64,4 +64,5 @@ def is_out_of_scale(fractions: Box, spec: BoxSpec) -> bool:
     low, high = min(fractions), max(fractions)
     if low < -SCALE_TOLERANCE or high > 1 + SCALE_TOLERANCE:
         return True
-    return spec.scale >= _NO_FRACTIONS and 0 < high * spec.scale <= 1
+    highest = max(fraction * end for fraction, end in zip(fractions, spec.ends * 2, strict=True))
+    return min(spec.ends) >= _NO_FRACTIONS and 0 < highest <= 1

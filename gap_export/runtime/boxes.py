@@ -12,9 +12,12 @@ from gap_export.spec.manifest import BoxSpec
 # Bounded digits: no number overflows a float, and matching stays linear.
 _NUMBER = r"([+-]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9}))"
 _INTEGER = r"<\s*(\d{1,9})\s*>"
+_CORNER = r"\(\s*" + r"\s*,\s*".join([_NUMBER] * 2) + r"\s*\)"
 _SYNTAXES = {
     "bracketed": re.compile(r"\[\s*" + r"\s*,\s*".join([_NUMBER] * 4) + r"\s*\]", re.ASCII),
     "angled": re.compile(r"\{\s*" + r"\s*".join([_INTEGER] * 4) + r"\s*\}", re.ASCII),
+    # What marks it are special tokens, which are left out of the text.
+    "corners": re.compile(_CORNER + r"\s*,\s*" + _CORNER, re.ASCII),
 }
 
 # What is read besides. Words, numbers and signs that touch are one piece, so "1e3" is no number.
@@ -32,8 +35,16 @@ def _list_of_four(number: str) -> re.Pattern[str]:
 
 
 _LISTS = (_list_of_four(r"[^ %,;\[\](){}]+"), _list_of_four(r"[^ %,;\[\](){}]+ %"))
+# Bounded space, for the same reason as digits.
+_GAP = r"\s{0,9}"
+_LOOSE_CORNER = rf"[\[({{]{_GAP}{_NUMBER}{_GAP}[,;\s]{_GAP}{_NUMBER}{_GAP}[\])}}]"
+_LOOSE_CORNERS = re.compile(rf"{_LOOSE_CORNER}{_GAP}[,;]?{_GAP}{_LOOSE_CORNER}", re.ASCII)
 # Four numbers and two brackets; with percent signs, and a separator after each, at most.
 _MIN_PIECES, _MAX_PIECES = 6, 14
+
+
+# To what x and y run.
+Ends = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +69,12 @@ def parse_answer(text: str, spec: BoxSpec) -> ParsedBox | None:
       semicolons or space between; or with one square bracket missing and commas between. Numbers
       that all have a percent sign are hundredths of the frame, on any scale.
     * ``angled``: one after the other, with or without braces; commas between do not count.
+    * ``corners``: two and two in brackets of any kind, with or without a comma between those; or as
+      ``bracketed``.
 
-    Not read: a list without any bracket, numbers with exponents, corners in brackets of their own,
-    named coordinates. Words around a box do not matter. Time is linear in the text's length.
+    Not read: a list without any bracket, numbers with exponents, named coordinates, and corners in
+    brackets of their own but by ``corners``. Words around a box do not matter. Time is linear in
+    the text's length.
 
     Returns:
         None where there is no box.
@@ -68,7 +82,7 @@ def parse_answer(text: str, spec: BoxSpec) -> ParsedBox | None:
     exact = parse_box(text, spec)
     if exact is not None:
         return ParsedBox(fractions=exact, exact=True)
-    meant = _MEANT[spec.syntax](text, spec.scale)
+    meant = _MEANT[spec.syntax](text, spec.ends)
     return None if meant is None else ParsedBox(fractions=meant, exact=False)
 
 
@@ -84,7 +98,7 @@ def parse_box(text: str, spec: BoxSpec) -> Box | None:
         and where ``parse_answer`` needs tolerance to find one.
     """
     found = _SYNTAXES[spec.syntax].search(text)
-    return None if found is None else _scaled(found.groups(), spec.scale)
+    return None if found is None else _scaled(found.groups(), spec.ends)
 
 
 def to_pixels(box: Box, spec: BoxSpec, geometry: ImageGeometry) -> Box | None:
@@ -110,11 +124,11 @@ def _clip(value: float, upper: int) -> float:
     return min(max(value, 0.0), float(upper))
 
 
-def _bracketed_meant(text: str, scale: float) -> Box | None:
+def _bracketed_meant(text: str, ends: Ends) -> Box | None:
     for pieces in _lists(text):
         if not _MIN_PIECES <= len(pieces) <= _MAX_PIECES:
             continue
-        for pattern, full in zip(_LISTS, (scale, 100.0), strict=True):
+        for pattern, full in zip(_LISTS, (ends, (100.0, 100.0)), strict=True):
             if pattern.fullmatch(" ".join(pieces)):
                 return _scaled([piece for piece in pieces if _is_number(piece)], full)
     return None
@@ -144,7 +158,12 @@ def _is_number(piece: str) -> bool:
     return _LOOSE_NUMBER.fullmatch(piece) is not None
 
 
-def _angled_meant(text: str, scale: float) -> Box | None:
+def _corners_meant(text: str, ends: Ends) -> Box | None:
+    found = _LOOSE_CORNERS.search(text)
+    return _bracketed_meant(text, ends) if found is None else _scaled(found.groups(), ends)
+
+
+def _angled_meant(text: str, ends: Ends) -> Box | None:
     numbers: list[str] = []
     end = 0
     for found in _ANGLED_NUMBER.finditer(text):
@@ -154,12 +173,18 @@ def _angled_meant(text: str, scale: float) -> Box | None:
             numbers = []
         numbers.append(found.group(1))
         end = found.end()
-    return _scaled(numbers, scale) if len(numbers) == 4 else None
+    return _scaled(numbers, ends) if len(numbers) == 4 else None
 
 
-_MEANT = {"bracketed": _bracketed_meant, "angled": _angled_meant}
+_MEANT = {
+    "bracketed": _bracketed_meant,
+    "angled": _angled_meant,
+    "corners": _corners_meant,
+}
 
 
-def _scaled(numbers: Sequence[str], scale: float) -> Box:
-    x1, y1, x2, y2 = (float(number) / scale for number in numbers)
+def _scaled(numbers: Sequence[str], ends: Ends) -> Box:
+    x1, y1, x2, y2 = (
+        float(number) / end for number, end in zip(numbers, (*ends, *ends), strict=True)
+    )
     return x1, y1, x2, y2

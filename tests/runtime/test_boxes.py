@@ -8,7 +8,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gap_export.runtime.boxes import parse_box, to_pixels
+from gap_export.runtime.answers import is_out_of_scale
+from gap_export.runtime.boxes import ParsedBox, parse_answer, parse_box, to_pixels
 from gap_export.runtime.images.geometry import Frame, ImageGeometry
 from gap_export.spec.manifest import BoxSpec
 
@@ -150,3 +151,49 @@ def test_squashed_image_is_its_own_frame():
     geometry = ImageGeometry(width=30, height=20)
     spec = dataclasses.replace(SQUASHED, scale=1.0)
     assert geometry.box_frame(spec) == Frame(left=0, top=0, width=30, height=20)
+
+
+CORNERS = BoxSpec(syntax="corners", scale=1000.0, frame="image")
+PIXELS = BoxSpec(syntax="bracketed", scale=(640.0, 480.0), frame="image")
+
+
+@pytest.mark.parametrize(
+    ("text", "exact"),
+    [
+        ("(100,200),(300,400)", True),
+        ("<|box_start|>(100,200),(300,400)<|box_end|>", True),
+        ("<|object_ref_start|>the cup (1)<|object_ref_end|><|box_start|>(100, 200), "
+         "(300, 400)<|box_end|>", True),
+        ("the cup: (100,200) (300,400)", False),
+        ("[100, 200], [300, 400]", False),
+        ("[100 200][300 400]", False),
+        ("[100, 200, 300, 400]", False),
+    ],
+)  # fmt: skip
+def test_corners_are_read_with_and_without_special_tokens(text, exact):
+    found = parse_answer(text, CORNERS)
+    assert found == ParsedBox(fractions=(0.1, 0.2, 0.3, 0.4), exact=exact)
+    assert (parse_box(text, CORNERS) is not None) == exact
+
+
+@pytest.mark.parametrize("text", ["(100,200)", "(100,200),(300)", "(1,2,3),(4,5,6)", "100,200,300"])
+def test_what_is_no_pair_of_corners_is_no_box(text):
+    assert parse_answer(text, CORNERS) is None
+
+
+def test_reading_corners_takes_time_linear_in_the_length():
+    long = "(" + " " * 200_000 + "1" + "(1,2) " * 50_000 + "[" * 100_000
+    assert parse_answer(long, CORNERS) is not None
+
+
+def test_pixels_of_the_resized_image_have_a_scale_for_each_axis():
+    text = '```json\n[\n\t{"bbox_2d": [64, 48, 320, 480], "label": "the cup"}\n]\n```'
+    found = parse_answer(text, PIXELS)
+    assert found == ParsedBox(fractions=(0.1, 0.1, 0.5, 1.0), exact=True)
+    # The user's image is twice as wide and as high as it was.
+    geometry = ImageGeometry(width=1280, height=960)
+    assert to_pixels(found.fractions, PIXELS, geometry) == (128, 96, 640, 960)
+    assert is_out_of_scale((0.5, 0.5, 1.2, 0.9), PIXELS)
+    assert is_out_of_scale((0.1 / 640, 0.2 / 480, 0.9 / 640, 1 / 480), PIXELS)
+    assert not is_out_of_scale(found.fractions, PIXELS)
+    assert PIXELS.describe_ends() == "to 640 in x and 480 in y"

@@ -159,14 +159,27 @@ class BoxSpec(Strict):
     """How the answer's text becomes a box.
 
     Attributes:
-        syntax: ``bracketed``: ``[x1, y1, x2, y2]``; ``angled``: ``{<x1><y1><x2><y2>}``.
-        scale: Coordinates run from 0 to this.
+        syntax: ``bracketed``: ``[x1, y1, x2, y2]``; ``angled``: ``{<x1><y1><x2><y2>}``;
+            ``corners``: ``(x1,y1),(x2,y2)``.
+        scale: Coordinates run from 0 to this. Two numbers, for x and for y, where they are pixels
+            of what the vision encoder reads: its width and its height.
         frame: What they are relative to: the ``padded_square`` or the ``image`` as given.
     """
 
-    syntax: Literal["bracketed", "angled"]
-    scale: float
+    syntax: Literal["bracketed", "angled", "corners"]
+    scale: tuple[float, float] | float
     frame: Literal["padded_square", "image"]
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """To what x runs, and y."""
+        return self.scale if isinstance(self.scale, tuple) else (self.scale, self.scale)
+
+    def describe_ends(self) -> str:
+        """The same in words, behind "from 0"."""
+        if not isinstance(self.scale, tuple):
+            return f"to {self.scale:g}"
+        return f"to {self.scale[0]:g} in x and {self.scale[1]:g} in y"
 
 
 def wrong_facts(
@@ -187,9 +200,12 @@ def wrong_facts(
             yield name, value, f"{allowed[0]}..{allowed[-1]}"
     if not all(map(math.isfinite, image.mean)):
         yield "image.mean", image.mean, "finite numbers"
-    for name, number in (*(("image.std", std) for std in image.std), ("box.scale", box.scale)):
+    ends = [("box.scale", end) for end in box.ends]
+    for name, number in (*(("image.std", std) for std in image.std), *ends):
         if not (math.isfinite(number) and number > 0):
             yield name, number, "a finite number above 0"
+    if isinstance(box.scale, tuple) and box.scale != (image.width, image.height):
+        yield "box.scale", box.scale, f"{image.width}, {image.height}: image.width, image.height"
     yield from wrong_template("prompt.template", prompt.template)
     # Only a name that is not ours has the families of other packages looked up.
     if image.preparation not in SHARED and image.preparation not in known_preparations():
