@@ -25,6 +25,7 @@ from gap_export.checkpoint.find.source import (
     check_required_parts,
 )
 from gap_export.errors import CheckpointError, GapExportError, RecipeError
+from gap_export.families.internvl import INTERNVL
 from gap_export.families.llava import LLAVA, LLAVA_NEXT
 from gap_export.families.minigpt_v2 import MINIGPT_V2
 from gap_export.families.qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
@@ -73,7 +74,10 @@ _MAX_FILES_TRIED = 16
 # A new family of this package is a folder, and a name here.
 _OURS = {
     family.name: family
-    for family in (LLAVA, LLAVA_NEXT, SHIKRA, MINIGPT_V2, QWEN2_VL, QWEN2_5_VL, QWEN3_VL)
+    for family in (
+        *(LLAVA, LLAVA_NEXT, SHIKRA, MINIGPT_V2),
+        *(QWEN2_VL, QWEN2_5_VL, QWEN3_VL, INTERNVL),
+    )
 }
 # Names of this package that are imported when they are taken.
 _LATE = ("Component", "Device", "Reference")

@@ -9,6 +9,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from gap_export.checkpoint.tokenizers.byte_level_bpe import (
+    MERGES_FILE,
+    VOCABULARY_FILE,
+    convert_byte_level_bpe,
+)
 from gap_export.checkpoint.tokenizers.sentencepiece import convert_sentencepiece
 from gap_export.checkpoint.weights import read_json_object
 from gap_export.errors import CheckpointError
@@ -23,17 +28,20 @@ _MAX_ID = 2**31 - 1
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether :func:`read_tokenizer` has something to read there."""
-    return any((folder / name).is_file() for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE))
+    return any(
+        (folder / name).is_file() for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE, MERGES_FILE)
+    )
 
 
 def read_tokenizer(folder: Path, recipe: Recipe) -> Path | bytes:
     """A tokenizer that has each special token of the recipe, under the id the recipe says.
 
-    ``tokenizer.json`` is taken where there is one, else ``tokenizer.model`` is converted; the
-    tokens of ``added_tokens.json`` and of the recipe that it lacks are added at its end, and no
-    text is cut or padded, though training may have left ``tokenizer.json`` to do so. Text is
-    split at special tokens before anything else is done with it, and each piece is tokenized like
-    a text of its own, with a space in front, as by the tokenizers these models were trained with.
+    ``tokenizer.json`` is taken where there is one, else ``tokenizer.model``, or ``vocab.json`` with
+    ``merges.txt``, is converted; the tokens of ``added_tokens.json`` and of the recipe that it
+    lacks are added at its end, and no text is cut or padded, though training may have left
+    ``tokenizer.json`` to do so. Text is split at special tokens before anything else is done with
+    it, and each piece is tokenized like a text of its own, with a space in front where the model's
+    tokenizer puts one.
 
     Args:
         folder: Holds the files.
@@ -47,15 +55,19 @@ def read_tokenizer(folder: Path, recipe: Recipe) -> Path | bytes:
         MissingDependencyError: a package that reads ``tokenizer.model`` is not installed.
     """
     whole, sentencepiece = folder / TOKENIZER_FILE, folder / SENTENCEPIECE_FILE
+    merges, wanted = folder / MERGES_FILE, _wanted(folder, recipe)
     if whole.is_file():
         source, plain = whole, read_json_object(whole)
     elif sentencepiece.is_file():
         source, plain = sentencepiece, convert_sentencepiece(sentencepiece)
+    elif merges.is_file():
+        source, plain = merges, convert_byte_level_bpe(folder, wanted)
     else:
         raise CheckpointError(
             "the tokenizer was not found",
             seen=whole,
-            allowed=f"{TOKENIZER_FILE} or {SENTENCEPIECE_FILE}",
+            allowed=f"{TOKENIZER_FILE} or {SENTENCEPIECE_FILE}, or {VOCABULARY_FILE} with "
+            f"{MERGES_FILE}",
             fix="copy the tokenizer of the language model there",
         )
     before = json.dumps(plain)
@@ -63,7 +75,7 @@ def read_tokenizer(folder: Path, recipe: Recipe) -> Path | bytes:
         if plain.get(key) is not None:
             plain[key] = None
     _check_ids(plain, _load(plain, source), source)
-    _add_tokens(plain, _wanted(folder, recipe), source)
+    _add_tokens(plain, wanted, source)
     _split_at_special_tokens(plain, recipe)
     _check_ids(plain, _load(plain, source), source)
     after = json.dumps(plain)

@@ -24,15 +24,6 @@ from gap_export.spec.architecture import VisionShape
 _FINAL_NORM_EPS = 1e-5
 
 
-class EvaEmbeddings(ClipEmbeddings):
-    """CLIP's, with a bias."""
-
-    def __init__(self, shape: VisionShape) -> None:
-        super().__init__(shape)
-        patch = shape.patch_size
-        self.patch_embedding = nn.Conv2d(3, shape.width, kernel_size=patch, stride=patch)
-
-
 class EvaVisionTower(nn.Module):
     """The tower. Weight names are CLIP's, ``post_layernorm`` being ``ln_vision``.
 
@@ -46,7 +37,7 @@ class EvaVisionTower(nn.Module):
     def __init__(self, shape: VisionShape, *, num_layers: int, join: int = 4) -> None:
         super().__init__()
         self.join, self.grid = join, shape.patch_grid
-        self.embeddings = EvaEmbeddings(shape)
+        self.embeddings = ClipEmbeddings(shape, bias=True)
         self.encoder = ClipEncoder(shape, num_layers=num_layers)
         self.post_layernorm = nn.LayerNorm(shape.width, eps=_FINAL_NORM_EPS)
 

@@ -23,13 +23,17 @@ _BIASES: Mapping[str, bool | Literal["qkv"] | None] = {
 _FREE = ("vocab_size", "tied_embeddings")
 
 
-def decoder_shape(text: Any, file: Path, *, kind: str | None = None) -> DecoderShape:
+def decoder_shape(
+    text: Any, file: Path, *, kind: str | None = None, rope_types: tuple[str, ...] = ("default",)
+) -> DecoderShape:
     """What the config of a Llama, Mistral, Qwen2 or Qwen3 says.
 
     Args:
         text: The parsed config; its class leaves most fields open.
         file: Where it was read, for messages.
         kind: Which of them it is, where its model_type has another name.
+        rope_types: Kinds of RoPE that are plain RoPE for all ids below max_position_embeddings,
+            which are those that a session accepts.
 
     Raises:
         CheckpointError: a kind of decoder, RoPE or attention that is not implemented.
@@ -50,9 +54,8 @@ def decoder_shape(text: Any, file: Path, *, kind: str | None = None) -> DecoderS
     # A null gets past check_values, and transformers leaves it as it is.
     require(type(theta) in (int, float), "rope_theta", theta, "a number above 0", where=where)
     scaling = rope.get("rope_type", "default")
-    require(
-        scaling == "default", "rope_type", scaling, "default: RoPE without scaling", where=where
-    )
+    allowed = f"{' or '.join(rope_types)}: RoPE without scaling"
+    require(scaling in rope_types, "rope_type", scaling, allowed, where=where)
     window = getattr(text, "sliding_window", None)
     require(window is None, "sliding_window", window, "null: every token sees all", where=where)
     bias = _BIASES[kind]

@@ -32,11 +32,16 @@ class ClipEncoder(nn.Module):
     Args:
         shape: The tower's.
         num_layers: How many of its layers to have.
+        layer_scale: Whether what attention and MLP add is scaled, channel by channel (CaiT, arXiv
+            2103.17239). Kept apart from the weights before it, which so stay the checkpoint's.
     """
 
-    def __init__(self, shape: TransformerShape, *, num_layers: int) -> None:
+    def __init__(
+        self, shape: TransformerShape, *, num_layers: int, layer_scale: bool = False
+    ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([_Layer(shape) for _ in range(num_layers)])
+        kind = _ScaledLayer if layer_scale else _Layer
+        self.layers = nn.ModuleList([kind(shape) for _ in range(num_layers)])
 
     def forward(
         self, hidden: torch.Tensor, allowed: torch.Tensor | None = None
@@ -74,6 +79,20 @@ class _Layer(nn.Module):
         merged, attended = self.self_attn(self.layer_norm1(hidden), size, allowed)
         hidden = hidden + merged
         return hidden + self.mlp(self.layer_norm2(hidden)), attended
+
+
+class _ScaledLayer(_Layer):
+    def __init__(self, shape: TransformerShape) -> None:
+        super().__init__(shape)
+        self.layer_scale1 = nn.Parameter(torch.empty(shape.width))
+        self.layer_scale2 = nn.Parameter(torch.empty(shape.width))
+
+    def forward(
+        self, hidden: torch.Tensor, size: tuple[int, int], allowed: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Attended]:
+        merged, attended = self.self_attn(self.layer_norm1(hidden), size, allowed)
+        hidden = hidden + merged * self.layer_scale1
+        return hidden + self.mlp(self.layer_norm2(hidden)) * self.layer_scale2, attended
 
 
 class _Attention(nn.Module):

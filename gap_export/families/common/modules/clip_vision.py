@@ -16,11 +16,11 @@ from gap_export.spec.architecture import VisionShape
 class ClipEmbeddings(nn.Module):
     """Patches and CLS with their positions."""
 
-    def __init__(self, shape: VisionShape) -> None:
+    def __init__(self, shape: VisionShape, *, bias: bool = False) -> None:
         super().__init__()
         width, patch = shape.width, shape.patch_size
         self.class_embedding = nn.Parameter(torch.empty(width))
-        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=bias)
         self.position_embedding = nn.Embedding(shape.num_patches + 1, width)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
