@@ -17,13 +17,16 @@ import torch
 from PIL import Image
 
 from gap_export.bundle import open_bundle
-from gap_export.checkpoint.find.source import Checkpoint
+from gap_export.checkpoint.find.source import MAIN, Checkpoint
+from gap_export.evaluation.evaluate import evaluate_bundle
 from gap_export.exporting import ExportOptions, export_model
 from gap_export.exporting.torch_backend import TorchBackend
 from gap_export.families import build_reference
 from gap_export.families.common.checkpoints import configs
 from gap_export.parity.inside.positions_seen import read_positions
 from gap_export.parity.question import Question
+from gap_export.report.evaluation import document_of_evaluation
+from gap_export.report.markdown import to_markdown
 from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.generation import PromptRow, assemble_prompt, embed_tokens, generate
 from gap_export.runtime.session import GroundingSession
@@ -225,6 +228,24 @@ def test_check_compares_with_the_same_decoder_and_reads_ids_of_all_axes(bundle, 
 def test_a_graph_whose_rows_turn_what_columns_should_fails(bundle, mrope, tiny_graphs, monkeypatch):
     monkeypatch.setattr(configs, "DecoderShape", partial(DecoderShape, rope_sections=(1, 2, 1)))
     assert statuses(check(bundle, tiny_graphs))["tensor"] == "failed"
+
+
+def test_eval_asks_text_shifted_and_compact_with_nothing_dropped(bundle, mrope, tiny_checkpoint):
+    report = evaluate_bundle(bundle, checkpoint={MAIN: tiny_checkpoint}, num_samples=2)
+    arms = [(row.pruner, row.positions) for row in report.rows]
+    pruned = [("spatial", positions) for positions in ("compact", "text-shifted", "gap")]
+    assert arms == [("none", "none"), ("none", "compact"), *pruned]
+    pairs = [(one.first, one.second) for one in report.comparisons]
+    gap = "spatial keep 0.3 gap"
+    assert pairs == [
+        ("unpruned", "unpruned compact"),
+        (gap, "spatial keep 0.3 compact"),
+        (gap, "spatial keep 0.3 text-shifted"),
+        ("unpruned", gap),
+    ]
+    assert {"unpruned compact", "text-shifted"} <= report.misalignments.keys()
+    page = to_markdown(document_of_evaluation(report))
+    assert "text-shifted" in page and "compact, no token dropped" in page
 
 
 def test_compact_table_has_the_slot_on_every_axis(backend):

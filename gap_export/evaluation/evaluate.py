@@ -51,16 +51,16 @@ def evaluate_model(
     Args:
         options: Which model, and how it is exported; its folder is not read. The seed of its
             pruning is also that of the samples and of random orders.
-        prunings: What is measured; empty for the options' own. Each is measured with both modes of
-            positions, whichever it names.
+        prunings: What is measured; empty for the options' own. Each is measured with naive
+            positions and with GAP, whichever it names.
         num_samples: Expressions to ask, the first of the data set; 0 for all; None for 500 of
             RefShapes, and all of any other.
         asking: What is asked, and how.
         progress: Progress reporter.
 
     Returns:
-        One unpruned row, one for each misalignment, then a compact and a GAP row for every
-        configuration.
+        One unpruned row, one for each misalignment, then a row for each naive baseline and a GAP
+        row for every configuration.
 
     Raises:
         UsageError: what ``export_model`` refuses; the data set, the protocol, the prompt, the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from gap_export.bundle import open_bundle
@@ -35,7 +36,9 @@ from gap_export.evaluation.settings import (
     MISALIGNMENTS,
     MisalignmentKind,
     Setting,
+    describe_positions,
     pruned_settings,
+    whole_arms,
     whole_settings,
 )
 from gap_export.evaluation.summary import Answered, Judging
@@ -140,9 +143,13 @@ class Job:
         # A worker may be in another folder.
         whole, pruned = whole.absolute(), [path.absolute() for path in pruned]
         manifest = open_bundle(whole).manifest
-        unpruned = whole_settings(whole, ("none", *dict.fromkeys(self.asking.misaligned)))
-        pairs = [pruned_settings(path, open_bundle(path).manifest.pruning) for path in pruned]
-        settings = [*unpruned, *(setting for pair in pairs for setting in pair)]
+        axes = manifest.decoder.position_axes
+        arms = (*whole_arms(axes), *dict.fromkeys(self.asking.misaligned))
+        unpruned = whole_settings(whole, arms)
+        settings = list(unpruned)
+        for path in pruned:
+            pruning = open_bundle(path).manifest.pruning
+            settings += pruned_settings(path, pruning, position_axes=axes)
         drawings: dict[str, Path] = {}
         if self.asking.pictures is not None:
             drawings = {one.name: self.asking.pictures / f"{one.slug}.png" for one in settings}
@@ -183,9 +190,12 @@ class Job:
             seed=self.runner.seed,
             backend=self.runner.backend,
             misalignments={
-                setting.name: done.describe()
-                for setting in unpruned
-                if (done := misalignment_of(setting, manifest, seed=self.runner.seed))
+                **describe_positions(axes),
+                **{
+                    setting.name: done.describe()
+                    for setting in unpruned
+                    if (done := misalignment_of(setting, manifest, seed=self.runner.seed))
+                },
             },
             warnings=find_doubts(judged[0].records, manifest.box, accuracy=rows[0].acc_at_50),
             rows=tuple(rows),
@@ -218,13 +228,16 @@ class Job:
 def _compare(
     judging: Judging, judged: Sequence[Answered], *, num_whole: int
 ) -> tuple[tuple[Comparison, ...], tuple[GalleryItem, ...]]:
-    """Misaligned and GAP beside unpruned, GAP beside compact; the first GAP setting's gallery."""
+    """Misaligned and GAP beside unpruned, GAP beside naive; the first GAP setting's gallery."""
     unpruned, *misaligned = judged[:num_whole]
-    pairs = list(zip(judged[num_whole::2], judged[num_whole + 1 :: 2], strict=True))
+    bundles = [
+        list(group) for _, group in groupby(judged[num_whole:], key=lambda one: one.setting.bundle)
+    ]
     comparisons = [judging.compare(unpruned, one) for one in misaligned]
-    for compact, gap in pairs:
-        comparisons += [judging.compare(gap, compact), judging.compare(unpruned, gap)]
-    compact, gap = pairs[0]
+    for *naive, gap in bundles:
+        comparisons += [judging.compare(gap, one) for one in naive]
+        comparisons.append(judging.compare(unpruned, gap))
+    compact, *_, gap = bundles[0]
     return tuple(comparisons), judging.gallery(judged, compact=compact, gap=gap)
 
 

@@ -129,7 +129,7 @@ class Runner(AbstractContextManager["Runner"]):
                 manifest,
                 bundle.path,
                 backend,
-                positions="compact" if setting.positions == "compact" else "gap",
+                positions=setting.rule,
                 edit_row=None if misalignment is None else misalignment.edit,
             )
         return self._sessions[setting.name]

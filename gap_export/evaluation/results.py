@@ -56,8 +56,8 @@ class SettingRow(Accuracy):
         name: Name of the setting, unique in a report.
         pruner: Its name, or ``none`` where nothing is dropped.
         keep_ratio: 1.0 where nothing is dropped.
-        positions: ``none`` (nothing is dropped), ``compact``, ``gap``, or with nothing dropped
-            ``permuted`` or ``shifted``.
+        positions: ``none`` (nothing is dropped), ``compact``, ``gap``, on three axes
+            ``text-shifted``, or with nothing dropped ``permuted`` or ``shifted``.
         seed: Seed of the samples, of pruners that draw, and of random orders.
         protocol: By which answers were judged.
         pruner_text: What the pruner reads of the text, ``expression`` or ``question``; None where
@@ -214,8 +214,8 @@ class EvaluationReport:
         prompt: The template that was used.
         seed: Seed of the samples, of pruners that draw, and of random orders.
         backend: ``onnxruntime`` or ``tensorrt``; see also each row's.
-        misalignments: What was done to positions where no token is dropped, in words, by the name
-            of the setting.
+        misalignments: What was done to positions, in words: where no token is dropped by the name
+            of the setting, else by what its ``positions`` are called.
         warnings: What makes the measurement doubtful, in words: most answers of the unpruned model
             are on another scale, or none is right.
         rows: One for each setting.

@@ -7,19 +7,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from gap_export.runtime.generation import PromptRow
 from gap_export.runtime.session import BackendName
 from gap_export.spec.manifest import PrunerText, PruningSpec
-from gap_export.spec.positions import Int64Array, PositionMode
+from gap_export.spec.positions import Int64Array, PositionRule
 
 MisalignmentKind = Literal["permuted", "shifted"]
 MISALIGNMENTS: tuple[MisalignmentKind, ...] = ("permuted", "shifted")
-_MODES: tuple[PositionMode, ...] = ("compact", "gap")
-SettingPositions = Literal["none", "compact", "gap", "permuted", "shifted"]
+SettingPositions = Literal["none", "compact", "text-shifted", "gap", "permuted", "shifted"]
+_UNPRUNED = "unpruned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ class Setting:
         name: ``unpruned``, ``spatial keep 0.3 gap``, ``permuted``, ...; unique in an evaluation.
         pruner: Its pruner; ``none`` where nothing is dropped.
         keep_ratio: 1.0 where nothing is dropped.
-        positions: ``none``: nothing is dropped and nothing misaligned; ``compact`` or ``gap``: of
-            what pruning left; ``permuted`` or ``shifted``: nothing is dropped, see
-            :class:`Misalignment`.
+        positions: ``none``: nothing is dropped and nothing misaligned; ``compact``,
+            ``text-shifted`` or ``gap``: of what pruning left, see ``spec.positions``; ``permuted``
+            or ``shifted``: nothing is dropped, see :class:`Misalignment`.
         backend: What runs it, where that is not what the runner's options say.
         pruner_text: What the pruner reads of the text: the ``expression`` or the ``question``; None
             where it reads none.
@@ -47,6 +47,12 @@ class Setting:
     pruner_text: PrunerText | None = None
 
     @property
+    def rule(self) -> PositionRule:
+        """How its session gives ids to what is fed."""
+        rules: dict[str, PositionRule] = {rule: rule for rule in get_args(PositionRule)}
+        return rules.get(self.positions, "gap")
+
+    @property
     def slug(self) -> str:
         """The name as part of a file's name; different names have different ones."""
         plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", self.name)
@@ -55,11 +61,29 @@ class Setting:
         return f"{plain}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
 
 
+def naive_rules(position_axes: int) -> tuple[PositionRule, ...]:
+    """Naive baselines that pruned tokens are asked with, beside GAP.
+
+    On one axis ``compact`` alone, as the paper has it. On three there is a second mistake that a
+    careful implementer makes, which OpenVINO GenAI's CDPruner does for Qwen-VL: ``text-shifted``.
+    """
+    return ("compact",) if position_axes == 1 else ("compact", "text-shifted")
+
+
+def whole_arms(position_axes: int) -> tuple[SettingPositions, ...]:
+    """What is asked with all tokens kept.
+
+    On one axis compact positions are then the model's own. On three they take rows and columns
+    away, which is no effect of pruning, so they are asked as well.
+    """
+    return ("none",) if position_axes == 1 else ("none", "compact")
+
+
 def whole_settings(bundle: Path, positions: Sequence[SettingPositions]) -> list[Setting]:
     """Settings of a bundle that keeps all tokens, one for each of these positions."""
     return [
         Setting(
-            name="unpruned" if mode == "none" else mode,
+            name={"none": _UNPRUNED, "compact": f"{_UNPRUNED} compact"}.get(mode, mode),
             bundle=bundle,
             pruner="none",
             keep_ratio=1.0,
@@ -71,12 +95,14 @@ def whole_settings(bundle: Path, positions: Sequence[SettingPositions]) -> list[
     ]
 
 
-def pruned_settings(bundle: Path, pruning: PruningSpec) -> tuple[Setting, Setting]:
-    """A pruned bundle with compact positions, and with GAP."""
+def pruned_settings(
+    bundle: Path, pruning: PruningSpec, *, position_axes: int = 1
+) -> tuple[Setting, ...]:
+    """A pruned bundle with naive positions, ``compact`` first, and with GAP, which is the last."""
     keep = f"{pruning.keep_ratio:g}"
     # As short as can be, without two being the same.
     exact = keep if float(keep) == pruning.keep_ratio else repr(pruning.keep_ratio)
-    compact, gap = (
+    return tuple(
         Setting(
             name=f"{pruning.pruner} keep {exact} {mode}",
             bundle=bundle,
@@ -85,9 +111,20 @@ def pruned_settings(bundle: Path, pruning: PruningSpec) -> tuple[Setting, Settin
             positions=mode,
             pruner_text=None if pruning.text_similarity_sign is None else pruning.pruner_text,
         )
-        for mode in _MODES
+        for mode in (*naive_rules(position_axes), "gap")
     )
-    return compact, gap
+
+
+def describe_positions(position_axes: int) -> dict[str, str]:
+    """What naive positions of more than one axis do, in words, by how rows name it."""
+    if position_axes == 1:
+        return {}
+    return {
+        f"{_UNPRUNED} compact": "no token is dropped; on each axis the id of a token is the number "
+        "of its slot, so that rows and columns are lost",
+        "text-shifted": "visual tokens keep their ids, and the text behind them goes on after the "
+        "largest id that is left; with no token dropped that is the unpruned model",
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

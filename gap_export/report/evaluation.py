@@ -119,14 +119,20 @@ def describe_frame(report: EvaluationReport) -> str:
 def _tiles(report: EvaluationReport) -> tuple[Tile, ...]:
     """Acc@0.5 by what was done to the positions, over all pruners and keep ratios."""
     tiles = []
-    for positions, name in (
-        ("none", "unpruned"),
-        ("gap", "GAP"),
-        ("compact", "compact positions"),
-        ("permuted", "permuted"),
-        ("shifted", "shifted"),
+    for positions, pruned, name in (
+        ("none", False, "unpruned"),
+        ("gap", True, "GAP"),
+        ("compact", True, "compact positions"),
+        ("text-shifted", True, "text-shifted"),
+        ("compact", False, "compact, no token dropped"),
+        ("permuted", False, "permuted"),
+        ("shifted", False, "shifted"),
     ):
-        shares = sorted(row.acc_at_50 for row in report.rows if row.positions == positions)
+        shares = sorted(
+            row.acc_at_50
+            for row in report.rows
+            if row.positions == positions and (row.pruner != "none") == pruned
+        )
         if shares:
             low, high = f"{100 * shares[0]:.1f}", f"{100 * shares[-1]:.1f}"
             tiles.append(Tile(label=name, value=f"{low if low == high else f'{low}-{high}'} %"))

@@ -13,7 +13,7 @@ from PIL import Image
 from gap_export.errors import ImageError, MissingDependencyError
 from gap_export.evaluation.results import Box, EvaluationReport, GalleryItem, GalleryKind
 from gap_export.report.document import Answer, Card, Shelf, Stroke
-from gap_export.report.figures import BLUE, GREEN, INK, VERMILLION
+from gap_export.report.figures import BLUE, GREEN, INK, ORANGE, VERMILLION
 from gap_export.report.panels import Panel, panels_of
 from gap_export.runtime.images.image import load_image
 from gap_export.visible import clean
@@ -39,6 +39,7 @@ _STROKES: Mapping[str, Stroke] = MappingProxyType(
     {
         "gap": Stroke(label="GAP", color=BLUE, width=3),
         "compact": Stroke(label="compact positions", color=VERMILLION, width=3, dashes="9 5"),
+        "text-shifted": Stroke(label="text-shifted", color=ORANGE, width=3, dashes="4 4"),
         "none": Stroke(label="nothing pruned", color=GREEN, width=3, dashes="3 3"),
     }
 )
@@ -50,7 +51,7 @@ def gallery_shelves(report: EvaluationReport) -> tuple[Shelf, ...]:
     Args:
         report: Its text holds no control characters.
     """
-    pairs = [panel for panel in panels_of(report.rows) if panel.row("compact") or panel.row("gap")]
+    pairs = [one for one in panels_of(report.rows) if any(r.pruner != "none" for r in one.rows)]
     shown = [item for kind in TITLES for item in report.gallery if item.kind == kind][:_MAX_CARDS]
     shelves = []
     for kind, title in TITLES.items():
@@ -109,7 +110,7 @@ def _strokes(item: GalleryItem, pairs: Sequence[Panel]) -> dict[str, Stroke]:
     """How boxes are drawn, by setting: of those the gallery was chosen by, the first pair."""
     asked = {answer.setting for answer in item.answers}
     for pair in pairs:
-        rows = [row for row in (pair.row("compact"), pair.row("gap")) if row and row.name in asked]
+        rows = [row for row in pair.rows if row.pruner != "none" and row.name in asked]
         if rows:
             return {row.name: _STROKES[row.positions] for row in rows}
     # Nothing was pruned.

@@ -22,20 +22,16 @@ class Panel:
     title: str
     rows: tuple[SettingRow, ...]
 
-    def row(self, positions: str) -> SettingRow | None:
-        """The row with these positions."""
-        return next((row for row in self.rows if row.positions == positions), None)
-
 
 def panels_of(rows: Sequence[SettingRow]) -> tuple[Panel, ...]:
     """A panel for each pruner at each keep ratio, then one for the settings that drop nothing."""
     unpruned = [row for row in rows if row.positions == "none"]
     groups: dict[str, list[SettingRow]] = {}
     for row in rows:
-        if row.positions in ("compact", "gap"):
+        if row.pruner != "none":
             reads = " (reads the question)" if row.pruner_text == "question" else ""
             groups.setdefault(f"{row.pruner} keep {row.keep_ratio:g}{reads}", []).append(row)
-    misaligned = [row for row in rows if row.positions in ("permuted", "shifted")]
+    misaligned = [row for row in rows if row.pruner == "none" and row.positions != "none"]
     if misaligned:
         groups["no token dropped"] = misaligned
     if not groups:

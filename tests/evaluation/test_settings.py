@@ -12,8 +12,10 @@ from gap_export.evaluation import settings
 from gap_export.evaluation.settings import (
     Misalignment,
     Setting,
+    describe_positions,
     pruned_settings,
     random_order,
+    whole_arms,
     whole_settings,
 )
 from gap_export.runtime.generation import PromptRow, assemble_prompt
@@ -53,6 +55,22 @@ def test_a_pruned_bundle_has_a_compact_and_a_gap_setting(sample_manifest):
     assert (compact.name, gap.name) == ("spatial keep 0.3 compact", "spatial keep 0.3 gap")
     assert (compact.positions, gap.positions) == ("compact", "gap")
     assert replace(compact, name=gap.name, positions="gap") == gap
+
+
+def test_on_three_axes_text_shifted_is_an_arm_and_compact_is_asked_with_nothing_dropped(
+    sample_manifest,
+):
+    arms = pruned_settings(Path("b"), sample_manifest.pruning, position_axes=3)
+    assert [one.positions for one in arms] == ["compact", "text-shifted", "gap"]
+    assert [one.rule for one in arms] == ["compact", "text-shifted", "gap"]
+    whole = whole_settings(Path("b"), whole_arms(3))
+    assert [(one.name, one.pruner, one.rule) for one in whole] == [
+        ("unpruned", "none", "gap"),
+        ("unpruned compact", "none", "compact"),
+    ]
+    assert whole_arms(1) == ("none",) and describe_positions(1) == {}
+    (shifted,) = whole_settings(Path("b"), ["shifted"])
+    assert shifted.rule == "gap"
 
 
 def test_keep_ratios_that_are_nearly_the_same_have_names_of_their_own(sample_manifest):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE = "#B88600"
 INK, GRID, _FRAME, _PAGE = "#222222", "#dddddd", "#888888", "#ffffff"
 # Width in inches, which is that of the page.
 WIDTH = 10.0
@@ -39,6 +40,7 @@ _VARIABLES = {
     VERMILLION: "vermillion",
     GREEN: "green",
     PURPLE: "purple",
+    ORANGE: "orange",
     INK: "ink",
     GRID: "grid",
     _FRAME: "frame",

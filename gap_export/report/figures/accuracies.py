@@ -14,6 +14,7 @@ from gap_export.report.figures import (
     GREEN,
     GRID,
     INK,
+    ORANGE,
     PURPLE,
     VERMILLION,
     WIDTH,
@@ -45,6 +46,12 @@ _LOOKS: Mapping[SettingPositions, dict[str, Any]] = MappingProxyType(
             "marker": "s",
             "linestyle": "--",
             "label": "compact positions",
+        },
+        "text-shifted": {
+            "color": ORANGE,
+            "marker": "P",
+            "linestyle": "--",
+            "label": "text-shifted",
         },
         "gap": {"color": BLUE, "marker": "o", "linestyle": "-", "label": "GAP"},
         "permuted": {"color": PURPLE, "marker": "^", "linestyle": ":", "label": "permuted"},
@@ -86,13 +93,13 @@ def draw_tokens(rows: Sequence[SettingRow], mark: str) -> str:
     lines: dict[tuple[str, SettingPositions], list[SettingRow]] = {}
     for row in rows[:_MAX_ROWS]:
         lines.setdefault((row.pruner, row.positions), []).append(row)
-    pruners = list(dict.fromkeys(pruner for pruner, positions in lines if positions != "none"))
+    pruners = list(dict.fromkeys(pruner for pruner, _ in lines if pruner != "none"))
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         for (pruner, positions), members in lines.items():
             look = {**_LOOKS[positions], "markersize": 7, "capsize": 3}
-            if positions in ("compact", "gap"):
+            if pruner != "none":
                 look["marker"] = _PRUNER_MARKERS[pruners.index(pruner) % len(_PRUNER_MARKERS)]
             if pruner != "none":
                 look["label"] = _short(f"{pruner}, {look['label']}")
