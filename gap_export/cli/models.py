@@ -41,9 +41,12 @@ def models(
         optional = [
             f"{part['role']} ({_state(part)})" for part in item["parts"] if not part["required"]
         ]
-        lines.insert(place, f"  {item['summary']} ({item['license']})")
+        more = [f"  {item['summary']} ({item['license']})"]
+        if item["license_note"]:
+            more.append(f"  {item['license_note']}")
         if optional:
-            lines.insert(place + 1, f"  optional: {', '.join(optional)}")
+            more.append(f"  optional: {', '.join(optional)}")
+        lines[place:place] = more
     terminal.result("\n".join(lines))
     for why in broken:
         terminal.warning(why)
@@ -106,6 +109,7 @@ def _describe(recipe: Recipe, folder: Path) -> dict[str, Any]:
         "weights": _weights(recipe, folder, parts),
         "parts": parts,
         "license": recipe.license,
+        "license_note": recipe.license_note,
         "summary": recipe.summary,
     }
 

@@ -137,7 +137,8 @@ class _Job:
     def run(self) -> Manifest:
         """Everything but the commit; the manifest lists no files yet."""
         reference = self._reference(self.options.dtype)
-        for note in reference.notes:
+        licensed = self.recipe.license_note
+        for note in (*([licensed] if licensed else []), *reference.notes):
             self.warn(note)
         for _, path in reference.checkpoint_files:
             # In the background: gigabytes are hashed while graphs are traced.

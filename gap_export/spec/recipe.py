@@ -179,6 +179,7 @@ class Recipe(_Strict):
         family: Key of the registry in ``gap_export.families``.
         summary: One line for ``gap-export models``.
         license: SPDX id of the license of the weights.
+        license_note: What one must know of it before one uses the model, if anything.
         checkpoint: Where the weights come from.
         architecture: Its sizes; None where the checkpoint's config.json alone says them.
         special_tokens: Ids of the tokens with a meaning, by their text; what a checkpoint says
@@ -200,6 +201,7 @@ class Recipe(_Strict):
     family: str
     summary: str
     license: str
+    license_note: str | None = None
     checkpoint: CheckpointSource
     architecture: Architecture | None = None
     special_tokens: Mapping[str, int] = Field(default_factory=dict)

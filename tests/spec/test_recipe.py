@@ -31,6 +31,15 @@ PAPER_MODELS = (
     "minigpt-v2",
     "shikra-7b",
 )
+QWEN_MODELS = (
+    "qwen2-vl-2b",
+    "qwen2-vl-7b",
+    "qwen2.5-vl-3b",
+    "qwen2.5-vl-7b",
+    "qwen3-vl-2b",
+    "qwen3-vl-4b",
+    "qwen3-vl-8b",
+)
 DEMO_MODELS = ("refshapes-llava", "refshapes-minigpt-v2", "refshapes-shikra")
 
 
@@ -58,7 +67,7 @@ def test_every_shipped_recipe_is_named_as_its_folder_and_found_by_each_alias():
 
 def test_every_model_of_the_paper_has_a_recipe():
     shipped = {recipe.name: recipe for recipe, _ in list_recipes()}
-    assert {*PAPER_MODELS, *DEMO_MODELS} == set(shipped)
+    assert {*PAPER_MODELS, *DEMO_MODELS} <= set(shipped)
     assert find_recipe("llava")[0].name == "llava-1.5-7b"
     for name in PAPER_MODELS:
         recipe = shipped[name]
@@ -99,7 +108,7 @@ def test_sizes_are_those_of_the_published_models(name, decoder, tower, projector
     assert tower is None or counts["tower"] == tower
 
 
-@pytest.mark.parametrize("name", PAPER_MODELS)
+@pytest.mark.parametrize("name", [*PAPER_MODELS, *QWEN_MODELS])
 def test_every_pruner_a_model_claims_can_be_asked_for(name):
     from gap_export.families import resolve_pruning, supported_pruners
 
@@ -134,6 +143,34 @@ def test_prompts_are_exactly_those_the_models_were_trained_with():
     }
     found = {name: find_recipe(name)[0].prompt.template for name in PAPER_MODELS}
     assert found == wanted
+
+
+def test_prompts_of_qwen_s_models_are_chat_templates_around_their_authors_questions():
+    turn = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
+    answer = "<|im_end|>\n<|im_start|>assistant\n"
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    third = (
+        f'{turn}Locate every object that matches the description "{{expression}}" in the image. '
+        f"Report bbox coordinates in JSON format.{answer}"
+    )
+    second = (
+        f"{system}{turn}Locate {{expression}} in this image and output the bbox coordinates in "
+        f"JSON format.{answer}"
+    )
+    first = f"{system}{turn}Find <|object_ref_start|>{{expression}}<|object_ref_end|>{answer}"
+    for name in QWEN_MODELS:
+        recipe = find_recipe(name)[0]
+        wanted = {"qwen3_vl": third, "qwen2_5_vl": second, "qwen2_vl": first}[recipe.family]
+        assert recipe.prompt.template == wanted
+        assert recipe.prompt.tokenization == "whole"
+        # There is no CLS to read.
+        assert recipe.defaults.pruner == "divprune"
+
+
+def test_only_one_of_qwen_s_models_may_not_be_used_commercially():
+    notes = {name: find_recipe(name)[0].license_note for name in QWEN_MODELS}
+    assert [name for name, note in notes.items() if note] == ["qwen2.5-vl-3b"]
+    assert "no commercial use" in str(notes["qwen2.5-vl-3b"])
 
 
 def test_the_question_is_what_trim_and_cdpruner_are_fed():
