@@ -95,6 +95,27 @@ class IdReader:
             return f"{self.name} reads row {rows.max()} of a table of {len(stands_for)}"
         return stands_for[rows]
 
+    def wrong_choice(self, values: Mapping[str, NDArray[Any]], wanted: Sequence[int]) -> str:
+        """Which frequency turns by an axis that it should not, in words; empty if none does.
+
+        Args:
+            values: Those of :attr:`values`.
+            wanted: The axis of each frequency; empty where that is not known.
+        """
+        if not self.choice or not wanted:
+            return ""
+        seen = values[self.choice].ravel()
+        if len(seen) != len(wanted):
+            return f"{self.name} turns by {len(seen)} frequencies instead of {len(wanted)}"
+        wrong = np.flatnonzero(seen != np.array(wanted))
+        if not wrong.size:
+            return ""
+        first = wrong[0]
+        return (
+            f"{self.name} turns frequency {first} by axis {seen[first]} instead of "
+            f"{wanted[first]} ({wrong.size} of {len(wanted)} frequencies are wrong)"
+        )
+
 
 def find_id_readers(graph: OnnxFile) -> tuple[IdReader, ...]:
     """Every place of a graph where ids become angles, in its order."""

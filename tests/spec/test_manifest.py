@@ -158,6 +158,8 @@ NONSENSE: list[tuple[str, Any]] = [
     ("decoder.max_position_embeddings", 0),
     ("decoder.eos_token_ids", []),
     ("decoder.eos_token_ids.0", -1),
+    ("decoder.num_taps", -1),
+    ("decoder.rope_axes", [0, 1, 2]),
     ("graphs.0.dtype", "int4"),
     ("graphs.0.outputs.0.shape.2", -1),
     ("source.parts.0.files.0.size", -1),

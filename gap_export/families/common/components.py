@@ -172,6 +172,7 @@ def assemble(
             if shape.num_heads * shape.head_dim != shape.hidden_size
             else None,
             num_taps=shape.num_taps,
+            rope_axes=shape.frequency_axes() if shape.position_axes > 1 else (),
         ),
         text_encoder_spec=text_spec,
         image_token_id=source.image_token_id,

@@ -152,8 +152,8 @@ def _shared(heads: ir.Value, where: str) -> ir.Value:
             break
         chain.append(node)
         value = node.inputs[0]
-    if not chain:
-        return heads
+    if len(chain) < 2:
+        return heads  # a Reshape alone repeats nothing: windows of an image come from one
     axes = constant(chain[-1].inputs[1])
     few = None if value is None else static_dim(value, 1)
     many = static_dim(heads, 1)

@@ -147,7 +147,10 @@ def read_positions(
             known = [prompt for prompt, end in zip(prompts, ends, strict=True) if end < most]
             # A model for a few tokens may know the ids of none of them.
             looked_at = known or [prompts[int(np.argmin(ends))]]
-            found = [_look(graph, spec, readers, prompt, step) for prompt in looked_at]
+            found = [
+                _look(graph, spec, readers, prompt, step, manifest.decoder.rope_axes)
+                for prompt in looked_at
+            ]
             # The furthest off; of several that are right the one that reaches furthest.
             _, worst = max(found, key=lambda one: (one[0], one[1].expected[1]))
             rows.append(worst)
@@ -164,9 +167,17 @@ def _prompts(manifest: Manifest, *, last_step: int) -> Iterator[_Prompt]:
     if pruning.order != "raster":
         keep = keep[::-1]
     grid, axes = (manifest.grid.rows, manifest.grid.cols), manifest.decoder.position_axes
-    span = VisualSpan(start=_PREFIX, num_visual_tokens=num_visual, keep_indices=keep, grid=grid)
+    kept_of_rows = [keep] * len(_SUFFIXES)
+    if axes > 1:
+        # Nothing of the last row and column, where the text's ids would show what is left.
+        inner = np.arange(num_visual).reshape(grid)[:-1, :-1].ravel()
+        places = np.linspace(len(inner) - 1, 0, num_kept).astype(np.int64)
+        kept_of_rows[-1] = np.unique(inner[places]) if len(inner) else keep
     rows = []
-    for suffix in _SUFFIXES:
+    for suffix, kept_of_row in zip(_SUFFIXES, kept_of_rows, strict=True):
+        span = VisualSpan(
+            start=_PREFIX, num_visual_tokens=num_visual, keep_indices=kept_of_row, grid=grid
+        )
         length = _PREFIX + num_visual + suffix
         kept = build_kept_positions(unpruned_length=length, spans=[span])
         rows.append(
@@ -191,7 +202,12 @@ def _prompts(manifest: Manifest, *, last_step: int) -> Iterator[_Prompt]:
 
 
 def _look(
-    graph: OnnxFile, spec: GraphSpec, readers: Sequence[IdReader], prompt: _Prompt, step: int
+    graph: OnnxFile,
+    spec: GraphSpec,
+    readers: Sequence[IdReader],
+    prompt: _Prompt,
+    step: int,
+    rope_axes: Sequence[int],
 ) -> tuple[float, PositionsRow]:
     """One step of one prompt: by how much the reader that is furthest off is off, and its row."""
     mask, slots = prompt.at(step)
@@ -219,6 +235,9 @@ def _look(
         seen = reader.ids(values, truth.shape)
         if isinstance(seen, str):
             return np.inf, row(0, None, seen)
+        if wrong := reader.wrong_choice(values, rope_axes):
+            # The right ids, and not where they belong.
+            return np.inf, row(0, seen, wrong)
         # What is not a number is as far off as can be.
         difference = np.nan_to_num(np.abs(seen - truth), nan=np.inf)
         off = float(difference.max())

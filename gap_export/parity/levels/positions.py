@@ -34,6 +34,12 @@ def judge_positions(
             status="failed" if wrong_fed else "not_run",
             reason="; ".join(filter(None, (wrong_fed, found.reason))),
         )
+    figures: dict[str, float | int | None] = {
+        "calls": len(found),
+        "readers": max(row.readers for row in found),
+    }
+    if bundle.manifest.decoder.position_axes > 1:
+        figures["axes"] = bundle.manifest.decoder.position_axes
     failed = [row for row in found if not row.passed]
     reasons = [f"{row.call}: {row.reason}" for row in failed[:1]]
     if wrong_fed:
@@ -44,6 +50,6 @@ def judge_positions(
         level="positions",
         status="failed" if reasons else "passed",
         reason="; ".join(filter(None, (*reasons, note))),
-        figures={"calls": len(found), "readers": max(row.readers for row in found)},
+        figures=figures,
         rows=found,
     )

@@ -64,6 +64,8 @@ class DecoderSpec(Strict):
         num_heads: Heads of the queries; None where they are hidden_size / head_dim.
         num_taps: Planes that stand behind the hidden state in a token's embedding, each added
             behind one of the first layers (DeepStack).
+        rope_axes: With several position axes, the axis that each frequency of RoPE turns by; empty
+            where that is not known, as of somebody else's export.
     """
 
     num_layers: int
@@ -76,6 +78,7 @@ class DecoderSpec(Strict):
     position_axes: Literal[1, 3] = field(default=1, metadata=RARE)
     num_heads: int | None = field(default=None, metadata=RARE)
     num_taps: int = field(default=0, metadata=RARE)
+    rope_axes: tuple[int, ...] = field(default=(), metadata=RARE)
 
     @property
     def embeds_size(self) -> int:

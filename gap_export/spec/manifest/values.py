@@ -187,6 +187,10 @@ def _check_decoder(manifest: Manifest) -> None:
         _between("decoder.num_heads", spec.num_heads, 1, _MAX_WIDTH)
     if spec.position_axes > 1 and manifest.image.tiles is not None:
         raise _refuse("decoder.position_axes", spec.position_axes, "1 with image.tiles")
+    most = spec.head_dim // 2 if spec.position_axes > 1 else 0
+    _between("number of decoder.rope_axes", len(spec.rope_axes), 0, most)
+    for index, axis in enumerate(spec.rope_axes):
+        _between(f"decoder.rope_axes[{index}]", axis, 0, spec.position_axes - 1)
 
 
 def _check_sizes(manifest: Manifest) -> None:

@@ -133,6 +133,21 @@ def test_repeated_heads_are_shared():
     check_close(run(model, **given)[0], truth)
 
 
+def test_heads_that_are_only_reshaped_are_not_repeated():
+    """Windows of an image come from a Reshape."""
+    given = feeds()
+    given["k"] = given["k"].reshape(2, 2, 7, 4, 4)
+    model = plain(
+        ("float16[b, 2, t, 16] k,", "float16[b, 2, t, 4, 4] k,"),
+        ("turned = Transpose <perm = [0, 1, 3, 2]> (k)",
+         "shape = Constant <value = int64[4] {2, 2, 7, 16}> ()\n    flat = Reshape (k, shape)\n"
+         "    turned = Transpose <perm = [0, 1, 3, 2]> (flat)"),
+    )  # fmt: skip
+    truth = run(model, **given)[0]
+    assert kinds(fused(model)) == ["Reshape", "Attention"]
+    check_close(run(model, **given)[0], truth)
+
+
 def test_weights_that_somebody_reads_stay():
     model = plain(
         ("=> (float16[b, 2, s, 16] y)", "=> (float16[b, 2, s, 16] y, float16[b, 2, s, t] weights)")
