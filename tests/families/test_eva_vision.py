@@ -104,7 +104,7 @@ def test_cls_is_repeated_and_its_attention_averaged(eva, ln_vision, tmp_path):
     wanted = weights[:, :, 0, 1:].mean(dim=1).reshape(2, TOKENS, JOIN).mean(dim=2)
     assert (ours.cls_attention - wanted).abs().max() < ATOL
     received = weights.mean(dim=(1, 2))[:, 1:].reshape(2, TOKENS, JOIN).mean(dim=2)
-    assert (ours.received_attention - received).abs().max() < ATOL
+    assert (ours.received_attention() - received).abs().max() < ATOL
     assert (ours.cls.reshape(2, JOIN, WIDTH) - cls[:, None]).abs().max() < ATOL
     assert ours.cls_attention.sum(dim=1).max() < 1.0 / JOIN
 

@@ -103,7 +103,7 @@ def test_features_and_attention_equal_transformers(tiny_checkpoint):
     attention = seen.attentions[-2][:, :, 0, 1:].mean(dim=1)
     assert (features.cls_attention - attention).abs().max() < ATOL
     received = seen.attentions[-2].mean(dim=(1, 2))[:, 1:]
-    assert (features.received_attention - received).abs().max() < ATOL
+    assert (features.received_attention() - received).abs().max() < ATOL
     assert (ours - torch.stack(list(wanted))).abs().max() < ATOL
 
 

@@ -58,12 +58,12 @@ class EvaVisionTower(nn.Module):
         """
         hidden, attended = self.encoder(self.embeddings(pixel_values))
         assert attended is not None, "a tower has layers"
-        hidden = self.post_layernorm(hidden)
+        weights, hidden = attended.weights, self.post_layernorm(hidden)
         return VisionFeatures(
             patches=self._joined(hidden[:, 1:]).flatten(2),
             cls=hidden[:, 0].repeat(1, self.join),
-            cls_attention=self._joined(attended.weights[:, :, 0, 1:].mean(dim=1)).mean(dim=2),
-            received_attention=self._joined(attended.weights.mean(dim=(1, 2))[:, 1:]).mean(dim=2),
+            cls_attention=self._joined(weights[:, :, 0, 1:].mean(dim=1)).mean(dim=2),
+            received_attention=lambda: self._joined(weights.mean(dim=(1, 2))[:, 1:]).mean(dim=2),
             keys=self._joined(attended.keys[:, :, 1:].mean(dim=1)).flatten(2),
         )
 

@@ -53,10 +53,11 @@ class ClipVisionTower(nn.Module):
         """
         hidden, attended = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
         assert attended is not None, "the select layer is the first or a later one"
+        weights = attended.weights
         return VisionFeatures(
             patches=hidden[:, 1:],
             cls=hidden[:, 0],
-            cls_attention=attended.weights[:, :, 0, 1:].mean(dim=1),
-            received_attention=attended.weights.mean(dim=(1, 2))[:, 1:],
+            cls_attention=weights[:, :, 0, 1:].mean(dim=1),
+            received_attention=lambda: weights.mean(dim=(1, 2))[:, 1:],
             keys=attended.keys[:, :, 1:].mean(dim=1),
         )

@@ -6,6 +6,7 @@ features, C width of a key, E CLIP embedding, H the decoder's hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -39,14 +40,15 @@ class VisionFeatures(NamedTuple):
         cls_attention: float [I, N], attention of CLS to each, averaged over the heads, in the layer
             that produced the features.
         received_attention: float [I, N], attention that each receives in that layer: the mean over
-            heads and queries, then over the patches of a token.
+            heads and queries, then over the patches of a token. A function of towers whose graphs
+            are older than this reading: nodes that are not read would rename those behind them.
     """
 
     patches: torch.Tensor
     keys: torch.Tensor | None = None
     cls: torch.Tensor | None = None
     cls_attention: torch.Tensor | None = None
-    received_attention: torch.Tensor | None = None
+    received_attention: torch.Tensor | Callable[[], torch.Tensor] | None = None
 
 
 class JointSpace(nn.Module):
@@ -130,10 +132,13 @@ class _VisionReader(nn.Module):
         features: VisionFeatures = self.tower(pixel_values.to(dtype))
         patches = features.patches
         next_layer = (None, None) if self.next_layer is None else self.next_layer(features)
+        received = features.received_attention
+        if callable(received):
+            received = received() if "received_attention" in self.pruner.reads else None
         seen: dict[Reading, torch.Tensor | None] = {
             "cls_features": features.cls,
             "cls_attention": features.cls_attention,
-            "received_attention": features.received_attention,
+            "received_attention": received,
             "keys": features.keys,
             "image_embeds": None if projector is None else embeds_of(projector, patches),
         }
