@@ -174,6 +174,27 @@ def _the_whole_answer(record: Record, _: BoxSpec) -> Box | None:
     return (x1, y1, x2, y2) if is_box else None
 
 
+# From the first bracket on, whatever stands there: what are no four numbers is a wrong answer.
+_IN_BRACKETS = re.compile(r"\[([^,\n]*),([^,\n]*),([^,\n]*),([^\]\n]*)\]")
+
+
+def _the_first_list(record: Record, box_spec: BoxSpec) -> Box | None:
+    """InternVL's program reads what the first bracket opens, in thousandths or in fractions.
+
+    Numbers that add up to less than 4 are fractions to it.
+    """
+    found = _IN_BRACKETS.search(record.text)
+    try:
+        numbers = [float(part.lstrip("[")) for part in found.groups()] if found else []
+    except ValueError:
+        return None
+    if len(numbers) != 4 or not math.isfinite(sum(numbers)):
+        return None
+    unit = box_spec.scale if sum(numbers) >= 4 else 1.0
+    x1, y1, x2, y2 = (number / unit for number in numbers)
+    return x1, y1, x2, y2
+
+
 def _in_pixels(_: Box, record: Record, question: Question, __: BoxSpec) -> float:
     """What the runtime answers, in pixels of the image: corners in order, clipped."""
     return 0.0 if record.box is None else intersection_over_union(record.box, question.box)
@@ -305,6 +326,18 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 scale=1.0,
                 read=_the_whole_answer,
                 compare=_in_hundredths_of_the_image,
+                reaches=operator.ge,
+            ),
+            Protocol(
+                name="internvl",
+                summary="IoU >= 0.5 in fractions of the image, corners as they are, nothing "
+                "clipped; what the first bracket of an answer opens is read, in thousandths, or as "
+                "fractions where the four numbers add up to less than 4",
+                source="InternVL, internvl_chat/eval/refcoco/evaluate_grounding.py",
+                syntaxes=("bracketed",),
+                scale=1000.0,
+                read=_the_first_list,
+                compare=_as_fractions_of_the_image,
                 reaches=operator.ge,
             ),
         )

@@ -37,6 +37,7 @@ from gap_export.spec.manifest import (
 )
 from gap_export.spec.manifest.facts import SLOT, wrong_facts
 from gap_export.spec.manifest.sizes import image_sizes, prompt_sizes
+from gap_export.spec.recipe_base import with_base
 from gap_export.spec.strict_yaml import read_yaml
 
 RECIPE_NAME = "recipe.yaml"
@@ -329,10 +330,14 @@ def models_dir() -> Path:
 def load_recipe(path: Path) -> Recipe:
     """Read one recipe file.
 
+    It may have a base, see :mod:`gap_export.spec.recipe_base`.
+
     Raises:
-        RecipeError: unreadable, too large, not YAML, or a key or value that is not allowed.
+        RecipeError: unreadable, too large, not YAML, a base that is not there or has one itself, or
+            a key or value that is not allowed.
     """
-    plain = read_yaml(path)
+    shipped = {home.parent.name: home for home in models_dir().glob(f"*/{RECIPE_NAME}")}
+    plain = with_base(read_yaml(path), path, shipped)
     try:
         return Recipe.model_validate(plain)
     except ValidationError as err:

@@ -15,7 +15,10 @@ from gap_export.families import native_protocol
 from gap_export.spec.manifest import BoxSpec
 from tests.evaluation.answers import ANGLED, PADDED, WHOLE, question, record
 
-OURS, OWN, LMMS, SHIKRA, MINIGPT, _ = PROTOCOLS.values()
+OURS, OWN, LMMS, SHIKRA, MINIGPT, _, INTERNVL = PROTOCOLS.values()
+THOUSANDTHS = BoxSpec(syntax="bracketed", scale=1000.0, frame="image")
+# How the models of a protocol write boxes, where that is not as PADDED.
+SPECS = {"minigpt-v2": ANGLED, "internvl": THOUSANDTHS}
 EVERY = pytest.mark.parametrize("name", list(PROTOCOLS))
 
 
@@ -28,13 +31,16 @@ def overlap(name: str, answer, box, spec: BoxSpec = PADDED, size=(640, 480)) -> 
     if name == "minigpt-v2":
         text = "{" + "".join(f"<{round(100 * value)}>" for value in answer) + "}"
         return iou(name, text, box, ANGLED, size)
+    if name == "internvl":
+        text = f"[[{', '.join(f'{round(1000 * value)}' for value in answer)}]]"
+        return iou(name, text, box, THOUSANDTHS, size)
     separator = "," if name == "shikra" else ", "
     return iou(name, f"[{separator.join(f'{float(value)}' for value in answer)}]", box, spec, size)
 
 
 def test_protocols_are_those_of_the_fact_sheet_in_order():
     assert list(PROTOCOLS) == [
-        "tolerant", "unpad", "lmms", "shikra", "minigpt-v2", "vlm-evaluation",
+        "tolerant", "unpad", "lmms", "shikra", "minigpt-v2", "vlm-evaluation", "internvl",
     ]  # fmt: skip
 
 
@@ -135,6 +141,7 @@ HALF = (0.0, 0.0, 0.5, 1.0)
         ("lmms", True),
         ("shikra", False),
         ("vlm-evaluation", True),
+        ("internvl", True),
     ],
 )
 def test_iou_of_exactly_a_half_hits_where_the_convention_says_so(name, hit):
@@ -151,7 +158,8 @@ def test_minigpt_v2_s_threshold_is_not_a_hit():
 @EVERY
 def test_other_thresholds_follow_the_same_comparison(name):
     protocol = PROTOCOLS[name]
-    assert protocol.is_hit(0.7, 0.7) == protocol.is_hit(0.5) == (name in {"lmms", "vlm-evaluation"})
+    inclusive = name in {"lmms", "vlm-evaluation", "internvl"}
+    assert protocol.is_hit(0.7, 0.7) == protocol.is_hit(0.5) == inclusive
     assert protocol.is_hit(0.71, 0.7) and not protocol.is_hit(0.69, 0.7)
 
 
@@ -249,6 +257,7 @@ def test_overlap_is_a_share_under_every_protocol(size, answer, truth, spec):
     [
         ("shikra", PADDED, "shikra"),
         ("minigpt_v2", ANGLED, "minigpt-v2"),
+        ("internvl", THOUSANDTHS, "internvl"),
         ("llava", PADDED, "tolerant"),
         ("llava_next", PADDED, "tolerant"),
         ("another", ANGLED, "tolerant"),
@@ -260,7 +269,7 @@ def test_native_protocol_is_what_the_family_declares(family, spec, name):
 
 @EVERY
 def test_named_protocol_is_taken_whatever_the_family(name):
-    spec = ANGLED if name == "minigpt-v2" else PADDED
+    spec = SPECS.get(name, PADDED)
     assert resolve_protocol(name, "shikra", spec) is PROTOCOLS[name]
 
 
@@ -342,7 +351,37 @@ READINGS = {
         ("[0, 0, 01, 01]", None),
         ("BOX", None),
     ],
+    "internvl": [
+        ("the cup[[100, 200, 300, 400]]", (0.1, 0.2, 0.3, 0.4)),
+        ("[100, 200, 300, 400]", (0.1, 0.2, 0.3, 0.4)),
+        ("[[100, 200, 300, 400], [500, 600, 700, 800]]", (0.1, 0.2, 0.3, 0.4)),
+        ("[[0.1, 0.2, 0.3, 0.4]]", (0.1, 0.2, 0.3, 0.4)),  # fractions
+        ("[[1, 1, 1, 0]]", (1.0, 1.0, 1.0, 0.0)),  # add up to 3
+        ("[[1, 1, 1, 1]]", (0.001, 0.001, 0.001, 0.001)),  # add up to 4
+        ("[300, 200, 100, 400]", (0.3, 0.2, 0.1, 0.4)),  # corners are not put in order
+        ("[100, 200, 300, 1400]", (0.1, 0.2, 0.3, 1.4)),  # nothing is clipped
+        ("[1] the cup [100, 200, 300, 400]", None),  # the first bracket is another
+        ("[100, 200, 300, 400", None),
+        ("[100, 200, 300]", None),
+        ("[100, 200, 300, 400, 500]", None),
+        ("[left, 200, 300, 400]", None),
+        ("[inf, 200, 300, 400]", None),
+    ],
 }
+
+
+def test_internvl_compares_fractions_of_each_side():
+    # 64..192 of 640 and 96..192 of 480.
+    answer, truth = "[[100, 200, 300, 400]]", (64.0, 96.0, 192.0, 192.0)
+    assert iou("internvl", answer, truth, THOUSANDTHS) == pytest.approx(1.0)
+    assert iou("internvl", "[[300, 200, 100, 400]]", truth, THOUSANDTHS) == 0.0
+    assert iou("internvl", "[1] " + answer, truth, THOUSANDTHS) == 0.0
+    assert iou("tolerant", "[1] " + answer, truth, THOUSANDTHS) == pytest.approx(1.0)
+
+
+def test_internvl_s_program_is_not_asked_about_other_scales():
+    assert INTERNVL not in applicable(PADDED)
+    assert INTERNVL in applicable(THOUSANDTHS)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +389,7 @@ READINGS = {
     [(name, *reading) for name, readings in READINGS.items() for reading in readings],
 )
 def test_answers_are_read_as_the_protocol_s_own_program_does(name, text, box):
-    spec = ANGLED if name == "minigpt-v2" else PADDED
+    spec = SPECS.get(name, PADDED)
     assert PROTOCOLS[name].read(record(text, spec), spec) == box
 
 

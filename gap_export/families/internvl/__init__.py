@@ -13,5 +13,6 @@ from gap_export.spec.family import Family
 INTERNVL = Family(
     name="internvl",
     builder="gap_export.families.internvl.builder:INTERNVL",
-    readings=WITH_CLS | {"received_attention"},
+    readings=WITH_CLS,
+    protocol="internvl",
 )

@@ -50,14 +50,14 @@ class InternVisionTower(nn.Module):
         """
         hidden, attended = self.encoder(self.embeddings(pixel_values))
         assert attended is not None, "a tower has layers"
-        weights = attended.weights.mean(dim=1)
+        weights = attended.weights
         down, across = self.joined
         return VisionFeatures(
             patches=self._joined(hidden[:, 1:]).flatten(2),
             keys=self._joined(attended.keys[:, :, 1:].mean(dim=1)).flatten(2),
             cls=hidden[:, 0].repeat(1, down * across),
-            cls_attention=self._joined(weights[:, 0, 1:]).mean(dim=2),
-            received_attention=self._joined(weights[:, :, 1:].mean(dim=1)).mean(dim=2),
+            cls_attention=self._joined(weights[:, :, 0, 1:].mean(dim=1)).mean(dim=2),
+            received_attention=self._joined(weights.mean(dim=(1, 2))[:, 1:]).mean(dim=2),
         )
 
     def _joined(self, per_patch: torch.Tensor) -> torch.Tensor:
