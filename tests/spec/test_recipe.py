@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -40,6 +41,16 @@ QWEN_MODELS = (
     "qwen3-vl-4b",
     "qwen3-vl-8b",
 )
+# By name, parameters as counted from config.json; of the 8B of 3.5 half its published bytes.
+INTERNVL_MODELS = {
+    "internvl3-1b": 938_193_024,
+    "internvl3-2b": 2_088_957_440,
+    "internvl3-8b": 7_944_373_760,
+    "internvl3.5-1b": 1_060_897_792,
+    "internvl3.5-2b": 2_348_347_392,
+    "internvl3.5-4b": 4_732_489_216,
+    "internvl3.5-8b": 17_056_636_928 // 2,
+}
 DEMO_MODELS = ("refshapes-llava", "refshapes-minigpt-v2", "refshapes-shikra")
 
 
@@ -108,7 +119,70 @@ def test_sizes_are_those_of_the_published_models(name, decoder, tower, projector
     assert tower is None or counts["tower"] == tower
 
 
-@pytest.mark.parametrize("name", [*PAPER_MODELS, *QWEN_MODELS])
+@pytest.mark.parametrize("name", INTERNVL_MODELS)
+def test_internvl_s_recipes_are_of_the_published_sizes_tokens_and_canvases(name):
+    from gap_export.families import find_family, load_builder
+
+    recipe = find_recipe(name)[0]
+    assert recipe.architecture is not None and recipe.image.tiles is not None
+    tensors = load_builder(find_family(recipe)).expected_tensors(recipe.architecture)
+    assert sum(map(math.prod, tensors.values())) == INTERNVL_MODELS[name]
+    assert "lm_head.weight" in tensors and not recipe.architecture.decoder.tied_embeddings
+    is_newer = name.startswith("internvl3.5")
+    assert recipe.architecture.decoder.qk_norm is is_newer
+    assert recipe.special_tokens["<IMG_CONTEXT>"] == (151671 if is_newer else 151667)
+    assert recipe.special_tokens["<|im_end|>"] == 151645
+    assert recipe.end_of_answer == ("<|im_end|>",)
+    tiles = [height * width // 448**2 for height, width in recipe.image.tiles.resolutions]
+    assert len(tiles) == 14 and tiles == sorted(tiles) and tiles[-1] == 6
+    # Of one shape, which two are equally near, the smaller stands first.
+    assert recipe.image.tiles.resolutions.index((448, 448)) == 0
+    template = recipe.prompt.template
+    assert template.startswith("<|im_start|>system\n你是书生·万象")
+    assert template.endswith("<ref>{expression}</ref><|im_end|>\n<|im_start|>assistant\n")
+    assert "模型。<|im_end|>\n<|im_start|>user\n<img><IMG_CONTEXT></img>\nPlease" in template
+    assert recipe.defaults.pruner == "divprune"
+
+
+def test_a_recipe_says_in_what_it_differs_from_its_base(tmp_path):
+    base = find_recipe("internvl3-1b")[0]
+    plain = {
+        "base": "internvl3-1b",
+        "name": "mine",
+        "summary": "for tests",
+        "license": "MIT",
+        "checkpoint": {"kind": "bundled"},
+        "prompt": {"max_new_tokens": 7},
+        "end_of_answer": ["<|endoftext|>"],
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    found = load_recipe(path)
+    assert (found.name, found.aliases, found.published) == ("mine", (), ())
+    assert found.end_of_answer == ("<|endoftext|>",)
+    assert found.prompt == dataclasses.replace(base.prompt, max_new_tokens=7)
+    assert (found.architecture, found.image) == (base.architecture, base.image)
+
+
+@pytest.mark.parametrize("name", ["internvl3-2b", "no-such", "../llava-1.5-7b", 7, ["llava"], None])
+def test_a_base_that_is_none_is_refused(tmp_path, name):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"base": name, "name": "mine"}))
+    with pytest.raises(RecipeError, match=r"base cannot be used.*one that has no base itself, of "):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("missing", ["name", "summary", "license", "checkpoint"])
+def test_what_a_model_is_called_and_where_it_comes_from_is_never_the_base_s(tmp_path, missing):
+    plain = yaml.safe_load((models_dir() / "internvl3-2b" / "recipe.yaml").read_text())
+    del plain[missing]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    with pytest.raises(RecipeError, match=f"at {missing}.*Field required"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("name", [*PAPER_MODELS, *QWEN_MODELS, *INTERNVL_MODELS])
 def test_every_pruner_a_model_claims_can_be_asked_for(name):
     from gap_export.families import resolve_pruning, supported_pruners
 
