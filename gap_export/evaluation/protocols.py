@@ -178,7 +178,7 @@ def _the_whole_answer(record: Record, _: BoxSpec) -> Box | None:
 _IN_BRACKETS = re.compile(r"\[([^,\n]*),([^,\n]*),([^,\n]*),([^\]\n]*)\]")
 
 
-def _the_first_list(record: Record, box_spec: BoxSpec) -> Box | None:
+def _the_first_list(record: Record, _: BoxSpec) -> Box | None:
     """InternVL's program reads what the first bracket opens, in thousandths or in fractions.
 
     Numbers that add up to less than 4 are fractions to it.
@@ -190,7 +190,7 @@ def _the_first_list(record: Record, box_spec: BoxSpec) -> Box | None:
         return None
     if len(numbers) != 4 or not math.isfinite(sum(numbers)):
         return None
-    unit = box_spec.scale if sum(numbers) >= 4 else 1.0
+    unit = 1000.0 if sum(numbers) >= 4 else 1.0
     x1, y1, x2, y2 = (number / unit for number in numbers)
     return x1, y1, x2, y2
 

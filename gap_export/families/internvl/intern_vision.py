@@ -57,7 +57,7 @@ class InternVisionTower(nn.Module):
             keys=self._joined(attended.keys[:, :, 1:].mean(dim=1)).flatten(2),
             cls=hidden[:, 0].repeat(1, down * across),
             cls_attention=self._joined(weights[:, :, 0, 1:].mean(dim=1)).mean(dim=2),
-            received_attention=self._joined(weights.mean(dim=(1, 2))[:, 1:]).mean(dim=2),
+            received_attention=lambda: self._joined(weights.mean(dim=(1, 2))[:, 1:]).mean(dim=2),
         )
 
     def _joined(self, per_patch: torch.Tensor) -> torch.Tensor:
