@@ -58,7 +58,7 @@ def read_config(plain: Mapping[str, Any], file: Path, *, num_tensors: int) -> An
     require(kind in _DECODERS, "language model_type", kind, ", ".join(_DECODERS), where=file)
     vision = plain.get("vision_config")
     if isinstance(vision, Mapping):
-        sides = {key: _side(vision, key, file) for key in ("image_size", "patch_size")}
+        sides = {key: side_of(vision, key, file) for key in ("image_size", "patch_size")}
         given = {key: side for key, side in sides.items() if side is not None}
         plain = {**plain, "vision_config": {**vision, **given}}
     config: Any = build_config(InternVLConfig, plain, file, num_tensors=num_tensors)
@@ -172,8 +172,12 @@ def _architecture(config: Any, file: Path) -> Architecture:
     return Architecture(vision=vision, projector=projector, decoder=decoder)
 
 
-def _side(vision: Mapping[str, Any], key: str, file: Path) -> Any:
-    """The side of a square that a config gives once or twice; None where it does not."""
+def side_of(vision: Mapping[str, Any], key: str, file: Path) -> Any:
+    """The side of a square that a config gives once or twice; None where it does not.
+
+    Raises:
+        CheckpointError: two sides that differ.
+    """
     size = vision.get(key)
     if not isinstance(size, list):
         return size

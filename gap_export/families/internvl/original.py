@@ -18,7 +18,7 @@ from gap_export.families.common.checkpoints.limits import require
 from gap_export.families.common.checkpoints.matching import peek_config
 from gap_export.families.common.checkpoints.parts import Stored, index_folder
 from gap_export.families.common.reference import Expected, ModelSource
-from gap_export.families.internvl.checkpoint import build_source, read_config
+from gap_export.families.internvl.checkpoint import build_source, read_config, side_of
 from gap_export.families.internvl.names import ORIGINAL_KEYS
 from gap_export.spec.recipe import Recipe
 
@@ -87,14 +87,9 @@ def _as_transformers_has_it(plain: Mapping[str, Any], file: Path, recipe: Recipe
         require(isinstance(value, dict), key, value, "the sizes of that part", where=file)
     assert isinstance(vision, dict) and isinstance(text, dict)
     tower = {**_TOWER_DEFAULTS, **vision}
-    forced = plain.get("force_image_size") or tower.get("image_size")
-    require(
-        forced == tower.get("image_size"),
-        "force_image_size",
-        forced,
-        f"{tower.get('image_size')}, vision_config.image_size: positions are not interpolated",
-        where=file,
-    )
+    size, forced = side_of(tower, "image_size", file), plain.get("force_image_size")
+    allowed = f"{size}, vision_config.image_size: positions are not interpolated"
+    require(forced in (None, size), "force_image_size", forced, allowed, where=file)
     token = recipe.special_tokens.get(recipe.prompt.image_token)
     return {
         "model_type": "internvl",
