@@ -78,6 +78,19 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> SharedFolder:
     return SharedFolder(root)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def torch_traces(shared: SharedFolder) -> Callable[..., Any] | None:
+    """The function that really traces; exports of this process look up what it has made before."""
+    if "torch" not in sys.modules:
+        return None
+    from gap_export.exporting import trace
+    from tests.shared_traces import SharedTraces
+
+    really_trace = trace._trace
+    trace._trace = SharedTraces(shared, really_trace).trace
+    return really_trace
+
+
 @pytest.fixture(scope="session")
 def exports(shared: SharedFolder) -> SharedExports:
     """Makes bundles that several tests look at."""

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
-import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from gap_export.spec.manifest import GraphSpec
 from gap_export.spec.requests import EnginesRequest, PruningRequest
 
 
@@ -39,27 +36,6 @@ class SharedFolder:
         return path
 
 
-class SharedGraphs:
-    """Serves as the ``GraphCache`` of one checkpoint, in files."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        self._folder = folder
-
-    def get(self, key: tuple[object, ...]) -> tuple[bytes, GraphSpec] | None:
-        path = self._path(key)
-        return pickle.loads(path.read_bytes()) if path.exists() else None
-
-    def put(self, key: tuple[object, ...], file: bytes, spec: GraphSpec) -> None:
-        path = self._path(key)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_bytes(pickle.dumps((file, spec)))
-        part.replace(path)
-
-    def _path(self, key: tuple[object, ...]) -> Path:
-        return self._folder / _short_hash(key)
-
-
 class SharedExports:
     """Bundles, each exported once in a run."""
 
@@ -72,14 +48,9 @@ class SharedExports:
         def export(out: Path) -> None:
             from gap_export.exporting import ExportOptions, export_model
 
-            export = ExportOptions(**sort_options(options), out=out)
-            export_model(export, cache=self.graphs(options["model"]))
+            export_model(ExportOptions(**sort_options(options), out=out))
 
         return self._shared.once(f"bundle-{_short_hash(sorted(options.items()))}", export)
-
-    def graphs(self, model: str) -> SharedGraphs:
-        """The cache for exports of a model whose graphs without pruning other tests look at."""
-        return SharedGraphs(self._shared.root / f"graphs-{_short_hash(model)}")
 
 
 def sort_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,8 +130,9 @@ def _root(
     del quiet, verbose, version  # their callbacks did the work
 
 
+@lru_cache(maxsize=1)
 def build_command() -> Any:
-    """The command tree, as typer runs it."""
+    """The command tree, as typer runs it; making it takes longer than refusing an option."""
     app = typer.Typer(
         cls=DefaultCommandGroup,
         add_completion=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ def read_yaml(path: Path) -> Any:
                 seen=f"{path}: more than {_MAX_BYTES} bytes",
                 allowed=f"{_MAX_BYTES} bytes",
             )
-        return yaml.load(raw.decode("utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return copy.deepcopy(_parse(raw))
     except (
         *(OSError, yaml.YAMLError, RecursionError),
         # PyYAML lets these out where a value is not what its tag says, e.g. the date 2024-13-45.
@@ -37,6 +39,12 @@ def read_yaml(path: Path) -> Any:
     ) as err:
         reason = f"{path}: {err}"[:_MAX_SHOWN]
         raise RecipeError("recipe cannot be read", seen=reason) from err
+
+
+@lru_cache(maxsize=64)
+def _parse(raw: bytes) -> Any:
+    """A command asks for all recipes several times, and reading YAML is what takes the time."""
+    return yaml.load(raw.decode("utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
 
 
 class _Loader(yaml.SafeLoader):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -107,11 +106,7 @@ def test_weights_that_are_not_here_exit_2_with_the_way_to_get_them(run_cli, monk
         assert words in outcome.err
 
 
-def test_a_bundle_is_replaced_by_force_alone(
-    run_cli, monkeypatch, exports, tiny_bundle, tiny_checkpoint, tmp_path
-):
-    known = partial(exporting.export_model, cache=exports.graphs(str(tiny_checkpoint)))
-    monkeypatch.setattr(exporting, "export_model", known)
+def test_a_bundle_is_replaced_by_force_alone(run_cli, tiny_bundle, tiny_checkpoint, tmp_path):
     out = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     outcome = run_cli(tiny_checkpoint, "--keep", "0.25", "--out", out)
     assert (outcome.code, outcome.out) == (2, "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ from PIL import Image
 from gap_export.errors import ImageError, OutputError, UsageError
 from gap_export.evaluation import evaluate, job
 from gap_export.evaluation.evaluate import Asking, evaluate_bundle, evaluate_model
-from gap_export.exporting import ExportOptions, export_checkpoint, export_model, resolve_options
+from gap_export.exporting import ExportOptions, export_model, resolve_options
 from gap_export.report import EVALUATION_SCHEMA
 from gap_export.spec.manifest import EngineLimits
 from gap_export.spec.requests import PruningRequest
@@ -24,8 +23,8 @@ from tests.runtime.backends.fake_tensorrt import copy_bundle, use_fakes, write_e
 
 
 @pytest.fixture
-def known_graphs(exports, tiny_checkpoint, monkeypatch):
-    """Evaluations take bundles and graphs of the tiny model from other exports of this run."""
+def known_bundles(exports, monkeypatch):
+    """Evaluations take bundles of the tiny model from other tests of this run."""
 
     def bundle_of(options, **_):
         plain, asked = vars(PruningRequest()), vars(options.pruning)
@@ -34,9 +33,7 @@ def known_graphs(exports, tiny_checkpoint, monkeypatch):
             changed = {"keep_ratio": 1.0}
         return SimpleNamespace(bundle=exports.bundle(model=options.model, **changed))
 
-    cache = exports.graphs(str(tiny_checkpoint))
     monkeypatch.setattr(evaluate, "export_model", bundle_of)
-    monkeypatch.setattr(evaluate, "export_checkpoint", partial(export_checkpoint, cache=cache))
 
 
 @pytest.fixture
@@ -65,7 +62,7 @@ def without_times(report):
     return replace(report, rows=tuple(rows), backend="")
 
 
-@pytest.mark.usefixtures("known_graphs")
+@pytest.mark.usefixtures("known_bundles")
 def test_rows_are_unpruned_then_compact_and_gap_for_each_configuration(tiny_checkpoint, tmp_path):
     report = evaluate_model(
         ExportOptions(model=str(tiny_checkpoint)),
@@ -246,16 +243,12 @@ def test_a_pruned_baseline_is_refused(tiny_bundle):
         evaluate_bundle(tiny_bundle, baseline=tiny_bundle, num_samples=4)
 
 
-def test_a_baseline_of_other_weights_is_refused(
-    tiny_bundle, tiny_checkpoint, make_checkpoint, exports, tmp_path
-):
+def test_a_baseline_of_other_weights_is_refused(tiny_bundle, make_checkpoint, tmp_path):
     other = str(make_checkpoint(seed=1))
     options = ExportOptions(
         model=other, pruning=PruningRequest(keep_ratio=1.0), out=tmp_path / "other"
     )
-    # Its weights differ, and no graph holds any.
-    cache = exports.graphs(str(tiny_checkpoint))
-    baseline = export_model(options, cache=cache).bundle
+    baseline = export_model(options).bundle
     with pytest.raises(UsageError, match=r"another model\.safetensors"):
         evaluate_bundle(tiny_bundle, baseline=baseline, num_samples=4)
 
@@ -273,7 +266,7 @@ def test_the_baseline_of_a_bundle_is_made_in_its_dtype(tiny_bundle, monkeypatch)
     assert asked == ["float32"]
 
 
-@pytest.mark.usefixtures("known_graphs")
+@pytest.mark.usefixtures("known_bundles")
 def test_a_checkpoint_folder_named_like_a_recipe_is_the_folder(
     tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch
 ):
@@ -334,7 +327,7 @@ def test_the_unpruned_model_is_in_raster_order_whatever_that_of_the_pruned_ones(
     assert [(one.keep_ratio, one.order) for one in exported] == [(1.0, "raster"), (0.3, "score")]
 
 
-@pytest.mark.usefixtures("known_graphs")
+@pytest.mark.usefixtures("known_bundles")
 def test_a_bundle_gives_the_same_rows_with_a_baseline_as_with_its_checkpoint(
     tiny_bundle, tiny_whole_bundle, tiny_checkpoint
 ):

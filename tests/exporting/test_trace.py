@@ -57,8 +57,16 @@ def location_of(ref: Any) -> str:
 @pytest.mark.parametrize(
     ("pruner", "keep_ratio", "order"),
     [
-        *((pruner, keep_ratio, "raster") for pruner in PRUNERS for keep_ratio in (0.3, 1.0)),
-        *((pruner, 0.3, "score") for pruner in ("cls", "random", "fastervlm")),
+        *((pruner, 0.3, "raster") for pruner in PRUNERS),
+        ("text", 1.0, "raster"),
+        ("cls", 0.3, "score"),
+        *(
+            pytest.param(*choice, marks=pytest.mark.full)
+            for choice in (
+                *((pruner, 1.0, "raster") for pruner in PRUNERS if pruner != "text"),
+                *((pruner, 0.3, "score") for pruner in ("random", "fastervlm")),
+            )
+        ),
     ],
 )
 def test_vision_graph_equals_pytorch(tiny_graphs, pruner, keep_ratio, order):
@@ -152,6 +160,13 @@ def test_saved_graph_is_valid_and_has_no_operator_tensorrt_refuses(tiny_graphs):
         assert not ops & {"NonZero", "Compress", "SplitToSequence", "SequenceAt", "Loop", "If"}
 
 
+@pytest.fixture
+def nothing_looked_up(torch_traces, monkeypatch):
+    """Traces are made, whether or not another test has made the same."""
+    monkeypatch.setattr("gap_export.exporting.trace._trace", torch_traces)
+
+
+@pytest.mark.usefixtures("nothing_looked_up")
 def test_tracing_twice_gives_the_same_file(tiny_graphs, tmp_path):
     for name in ("one.onnx", "two.onnx"):
         component, placed = meta_component(tiny_graphs, "embed_tokens")
@@ -159,6 +174,7 @@ def test_tracing_twice_gives_the_same_file(tiny_graphs, tmp_path):
     assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
 
 
+@pytest.mark.usefixtures("nothing_looked_up")
 def test_logger_level_is_put_back(tiny_graphs):
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     before = logger.level

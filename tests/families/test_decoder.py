@@ -203,7 +203,7 @@ def test_only_the_leading_channels_of_a_head_turn():
 def test_a_decoder_with_axes_norms_and_taps_is_exported(tmp_path):
     """All that Qwen3-VL has and Llama has not, through tracer, GapRemap and ONNX Runtime."""
     sizes = {"rope_sections": (4, 2, 2), "rope_interleaved": True, "qk_norm": True, "num_taps": 2}
-    shape = DecoderShape(**{**vars(SMALL), **sizes, "attention_bias": "qkv", "num_layers": 5})
+    shape = DecoderShape(**{**vars(SMALL), **sizes, "attention_bias": "qkv", "num_layers": 4})
     module = drawn(shape)
     save_file(module.state_dict(), tmp_path / "weights.safetensors")
     refs = index_files([tmp_path / "weights.safetensors"])

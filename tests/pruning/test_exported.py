@@ -1,6 +1,7 @@
 """Pruners as graphs, without a tower: ONNX Runtime against PyTorch, and built by TensorRT for RTX.
 
-Every pair of choices by default; every combination with ``-m full``.
+By default each pruner with all that it can do, and one with every choice; every combination with
+``-m full``.
 """
 
 from __future__ import annotations
@@ -193,16 +194,18 @@ CHOICES = [
 ]
 # They share a rule with another one, and differ in what they read.
 VARIANTS = ("fastervlm-received", "visionzip-received", "text-llm", "cdpruner-llm")
-# Every pair (pruner, order), (pruner, extra token) and (order, extra token) is among these.
-PAIRWISE = [
+# What a pruner has not in common with others is its scores and what it merges by.
+RICHEST = [
     (name, order, extra)
     for name, order, extra in CHOICES
-    if (name not in VARIANTS or (order, extra) == ("raster", "none"))
-    and (len(PRESETS[name].pruner.orders) == 1
-    or BY_EXTRA[extra][0] == order
-    or (name, order, extra) in {("cls", "score", "none"), ("cls", "raster", "mean"),
-                                ("prumerge", "score", "weighted")})
-]  # fmt: skip
+    if (
+        (order, extra) == ("raster", "none")
+        if name in VARIANTS
+        else extra == PRESETS[name].pruner.extra_tokens[-1]
+        and order == (BY_EXTRA[extra][0] if len(PRESETS[name].pruner.orders) > 1 else order)
+    )
+]
+DEFAULT = RICHEST + [choice for choice in CHOICES if choice[0] == "cls" and choice not in RICHEST]
 
 
 def check_graph(name, order, extra, folder, places):
@@ -240,8 +243,8 @@ def check_positions(keep: np.ndarray) -> None:
         assert fed[-1] == (5 + N + 3 if mode == "gap" else len(table) - 1)
 
 
-@pytest.mark.parametrize(("name", "order", "extra"), PAIRWISE)
-def test_graph_equals_pytorch_for_every_pair_of_choices(name, order, extra, tmp_path):
+@pytest.mark.parametrize(("name", "order", "extra"), DEFAULT)
+def test_graph_equals_pytorch_for_each_pruner_and_each_choice(name, order, extra, tmp_path):
     _, place = BY_EXTRA[extra]
     (path,) = check_graph(name, order, extra, tmp_path, [place])
     # With all the pruner can do.
@@ -256,6 +259,7 @@ def test_graph_equals_pytorch_and_builds_for_all_choices(name, order, extra, tmp
         assert build(path)
 
 
+TOKENS = {("raster", "weighted"), ("score", "none")}
 ADAPTIVE = [name for name, preset in PRESETS.items() if "adaptive" in preset.budgets]
 
 
@@ -263,7 +267,7 @@ ADAPTIVE = [name for name, preset in PRESETS.items() if "adaptive" in preset.bud
 @pytest.mark.parametrize(
     ("order", "extra"),
     [
-        pytest.param(order, extra, marks=[pytest.mark.full] if order != BY_EXTRA[extra][0] else [])
+        pytest.param(order, extra, marks=[] if (order, extra) in TOKENS else [pytest.mark.full])
         for order, extra in itertools.product(("raster", "score"), BY_EXTRA)
     ],
 )

@@ -58,7 +58,7 @@ def install(tmp_path, monkeypatch):
 
 
 def test_the_documented_pruner_is_exported_and_grounds(
-    install, tiny_checkpoint, tiny_recipe, exports, tmp_path
+    install, tiny_checkpoint, tiny_recipe, tmp_path
 ):
     install(*documented_example())
     assert "unusual" in supported_pruners(tiny_recipe)
@@ -67,7 +67,7 @@ def test_the_documented_pruner_is_exported_and_grounds(
         pruning=PruningRequest(pruner="unusual", keep_ratio=0.3),
         out=tmp_path / "bundle",
     )
-    bundle = export_model(options, cache=exports.graphs(options.model)).bundle
+    bundle = export_model(options).bundle
     manifest = open_bundle(bundle).manifest
     assert manifest.pruning.pruner == "unusual"
     assert manifest.tools["pruner: my_pruners"] == "1.0"
