@@ -13,8 +13,16 @@ from hypothesis import strategies as st
 from gap_export.errors import UsageError
 from gap_export.runtime.images.geometry import ImageGeometry, choose_canvas
 from gap_export.spec.manifest import GridSpec, ImageSpec, TilesSpec
+from gap_export.spec.positions import VisualSpan, build_kept_positions
 from gap_export.spec.recipe import find_recipe
-from gap_export.spec.tiles import TiledTokens, TileLayout, TileTokens, arrange_tiles
+from gap_export.spec.tiles import (
+    TiledTokens,
+    TileLayout,
+    TileStack,
+    TileTokens,
+    arrange_tiles,
+    stack_tiles,
+)
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 SIDES = [
@@ -201,6 +209,37 @@ LAYOUT = TileLayout.for_image(80, 40, rows=2, cols=3, tile_rows=1, tile_cols=2)
 def test_indices_that_do_not_fit_are_refused(keep, message):
     with pytest.raises(UsageError, match=message):
         arrange_tiles(np.asarray(keep, dtype=np.int64), LAYOUT)
+    stack = TileStack(rows=2, cols=3, tile_rows=2, tile_cols=1)
+    with pytest.raises(UsageError, match=message):
+        stack_tiles(np.asarray(keep, dtype=np.int64), stack)
+
+
+def test_stacked_tiles_follow_each_other_thumbnail_last():
+    # Two tiles of 2x2 tokens beside each other, and the thumbnail.
+    stack = TileStack(rows=2, cols=2, tile_rows=1, tile_cols=2)
+    tokens = stack_tiles(np.array([[0, 3], [1, 2], [0, 2]]), stack)
+    assert (stack.num_tiles, stack.num_visual_tokens) == (3, 12)
+    assert tokens.keep_indices.tolist() == [0, 3, 5, 6, 8, 10]
+    assert tokens.source.tolist() == list(range(6))
+    assert tokens.num_visual_tokens == 12
+    assert tokens.tiles == (TileTokens(num_visual_tokens=4, num_kept_tokens=2),) * 3
+    span = VisualSpan(start=5, num_visual_tokens=12, keep_indices=tokens.keep_indices)
+    table = build_kept_positions(unpruned_length=20, spans=[span])
+    assert table.tolist() == [0, 1, 2, 3, 4, 5, 8, 10, 11, 13, 15, 17, 18, 19]
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.data())
+def test_stacked_tokens_are_where_a_walk_through_the_sequence_finds_them(
+    tile_rows, tile_cols, num_kept, data
+):
+    stack = TileStack(rows=2, cols=3, tile_rows=tile_rows, tile_cols=tile_cols)
+    few = st.sets(st.integers(0, 5), min_size=num_kept, max_size=num_kept)
+    keep = [sorted(data.draw(few)) for _ in range(stack.num_tiles)]
+    tokens = stack_tiles(np.array(keep), stack)
+    walked = [(tile, cell) for tile in range(stack.num_tiles) for cell in range(6)]
+    fed = [place for place, (tile, cell) in enumerate(walked) if cell in keep[tile]]
+    assert tokens.keep_indices.tolist() == fed
+    assert tokens.source.tolist() == list(range(len(fed)))
 
 
 @pytest.mark.parametrize("name", ["width", "height", "rows", "cols", "tile_rows", "tile_cols"])
