@@ -44,7 +44,7 @@ def spec(name: str, *shape: int | str, dtype: str = "float32") -> TensorSpec:
     return TensorSpec(name=name, dtype=dtype, shape=shape)
 
 
-def decoder(num_layers: int = LAYERS, dtype: str = "float16") -> Component:
+def decoder(num_layers: int = LAYERS, dtype: str = "float16", *, num_taps: int = 0) -> Component:
     shape = DecoderShape(
         hidden_size=32,
         intermediate_size=48,
@@ -56,6 +56,7 @@ def decoder(num_layers: int = LAYERS, dtype: str = "float16") -> Component:
         max_position_embeddings=64,
         rms_norm_eps=1e-5,
         rope_theta=1e4,
+        num_taps=num_taps,
     )
     module = LlamaDecoder(shape).to(getattr(torch, dtype))
     module.inv_freq = torch.linspace(1, 0.1, 4)
@@ -64,7 +65,7 @@ def decoder(num_layers: int = LAYERS, dtype: str = "float16") -> Component:
         name="decoder_model_merged",
         module=module,
         inputs=(
-            spec("inputs_embeds", "batch", "sequence", 32, dtype=dtype),
+            spec("inputs_embeds", "batch", "sequence", shape.embeds_size, dtype=dtype),
             spec("attention_mask", "batch", "total", dtype="int64"),
             spec("position_ids", "batch", "sequence", dtype="int64"),
             *(spec(f"past_key_values.{n}", "batch", 2, "past", 8, dtype=dtype) for n in cache),
@@ -78,6 +79,7 @@ def decoder(num_layers: int = LAYERS, dtype: str = "float16") -> Component:
         constants={"inv_freq": module.inv_freq.numpy()},
         kv_contract="concat",
         repeated="layers",
+        num_leading=num_taps,
     )
 
 
@@ -191,7 +193,13 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Both:
     return Both(vision(), tmp_path_factory.mktemp("vision"))
 
 
-@pytest.fixture(params=["decoders", "towers"])
+@pytest.fixture(scope="module")
+def tapped(tmp_path_factory: pytest.TempPathFactory) -> Both:
+    """A decoder behind whose first layer something is added."""
+    return Both(decoder(num_taps=1), tmp_path_factory.mktemp("tapped"))
+
+
+@pytest.fixture(params=["decoders", "towers", "tapped"])
 def both(request: pytest.FixtureRequest) -> Both:
     return request.getfixturevalue(request.param)
 
@@ -259,13 +267,15 @@ def test_scopes_are_those_of_the_traced_one(both):
 
 
 def test_stamping_leaves_the_module_as_it_is(both):
-    assert len(both.component.module.get_submodule(both.component.repeated)) == LAYERS
+    number = len(both.component.module.get_submodule(both.component.repeated))
+    lead = both.component.num_leading
     short = shorten(both.component)
-    assert len(short.module.get_submodule(both.component.repeated)) == 3
-    assert len(both.component.module.get_submodule(both.component.repeated)) == LAYERS
+    assert len(short.module.get_submodule(both.component.repeated)) == 3 + lead
+    assert len(both.component.module.get_submodule(both.component.repeated)) == number
     key = f"{both.component.repeated}.%d."
     whole, three = both.component.module.state_dict(), short.module.state_dict()
-    for ours, theirs in ((0, 0), (1, 1), (LAYERS - 1, 2)):
+    kept = [(index, index) for index in range(lead + 2)]
+    for ours, theirs in (*kept, (number - 1, lead + 2)):
         names = [name for name in whole if name.startswith(key % ours)]
         assert names
         for name in names:
@@ -273,11 +283,14 @@ def test_stamping_leaves_the_module_as_it_is(both):
             assert taken.data_ptr() == whole[name].data_ptr()
 
 
+@pytest.mark.parametrize("which", ["decoders", "tapped"])
 @pytest.mark.parametrize(("fed", "past"), [(6, 0), (1, 9)])
-def test_decoder_gives_the_same_bits(decoders, fed, past):
+def test_decoder_gives_the_same_bits(request, which, fed, past):
+    decoders = request.getfixturevalue(which)
     rng = np.random.default_rng(fed)
+    width = decoders.component.inputs[0].shape[2]
     feeds = {
-        "inputs_embeds": rng.normal(size=(2, fed, 32)).astype(np.float16),
+        "inputs_embeds": rng.normal(size=(2, fed, width)).astype(np.float16),
         "attention_mask": np.ones((2, past + fed), np.int64),
         "position_ids": np.arange(past, past + fed)[None].repeat(2, 0),
     }
@@ -474,6 +487,7 @@ def test_output_of_an_earlier_layer_is_not_stamped(reasons):
 def test_only_deep_stacks_are_stamped():
     assert is_stampable(decoder(4)) and not is_stampable(decoder(3))
     assert not is_stampable(dataclasses.replace(decoder(4), repeated=None))
+    assert is_stampable(decoder(6, num_taps=2)) and not is_stampable(decoder(5, num_taps=2))
 
 
 def test_short_decoder_has_the_caches_of_three_layers():

@@ -33,13 +33,15 @@ class Trace:
     """Nodes by what they belong to, each list in the graph's order.
 
     Attributes:
-        first: Nodes of the first layer; some of ``outside`` may stand between them.
+        first: Nodes of the first layer behind those that lead; some of ``outside`` may stand
+            between them.
         stamp: Of the second.
         last: Of the third, right behind the second.
-        outside: Of no layer.
+        outside: Of no layer, or of one that leads.
         after: Those of ``outside`` that come behind the last layer.
         constants: Values that depend on no weight, and on no input but its sizes: they are the same
             wherever in a deeper stack they are made.
+        number: Of the stamp.
     """
 
     first: list[ir.Node]
@@ -48,14 +50,16 @@ class Trace:
     outside: list[ir.Node]
     after: list[ir.Node]
     constants: frozenset[ir.Value]
+    number: int
 
 
-def split_trace(graph: ir.Graph, scope: str) -> Trace:
+def split_trace(graph: ir.Graph, scope: str, *, num_leading: int = 0) -> Trace:
     """Sort a graph's nodes by the layer they are from.
 
     Args:
         graph: With the exporter's metadata.
         scope: Name of the list of layers in the traced module.
+        num_leading: How many layers lead.
 
     Raises:
         ExportError: a layer has no nodes, or the layers do not follow each other.
@@ -64,7 +68,7 @@ def split_trace(graph: ir.Graph, scope: str) -> Trace:
     layers: list[list[ir.Node]] = [[] for _ in range(NUM_TRACED)]
     for node in nodes:
         scopes = node.metadata_props.get(SCOPES, "")
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(layers, start=num_leading):
             if f"'{scope}.{index}'" in scopes:
                 layer.append(node)
     first, stamp, last = layers
@@ -82,6 +86,7 @@ def split_trace(graph: ir.Graph, scope: str) -> Trace:
         outside=[n for n in nodes[:start] if n not in inside] + nodes[end:],
         after=nodes[end:],
         constants=frozenset(_constants(nodes)),
+        number=num_leading + 1,
     )
 
 
@@ -110,7 +115,8 @@ def check_outside(trace: Trace, outputs: Sequence[ir.Value], labels: Labels) -> 
             if value is None:
                 continue
             # Lengths are read off whichever cache comes to hand; all caches have the same.
-            own = value.producer() is None and labels.layer(value) is not None
+            layer = labels.layer(value)
+            own = value.producer() is None and layer is not None and layer >= trace.number - 1
             if value in early or (own and node.op_type != "Shape"):
                 raise unlike("a node outside the layers reads what is one layer's", node.name)
     for value in outputs:
@@ -148,7 +154,8 @@ def align(trace: Trace, labels: Labels) -> dict[ir.Value, Place]:
             elif ours in stamp_at or theirs in last_at:
                 explained = stamp_at.get(ours) == last_at.get(theirs)
             elif labels.layer(ours) is not None:
-                explained = labels.layer(ours) == 1 and theirs.name == labels.name(ours, 2)
+                follows = theirs.name == labels.name(ours, trace.number + 1)
+                explained = labels.layer(ours) == trace.number and follows
             elif ours in first and theirs in stamp_at:
                 explained = True
                 carried[ours] = stamp_at[theirs]
@@ -163,12 +170,13 @@ def align(trace: Trace, labels: Labels) -> dict[ir.Value, Place]:
 
 def _check_caches(trace: Trace, labels: Labels) -> None:
     """Each layer makes its own caches, all at the same places."""
-    for index, layer in enumerate((trace.first, trace.stamp, trace.last)):
+    layers = (trace.first, trace.stamp, trace.last)
+    for index, layer in enumerate(layers, start=trace.number - 1):
         if any(labels.layer(value) not in {None, index} for value in outputs_of(layer)):
             raise unlike("a layer makes another layer's cache", index)
     for ours, theirs in zip(outputs_of(trace.stamp), outputs_of(trace.last), strict=True):
         labelled = labels.layer(ours) is not None or labels.layer(theirs) is not None
-        if labelled and labels.name(ours, 2) != theirs.name:
+        if labelled and labels.name(ours, trace.number + 1) != theirs.name:
             raise unlike("layers differ in a cache", f"{ours.name}, then {theirs.name}")
 
 

@@ -13,40 +13,44 @@ from gap_export.exporting.stamping.labels import CACHES, Labels, unlike
 from gap_export.families.common.reference import Component
 from gap_export.spec.manifest import TensorSpec
 
-# The first, the stamp and the last.
+# Behind those that lead: the first, the stamp and the last.
 NUM_TRACED = 3
 
 
 def is_stampable(component: Component) -> bool:
     """Whether the component declares a stack of layers deep enough to gain anything."""
-    return component.repeated is not None and len(stack_of(component)) > NUM_TRACED
+    most = NUM_TRACED + component.num_leading
+    return component.repeated is not None and len(stack_of(component)) > most
 
 
 def shorten(component: Component) -> Component:
     """The component with the first, the second and the last of its layers, and their caches.
+
+    Those that lead stay in front of them.
 
     Args:
         component: A stampable one; it and its module stay as they are. Beside its layers the module
             must not depend on their number, which nothing here can see.
 
     Returns:
-        One whose module shares every weight with the given one's. Its last layer has number 2.
+        One whose module shares every weight with the given one's. Its last layer has number 2, or
+        more where others lead.
 
     Raises:
         ExportError: the layers between the first and the last, or their caches, are not all alike.
     """
-    layers = stack_of(component)
+    layers, start = stack_of(component), component.num_leading + 1
     assert component.repeated is not None
-    middle = [_make(layer) for layer in layers[1:-1]]
-    for index, make in enumerate(middle, start=1):
+    middle = [_make(layer) for layer in layers[start:-1]]
+    for index, make in enumerate(middle, start=start):
         if make != middle[0]:
             raise unlike("a layer is made differently", f"{component.repeated}.{index}")
-    three = nn.ModuleList([layers[0], layers[1], layers[-1]])
+    few = nn.ModuleList([*layers[: start + 1], layers[-1]])
     return dataclasses.replace(
         component,
-        module=_with_child(component.module, component.repeated.split("."), three),
-        inputs=_first_three(component.inputs, len(layers)),
-        outputs=_first_three(component.outputs, len(layers)),
+        module=_with_child(component.module, component.repeated.split("."), few),
+        inputs=_first_and_last(component.inputs, len(layers), start),
+        outputs=_first_and_last(component.outputs, len(layers), start),
         repeated=None,
     )
 
@@ -82,10 +86,12 @@ def _with_child(module: nn.Module, path: Sequence[str], child: nn.Module) -> nn.
     return copied
 
 
-def _first_three(specs: Sequence[TensorSpec], num_layers: int) -> tuple[TensorSpec, ...]:
-    """The specs without the caches of the layers left out."""
+def _first_and_last(
+    specs: Sequence[TensorSpec], num_layers: int, stamp: int
+) -> tuple[TensorSpec, ...]:
+    """The specs without the caches of the layers left out, behind the stamp and before the last."""
     labels = Labels(*CACHES)
-    numbers = {0: 0, 1: 1, num_layers - 1: 2}
+    numbers = {layer: layer for layer in range(stamp + 1)} | {num_layers - 1: stamp + 1}
     kept: list[TensorSpec] = []
     caches: dict[tuple[str, str], list[TensorSpec]] = {}
     for spec in specs:
@@ -101,6 +107,6 @@ def _first_three(specs: Sequence[TensorSpec], num_layers: int) -> tuple[TensorSp
         if layer in numbers:
             kept.append(dataclasses.replace(spec, name=f"{prefix}.{numbers[layer]}{part}"))
     for (prefix, part), cache in caches.items():
-        if len(cache) != num_layers or len({(c.dtype, c.shape) for c in cache[1:-1]}) != 1:
+        if len(cache) != num_layers or len({(c.dtype, c.shape) for c in cache[stamp:-1]}) != 1:
             raise unlike("caches differ from layer to layer", f"{prefix}.*{part}")
     return tuple(kept)

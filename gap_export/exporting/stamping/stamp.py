@@ -41,16 +41,18 @@ def stamp_layers(graph: ir.Graph, component: Component, *, root: str) -> None:
     num_layers = len(stack_of(component))
     scope = f"{root}.{component.repeated}"
     labels = Labels(scope, *CACHES)
-    trace = split_trace(graph, scope)
+    trace = split_trace(graph, scope, num_leading=component.num_leading)
     check_outside(trace, graph.outputs, labels)
     carried = align(trace, labels)
     names = _Names(trace, labels)
-    own = [v for v in (*graph.inputs, *graph.initializers.values()) if labels.layer(v) == 1]
+    own = [
+        v for v in (*graph.inputs, *graph.initializers.values()) if labels.layer(v) == trace.number
+    ]
 
     new_nodes: list[ir.Node] = []
     new_values: list[ir.Value] = []
     previous = trace.stamp
-    for layer in range(2, num_layers - 1):
+    for layer in range(trace.number + 1, num_layers - 1):
         mine = {value: _value_like(value, labels.name(value, layer)) for value in own}
         read = mine | {value: place.of(previous) for value, place in carried.items()}
         previous = [_node_like(node, read, names, layer) for node in trace.stamp]
@@ -76,7 +78,7 @@ class _Names:
     """Names that count on from layer to layer as torch's do: ``linear_7``, then ``linear_14``."""
 
     def __init__(self, trace: Trace, labels: Labels) -> None:
-        self._labels = labels
+        self._labels, self._number = labels, trace.number
         self._series: dict[ir.Node | ir.Value, tuple[str, int, int]] = {}
         self._strides: dict[str, int] = {}
         for stamp, last in zip(trace.stamp, trace.last, strict=True):
@@ -96,7 +98,7 @@ class _Names:
         if isinstance(ours, ir.Value) and self._labels.layer(ours) is not None:
             return self._labels.name(ours, layer)
         stem, number, stride = self._series[ours]
-        return f"{stem}_{number + (layer - 1) * stride}"
+        return f"{stem}_{number + (layer - self._number) * stride}"
 
     def later(self, name: str | None, num_layers: int) -> str | None:
         """For what was traced behind the stack: its name with so many more layers before it."""
@@ -132,7 +134,7 @@ def _node_like(node: ir.Node, read: dict[ir.Value, ir.Value], names: _Names, lay
 def _rename_last(graph: ir.Graph, trace: Trace, labels: Labels, names: _Names, layer: int) -> None:
     """Give the last layer, and what comes behind it, the names they have in the whole."""
     for value in [*graph.inputs, *graph.initializers.values()]:
-        if labels.layer(value) == 2:
+        if labels.layer(value) == trace.number + 1:
             value.name = labels.name(value, layer)
     for node, stamp in zip(trace.last, trace.stamp, strict=True):
         node.name = names.of(stamp, layer)
@@ -140,10 +142,10 @@ def _rename_last(graph: ir.Graph, trace: Trace, labels: Labels, names: _Names, l
         for value, like in zip(node.outputs, stamp.outputs, strict=True):
             value.name = names.of(like, layer)
     for node in trace.after:
-        node.name = names.later(node.name, layer - 2)
+        node.name = names.later(node.name, layer - trace.number - 1)
         for value in node.outputs:
             if not value.is_graph_output():
-                value.name = names.later(value.name, layer - 2)
+                value.name = names.later(value.name, layer - trace.number - 1)
 
 
 def _complete_interface(

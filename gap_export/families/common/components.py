@@ -105,6 +105,7 @@ def decoder_component(source: ModelSource, kind: DecoderKind, *, dtype: str) -> 
         constants={name: value.numpy() for name, value in kind.constants(shape).items()},
         kv_contract="concat",
         repeated="layers",
+        num_leading=shape.num_taps,
         channel_groups=kind.channel_groups,
     )
 

@@ -102,6 +102,7 @@ class Component:
         prunes: Whether the graph depends on the pruning; only the vision encoder's does.
         repeated: Dotted name of the module's list of equal layers, which need not be traced one by
             one; None where there is none.
+        num_leading: How many of those come first and are followed by something of their own.
         channel_groups: What AWQ may scale in each of those layers.
     """
 
@@ -115,6 +116,7 @@ class Component:
     kv_contract: Literal["none", "concat"] = "none"
     prunes: bool = False
     repeated: str | None = None
+    num_leading: int = 0
     channel_groups: tuple[ChannelGroup, ...] = ()
 
 

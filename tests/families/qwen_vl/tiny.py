@@ -221,21 +221,33 @@ def write_tokenizer(file: Path) -> None:
     tokenizer.save(str(file))
 
 
-def patches_of(pixels: torch.Tensor) -> torch.Tensor:
+def stand_in_prompt(folder: Path, expression: str) -> tuple[list[int], list[int]]:
+    """Ids before and after the image, by the tokenizer alone."""
+    from tokenizers import Tokenizer
+
+    template = yaml.safe_load((folder / "recipe.yaml").read_text())["prompt"]["template"]
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    before, after = template.replace("{expression}", expression).split("<|image_pad|>")
+    return tokenizer.encode(before).ids, tokenizer.encode(after).ids
+
+
+def patches_of(pixels: torch.Tensor, patch: int = PATCH) -> torch.Tensor:
     """What transformers' towers take: rows of two frames of a patch, four rows to a token.
 
     Args:
         pixels: [3, h, w].
+        patch: Pixels of the side of a patch, p.
 
     Returns:
         [P, 3 * 2 * p * p].
     """
     channels, height, width = pixels.shape
+    token = MERGE * patch
     blocks = pixels.reshape(
-        channels, height // TOKEN, MERGE, PATCH, width // TOKEN, MERGE, PATCH
+        channels, height // token, MERGE, patch, width // token, MERGE, patch
     ).permute(1, 4, 2, 5, 0, 3, 6)
-    frames = blocks.unsqueeze(5).expand(*blocks.shape[:5], 2, PATCH, PATCH)
-    return frames.reshape(-1, channels * 2 * PATCH * PATCH)
+    frames = blocks.unsqueeze(5).expand(*blocks.shape[:5], 2, patch, patch)
+    return frames.reshape(-1, channels * 2 * patch * patch)
 
 
 def tower_outputs(tiny: Tiny, pixels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
