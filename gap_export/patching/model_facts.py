@@ -32,6 +32,9 @@ class ModelFacts:
         num_visual_tokens: Visual tokens of one image, by the config's image and patch size.
         image_size: Side of the square that the vision encoder reads, in pixels.
         has_tiles: Whether images are cut into tiles.
+        patch_size: Side of a patch in pixels.
+        frames_per_patch: Frames of a video that are one patch; a still image is repeated.
+        patches_per_side: Patches along a side of what becomes one visual token.
         image_token_id: Id of the token that stands for the image.
         eos_token_ids: Tokens that end an answer.
         mean: Mean of each channel, in 0..1.
@@ -41,6 +44,9 @@ class ModelFacts:
     num_visual_tokens: int | None
     image_size: int | None
     has_tiles: bool
+    patch_size: int | None = None
+    frames_per_patch: int | None = None
+    patches_per_side: int | None = None
     image_token_id: int | None
     max_position_embeddings: int | None
     vocab_size: int | None
@@ -58,7 +64,9 @@ def read_facts(folder: Path) -> ModelFacts:
     """
     config = _read_json(folder / CONFIG, required=True)
     vision = _section(config, "vision_config", folder)
-    text = _section(config, "text_config", folder)
+    # Qwen2-VL's first configs have no section for the decoder: they are flat.
+    is_flat = "text_config" not in config and "hidden_size" in config
+    text = config if is_flat else _section(config, "text_config", folder)
     generation = _read_json(folder / GENERATION, required=False)
     preprocessor = _read_json(folder / PREPROCESSOR, required=False)
     image_size, patch = _size(vision, "image_size"), _size(vision, "patch_size")
@@ -72,6 +80,9 @@ def read_facts(folder: Path) -> ModelFacts:
         num_visual_tokens=None if side is None else side * side,
         image_size=image_size,
         has_tiles=bool(config.get("image_grid_pinpoints")),
+        patch_size=patch,
+        frames_per_patch=_size(vision, "temporal_patch_size"),
+        patches_per_side=_size(vision, "spatial_merge_size"),
         image_token_id=token,
         max_position_embeddings=_size(text, "max_position_embeddings"),
         vocab_size=_size(text, "vocab_size"),

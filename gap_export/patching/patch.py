@@ -11,7 +11,9 @@ import onnx_ir as ir
 
 from gap_export.bundle import BundleDraft, write_bundle
 from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME
+from gap_export.checkpoint.find.hub_cache import read_object
 from gap_export.checkpoint.find.source import MAIN, Checkpoint
+from gap_export.checkpoint.find.unprunable import refuse_unprunable
 from gap_export.errors import BundleError, CheckpointError, PassError, UsageError
 from gap_export.exporting.describe import check_prompt, describe_source
 from gap_export.graph.id_readers import PositionReach, find_position_reach
@@ -26,6 +28,7 @@ from gap_export.patching.choose_pruner import pruning_pass, settle_pruning
 from gap_export.patching.decoder_interface import DecoderFacts, read_decoder_interface
 from gap_export.patching.describe import PatchedGraph, check_special_tokens, describe_patch
 from gap_export.patching.find_export import COMPONENTS, FoundExport
+from gap_export.patching.fix_canvas import FixCanvas
 from gap_export.patching.model_facts import (
     CONFIG,
     GENERATION,
@@ -64,6 +67,7 @@ def patch_found(found: FoundExport, options: PatchOptions, progress: Progress) -
 
     See :func:`gap_export.patching.patch_export`, also for what it raises.
     """
+    refuse_unprunable(found.folder, read_object(found.folder / CONFIG))
     graphs = _read_graphs(found, progress)
     vision, embed, decoder = (graphs[component] for component in COMPONENTS)
     facts = read_facts(found.folder)
@@ -77,6 +81,8 @@ def patch_found(found: FoundExport, options: PatchOptions, progress: Progress) -
     recipe = choose_recipe(found.folder, facts, known, name=options.recipe)
     pruning = settle_pruning(recipe, options.pruning)
     with _blaming(vision):
+        canvas = FixCanvas(image=recipe.image, grid=recipe.grid, facts=facts)
+        run_pipeline(vision.model, [canvas])
         _check_vision(vision.model, recipe)
         run_pipeline(vision.model, [pruning_pass(recipe.grid, pruning)])
     with _blaming(decoder):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.checkpoint.find.hub_cache import ADAPTER_CONFIG, find_repository, read_object
+from gap_export.checkpoint.find.unprunable import refuse_unprunable
 from gap_export.errors import CheckpointError
 from gap_export.spec.recipe import HubRepository
 
@@ -51,11 +52,12 @@ def refuse_foreign(place: Path) -> None:
         place: A folder, or a file; what is not there, or cannot be listed, is not refused here.
 
     Raises:
-        CheckpointError: quantized weights, a lone adapter, a format of another program, or a
-            folder without weights.
+        CheckpointError: a model that cannot be pruned, quantized weights, a lone adapter, a format
+            of another program, or a folder without weights.
     """
     names = _names(place)
     config = read_object(place / "config.json") if "config.json" in names else {}
+    refuse_unprunable(place, config)
     _refuse_quantized(place, names, config)
     if "model_index.json" in names:
         raise _wrong("this is a pipeline of diffusers, which draws images", place, "model_index")

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gap_export.bundle.files import sha256_of
 from gap_export.checkpoint.find.source import resolve_recipe
@@ -31,6 +35,10 @@ from gap_export.runtime.backends.onnxruntime_options import (
 from gap_export.runtime.backends.quiet_onnxruntime import ort
 from gap_export.spec.manifest import Manifest, SourcePart
 from gap_export.spec.positions import gap_remap
+
+_GRID = "image_grid_thw"
+# What vision_config calls the sizes of patches.
+_PATCHES = {"size": "patch_size", "frames": "temporal_patch_size", "join": "spatial_merge_size"}
 
 
 class UnpatchedBackend(OnnxRuntimeGraphs):
@@ -65,6 +73,8 @@ class UnpatchedBackend(OnnxRuntimeGraphs):
         _check_taken_over(part, manifest)
         _check_facts(manifest, folder)
         self._patched = patched
+        vision = json.loads((folder / "config.json").read_bytes())["vision_config"]
+        self._patches = {ours: vision.get(theirs, 1) for ours, theirs in _PATCHES.items()}
         graphs = [folder / file.path for file in part.files if file.path.endswith(".onnx")]
         sessions = {
             component: _load(
@@ -74,11 +84,18 @@ class UnpatchedBackend(OnnxRuntimeGraphs):
             for component in (VISION, DECODER)
         }
         super().__init__(sessions, manifest)
+        shapes = {value.name: value.shape for value in sessions[VISION].get_inputs()}
+        self._takes_patches = len(shapes["pixel_values"]) == 2
 
     def run(self, component: str, feed: Feed) -> Outputs:
         """See Backend."""
         if component == EMBEDDING:
             return self._patched.run(component, feed)
+        if component == VISION and self._takes_patches:
+            cut = cut_into_patches(feed["pixel_values"], **self._patches)
+            given = {name: cut[name] for name in self._inputs[VISION]}
+            found = super().run(component, given)
+            return {name: array[None] for name, array in found.items()}
         return super().run(component, feed)
 
     def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
@@ -86,6 +103,35 @@ class UnpatchedBackend(OnnxRuntimeGraphs):
         feed = dict(feed)
         feed["position_ids"] = gap_remap(feed["position_ids"], feed.pop("kept_positions"))
         return super().decode(feed, cache)
+
+
+def cut_into_patches(
+    pixels: FloatArray, *, size: int, frames: int, join: int
+) -> dict[str, NDArray[Any]]:
+    """An image as encoders of Qwen2-VL's kind take it.
+
+    Args:
+        pixels: [1, 3, h, w].
+        size: p, side of a patch.
+        frames: Frames of a patch, all of them the image.
+        join: Patches along a side of a token.
+
+    Returns:
+        ``pixel_values`` [patches, 3 * frames * p * p], token by token, and ``image_grid_thw`` int64
+        [1, 3], one and the rows and columns of patches.
+    """
+    _, channels, height, width = pixels.shape
+    rows, cols = height // size, width // size
+    found = []
+    for row in range(0, rows, join):
+        for col in range(0, cols, join):
+            for y in range(row * size, (row + join) * size, size):
+                for x in range(col * size, (col + join) * size, size):
+                    patch = pixels[0, :, y : y + size, x : x + size]
+                    found.append(np.stack([patch] * frames, axis=1).reshape(-1))
+    assert found[0].size == channels * frames * size * size
+    grid = np.array([[1, rows, cols]], dtype=np.int64)
+    return {"pixel_values": np.stack(found), _GRID: grid}
 
 
 def find_export(manifest: Manifest) -> SourcePart | None:
@@ -144,7 +190,8 @@ def _check_facts(manifest: Manifest, folder: Path) -> None:
             for path in (folder / "config.json", folder / "generation_config.json")
         )
         eos = generation.get(
-            "eos_token_id", config["text_config"].get("eos_token_id", config.get("eos_token_id"))
+            "eos_token_id",
+            config.get("text_config", {}).get("eos_token_id", config.get("eos_token_id")),
         )
         right = set(eos if isinstance(eos, list) else [eos])
     seen = manifest.decoder.eos_token_ids

@@ -66,6 +66,16 @@ CASES: list[tuple[Files, list[str]]] = [
         ["adapter of peft ('LORA')", "'llava-hf/llava-1.5-7b-hf'", "merge_and_unload"],
     ),
     ({"adapter_config.json": {}}, ["adapter of peft", "its base model"]),
+    (config(model_type="qwen3_5"), ["is Qwen3.5", "position ids kept", "linear attention"]),
+    (config(model_type="qwen3_5_moe"), ["Qwen3.5, whose", "every slot changes a running state"]),
+    (config(text_config={"model_type": "qwen3_next"}), ["Qwen3-Next", "'qwen3_next'"]),
+    (config(model_type="lfm2_vl"), ["LFM2, whose", "convolutions over slots"]),
+    (config(model_type="gemma4"), ["Gemma 4", "windows that are counted in slots"]),
+    (config(text_config={"model_type": "gemma3_text"}), ["Gemma 3", "'gemma3_text'"]),
+    (
+        config(text_config={"layer_types": ["full_attention", "sliding_attention"]}),
+        ["a model of type 'llava'", "layer_types with sliding_attention"],
+    ),
 ]
 
 
@@ -108,7 +118,7 @@ def test_the_base_of_an_adapter_is_found_where_it_lies(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["llava", None])
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "internvl_chat"])
+@pytest.mark.parametrize("kind", ["idefics3", "mllama"])
 def test_an_unsupported_architecture_is_named(tmp_path, recipe, kind):
     plain = {"model_type": kind, "architectures": ["SomeVLModel"], "auto_map": {"AutoModel": "x"}}
     folder = put(tmp_path / "m", {"config.json": plain, "model.safetensors": b""})
