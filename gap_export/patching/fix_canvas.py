@@ -127,7 +127,8 @@ class FixCanvas(GraphPass):
         frame = add("Reshape", ordered, [number, _CHANNELS, 1, patch * patch])
         all_frames = add("Concat", *[frame] * frames, axis=2)
         found = add("Reshape", all_frames, [number, _CHANNELS * frames * patch * patch])
-        found.dtype, found.shape = rows.dtype, ir.Shape([number, _CHANNELS * frames * patch**2])
+        found.type = rows.type
+        found.shape = ir.Shape([number, _CHANNELS * frames * patch * patch])
         rows.replace_all_uses_with(found)
         graph.insert_before(graph[0], nodes)
 
