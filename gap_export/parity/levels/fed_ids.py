@@ -8,8 +8,10 @@ the text's embeddings stand around the image's, and which visual tokens survived
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gap_export.parity.replay import Call
 from gap_export.parity.truth import Recorded
@@ -46,6 +48,9 @@ def wrong_fed_ids(calls: Sequence[Call], answer: Grounding, manifest: Manifest) 
             f"the prompt fed is not its {num_text} text tokens around {num_kept} visual tokens, "
             f"but {len(fed)} tokens"
         )
+    visual = fed[before : before + num_kept]
+    if misplaced := _wrong_stack(calls[:at], visual, answer, manifest):
+        return misplaced
     counted = count_ids(
         before=before,
         keep_indices=answer.keep_indices,
@@ -66,6 +71,33 @@ def wrong_fed_ids(calls: Sequence[Call], answer: Grounding, manifest: Manifest) 
         f"token {token} of the prompt is fed with id {table[axis, token]}, counted by hand it is "
         f"{counted[axis, token]}; {len(wrong)} of {counted.size} ids are wrong"
     )
+
+
+def _wrong_stack(
+    calls: Sequence[Call], visual: NDArray[Any], answer: Grounding, manifest: Manifest
+) -> str:
+    """What is wrong with the order of tiles that follow each other; empty where nothing is.
+
+    Args:
+        calls: Of one question, those before the prefill.
+        visual: [K', H], the visual tokens that are fed.
+        answer: To the question.
+        manifest: The bundle's.
+    """
+    if manifest.image.tiles is None or manifest.image.has_newlines:
+        return ""
+    vision = next(call for call in reversed(calls) if call.component == "vision_encoder")
+    walked = [
+        tile * manifest.grid.num_visual_tokens + index
+        for tile, kept in enumerate(vision.outputs["keep_indices"].tolist())
+        for index in kept
+    ]
+    if walked != list(answer.keep_indices):
+        said = list(answer.keep_indices)[:5]
+        return f"the first visual tokens fed are said to be {said}, tile by tile {walked[:5]}"
+    if not np.array_equal(visual, vision.outputs["image_features"].reshape(visual.shape)):
+        return "the visual tokens fed do not follow each other as the tiles do"
+    return ""
 
 
 def first_wrong_fed_ids(recorded: Recorded, manifest: Manifest) -> str:
