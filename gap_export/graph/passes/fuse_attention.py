@@ -42,8 +42,9 @@ class FuseAttention(PatternPass):
     """
 
     def __init__(self) -> None:
-        # By the mask: layers of one mask share one bias. Filled anew by each run.
-        self._biases: dict[ir.Value, ir.Value] = {}
+        # By the mask and the number of queries: layers of one mask share one bias. Filled anew by
+        # each run.
+        self._biases: dict[tuple[ir.Value, int | None], ir.Value] = {}
 
     def apply(self, model: ir.Model) -> bool:
         """Rewrite; True if there was attention to rewrite."""
@@ -86,7 +87,7 @@ class FuseAttention(PatternPass):
                 )
         inputs = [query, _shared(key, where), _shared(value, where)]
         if masked is not None:
-            inputs.append(self._bias(masked.producer(), query.dtype, where))
+            inputs.append(self._bias(masked.producer(), query, where))
         factor, made = float(scale.reshape(())), [like(last.outputs[0])]
         return ir.node("Attention", inputs, {"scale": factor}, outputs=made, name=last.name)
 
@@ -94,19 +95,27 @@ class FuseAttention(PatternPass):
         """A Softmax whose result is multiplied as a matrix and read by nothing else."""
         return _last_of(node) is not None
 
-    def _bias(self, mask: ir.Node, dtype: ir.DataType, where: str) -> ir.Value:
-        """0 where a key is allowed, half of the lowest number elsewhere; four axes."""
+    def _bias(self, mask: ir.Node, query: ir.Value, where: str) -> ir.Value:
+        """0 where a key is allowed, half of the lowest number elsewhere; four axes.
+
+        A mask that is the same for all queries is repeated for each: not every runtime does so.
+        """
         graph, (allowed, _, blocked) = mask.graph, mask.inputs
-        assert allowed is not None and isinstance(graph, ir.Graph)
-        if allowed in self._biases:
-            return self._biases[allowed]
+        assert allowed is not None and query.dtype is not None and isinstance(graph, ir.Graph)
+        dtype, length = query.dtype, static_dim(query, 2)
+        is_shared = length != 1 and static_dim(allowed, -2) == 1
+        key = allowed, length if is_shared else None
+        if key in self._biases:
+            return self._biases[key]
         rank, number = None if allowed.shape is None else allowed.shape.rank(), constant(blocked)
         lowest = None if number is None else ir.DataType.from_numpy(number.dtype).min
-        if rank not in {2, 4} or number is None or number.size != 1 or number.item() != lowest:
+        is_known = number is not None and number.size == 1 and number.item() == lowest
+        if rank not in {2, 4} or not is_known or (is_shared and length is None):
             raise PassError(
                 f"{where}: masked in another way",
-                seen=f"{describe(allowed)} of {rank} axes, blocked {number}",
-                allowed="2 or 4 axes, blocked the lowest number there is",
+                seen=f"{describe(allowed)} of {rank} axes, blocked {number}, {length} queries",
+                allowed="2 or 4 axes, blocked the lowest number there is; a mask that is the same "
+                "for all queries, where their number is known",
             )
         assert allowed.shape is not None
         kind, name = dtype.numpy(), f"{mask.name}.bias"
@@ -120,8 +129,15 @@ class FuseAttention(PatternPass):
             node = ir.Node("", "Unsqueeze", [out, axes], outputs=[wide], name=f"{name}.wide")
             nodes.append(node)
             out = wide
+        if is_shared:
+            each = add_initializer(graph, f"{name}.shape", np.array([1, 1, length, 1]))
+            dims = [length if axis == 2 else dim for axis, dim in enumerate(out.shape or ())]
+            repeated = new_value(f"{out.name}.repeated", dtype, ir.Shape(dims))
+            node = ir.Node("", "Expand", [out, each], outputs=[repeated], name=f"{name}.repeated")
+            nodes.append(node)
+            out = repeated
         graph.insert_before(mask, nodes)
-        self._biases[allowed] = out
+        self._biases[key] = out
         return out
 
 

@@ -125,6 +125,19 @@ def test_layers_share_one_bias():
     assert kinds(model) == ["Where", "Unsqueeze", "Attention", "Attention"]
 
 
+def test_a_mask_of_all_queries_is_repeated_for_each():
+    keys = np.array([[True, False, True, True, False, True, True]])
+    given = feeds(allowed=keys)
+    sizes = [("bool[s, t] allowed", "bool[1, t] allowed"), ("b, 2, s, 16] q", "b, 2, 5, 16] q")]
+    truth = run(plain(*sizes, text=MASKED), **given)[0]
+    model = fused(plain(*sizes, text=MASKED))
+    assert kinds(model) == ["Where", "Unsqueeze", "Expand", "Attention"]
+    assert list(model.graph[-1].inputs[3].shape)[:3] == [1, 1, 5]
+    check_close(run(model, **given)[0], truth)
+    # Nor can a pass know how often, where the graph does not say.
+    check_declined(FuseAttention(), plain(*sizes[:1], text=MASKED), "masked in another .*None quer")
+
+
 def test_repeated_heads_are_shared():
     given = feeds(heads=4)
     truth = run(plain(text=SHARED), **given)[0]
