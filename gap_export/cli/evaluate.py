@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 # The other options of a pruning are repeatable here, or measured both ways.
-_CHOICES = ("order", "extra_token", "extra_position", "budget", "pruner_text", "seed")
+_CHOICES = ("order", "extra_token", "extra_position", "budget", "pruner_text", "canvas", "seed")
 
 
 @takes_requests

@@ -28,6 +28,7 @@ from gap_export.exporting import (
     export_model,
     resolve_options,
 )
+from gap_export.families import on_canvas
 from gap_export.parity.patched.check import was_patched
 from gap_export.progress import Progress, SilentProgress
 from gap_export.runtime.backends.onnxruntime_backend import numpy_dtype
@@ -70,9 +71,18 @@ def evaluate_model(
     if options.dtype is not None:
         numpy_dtype(options.dtype)
     found, _ = resolve_model(options.model, recipe=options.recipe, parts=options.checkpoint)
+    requests = prunings or (options.pruning,)
+    canvas, *others = dict.fromkeys(request.canvas for request in requests)
+    if others:
+        raise UsageError(
+            "prunings of images of several sizes are not measured beside one unpruned model",
+            seen=", ".join(map(str, (canvas, *others))),
+            fix="measure them one after the other",
+        )
+    found = on_canvas(found, canvas)
     base = replace(options, out=None)
     runs: dict[tuple[str, float], tuple[PruningSpec, ExportOptions]] = {}
-    for request in prunings or (options.pruning,):
+    for request in requests:
         run = replace(base, pruning=replace(request, positions="gap"))
         # All requests are settled first: a slip in the last must not cost the work of the others.
         pruning = resolve_options(found, run)
@@ -95,7 +105,7 @@ def evaluate_model(
         # With all tokens in raster order nothing is pruned, in any order of the pruned ones.
         unpruned = replace(
             base,
-            pruning=PruningRequest(keep_ratio=1.0, order="raster", seed=seed),
+            pruning=PruningRequest(keep_ratio=1.0, order="raster", seed=seed, canvas=canvas),
             out=Path(scratch) / "unpruned",
         )
         whole = export_model(unpruned, progress=progress, cache=cache).bundle

@@ -63,6 +63,9 @@ def export_model(
         parts=options.checkpoint,
         random_seed=options.pruning.seed if options.random_weights else None,
     )
+    from gap_export.families import on_canvas
+
+    recipe = on_canvas(recipe, options.pruning.canvas)
     return export_checkpoint(recipe, checkpoint, options, progress=progress, cache=cache, warn=warn)
 
 
@@ -80,7 +83,7 @@ def export_checkpoint(
     Args:
         recipe: What the model is.
         checkpoint: Its parts.
-        options: How; ``model``, ``recipe`` and ``checkpoint`` in it are not read.
+        options: How; ``model``, ``recipe``, ``checkpoint`` and the canvas in it are not read.
         progress: Progress reporter.
         cache: Shared between exports.
         warn: Receives what is odd about the checkpoint or may go wrong while engines are built.

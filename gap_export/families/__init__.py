@@ -38,6 +38,7 @@ from gap_export.pruning.resolve import (
     resolve_request,
     served_pruners,
 )
+from gap_export.spec.canvas import choose_canvas
 from gap_export.spec.family import OTHER_FAMILIES, Family, other_families
 from gap_export.spec.manifest import PruningSpec
 from gap_export.spec.recipe import Recipe
@@ -62,6 +63,7 @@ __all__ = [
     "load_builder",
     "load_family",
     "native_protocol",
+    "on_canvas",
     "read_source",
     "resolve_pruning",
     "supported_pruners",
@@ -180,6 +182,20 @@ def resolve_pruning(recipe: Recipe, request: PruningRequest) -> PruningSpec:
         UsageError: see :func:`gap_export.pruning.resolve.resolve_request`.
     """
     return resolve_request(recipe, request, find_readings(recipe))
+
+
+def on_canvas(recipe: Recipe, canvas: str | None) -> Recipe:
+    """The recipe for images of another size, where its family takes any.
+
+    Args:
+        recipe: The model's own.
+        canvas: ``WIDTHxHEIGHT`` in pixels; None leaves it as it is.
+
+    Raises:
+        UsageError: the model takes no such size.
+        RecipeError: there is no family of the name it gives.
+    """
+    return choose_canvas(recipe, canvas, takes_any=find_family(recipe).any_canvas)
 
 
 def build_reference(

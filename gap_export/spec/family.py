@@ -33,6 +33,8 @@ class Family:
             module is imported on devices, so it imports no PyTorch.
         recipes: Folder of its models, ``NAME/recipe.yaml`` each; None where there are none, or
             they are this package's.
+        any_canvas: Whether its towers take images of any size, in whole visual tokens; a bundle is
+            made for one, which the recipe declares.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Family:
     protocol: str | None = None
     preparations: Mapping[str, str] = field(default_factory=dict)
     recipes: Path | None = None
+    any_canvas: bool = False
 
 
 def _check(name: str, thing: object, where: str) -> Family:

@@ -147,6 +147,14 @@ class PruningRequest:
         Positions,
         Option("gap: original position ids; compact: re-numbered, the naive baseline."),
     ] = "gap"
+    canvas: Annotated[
+        str | None,
+        Option(
+            "Width x height in pixels of what the model sees, for models that take any: whole "
+            "visual tokens. It decides how many there are. [default: the recipe's]",
+            metavar="WxH",
+        ),
+    ] = None
     seed: Annotated[
         int,
         Option("Seed of samples, of pruners that draw, and of random weights.", metavar="N", min=0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +25,7 @@ from gap_export.checkpoint.find.parts import (
     parse_parts,
 )
 from gap_export.errors import CheckpointError, RecipeError, UnknownModelError, UsageError
+from gap_export.spec.canvas import with_canvas
 from gap_export.spec.manifest import (
     MANIFEST_NAME,
     ImageSpec,
@@ -190,8 +192,7 @@ def resolve_recipe(manifest: Manifest, homes: Sequence[Path]) -> Recipe:
             continue
         # A recipe.yaml of another name was not the one used.
         if recipe is not None and recipe.name == name:
-            _check_unchanged(manifest, recipe)
-            return recipe
+            return _as_exported(manifest, recipe)
     if shipped is None:
         beside = f"a {RECIPE_NAME} of that name with the main part of the checkpoint"
         raise UnknownModelError(
@@ -202,8 +203,7 @@ def resolve_recipe(manifest: Manifest, homes: Sequence[Path]) -> Recipe:
             if homes
             else None,
         )
-    _check_unchanged(manifest, shipped[0])
-    return shipped[0]
+    return _as_exported(manifest, shipped[0])
 
 
 def _find_model(
@@ -288,6 +288,22 @@ def _shipped(name: str) -> tuple[Recipe, Path] | None:
         return find_recipe(name)
     except UnknownModelError:
         return None
+
+
+def _as_exported(manifest: Manifest, recipe: Recipe) -> Recipe:
+    """A recipe on the canvas that was chosen for the bundle.
+
+    Raises:
+        CheckpointError: it says something else.
+    """
+    image, shapes = manifest.image, recipe.architecture
+    # Whether its towers take another canvas, its family says, which refuses what they do not.
+    may_differ = shapes is None or isinstance(shapes.vision.image_size, tuple)
+    if may_differ and (image.height, image.width) != (recipe.image.height, recipe.image.width):
+        with suppress(UsageError):
+            recipe = with_canvas(recipe, image.height, image.width)
+    _check_unchanged(manifest, recipe)
+    return recipe
 
 
 def _check_unchanged(manifest: Manifest, recipe: Recipe) -> None:

@@ -12,6 +12,11 @@ from gap_export.spec.family import Family
 _BUILDERS = "gap_export.families.qwen_vl.builder"
 _READINGS = ANY_TOWER | {"received_attention"}
 
-QWEN2_VL = Family(name="qwen2_vl", builder=f"{_BUILDERS}:QWEN2_VL", readings=_READINGS)
-QWEN2_5_VL = Family(name="qwen2_5_vl", builder=f"{_BUILDERS}:QWEN2_5_VL", readings=_READINGS)
-QWEN3_VL = Family(name="qwen3_vl", builder=f"{_BUILDERS}:QWEN3_VL", readings=_READINGS)
+
+def _family(name: str, builder: str) -> Family:
+    return Family(name=name, builder=f"{_BUILDERS}:{builder}", readings=_READINGS, any_canvas=True)
+
+
+QWEN2_VL = _family("qwen2_vl", "QWEN2_VL")
+QWEN2_5_VL = _family("qwen2_5_vl", "QWEN2_5_VL")
+QWEN3_VL = _family("qwen3_vl", "QWEN3_VL")
