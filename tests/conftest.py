@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import os
@@ -41,6 +40,19 @@ PROMPT_TOKENS = ["USER:", "ASSISTANT:", "[", "]", ","]
 COORDINATES = [f"{n / 100:.2f}" for n in range(100)]
 VOCABULARY = [*SPECIAL_TOKENS, *PROMPT_TOKENS, *WORDS, *COORDINATES]
 
+SAMPLE_PRUNING = PruningSpec(
+    pruner="spatial",
+    order="raster",
+    extra_token="none",
+    positions="gap",
+    keep_ratio=0.3,
+    seed=None,
+    num_visual_tokens=16,
+    num_kept_tokens=5,
+    num_emitted_tokens=5,
+    text_similarity_sign=None,
+)
+
 # Some tests import ONNX Runtime themselves; it reports nothing from there either.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
@@ -51,16 +63,6 @@ pytest_plugins = ["tests.limits"]
 
 def pytest_collection_finish() -> None:
     """Save all later tests work that gives the same each time."""
-    if "torch" in sys.modules:
-        from torch.onnx._internal.exporter import _decomp, _registration
-
-        # For every export torch reads the signatures of 500 ONNX functions anew, from their source:
-        # more than half the time of a small one. What it makes of them is the same each time, too.
-        apis, registry = _registration.onnxscript_apis, _registration.ONNXRegistry
-        apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
-        registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
-        table = functools.cache(_decomp.create_onnx_friendly_decomposition_table)
-        _decomp.create_onnx_friendly_decomposition_table = lambda ops: dict(table(frozenset(ops)))
     # What is imported by now stays, and was looked through for garbage again and again.
     gc.collect()
     gc.freeze()
@@ -79,16 +81,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> SharedFolder:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def torch_traces(shared: SharedFolder) -> Callable[..., Any] | None:
-    """The function that really traces; exports of this process look up what it has made before."""
-    if "torch" not in sys.modules:
-        return None
-    from gap_export.exporting import trace
-    from tests.shared_traces import SharedTraces
+def _shared_traces(shared: SharedFolder) -> None:
+    """Exports look up what torch has made of a model of the same shape."""
+    # Where no test imports torch, those that export see to it by way of `exports`.
+    if "torch" in sys.modules:
+        from tests.shared_traces import share_traces
 
-    really_trace = trace._trace
-    trace._trace = SharedTraces(shared, really_trace).trace
-    return really_trace
+        share_traces(shared)
 
 
 @pytest.fixture(scope="session")
@@ -170,18 +169,7 @@ def sample_manifest() -> Manifest:
                 ),
             ),
         ),
-        pruning=PruningSpec(
-            pruner="spatial",
-            order="raster",
-            extra_token="none",
-            positions="gap",
-            keep_ratio=0.3,
-            seed=None,
-            num_visual_tokens=16,
-            num_kept_tokens=5,
-            num_emitted_tokens=5,
-            text_similarity_sign=None,
-        ),
+        pruning=SAMPLE_PRUNING,
         grid=GridSpec(rows=4, cols=4),
         image=ImageSpec(
             height=32,

@@ -47,7 +47,9 @@ class SharedExports:
 
         def export(out: Path) -> None:
             from gap_export.exporting import ExportOptions, export_model
+            from tests.shared_traces import share_traces
 
+            share_traces(self._shared)
             export_model(ExportOptions(**sort_options(options), out=out))
 
         return self._shared.once(f"bundle-{_short_hash(sorted(options.items()))}", export)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import pickle
@@ -12,12 +13,33 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+from torch.onnx._internal.exporter import _decomp, _registration
 
+from gap_export.exporting import trace
 from gap_export.families import Component
 from tests.shared import SharedFolder
 
 # Packages whose code stays what it is during a run.
 _STABLE = {"builtins", "collections", "gap_export", "numpy", "tests", "torch", "transformers"}
+
+
+_Trace = Callable[[Component, int], ir.Model]
+
+
+@functools.cache
+def share_traces(shared: SharedFolder) -> _Trace:
+    """Let all exports of this process look up traces; returns what really makes them."""
+    # For every export torch reads the signatures of 500 ONNX functions anew, from their source:
+    # more than half the time of a small one. What it makes of them is the same each time, too.
+    apis, registry = _registration.onnxscript_apis, _registration.ONNXRegistry
+    apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
+    registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+    table = functools.cache(_decomp.create_onnx_friendly_decomposition_table)
+    _decomp.create_onnx_friendly_decomposition_table = lambda ops: dict(table(frozenset(ops)))
+
+    really_trace: _Trace = trace._trace
+    trace._trace = SharedTraces(shared, really_trace).trace
+    return really_trace
 
 
 class SharedTraces:
@@ -27,9 +49,9 @@ class SharedTraces:
     whatever is done with the graph.
     """
 
-    def __init__(self, shared: SharedFolder, trace: Callable[[Component, int], ir.Model]) -> None:
+    def __init__(self, shared: SharedFolder, really_trace: _Trace) -> None:
         self._shared = shared
-        self._really_trace = trace
+        self._really_trace = really_trace
 
     def trace(self, component: Component, opset: int) -> ir.Model:
         """Stands for ``exporting.trace._trace``."""

@@ -23,6 +23,7 @@ from gap_export.exporting import (
 from gap_export.progress import Advance
 from gap_export.spec.recipe import load_recipe
 from tests.shared import sort_options
+from tests.shared_traces import share_traces
 
 
 def options(tiny_checkpoint: Path, out: Path, **changes: object) -> ExportOptions:
@@ -86,12 +87,12 @@ def test_decoder_has_one_gap_remap_and_its_table_has_no_default(tiny_bundle):
 
 
 @pytest.fixture(scope="module")
-def reports(tiny_checkpoint, tmp_path_factory, torch_traces) -> tuple[ExportReport, ExportReport]:
+def reports(tiny_checkpoint, tmp_path_factory, shared) -> tuple[ExportReport, ExportReport]:
     """Of an export that finds its cache empty, and of one by another pruner with that cache."""
     out, cache = tmp_path_factory.mktemp("reports"), GraphCache()
     with pytest.MonkeyPatch.context() as patch:
         # Nothing is looked up: the bytes are to be those of a second trace.
-        patch.setattr("gap_export.exporting.trace._trace", torch_traces)
+        patch.setattr("gap_export.exporting.trace._trace", share_traces(shared))
         return (
             export_model(options(tiny_checkpoint, out / "text", pruner="text"), cache=cache),
             export_model(options(tiny_checkpoint, out / "half", keep_ratio=0.5), cache=cache),

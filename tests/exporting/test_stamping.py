@@ -34,9 +34,11 @@ from gap_export.families.common.reference import Component
 from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.pruning import find_pruner
 from gap_export.spec.architecture import DecoderShape, ProjectorShape, VisionShape
-from gap_export.spec.manifest import GridSpec, PruningSpec, TensorSpec
+from gap_export.spec.manifest import GridSpec, TensorSpec
+from tests.conftest import SAMPLE_PRUNING
+from tests.exporting import stacks
+from tests.exporting.stacks import LAYERS
 
-LAYERS = 5
 WEIGHTS = "weights.safetensors"
 
 
@@ -94,24 +96,12 @@ def vision() -> Component:
         image_size=32,
         patch_size=8,
     )
-    pruning = PruningSpec(
-        pruner="cls",
-        order="raster",
-        extra_token="none",
-        positions="gap",
-        keep_ratio=0.3,
-        seed=None,
-        num_visual_tokens=16,
-        num_kept_tokens=5,
-        num_emitted_tokens=5,
-        text_similarity_sign=None,
-    )
     parts = VisionParts(
         tower=ClipVisionTower(shape, num_layers=LAYERS),
         joint_space=None,
         next_layer=None,
         pruner=find_pruner("cls"),
-        pruning=pruning,
+        pruning=dataclasses.replace(SAMPLE_PRUNING, pruner="cls"),
     )
     projector = build_projector(ProjectorShape(width=32, hidden_size=24, activation="gelu"))
     module = PrunedVisionEncoder(parts, projector=projector, grid=GridSpec(rows=4, cols=4))
@@ -323,89 +313,6 @@ def test_vision_tower_gives_the_same_bits(towers):
     assert np.abs(features - wanted.numpy()).max() < 1e-4
 
 
-class Layer(nn.Module):
-    def __init__(self, gain: float = 2.0) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.gain = gain
-
-    def forward(self, hidden: torch.Tensor, common: torch.Tensor) -> torch.Tensor:
-        return hidden + torch.tanh(self.linear(hidden)) * common * self.gain
-
-
-class OtherLayer(Layer):
-    def forward(self, hidden: torch.Tensor, common: torch.Tensor) -> torch.Tensor:
-        return hidden + torch.relu(self.linear(hidden)) * common * self.gain
-
-
-class Stack(nn.Module):
-    """A few layers; ``odd`` holds those that are not like the others."""
-
-    def __init__(self, odd: dict[int, nn.Module] | None = None) -> None:
-        super().__init__()
-        odd = odd or {}
-        self.layers = nn.ModuleList([odd.get(i, Layer()) for i in range(LAYERS)])
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        hidden, common = values, values.mean(dim=-1, keepdim=True)
-        for layer in self.layers:
-            hidden = layer(hidden, common)
-        return hidden * 2.0
-
-
-class ReadsAnEarlierLayer(Stack):
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        states = [values]
-        for layer in self.layers:
-            states.append(layer(states[-1], values))
-        return states[-1] + states[-2]
-
-
-class GivesOutAnEarlierLayer(Stack):
-    def forward(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        states = [values]
-        for layer in self.layers:
-            states.append(layer(states[-1], values))
-        return states[-1], states[-2]
-
-
-class DoesWithoutTheLastLayer(Stack):
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        hidden = values
-        for layer in self.layers[:-1]:
-            hidden = layer(hidden, values)
-        return hidden
-
-
-class WorksBetweenLayers(Stack):
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        hidden = values
-        for layer in self.layers:
-            hidden = torch.sin(layer(hidden, values))
-        return hidden
-
-
-class ReachesBackTwoLayers(Stack):
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        before, hidden = values, values
-        for layer in self.layers:
-            before, hidden = hidden, layer(hidden, before)
-        return hidden
-
-
-class ReadsTheFirstLayer(Stack):
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        hidden = first = self.layers[0](values, values)
-        for layer in self.layers[1:]:
-            hidden = layer(hidden, first)
-        return hidden
-
-
-class ReadsAWeightOfALayer(Stack):
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return super().forward(values) + self.layers[1].linear.bias
-
-
 def toy(module: nn.Module, *, outputs: tuple[str, ...] = ("out",)) -> Component:
     randomise(module)
     return Component(
@@ -435,14 +342,14 @@ def reasons() -> Iterator[list[str]]:
     logger.removeHandler(handler)
 
 
-@pytest.mark.parametrize("odd", [{}, {0: OtherLayer()}])
+@pytest.mark.parametrize("odd", [{}, {0: stacks.OtherLayer()}])
 def test_stack_is_stamped_whatever_its_first_layer(odd, tmp_path, reasons):
-    assert_equals_pytorch(Stack(odd), tmp_path)
+    assert_equals_pytorch(stacks.Stack(odd), tmp_path)
     assert reasons == []
 
 
 def test_stack_that_is_not_alike_is_traced_whole(tmp_path, reasons):
-    assert_equals_pytorch(Stack({3: OtherLayer()}), tmp_path)
+    assert_equals_pytorch(stacks.Stack({3: stacks.OtherLayer()}), tmp_path)
     assert reasons == [
         "toy is traced layer by layer: layers cannot be stamped out: a layer is made differently: "
         "layers.3"
@@ -459,16 +366,16 @@ def assert_equals_pytorch(module: nn.Module, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "why"),
     [
-        (Stack({0: Layer(gain=3.0)}), "layers differ in length"),
-        (Stack({2: Layer(gain=3.0)}), "made differently: layers.2"),
-        (Stack({4: OtherLayer()}), "differ in a node: node_tanh_1, then node_relu"),
-        (Stack({4: Layer(gain=3.0)}), "layers differ in length"),
-        (ReadsAnEarlierLayer(), "outside the layers reads what is one layer's: node_add"),
-        (DoesWithoutTheLastLayer(), "no nodes are marked as a layer's: module.layers"),
-        (WorksBetweenLayers(), "layers do not follow each other"),
-        (ReachesBackTwoLayers(), "layers read differently"),
-        (ReadsTheFirstLayer(), "layers read differently"),
-        (ReadsAWeightOfALayer(), "outside the layers reads what is one layer's: node_add"),
+        (stacks.Stack({0: stacks.Layer(gain=3.0)}), "layers differ in length"),
+        (stacks.Stack({2: stacks.Layer(gain=3.0)}), "made differently: layers.2"),
+        (stacks.Stack({4: stacks.OtherLayer()}), "differ in a node: node_tanh_1, then node_relu"),
+        (stacks.Stack({4: stacks.Layer(gain=3.0)}), "layers differ in length"),
+        (stacks.ReadsAnEarlierLayer(), "outside the layers reads what is one layer's: node_add"),
+        (stacks.DoesWithoutTheLastLayer(), "no nodes are marked as a layer's: module.layers"),
+        (stacks.WorksBetweenLayers(), "layers do not follow each other"),
+        (stacks.ReachesBackTwoLayers(), "layers read differently"),
+        (stacks.ReadsTheFirstLayer(), "layers read differently"),
+        (stacks.ReadsAWeightOfALayer(), "outside the layers reads what is one layer's: node_add"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -479,7 +386,7 @@ def test_trace_that_does_not_tell_how_layers_go_on_is_not_used(module, why, reas
 
 
 def test_output_of_an_earlier_layer_is_not_stamped(reasons):
-    component = toy(GivesOutAnEarlierLayer().to("meta"), outputs=("out", "before"))
+    component = toy(stacks.GivesOutAnEarlierLayer().to("meta"), outputs=("out", "before"))
     assert _trace_three_layers(component, OPSET) is None
     assert reasons[0].endswith("an output is one layer's: before")
 

@@ -27,6 +27,7 @@ from gap_export.families import Component, build_reference
 from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.spec.manifest import TensorSpec
 from tests.exporting.references import reference_of
+from tests.shared_traces import share_traces
 
 PRUNERS = ("cls", "text", "random", "spatial", "fastervlm")
 ATOL = 5e-5
@@ -161,9 +162,9 @@ def test_saved_graph_is_valid_and_has_no_operator_tensorrt_refuses(tiny_graphs):
 
 
 @pytest.fixture
-def nothing_looked_up(torch_traces, monkeypatch):
+def nothing_looked_up(shared, monkeypatch):
     """Traces are made, whether or not another test has made the same."""
-    monkeypatch.setattr("gap_export.exporting.trace._trace", torch_traces)
+    monkeypatch.setattr("gap_export.exporting.trace._trace", share_traces(shared))
 
 
 @pytest.mark.usefixtures("nothing_looked_up")

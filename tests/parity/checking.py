@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,13 @@ def check_with_torch(
     """Against PyTorch; options are those of check_bundle."""
     reference = TorchTruth(recipe, checkpoint, questions)
     return check_bundle(open_bundle(bundle, verify="full"), reference=reference, **options)
+
+
+def run(bundle: Path, reference: Any, **options: Any) -> CheckReport:
+    """With any reference; the report can be written as JSON."""
+    report = check_bundle(open_bundle(bundle, verify="full"), reference=reference, **options)
+    json.dumps(report.to_plain(), allow_nan=False)
+    return report
 
 
 def level_of(report: CheckReport, level: Level, backend: int = 0) -> LevelResult:

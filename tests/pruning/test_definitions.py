@@ -7,6 +7,8 @@ and many are equal.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,8 @@ from gap_export.pruning import PRESETS, ChoosingPruner, FixedPruner, VisionState
 from gap_export.pruning.emit import emit_scored
 from gap_export.pruning.extra import add_up_dropped, place_extra
 from gap_export.pruning.select import is_among, put_in_order, take_smallest
-from gap_export.spec.manifest import GridSpec, PruningSpec
+from gap_export.spec.manifest import GridSpec
+from tests.conftest import SAMPLE_PRUNING
 from tests.pruning import slow
 
 WIDTH = 16
@@ -110,7 +113,7 @@ CHOOSING = [n for n, preset in PRESETS.items() if not isinstance(preset.pruner, 
 
 
 @pytest.mark.parametrize("name", [n for n in CHOOSING if n not in CDPRUNERS])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 # Tokens 0 and 4 are each other's nearest, and a product of matrices rounds that differently.
 @example(case=(2891, 5, 0.0, False), sign=1)
 @given(case=CASES, sign=st.sampled_from([1, -1]))
@@ -125,7 +128,7 @@ def test_choice_equals_the_slow_one(name, case, sign):
 
 
 @pytest.mark.parametrize("name", CDPRUNERS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(case=CASES, sign=st.sampled_from([1, -1]))
 def test_cdpruner_equals_the_slow_one(name, case, sign):
     # Without copies: the kernel of two equal tokens has no inverse. The last choice may be between
@@ -215,7 +218,7 @@ def test_the_32_neighbours_of_equal_keys_are_the_first():
     assert np.allclose(found.numpy()[:, 0], [first, second], atol=1e-9)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 9999), rows=st.integers(1, 6), cols=st.integers(1, 6), share=st.floats(0, 1)
 )
@@ -258,11 +261,8 @@ def test_word_cosines_are_means_over_the_words():
 def test_what_is_emitted_is_survivors_then_extra(name, extra, order):
     state, pruner = make_state(2, 16, ties=False), PRESETS[name].pruner
     scores = pruner.scores(state)
-    spec = PruningSpec(
-        pruner=name, order=order, extra_token=extra, positions="gap", keep_ratio=0.3, seed=None,
-        num_visual_tokens=16, num_kept_tokens=5, num_emitted_tokens=5 + (extra != "none"),
-        text_similarity_sign=None,
-    )  # fmt: skip
+    asked = {"pruner": name, "order": order, "extra_token": extra}
+    spec = replace(SAMPLE_PRUNING, **asked, num_emitted_tokens=5 + (extra != "none"))
     features, keep = emit_scored(
         pruner, state, scores, num_kept_tokens=5, pruning=spec, grid=GridSpec(rows=4, cols=4),
         project=lambda x: 2 * x,
