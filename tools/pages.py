@@ -20,6 +20,7 @@ SECTIONS = {
     "paper": DOCS / "results" / "paper.md",
     "parity": DOCS / "results" / "parity.md",
     "mutants": DOCS / "results" / "parity.md",
+    "family-mutants": DOCS / "results" / "parity.md",
     "tolerances": DOCS / "results" / "parity.md",
     "quantization": DOCS / "results" / "quantization.md",
     "export": DOCS / "results" / "cost.md",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from gap_export.parity import check as check_module
 from gap_export.parity.inside.look import Inside
 from gap_export.parity.inside.positions_seen import read_positions
 from gap_export.parity.question import Question
-from gap_export.parity.results import Level
+from gap_export.parity.results import LEVELS, Level
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.recipe import Recipe, load_recipe
 from gap_export.spec.requests import EnginesRequest, PruningRequest
@@ -24,7 +25,9 @@ from tests.parity.checking import check_with_torch, level_of, statuses
 from tests.parity.mrope_mutants import (
     AXES_MUTANTS,
     TAPS_MUTANTS,
+    columns_zeroed,
     decode_by_unpruned_delta,
+    frequencies_of_columns_turn_by_rows,
     rows_and_columns_exchanged,
 )
 
@@ -52,8 +55,11 @@ def questions() -> list[Question]:
 QUESTIONS = questions()
 
 
-def make(folder: Path, family: str, **options: Any) -> Made:
+def make(folder: Path, family: str, *, theta: float | None = None, **options: Any) -> Made:
     tiny = make_tiny(family, folder / "checkpoint", canvas=CANVASES["rows > cols"])
+    if theta is not None:
+        config = json.loads((tiny.folder / "config.json").read_text())
+        (tiny.folder / "config.json").write_text(json.dumps({**config, "rope_theta": theta}))
     # Two tokens of 7 x 3, none in the last row.
     request = PruningRequest(pruner="spatial", keep_ratio=0.1)
     out = folder / "bundle"
@@ -79,6 +85,8 @@ def qwen2_5(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return make(
         tmp_path_factory.mktemp("qwen2_5"),
         "qwen2_5_vl",
+        # As published: frequencies of columns are the lowest.
+        theta=1e6,
         dtype="float16",
         engines=EnginesRequest(targets=("orin",), lowering="fused"),
     )
@@ -129,6 +137,13 @@ def test_a_fault_is_caught_at_its_level_with_chunked_frequencies(qwen2_5, tmp_pa
     mutant, level = AXES_MUTANTS[name]
     report = qwen2_5.check(mutant(qwen2_5.bundle, tmp_path / "mutant"), level)
     assert statuses(report) == {level: "failed"}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mutant", [columns_zeroed, frequencies_of_columns_turn_by_rows])
+def test_wrong_columns_are_seen_by_no_logit(qwen2_5, tmp_path, mutant):
+    report = qwen2_5.check(mutant(qwen2_5.bundle, tmp_path / "mutant"), *LEVELS[:3])
+    assert statuses(report) == {"positions": "failed", "tensor": "passed", "token": "passed"}
 
 
 @pytest.mark.full
