@@ -114,7 +114,8 @@ def patch(
     Args:
         export: Folder with vision_encoder, embed_tokens and decoder_model_merged .onnx,
             config.json and tokenizer.json.
-        pruning: Which visual tokens survive: keep_ratio, pruner, positions and seed may be chosen.
+        pruning: Which visual tokens survive: keep_ratio, pruner, positions, canvas and seed may be
+            chosen.
         recipe: The recipe that says how the model is asked; None for the export's own, or the one
             whose sizes fit.
         variant: Which files, where there are several of a graph.

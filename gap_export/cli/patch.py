@@ -37,7 +37,9 @@ def patch(
             "config.json and tokenizer.json. It stays as it is.",
         ),
     ],
-    pruning: Annotated[PruningRequest, Only(("keep_ratio", "pruner", "positions", "seed"))],
+    pruning: Annotated[
+        PruningRequest, Only(("keep_ratio", "pruner", "positions", "canvas", "seed"))
+    ],
     recipe: Annotated[
         str | None,
         typer.Option(

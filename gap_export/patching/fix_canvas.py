@@ -48,9 +48,9 @@ class FixCanvas(GraphPass):
         """
         graph = model.graph
         inputs = {str(value.name): value for value in graph.inputs}
-        pixels = inputs.get(PIXELS)
-        if pixels is None or pixels.shape is None or pixels.shape.rank() != 2:
+        if not takes_patches(graph):
             return False
+        pixels = inputs[PIXELS]
         patch, frames, join = self._sizes()
         numbers = _CHANNELS * frames * patch * patch
         if inputs.keys() - {PIXELS, GRID} or static_dim(pixels, 1) not in (None, numbers):
@@ -92,7 +92,7 @@ class FixCanvas(GraphPass):
                 "the recipe's canvas is not one of whole tokens",
                 seen=f"{image.width}x{image.height} pixels, {grid.rows}x{grid.cols} tokens",
                 allowed=f"{canvas[1]}x{canvas[0]} pixels for so many tokens of {side}x{side}",
-                fix="write a recipe.yaml with such an image, and put it beside config.json",
+                fix="choose one with --canvas, or correct image and grid of the recipe",
             )
         return facts.patch_size, facts.frames_per_patch, facts.patches_per_side
 
@@ -140,3 +140,9 @@ class FixCanvas(GraphPass):
         wanted = add_initializer(graph, f"{FEATURES}_shape", np.array(shape, np.int64))
         graph.append(ir.node("Reshape", [flat, wanted], outputs=[joined], name=f"{_FLAT}_joined"))
         graph.outputs[graph.outputs.index(flat)] = joined
+
+
+def takes_patches(graph: ir.Graph) -> bool:
+    """Whether a vision encoder reads the patches of images, of any size, and not images."""
+    shapes = [value.shape for value in graph.inputs if value.name == PIXELS]
+    return len(shapes) == 1 and shapes[0] is not None and shapes[0].rank() == 2

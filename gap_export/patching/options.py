@@ -16,7 +16,7 @@ DEFAULT_PRUNER = "spatial"
 # Those that a graph pass can put into a graph as it is.
 PRUNERS = (DEFAULT_PRUNER, "random", "cls", "fastervlm")
 # The other choices of a request take an export from the checkpoint.
-CHOICES = ("keep_ratio", "pruner", "positions", "seed")
+CHOICES = ("keep_ratio", "pruner", "positions", "canvas", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from gap_export.patching.choose_pruner import pruning_pass, settle_pruning
 from gap_export.patching.decoder_interface import DecoderFacts, read_decoder_interface
 from gap_export.patching.describe import PatchedGraph, check_special_tokens, describe_patch
 from gap_export.patching.find_export import COMPONENTS, FoundExport
-from gap_export.patching.fix_canvas import FixCanvas
+from gap_export.patching.fix_canvas import FixCanvas, takes_patches
 from gap_export.patching.model_facts import (
     CONFIG,
     GENERATION,
@@ -46,6 +46,7 @@ from gap_export.patching.read_graph import (
     with_shapes,
 )
 from gap_export.progress import Progress
+from gap_export.spec.canvas import choose_canvas
 from gap_export.spec.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -79,6 +80,8 @@ def patch_found(found: FoundExport, options: PatchOptions, progress: Progress) -
     names = ("hidden_size", "num_layers", "num_key_value_heads", "head_dim")
     known = {name: getattr(sizes, name) for name in names if getattr(sizes, name) is not None}
     recipe = choose_recipe(found.folder, facts, known, name=options.recipe)
+    takes_any = takes_patches(vision.model.graph)
+    recipe = choose_canvas(recipe, options.pruning.canvas, takes_any=takes_any)
     pruning = settle_pruning(recipe, options.pruning)
     with _blaming(vision):
         canvas = FixCanvas(image=recipe.image, grid=recipe.grid, facts=facts)

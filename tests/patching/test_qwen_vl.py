@@ -87,6 +87,21 @@ def test_a_session_feeds_whole_images_slots_and_ids_of_three_axes(export, patch,
         assert both[1].token_ids == session.ground(images[0], EXPRESSIONS[1]).token_ids
 
 
+def test_another_canvas_is_another_grid_of_the_same_graph(export, patch):
+    """Whether a tower takes it lies with who exported it."""
+    report = patch(export, pruner="spatial", keep_ratio=0.3, canvas="40x24")
+    manifest = report.manifest
+    assert (manifest.grid.rows, manifest.grid.cols) == (3, 5)
+    (pixels,) = manifest.graph("vision_encoder").inputs
+    assert pixels.shape == (1, 3, 24, 40)
+    model = onnx.load(report.bundle / "vision_encoder.onnx", load_external_data=False)
+    held = {one.name: one for one in model.graph.initializer}
+    grid = onnx.numpy_helper.to_array(held["image_grid_thw_of_canvas"])
+    assert grid.tolist() == [[1, 24 // PATCH, 40 // PATCH]]
+    with pytest.raises(UsageError, match="a multiple of 8, such as 40 or 48"):
+        patch(export, canvas="44x24")
+
+
 def test_patches_are_in_the_order_of_transformers():
     pixels = torch.randn(1, 3, *CANVAS)
     found = cut_into_patches(pixels.numpy(), size=PATCH, frames=2, join=MERGE)
