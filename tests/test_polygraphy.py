@@ -40,7 +40,14 @@ def graph_of(manifest, component: str):
     return graph
 
 
-@pytest.mark.parametrize("component", ["text_encoder", "vision_encoder", "decoder_model_merged"])
+@pytest.mark.parametrize(
+    "component",
+    [
+        pytest.param("text_encoder", marks=pytest.mark.full),
+        "vision_encoder",
+        "decoder_model_merged",
+    ],
+)
 def test_documented_comparison_runs_in_onnx_runtime(bundle, manifest, component):
     line = compare_line(manifest, graph_of(manifest, component)).replace("\\\n", " ")
     program, *argv = shlex.split(line)
