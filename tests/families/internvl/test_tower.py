@@ -52,7 +52,7 @@ def test_what_pruners_read_equals_transformers_attention_pooled_over_blocks(mode
     # A kept token is one of those that CLS looks at most, in each tile by itself.
     assert torch.equal(keep, cls.topk(5).indices.sort().values)
     assert (scores - cls).abs().max() <= 1e-7
-    assert seen.keys.shape == (3, GRID * GRID, 4 * 8)
+    assert seen.keys.shape == (3, GRID * GRID, 4 * 16)
 
 
 def test_patches_of_a_token_are_a_block_row_by_row():
