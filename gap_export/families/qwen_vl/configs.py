@@ -148,7 +148,7 @@ def _vision_shape(
 
 def _decoder_shape(kind: ConfigKind, config: Any, file: Path) -> DecoderShape:
     text = config.text_config
-    shape = decoder_shape(text, file, kind=kind.decoder)
+    shape = decoder_shape(text, file, kind=kind.decoder, rope_types=_ROPE_TYPES)
     sections = text.rope_parameters.get("mrope_section")
     require(
         isinstance(sections, list)
