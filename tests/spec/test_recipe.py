@@ -164,6 +164,15 @@ def test_a_recipe_says_in_what_it_differs_from_its_base(tmp_path):
     assert (found.architecture, found.image) == (base.architecture, base.image)
 
 
+def test_the_recipe_of_the_page_on_models_has_one_tile(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    text = page.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert (recipe.image.preparation, recipe.image.tiles) == ("squash", None)
+    assert recipe.grid.num_visual_tokens == 256
+
+
 @pytest.mark.parametrize("name", ["internvl3-2b", "no-such", "../llava-1.5-7b", 7, ["llava"], None])
 def test_a_base_that_is_none_is_refused(tmp_path, name):
     path = tmp_path / "recipe.yaml"
