@@ -13,7 +13,7 @@ from gap_export.bundle import open_bundle
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.exporting import ExportOptions, export_model
 from gap_export.parity import check as check_module
-from gap_export.parity.inside.look import Inside
+from gap_export.parity.inside.look import Inside, look_inside
 from gap_export.parity.inside.positions_seen import read_positions
 from gap_export.parity.question import Question
 from gap_export.parity.results import LEVELS, Level
@@ -41,9 +41,11 @@ class Made(NamedTuple):
     recipe: Recipe
     checkpoint: Checkpoint
 
-    def check(self, bundle: Path, *levels: Level) -> Any:
+    def check(self, bundle: Path, *levels: Level, **more: Any) -> Any:
         """Two questions to PyTorch and to a bundle of this checkpoint."""
-        return check_with_torch(bundle, self.recipe, self.checkpoint, QUESTIONS, levels=levels)
+        return check_with_torch(
+            bundle, self.recipe, self.checkpoint, QUESTIONS, levels=levels, **more
+        )
 
 
 def questions() -> list[Question]:
@@ -95,6 +97,14 @@ def qwen2_5(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def test_an_untouched_bundle_passes(qwen3):
     report = qwen3.check(qwen3.bundle, "positions", "tensor", "token")
     assert set(statuses(report).values()) == {"passed"}
+
+
+def test_layers_are_compared_with_their_taps(qwen3, monkeypatch):
+    monkeypatch.setattr(check_module, "look_inside", look_inside)
+    rows = level_of(qwen3.check(qwen3.bundle, "tensor", per_layer=True), "tensor").rows
+    components = {"vision_encoder", "embed_tokens", DECODER}
+    assert {row.component for row in rows if row.module} == components
+    assert all(row.passed for row in rows)
 
 
 @pytest.mark.parametrize("name", AXES_MUTANTS)

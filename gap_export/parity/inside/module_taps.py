@@ -74,11 +74,11 @@ def _module_taps(graph: OnnxFile) -> Iterator[Tap]:
 
 
 def _behind_bias(graph: OnnxFile, node: Node, bias: str) -> str:
-    """What a linear layer gives, where its bias is added by a node of its own."""
+    """What a module gives, where its bias, or room for taps behind a word, is a node of its own."""
     value = result = node.outputs[0]
     for follower in graph.nodes[graph.producers[value] + 1 :]:
         if value in follower.inputs:
-            if follower.op_type == "Add" and bias in follower.inputs:
+            if follower.op_type == "Pad" or (follower.op_type == "Add" and bias in follower.inputs):
                 return follower.outputs[0]
             if follower.op_type != "Reshape":
                 break
