@@ -5,14 +5,13 @@
     tools/count_multiply_adds.py --model minigpt-v2 --keep 0.5
     tools/count_multiply_adds.py --write             puts the table into docs/results
 
-Traces the vision side alone, runs the passes, and adds up what MatMul, Gemm and Conv multiply for
-one image, from the shapes in the graph.
+Traces the vision side alone, runs the passes, and adds up what its products multiply for one image,
+from the shapes in the graph.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from typing import Annotated
 
 import onnx_ir as ir
@@ -24,6 +23,7 @@ from gap_export.checkpoint.weights import SAFETENSORS_NAMES, TORCH_DTYPES, Place
 from gap_export.exporting.trace import trace_component
 from gap_export.families import build_reference, resolve_pruning, supported_pruners
 from gap_export.families.common.reference import Component
+from gap_export.graph.multiply_adds import count_multiply_adds
 from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.spec.requests import PruningRequest
 
@@ -67,7 +67,9 @@ def count_model(model: str, keep: float) -> dict[str, int]:
         )
         reference = build_reference(recipe, checkpoint, pruning, device="meta")
         vision = [component for component in reference.components if component.name in VISION]
-        counts[name] = sum(count(trace(component, reference.dtype)) for component in vision)
+        counts[name] = sum(
+            count_multiply_adds(trace(component, reference.dtype)) for component in vision
+        )
         typer.echo(f"{model} {name}: {counts[name]}", err=True)
     return counts
 
@@ -93,38 +95,6 @@ def trace(component: Component, dtype: str) -> ir.Graph:
 
 def _cells(number: int, spatial: int) -> list[str]:
     return [f"{number / 1e6:,.1f} M", f"{100 * (number / spatial - 1):+.2f} %"]
-
-
-def count(graph: ir.Graph) -> int:
-    """Multiply-adds of all products in a graph, and in the loops within it."""
-    total = 0
-    for node in graph:
-        if node.op_type == "Scan":
-            turns = _shape(node.inputs[-1])[0]
-            total += turns * count(node.attributes["body"].as_graph())
-        elif node.op_type == "MatMul":
-            total += math.prod(_shape(node.outputs[0])) * _shape(node.inputs[0])[-1]
-        elif node.op_type == "Gemm":
-            flipped = "transA" in node.attributes and node.attributes["transA"].as_int()
-            inner = _shape(node.inputs[0])[0 if flipped else 1]
-            total += math.prod(_shape(node.outputs[0])) * inner
-        elif node.op_type == "Conv":
-            total += math.prod(_shape(node.outputs[0])) * math.prod(_shape(node.inputs[1])[1:])
-    return total
-
-
-def _shape(value: ir.Value | None) -> list[int]:
-    assert value is not None and value.shape is not None, f"no shape of {value}"
-    return [_size(dim) for dim in value.shape]
-
-
-def _size(dim: int | ir.SymbolicDim) -> int:
-    """A dimension for one image and one expression, which is what its names then stand for."""
-    if isinstance(dim, int):
-        return dim
-    factors = re.sub(r"[A-Za-z_]\w*", "1", str(dim.value)).strip("()").split("*")
-    assert all(factor.strip().isdigit() for factor in factors), f"a size that is not known: {dim}"
-    return math.prod(int(factor) for factor in factors)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gap_export.cli._terminal import format_table
 from gap_export.report.evaluation import describe_frame
+from gap_export.report.panels import BEGINNING
 from gap_export.visible import visible, visible_strings
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def describe_evaluation(report: EvaluationReport) -> str:
         "",
         format_table(_HEADER, [_table_row(row) for row in report.rows]),
     ]
+    lines += _costs(report.rows)
     texts = {row.pruner: row.pruner_text for row in report.rows if row.pruner_text is not None}
     lines += [f"{name}: the pruner reads the {text}" for name, text in texts.items()]
     lines += [f"{name}: {what}" for name, what in report.misalignments.items()]
@@ -68,6 +71,29 @@ def _table_row(row: SettingRow) -> list[str]:
         f"{100 * row.mean_iou:.1f}",
         str(row.parse_failures),
     ]
+
+
+def _costs(rows: Sequence[SettingRow]) -> list[str]:
+    """What is multiplied and waited for before an answer begins, where that is counted."""
+    costly = [row for row in rows if row.multiply_adds]
+    if not costly:
+        return []
+    whole = sum(costly[0].multiply_adds.values())
+    table = [
+        [
+            row.name,
+            *(f"{number / 1e9:.3g}" for number in row.multiply_adds.values()),
+            f"{100 * sum(row.multiply_adds.values()) / whole:.0f}",
+            *(
+                f"{row.latency_ms[one]['median']:.1f}" if one in row.latency_ms else "-"
+                for one in BEGINNING
+            ),
+        ]
+        for row in costly
+    ]
+    header = ("until the answer begins", *(f"{one} GMAC" for one in costly[0].multiply_adds))
+    header += ("of unpruned %", *(f"{one} ms" for one in BEGINNING))
+    return ["", format_table(header, table)]
 
 
 def _unusable(report: EvaluationReport) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gap_export.bundle import open_bundle
-from gap_export.checkpoint.find.source import resolve_model, resolve_source
+from gap_export.checkpoint.find.source import Checkpoint, resolve_model, resolve_source
 from gap_export.errors import UsageError
 from gap_export.evaluation.baseline import check_baseline, dtype_of, quantization_of
 from gap_export.evaluation.job import DEFAULT_ASKING, Asking, Job, ModelFacts
@@ -21,6 +21,7 @@ from gap_export.evaluation.measure import Runner, RunnerOptions
 from gap_export.evaluation.refshapes import calibration_questions
 from gap_export.evaluation.results import EvaluationReport
 from gap_export.evaluation.settings import pruned_settings
+from gap_export.evaluation.smaller_image import smaller_recipe
 from gap_export.exporting import (
     ExportOptions,
     GraphCache,
@@ -34,6 +35,7 @@ from gap_export.progress import Progress, SilentProgress
 from gap_export.runtime.backends.onnxruntime_backend import numpy_dtype
 from gap_export.runtime.session import BackendName
 from gap_export.spec.manifest import PruningSpec
+from gap_export.spec.recipe import Recipe
 from gap_export.spec.requests import PruningRequest
 
 __all__ = ["Asking", "evaluate_bundle", "evaluate_model"]
@@ -61,7 +63,8 @@ def evaluate_model(
 
     Returns:
         One unpruned row, one for each misalignment, then a row for each naive baseline and a GAP
-        row for every configuration.
+        row for every configuration, and of a model that takes any size of image one for a smaller
+        image of as many visual tokens.
 
     Raises:
         UsageError: what ``export_model`` refuses; the data set, the protocol, the prompt, the
@@ -70,7 +73,12 @@ def evaluate_model(
     progress = progress or SilentProgress()
     if options.dtype is not None:
         numpy_dtype(options.dtype)
-    found, _ = resolve_model(options.model, recipe=options.recipe, parts=options.checkpoint)
+    found, checkpoint = resolve_model(
+        options.model,
+        recipe=options.recipe,
+        parts=options.checkpoint,
+        random_seed=options.pruning.seed if options.random_weights else None,
+    )
     requests = prunings or (options.pruning,)
     canvas, *others = dict.fromkeys(request.canvas for request in requests)
     if others:
@@ -115,7 +123,12 @@ def evaluate_model(
             ).bundle
             for number, (_, run) in enumerate(runs.values())
         ]
-        return job.measure(whole, pruned, progress)
+        rivals = {
+            path: smaller_recipe(found, pruning.num_emitted_tokens)
+            for path, (pruning, _) in zip(pruned, runs.values(), strict=True)
+        }
+        smaller = _export_smaller(rivals, checkpoint, unpruned, progress=progress, cache=cache)
+        return job.measure(whole, pruned, progress, smaller=smaller)
 
 
 def evaluate_bundle(
@@ -136,7 +149,7 @@ def evaluate_bundle(
         bundle: The bundle.
         baseline: A bundle of the same model with keep ratio 1.0; else the unpruned model is
             exported from the bundle's checkpoint, in the bundle's dtype and quantized as it is, so
-            that pruning alone is between the two.
+            that pruning alone is between the two. A smaller image is measured only then, too.
         checkpoint: Parts of the source checkpoint by role, where they have been moved.
         seed: Seed of the samples and of random orders.
         num_samples: As of :func:`evaluate_model`.
@@ -168,6 +181,7 @@ def evaluate_bundle(
     # What cannot run here is refused before the unpruned model is made and measured.
     with Runner(runner) as attempt:
         attempt.session(pruned_settings(bundle, manifest.pruning)[-1])
+    smaller: Mapping[Path, Path] = {}
     with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
         if baseline is None:
             recipe, source = resolve_source(manifest, checkpoint or {})
@@ -182,5 +196,30 @@ def evaluate_bundle(
                 out=Path(scratch) / "unpruned",
             )
             baseline = export_checkpoint(recipe, source, options, progress=progress).bundle
+            rivals = {bundle: smaller_recipe(recipe, manifest.pruning.num_emitted_tokens)}
+            smaller = _export_smaller(rivals, source, options, progress=progress)
         check_baseline(manifest, open_bundle(baseline).manifest)
-        return job.measure(baseline, [bundle], progress)
+        return job.measure(baseline, [bundle], progress, smaller=smaller)
+
+
+def _export_smaller(
+    rivals: Mapping[Path, Recipe | None],
+    checkpoint: Checkpoint,
+    unpruned: ExportOptions,
+    *,
+    progress: Progress,
+    cache: GraphCache | None = None,
+) -> dict[Path, Path]:
+    """Export each smaller image's model once, beside the unpruned one: by pruned bundle."""
+    assert unpruned.out is not None
+    found: dict[Path, Path] = {}
+    for path, recipe in rivals.items():
+        if recipe is None:
+            continue
+        image = recipe.image
+        out = unpruned.out.with_name(f"smaller-image-{image.width}x{image.height}")
+        if out not in found.values():
+            options = replace(unpruned, out=out)
+            export_checkpoint(recipe, checkpoint, options, progress=progress, cache=cache)
+        found[path] = out
+    return found

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 
 from gap_export.bundle import open_bundle
 from gap_export.errors import UsageError
@@ -38,9 +39,11 @@ from gap_export.evaluation.settings import (
     Setting,
     describe_positions,
     pruned_settings,
+    smaller_setting,
     whole_arms,
     whole_settings,
 )
+from gap_export.evaluation.smaller_image import count_stages, mean_text_length
 from gap_export.evaluation.summary import Answered, Judging
 from gap_export.evaluation.workers import Executor
 from gap_export.families import native_protocol
@@ -52,6 +55,7 @@ from gap_export.spec.manifest import BoxSpec, Manifest, PromptSpec
 # Number of expressions asked of a data set that has no end.
 DEFAULT_SAMPLES = 500
 ALL = 0
+NO_SMALLER: Mapping[Path, Path] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +142,25 @@ class Job:
             asking=asking, runner=runner, dataset=dataset, protocol=protocol, executor=executor
         )
 
-    def measure(self, whole: Path, pruned: Sequence[Path], progress: Progress) -> EvaluationReport:
-        """Ask the unpruned bundle and the pruned ones, and sum up."""
+    def measure(
+        self,
+        whole: Path,
+        pruned: Sequence[Path],
+        progress: Progress,
+        *,
+        smaller: Mapping[Path, Path] = NO_SMALLER,
+    ) -> EvaluationReport:
+        """Ask the unpruned bundle and the pruned ones, and sum up.
+
+        Args:
+            whole: All tokens.
+            pruned: Some.
+            progress: Progress reporter.
+            smaller: By pruned bundle the one of a smaller image, all tokens of which are kept.
+        """
         # A worker may be in another folder.
         whole, pruned = whole.absolute(), [path.absolute() for path in pruned]
+        smaller = {path.absolute(): rival.absolute() for path, rival in smaller.items()}
         manifest = open_bundle(whole).manifest
         axes = manifest.decoder.position_axes
         arms = (*whole_arms(axes), *dict.fromkeys(self.asking.misaligned))
@@ -150,6 +169,10 @@ class Job:
         for path in pruned:
             pruning = open_bundle(path).manifest.pruning
             settings += pruned_settings(path, pruning, position_axes=axes)
+            rival = smaller.get(path)
+            # One that several pruners compete with is asked once, behind the first of them.
+            if rival is not None and rival not in {one.bundle for one in settings}:
+                settings.append(smaller_setting(rival, open_bundle(rival).manifest.image))
         drawings: dict[str, Path] = {}
         if self.asking.pictures is not None:
             drawings = {one.name: self.asking.pictures / f"{one.slug}.png" for one in settings}
@@ -174,10 +197,15 @@ class Job:
             judged: list[Answered] = []
             rows: list[SettingRow] = []
             for setting in settings:
-                judged.append(judging.judge(setting, answers[setting.name]))
-                rows.append(judging.row(judged[-1], rows[0].acc_at_50 if rows else None))
+                # Boxes in pixels are of the image that the model was shown.
+                box = open_bundle(setting.bundle).manifest.box if smaller else manifest.box
+                own = replace(judging, box_spec=box)
+                judged.append(own.judge(setting, answers[setting.name]))
+                rows.append(own.row(judged[-1], rows[0].acc_at_50 if rows else None))
                 advance(1)
-        comparisons, gallery = _compare(judging, judged, num_whole=len(unpruned))
+            if smaller:
+                rows = self._with_costs(rows, settings, manifest.grid.num_visual_tokens)
+        comparisons, gallery = _compare(judging, judged, smaller, num_whole=len(unpruned))
         return EvaluationReport(
             model=manifest.model.name,
             family=manifest.model.family,
@@ -203,6 +231,25 @@ class Job:
             gallery=gallery,
         )
 
+    def _with_costs(
+        self, rows: Sequence[SettingRow], settings: Sequence[Setting], num_per_image: int
+    ) -> list[SettingRow]:
+        """Rows with what was multiplied on average, by graphs and lengths of prompts."""
+        expressions = [question.expression for question in self.dataset.questions]
+        text = mean_text_length(settings[0].bundle, expressions, self.asking.prompt)
+        # Tiles of an image; they are as many for all that keep of the same image.
+        images = rows[0].mean_visual_tokens / num_per_image
+        found = []
+        for row, setting in zip(rows, settings, strict=True):
+            per_image = open_bundle(setting.bundle).manifest.image.tiles is None
+            costs = count_stages(
+                setting.bundle,
+                num_images=1 if per_image else images,
+                prompt_length=text + row.mean_visual_tokens,
+            )
+            found.append(replace(row, multiply_adds=costs))
+        return found
+
     def _draw(
         self,
         settings: Sequence[Setting],
@@ -226,16 +273,20 @@ class Job:
 
 
 def _compare(
-    judging: Judging, judged: Sequence[Answered], *, num_whole: int
+    judging: Judging, judged: Sequence[Answered], smaller: Mapping[Path, Path], *, num_whole: int
 ) -> tuple[tuple[Comparison, ...], tuple[GalleryItem, ...]]:
-    """Misaligned and GAP beside unpruned, GAP beside naive; the first GAP setting's gallery."""
+    """Misaligned and GAP beside unpruned, GAP beside its rivals; the first GAP row's gallery."""
     unpruned, *misaligned = judged[:num_whole]
-    bundles = [
-        list(group) for _, group in groupby(judged[num_whole:], key=lambda one: one.setting.bundle)
-    ]
+    by_bundle = {
+        bundle: list(group)
+        for bundle, group in groupby(judged[num_whole:], key=lambda one: one.setting.bundle)
+    }
+    rivals = {path: by_bundle[rival] for path, rival in smaller.items()}
+    bundles = [group for path, group in by_bundle.items() if path not in smaller.values()]
     comparisons = [judging.compare(unpruned, one) for one in misaligned]
     for *naive, gap in bundles:
-        comparisons += [judging.compare(gap, one) for one in naive]
+        others = (*naive, *rivals.get(gap.setting.bundle, []))
+        comparisons += [judging.compare(gap, one) for one in others]
         comparisons.append(judging.compare(unpruned, gap))
     compact, *_, gap = bundles[0]
     return tuple(comparisons), judging.gallery(judged, compact=compact, gap=gap)

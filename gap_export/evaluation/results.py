@@ -57,7 +57,8 @@ class SettingRow(Accuracy):
         pruner: Its name, or ``none`` where nothing is dropped.
         keep_ratio: 1.0 where nothing is dropped.
         positions: ``none`` (nothing is dropped), ``compact``, ``gap``, on three axes
-            ``text-shifted``, or with nothing dropped ``permuted`` or ``shifted``.
+            ``text-shifted``, or with nothing dropped ``permuted`` or ``shifted``, or
+            ``smaller-image``: the model unpruned, shown fewer pixels.
         seed: Seed of the samples, of pruners that draw, and of random orders.
         protocol: By which answers were judged.
         pruner_text: What the pruner reads of the text, ``expression`` or ``question``; None where
@@ -78,6 +79,9 @@ class SettingRow(Accuracy):
         mean_batch_size: Expressions in such a batch.
         other_protocols: acc_at_50 of the same answers by the other protocols.
         backend: What ran the model, with its version and device.
+        multiply_adds: Of matrix products and convolutions until an answer begins, by stage
+            (``vision``, ``prefill``), of one expression at the mean length of prompts; empty where
+            no smaller image is measured.
     """
 
     name: str
@@ -101,6 +105,7 @@ class SettingRow(Accuracy):
     other_protocols: Mapping[str, float] = field(default_factory=dict)
     backend: str = ""
     pruner_text: PrunerText | None = None
+    multiply_adds: Mapping[str, int] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, Any]:
         """JSON form; what it is comes first, then what was measured."""

@@ -13,12 +13,14 @@ import numpy as np
 
 from gap_export.runtime.generation import PromptRow
 from gap_export.runtime.session import BackendName
-from gap_export.spec.manifest import PrunerText, PruningSpec
+from gap_export.spec.manifest import ImageSpec, PrunerText, PruningSpec
 from gap_export.spec.positions import Int64Array, PositionRule
 
 MisalignmentKind = Literal["permuted", "shifted"]
 MISALIGNMENTS: tuple[MisalignmentKind, ...] = ("permuted", "shifted")
-SettingPositions = Literal["none", "compact", "text-shifted", "gap", "permuted", "shifted"]
+SettingPositions = Literal[
+    "none", "compact", "text-shifted", "gap", "permuted", "shifted", "smaller-image"
+]
 _UNPRUNED = "unpruned"
 
 
@@ -32,7 +34,8 @@ class Setting:
         keep_ratio: 1.0 where nothing is dropped.
         positions: ``none``: nothing is dropped and nothing misaligned; ``compact``,
             ``text-shifted`` or ``gap``: of what pruning left, see ``spec.positions``; ``permuted``
-            or ``shifted``: nothing is dropped, see :class:`Misalignment`.
+            or ``shifted``: nothing is dropped, see :class:`Misalignment`; ``smaller-image``:
+            neither, of a smaller image, see ``evaluation.smaller_image``.
         backend: What runs it, where that is not what the runner's options say.
         pruner_text: What the pruner reads of the text: the ``expression`` or the ``question``; None
             where it reads none.
@@ -113,6 +116,12 @@ def pruned_settings(
         )
         for mode in (*naive_rules(position_axes), "gap")
     )
+
+
+def smaller_setting(bundle: Path, image: ImageSpec) -> Setting:
+    """A bundle that keeps all tokens of a smaller image, in ONNX Runtime as the unpruned one."""
+    (setting,) = whole_settings(bundle, ["smaller-image"])
+    return replace(setting, name=f"smaller-image {image.width}x{image.height}")
 
 
 def describe_positions(position_axes: int) -> dict[str, str]:

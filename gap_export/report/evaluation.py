@@ -25,7 +25,7 @@ from gap_export.report.figures.accuracies import (
     draw_tokens,
 )
 from gap_export.report.gallery import TITLES, gallery_shelves
-from gap_export.report.panels import Panel, names_of, panels_of, stages_of
+from gap_export.report.panels import BEGINNING, SMALLER_IMAGE, Panel, names_of, panels_of, stages_of
 from gap_export.visible import clean, visible_strings
 
 _Value = TypeVar("_Value")
@@ -77,6 +77,7 @@ def document_of_evaluation(report: EvaluationReport) -> Document:
             panels,
         ),
         _latency(report.rows),
+        Section(title="Until the answer begins", tables=(_costs(report.rows),)),
         Section(
             title="Gallery", tables=(_gallery(report),), gallery=partial(gallery_shelves, report)
         ),
@@ -124,6 +125,7 @@ def _tiles(report: EvaluationReport) -> tuple[Tile, ...]:
         ("gap", True, "GAP"),
         ("compact", True, "compact positions"),
         ("text-shifted", True, "text-shifted"),
+        (SMALLER_IMAGE, False, "smaller image"),
         ("compact", False, "compact, no token dropped"),
         ("permuted", False, "permuted"),
         ("shifted", False, "shifted"),
@@ -325,6 +327,39 @@ def _latency(rows: Sequence[SettingRow]) -> Section:
         title="Latency",
         tables=(table,),
         figures=(Figure(caption=caption, draw=partial(draw_latencies, rows)),),
+    )
+
+
+def _costs(rows: Sequence[SettingRow]) -> Table:
+    """Beside a smaller image: what is multiplied and waited for before the first token."""
+    stages = ("vision", "prefill")
+
+    def multiplied(row: SettingRow, *names: str) -> str:
+        return f"{sum(row.multiply_adds[name] for name in names) / 1e9:,.3g} G"
+
+    def waited(row: SettingRow) -> str:
+        times = [row.latency_ms[one]["median"] for one in BEGINNING if one in row.latency_ms]
+        return f"{sum(times):.1f}"
+
+    return Table.of(
+        "a smaller image, of which nothing is dropped, is the rival of pruning",
+        [row for row in rows if row.multiply_adds],
+        {
+            "setting": lambda row: row.name,
+            "visual tokens": lambda row: f"{row.mean_visual_tokens:.1f}",
+            "Acc@0.5": lambda row: percent(row.acc_at_50),
+            **{
+                f"multiply-adds, {one}": partial(lambda one, r: multiplied(r, one), one)
+                for one in stages
+            },
+            "together": lambda row: multiplied(row, *stages),
+            "ms, vision and prefill": waited,
+        },
+        notes=[
+            "Multiply-adds of matrix products and convolutions, of one expression at the mean "
+            "length of prompts. Milliseconds: the medians of those stages, of a batch. A smaller "
+            "image has the aspect of the larger one and the nearest number of tokens there is."
+        ],
     )
 
 

@@ -54,6 +54,12 @@ _LOOKS: Mapping[SettingPositions, dict[str, Any]] = MappingProxyType(
             "label": "text-shifted",
         },
         "gap": {"color": BLUE, "marker": "o", "linestyle": "-", "label": "GAP"},
+        "smaller-image": {
+            "color": GREEN,
+            "marker": "X",
+            "linestyle": ":",
+            "label": "smaller image",
+        },
         "permuted": {"color": PURPLE, "marker": "^", "linestyle": ":", "label": "permuted"},
         "shifted": {"color": GREEN, "marker": "v", "linestyle": "-.", "label": "shifted"},
     }
