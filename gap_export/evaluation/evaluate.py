@@ -80,28 +80,11 @@ def evaluate_model(
         random_seed=options.pruning.seed if options.random_weights else None,
     )
     requests = prunings or (options.pruning,)
-    canvas, *others = dict.fromkeys(request.canvas for request in requests)
-    if others:
-        raise UsageError(
-            "prunings of images of several sizes are not measured beside one unpruned model",
-            seen=", ".join(map(str, (canvas, *others))),
-            fix="measure them one after the other",
-        )
+    canvas = _one_canvas(requests)
     found = on_canvas(found, canvas)
     base = replace(options, out=None)
-    runs: dict[tuple[str, float], tuple[PruningSpec, ExportOptions]] = {}
-    for request in requests:
-        run = replace(base, pruning=replace(request, positions="gap"))
-        # All requests are settled first: a slip in the last must not cost the work of the others.
-        pruning = resolve_options(found, run)
-        key = (pruning.pruner, pruning.keep_ratio)
-        if runs.setdefault(key, (pruning, run))[0] != pruning:
-            raise UsageError(
-                "two prunings would have the same name in the report",
-                seen=f"{pruning.pruner} at keep {pruning.keep_ratio:g}, twice and not alike",
-                fix="measure them one after the other",
-            )
-    reads_question = any(pruning.pruner_text == "question" for pruning, _ in runs.values())
+    runs = _settle_runs(found, base, requests)
+    reads_question = any(pruning.pruner_text == "question" for pruning, _ in runs)
     seed = options.pruning.seed
     runner = RunnerOptions(prompt=asking.prompt, seed=seed)
     asked = ModelFacts(
@@ -121,14 +104,43 @@ def evaluate_model(
             export_model(
                 replace(run, out=Path(scratch) / str(number)), progress=progress, cache=cache
             ).bundle
-            for number, (_, run) in enumerate(runs.values())
+            for number, (_, run) in enumerate(runs)
         ]
         rivals = {
             path: smaller_recipe(found, pruning.num_emitted_tokens)
-            for path, (pruning, _) in zip(pruned, runs.values(), strict=True)
+            for path, (pruning, _) in zip(pruned, runs, strict=True)
         }
         smaller = _export_smaller(rivals, checkpoint, unpruned, progress=progress, cache=cache)
         return job.measure(whole, pruned, progress, smaller=smaller)
+
+
+def _one_canvas(requests: Sequence[PruningRequest]) -> str | None:
+    canvas, *others = dict.fromkeys(request.canvas for request in requests)
+    if others:
+        raise UsageError(
+            "prunings of images of several sizes are not measured beside one unpruned model",
+            seen=", ".join(map(str, (canvas, *others))),
+            fix="measure them one after the other",
+        )
+    return canvas
+
+
+def _settle_runs(
+    recipe: Recipe, base: ExportOptions, requests: Sequence[PruningRequest]
+) -> list[tuple[PruningSpec, ExportOptions]]:
+    """What is exported, each once; a slip in the last must not cost the work of the others."""
+    runs: dict[tuple[str, float], tuple[PruningSpec, ExportOptions]] = {}
+    for request in requests:
+        run = replace(base, pruning=replace(request, positions="gap"))
+        pruning = resolve_options(recipe, run)
+        key = (pruning.pruner, pruning.keep_ratio)
+        if runs.setdefault(key, (pruning, run))[0] != pruning:
+            raise UsageError(
+                "two prunings would have the same name in the report",
+                seen=f"{pruning.pruner} at keep {pruning.keep_ratio:g}, twice and not alike",
+                fix="measure them one after the other",
+            )
+    return list(runs.values())
 
 
 def evaluate_bundle(
