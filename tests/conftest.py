@@ -62,7 +62,18 @@ pytest_plugins = ["tests.limits"]
 
 
 def pytest_collection_finish() -> None:
-    """Save all later tests work that gives the same each time."""
+    """Save all later tests work that gives the same each time, or nothing."""
+    if "onnxruntime" in sys.modules:
+        import onnxruntime
+
+        class OneThread(onnxruntime.SessionOptions):
+            """Threads of a session wait for work in a loop, and models this small have none."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.intra_op_num_threads = 1
+
+        onnxruntime.SessionOptions = OneThread
     # What is imported by now stays, and was looked through for garbage again and again.
     gc.collect()
     gc.freeze()
