@@ -153,14 +153,14 @@ def _describe_source(manifest: Manifest) -> list[str]:
 
 def _describe_tokens(tokens: dict[str, int], manifest: Manifest) -> str:
     grid, tiles = manifest.grid, manifest.image.tiles
-    unit = "image" if tiles is None else "tile"
+    unit = "an image" if tiles is None else "a tile"
     whose = f", tiles as of {tiles.follows}" if tiles and manifest.image.has_newlines else ""
     least = "at least " if manifest.pruning.budget == "adaptive" else ""
     return (
         f"tokens     {describe_tokens(manifest)}, {grid.rows}x{grid.cols} grid{whose}; "
         f"ids up to {tokens['max_position_embeddings'] - 1}\n"
         f"KV cache   {format_size(tokens['kv_cache_bytes_per_token'])} a token, "
-        f"{least}{format_size(tokens['kv_cache_bytes_saved'])} a {unit} saved"
+        f"{least}{format_size(tokens['kv_cache_bytes_saved'])} {unit} saved"
     )
 
 

@@ -12,18 +12,19 @@ from types import MappingProxyType
 from gap_export.spec.family import other_families
 
 _OURS = "gap_export.runtime.images.preparations"
+DYNAMIC_TILES = "dynamic_tiles"
 SHARED: Mapping[str, str] = MappingProxyType(
     {
         "pad": f"{_OURS}:PAD",
         "squash": f"{_OURS}:SQUASH",
         "anyres": f"{_OURS}:ANYRES",
-        "dynamic_tiles": f"{_OURS}:DYNAMIC_TILES",
+        DYNAMIC_TILES: f"{_OURS}:DYNAMIC_TILES",
     }
 )
 # Those that end each row of tokens, joined from several tiles, with the model's newline vector.
 WITH_NEWLINE = frozenset({"anyres"})
 # Those that cut an image into the manifest's tiles.
-TILED = WITH_NEWLINE | {"dynamic_tiles"}
+TILED = WITH_NEWLINE | {DYNAMIC_TILES}
 
 
 def known_preparations() -> Mapping[str, str]:

@@ -14,10 +14,11 @@ from gap_export.errors import RecipeError, UnknownModelError
 from gap_export.spec.recipe import find_recipe, list_recipes, load_recipe, models_dir
 from gap_export.spec.requests import PruningRequest
 
-DEMO, LLAVA, MINIGPT, NEXT, SHIKRA = (
+DEMO, INTERNVL, LLAVA, MINIGPT, NEXT, SHIKRA = (
     models_dir() / name / "recipe.yaml"
     for name in (
         "refshapes-llava",
+        "internvl3-1b",
         "llava-1.5-7b",
         "minigpt-v2",
         "llava-1.6-mistral-7b",
@@ -354,6 +355,13 @@ def test_unknown_model_suggests_the_nearest_names():
         (NEXT, {"image__tiles__resolutions": [[336, 500]]}, "multiples of the tile"),
         (NEXT, {"image__tiles__resolutions": [[0, 336]]}, "multiples of the tile"),
         (NEXT, {"image__tiles__resolutions": [[336]]}, "image.tiles.resolutions"),
+        (
+            INTERNVL,
+            {"image__tiles__resolutions": [[896, 448], [448, 448]]},
+            "smaller canvases before larger ones",
+        ),
+        (INTERNVL, {"image__preparation": "squash"}, "anyres or dynamic_tiles, and only there"),
+        (INTERNVL, {"image__preparation": "cut"}, "pad, squash, anyres, dynamic_tiles"),
         (LLAVA, {"published": [{"dataset": "RefCOCO", "acc_at_50": 56.1}]}, "published"),
     ],
 )

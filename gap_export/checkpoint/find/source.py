@@ -332,9 +332,10 @@ def _check_unchanged(manifest: Manifest, recipe: Recipe) -> None:
 def _but_for_tiles(fact: Any) -> Any:
     """A fact without the order of its tiles' sizes and whose code they follow.
 
-    Those are the checkpoint's: published and converted ones differ in them.
+    Those are the checkpoint's: published and converted ones differ in them. (Of tiles that are not
+    joined to rows neither comes from a checkpoint.)
     """
-    if not isinstance(fact, ImageSpec) or fact.tiles is None:
+    if not isinstance(fact, ImageSpec) or fact.tiles is None or not fact.has_newlines:
         return fact
     return replace(fact, tiles=TilesSpec(resolutions=tuple(sorted(fact.tiles.resolutions))))
 

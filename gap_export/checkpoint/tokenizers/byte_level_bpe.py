@@ -6,6 +6,7 @@ Checkpoints whose code uses the slow tokenizer, such as InternVL3's, come withou
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _CONFIG_FILE = "tokenizer_config.json"
 _CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 # Qwen's has 151,387 merges in 1.7 MB.
 _MAX_BYTES = 16_000_000
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "special": True}
 # Runs of letters with what stands before them, single digits, runs of other signs, white space.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -32,8 +34,9 @@ def convert_byte_level_bpe(folder: Path, added: Mapping[str, int]) -> dict[str, 
 
     Args:
         folder: Holds both files, and a tokenizer_config.json that names the tokenizer's class.
-        added: Ids of the tokens beside the vocabulary; ``added_tokens_decoder`` of
-            tokenizer_config.json says which of them are special, and where it does not, they are.
+        added: Ids of tokens beside the vocabulary; ``added_tokens_decoder`` of
+            tokenizer_config.json may list more, and says which are special. What is not in there
+            is.
 
     Raises:
         CheckpointError: missing, damaged, or a tokenizer of another class.
@@ -69,20 +72,28 @@ def convert_byte_level_bpe(folder: Path, added: Mapping[str, int]) -> dict[str, 
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     plain: dict[str, Any] = json.loads(tokenizer.to_str())
+    listed = _listed(config)
+    texts = {**{text: said["id"] for text, said in listed.items()}, **added}
     plain["added_tokens"] = [
-        {"id": token, "content": text, "normalized": False, **_flags(config, token)}
-        for text, token in sorted(added.items(), key=lambda item: item[1])
+        {**_FLAGS, **listed.get(text, {}), "id": token, "content": text, "normalized": False}
+        for text, token in sorted(texts.items(), key=lambda item: item[1])
     ]
     return plain
 
 
-def _flags(config: Mapping[str, Any], token: int) -> dict[str, bool]:
-    """How a token that was added to the vocabulary is found in a text, and left out of answers."""
-    listed = config.get("added_tokens_decoder")
-    entry = listed.get(str(token)) if isinstance(listed, Mapping) else None
-    said = entry if isinstance(entry, Mapping) else {}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "special": True}
-    return {name: said.get(name, default) is True for name, default in flags.items()}
+def _listed(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Id of each token of ``added_tokens_decoder`` and how it is found in a text, by its text."""
+    entries = config.get("added_tokens_decoder")
+    return {
+        said["content"]: {
+            "id": int(token),
+            **{name: said.get(name, default) is True for name, default in _FLAGS.items()},
+        }
+        for token, said in (entries.items() if isinstance(entries, Mapping) else ())
+        if re.fullmatch(r"[0-9]{1,9}", token)
+        and isinstance(said, Mapping)
+        and isinstance(said.get("content"), str)
+    }
 
 
 def _read_merges(file: Path) -> list[tuple[str, str]]:

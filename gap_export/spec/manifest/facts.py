@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from gap_export.spec.manifest.plain import ADDED_LATER
-from gap_export.spec.preparations import SHARED, TILED, WITH_NEWLINE, known_preparations
+from gap_export.spec.preparations import (
+    DYNAMIC_TILES,
+    SHARED,
+    TILED,
+    WITH_NEWLINE,
+    known_preparations,
+)
 
 TileCode = Literal["transformers", "authors"]
 # A fact's name, what was seen, what is allowed.
@@ -228,6 +234,9 @@ def wrong_template(name: str, template: str) -> Iterator[WrongFact]:
 def _wrong_tiles(image: ImageSpec, resolutions: tuple[tuple[int, int], ...]) -> Iterator[WrongFact]:
     if not 1 <= len(resolutions) <= _MAX_CANVASES:
         yield "number of image.tiles.resolutions", len(resolutions), f"1..{_MAX_CANVASES}"
+    areas = [height * width for height, width in resolutions]
+    if image.preparation == DYNAMIC_TILES and areas != sorted(areas):
+        yield "image.tiles.resolutions", resolutions, "smaller canvases before larger ones"
     for height, width in resolutions:
         whole = height % image.height == 0 and width % image.width == 0
         tiles = (height // image.height) * (width // image.width)

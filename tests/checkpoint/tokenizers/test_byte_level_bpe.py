@@ -103,6 +103,14 @@ def test_what_is_special_is_said_by_the_tokenizer_s_config(folder: Path, tmp_pat
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<tool_call> "
 
 
+def test_tokens_that_only_the_tokenizer_s_config_lists_are_there(folder: Path, tmp_path: Path):
+    write_slow_tokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").unlink()
+    few = {text: special_tokens()[text] for text in ("<img>", "</box>")}
+    recipe = RECIPE.model_copy(update={"special_tokens": few})
+    assert read_tokenizer(tmp_path, recipe) == read_tokenizer(folder, RECIPE)
+
+
 def write(folder: Path, name: str, text: str) -> None:
     (folder / name).write_text(text)
 
