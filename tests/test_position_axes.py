@@ -28,12 +28,22 @@ from gap_export.parity.question import Question
 from gap_export.report.evaluation import document_of_evaluation
 from gap_export.report.markdown import to_markdown
 from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.runtime.backends.tensorrt_backend import TensorRTBackend
+from gap_export.runtime.backends.tensorrt_loading import choose_engines
 from gap_export.runtime.generation import PromptRow, assemble_prompt, embed_tokens, generate
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.architecture import DecoderShape
+from gap_export.spec.manifest import EngineLimits
 from gap_export.spec.positions import compact_positions
 from gap_export.spec.requests import PruningRequest
 from tests.parity.checking import check_with_torch, statuses
+from tests.runtime.backends.fake_gpu import FakeDevice
+from tests.runtime.backends.fake_tensorrt import (
+    FakeModule,
+    copy_bundle,
+    fake_library,
+    write_engines,
+)
 
 ATOL = 1e-4
 STEPS = np.array([[7, 20, 11, 30, 9]])
@@ -197,6 +207,32 @@ def test_a_session_feeds_slots_and_three_axes(bundle):
         alone = [session.ground(image, words) for words in ("the star", "a big red square")]
         both = session.ground_batch(image, ["the star", "a big red square"])
     assert [one.token_ids for one in both] == [one.token_ids for one in alone]
+
+
+@pytest.mark.parametrize("contract", ["concat", "in_place"])
+def test_engines_are_fed_a_table_of_one_length_on_every_axis(bundle, tmp_path, contract):
+    """Of TensorRT but its interface: a GPU made of host memory."""
+    copied = copy_bundle(bundle, tmp_path / "bundle", in_place=contract == "in_place")
+    limits = EngineLimits(max_prompt=24, max_new_tokens=8, max_batch=2, max_images=1)
+    write_engines(copied, limits)
+    device = FakeDevice()
+    module = FakeModule(device)
+    chosen = choose_engines(
+        copied,
+        open_device=lambda: device,
+        import_library=lambda name: fake_library(module, name),
+    )
+    image, words = Image.effect_noise((48, 32), 90).convert("RGB"), ["the star", "a big red square"]
+    runs = TensorRTBackend(copied, chosen)
+    with GroundingSession(copied.manifest, copied.path, runs) as session:
+        given = session.ground_batch(image, words)
+        shapes = [
+            c.shapes["kept_positions"] for c in module.contexts if "kept_positions" in c.shapes
+        ]
+    with GroundingSession.open(bundle) as session:
+        wanted = session.ground_batch(image, words)
+    assert [one.token_ids for one in given] == [one.token_ids for one in wanted]
+    assert shapes[-1] == (3, 2, limits.max_prompt) and len(shapes) == 2
 
 
 def test_context_counts_ids_and_not_tokens(bundle):

@@ -309,6 +309,9 @@ class World(dict[str, str]):
     def _checkpoint_quantized(self, path: Path) -> None:
         self._config(path, "quantization_config", value={"quant_method": "awq", "bits": 4})
 
+    def _checkpoint_windows(self, path: Path) -> None:
+        self._config(path, "text_config", "model_type", value="gemma3_text")
+
     def _checkpoint_rope(self, path: Path) -> None:
         rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
         self._config(path, "text_config", "rope_parameters", value=rope)
@@ -441,6 +444,11 @@ class World(dict[str, str]):
     def _foreign_quantized(self, path: Path) -> None:
         names = ("vision_encoder", "embed_tokens", "decoder_model_merged")
         self._foreign(path, *(f"{name}_q4.onnx" for name in names))
+
+    def _foreign_state(self, path: Path) -> None:
+        names = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+        self._foreign(path, *(f"{name}.onnx" for name in names))
+        (path / "config.json").write_text('{"model_type": "qwen3_5"}')
 
     def _foreign_two(self, path: Path) -> None:
         names = ("vision_encoder", "embed_tokens", "decoder_model_merged")

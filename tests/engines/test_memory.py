@@ -52,6 +52,19 @@ def test_the_cache_is_that_of_the_largest_batch_at_full_length(trt_bundle):
     assert more.kv_cache == 2 * found.kv_cache
 
 
+def test_attention_is_of_as_many_heads_as_the_manifest_says(trt_bundle):
+    """In Qwen3-VL-4B they are 32, and hidden_size / head_dim is 20."""
+    graphs = target_graphs(trt_bundle.manifest, TARGETS["rtx"])
+    decoder = trt_bundle.manifest.decoder
+    by_width = decoder.hidden_size // decoder.head_dim
+    wide = dataclasses.replace(decoder, num_heads=by_width + 12)
+    manifest = dataclasses.replace(trt_bundle.manifest, decoder=wide)
+    found = estimate_memory(dataclasses.replace(trt_bundle, manifest=manifest), graphs, LIMITS)
+    before = estimate_memory(trt_bundle, graphs, LIMITS)
+    scores = 12 * LIMITS.max_batch * LIMITS.max_prompt**2 * 4
+    assert found.activations - before.activations == scores
+
+
 def test_nothing_is_said_where_memory_will_do():
     gpu = dataclasses.replace(ORIN, memory_bytes=24 * GIB)
     assert memory_warnings(ESTIMATE, gpu=gpu, free_host=24 * GIB) == ()

@@ -70,6 +70,22 @@ def test_a_decoder_has_prefill_and_decode(sample_manifest):
     assert three(decode, "past", 3) == (8, 8, 8)
 
 
+def test_a_table_of_three_axes_has_three_in_every_profile(sample_manifest):
+    graph = decoder("concat")
+    inputs = tuple(
+        dataclasses.replace(tensor, shape=(3, *tensor.shape))
+        if tensor.name == "kept_positions"
+        else tensor
+        for tensor in graph.inputs
+    )
+    for profile in make_profiles(
+        sample_manifest, dataclasses.replace(graph, inputs=inputs), LIMITS
+    ):
+        assert three(profile, "kept_positions", 0) == (3, 3, 3)
+        assert three(profile, "kept_positions", 2) == (1, 40, 40)
+        assert len(profile.shapes["position_ids"].max) == 2
+
+
 def test_a_cache_in_place_has_its_capacity_at_every_step(sample_manifest):
     profiles = make_profiles(sample_manifest, decoder("in_place"), LIMITS)
     assert cache_capacity(LIMITS) == 48

@@ -48,11 +48,12 @@ def test_form_builds_for_a_desktop_gpu(lowering_models, family, component, form)
 
 
 @pytest.mark.parametrize("form", LOWERINGS)
-def test_int4_decoder_builds(lowering_models, form):
-    model = lowering_models.base("llava_next", DECODER).clone()
-    lowering_models.quantize(model, "llava_next", f"{form}_built_int4")
+@pytest.mark.parametrize("family", ["llava_next", "interleaved"])
+def test_int4_decoder_builds(lowering_models, family, form):
+    model = lowering_models.base(family, DECODER).clone()
+    lowering_models.quantize(model, family, f"{form}_built_int4")
     model = lower(model, DECODER, form, limits=LIMITS)
-    assert len(build(lowering_models.save(model, f"{DECODER}_{form}_int4", "llava_next"))) > 1000
+    assert len(build(lowering_models.save(model, f"{DECODER}_{form}_int4", family))) > 1000
 
 
 @pytest.mark.full
