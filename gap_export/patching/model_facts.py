@@ -29,6 +29,7 @@ class ModelFacts:
     """Facts of an export; None where they do not say.
 
     Attributes:
+        model_type: What config.json calls the model.
         num_visual_tokens: Visual tokens of one image, by the config's image and patch size.
         image_size: Side of the square that the vision encoder reads, in pixels.
         has_tiles: Whether images are cut into tiles.
@@ -41,6 +42,7 @@ class ModelFacts:
         std: Deviation of each channel, in 0..1.
     """
 
+    model_type: str | None = None
     num_visual_tokens: int | None
     image_size: int | None
     has_tiles: bool
@@ -76,7 +78,9 @@ def read_facts(folder: Path) -> ModelFacts:
     listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(each) is int and each >= 0 for each in listed):
         raise _wrong("eos_token_id", eos, "ids, 0 or more")
+    kind = config.get("model_type")
     return ModelFacts(
+        model_type=kind if isinstance(kind, str) else None,
         num_visual_tokens=None if side is None else side * side,
         image_size=image_size,
         has_tiles=bool(config.get("image_grid_pinpoints")),
@@ -123,6 +127,9 @@ def choose_recipe(
             )
         return recipe
     fitting = [each for each, _ in list_recipes() if not _misfits(each, facts, sizes)]
+    # Models of several families have decoders of one size: then the config's own word counts.
+    named = [each for each in fitting if each.family == facts.model_type]
+    fitting = named or fitting
     if len(fitting) == 1:
         return fitting[0]
     raise UsageError(

@@ -94,6 +94,21 @@ def test_the_one_recipe_of_these_sizes_is_chosen(folder):
     assert choose_recipe(folder, facts, larger, name=None).name == "llava-1.5-13b"
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [("qwen2_vl", "qwen2-vl-7b"), ("qwen2_5_vl", "qwen2.5-vl-7b")]
+)
+def test_models_with_one_decoder_are_told_apart_by_their_type(tmp_path, kind, name):
+    """The first configs of Qwen2-VL are flat."""
+    vision = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
+    plain = {"model_type": kind, "hidden_size": 3584, "eos_token_id": 7, "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    facts = read_facts(tmp_path)
+    assert (facts.hidden_size, facts.eos_token_ids) == (3584, (7,))
+    assert (facts.patch_size, facts.frames_per_patch, facts.patches_per_side) == (14, 2, 2)
+    sizes = {"hidden_size": 3584, "num_layers": 28, "num_key_value_heads": 4, "head_dim": 128}
+    assert choose_recipe(tmp_path, facts, sizes, name=None).name == name
+
+
 def test_several_recipes_and_none_are_refused(folder):
     everything_open = ModelFacts(
         num_visual_tokens=None, image_size=None, has_tiles=False,
