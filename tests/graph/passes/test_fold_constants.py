@@ -79,16 +79,18 @@ def test_exported_reductions_have_constant_axes(tiny_graphs):
     assert all(node.inputs[1].const_value is not None for node in means)
 
 
-def test_export_reads_no_weight(tiny_graphs, tmp_path, monkeypatch):
+def test_export_reads_no_weight(tiny_graphs, shared, tmp_path, monkeypatch):
     from gap_export.checkpoint.find.source import Checkpoint
     from gap_export.checkpoint.weights import place_reference
     from gap_export.exporting.trace import save_graph, trace_component
     from gap_export.families import build_reference
     from gap_export.graph.pipelines import PIPELINES, run_pipeline
+    from tests.shared_traces import share_traces
 
     def forbidden(self: ir.ExternalTensor) -> None:
         raise AssertionError(f"{self.name} was read")
 
+    monkeypatch.setattr("gap_export.exporting.trace._trace", share_traces(shared))
     monkeypatch.setattr(ir.ExternalTensor, "numpy", forbidden)
     monkeypatch.setattr(ir.ExternalTensor, "tobytes", forbidden)
     pruning = tiny_graphs.pruning("cls", 0.5)
