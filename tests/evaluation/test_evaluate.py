@@ -299,7 +299,7 @@ def exported(tiny_recipe, monkeypatch):
         return SimpleNamespace(bundle=Path())
 
     monkeypatch.setattr(evaluate, "export_model", note)
-    monkeypatch.setattr(job.Job, "measure", lambda *_: None)
+    monkeypatch.setattr(job.Job, "measure", lambda *_, **__: None)
     return prunings
 
 
