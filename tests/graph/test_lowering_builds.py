@@ -58,12 +58,11 @@ def test_int4_decoder_builds(lowering_models, family, form):
 
 @pytest.mark.full
 @pytest.mark.parametrize("form", LOWERINGS)
-def test_bfloat16_decoder_builds(lowering_models, form):
+@pytest.mark.parametrize("family", ["llava_next", "interleaved"])
+def test_bfloat16_decoder_builds(lowering_models, family, form):
     """ONNX Runtime has no kernels for it on a CPU, so that this is all that can be asked."""
-    model = lower(
-        lowering_models.base("llava_next", DECODER, "bfloat16"), DECODER, form, limits=LIMITS
-    )
-    path = lowering_models.save(model, f"{DECODER}_{form}", "llava_next", "bfloat16")
+    model = lower(lowering_models.base(family, DECODER, "bfloat16"), DECODER, form, limits=LIMITS)
+    path = lowering_models.save(model, f"{DECODER}_{form}", family, "bfloat16")
     assert len(build(path)) > 1000
 
 
