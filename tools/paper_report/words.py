@@ -118,6 +118,9 @@ def _matrix(measured: Measured) -> list[str]:
     for pruner in dict.fromkeys(row["pruner"] for row in rows if row["pruner"] != "none"):
         cells = []
         for keep in KEEPS[1:]:
+            if not any(r["pruner"] == pruner and r["keep_ratio"] == keep for r in rows):
+                cells += ["not measured", "not measured"]
+                continue
             compact, gap = (_find(rows, pruner, keep, mode) for mode in ("compact", "gap"))
             cells += [
                 percent(compact["acc_at_50"]),
@@ -189,6 +192,8 @@ def _texts(measured: Measured, whole: Row) -> list[str]:
     pruners = list(dict.fromkeys(name for name, _, _ in pairs))
     if measured.asks_bare:
         names = ", ".join(f"`{name}`" for name in pruners)
+        if measured.recipe.prompt.question is None:
+            return ["", f"The prompt marks no question: {names} read the expression."]
         return ["", f"The question is the expression itself: {names} read the same by either name."]
     cells = [(text, keep) for text in ("expression", "question") for keep in TEXT_KEEPS]
     if not pruners:
@@ -197,7 +202,7 @@ def _texts(measured: Measured, whole: Row) -> list[str]:
     heads = " | ".join(f"{text}: keep {keep:g}" for text, keep in cells)
     lines = [
         "",
-        f"What the text tower reads (`--pruner-text`), GAP: the expression, or the question "
+        f"What is read of the text (`--pruner-text`), GAP: the expression, or the question "
         f'"{question}". Bold is the default, as the authors of the pruner have it; the tower of '
         "this model was trained on expressions alone:",
         "",
