@@ -196,3 +196,23 @@ def test_rows_of_an_evaluation_are_those_of_pruners_with_their_budget(words):
         # There the question is the expression.
         ("trim", "fixed", "expression"),
     ]
+
+
+def test_second_baseline_and_smaller_images_stand_where_they_were_measured(words):
+    rows = [row("none", 1.0, "none", 0.9), row("none", 1.0, "compact", 0.4)]
+    for keep in (0.5, 0.3, 0.1):
+        for positions, share in (("compact", 0.1), ("text-shifted", 0.3), ("gap", 0.8)):
+            rows.append(row("spatial", keep, positions, share))
+        tokens = 144 * keep + 1
+        rows.append({**row("none", 1.0, "smaller-image", 0.7), "mean_visual_tokens": tokens})
+    found = found_of(rows, "refshapes-llava")
+    from paper_report.measured import merge_rows
+
+    assert merge_rows(rows, rows) == merge_rows(rows, [])
+    assert len(merge_rows(rows, rows)) == len(rows) == len(found.rows())
+    card = words.format_card(found, command="make")
+    assert "keep 0.3: compact | text-shifted | GAP" in card
+    assert "| compact | 40.0 % |" in card
+    assert card.count("| 70.0 % (68.0-72.0 %) | `spatial` |") == 3
+    plain = words.format_card(measured(0.1, 0.8), command="make")
+    assert "text-shifted" not in plain and "smaller image" not in plain

@@ -23,7 +23,7 @@ _NUMBERS = ("keep_ratio", "mean_visual_tokens", "acc_at_50", "mean_iou", "recove
 # What tells one setting from another.
 _WHAT = ("pruner", "pruner_text", "budget", "keep_ratio", "positions")
 _KEEPS = (0.5, 0.3, 0.1, 1.0)
-_POSITIONS = ("none", "permuted", "shifted", "compact", "gap")
+_POSITIONS = ("none", "permuted", "shifted", "compact", "text-shifted", "gap", "smaller-image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Measured:
         """
         found: dict[tuple[Any, ...], Row] = {}
         for row in self.all_rows:
-            key = tuple(row[name] for name in _WHAT if name != "pruner_text")
+            key = _setting({**row, "pruner_text": None})
             if key not in found or row["pruner_text"] == self.text_of(row):
                 found[key] = row
         return list(found.values())
@@ -85,11 +85,13 @@ def with_budget(recipe: Recipe, report: Row, budget: str) -> list[Row]:
 
 
 def rows_of(recipe: Recipe, report: Row) -> list[Row]:
-    """Rows of an evaluation that are of a pruner."""
+    """Rows of an evaluation that are of a pruner, or stand beside one."""
     (whole,) = (row for row in report["rows"] if row["positions"] == "none")
     found = []
     for row in with_budget(recipe, report, "fixed"):
-        if row["positions"] in ("compact", "gap"):
+        if row["positions"] == "smaller-image":
+            found.append(row)
+        elif row["pruner"] != "none":
             # At keep 1 a fixed budget drops nothing.
             drops = row["mean_visual_tokens"] < whole["mean_visual_tokens"]
             adaptive = row["keep_ratio"] == 1.0 and drops
@@ -131,11 +133,13 @@ def _parse(line: dict[str, str]) -> Row:
 
 
 def _setting(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in _WHAT)
+    # Smaller images differ in their number of tokens alone.
+    tokens = row["mean_visual_tokens"] if row["positions"] == "smaller-image" else 0.0
+    return (*(row[name] for name in _WHAT), tokens)
 
 
 def _place(setting: tuple[Any, ...]) -> tuple[Any, ...]:
-    pruner, text, budget, keep, positions = setting
+    pruner, text, budget, keep, positions, tokens = setting
     names = ["none", *PRESETS]
     return (
         budget == "adaptive",
@@ -144,4 +148,5 @@ def _place(setting: tuple[Any, ...]) -> tuple[Any, ...]:
         names.index(pruner),
         text or "",
         _POSITIONS.index(positions),
+        -tokens,
     )

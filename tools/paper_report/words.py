@@ -107,27 +107,58 @@ def _matrix(measured: Measured) -> list[str]:
     lines += [
         f"| {row['positions']} | {percent(row['acc_at_50'])} | {interval(row['ci95'])} |"
         for row in rows
-        if row["positions"] in ("permuted", "shifted")
+        if row["pruner"] == "none" and row["positions"] in ("permuted", "shifted", "compact")
     ]
 
     def note(row: Row) -> str:
         return _of(row, whole, measured.text_of(row))
 
-    heads = " | ".join(f"keep {keep:g}: compact | GAP" for keep in KEEPS[1:])
-    lines += ["", f"| pruner | {heads} |", "|---" * (1 + 2 * len(KEEPS[1:])) + "|"]
+    # Of models with three position axes there is a second naive baseline.
+    naive = ("compact", "text-shifted")
+    naive = tuple(mode for mode in naive if any(row["positions"] == mode for row in rows))
+    heads = " | ".join(f"keep {keep:g}: {' | '.join((*naive, 'GAP'))}" for keep in KEEPS[1:])
+    lines += ["", f"| pruner | {heads} |", "|---" * (1 + (1 + len(naive)) * len(KEEPS[1:])) + "|"]
     for pruner in dict.fromkeys(row["pruner"] for row in rows if row["pruner"] != "none"):
         cells = []
         for keep in KEEPS[1:]:
             if not any(r["pruner"] == pruner and r["keep_ratio"] == keep for r in rows):
-                cells += ["not measured", "not measured"]
+                cells += ["not measured"] * (1 + len(naive))
                 continue
-            compact, gap = (_find(rows, pruner, keep, mode) for mode in ("compact", "gap"))
+            *others, gap = (_find(rows, pruner, keep, mode) for mode in (*naive, "gap"))
             cells += [
-                percent(compact["acc_at_50"]),
+                *(percent(other["acc_at_50"]) for other in others),
                 f"**{percent(gap['acc_at_50'])}** ({interval(gap['ci95'])}{note(gap)})",
             ]
         lines.append(f"| `{pruner}` | {' | '.join(cells)} |")
+    lines += _smaller_images(rows)
     return [*lines, *_all_kept(rows), *_adaptive(rows, note), *_texts(measured, whole)]
+
+
+def _smaller_images(rows: list[Row]) -> list[str]:
+    """The rival of pruning, of models that take any size of image."""
+    found = [row for row in rows if row["positions"] == "smaller-image"]
+    if not found:
+        return []
+    pruned = [row for row in rows if row["positions"] == "gap" and row["budget"] == "fixed"]
+    lines = [
+        "",
+        "A smaller image, of which nothing is dropped, beside the best pruner with GAP at the "
+        "nearest number of tokens:",
+        "",
+        "| smaller image: visual tokens | Acc@0.5 | pruner | visual tokens | Acc@0.5 |",
+        "|---" * 5 + "|",
+    ]
+    for rival in found:
+        tokens = rival["mean_visual_tokens"]
+        least = min(abs(row["mean_visual_tokens"] - tokens) for row in pruned)
+        near = [row for row in pruned if abs(row["mean_visual_tokens"] - tokens) == least]
+        best = max(near, key=lambda row: row["acc_at_50"])
+        lines.append(
+            f"| {tokens:.0f} | {percent(rival['acc_at_50'])} ({interval(rival['ci95'])}) "
+            f"| `{best['pruner']}` | {best['mean_visual_tokens']:.0f} "
+            f"| **{percent(best['acc_at_50'])}** ({interval(best['ci95'])}) |"
+        )
+    return lines
 
 
 def _of(row: Row, whole: Row, default: str | None) -> str:
