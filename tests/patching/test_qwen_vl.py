@@ -18,9 +18,12 @@ from gap_export.bundle import open_bundle
 from gap_export.errors import UsageError
 from gap_export.parity.inside.positions_seen import read_positions
 from gap_export.parity.patched import masked_oracle
+from gap_export.parity.patched.check import check_patched
 from gap_export.parity.patched.unpatched import cut_into_patches
+from gap_export.parity.question import Question
 from gap_export.runtime.session import GroundingSession
 from tests.families.qwen_vl.tiny import CANVASES, MERGE, PATCH, patches_of
+from tests.parity.mrope_mutants import columns_zeroed
 from tests.patching.qwen_exports import build_qwen_export
 
 CANVAS = CANVASES["rows > cols"]
@@ -72,6 +75,18 @@ def test_the_pruned_run_equals_the_unpruned_one_with_dropped_tokens_hidden(
     monkeypatch.setattr(masked_oracle, "assemble_prompt", shifted)
     report = masked_oracle.compare_with_unpatched(bundle, export, images, EXPRESSIONS)
     assert report.passed and report.compact_max_abs_diff > 0.1
+
+
+def test_check_reads_the_ids_of_each_axis(export, patch, images, tmp_path):
+    bundle = patch(export, **TWO).bundle
+    questions = [Question(image=images[0], expression="star")]
+
+    def check(folder: Path) -> dict[str, str]:
+        report = check_patched(open_bundle(folder), export, questions)
+        return {level.level: level.status for level in report.backends[0].levels}
+
+    assert check(bundle)["positions"] == check(bundle)["tensor"] == "passed"
+    assert check(columns_zeroed(bundle, tmp_path / "mutant"))["positions"] == "failed"
 
 
 def test_a_session_feeds_whole_images_slots_and_ids_of_three_axes(export, patch, images):

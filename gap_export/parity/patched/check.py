@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 
 from gap_export.bundle import Bundle
 from gap_export.errors import UsageError
+from gap_export.parity.levels.positions import judge_positions
 from gap_export.parity.levels.tensor import judge_tensors
 from gap_export.parity.patched.masked_oracle import MaskedOracleReport, compare_with_unpatched
 from gap_export.parity.patched.unpatched import find_export
@@ -19,8 +21,10 @@ from gap_export.parity.results import (
     CheckReport,
     Level,
     LevelResult,
+    PositionsRow,
 )
 from gap_export.progress import Progress
+from gap_export.runtime.backends.backend import DECODER
 from gap_export.spec.manifest import Manifest
 
 _ONNX_RUNTIME_ALONE = "both sides of the comparison with unpatched graphs run in ONNX Runtime"
@@ -91,7 +95,9 @@ def check_patched(
                 backend=key,
                 name=found.candidate if key == "ort" else "",
                 seconds=seconds if key == "ort" else 0.0,
-                levels=tuple(_judge(level, key, found) for level in LEVELS if level in levels),
+                levels=tuple(
+                    _judge(level, key, found, bundle) for level in LEVELS if level in levels
+                ),
             )
             for key in wanted
         ),
@@ -99,10 +105,21 @@ def check_patched(
     )
 
 
-def _judge(level: Level, key: BackendKey, found: MaskedOracleReport) -> LevelResult:
+def _judge(level: Level, key: BackendKey, found: MaskedOracleReport, bundle: Bundle) -> LevelResult:
     if key != "ort":
         return LevelResult(level=level, status="not_run", reason=_ONNX_RUNTIME_ALONE)
+    if level == "positions" and bundle.manifest.decoder.position_axes > 1:
+        return _judge_axes(bundle)
     if level != "tensor":
         return LevelResult(level=level, status="not_run", reason=_ORACLE_ALONE)
     blind = "" if found.is_sensitive else "re-numbered position ids would not have been noticed"
     return judge_tensors(found.outputs, broken=blind)
+
+
+def _judge_axes(bundle: Bundle) -> LevelResult:
+    """The ids of each axis, which logits may not show; not run where they cannot be read."""
+    judged = judge_positions(bundle, bundle.manifest.graph(DECODER).file)
+    unread = [row for row in judged.rows if isinstance(row, PositionsRow) and isnan(row.seen[0])]
+    if not unread:
+        return judged
+    return LevelResult(level="positions", status="not_run", reason=unread[0].reason)
