@@ -28,6 +28,7 @@ _FUSED = ".attn.qkv."
 # What their class takes for granted where a config does not say it.
 _DEFAULTS: Mapping[str, Any] = {
     "ps_version": "v1", "downsample_ratio": 0.5, "select_layer": -1, "pad2square": False,
+    "use_thumbnail": False,
 }  # fmt: skip
 _TOWER_DEFAULTS: Mapping[str, Any] = {
     "norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False,
@@ -80,6 +81,8 @@ def _as_transformers_has_it(plain: Mapping[str, Any], file: Path, recipe: Recipe
     for key, wanted, words in (
         ("ps_version", "v2", "tokens in raster order"),
         ("pad2square", False, "no padding"),
+        # Of one tile, which is all that a recipe without tiles has, there is no thumbnail anyway.
+        *([("use_thumbnail", True, "a thumbnail behind the tiles")] if recipe.image.tiles else []),
     ):
         require(said[key] == wanted, key, said[key], f"{wanted}: {words}", where=file)
     vision, text = plain.get("vision_config"), plain.get("llm_config")

@@ -233,6 +233,7 @@ SIX_B = r"norm_type.*rms_norm.*InternViT-300M; InternViT-6B is not implemented"
         (setting("downsample_ratio", 0.25), r"downsample_ratio.*0\.25.*0\.5"),
         (setting("select_layer", -2), r"vision_feature_layer.*-2.*allowed: -1"),
         (setting("pad2square", True), r"pad2square.*True"),
+        (setting("use_thumbnail", False), r"use_thumbnail.*True: a thumbnail behind the tiles"),
         (setting("force_image_size", 224), r"force_image_size.*224.*allowed: 32"),
         (setting("vision_config.norm_type", "rms_norm"), SIX_B),
         (setting("vision_config.norm_type", None), SIX_B),
