@@ -11,13 +11,10 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import onnx_ir as ir
-
 from gap_export.bundle import open_bundle
 from gap_export.errors import ExpressionError
 from gap_export.evaluation.measure import with_prompt
 from gap_export.families import find_family
-from gap_export.graph.multiply_adds import count_multiply_adds
 from gap_export.runtime.backends.backend import graph_components
 from gap_export.runtime.prompt import PromptEncoder
 from gap_export.spec.canvas import token_size, with_canvas
@@ -61,6 +58,11 @@ def count_stages(bundle: Path, *, num_images: float, prompt_length: float) -> di
         num_images: Images that the vision encoder sees, the tiles of one: their mean number.
         prompt_length: Tokens of the prompt, visual ones included: their mean number.
     """
+    # Evaluating a bundle that is there needs no export package but here.
+    import onnx_ir as ir
+
+    from gap_export.graph.multiply_adds import count_multiply_adds
+
     opened = open_bundle(bundle)
     found = {VISION: 0, PREFILL: 0}
     for component in graph_components(opened.manifest):
