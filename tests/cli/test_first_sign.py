@@ -29,6 +29,7 @@ LATE = {
     "{checkpoint} --random-weights",
     "check {bundle} --level token --samples 1 --image /nowhere.png",
     "patch {foreign-empty} --keep 0.3",
+    "patch {foreign-state}",
 }
 
 
