@@ -117,10 +117,12 @@ class PromptEncoder:
             warnings=warnings,
         )
         grid = self._manifest.grid
-        image_ids = num_image_ids(
-            grid.num_visual_tokens,
-            (grid.rows, grid.cols),
-            position_axes=self._manifest.decoder.position_axes,
+        # Which canvas an image takes is not known here: the longest is safe.
+        image_ids = max(
+            num_image_ids(
+                grid.num_visual_tokens, one, position_axes=self._manifest.decoder.position_axes
+            )
+            for one in self._manifest.image.grids or ((grid.rows, grid.cols),)
         )
         self.check_context(encoded, image_ids)
         return encoded

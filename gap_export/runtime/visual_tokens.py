@@ -88,7 +88,11 @@ def encode_image(
     layout = geometry.tile_layout(manifest.image, manifest.grid)
     if layout is None:
         encode = _encode if manifest.pruning.budget == "fixed" else _encode_adaptively
-        rows = encode(backend, _feed(pixel_values, text_embeds), manifest)
+        feed = _feed(pixel_values, text_embeds)
+        if manifest.image.grids:
+            number = geometry.canvas_number(manifest.image)
+            feed["canvas"] = np.array([number], dtype=np.int64)
+        rows = encode(backend, feed, manifest)
         found = [_of_whole(row, manifest, geometry) for row in rows]
     else:
         newline = _newline(backend) if isinstance(layout, TileLayout) else None
@@ -194,7 +198,8 @@ def _check_shape(name: str, seen: NDArray[Any], wanted: tuple[int, ...]) -> None
 
 
 def _of_whole(row: Outputs, manifest: Manifest, geometry: ImageGeometry) -> VisualTokens:
-    grid, pruning = manifest.grid, manifest.pruning
+    pruning = manifest.pruning
+    rows, cols = geometry.token_grid(manifest.image, manifest.grid)
     keep, scores = row["keep_indices"], row.get("token_scores")
     extra = pruning.num_emitted_tokens - pruning.num_kept_tokens
     # An extra token looks at no place of its own.
@@ -205,8 +210,8 @@ def _of_whole(row: Outputs, manifest: Manifest, geometry: ImageGeometry) -> Visu
         stood_out = int(count_outliers(scores[None])[0])
     view = TokenGrid(
         view="image",
-        rows=grid.rows,
-        cols=grid.cols,
+        rows=rows,
+        cols=cols,
         frame=geometry.input_frame(manifest.image),
         kept=tuple(survivors.tolist()),
         tiles=(
@@ -219,7 +224,7 @@ def _of_whole(row: Outputs, manifest: Manifest, geometry: ImageGeometry) -> Visu
         features=row["image_features"],
         keep_indices=keep,
         num_visual_tokens=pruning.num_visual_tokens,
-        shape=(grid.rows, grid.cols),
+        shape=(rows, cols),
         grids=(view,),
     )
 

@@ -44,6 +44,8 @@ class VisionShape(TransformerShape):
         window_size: Pixels of the side of a window, whose patches see each other alone; None where
             every patch sees all.
         full_attention: Layers, counted from 0, in which every patch sees all nevertheless.
+        grids: Rows and columns of visual tokens of each canvas, where there are several; see
+            ``ImageSpec.grids``.
         taps: Layers whose features go to the decoder beside the last one's (DeepStack).
     """
 
@@ -53,6 +55,7 @@ class VisionShape(TransformerShape):
     window_size: int | None = None
     full_attention: tuple[int, ...] = ()
     taps: tuple[int, ...] = ()
+    grids: tuple[tuple[int, int], ...] = ()
 
     @property
     def canvas(self) -> tuple[int, int]:

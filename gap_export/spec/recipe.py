@@ -279,7 +279,7 @@ def _check_sizes(architecture: Architecture, image: ImageSpec, grid: GridSpec) -
         raise ValueError(
             f"image must be {height} px high and {width} wide, architecture.vision.image_size"
         )
-    _check_vision(vision, projector)
+    _check_vision(vision, projector, image)
     if projector.num_taps != decoder.num_taps:
         raise ValueError("architecture.projector and architecture.decoder must have as many taps")
     if projector.width % vision.width or projector.hidden_size != decoder.hidden_size:
@@ -301,8 +301,10 @@ def _check_sizes(architecture: Architecture, image: ImageSpec, grid: GridSpec) -
         raise ValueError(f"grid must be {rows} rows, {cols} cols, as architecture says")
 
 
-def _check_vision(vision: VisionShape, projector: ProjectorShape) -> None:
-    """Refuse layers that the tower has not got."""
+def _check_vision(vision: VisionShape, projector: ProjectorShape, image: ImageSpec) -> None:
+    """Refuse layers that the tower has not got, and canvases that are not the image's."""
+    if vision.grids != image.grids or (vision.grids and vision.window_size is not None):
+        raise ValueError("architecture.vision.grids must be image.grids, and no windows beside it")
     for key, layers in (("full_attention", vision.full_attention), ("taps", vision.taps)):
         if list(layers) != sorted(set(layers) & set(range(vision.num_layers))):
             raise ValueError(

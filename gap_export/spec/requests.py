@@ -151,7 +151,8 @@ class PruningRequest:
         str | None,
         Option(
             "Width x height in pixels of what the model sees, for models that take any: whole "
-            "visual tokens. It decides how many there are. [default: the recipe's]",
+            "visual tokens, which it decides the number of. Several of one number, with commas: an "
+            "image takes the one of its aspect. [default: the recipe's]",
             metavar="WxH",
         ),
     ] = None

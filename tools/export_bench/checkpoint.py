@@ -66,12 +66,12 @@ def write_checkpoint(folder: Path) -> bool:
         return False
     folder.mkdir(parents=True, exist_ok=True)
     shards = _split(list(_tensors().items()))
-    block = (np.random.default_rng(0).standard_normal(_BLOCK) * _STD).astype(np.float16)
+    block = draw_block()
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         with (folder / name).open("wb") as stream:
-            _write_shard(stream, shard, block)
+            write_shard(stream, shard, block)
         weight_map |= dict.fromkeys((key for key, _ in shard), name)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))
     # Last, so that its presence says the rest is complete.
@@ -132,9 +132,15 @@ def _split(
     return shards
 
 
-def _write_shard(
+def draw_block() -> NDArray[np.float16]:
+    """Random values that weights are cut from."""
+    return (np.random.default_rng(0).standard_normal(_BLOCK) * _STD).astype(np.float16)
+
+
+def write_shard(
     stream: BinaryIO, tensors: list[tuple[str, tuple[int, ...]]], block: NDArray[np.float16]
 ) -> None:
+    """A safetensors file of these tensors."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for key, shape in tensors:

@@ -17,15 +17,15 @@ DECODER = "decoder_model_merged"
 _NO_RESIDUAL = ("ReduceMean", "Constant")
 
 
-def export(checkpoint: str, out: str) -> dict[str, Any]:
-    """Export as ``gap-export CHECKPOINT --recipe llava-1.5-7b --keep 0.3 --out OUT`` does."""
+def export(checkpoint: str, out: str, recipe: str = RECIPE) -> dict[str, Any]:
+    """Export as ``gap-export CHECKPOINT --recipe RECIPE --keep 0.3 --out OUT`` does."""
     from gap_export.exporting import ExportOptions, export_model
 
     report = export_model(
         ExportOptions(
             model=checkpoint,
             pruning=PruningRequest(keep_ratio=0.3),
-            recipe=RECIPE,
+            recipe=recipe,
             out=Path(out),
             force=True,
         )

@@ -25,7 +25,7 @@ from gap_export.checkpoint.find.parts import (
     parse_parts,
 )
 from gap_export.errors import CheckpointError, RecipeError, UnknownModelError, UsageError
-from gap_export.spec.canvas import with_canvas
+from gap_export.spec.canvas import with_canvas, with_grids
 from gap_export.spec.manifest import (
     MANIFEST_NAME,
     ImageSpec,
@@ -302,6 +302,8 @@ def _as_exported(manifest: Manifest, recipe: Recipe) -> Recipe:
     if may_differ and (image.height, image.width) != (recipe.image.height, recipe.image.width):
         with suppress(UsageError):
             recipe = with_canvas(recipe, image.height, image.width)
+    if may_differ and image.grids != recipe.image.grids:
+        recipe = with_grids(recipe, image.grids)
     _check_unchanged(manifest, recipe)
     return recipe
 

@@ -105,6 +105,8 @@ def _vision(
         width = decoder.hidden_size if text is None else text.shape.embed_dim
         inputs.append(spec("text_embeds", rows, width, dtype=dtype))
         sizes[rows] = 3
+    if module.takes_canvas:
+        inputs.append(spec("canvas", 1, dtype=_I64))
     layers = module.tower.get_submodule(_LAYERS)
     assert isinstance(layers, nn.ModuleList)
     weights = _weights(source.weights, text, num_layers=len(layers))

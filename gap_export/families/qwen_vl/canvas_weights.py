@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from gap_export.checkpoint.weights import DerivedWeight, Weight
@@ -56,6 +58,29 @@ def interpolated_table(table: Weight, grid: tuple[int, int]) -> Weight:
         sources=(table,),
         compute=compute,
         origin=f"{table.origin}, from {side}x{side} to {rows}x{cols} patches",
+    )
+
+
+def picked(table: Weight, rows: torch.Tensor) -> Weight:
+    """Rows of a table, int64 [P] of them, in another order."""
+    return DerivedWeight(
+        dtype=table.dtype,
+        shape=(len(rows), *table.shape[1:]),
+        sources=(table,),
+        compute=lambda stored: stored[rows],
+        origin=table.origin,
+    )
+
+
+def stacked(tables: Sequence[Weight]) -> Weight:
+    """Tables of as many rows one behind the other."""
+    rows, *rest = tables[0].shape
+    return DerivedWeight(
+        dtype=tables[0].dtype,
+        shape=(rows * len(tables), *rest),
+        sources=tuple(tables),
+        compute=lambda *stored: torch.cat(stored),
+        origin=", then ".join(table.origin for table in tables),
     )
 
 

@@ -21,8 +21,14 @@ from gap_export.families.common.checkpoints.matching import (
 )
 from gap_export.families.common.checkpoints.parts import index_folder
 from gap_export.families.common.reference import Expected, ModelSource
-from gap_export.families.qwen_vl.canvas_weights import interpolated_table, summed_frames
+from gap_export.families.qwen_vl.canvas_weights import (
+    interpolated_table,
+    picked,
+    stacked,
+    summed_frames,
+)
 from gap_export.families.qwen_vl.configs import ConfigKind, check_rope_type, read_architecture
+from gap_export.families.qwen_vl.vision import patch_places
 from gap_export.spec.architecture import Architecture, VisionShape
 from gap_export.spec.recipe import Recipe
 
@@ -64,8 +70,7 @@ class QwenLayout:
         file = folder / "config.json"
         check_rope_type(read_json_object(file), file)
         config: Any = parse_config(self.kind.config_class, file, num_tensors=len(found))
-        canvas = recipe.image.height, recipe.image.width
-        architecture = read_architecture(self.kind, config, canvas, file)
+        architecture = read_architecture(self.kind, config, recipe.image, file)
         check_architecture(recipe, architecture, folder)
         vision, frames = architecture.vision, config.vision_config.temporal_patch_size
         keys = key_layout(self.kind, architecture)
@@ -74,7 +79,7 @@ class QwenLayout:
         )
         weights: dict[str, Weight] = {**stored, _PATCHES: summed_frames(stored[_PATCHES])}
         if vision.position_side is not None:
-            weights[_TABLE] = interpolated_table(stored[_TABLE], vision.patch_grid)
+            weights[_TABLE] = _table(stored[_TABLE], architecture)
         generation = folder / "generation_config.json"
         files = [file, *([generation] if generation.is_file() else [])]
         files += sorted({ref.file for ref in found.values()})
@@ -90,6 +95,17 @@ class QwenLayout:
             notes=tuple(_notes(folder)),
         )
         return with_adapter(source, folder, keys)
+
+
+def _table(stored: Weight, architecture: Architecture) -> Weight:
+    """Positions of the patches, of one canvas after the other."""
+    patches, (down, across) = architecture.vision.patch_grid, architecture.joined_patches
+    tables = []
+    for rows, cols in architecture.vision.grids:
+        table = interpolated_table(stored, (rows * down, cols * across))
+        places = patch_places(patches, (down, across), (rows, cols))
+        tables.append(picked(table, places[:, 0] * cols * across + places[:, 1]))
+    return stacked(tables) if tables else interpolated_table(stored, patches)
 
 
 def key_layout(kind: ConfigKind, architecture: Architecture) -> KeyLayout:

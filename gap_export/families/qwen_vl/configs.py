@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen
 from gap_export.families.common.checkpoints.configs import decoder_shape
 from gap_export.families.common.checkpoints.limits import require
 from gap_export.spec.architecture import Architecture, DecoderShape, ProjectorShape, VisionShape
+from gap_export.spec.manifest import ImageSpec
 
 # Norms of towers and mergers have it; no config says so.
 _EPS = 1e-6
@@ -46,15 +47,13 @@ class ConfigKind:
     merger: Mapping[str, str]
 
 
-def read_architecture(
-    kind: ConfigKind, config: Any, canvas: tuple[int, int], file: Path
-) -> Architecture:
+def read_architecture(kind: ConfigKind, config: Any, image: ImageSpec, file: Path) -> Architecture:
     """Sizes of a model on a canvas.
 
     Args:
         kind: Which family it is of.
         config: The parsed config; its class leaves most fields open.
-        canvas: Height and width of an image in pixels.
+        image: Says the canvas, or several.
         file: Where it was read, for messages.
 
     Raises:
@@ -63,7 +62,14 @@ def read_architecture(
     """
     vision, merge = config.vision_config, config.vision_config.spatial_merge_size
     _check_patches(vision, file)
-    tower = _vision_shape(kind, vision, canvas, file)
+    tower = _vision_shape(kind, vision, image, file)
+    require(
+        not image.grids or tower.window_size is None,
+        "the recipe's image.grids",
+        image.grids,
+        "one canvas: the windows of this tower are those of one",
+        where=file,
+    )
     taps = len(tower.taps)
     width = merge * merge * tower.width
     decoder = _decoder_shape(kind, config, file)
@@ -122,9 +128,7 @@ def _check_patches(vision: Any, file: Path) -> None:
     require(vision.in_channels == 3, "in_channels", vision.in_channels, "3", where=file)
 
 
-def _vision_shape(
-    kind: ConfigKind, vision: Any, canvas: tuple[int, int], file: Path
-) -> VisionShape:
+def _vision_shape(kind: ConfigKind, vision: Any, image: ImageSpec, file: Path) -> VisionShape:
     width, inner = kind.layer_sizes(vision)
     require(
         width % (4 * vision.num_heads) == 0,
@@ -140,7 +144,8 @@ def _vision_shape(
         num_heads=vision.num_heads,
         layer_norm_eps=_EPS,
         activation=vision.hidden_act,
-        image_size=canvas,
+        image_size=(image.height, image.width),
+        grids=image.grids,
         patch_size=vision.patch_size,
         **kind.more(vision, file),
     )

@@ -57,6 +57,7 @@ class QwenVisionTower(nn.Module):
         shape = architecture.vision
         self.grid, self.joined = shape.patch_grid, architecture.joined_patches
         self.taps = shape.taps
+        self.takes_canvas = bool(shape.grids)
         self.embeddings = _Embeddings(shape, kind)
         self.encoder = _Encoder(shape, kind, num_layers=num_layers)
         # Not in any checkpoint: their values are tower_constants.
@@ -64,7 +65,9 @@ class QwenVisionTower(nn.Module):
             empty = torch.empty(value.shape, dtype=value.dtype)
             self.register_buffer(name, empty, persistent=False)
 
-    def forward(self, pixel_values: torch.Tensor) -> VisionFeatures:
+    def forward(
+        self, pixel_values: torch.Tensor, canvas: torch.Tensor | None = None
+    ) -> VisionFeatures:
         """Features of joined patches, behind the last layer and behind those of the taps.
 
         A token's key is those of its patches, side by side, before RoPE turns them: by content,
@@ -72,13 +75,15 @@ class QwenVisionTower(nn.Module):
 
         Args:
             pixel_values: float [I, 3, h, w].
+            canvas: int64 [1], where there are several: which of them the tokens are of.
 
         Returns:
             patches [I, N, (1 + T) * J * D], keys [I, N, J * d], received_attention [I, N].
         """
-        hidden = self.embeddings(pixel_values)
+        hidden = self.embeddings(pixel_values, canvas)
         images, patches, width = hidden.shape
-        rotation = self.cos.to(hidden.dtype), self.sin.to(hidden.dtype)
+        cos, sin = (_of_canvas(part, canvas).to(hidden.dtype) for part in (self.cos, self.sin))
+        rotation = cos, sin
         allowed = getattr(self, "window_keys", None)
         flat = hidden.reshape(-1, width)
         tapped, attended = [], None
@@ -103,17 +108,24 @@ class QwenVisionTower(nn.Module):
 def tower_constants(architecture: Architecture) -> dict[str, torch.Tensor]:
     """Buffers of a tower by name.
 
-    ``cos`` and ``sin`` are float32 [P, d]: of the head's d / 2 pairs the first half turns by the
-    patch's row, the second by its column. ``window_keys``, bool [W, 1, 1, Q], is there where
-    windows reach over the edge of the canvas, and False for what is beyond it.
+    ``cos`` and ``sin`` are float32 [P, d], with several canvases [C, P, d]: of the head's d / 2
+    pairs the first half turns by the patch's row, the second by its column. ``window_keys``, bool
+    [W, 1, 1, Q], is there where windows reach over the edge of the canvas, and False for what is
+    beyond it.
     """
     shape = architecture.vision
     rows, cols = shape.patch_grid
     inv_freq = rope_frequencies(_ROPE_THETA, shape.width // shape.num_heads // 2)
-    places = torch.arange(rows * cols, dtype=torch.float32, device="cpu")
-    row, col = torch.div(places, cols, rounding_mode="floor"), places % cols
-    half = torch.cat((row[:, None] * inv_freq, col[:, None] * inv_freq), dim=1)
-    angles = torch.cat((half, half), dim=1)
+    places = torch.stack(
+        [
+            patch_places((rows, cols), architecture.joined_patches, grid)
+            for grid in shape.grids or (architecture.token_grid,)
+        ]
+    )
+    half = (places[..., None].to(torch.float32) * inv_freq).flatten(2)
+    angles = torch.cat((half, half), dim=2)
+    if not shape.grids:
+        angles = angles[0]
     found = {"cos": angles.cos(), "sin": angles.sin()}
     if shape.window_size is not None:
         windows = Windows.of(shape, shape.window_size)
@@ -121,6 +133,32 @@ def tower_constants(architecture: Architecture) -> dict[str, torch.Tensor]:
             inside = torch.ones(1, 1, rows * cols, 1, dtype=torch.int32, device="cpu")
             found["window_keys"] = windows.cut(inside).reshape(-1, 1, 1, windows.side**2) != 0
     return found
+
+
+def patch_places(
+    patches: tuple[int, int], joined: tuple[int, int], grid: tuple[int, int]
+) -> torch.Tensor:
+    """Where on its own canvas each patch is, whose tokens are laid on another one by one.
+
+    Args:
+        patches: R and C of the canvas that is laid on.
+        joined: Rows and columns of patches in a token.
+        grid: Rows and columns of tokens of the canvas that patches are of.
+
+    Returns:
+        int64 [P, 2], row and column, P in raster order of the canvas that is laid on.
+    """
+    (rows, cols), (down, across) = patches, joined
+    place = torch.arange(rows * cols, device="cpu")
+    row, col = place // cols, place % cols
+    token = row // down * (cols // across) + col // across
+    own = (token // grid[1] * down + row % down, token % grid[1] * across + col % across)
+    return torch.stack(own, dim=1)
+
+
+def _of_canvas(several: torch.Tensor, canvas: torch.Tensor | None) -> torch.Tensor:
+    """[C, P, ...] to [P, ...]; what is of one canvas alone stays."""
+    return several if canvas is None else several.index_select(0, canvas)[0]
 
 
 class Windows(NamedTuple):
@@ -199,14 +237,21 @@ class _Embeddings(nn.Module):
             3, shape.width, kernel_size=patch, stride=patch, bias=kind.patch_bias
         )
         self.has_table = shape.position_side is not None
+        self.num_canvases = max(1, len(shape.grids))
         if self.has_table:
-            self.position_embedding = nn.Embedding(shape.num_patches, shape.width)
+            number = self.num_canvases * shape.num_patches
+            self.position_embedding = nn.Embedding(number, shape.width)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, pixel_values: torch.Tensor, canvas: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Float [I, 3, h, w] to [I, P, D]."""
         patches: torch.Tensor = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
         if self.has_table:
-            patches = patches + self.position_embedding.weight
+            table = self.position_embedding.weight
+            if canvas is not None:
+                table = table.reshape(self.num_canvases, -1, table.shape[1])
+            patches = patches + _of_canvas(table, canvas)
         return patches
 
 

@@ -59,7 +59,7 @@ def _method(component: str, inputs: str, outputs: str, optional: str = "") -> Me
 
 
 # A call's "method" in golden.json, which for a vision encoder also says what it gives.
-_SEES = "pixel_values text_embeds"
+_SEES = "pixel_values text_embeds canvas"
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "encode_text": _method(TEXT, "input_ids", "text_embeds"),
@@ -83,6 +83,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 SCALARS = frozenset({"batch_size", "num_kept_tokens"})
 # Inputs that are not there for every model.
 OPTIONAL_INPUTS = frozenset({"text_embeds", "patch_keys"})
+# Of those, what came later: it is not named where it is not there.
+LATER_INPUTS = frozenset({"canvas"})
 
 
 def method_of(call: Call) -> str:

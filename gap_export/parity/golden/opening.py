@@ -23,6 +23,7 @@ from gap_export.errors import UsageError
 from gap_export.parity.golden.format import (
     GOLDEN_NAME,
     HASH_NAME,
+    LATER_INPUTS,
     METHODS,
     NAMES,
     OPTIONAL_INPUTS,
@@ -281,9 +282,9 @@ def _call_problem(spec: GoldenSpec, call: StoredCall) -> str:
     method = METHODS.get(call.method)
     if method is None:
         return repr(call.method)
-    outputs = call.outputs.keys()
+    outputs, inputs = call.outputs.keys(), set(method.inputs)
     if (
-        call.inputs.keys() != set(method.inputs)
+        not inputs - LATER_INPUTS <= call.inputs.keys() <= inputs
         or not method.outputs <= outputs <= method.outputs | method.optional
     ):
         return f"{call.method} of {sorted(call.inputs)} that gave {sorted(outputs)}"

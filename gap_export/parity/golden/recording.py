@@ -25,6 +25,7 @@ from gap_export.outputs import check_outside_listings
 from gap_export.parity.golden.format import (
     GOLDEN_NAME,
     HASH_NAME,
+    LATER_INPUTS,
     METHODS,
     NAMES,
     SAFETENSORS_DTYPES,
@@ -246,6 +247,8 @@ def _store_call(arrays: _Arrays, call: Call) -> StoredCall:
     inputs: dict[str, str | None] = {}
     for name in METHODS[method].inputs:
         value = call.inputs.get(name)
+        if value is None and name in LATER_INPUTS:
+            continue
         if value is not None and name in SCALARS:
             value = value.reshape(())
         inputs[name] = None if value is None else arrays.add(value)

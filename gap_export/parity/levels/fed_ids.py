@@ -56,7 +56,7 @@ def wrong_fed_ids(calls: Sequence[Call], answer: Grounding, manifest: Manifest) 
         keep_indices=answer.keep_indices,
         num_visual_tokens=answer.num_visual_tokens,
         after=num_text - before,
-        grid=(manifest.grid.rows, manifest.grid.cols),
+        grid=(answer.tokens[0].rows, answer.tokens[0].cols),
         position_axes=manifest.decoder.position_axes,
         is_compact=manifest.pruning.positions == "compact",
     )

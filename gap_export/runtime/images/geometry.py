@@ -31,7 +31,8 @@ class ImageGeometry:
     Attributes:
         width: Pixels.
         height: Pixels.
-        canvas: (height, width) in pixels of what it was fitted to and cut from; None without tiles.
+        canvas: (height, width) in pixels of what it was fitted to and cut from, or of which of
+            several canvases it was squashed to; None without either.
     """
 
     width: int
@@ -43,6 +44,17 @@ class ImageGeometry:
         from gap_export.runtime.images.preparations import find_preparation
 
         return find_preparation(spec.preparation).frame(self)
+
+    def token_grid(self, spec: ImageSpec, grid: GridSpec) -> tuple[int, int]:
+        """Rows and columns of its visual tokens, on the canvas that it is squashed to."""
+        return spec.grids[self.canvas_number(spec)] if spec.grids else (grid.rows, grid.cols)
+
+    def canvas_number(self, spec: ImageSpec) -> int:
+        """Which of several canvases it is squashed to, in the order of ``ImageSpec.grids``."""
+        from gap_export.runtime.images.preparations import canvas_sizes
+
+        assert self.canvas is not None, "the preparation has chosen one"
+        return canvas_sizes(spec).index(self.canvas)
 
     def box_frame(self, spec: BoxSpec) -> Frame:
         """What the answer's coordinates are relative to."""

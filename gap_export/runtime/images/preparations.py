@@ -6,9 +6,11 @@ A family of another package brings a way of its own as a :class:`Preparation`, w
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from gap_export.errors import BundleError
@@ -114,9 +116,20 @@ class _Squash(Preparation):
         self,
         image: Image.Image,
         spec: ImageSpec,
-        canvas: Canvas | None,  # noqa: ARG002
+        canvas: Canvas | None,
     ) -> Views:
-        return [resize(image, spec)]
+        return [resize(image, spec) if canvas is None else _laid_out(image, canvas.size, spec)]
+
+    def canvas(self, size: Size, spec: ImageSpec) -> Canvas | None:
+        """Of several the one whose aspect is the nearest; of two that are as near the first."""
+        if not spec.grids:
+            return None
+
+        def distance(canvas: Size) -> float:
+            return abs(math.log(canvas[1] * size[0] / (canvas[0] * size[1])))
+
+        nearest = min(canvas_sizes(spec), key=distance)
+        return Canvas(size=nearest, fitted=nearest)
 
 
 class _AnyRes(Preparation):
@@ -177,6 +190,29 @@ class _DynamicTiles(Preparation):
             return None
         tile_rows, tile_cols = _tiling(geometry.canvas, spec)
         return TileStack(rows=grid.rows, cols=grid.cols, tile_rows=tile_rows, tile_cols=tile_cols)
+
+
+def canvas_sizes(spec: ImageSpec) -> list[Size]:
+    """(height, width) of each of several canvases, in the order of ``ImageSpec.grids``."""
+    height, width = _token_size(spec)
+    return [(rows * height, cols * width) for rows, cols in spec.grids]
+
+
+def _token_size(spec: ImageSpec) -> Size:
+    """Height and width in pixels of the place of a visual token."""
+    rows, cols = spec.grids[0]
+    return spec.height // rows, spec.width // cols
+
+
+def _laid_out(image: Image.Image, size: Size, spec: ImageSpec) -> Image.Image:
+    """An image squashed to a canvas, its tokens' places laid on the first canvas row by row."""
+    squashed = image.resize((size[1], size[0]), _RESAMPLE[spec.resample])
+    if size == (spec.height, spec.width):
+        return squashed
+    height, width = _token_size(spec)
+    places = np.asarray(squashed).reshape(size[0] // height, height, size[1] // width, width, 3)
+    laid = places.swapaxes(1, 2).reshape(*spec.grids[0], height, width, 3).swapaxes(1, 2)
+    return Image.fromarray(laid.reshape(spec.height, spec.width, 3))
 
 
 PAD, SQUASH, ANYRES, DYNAMIC_TILES = _Pad(), _Squash(), _AnyRes(), _DynamicTiles()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from gap_export.spec.manifest.plain import ADDED_LATER
+from gap_export.spec.manifest.plain import ADDED_LATER, RARE
 from gap_export.spec.preparations import (
     DYNAMIC_TILES,
     SHARED,
@@ -86,6 +86,10 @@ class ImageSpec(Strict):
         resample: Filter of the resize.
         mean: Per channel, of values in 0..1.
         std: Per channel, of values in 0..1.
+        grids: Rows and columns of visual tokens of each canvas that an image may be squashed to,
+            whichever has its aspect; as many tokens each, of one size in pixels. The first is
+            ``height`` x ``width``: tokens of another are laid on it one after the other, and the
+            vision encoder is told which. Empty where there is one canvas.
         tiles: With ``anyres`` and ``dynamic_tiles`` alone.
     """
 
@@ -96,6 +100,7 @@ class ImageSpec(Strict):
     resample: Literal["bicubic", "bilinear"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    grids: tuple[tuple[int, int], ...] = field(default=(), metadata=RARE)
     tiles: TilesSpec | None = None
 
     @property
@@ -219,6 +224,9 @@ def wrong_facts(
     if image.preparation in SHARED and (image.tiles is not None) != (image.preparation in TILED):
         cut = " or ".join(sorted(TILED))
         yield "image.tiles", image.tiles, f"there with preparation {cut}, and only there"
+    if image.grids and not _are_sisters(image, grid):
+        sisters = "canvases of as many visual tokens, grid the first, with preparation squash"
+        yield "image.grids", image.grids, sisters
     if image.tiles is not None:
         yield from _wrong_tiles(image, image.tiles.resolutions)
 
@@ -229,6 +237,19 @@ def wrong_template(name: str, template: str) -> Iterator[WrongFact]:
         yield name, template, f"a text that holds {SLOT} exactly once"
     if any("\ud800" <= character <= "\udfff" for character in template):
         yield name, template, "text without half characters (surrogates)"
+
+
+def _are_sisters(image: ImageSpec, grid: GridSpec) -> bool:
+    """Whether all canvases have as many visual tokens, and nothing else tells them apart."""
+    numbers = {rows * cols for rows, cols in image.grids if rows > 0 and cols > 0}
+    return (
+        image.preparation == "squash"
+        and image.grids[0] == (grid.rows, grid.cols)
+        and 2 <= len(image.grids) == len(set(image.grids)) <= _MAX_CANVASES
+        and numbers == {grid.num_visual_tokens}
+        and all(side > 0 for one in image.grids for side in one)
+        and image.height % grid.rows == 0 == image.width % grid.cols
+    )
 
 
 def _wrong_tiles(image: ImageSpec, resolutions: tuple[tuple[int, int], ...]) -> Iterator[WrongFact]:

@@ -71,7 +71,7 @@ def test_a_pruner_reads_tokens_without_their_taps(tiny):
     encoder = reference_of(tiny, canvas, pruner="divprune", keep_ratio=0.4).vision_encoder
     pixels = images(canvas)
     with torch.inference_mode():
-        state = encoder._state(pixels, None, encoder.projector)
+        state = encoder._state(pixels, (), encoder.projector)
     main, _ = tower_outputs(tiny, pixels)
     assert state.image_embeds.shape == main.shape
     assert (state.image_embeds - main).abs().max() < ATOL

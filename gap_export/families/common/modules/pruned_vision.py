@@ -6,7 +6,7 @@ features, C width of a key, E CLIP embedding, H the decoder's hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -120,16 +120,23 @@ class _VisionReader(nn.Module):
         self.next_layer = parts.next_layer
         self.pruner = parts.pruner
         self.pruning = parts.pruning
+        self.takes_canvas = bool(getattr(parts.tower, "takes_canvas", False))
 
     def _state(
         self,
         pixel_values: torch.Tensor,
-        text_embeds: torch.Tensor | None,
+        beside: Sequence[torch.Tensor],
         projector: nn.Module | None,
     ) -> VisionState:
-        """What the pruner reads, one row for each of B (of I, where no text is read)."""
+        """What the pruner reads, one row for each of B (of I, where no text is read).
+
+        ``beside`` are the texts, if the pruner reads them, then the canvas, if there are several.
+        """
         dtype = next(self.parameters()).dtype
-        features: VisionFeatures = self.tower(pixel_values.to(dtype))
+        split = len(beside) - self.takes_canvas
+        texts, canvas = beside[:split], beside[split:]
+        text_embeds = texts[0] if texts else None
+        features: VisionFeatures = self.tower(pixel_values.to(dtype), *canvas)
         patches = features.patches
         next_layer = (None, None) if self.next_layer is None else self.next_layer(features)
         received = features.received_attention
@@ -185,19 +192,20 @@ class PrunedVisionEncoder(_VisionReader):
             self.register_buffer("fixed_places", places, persistent=False)
 
     def forward(
-        self, pixel_values: torch.Tensor, text_embeds: torch.Tensor | None = None
+        self, pixel_values: torch.Tensor, *beside: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Encode and prune.
 
         Args:
             pixel_values: float32 [I, 3, h, w], also where weights are of 16 bits.
-            text_embeds: float [B, E or H], where the pruner reads the text; I is then 1 or B.
+            *beside: float [B, E or H], where the pruner reads the text; I is then 1 or B. Then,
+                where the tower takes several canvases, int64 [1], the number of the images' one.
 
         Returns:
             image_features [B, K', H], keep_indices int64 [B, K'] and, of a pruner that has scores,
             token_scores float32 [B, N] (B = I without text).
         """
-        state = self._state(pixel_values, text_embeds, self._projector_of_all())
+        state = self._state(pixel_values, beside, self._projector_of_all())
         pruning = self.pruning
         if isinstance(self.pruner, ScoringPruner):
             scores = self.pruner.scores(state)
@@ -220,14 +228,12 @@ class PrunedVisionEncoder(_VisionReader):
             self._emitted(state), keep, pruning=pruning, grid=self.grid, project=self.projector
         )
 
-    def margins(
-        self, pixel_values: torch.Tensor, text_embeds: torch.Tensor | None = None
-    ) -> torch.Tensor | None:
+    def margins(self, pixel_values: torch.Tensor, *beside: torch.Tensor) -> torch.Tensor | None:
         """By how much the closest choice of a greedy pruner was decided; no part of the graph.
 
         Args:
             pixel_values: As of :meth:`forward`.
-            text_embeds: As of :meth:`forward`.
+            *beside: As of :meth:`forward`.
 
         Returns:
             float [B]; None of another pruner.
@@ -235,7 +241,7 @@ class PrunedVisionEncoder(_VisionReader):
         pruner = self.pruner
         if not isinstance(pruner, GreedyPruner):
             return None
-        state = self._state(pixel_values, text_embeds, self._projector_of_all())
+        state = self._state(pixel_values, beside, self._projector_of_all())
         return pruner.margins(state, num_kept_tokens=self.pruning.num_kept_tokens)
 
     def _projector_of_all(self) -> nn.Module | None:
@@ -255,13 +261,14 @@ class ScoredVisionEncoder(_VisionReader):
     """Tower and scores; how many survive is decided outside, by what the scores are."""
 
     def forward(
-        self, pixel_values: torch.Tensor, text_embeds: torch.Tensor | None = None
+        self, pixel_values: torch.Tensor, *beside: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Encode and score.
 
         Args:
             pixel_values: float32 [I, 3, h, w].
-            text_embeds: float [B, E or H], where the pruner reads the text; I is then 1 or B.
+            *beside: float [B, E or H], where the pruner reads the text; I is then 1 or B. Then,
+                where the tower takes several canvases, int64 [1], the number of the images' one.
 
         Returns:
             token_scores float32 [B, N], patch_features [B, N, D] and, where the pruner merges,
@@ -269,7 +276,7 @@ class ScoredVisionEncoder(_VisionReader):
         """
         pruner = self.pruner
         assert isinstance(pruner, ScoringPruner), "an image decides by scores"
-        state = self._state(pixel_values, text_embeds, None)
+        state = self._state(pixel_values, beside, None)
         scores = pruner.scores(state).to(torch.float32)
         if pruner.merges_by is None:
             return scores, state.patch_features
