@@ -28,6 +28,7 @@ IMAGE, VIDEO = SPECIAL["<|image_pad|>"], SPECIAL["<|video_pad|>"]
 CANVASES = {"whole windows": (16, 48), "rows < cols": (24, 40), "rows > cols": (56, 24)}
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 _HEAD_DIM = 24
+LICENSE_NOTE = "tests may use these weights, and nothing else"
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ def plain_recipe(family: str, canvas: tuple[int, int]) -> dict[str, Any]:
         "family": family,
         "summary": "random weights, for tests",
         "license": "Apache-2.0",
+        "license_note": LICENSE_NOTE if family == "qwen2_5_vl" else None,
         "checkpoint": {"kind": "bundled"},
         "special_tokens": {name: SPECIAL[name] for name in ("<|im_end|>", "<|image_pad|>")},
         "select_layer": -1,
