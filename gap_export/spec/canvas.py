@@ -7,6 +7,8 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
 
+from pydantic import ValidationError
+
 from gap_export.errors import UsageError
 from gap_export.spec.manifest import BoxSpec, GridSpec
 from gap_export.spec.manifest.sizes import image_sizes
@@ -116,15 +118,22 @@ def with_canvas(recipe: Recipe, height: int, width: int) -> Recipe:
         vision = replace(architecture.vision, image_size=(height, width), grids=())
         architecture = replace(architecture, vision=vision)
     # Not a copy: the sizes are to fit together as if the recipe had been written so.
-    return Recipe(
-        **{
-            **dict(recipe),
-            "image": image,
-            "grid": grid,
-            "architecture": architecture,
-            "box": _on_canvas(recipe.box, width, height),
-        }
-    )
+    changed = {
+        **dict(recipe),
+        "image": image,
+        "grid": grid,
+        "architecture": architecture,
+        "box": _on_canvas(recipe.box, width, height),
+    }
+    try:
+        return Recipe(**changed)
+    except ValidationError as err:
+        # The recipe itself was checked when it was read.
+        raise UsageError(
+            "this canvas cannot be used",
+            seen=f"{width}x{height}",
+            allowed=str(err.errors()[0]["msg"]).removeprefix("Value error, "),
+        ) from err
 
 
 def token_size(recipe: Recipe) -> tuple[int, int]:

@@ -35,10 +35,11 @@ def with_base(plain: Any, path: Path, shipped: Mapping[str, Path]) -> Any:
     name = plain["base"]
     base = read_yaml(shipped[name]) if isinstance(name, str) and name in shipped else None
     if not isinstance(base, dict) or "base" in base:
+        usable = [one for one, home in sorted(shipped.items()) if "base" not in read_yaml(home)]
         raise RecipeError(
             f"recipe {path}: base cannot be used",
             seen=reprlib.repr(name),
-            allowed=f"one that has no base itself, of {', '.join(sorted(shipped))}",
+            allowed=f"the name of a recipe that has no base itself: {', '.join(usable)}",
         )
     return _joined({key: value for key, value in base.items() if key not in _OWN}, own)
 

@@ -45,6 +45,7 @@ def test_without_a_canvas_the_recipe_is_as_it_was():
         ("640x0", "0 px high; allowed: a multiple of 32, such as 32"),
         ("16x32", "16 px wide; allowed: a multiple of 32, such as 32"),
         ("16384x16384", "a canvas is too large"),
+        ("32x99968", r"this canvas cannot be used: 32x99968; allowed: image.height must be 1\.\."),
     ],
 )
 def test_a_canvas_that_cannot_be_is_refused_with_those_that_can(canvas, why):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,9 @@ from gap_export.spec.recipe import Recipe
 
 _PATCHES = "tower.embeddings.patch_embedding.weight"
 _TABLE = "tower.embeddings.position_embedding.weight"
-# A model that reasons opens its turn with this, and its template says so.
-_THINKING = "<think>"
+# A model that reasons opens its turn with this, and its template says so where a turn begins. Its
+# tokenizer is no sign: those of Qwen3's instruct models list the token, too.
+_THINKING, _TURN_BEGINS = "<think>", "add_generation_prompt"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 _MAX_TEMPLATE = 1 << 20
 
@@ -154,11 +156,23 @@ def _notes(folder: Path) -> Iterator[str]:
         file = folder / name
         if not file.is_file() or file.stat().st_size > _MAX_TEMPLATE:
             continue
-        text = file.read_text(encoding="utf-8", errors="replace")
-        if _THINKING in text:
+        if _THINKING in _template(file).rpartition(_TURN_BEGINS)[2]:
             yield (
                 f"{file} opens answers with {_THINKING}: this is a thinking variant, whose answers "
                 "carry reasoning before the box; they may need many more new tokens than the "
                 "recipe's max_new_tokens"
             )
             return
+
+
+def _template(file: Path) -> str:
+    """The chat template in a file; empty where that has none."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if file.suffix != ".json":
+        return text
+    try:
+        plain = json.loads(text)
+    except ValueError:
+        return ""
+    found = plain.get("chat_template") if isinstance(plain, dict) else None
+    return found if isinstance(found, str) else ""

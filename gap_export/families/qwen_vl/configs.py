@@ -18,6 +18,10 @@ from gap_export.spec.manifest import ImageSpec
 # Norms of towers and mergers have it; no config says so.
 _EPS = 1e-6
 _AXES = 3
+# Base of the frequencies of a tower's 2-D RoPE. Published configs leave it out.
+TOWER_ROPE_THETA = 1e4
+# What transformers has called that RoPE.
+_TOWER_ROPES = ("axial", "default")
 # Both mean RoPE without scaling, by sections; transformers has written either.
 _ROPE_TYPES = ("mrope", "default")
 
@@ -111,14 +115,15 @@ def check_rope_type(plain: Mapping[str, Any], file: Path) -> None:
             rope = section.get(key)
             if not isinstance(rope, dict):
                 continue
-            seen = rope.get("rope_type", rope.get("type", "default"))
-            require(
-                seen in _ROPE_TYPES,
-                f"{key}: RoPE of type",
-                seen,
-                f"{' or '.join(_ROPE_TYPES)}: RoPE without scaling",
-                where=file,
-            )
+            # An old file that was edited by hand may say it by both names, and differently.
+            for seen in (rope.get("rope_type", "default"), rope.get("type", "default")):
+                require(
+                    seen in _ROPE_TYPES,
+                    f"{key}: RoPE of type",
+                    seen,
+                    f"{' or '.join(_ROPE_TYPES)}: RoPE without scaling",
+                    where=file,
+                )
 
 
 def _check_patches(vision: Any, file: Path) -> None:
@@ -126,6 +131,12 @@ def _check_patches(vision: Any, file: Path) -> None:
         value = getattr(vision, key)
         require(type(value) is int and value > 0, key, value, "a whole number", where=file)
     require(vision.in_channels == 3, "in_channels", vision.in_channels, "3", where=file)
+    rope = vision.rope_parameters or {}
+    theta, kind = rope.get("rope_theta", TOWER_ROPE_THETA), rope.get("rope_type", _TOWER_ROPES[0])
+    allowed = f"{TOWER_ROPE_THETA:.0f}"
+    require(theta == TOWER_ROPE_THETA, "rope_theta of vision_config", theta, allowed, where=file)
+    allowed = " or ".join(_TOWER_ROPES)
+    require(kind in _TOWER_ROPES, "rope_type of vision_config", kind, allowed, where=file)
 
 
 def _vision_shape(kind: ConfigKind, vision: Any, image: ImageSpec, file: Path) -> VisionShape:

@@ -21,9 +21,8 @@ from gap_export.families.common.modules.attention import Rotation, rope_frequenc
 from gap_export.families.common.modules.joining import join_patches
 from gap_export.families.common.modules.norms import RmsNorm
 from gap_export.families.common.modules.pruned_vision import VisionFeatures
+from gap_export.families.qwen_vl.configs import TOWER_ROPE_THETA
 from gap_export.spec.architecture import Architecture, VisionShape
-
-_ROPE_THETA = 1e4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +114,7 @@ def tower_constants(architecture: Architecture) -> dict[str, torch.Tensor]:
     """
     shape = architecture.vision
     rows, cols = shape.patch_grid
-    inv_freq = rope_frequencies(_ROPE_THETA, shape.width // shape.num_heads // 2)
+    inv_freq = rope_frequencies(TOWER_ROPE_THETA, shape.width // shape.num_heads // 2)
     places = torch.stack(
         [
             patch_places((rows, cols), architecture.joined_patches, grid)

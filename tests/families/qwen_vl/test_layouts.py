@@ -98,6 +98,12 @@ def test_rope_with_scaling_is_refused_by_its_name(writable, kind):
     assert f"rope_scaling: RoPE of type cannot be used: {kind!r}; allowed: mrope or default" in said
 
 
+def test_rope_that_is_plain_by_one_name_and_scaled_by_the_other_is_refused(writable):
+    edit(writable.folder, lambda plain: _rope(plain).update(type="yarn", rope_type="default"))
+    said = refusal(load_recipe(writable.folder / "recipe.yaml"), writable.folder)
+    assert "RoPE of type cannot be used: 'yarn'" in said
+
+
 @pytest.mark.parametrize("kind", ["mrope", "default"])
 def test_either_name_of_rope_without_scaling_is_read(writable, kind):
     edit(writable.folder, lambda plain: _rope(plain).update(type=kind, rope_type=kind))
@@ -127,6 +133,16 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "a list of patches": (
         lambda plain: plain["vision_config"].update(patch_size=[4, 4]), "patch_size"
+    ),
+    "another base of the tower's RoPE": (
+        lambda plain: plain["vision_config"].update(rope_theta=777.0),
+        "rope_theta of vision_config cannot be used: 777.0; allowed: 10000",
+    ),
+    "another RoPE in the tower": (
+        lambda plain: plain["vision_config"].update(
+            rope_parameters={"rope_type": "linear", "factor": 2.0}
+        ),
+        "rope_type of vision_config cannot be used: 'linear'",
     ),
     "too many layers": (
         lambda plain: plain["vision_config"].update(depth=100_000), "vision_config.depth"
@@ -159,6 +175,14 @@ def test_taps_that_are_no_layers_are_refused(tmp_path, taps):
     assert "deepstack_visual_indexes cannot be used" in said
 
 
+def test_a_folder_that_says_no_end_of_answer_is_refused(tmp_path):
+    folder = make_tiny("qwen3_vl", tmp_path / "c").folder
+    edit(folder, lambda plain: plain["text_config"].pop("eos_token_id"))
+    source_of(folder)
+    (folder / "generation_config.json").unlink()
+    assert "no usable eos_token_id" in refusal(load_recipe(folder / "recipe.yaml"), folder)
+
+
 def test_a_tap_or_a_tower_s_tensor_too_many_is_refused(tmp_path):
     tiny = make_tiny("qwen3_vl", tmp_path / "c")
     file = tiny.folder / "model.safetensors"
@@ -175,11 +199,28 @@ def test_another_family_s_recipe_says_whose_the_checkpoint_is(tiny_of):
     assert "looks like qwen2_vl" in said
 
 
-@pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json"])
-def test_a_thinking_variant_is_read_with_a_warning(tmp_path, name):
+# Of one that reasons, and of one that does not: reasoning in earlier turns is no sign of it.
+REASONS = r"{% if add_generation_prompt %}{{ 'assistant\n<think>\n' }}{% endif %}"
+ANSWERS = (
+    r"{{ '<think>' + m.reasoning }}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+)
+
+
+def write_template(file: Path, template: str) -> None:
+    token = {"151667": {"content": "<think>", "special": False}}
+    plain = {"chat_template": template, "added_tokens_decoder": token}
+    file.write_text(template if file.suffix == ".jinja" else json.dumps(plain))
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"]
+)
+def test_a_thinking_variant_is_read_with_a_warning_and_others_without(tmp_path, name):
     tiny = make_tiny("qwen3_vl", tmp_path / "c")
     assert source_of(tiny.folder).notes == ()
-    (tiny.folder / name).write_text("{% if add_generation_prompt %}assistant\n<think>\n{% endif %}")
+    write_template(tiny.folder / name, ANSWERS)
+    assert source_of(tiny.folder).notes == ()
+    write_template(tiny.folder / name, REASONS)
     (note,) = source_of(tiny.folder).notes
     assert "thinking variant" in note and "max_new_tokens" in note
 

@@ -199,7 +199,8 @@ def eos_token_ids(recipe: Recipe, text: Any, generation: Path) -> tuple[int, ...
     if recipe.end_of_answer:
         return tuple(recipe.special_tokens[name] for name in recipe.end_of_answer)
     plain = read_json_object(generation) if generation.is_file() else {}
-    eos = plain.get("eos_token_id", text.eos_token_id)
+    # The classes of some configs have none of their own.
+    eos = plain.get("eos_token_id", getattr(text, "eos_token_id", None))
     ids = tuple(eos) if isinstance(eos, list) else (eos,)
     if not ids or not all(type(i) is int and 0 <= i < text.vocab_size for i in ids):
         raise CheckpointError(
