@@ -82,6 +82,12 @@ def patch_found(found: FoundExport, options: PatchOptions, progress: Progress) -
     recipe = choose_recipe(found.folder, facts, known, name=options.recipe)
     takes_any = takes_patches(vision.model.graph)
     recipe = choose_canvas(recipe, options.pruning.canvas, takes_any=takes_any)
+    if recipe.image.grids:
+        raise UsageError(
+            "a patched vision encoder reads one canvas",
+            seen=", ".join(f"{rows}x{cols} tokens" for rows, cols in recipe.image.grids),
+            fix="patch the export once for each canvas",
+        )
     pruning = settle_pruning(recipe, options.pruning)
     with _blaming(vision):
         canvas = FixCanvas(image=recipe.image, grid=recipe.grid, facts=facts)

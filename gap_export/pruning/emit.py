@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from gap_export.pruning.extra import add_up_dropped, place_extra
+from gap_export.pruning.extra import CanvasGrid, add_up_dropped, place_extra
 from gap_export.pruning.pruner import ScoringPruner, VisionState
 from gap_export.pruning.select import gather_tokens, is_among, take_smallest
 from gap_export.spec.manifest import GridSpec, PruningSpec
@@ -25,7 +25,7 @@ def emit_scored(
     *,
     num_kept_tokens: int,
     pruning: PruningSpec,
-    grid: GridSpec,
+    grid: GridSpec | CanvasGrid,
     project: Project,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best K, merged as the pruner has it; see :func:`emit_kept`.
@@ -61,7 +61,7 @@ def emit_kept(
     kept_features: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
     pruning: PruningSpec,
-    grid: GridSpec,
+    grid: GridSpec | CanvasGrid,
     project: Project,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Survivors and extra token as the decoder reads them.

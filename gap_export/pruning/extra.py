@@ -5,9 +5,21 @@ Shape letters: B rows, N visual tokens, K kept, D vision features.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from gap_export.spec.manifest import ExtraPosition, GridSpec
+
+
+class CanvasGrid(NamedTuple):
+    """The grid of whichever of several canvases an image is on.
+
+    Attributes:
+        cols: int64 [1], its columns.
+    """
+
+    cols: torch.Tensor
 
 
 def add_up_dropped(
@@ -31,7 +43,9 @@ def add_up_dropped(
     return torch.matmul(weights[:, None, :].to(features.dtype), features)
 
 
-def place_extra(is_dropped: torch.Tensor, position: ExtraPosition, grid: GridSpec) -> torch.Tensor:
+def place_extra(
+    is_dropped: torch.Tensor, position: ExtraPosition, grid: GridSpec | CanvasGrid
+) -> torch.Tensor:
     """Where in the image the extra token is said to be.
 
     Args:

@@ -115,6 +115,8 @@ def test_another_canvas_is_another_grid_of_the_same_graph(export, patch):
     assert grid.tolist() == [[1, 24 // PATCH, 40 // PATCH]]
     with pytest.raises(UsageError, match="a multiple of 8, such as 40 or 48"):
         patch(export, canvas="44x24")
+    with pytest.raises(UsageError, match="reads one canvas: 3x5 tokens, 5x3 tokens"):
+        patch(export, canvas="40x24,24x40")
 
 
 def test_patches_are_in_the_order_of_transformers():

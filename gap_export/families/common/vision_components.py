@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gap_export.checkpoint.weights import Weight
-from gap_export.errors import GapExportError
+from gap_export.errors import GapExportError, UsageError
 from gap_export.families.common.checkpoints.clip_text_tower import TextTowerSource
 from gap_export.families.common.modules.projector import build_projector
 from gap_export.families.common.modules.pruned_vision import (
@@ -74,9 +74,21 @@ def vision_components(
         probe_pruner(pruner, pruning)
     projector = build_projector(source.architecture.projector)
     if pruning.budget == "fixed":
-        encoder = PrunedVisionEncoder(parts, projector=projector, grid=recipe.grid)
+        encoder = PrunedVisionEncoder(
+            parts,
+            projector=projector,
+            grid=recipe.grid,
+            num_canvases=len(recipe.image.grids),
+        )
         return [_vision(encoder, source, recipe=recipe, text=text, dtype=dtype)]
     assert isinstance(pruner, ScoringPruner), "an image decides by scores"
+    if recipe.image.grids and pruning.extra_position == "centroid":
+        raise UsageError(
+            "an adaptive budget knows no center of what is dropped on several canvases",
+            seen="extra position centroid",
+            allowed="last",
+            fix="export a bundle for each canvas",
+        )
     return [
         _vision(ScoredVisionEncoder(parts), source, recipe=recipe, text=text, dtype=dtype),
         _token_pruner(
@@ -129,7 +141,7 @@ def _vision(
         outputs=tuple(outputs),
         example_sizes=sizes,
         weight_refs={key: weights[key] for key in module.state_dict()},
-        constants=_fixed_places(module, recipe.grid),
+        constants=_constants(module, recipe),
         # A tap reads what is between layers.
         repeated=None if source.architecture.vision.taps else f"tower.{_LAYERS}",
     )
@@ -199,18 +211,33 @@ def _weights(
     return found
 
 
-def _fixed_places(
-    module: PrunedVisionEncoder | ScoredVisionEncoder, grid: GridSpec
+def _constants(
+    module: PrunedVisionEncoder | ScoredVisionEncoder, recipe: Recipe
 ) -> dict[str, NDArray[Any]]:
-    """Places of the pruners whose places are a constant of the graph.
+    """Constants of the graph that depend on the grid: of several canvases one behind the other.
+
+    Raises:
+        GapExportError: as :func:`_fixed_places`.
+    """
+    grids = [GridSpec(rows=rows, cols=cols) for rows, cols in recipe.image.grids]
+    found: dict[str, NDArray[Any]] = {}
+    if isinstance(module.pruner, FixedPruner):
+        each = [_fixed_places(module.pruner, module.pruning, grid) for grid in grids]
+        found["fixed_places"] = (
+            np.stack(each) if each else _fixed_places(module.pruner, module.pruning, recipe.grid)
+        )
+    if hasattr(module, "canvas_cols"):
+        found["canvas_cols"] = np.array([grid.cols for grid in grids], dtype=np.int64)
+    return found
+
+
+def _fixed_places(pruner: FixedPruner, pruning: PruningSpec, grid: GridSpec) -> NDArray[np.int64]:
+    """Places that are a constant of the graph, in the order they are fed.
 
     Raises:
         GapExportError: they are no K different ones of 0..N-1, or the pruner raises.
     """
-    if not isinstance(module.pruner, FixedPruner):
-        return {}
-    pruning = module.pruning
-    places = fixed_places(module.pruner, pruning, grid)
+    places = fixed_places(pruner, pruning, grid)
     ordered = np.sort(places) if pruning.order == "raster" else places
     check_keep_indices(
         ordered,
@@ -220,4 +247,4 @@ def _fixed_places(
         error=GapExportError,
         who=f"pruner {pruning.pruner}",
     )
-    return {"fixed_places": ordered}
+    return ordered

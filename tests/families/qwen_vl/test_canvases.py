@@ -20,6 +20,8 @@ from gap_export.families import build_reference, on_canvas, resolve_pruning
 from gap_export.families.qwen_vl.vision import patch_places
 from gap_export.runtime.images.image import prepare_image
 from gap_export.runtime.session import GroundingSession
+from gap_export.spec.manifest import GridSpec
+from gap_export.spec.places import lattice_places
 from gap_export.spec.recipe import Recipe, find_recipe, load_recipe
 from gap_export.spec.requests import PruningRequest
 from tests.families.qwen_vl.tiny import (
@@ -139,6 +141,27 @@ def _feeds(session: GroundingSession) -> dict[str, Any]:
 
     session.backend.decode = spy  # type: ignore[method-assign]
     return fed
+
+
+@pytest.mark.parametrize("pruner", ["spatial", "fastervlm-received"])
+def test_places_are_counted_in_the_grid_of_the_image_s_canvas(tiny_of, tmp_path, pruner):
+    """An even lattice is one of each canvas, and so is the middle of what is dropped."""
+    folder, out = tiny_of("qwen3_vl").folder, tmp_path / "bundle"
+    request = PruningRequest(
+        keep_ratio=0.3, pruner=pruner, canvas=CANVASES, extra_token="mean",
+        extra_position="centroid",
+    )  # fmt: skip
+    gap_export.export(folder, request, out=out)
+    with GroundingSession.open(out) as session:
+        for size, number in SIZES[:4]:
+            rows, cols = GRIDS[number]
+            *kept, extra = session.ground(noise(size), "the star").keep_indices
+            dropped = np.setdiff1d(np.arange(rows * cols), kept)
+            row, col = (np.floor(part.mean() + 0.5) for part in np.divmod(dropped, cols))
+            assert extra == row * cols + col
+            if pruner == "spatial":
+                grid = GridSpec(rows=rows, cols=cols)
+                assert kept == lattice_places(grid, num_kept_tokens=len(kept)).tolist()
 
 
 def test_check_compares_images_of_several_canvases(bundle, tmp_path):

@@ -24,6 +24,7 @@ from gap_export.pruning import (
     VisionState,
 )
 from gap_export.pruning.emit import emit_kept, emit_scored
+from gap_export.pruning.extra import CanvasGrid
 from gap_export.pruning.select import put_in_order
 from gap_export.spec.manifest import GridSpec, PruningSpec
 
@@ -179,17 +180,25 @@ class PrunedVisionEncoder(_VisionReader):
         parts: What it is made of.
         projector: [..., D] to [..., H].
         grid: Rows and columns of the N tokens.
+        num_canvases: C, where the tower is told which of several canvases an image is on.
     """
 
     fixed_places: torch.Tensor
+    canvas_cols: torch.Tensor
 
-    def __init__(self, parts: VisionParts, *, projector: nn.Module, grid: GridSpec) -> None:
+    def __init__(
+        self, parts: VisionParts, *, projector: nn.Module, grid: GridSpec, num_canvases: int = 0
+    ) -> None:
         super().__init__(parts)
         self.projector = projector
         self.grid = grid
+        each = (num_canvases,) if self.takes_canvas else ()
         if isinstance(parts.pruner, FixedPruner):
-            places = torch.empty(parts.pruning.num_kept_tokens, dtype=torch.int64)
+            places = torch.empty((*each, parts.pruning.num_kept_tokens), dtype=torch.int64)
             self.register_buffer("fixed_places", places, persistent=False)
+        if self.takes_canvas and parts.pruning.extra_position == "centroid":
+            cols = torch.empty(num_canvases, dtype=torch.int64)
+            self.register_buffer("canvas_cols", cols, persistent=False)
 
     def forward(
         self, pixel_values: torch.Tensor, *beside: torch.Tensor
@@ -206,7 +215,7 @@ class PrunedVisionEncoder(_VisionReader):
             token_scores float32 [B, N] (B = I without text).
         """
         state = self._state(pixel_values, beside, self._projector_of_all())
-        pruning = self.pruning
+        pruning, grid = self.pruning, self._grid_of(beside)
         if isinstance(self.pruner, ScoringPruner):
             scores = self.pruner.scores(state)
             features, keep = emit_scored(
@@ -215,7 +224,7 @@ class PrunedVisionEncoder(_VisionReader):
                 scores,
                 num_kept_tokens=pruning.num_kept_tokens,
                 pruning=pruning,
-                grid=self.grid,
+                grid=grid,
                 project=self.projector,
             )
             return features, keep, scores.to(torch.float32)
@@ -223,10 +232,18 @@ class PrunedVisionEncoder(_VisionReader):
             chosen = self.pruner.choose(state, num_kept_tokens=pruning.num_kept_tokens)
             keep = put_in_order(chosen, order=pruning.order)
         else:
-            keep = self.fixed_places.expand(state.patch_features.shape[0], -1)
+            # Of several canvases each has places of its own.
+            places = self.fixed_places[beside[-1]] if self.takes_canvas else self.fixed_places
+            keep = places.expand(state.patch_features.shape[0], -1)
         return emit_kept(
-            self._emitted(state), keep, pruning=pruning, grid=self.grid, project=self.projector
+            self._emitted(state), keep, pruning=pruning, grid=grid, project=self.projector
         )
+
+    def _grid_of(self, beside: Sequence[torch.Tensor]) -> GridSpec | CanvasGrid:
+        """What the place of an extra token is counted in."""
+        if not self.takes_canvas or self.pruning.extra_position != "centroid":
+            return self.grid
+        return CanvasGrid(cols=self.canvas_cols[beside[-1]])
 
     def margins(self, pixel_values: torch.Tensor, *beside: torch.Tensor) -> torch.Tensor | None:
         """By how much the closest choice of a greedy pruner was decided; no part of the graph.
