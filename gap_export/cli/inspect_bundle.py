@@ -155,9 +155,12 @@ def _describe_tokens(tokens: dict[str, int], manifest: Manifest) -> str:
     grid, tiles = manifest.grid, manifest.image.tiles
     unit = "an image" if tiles is None else "a tile"
     whose = f", tiles as of {tiles.follows}" if tiles and manifest.image.has_newlines else ""
+    # Rows and columns of each canvas, where there are several.
+    sides = manifest.image.grids or ((grid.rows, grid.cols),)
+    shape = " or ".join(f"{rows}x{cols}" for rows, cols in sides)
     least = "at least " if manifest.pruning.budget == "adaptive" else ""
     return (
-        f"tokens     {describe_tokens(manifest)}, {grid.rows}x{grid.cols} grid{whose}; "
+        f"tokens     {describe_tokens(manifest)}, {shape} grid{whose}; "
         f"ids up to {tokens['max_position_embeddings'] - 1}\n"
         f"KV cache   {format_size(tokens['kv_cache_bytes_per_token'])} a token, "
         f"{least}{format_size(tokens['kv_cache_bytes_saved'])} {unit} saved"

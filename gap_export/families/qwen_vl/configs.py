@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
+from gap_export.errors import CheckpointError
 from gap_export.families.common.checkpoints.configs import decoder_shape
 from gap_export.families.common.checkpoints.limits import require
 from gap_export.spec.architecture import Architecture, DecoderShape, ProjectorShape, VisionShape
@@ -67,13 +68,12 @@ def read_architecture(kind: ConfigKind, config: Any, image: ImageSpec, file: Pat
     vision, merge = config.vision_config, config.vision_config.spatial_merge_size
     _check_patches(vision, file)
     tower = _vision_shape(kind, vision, image, file)
-    require(
-        not image.grids or tower.window_size is None,
-        "the recipe's image.grids",
-        image.grids,
-        "one canvas: the windows of this tower are those of one",
-        where=file,
-    )
+    if image.grids and tower.window_size is not None:
+        raise CheckpointError(
+            f"{file}: the windows of this tower are those of one canvas",
+            seen=", ".join(f"{rows}x{cols} tokens" for rows, cols in image.grids),
+            fix="export a bundle for each canvas",
+        )
     taps = len(tower.taps)
     width = merge * merge * tower.width
     decoder = _decoder_shape(kind, config, file)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,8 @@ from PIL import Image
 import gap_export
 from gap_export.bundle import open_bundle
 from gap_export.checkpoint.find.source import Checkpoint
-from gap_export.errors import UsageError
+from gap_export.cli import main
+from gap_export.errors import CheckpointError, UsageError
 from gap_export.families import build_reference, on_canvas, resolve_pruning
 from gap_export.families.qwen_vl.vision import patch_places
 from gap_export.runtime.images.image import prepare_image
@@ -152,6 +154,8 @@ def test_places_are_counted_in_the_grid_of_the_image_s_canvas(tiny_of, tmp_path,
         extra_position="centroid",
     )  # fmt: skip
     gap_export.export(folder, request, out=out)
+    model = onnx.load(out / "vision_encoder.onnx", load_external_data=False)
+    assert "GatherND" not in {node.op_type for node in model.graph.node}, "not lowered for TensorRT"
     with GroundingSession.open(out) as session:
         for size, number in SIZES[:4]:
             rows, cols = GRIDS[number]
@@ -213,3 +217,14 @@ def test_the_same_canvas_twice_is_one():
     both = on_canvas(recipe, "640x480,480x640")
     assert both.image.grids == ((15, 20), (20, 15))
     assert on_canvas(both, "640x480") == recipe
+
+
+def test_a_folder_whose_tower_has_windows_takes_one_canvas(tiny_of, tmp_path):
+    request = PruningRequest(canvas="40x24,24x40")
+    with pytest.raises(CheckpointError, match=r"windows.*3x5 tokens, 5x3 tokens; export a b"):
+        gap_export.export(tiny_of("qwen2_5_vl").folder, request, out=tmp_path / "bundle")
+
+
+def test_inspect_names_the_grid_of_every_canvas(bundle, capsys):
+    assert main(["inspect", str(bundle)]) == 0
+    assert "6 of 12 visual tokens, 2x6 or 6x2 or 3x4 or 4x3 grid" in capsys.readouterr().out

@@ -233,7 +233,9 @@ class PrunedVisionEncoder(_VisionReader):
             keep = put_in_order(chosen, order=pruning.order)
         else:
             # Of several canvases each has places of its own.
-            places = self.fixed_places[beside[-1]] if self.takes_canvas else self.fixed_places
+            places = self.fixed_places
+            if self.takes_canvas:
+                places = places.index_select(0, beside[-1])
             keep = places.expand(state.patch_features.shape[0], -1)
         return emit_kept(
             self._emitted(state), keep, pruning=pruning, grid=grid, project=self.projector
@@ -243,7 +245,7 @@ class PrunedVisionEncoder(_VisionReader):
         """What the place of an extra token is counted in."""
         if not self.takes_canvas or self.pruning.extra_position != "centroid":
             return self.grid
-        return CanvasGrid(cols=self.canvas_cols[beside[-1]])
+        return CanvasGrid(cols=self.canvas_cols.index_select(0, beside[-1]))
 
     def margins(self, pixel_values: torch.Tensor, *beside: torch.Tensor) -> torch.Tensor | None:
         """By how much the closest choice of a greedy pruner was decided; no part of the graph.
