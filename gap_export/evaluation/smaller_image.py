@@ -6,9 +6,10 @@ pruning keeps. Its tower, which pruning does not shorten, is cheaper, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from gap_export.bundle import open_bundle
@@ -17,10 +18,12 @@ from gap_export.evaluation.measure import with_prompt
 from gap_export.families import find_family
 from gap_export.runtime.backends.backend import graph_components
 from gap_export.runtime.prompt import PromptEncoder
-from gap_export.spec.canvas import token_size, with_canvas
+from gap_export.spec.canvas import token_size, with_canvas, with_grids
 from gap_export.spec.recipe import Recipe
 
 VISION, PREFILL = "vision", "prefill"
+# By which share the number of tokens may be another where several canvases must have the same.
+_NEAR = 0.1
 _STAGES = {"vision_encoder": VISION, "token_pruner": VISION, "decoder_model_merged": PREFILL}
 
 
@@ -45,9 +48,13 @@ def smaller_recipe(recipe: Recipe, num_tokens: int) -> Recipe | None:
         return recipe.model_copy(update={"image": squashed})
     if not find_family(recipe).any_canvas or num_tokens >= grid.num_visual_tokens:
         return None
-    rows, cols = smaller_grid((grid.rows, grid.cols), num_tokens)
+    # Of several canvases each has a smaller one: an image is to keep its aspect here as well.
+    found = tuple(
+        dict.fromkeys(smaller_grids(image.grids or ((grid.rows, grid.cols),), num_tokens))
+    )
     down, across = token_size(recipe)
-    return with_canvas(recipe, rows * down, cols * across)
+    first = with_canvas(recipe, found[0][0] * down, found[0][1] * across)
+    return with_grids(first, found) if len(found) > 1 else first
 
 
 def count_stages(bundle: Path, *, num_images: float, prompt_length: float) -> dict[str, int]:
@@ -97,29 +104,48 @@ def mean_text_length(bundle: Path, expressions: Iterable[str], prompt: str | Non
 
 
 def smaller_grid(grid: tuple[int, int], num_tokens: int) -> tuple[int, int]:
-    """Rows and columns of the grid with about as many tokens, and about the aspect of a larger one.
+    """As :func:`smaller_grids`, of one."""
+    return smaller_grids((grid,), num_tokens)[0]
+
+
+def smaller_grids(grids: Sequence[tuple[int, int]], num_tokens: int) -> tuple[tuple[int, int], ...]:
+    """Of each grid one with about as many tokens and about the same aspect; as many in all of them.
 
     Of the grids that are less than a token off the aspect, on one side or the other, it is the one
     whose number of tokens is nearest; of equals the one whose aspect is, and of equals again the
-    smaller one.
+    smaller one. Several may have no such number in common that is near: then they may be two tokens
+    off, or as many as it takes.
 
     Args:
-        grid: Rows and columns of the larger one.
-        num_tokens: 1 or more, and no more than those of ``grid``.
+        grids: Rows and columns of the larger ones.
+        num_tokens: 1 or more, and no more than those of any of ``grids``.
 
     Returns:
-        No larger than ``grid`` on either side.
+        For each of ``grids`` one that is no larger on either side.
     """
-    rows, cols = grid
 
-    def off(found: tuple[int, int]) -> tuple[int, float, int]:
-        row, col = found
-        stretched = row * cols / (col * rows)
-        return abs(row * col - num_tokens), max(stretched, 1 / stretched), row * col
+    def off(number: int) -> tuple[int, float, int]:
+        return abs(number - num_tokens), max(found[number][0] for found in choices), number
 
-    def is_straight(row: int, col: int) -> bool:
-        # In whole numbers: |col - row cols / rows| < 1, or |row - col rows / cols| < 1.
-        return abs(col * rows - row * cols) < max(rows, cols)
+    for slack in range(1, max(map(max, grids)) + 1):
+        choices = [_grids_of_aspect(*grid, slack) for grid in grids]
+        # A single token is of any aspect.
+        number = min(set.intersection(*map(set, choices)), key=off)
+        if len(grids) == 1 or abs(number - num_tokens) <= num_tokens * _NEAR:
+            break
+    return tuple(found[number][1] for found in choices)
 
-    grids = ((row, col) for row in range(1, rows + 1) for col in range(1, cols + 1))
-    return min((found for found in grids if is_straight(*found)), key=off)
+
+def _grids_of_aspect(rows: int, cols: int, slack: int) -> dict[int, tuple[float, tuple[int, int]]]:
+    """By number of tokens, how far the aspect is off, and the grid where that is least.
+
+    Only grids that are less than ``slack`` tokens off it on one side or the other.
+    """
+    found: dict[int, tuple[float, tuple[int, int]]] = {}
+    for row, col in product(range(1, rows + 1), range(1, cols + 1)):
+        # In whole numbers: |col - row cols / rows| < slack, or |row - col rows / cols| < slack.
+        if abs(col * rows - row * cols) < slack * max(rows, cols):
+            stretched = row * cols / (col * rows)
+            one = max(stretched, 1 / stretched), (row, col)
+            found[row * col] = min(found.get(row * col, one), one)
+    return found

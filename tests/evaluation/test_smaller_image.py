@@ -14,6 +14,7 @@ from gap_export.errors import UsageError
 from gap_export.evaluation.job import DEFAULT_ASKING, Job, ModelFacts
 from gap_export.evaluation.measure import RunnerOptions
 from gap_export.evaluation.smaller_image import count_stages, smaller_grid, smaller_recipe
+from gap_export.families import on_canvas
 from gap_export.progress import SilentProgress
 from gap_export.report.evaluation import document_of_evaluation
 from gap_export.report.markdown import to_markdown
@@ -69,6 +70,18 @@ def test_all_tokens_are_the_same_image(rows, cols):
 
 def recipe_of(name: str):
     return find_recipe(name)[0]
+
+
+def test_of_several_canvases_each_has_a_smaller_one_of_its_aspect():
+    recipe = on_canvas(recipe_of("qwen3-vl-4b"), "640x480,480x640,800x384")
+    smaller = smaller_recipe(recipe, 90)
+    assert len({rows * cols for rows, cols in smaller.image.grids}) == 1
+    assert abs(smaller.grid.num_visual_tokens - 90) < 10
+    for (rows, cols), (row, col) in zip(recipe.image.grids, smaller.image.grids, strict=True):
+        assert abs(col * rows - row * cols) < 2 * max(rows, cols)
+    pair = on_canvas(recipe_of("qwen3-vl-4b"), "640x480,480x640")
+    assert smaller_recipe(pair, 90).image.grids == ((8, 11), (11, 8))
+    assert smaller_recipe(pair, 1).image.grids == ()
 
 
 def test_a_model_that_takes_any_size_is_shown_a_smaller_one():
