@@ -146,3 +146,8 @@ def takes_patches(graph: ir.Graph) -> bool:
     """Whether a vision encoder reads the patches of images, of any size, and not images."""
     shapes = [value.shape for value in graph.inputs if value.name == PIXELS]
     return len(shapes) == 1 and shapes[0] is not None and shapes[0].rank() == 2
+
+
+def reads_any_grid(graph: ir.Graph) -> bool:
+    """Whether an encoder of patches is told their rows and columns, or was made for some."""
+    return any(value.name == GRID for value in graph.inputs)

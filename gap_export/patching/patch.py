@@ -28,7 +28,7 @@ from gap_export.patching.choose_pruner import pruning_pass, settle_pruning
 from gap_export.patching.decoder_interface import DecoderFacts, read_decoder_interface
 from gap_export.patching.describe import PatchedGraph, check_special_tokens, describe_patch
 from gap_export.patching.find_export import COMPONENTS, FoundExport
-from gap_export.patching.fix_canvas import FixCanvas, takes_patches
+from gap_export.patching.fix_canvas import FixCanvas, reads_any_grid, takes_patches
 from gap_export.patching.model_facts import (
     CONFIG,
     GENERATION,
@@ -89,6 +89,7 @@ def patch_found(found: FoundExport, options: PatchOptions, progress: Progress) -
             fix="patch the export once for each canvas",
         )
     pruning = settle_pruning(recipe, options.pruning)
+    warnings = _of_one_canvas(vision, recipe)
     with _blaming(vision):
         canvas = FixCanvas(image=recipe.image, grid=recipe.grid, facts=facts)
         run_pipeline(vision.model, [canvas])
@@ -124,13 +125,31 @@ def patch_found(found: FoundExport, options: PatchOptions, progress: Progress) -
             manifest = replace(manifest, source=source)
             _check_readable(manifest, found.folder)
             manifest = draft.commit(manifest)
-    warnings: tuple[str, ...] = ()
-    if reach.rounded and manifest.decoder.max_position_embeddings > _EXACT_IN_16_BITS:
-        warnings = (
-            f"the export rounds position ids to 16 bits before RoPE ({', '.join(reach.rounded)}): "
-            f"above {_EXACT_IN_16_BITS} they are not exact, there as here",
-        )
-    return PatchReport(bundle=out, manifest=manifest, rotary=reach.rotary, warnings=warnings)
+    warnings += _rounding(reach, manifest)
+    return PatchReport(bundle=out, manifest=manifest, rotary=reach.rotary, warnings=tuple(warnings))
+
+
+def _of_one_canvas(vision: ForeignGraph, recipe: Recipe) -> list[str]:
+    """That an encoder was made for a canvas that nothing in it shows, where it was."""
+    graph = vision.model.graph
+    if not takes_patches(graph) or reads_any_grid(graph):
+        return []
+    # As many patches in other rows and columns give features, and wrong ones.
+    return [
+        "the vision encoder is not told the rows and columns of its patches, so it was made for "
+        f"one canvas; that this is {recipe.image.width}x{recipe.image.height} pixels is taken from "
+        "recipe and --canvas, and cannot be seen in the export"
+    ]
+
+
+def _rounding(reach: PositionReach, manifest: Manifest) -> list[str]:
+    """That ids are rounded before RoPE, where it changes any."""
+    if not reach.rounded or manifest.decoder.max_position_embeddings <= _EXACT_IN_16_BITS:
+        return []
+    return [
+        f"the export rounds position ids to 16 bits before RoPE ({', '.join(reach.rounded)}): "
+        f"above {_EXACT_IN_16_BITS} they are not exact, there as here"
+    ]
 
 
 def _read_graphs(found: FoundExport, progress: Progress) -> dict[str, ForeignGraph]:

@@ -119,6 +119,20 @@ def test_another_canvas_is_another_grid_of_the_same_graph(export, patch):
         patch(export, canvas="40x24,24x40")
 
 
+def test_an_encoder_that_is_not_told_the_grid_is_patched_with_a_warning(own, patch):
+    assert patch(own, pruner="spatial", keep_ratio=0.3).warnings == ()
+    file = own / "onnx/vision_encoder.onnx"
+    model = onnx.load(file)
+    (told,) = [one for one in model.graph.input if one.name == "image_grid_thw"]
+    model.graph.input.remove(told)
+    rows, cols = (side // PATCH for side in CANVAS)
+    grid = np.array([[1, rows, cols]])
+    model.graph.initializer.append(onnx.numpy_helper.from_array(grid, told.name))
+    onnx.save(model, file)
+    (said,) = patch(own, pruner="spatial", keep_ratio=0.3).warnings
+    assert f"made for one canvas; that this is {CANVAS[1]}x{CANVAS[0]} pixels" in said
+
+
 def test_patches_are_in_the_order_of_transformers():
     pixels = torch.randn(1, 3, *CANVAS)
     found = cut_into_patches(pixels.numpy(), size=PATCH, frames=2, join=MERGE)
