@@ -41,6 +41,7 @@ from gap_export.runtime.images.image import (
     prepare_image,
     read_image,
 )
+from gap_export.runtime.images.preparations import tile_layout
 from gap_export.runtime.prompt import EncodedExpression, PromptEncoder
 from gap_export.runtime.texts import encode_texts
 from gap_export.runtime.visual_tokens import VisualTokens, encode_image
@@ -270,7 +271,7 @@ class GroundingSession:
                     color=color,
                 )
                 pixel_values, geometry = prepare_image(loaded.image, self.manifest.image)
-                layout = geometry.tile_layout(self.manifest.image, self.manifest.grid)
+                layout = tile_layout(geometry, self.manifest.image, self.manifest.grid)
                 if layout is not None:
                     # Its size decides how long the prompt is.
                     for row in encoded:

@@ -22,6 +22,7 @@ from gap_export.runtime.budget import count_outliers, settle_numbers
 from gap_export.runtime.computed import check_computed
 from gap_export.runtime.grounding import TokenGrid
 from gap_export.runtime.images.geometry import Frame, ImageGeometry
+from gap_export.runtime.images.preparations import input_frame, tile_layout
 from gap_export.spec.keep_indices import check_keep_indices
 from gap_export.spec.manifest import Manifest
 from gap_export.spec.positions import Int64Array
@@ -85,7 +86,7 @@ def encode_image(
         BundleError: the vision encoder's outputs are not of the shape the manifest says.
         ComputationError: they are not finite, or hold the same number everywhere.
     """
-    layout = geometry.tile_layout(manifest.image, manifest.grid)
+    layout = tile_layout(geometry, manifest.image, manifest.grid)
     if layout is None:
         encode = _encode if manifest.pruning.budget == "fixed" else _encode_adaptively
         feed = _feed(pixel_values, text_embeds)
@@ -212,7 +213,7 @@ def _of_whole(row: Outputs, manifest: Manifest, geometry: ImageGeometry) -> Visu
         view="image",
         rows=rows,
         cols=cols,
-        frame=geometry.input_frame(manifest.image),
+        frame=input_frame(geometry, manifest.image),
         kept=tuple(survivors.tolist()),
         tiles=(
             TileTokens(num_visual_tokens=pruning.num_visual_tokens, num_kept_tokens=len(survivors)),
@@ -239,7 +240,7 @@ def _of_tiles(
 ) -> VisualTokens:
     keep = np.stack([tile["keep_indices"] for tile in rows])
     features = [tile["image_features"] for tile in rows]
-    whole = geometry.input_frame(manifest.image)
+    whole = input_frame(geometry, manifest.image)
     if isinstance(layout, TileLayout):
         assert newline is not None
         tokens = arrange_tiles(keep, layout)

@@ -18,6 +18,7 @@ from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families import Reference, build_reference, resolve_pruning
 from gap_export.runtime.images.image import prepare_image
+from gap_export.runtime.images.preparations import tile_layout
 from gap_export.spec.positions import VisualSpan, build_kept_positions
 from gap_export.spec.recipe import Recipe, load_recipe
 from gap_export.spec.requests import PruningRequest
@@ -72,7 +73,7 @@ def noise(size: tuple[int, int]) -> Image.Image:
 def tiled(model: Model, reference: Reference, image: Image.Image) -> tuple[np.ndarray, TiledTokens]:
     """The visual vectors [M, H] as they are fed, and what they are."""
     pixel_values, geometry = prepare_image(image, model.recipe.image)
-    layout = geometry.tile_layout(model.recipe.image, model.recipe.grid)
+    layout = tile_layout(geometry, model.recipe.image, model.recipe.grid)
     assert layout is not None and pixel_values.shape[0] == layout.num_tiles
     with torch.inference_mode():
         features, keep, *_ = reference.vision_encoder(torch.from_numpy(pixel_values))

@@ -12,6 +12,7 @@ from PIL import Image
 from gap_export.errors import BundleError, ExpressionError
 from gap_export.runtime.drawing import draw_grounding
 from gap_export.runtime.images.image import load_image, prepare_image
+from gap_export.runtime.images.preparations import tile_layout
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.tiles import TileTokens
 from tests.runtime.fake_backends import EditedBackend
@@ -42,7 +43,7 @@ def test_prompt_holds_base_tile_then_rows_each_with_its_newline(
     (fed,) = seen_by(make_session(tiled_manifest), image, ["the star"])
     spec = tiled_manifest.image
     pixels, geometry = prepare_image(load_image(image, pad_color=spec.pad_color), spec)
-    layout = geometry.tile_layout(spec, tiled_manifest.grid)
+    layout = tile_layout(geometry, spec, tiled_manifest.grid)
     assert layout is not None
     assert len(pixels) == layout.num_tiles
     seen = make_backend(tiled_manifest).run("vision_encoder", {"pixel_values": pixels})

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gap_export.errors import UsageError
 from gap_export.runtime.images.geometry import ImageGeometry, choose_canvas
+from gap_export.runtime.images.preparations import tile_layout
 from gap_export.spec.manifest import GridSpec, ImageSpec, TilesSpec
 from gap_export.spec.positions import VisualSpan, build_kept_positions
 from gap_export.spec.recipe import find_recipe
@@ -291,7 +292,7 @@ def layout_by_spec(width: int, height: int, image: ImageSpec) -> TileLayout:
     assert image.tiles is not None
     canvas = choose_canvas((height, width), image.tiles.resolutions)
     geometry = ImageGeometry(width=width, height=height, canvas=canvas)
-    layout = geometry.tile_layout(image, GridSpec(rows=24, cols=24))
+    layout = tile_layout(geometry, image, GridSpec(rows=24, cols=24))
     assert layout is not None
     return layout
 

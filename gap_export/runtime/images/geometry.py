@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gap_export.spec.manifest import BoxSpec, GridSpec, ImageSpec
-from gap_export.spec.tiles import TileLayout, TileStack
+from gap_export.spec.tiles import TileLayout
 
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]
@@ -39,32 +39,18 @@ class ImageGeometry:
     height: int
     canvas: Size | None = None
 
-    def input_frame(self, spec: ImageSpec) -> Frame:
-        """What the vision encoder's first input, and so its grid of visual tokens, covers."""
-        from gap_export.runtime.images.preparations import find_preparation
-
-        return find_preparation(spec.preparation).frame(self)
-
     def token_grid(self, spec: ImageSpec, grid: GridSpec) -> tuple[int, int]:
         """Rows and columns of its visual tokens, on the canvas that it is squashed to."""
         return spec.grids[self.canvas_number(spec)] if spec.grids else (grid.rows, grid.cols)
 
     def canvas_number(self, spec: ImageSpec) -> int:
         """Which of several canvases it is squashed to, in the order of ``ImageSpec.grids``."""
-        from gap_export.runtime.images.preparations import canvas_sizes
-
         assert self.canvas is not None, "the preparation has chosen one"
         return canvas_sizes(spec).index(self.canvas)
 
     def box_frame(self, spec: BoxSpec) -> Frame:
         """What the answer's coordinates are relative to."""
         return self.padded_square if spec.frame == "padded_square" else self.whole
-
-    def tile_layout(self, spec: ImageSpec, grid: GridSpec) -> TileLayout | TileStack | None:
-        """How the tokens of its tiles are put in order; None without tiles."""
-        from gap_export.runtime.images.preparations import find_preparation
-
-        return find_preparation(spec.preparation).tile_layout(self, spec, grid)
 
     def tiles_frame(self, spec: ImageSpec, layout: TileLayout) -> Frame:
         """What the joined grid of the tiles covers, its rows and columns of padding left out."""
@@ -91,6 +77,18 @@ class ImageGeometry:
         side = max(self.width, self.height)
         left, top = (side - self.width) // 2, (side - self.height) // 2
         return Frame(left=-left, top=-top, width=side, height=side)
+
+
+def canvas_sizes(spec: ImageSpec) -> list[Size]:
+    """(height, width) of each of several canvases, in the order of ``ImageSpec.grids``."""
+    height, width = token_size(spec)
+    return [(rows * height, cols * width) for rows, cols in spec.grids]
+
+
+def token_size(spec: ImageSpec) -> Size:
+    """Height and width in pixels of the place of a visual token."""
+    rows, cols = spec.grids[0]
+    return spec.height // rows, spec.width // cols
 
 
 def choose_canvas(size: Size, canvases: Sequence[Size]) -> Size:

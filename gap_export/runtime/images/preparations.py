@@ -19,9 +19,11 @@ from gap_export.runtime.images.geometry import (
     Frame,
     ImageGeometry,
     Size,
+    canvas_sizes,
     choose_canvas,
     fitted_size,
     nearest_canvas,
+    token_size,
 )
 from gap_export.spec.manifest import GridSpec, ImageSpec
 from gap_export.spec.preparations import known_preparations
@@ -90,6 +92,18 @@ def find_preparation(name: str) -> Preparation:
             fix="install the package that brings the model's family",
         )
     return load_object(known[name], Preparation, what=f"preparation {name}")  # type: ignore[type-abstract]
+
+
+def input_frame(geometry: ImageGeometry, spec: ImageSpec) -> Frame:
+    """What a view of the whole image, and so its grid of visual tokens, covers."""
+    return find_preparation(spec.preparation).frame(geometry)
+
+
+def tile_layout(
+    geometry: ImageGeometry, spec: ImageSpec, grid: GridSpec
+) -> TileLayout | TileStack | None:
+    """How the tokens of an image's tiles are put in order; None of one that is not cut."""
+    return find_preparation(spec.preparation).tile_layout(geometry, spec, grid)
 
 
 class _Pad(Preparation):
@@ -192,24 +206,12 @@ class _DynamicTiles(Preparation):
         return TileStack(rows=grid.rows, cols=grid.cols, tile_rows=tile_rows, tile_cols=tile_cols)
 
 
-def canvas_sizes(spec: ImageSpec) -> list[Size]:
-    """(height, width) of each of several canvases, in the order of ``ImageSpec.grids``."""
-    height, width = _token_size(spec)
-    return [(rows * height, cols * width) for rows, cols in spec.grids]
-
-
-def _token_size(spec: ImageSpec) -> Size:
-    """Height and width in pixels of the place of a visual token."""
-    rows, cols = spec.grids[0]
-    return spec.height // rows, spec.width // cols
-
-
 def _laid_out(image: Image.Image, size: Size, spec: ImageSpec) -> Image.Image:
     """An image squashed to a canvas, its tokens' places laid on the first canvas row by row."""
     squashed = image.resize((size[1], size[0]), _RESAMPLE[spec.resample])
     if size == (spec.height, spec.width):
         return squashed
-    height, width = _token_size(spec)
+    height, width = token_size(spec)
     places = np.asarray(squashed).reshape(size[0] // height, height, size[1] // width, width, 3)
     laid = places.swapaxes(1, 2).reshape(*spec.grids[0], height, width, 3).swapaxes(1, 2)
     return Image.fromarray(laid.reshape(spec.height, spec.width, 3))

@@ -16,6 +16,7 @@ from PIL import Image
 from gap_export.runtime.boxes import parse_box, to_pixels
 from gap_export.runtime.images.geometry import ImageGeometry, choose_canvas, fitted_size
 from gap_export.runtime.images.image import load_image, prepare_image
+from gap_export.runtime.images.preparations import input_frame, tile_layout
 from gap_export.spec.manifest import BoxSpec, GridSpec, ImageSpec, TilesSpec
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -106,7 +107,7 @@ def test_tiles_are_those_of_transformers_llava_next_processor(size):
     found, geometry = prepare_image(photo(*size), NEXT)
     check_within_one_step(found, np.asarray(expected))
     assert geometry.canvas is not None
-    layout = geometry.tile_layout(NEXT, GridSpec(rows=24, cols=24))
+    layout = tile_layout(geometry, NEXT, GridSpec(rows=24, cols=24))
     assert layout is not None
     assert len(found) == layout.num_tiles
 
@@ -268,9 +269,9 @@ def test_box_goes_to_the_model_s_frame_and_back(spec, box, decimals, step, width
 def test_grids_of_a_tiled_image_cover_it(width, height):
     canvas = choose_canvas((height, width), NEXT.tiles.resolutions if NEXT.tiles else [])
     geometry = ImageGeometry(width=width, height=height, canvas=canvas)
-    layout = geometry.tile_layout(NEXT, GridSpec(rows=24, cols=24))
+    layout = tile_layout(geometry, NEXT, GridSpec(rows=24, cols=24))
     assert layout is not None
-    base = geometry.input_frame(NEXT)
+    base = input_frame(geometry, NEXT)
     assert (base.left, base.top, base.width, base.height) == (0, 0, width, height)
     frame = geometry.tiles_frame(NEXT, layout)
     if layout.num_rows * layout.num_cols == 0:
@@ -288,7 +289,7 @@ def test_grids_of_a_tiled_image_cover_it(width, height):
 def test_tiles_frame_at_known_numbers():
     # 600x500 becomes 672x560 on 672x672: 4 rows of tokens above and below show nothing.
     geometry = ImageGeometry(width=600, height=500, canvas=(672, 672))
-    layout = geometry.tile_layout(NEXT, GridSpec(rows=24, cols=24))
+    layout = tile_layout(geometry, NEXT, GridSpec(rows=24, cols=24))
     assert layout is not None
     assert (layout.first_row, layout.num_rows) == (4, 40)
     frame = geometry.tiles_frame(NEXT, layout)
