@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gap_export.bundle import BundleDraft
 from gap_export.checkpoint.find.source import Checkpoint
-from gap_export.errors import BundleError, CheckpointError, ExpressionError
+from gap_export.errors import BundleError, CheckpointError, ExpressionError, UsageError
 from gap_export.spec.family import FAMILY_MARK, OTHER_FAMILIES
 from gap_export.spec.manifest import (
     Manifest,
@@ -88,13 +88,21 @@ def check_prompt(manifest: Manifest, assets: Path, image_token_id: int | None, w
 
     Raises:
         CheckpointError: a tokenizer is broken, or it, the config and the recipe do not fit.
+        UsageError: the image takes all position ids that there are.
     """
-    from gap_export.runtime.prompt import PromptEncoder
+    from gap_export.runtime.prompt import NO_ROOM, PromptEncoder
 
     try:
         prompts = PromptEncoder(manifest, assets)
         encoded = prompts.encode(_PROBE)
     except (BundleError, ExpressionError) as err:
+        if err.what == NO_ROOM:
+            raise UsageError(
+                f"the visual tokens of {manifest.model.name} leave no room for a prompt",
+                seen=err.seen,
+                allowed=err.allowed,
+                fix="choose a smaller canvas, or a shorter prompt or answer in the recipe",
+            ) from err
         raise CheckpointError(
             f"no prompt can be made with the tokenizer of {where} and recipe {manifest.model.name}",
             seen=err.what if err.seen is None else f"{err.what}: {err.seen}",

@@ -17,6 +17,8 @@ from gap_export.spec.positions import Int64Array, num_image_ids
 
 TOKENIZER_FILE = "tokenizer.json"
 _SLOT = "{expression}"
+# Said of an expression, and by an export of a canvas that leaves no room for any.
+NO_ROOM = "the expression does not fit the model's context"
 # Unicode's controls, formats, line ends, surrogates and private characters: nothing one can see.
 _UNSEEN = frozenset({"Cc", "Cf", "Zl", "Zp", "Cs", "Co"})
 # The two joiners shape letters of several scripts, and emoji.
@@ -140,7 +142,7 @@ class PromptEncoder:
         num_ids = len(encoded.prefix_ids) + num_image_ids + len(encoded.suffix_ids)
         if num_ids + spec.max_new_tokens > limit:
             raise ExpressionError(
-                "the expression does not fit the model's context",
+                NO_ROOM,
                 seen=f"{num_ids} position ids of the prompt (those of pruned tokens included) "
                 f"and {spec.max_new_tokens} for the answer",
                 allowed=f"{limit} in all",

@@ -123,7 +123,7 @@ def with_canvas(recipe: Recipe, height: int, width: int) -> Recipe:
         "image": image,
         "grid": grid,
         "architecture": architecture,
-        "box": _on_canvas(recipe.box, width, height),
+        "box": _on_canvas(recipe, width, height),
     }
     try:
         return Recipe(**changed)
@@ -141,8 +141,12 @@ def token_size(recipe: Recipe) -> tuple[int, int]:
     return recipe.image.height // recipe.grid.rows, recipe.image.width // recipe.grid.cols
 
 
-def _on_canvas(box: BoxSpec, width: int, height: int) -> BoxSpec:
-    """Two numbers are pixels of what the vision encoder reads; one is the same for any size."""
-    if not isinstance(box.scale, tuple):
+def _on_canvas(recipe: Recipe, width: int, height: int) -> BoxSpec:
+    """Two numbers are pixels of what the vision encoder reads; one is the same for any size.
+
+    But one that is the side of a square canvas is pixels, too.
+    """
+    box, own = recipe.box, (recipe.image.width, recipe.image.height)
+    if not isinstance(box.scale, tuple) and own != (box.scale, box.scale):
         return box
     return replace(box, scale=(float(width), float(height)))

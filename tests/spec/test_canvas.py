@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from gap_export.errors import UsageError
@@ -25,6 +27,15 @@ def test_another_canvas_changes_the_image_the_grid_and_the_tower_alone():
 def test_boxes_in_pixels_follow_the_canvas():
     assert QWEN2_5.box.scale == (644, 476)
     assert on_canvas(QWEN2_5, "448x672").box.scale == (448, 672)
+
+
+def test_one_number_that_is_the_side_of_a_square_canvas_is_pixels():
+    square = on_canvas(QWEN2_5, "672x672")
+    square = square.model_copy(update={"box": replace(square.box, scale=672.0)})
+    assert on_canvas(square, "448x672").box.scale == (448, 672)
+    assert on_canvas(square, "448x448").box.ends == (448, 448)
+    thousandths = square.model_copy(update={"box": replace(square.box, scale=1000.0)})
+    assert on_canvas(thousandths, "448x448").box.scale == 1000
 
 
 def test_without_a_canvas_the_recipe_is_as_it_was():

@@ -228,3 +228,9 @@ def test_a_folder_whose_tower_has_windows_takes_one_canvas(tiny_of, tmp_path):
 def test_inspect_names_the_grid_of_every_canvas(bundle, capsys):
     assert main(["inspect", str(bundle)]) == 0
     assert "6 of 12 visual tokens, 2x6 or 6x2 or 3x4 or 4x3 grid" in capsys.readouterr().out
+
+
+def test_a_canvas_that_leaves_no_room_for_a_prompt_is_refused_as_one(tiny_of, tmp_path):
+    request = PruningRequest(canvas="4096x8")
+    with pytest.raises(UsageError, match=r"leave no room for a prompt: .*choose a smaller canvas"):
+        gap_export.export(tiny_of("qwen2_vl").folder, request, out=tmp_path / "bundle")
