@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -56,9 +57,12 @@ def pruners(
     served = None
     if model is not None:
         from gap_export.families import supported_pruners
-        from gap_export.spec.recipe import find_recipe
+        from gap_export.spec.recipe import RECIPE_NAME, find_recipe, load_recipe
 
-        served = frozenset(supported_pruners(find_recipe(model)[0]))
+        # A folder of the user's with a recipe of its own, as an export takes it.
+        own = Path(model) / RECIPE_NAME
+        recipe = load_recipe(own) if own.is_file() else find_recipe(model)[0]
+        served = frozenset(supported_pruners(recipe))
     plain = [_describe(preset, served) for preset in all_presets().values()]
     broken = {name: str(err) for name, err in broken_presets().items()}
     if as_json:

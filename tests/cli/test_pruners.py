@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from gap_export.errors import GapExportError
 from gap_export.pruning import LEFT_OUT, PRESETS, presets
+from gap_export.spec.recipe import models_dir
 
 
 @pytest.fixture
@@ -30,3 +32,12 @@ def test_a_broken_pruner_is_a_warning_and_the_others_are_listed(run_cli, one_is_
     assert "warning: pruner lost, which lost:X should define, cannot be loaded" in outcome.err
     assert all(name in outcome.out for name in PRESETS)
     assert list(run_cli("pruners", "--json").plain["broken"]) == ["lost"]
+
+
+def test_a_checkpoint_folder_is_a_model_too(run_cli, tmp_path):
+    plain = yaml.safe_load((models_dir() / "qwen3-vl-4b" / "recipe.yaml").read_text())
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**plain, "name": "mine"}))
+    outcome = run_cli("pruners", "--json", "--model", str(tmp_path))
+    assert outcome.code == 0
+    served = {each["name"]: each["served"] for each in outcome.plain["pruners"]}
+    assert served["text-llm"] and not served["fastervlm"]

@@ -247,6 +247,12 @@ SIX_B = r"norm_type.*rms_norm.*InternViT-300M; InternViT-6B is not implemented"
             r"rope_type.*yarn.*default or dynamic",
         ),
         (
+            setting(
+                "llm_config.rope_scaling", {"type": "yarn", "rope_type": "dynamic", "factor": 2.0}
+            ),
+            r"type cannot be used: 'yarn'",
+        ),
+        (
             setting("llm_config.rope_scaling", {"type": "linear", "factor": 4.0}),
             r"rope_type.*linear.*default or dynamic",
         ),

@@ -53,9 +53,11 @@ def decoder_shape(
     theta: Any = rope.get("rope_theta")
     # A null gets past check_values, and transformers leaves it as it is.
     require(type(theta) in (int, float), "rope_theta", theta, "a number above 0", where=where)
-    scaling = rope.get("rope_type", "default")
     allowed = f"{' or '.join(rope_types)}: RoPE without scaling"
-    require(scaling in rope_types, "rope_type", scaling, allowed, where=where)
+    # The old name may be there as well and, in a file that was edited by hand, say something else.
+    for key in ("rope_type", "type"):
+        scaling = rope.get(key, "default")
+        require(scaling in rope_types, key, scaling, allowed, where=where)
     window = getattr(text, "sliding_window", None)
     require(window is None, "sliding_window", window, "null: every token sees all", where=where)
     bias = _BIASES[kind]
