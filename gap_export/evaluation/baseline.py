@@ -48,8 +48,19 @@ def check_baseline(manifest: Manifest, baseline: Manifest) -> None:
             "the baseline is not the unpruned form of this bundle's model",
             seen="; ".join(seen),
             allowed=f"{manifest.model.name} at keep 1, made from the same checkpoint",
-            fix=f"make one with: gap-export {manifest.model.name} --keep 1",
+            fix=f"make one with: gap-export {manifest.model.name} --keep 1"
+            f"{_canvas(manifest, baseline)}",
         )
+
+
+def _canvas(manifest: Manifest, baseline: Manifest) -> str:
+    """The option that gives a baseline the bundle's canvases, where it has others."""
+    image, grid = manifest.image, manifest.grid
+    if image == baseline.image or image.tiles is not None:
+        return ""
+    down, across = image.height // grid.rows, image.width // grid.cols
+    sizes = image.grids or ((grid.rows, grid.cols),)
+    return f" --canvas {','.join(f'{cols * across}x{rows * down}' for rows, cols in sizes)}"
 
 
 def quantization_of(manifest: Manifest) -> QuantizationSpec | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gap_export.bundle import open_bundle
 from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.cli import main
 from gap_export.errors import CheckpointError, UsageError
+from gap_export.evaluation.baseline import check_baseline
 from gap_export.families import build_reference, on_canvas, resolve_pruning
 from gap_export.families.qwen_vl.vision import patch_places
 from gap_export.runtime.images.image import prepare_image
@@ -234,3 +236,10 @@ def test_a_canvas_that_leaves_no_room_for_a_prompt_is_refused_as_one(tiny_of, tm
     request = PruningRequest(canvas="4096x8")
     with pytest.raises(UsageError, match=r"leave no room for a prompt: .*choose a smaller canvas"):
         gap_export.export(tiny_of("qwen2_vl").folder, request, out=tmp_path / "bundle")
+
+
+def test_a_baseline_of_another_canvas_is_refused_with_the_option_that_makes_one(bundle):
+    manifest = open_bundle(bundle).manifest
+    alone = replace(manifest, image=replace(manifest.image, grids=()))
+    with pytest.raises(UsageError, match=f"--keep 1 --canvas {CANVASES}"):
+        check_baseline(manifest, alone)
