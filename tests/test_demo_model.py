@@ -19,13 +19,13 @@ from gap_export.spec.recipe import find_recipe
 from gap_export.spec.requests import PruningRequest
 from tests.parity.checking import check_with_torch, level_of
 
-# Name, first visual id, visual tokens, how many of them are kept at 0.3.
+# With positions of one axis: name, first visual id, visual tokens, how many are kept at 0.3.
 DEMOS = [
     ("refshapes-llava", 2, 144, 43),
     ("refshapes-shikra", 6, 144, 43),
     ("refshapes-minigpt-v2", 4, 64, 19),
 ]
-NAMES = [name for name, *_ in DEMOS]
+NAMES = [*(name for name, *_ in DEMOS), "refshapes-qwen3-vl"]
 
 
 @pytest.fixture
@@ -73,6 +73,7 @@ def test_keep_one_equals_plain_transformers_token_for_token(demo_whole_bundle, n
         ("refshapes-llava", 24),
         ("refshapes-shikra", 6),
         ("refshapes-minigpt-v2", 6),
+        ("refshapes-qwen3-vl", 6),
         *(pytest.param(name, 300, marks=pytest.mark.full) for name in NAMES),
     ],
 )
@@ -89,8 +90,12 @@ def test_onnx_runtime_gives_pytorchs_tokens_and_boxes(name, number, bundle):
     assert figures["ties"] <= max(1, 0.01 * number)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_compact_ids_destroy_what_gap_keeps(name, bundle):
+@pytest.mark.parametrize(
+    ("name", "least"),
+    # The last was trained for half as long, and loses more with its tokens.
+    [*((name, 0.8) for name, *_ in DEMOS), ("refshapes-qwen3-vl", 0.6)],
+)
+def test_compact_ids_destroy_what_gap_keeps(name, least, bundle):
     """24 questions: an interval of some 20 points, and the two are 70 apart."""
     samples = list(iter_samples(seed=14, num_samples=24))
     accuracy = {}
@@ -102,7 +107,7 @@ def test_compact_ids_destroy_what_gap_keeps(name, bundle):
             for box, sample in zip(boxes, samples, strict=True)
         ]
         accuracy[positions] = accuracy_at(ious)
-    assert accuracy["gap"] >= 0.8
+    assert accuracy["gap"] >= least
     assert accuracy["compact"] <= 0.3
 
 

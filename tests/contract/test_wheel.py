@@ -120,7 +120,12 @@ def test_the_wheel_holds_the_package_the_models_and_nothing_else(wheel):
     # Of other models there are recipes and no weights.
     models = [n for n in names if n.startswith("gap_export/_models/")]
     demos = {n.split("/")[2] for n in models if n.endswith("/model.safetensors")}
-    assert demos == {"refshapes-llava", "refshapes-shikra", "refshapes-minigpt-v2"}
+    assert demos == {
+        "refshapes-llava",
+        "refshapes-shikra",
+        "refshapes-minigpt-v2",
+        "refshapes-qwen3-vl",
+    }
     others = [n for n in models if n.split("/")[2] not in demos]
     assert len(others) == len(list((ROOT / "models").glob("*/recipe.yaml"))) - len(demos)
     assert all(n.endswith("/recipe.yaml") for n in others)

@@ -52,7 +52,12 @@ INTERNVL_MODELS = {
     "internvl3.5-4b": 4_732_489_216,
     "internvl3.5-8b": 17_056_636_928 // 2,
 }
-DEMO_MODELS = ("refshapes-llava", "refshapes-minigpt-v2", "refshapes-shikra")
+DEMO_MODELS = (
+    "refshapes-llava",
+    "refshapes-minigpt-v2",
+    "refshapes-qwen3-vl",
+    "refshapes-shikra",
+)
 
 
 def write_recipe(tmp_path: Path, source: Path = DEMO, /, **changes: object) -> Path:
