@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gap_export.bundle import BundleDraft
 from gap_export.checkpoint.find.source import Checkpoint
-from gap_export.errors import BundleError, CheckpointError, ExpressionError, UsageError
+from gap_export.errors import BundleError, CheckpointError, ExpressionError
 from gap_export.spec.family import FAMILY_MARK, OTHER_FAMILIES
 from gap_export.spec.manifest import (
     Manifest,
@@ -87,8 +87,8 @@ def check_prompt(manifest: Manifest, assets: Path, image_token_id: int | None, w
         Tokens of the prompt beside image and expression.
 
     Raises:
-        CheckpointError: a tokenizer is broken, or it, the config and the recipe do not fit.
-        UsageError: the image takes all position ids that there are.
+        CheckpointError: a tokenizer is broken, it, the config and the recipe do not fit, or the
+            image leaves no ids for a prompt.
     """
     from gap_export.runtime.prompt import NO_ROOM, PromptEncoder
 
@@ -96,18 +96,14 @@ def check_prompt(manifest: Manifest, assets: Path, image_token_id: int | None, w
         prompts = PromptEncoder(manifest, assets)
         encoded = prompts.encode(_PROBE)
     except (BundleError, ExpressionError) as err:
+        fix = "restore the checkpoint's tokenizer.json, or correct the recipe's prompt"
         if err.what == NO_ROOM:
-            raise UsageError(
-                f"the visual tokens of {manifest.model.name} leave no room for a prompt",
-                seen=err.seen,
-                allowed=err.allowed,
-                fix="choose a smaller canvas, or a shorter prompt or answer in the recipe",
-            ) from err
+            fix = "choose a smaller canvas, or a shorter prompt or answer in the recipe"
         raise CheckpointError(
             f"no prompt can be made with the tokenizer of {where} and recipe {manifest.model.name}",
             seen=err.what if err.seen is None else f"{err.what}: {err.seen}",
             allowed=err.allowed,
-            fix="restore the checkpoint's tokenizer.json, or correct the recipe's prompt",
+            fix=fix,
         ) from err
     if prompts.image_token_id is not None and prompts.image_token_id != image_token_id:
         raise CheckpointError(

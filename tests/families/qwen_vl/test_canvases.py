@@ -234,7 +234,7 @@ def test_inspect_names_the_grid_of_every_canvas(bundle, capsys):
 
 def test_a_canvas_that_leaves_no_room_for_a_prompt_is_refused_as_one(tiny_of, tmp_path):
     request = PruningRequest(canvas="4096x8")
-    with pytest.raises(UsageError, match=r"leave no room for a prompt: .*choose a smaller canvas"):
+    with pytest.raises(CheckpointError, match=r"does not fit.*context.*choose a smaller canvas"):
         gap_export.export(tiny_of("qwen2_vl").folder, request, out=tmp_path / "bundle")
 
 
