@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,3 +41,16 @@ def refusal(recipe: Recipe, parts: Mapping[str, Path] | Path) -> str:
         read_source(recipe, Checkpoint(parts=parts))
     assert caught.value.exit_code == ExitCode.USAGE
     return str(caught.value)
+
+
+def write_empty(file: Path, keys: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file of these tensors that takes no room: only its header is written."""
+    header, offset = {}, 0
+    for key, shape in keys.items():
+        end = offset + 2 * math.prod(shape)
+        header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header).encode()
+    with file.open("wb") as stream:
+        stream.write(len(raw).to_bytes(8, "little") + raw)
+        stream.truncate(8 + len(raw) + offset)

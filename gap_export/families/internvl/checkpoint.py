@@ -8,23 +8,20 @@ from typing import Any
 
 from transformers import InternVLConfig
 
-from gap_export.checkpoint.find.source import MAIN
-from gap_export.checkpoint.tokenizers.tokenizer_json import read_tokenizer
 from gap_export.checkpoint.weights import Weight, reshaped
 from gap_export.families.common.checkpoints.configs import (
     check_architecture,
     compare_facts,
     decoder_shape,
-    eos_token_ids,
     layer_sizes,
 )
 from gap_export.families.common.checkpoints.limits import require
 from gap_export.families.common.checkpoints.matching import (
     KeyLayout,
     build_config,
-    main_dtype,
     match_tensors,
 )
+from gap_export.families.common.checkpoints.one_folder import source_of_folder
 from gap_export.families.common.reference import Expected, ModelSource
 from gap_export.spec.architecture import Architecture, ProjectorShape, VisionShape
 from gap_export.spec.recipe import Recipe
@@ -117,7 +114,7 @@ def build_source(
     Raises:
         CheckpointError: sizes or tensors do not fit recipe and config.
     """
-    file, generation = folder / "config.json", folder / "generation_config.json"
+    file = folder / "config.json"
     compare_facts(
         recipe,
         folder,
@@ -140,16 +137,15 @@ def build_source(
         keys.tying(head=tied),
         where=folder,
     )
-    read = [file, *([generation] if generation.is_file() else []), *sorted(files)]
-    return ModelSource(
+    return source_of_folder(
+        recipe,
+        folder,
+        config,
+        architecture,
+        weights,
         layout=layout,
-        architecture=architecture,
-        weights=weights,
-        dtype=main_dtype(weights),
-        eos_token_ids=eos_token_ids(recipe, config.text_config, generation),
         image_token_id=config.image_token_id,
-        tokenizer=read_tokenizer(folder, recipe),
-        files=tuple((MAIN, path) for path in read),
+        files=files,
     )
 
 

@@ -8,23 +8,21 @@ from typing import Any
 
 from transformers import LlavaConfig, LlavaNextConfig
 
-from gap_export.checkpoint.find.source import MAIN, Checkpoint
-from gap_export.checkpoint.tokenizers.tokenizer_json import read_tokenizer
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.families.common.checkpoints.configs import (
     check_architecture,
     clip_vision_shape,
     compare_facts,
     decoder_shape,
-    eos_token_ids,
 )
 from gap_export.families.common.checkpoints.lora import with_adapter
 from gap_export.families.common.checkpoints.matching import (
     KeyLayout,
-    main_dtype,
     match_tensors,
     parse_config,
     peek_config,
 )
+from gap_export.families.common.checkpoints.one_folder import source_of_folder
 from gap_export.families.common.checkpoints.parts import index_folder
 from gap_export.families.common.modules.expected import NEWLINE_KEY
 from gap_export.families.common.reference import Expected, ModelSource
@@ -90,18 +88,15 @@ class LlavaHfLayout:
         tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
         keys = _KEYS.tying(head=tied)
         weights = match_tensors(found, expected(architecture), keys, where=folder)
-        generation = folder / "generation_config.json"
-        files = [file, *([generation] if generation.is_file() else [])]
-        files += sorted({ref.file for ref in found.values()})
-        source = ModelSource(
+        source = source_of_folder(
+            recipe,
+            folder,
+            config,
+            architecture,
+            weights,
             layout=self.name,
-            architecture=architecture,
-            weights=weights,
-            dtype=main_dtype(weights),
-            eos_token_ids=eos_token_ids(recipe, config.text_config, generation),
             image_token_id=config.image_token_index,
-            tokenizer=read_tokenizer(folder, recipe),
-            files=tuple((MAIN, path) for path in files),
+            files=(ref.file for ref in found.values()),
         )
         return with_adapter(source, folder, _KEYS)
 

@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gap_export.checkpoint.find.source import MAIN, Checkpoint
-from gap_export.checkpoint.tokenizers.tokenizer_json import read_tokenizer
+from gap_export.checkpoint.find.source import Checkpoint
 from gap_export.checkpoint.weights import Weight, read_json_object
-from gap_export.families.common.checkpoints.configs import check_architecture, eos_token_ids
+from gap_export.families.common.checkpoints.configs import check_architecture
 from gap_export.families.common.checkpoints.lora import with_adapter
 from gap_export.families.common.checkpoints.matching import (
     KeyLayout,
-    main_dtype,
     match_tensors,
     parse_config,
     peek_config,
 )
+from gap_export.families.common.checkpoints.one_folder import source_of_folder
 from gap_export.families.common.checkpoints.parts import index_folder
 from gap_export.families.common.reference import Expected, ModelSource
 from gap_export.families.qwen_vl.canvas_weights import (
@@ -82,18 +81,15 @@ class QwenLayout:
         weights: dict[str, Weight] = {**stored, _PATCHES: summed_frames(stored[_PATCHES])}
         if vision.position_side is not None:
             weights[_TABLE] = _table(stored[_TABLE], architecture)
-        generation = folder / "generation_config.json"
-        files = [file, *([generation] if generation.is_file() else [])]
-        files += sorted({ref.file for ref in found.values()})
-        source = ModelSource(
+        source = source_of_folder(
+            recipe,
+            folder,
+            config,
+            architecture,
+            weights,
             layout=self.name,
-            architecture=architecture,
-            weights=weights,
-            dtype=main_dtype(weights),
-            eos_token_ids=eos_token_ids(recipe, config.text_config, generation),
             image_token_id=config.image_token_id,
-            tokenizer=read_tokenizer(folder, recipe),
-            files=tuple((MAIN, path) for path in files),
+            files=(ref.file for ref in found.values()),
             notes=tuple(_notes(folder)),
         )
         return with_adapter(source, folder, keys)

@@ -20,7 +20,7 @@ from gap_export.families.common.reference import ModelSource
 from gap_export.spec.recipe import find_recipe, load_recipe
 from gap_export.spec.requests import PruningRequest
 from tests.families import rewriting
-from tests.families.reading import refusal
+from tests.families.reading import refusal, write_empty
 from tests.families.tiny_internvl import Form, original_config, special_tokens, write_internvl
 
 KEYS = Path(__file__).parent / "keys"
@@ -150,19 +150,6 @@ def test_published_names_and_shapes_are_read_at_true_size(name: str, tmp_path: P
     reference = build_reference(recipe, Checkpoint.of(tmp_path), pruning, device="meta")
     assert reference.decoder_spec.eos_token_ids == (151645,)
     assert len(source.weights) == len(keys) + (0 if is_hf else 24 * 2 * 2)
-
-
-def write_empty(file: Path, keys: dict[str, tuple[int, ...]]) -> None:
-    """A safetensors file of these tensors that takes no room: only its header is written."""
-    header, offset = {}, 0
-    for key, shape in keys.items():
-        end = offset + 2 * math.prod(shape)
-        header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    raw = json.dumps(header).encode()
-    with file.open("wb") as stream:
-        stream.write(len(raw).to_bytes(8, "little") + raw)
-        stream.truncate(8 + len(raw) + offset)
 
 
 def write_tokenizer(folder: Path, special: dict[str, int], vocab_size: int) -> None:

@@ -21,7 +21,7 @@ from gap_export.families.common.reference import ModelSource
 from gap_export.spec.recipe import find_recipe, load_recipe
 from gap_export.spec.requests import PruningRequest
 from tests.families.qwen_vl.tiny import SPECIAL, make_tiny
-from tests.families.reading import refusal
+from tests.families.reading import refusal, write_empty
 
 KEYS = Path(__file__).parent / "keys"
 # What is computed: the frames of a patch added, the table of positions interpolated.
@@ -297,19 +297,6 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-
-
-def write_empty(file: Path, keys: dict[str, tuple[int, ...]]) -> None:
-    """A safetensors file of these tensors that takes no room: only its header is written."""
-    header, offset = {}, 0
-    for key, shape in keys.items():
-        end = offset + 2 * math.prod(shape)
-        header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    raw = json.dumps(header).encode()
-    with file.open("wb") as stream:
-        stream.write(len(raw).to_bytes(8, "little") + raw)
-        stream.truncate(8 + len(raw) + offset)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
