@@ -111,3 +111,19 @@ class EditedBackend(Backend):
 
     def decode(self, feed: Any, cache: Any) -> Any:
         return self._edited("logits", self._inner.decode(feed, cache))
+
+
+def prefilled_embeds(session: Any, image: Any, expressions: list[str]) -> list[Any]:
+    """inputs_embeds of the prefill, rows without their padding."""
+    fed: list[Any] = []
+    honest = session.backend.decode
+
+    def decode(feed: Any, cache: Any) -> Any:
+        if not fed:
+            mask = feed["attention_mask"].astype(bool)
+            fed.extend(row[keep] for row, keep in zip(feed["inputs_embeds"], mask, strict=True))
+        return honest(feed, cache)
+
+    session.backend.decode = decode
+    session.ground_batch(image, expressions)
+    return fed

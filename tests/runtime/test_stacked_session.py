@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from gap_export.runtime.drawing import draw_grounding
 from gap_export.runtime.images.image import load_image, prepare_image
 from gap_export.spec.manifest import Manifest, TilesSpec
 from gap_export.spec.tiles import TileTokens
+from tests.runtime.fake_backends import prefilled_embeds
 
 KEPT = [0, 3, 6, 9, 12]
 N = 16
@@ -29,26 +29,10 @@ def stacked_manifest(tiled_manifest: Manifest) -> Manifest:
     return dataclasses.replace(tiled_manifest, image=image, newline=None)
 
 
-def fed_by(session: Any, image: Any, expressions: list[str]) -> list[np.ndarray]:
-    """inputs_embeds of the prefill, rows without their padding."""
-    fed: list[np.ndarray] = []
-    honest = session.backend.decode
-
-    def decode(feed: Any, cache: Any) -> Any:
-        if not fed:
-            mask = feed["attention_mask"].astype(bool)
-            fed.extend(row[keep] for row, keep in zip(feed["inputs_embeds"], mask, strict=True))
-        return honest(feed, cache)
-
-    session.backend.decode = decode
-    session.ground_batch(image, expressions)
-    return fed
-
-
 def test_prompt_holds_tile_after_tile_and_no_newline(
     stacked_manifest, make_session, make_backend, image
 ):
-    (fed,) = fed_by(make_session(stacked_manifest), image, ["the star"])
+    (fed,) = prefilled_embeds(make_session(stacked_manifest), image, ["the star"])
     spec = stacked_manifest.image
     pixels, geometry = prepare_image(load_image(image, pad_color=spec.pad_color), spec)
     # 40 x 24 is nearest to 3 x 2.

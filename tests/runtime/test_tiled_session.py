@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,32 +14,16 @@ from gap_export.runtime.images.image import load_image, prepare_image
 from gap_export.runtime.images.preparations import tile_layout
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.tiles import TileTokens
-from tests.runtime.fake_backends import EditedBackend
+from tests.runtime.fake_backends import EditedBackend, prefilled_embeds
 
 KEPT = [0, 3, 6, 9, 12]
 N = 16
 
 
-def seen_by(session: GroundingSession, image: Any, expressions: list[str]) -> list[Any]:
-    """inputs_embeds of the prefill, rows without their padding."""
-    fed: list[Any] = []
-    honest = session.backend.decode
-
-    def decode(feed: Any, cache: Any) -> Any:
-        if not fed:
-            mask = feed["attention_mask"].astype(bool)
-            fed.extend(row[keep] for row, keep in zip(feed["inputs_embeds"], mask, strict=True))
-        return honest(feed, cache)
-
-    session.backend.decode = decode  # type: ignore[method-assign]
-    session.ground_batch(image, expressions)
-    return fed
-
-
 def test_prompt_holds_base_tile_then_rows_each_with_its_newline(
     tiled_manifest, make_session, make_backend, image
 ):
-    (fed,) = seen_by(make_session(tiled_manifest), image, ["the star"])
+    (fed,) = prefilled_embeds(make_session(tiled_manifest), image, ["the star"])
     spec = tiled_manifest.image
     pixels, geometry = prepare_image(load_image(image, pad_color=spec.pad_color), spec)
     layout = tile_layout(geometry, spec, tiled_manifest.grid)
