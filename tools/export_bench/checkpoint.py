@@ -1,12 +1,13 @@
-"""A LLaVA-1.5-7B of true shape and random fp16 weights, sharded and named as llava-hf's."""
+"""LLaVAs of true shape and random fp16 weights, sharded and named as llava-hf's."""
 
 from __future__ import annotations
 
 import json
 import math
 import struct
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,44 +16,63 @@ NUM_SHARDS = 3
 _STD = 0.02
 _BLOCK = 1 << 24
 _VOCABULARY = 32064
-_WIDTH, _INNER, _LAYERS = 4096, 11008, 32
 _VISION_WIDTH, _VISION_INNER, _VISION_LAYERS, _PATCHES = 1024, 4096, 24, 576
 
-CONFIG = {
-    "architectures": ["LlavaForConditionalGeneration"],
-    "model_type": "llava",
-    "ignore_index": -100,
-    "image_token_index": 32000,
-    "pad_token_id": 32001,
-    "projector_hidden_act": "gelu",
-    "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default",
-    "torch_dtype": "float16",
-    "tie_word_embeddings": False,
-    "text_config": {
-        "model_type": "llama",
-        "hidden_size": _WIDTH,
-        "intermediate_size": _INNER,
-        "num_hidden_layers": _LAYERS,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-05,
-        "vocab_size": _VOCABULARY,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "vision_config": {
-        "model_type": "clip_vision_model",
-        "hidden_size": _VISION_WIDTH,
-        "intermediate_size": _VISION_INNER,
-        "num_hidden_layers": _VISION_LAYERS,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-        "projection_dim": 768,
-    },
-}
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSizes:
+    """A Llama decoder's sizes."""
+
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+
+
+LLAVA_7B = DecoderSizes(width=4096, inner=11008, layers=32, heads=32, kv_heads=32)
+
+
+def config_of(sizes: DecoderSizes) -> dict[str, Any]:
+    """config.json of a LLaVA with CLIP-L/14-336 and that decoder."""
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "ignore_index": -100,
+        "image_token_index": 32000,
+        "pad_token_id": 32001,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "torch_dtype": "float16",
+        "tie_word_embeddings": False,
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": sizes.width,
+            "intermediate_size": sizes.inner,
+            "num_hidden_layers": sizes.layers,
+            "num_attention_heads": sizes.heads,
+            "num_key_value_heads": sizes.kv_heads,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-05,
+            "vocab_size": _VOCABULARY,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": _VISION_WIDTH,
+            "intermediate_size": _VISION_INNER,
+            "num_hidden_layers": _VISION_LAYERS,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+            "projection_dim": 768,
+        },
+    }
+
+
+CONFIG = config_of(LLAVA_7B)
 
 
 def write_checkpoint(folder: Path) -> bool:
@@ -65,7 +85,7 @@ def write_checkpoint(folder: Path) -> bool:
     if index.is_file():
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    shards = _split(list(_tensors().items()))
+    shards = _split(list(tensors_of(LLAVA_7B).items()))
     block = draw_block()
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
@@ -79,7 +99,9 @@ def write_checkpoint(folder: Path) -> bool:
     return True
 
 
-def _tensors() -> dict[str, tuple[int, ...]]:
+def tensors_of(sizes: DecoderSizes) -> dict[str, tuple[int, ...]]:
+    """Shapes of a LLaVA's weights by their names."""
+    width, kv_width = sizes.width, sizes.width // sizes.heads * sizes.kv_heads
     shapes: dict[str, tuple[int, ...]] = {}
     tower = "vision_tower.vision_model."
     shapes[tower + "embeddings.class_embedding"] = (_VISION_WIDTH,)
@@ -95,20 +117,21 @@ def _tensors() -> dict[str, tuple[int, ...]]:
         shapes |= _linear(prefix + "mlp.fc2", _VISION_WIDTH, _VISION_INNER)
         shapes |= _norm(prefix + "layer_norm2", _VISION_WIDTH)
     shapes |= _norm(tower + "post_layernorm", _VISION_WIDTH)
-    shapes |= _linear("multi_modal_projector.linear_1", _WIDTH, _VISION_WIDTH)
-    shapes |= _linear("multi_modal_projector.linear_2", _WIDTH, _WIDTH)
-    shapes["language_model.model.embed_tokens.weight"] = (_VOCABULARY, _WIDTH)
-    for layer in range(_LAYERS):
+    shapes |= _linear("multi_modal_projector.linear_1", width, _VISION_WIDTH)
+    shapes |= _linear("multi_modal_projector.linear_2", width, width)
+    shapes["language_model.model.embed_tokens.weight"] = (_VOCABULARY, width)
+    for layer in range(sizes.layers):
         prefix = f"language_model.model.layers.{layer}."
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            shapes[f"{prefix}self_attn.{name}.weight"] = (_WIDTH, _WIDTH)
-        shapes[prefix + "mlp.gate_proj.weight"] = (_INNER, _WIDTH)
-        shapes[prefix + "mlp.up_proj.weight"] = (_INNER, _WIDTH)
-        shapes[prefix + "mlp.down_proj.weight"] = (_WIDTH, _INNER)
-        shapes[prefix + "input_layernorm.weight"] = (_WIDTH,)
-        shapes[prefix + "post_attention_layernorm.weight"] = (_WIDTH,)
-    shapes["language_model.model.norm.weight"] = (_WIDTH,)
-    shapes["language_model.lm_head.weight"] = (_VOCABULARY, _WIDTH)
+            rows = kv_width if name in ("k_proj", "v_proj") else width
+            shapes[f"{prefix}self_attn.{name}.weight"] = (rows, width)
+        shapes[prefix + "mlp.gate_proj.weight"] = (sizes.inner, width)
+        shapes[prefix + "mlp.up_proj.weight"] = (sizes.inner, width)
+        shapes[prefix + "mlp.down_proj.weight"] = (width, sizes.inner)
+        shapes[prefix + "input_layernorm.weight"] = (width,)
+        shapes[prefix + "post_attention_layernorm.weight"] = (width,)
+    shapes["language_model.model.norm.weight"] = (width,)
+    shapes["language_model.lm_head.weight"] = (_VOCABULARY, width)
     return shapes
 
 
@@ -138,9 +161,18 @@ def draw_block() -> NDArray[np.float16]:
 
 
 def write_shard(
-    stream: BinaryIO, tensors: list[tuple[str, tuple[int, ...]]], block: NDArray[np.float16]
+    stream: BinaryIO,
+    tensors: list[tuple[str, tuple[int, ...]]],
+    block: NDArray[np.float16] | None,
 ) -> None:
-    """A safetensors file of these tensors."""
+    """A safetensors file of these tensors.
+
+    Args:
+        stream: Where it goes.
+        tensors: Names and shapes.
+        block: Values that weights are cut from, so that writing is fast; rows of a large matrix
+            then repeat. None draws every value, for models that are asked which token wins.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for key, shape in tensors:
@@ -154,6 +186,10 @@ def write_shard(
         count = math.prod(shape)
         if "norm" in key and key.endswith("weight"):
             stream.write(np.ones(count, np.float16).tobytes())
+            continue
+        if block is None:
+            drawn = np.random.default_rng(number).standard_normal(count, np.float32) * _STD
+            stream.write(drawn.astype(np.float16).tobytes())
             continue
         # Every tensor starts elsewhere in the block, so that no two are the same.
         shifted = np.roll(block, -7919 * number)
