@@ -123,6 +123,8 @@ def scale_decoder(reference: Reference, scales: Iterable[ChannelScale]) -> Refer
 class _PromptRecorder(TorchBackend):
     """A backend whose decoder, asked anything, keeps the prompt and ends the answer at once."""
 
+    continues_prompts = False
+
     def __init__(self, reference: Reference) -> None:
         super().__init__(reference)
         self.taken: list[tuple[torch.Tensor, ...]] = []

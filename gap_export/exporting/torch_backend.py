@@ -63,6 +63,8 @@ class TorchBackend(Backend):
         quantization: What :func:`use_quantized_weights` gave its decoder; None for nothing.
     """
 
+    continues_prompts = True
+
     def __init__(
         self, reference: Reference, *, quantization: QuantizationSpec | None = None
     ) -> None:
@@ -94,14 +96,23 @@ class TorchBackend(Backend):
             found = part.module.margins(*to_torch(part, feed).values())
         return None if found is None else to_numpy(found.to(torch.float32))
 
-    def new_cache(self, batch_size: int) -> TorchCache:
-        """See Backend."""
+    def new_cache(self, batch_size: int, num_slots: int) -> TorchCache:
+        """See Backend; each step makes its cache anew, so no memory is had ahead."""
+        del num_slots
         spec = self._reference.decoder_spec
         dtype = TORCH_DTYPES[SAFETENSORS_NAMES[self.dtype]]
         empty = torch.zeros((batch_size, spec.num_key_value_heads, 0, spec.head_dim), dtype=dtype)
         inputs = self._reference.component(DECODER).inputs
         names = [tensor.name for tensor in inputs if tensor.name.startswith(_PAST)]
         return TorchCache(batch_size=batch_size, values=dict.fromkeys(names, empty))
+
+    def fork_cache(self, cache: KVCache, batch_size: int, num_slots: int) -> TorchCache:
+        """See Backend; all rows share the values, which no step writes to."""
+        del num_slots
+        assert isinstance(cache, TorchCache), "a cache belongs to the backend that made it"
+        assert cache.batch_size == 1, "what is forked is one row"
+        values = {n: value.expand(batch_size, -1, -1, -1) for n, value in cache.values.items()}
+        return TorchCache(batch_size=batch_size, values=values)
 
     def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
         """See Backend."""

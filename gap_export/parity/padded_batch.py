@@ -39,9 +39,10 @@ def decode_padded(backend: Backend, questions: Sequence[Sequence[Call]]) -> list
     embeds, mask = _pad([_input(row[0], "inputs_embeds") for row in rows])
     slots = slots_from_mask(mask)
     table = stack_tables([_table(row[0]) for row in rows])
-    cache = backend.new_cache(len(rows))
+    num_steps = min(2, *map(len, rows))
+    cache = backend.new_cache(len(rows), mask.shape[1] + num_steps - 1)
     pairs: list[Pair] = []
-    for step in range(min(2, *map(len, rows))):
+    for step in range(num_steps):
         if step:
             embeds = np.stack([_input(row[step], "inputs_embeds") for row in rows])
             mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)

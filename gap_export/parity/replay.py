@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,8 @@ class Call:
 class RecordingBackend(Backend):
     """Passes every call on to another backend and keeps it in ``calls``.
 
+    It leaves ``continues_prompts`` false, so that what is recorded is one question's alone.
+
     Args:
         inner: Runs the model.
         margins: Gives those of a call of the vision encoder; None: they are not asked for.
@@ -77,10 +80,10 @@ class RecordingBackend(Backend):
         self._keep(component, feed, outputs, margins)
         return outputs
 
-    def new_cache(self, batch_size: int) -> KVCache:
+    def new_cache(self, batch_size: int, num_slots: int) -> KVCache:
         """See Backend."""
         self._keep(NEW_CACHE, {"batch_size": np.array([batch_size], dtype=np.int64)}, {})
-        return self._inner.new_cache(batch_size)
+        return self._inner.new_cache(batch_size, num_slots)
 
     def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
         """See Backend."""
@@ -109,9 +112,10 @@ def replay(calls: Sequence[Call], candidate: Backend) -> list[Outputs]:
     """Outputs of the candidate for each recorded call, in order."""
     found: list[Outputs] = []
     cache: KVCache | None = None
-    for call in calls:
+    for place, call in enumerate(calls):
         if call.component == NEW_CACHE:
-            cache = candidate.new_cache(int(call.inputs["batch_size"][0]))
+            num_slots = _num_fed(calls[place + 1 :])
+            cache = candidate.new_cache(int(call.inputs["batch_size"][0]), num_slots)
             found.append({})
         elif call.is_decode:
             assert cache is not None, "a session decodes only with a cache"
@@ -119,3 +123,9 @@ def replay(calls: Sequence[Call], candidate: Backend) -> list[Outputs]:
         else:
             found.append(candidate.run(call.component, call.inputs))
     return found
+
+
+def _num_fed(calls: Sequence[Call]) -> int:
+    """Tokens that a cache is fed before the next one is made."""
+    of_cache = takewhile(lambda call: call.component != NEW_CACHE, calls)
+    return sum(call.inputs["inputs_embeds"].shape[1] for call in of_cache if call.is_decode)

@@ -49,4 +49,5 @@ def decode_uncached(backend: Backend, calls: Sequence[Call]) -> Pair | None:
     embeds = np.concatenate([step.inputs["inputs_embeds"] for step in steps], axis=1)
     slots = np.concatenate([step.inputs["position_ids"] for step in steps], axis=1)
     feed = {**last.inputs, "inputs_embeds": embeds, "position_ids": slots}
-    return backend.decode(feed, backend.new_cache(len(embeds))), last.outputs["logits"]
+    cache = backend.new_cache(*embeds.shape[:2])
+    return backend.decode(feed, cache), last.outputs["logits"]

@@ -168,7 +168,8 @@ def generate(
     kept_logits: list[FloatArray] = []
     finished = np.zeros(num_rows, dtype=bool)
     feed = prompt.feed
-    cache, ones = backend.new_cache(num_rows), np.ones((num_rows, 1), dtype=np.int64)
+    cache = backend.new_cache(num_rows, prompt.inputs_embeds.shape[1] + num_steps)
+    ones = np.ones((num_rows, 1), dtype=np.int64)
     started = first_done = time.perf_counter()
     for step in range(num_steps):
         logits = backend.decode(feed, cache)

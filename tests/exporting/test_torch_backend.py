@@ -121,7 +121,7 @@ def test_floats_go_in_and_come_out_in_the_reference_s_dtype(dtype):
         "position_ids": slots,
         "kept_positions": slots,
     }
-    cache = backend.new_cache(1)
+    cache = backend.new_cache(1, 3)
     logits = backend.decode(prompt, cache)
     assert (cache.length, logits.dtype, logits.shape) == (3, NUMPY[dtype], (1, 4))
     np.testing.assert_allclose(logits, embeds[:, -1] * 3, rtol=1e-2)

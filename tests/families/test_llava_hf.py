@@ -69,7 +69,7 @@ def logits(ref: Reference) -> torch.Tensor:
         "position_ids": slots,
         "kept_positions": slots,
     }
-    found = backend.decode(feed, backend.new_cache(1))
+    found = backend.decode(feed, backend.new_cache(1, slots.size))
     return torch.from_numpy(found[0].astype(np.float32))
 
 

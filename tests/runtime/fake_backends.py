@@ -18,6 +18,7 @@ class FakeCache:
     """Everything fed so far: [B, T, H] and the ids RoPE would have seen, [B, T]."""
 
     batch_size: int
+    num_slots: int
     embeds: Any = None
     ids: Any = None
 
@@ -37,6 +38,7 @@ class FakeBackend(Backend):
     ids_seen: list[Any] = field(default_factory=list)
     name: str = "numpy"
     dtype: str = "float32"
+    continues_prompts: bool = True
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(7)
@@ -73,8 +75,13 @@ class FakeBackend(Backend):
             features = features + text_embeds[:, None, :]
         return {"image_features": features, "keep_indices": keep}
 
-    def new_cache(self, batch_size: int) -> FakeCache:
-        return FakeCache(batch_size)
+    def new_cache(self, batch_size: int, num_slots: int) -> FakeCache:
+        return FakeCache(batch_size, num_slots)
+
+    def fork_cache(self, cache: Any, batch_size: int, num_slots: int) -> FakeCache:
+        assert cache.batch_size == 1
+        rows = (values.repeat(batch_size, axis=0) for values in (cache.embeds, cache.ids))
+        return FakeCache(batch_size, num_slots, *rows)
 
     def decode(self, feed: Any, cache: Any) -> Any:
         embeds, ids = feed["inputs_embeds"], gap_remap(feed["position_ids"], feed["kept_positions"])
@@ -83,6 +90,7 @@ class FakeBackend(Backend):
         cache.embeds = embeds if first else np.concatenate([cache.embeds, embeds], 1)
         cache.ids = ids if first else np.concatenate([cache.ids, ids], 1)
         assert feed["attention_mask"].shape == cache.ids.shape
+        assert cache.length <= cache.num_slots
         distance = (cache.ids[:, -1:] - cache.ids).astype(np.float64)
         weights = (np.cos(0.3 * distance) + 1.1) * feed["attention_mask"]
         mixed = np.einsum("bt,bth->bh", weights, np.tanh(cache.embeds))
@@ -94,6 +102,7 @@ class EditedBackend(Backend):
 
     def __init__(self, inner: Backend, output: str, edit: Callable[[Any], Any]) -> None:
         self.name, self.dtype, self.quantization = inner.name, inner.dtype, inner.quantization
+        self.continues_prompts = inner.continues_prompts
         self._inner, self._output, self._edit = inner, output, edit
 
     def _edited(self, name: str, values: Any) -> Any:
@@ -106,8 +115,11 @@ class EditedBackend(Backend):
         outputs = self._inner.run(component, feed)
         return {name: self._edited(name, values) for name, values in outputs.items()}
 
-    def new_cache(self, batch_size: int) -> Any:
-        return self._inner.new_cache(batch_size)
+    def new_cache(self, batch_size: int, num_slots: int) -> Any:
+        return self._inner.new_cache(batch_size, num_slots)
+
+    def fork_cache(self, cache: Any, batch_size: int, num_slots: int) -> Any:
+        return self._inner.fork_cache(cache, batch_size, num_slots)
 
     def decode(self, feed: Any, cache: Any) -> Any:
         return self._edited("logits", self._inner.decode(feed, cache))

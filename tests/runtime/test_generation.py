@@ -113,8 +113,11 @@ class ScriptedBackend(Backend):
         self.masks: list[list[int]] = []
         self.step = 0
 
-    def new_cache(self, batch_size: int) -> Any:
-        return batch_size
+    def new_cache(self, batch_size: int, num_slots: int) -> Any:
+        return batch_size, num_slots
+
+    def fork_cache(self, cache: Any, batch_size: int, num_slots: int) -> Any:
+        return batch_size, num_slots
 
     def run(self, component: str, feed: Any) -> Any:
         assert component == "embed_tokens"

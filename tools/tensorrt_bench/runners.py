@@ -79,8 +79,9 @@ class _TorchDecoder:
         self._empty = [torch.zeros(shape, dtype=self._dtype, device="cuda")] * (2 * spec.num_layers)
         self._cache = self._empty
 
-    def start(self) -> None:
+    def start(self, num_slots: int) -> None:
         """See Decoder."""
+        del num_slots
         self._cache = self._empty
 
     def step(self, feed: Feed) -> None:

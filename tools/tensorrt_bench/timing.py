@@ -20,8 +20,8 @@ Feed = dict[str, Any]
 class Decoder(Protocol):
     """One batch of one row, from an empty cache on."""
 
-    def start(self) -> None:
-        """Forget what was fed."""
+    def start(self, num_slots: int) -> None:
+        """Forget what was fed; at most ``num_slots`` tokens follow."""
         ...
 
     def step(self, feed: Feed) -> None:
@@ -36,9 +36,9 @@ class BackendDecoder:
     backend: Backend
     cache: Any = None
 
-    def start(self) -> None:
+    def start(self, num_slots: int) -> None:
         """See Decoder."""
-        self.cache = self.backend.new_cache(1)
+        self.cache = self.backend.new_cache(1, num_slots)
 
     def step(self, feed: Feed) -> None:
         """See Decoder."""
@@ -114,7 +114,7 @@ def measure(decoder: Decoder, workload: Workload, *, warm_ups: int, runs: int) -
     first_ms = 0.0
     prefills, steps = [], []
     for number in range(warm_ups + runs):
-        decoder.start()
+        decoder.start(workload.num_prompt_tokens + workload.num_new_tokens)
         prefill = _timed(lambda: decoder.step(prompt))
         each = [_timed(lambda token=token: decoder.step(token)) for token in tokens]
         first_ms = first_ms or prefill

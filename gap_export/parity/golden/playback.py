@@ -100,8 +100,9 @@ class _Playback(Backend):
         """See Backend."""
         return self._give(component, feed)
 
-    def new_cache(self, batch_size: int) -> KVCache:
+    def new_cache(self, batch_size: int, num_slots: int) -> KVCache:
         """See Backend; it is never looked into."""
+        del num_slots
         self._give(NEW_CACHE, {"batch_size": np.array([batch_size], dtype=np.int64)})
         return SimpleNamespace(batch_size=batch_size, length=0)
 

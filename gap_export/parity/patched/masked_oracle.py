@@ -278,7 +278,9 @@ def _check_hidden(reference: Backend, masked: DecoderPrompt) -> None:
     other = masked.inputs_embeds.copy()
     other[0, hidden] = -other[0, hidden][::-1]
     one, changed = (
-        reference.decode({**masked.feed, "inputs_embeds": embeds}, reference.new_cache(1))
+        reference.decode(
+            {**masked.feed, "inputs_embeds": embeds}, reference.new_cache(1, hidden.size)
+        )
         for embeds in (masked.inputs_embeds, other)
     )
     if not np.array_equal(one, changed):

@@ -68,11 +68,14 @@ class Backend(ABC):
         name: What runs, for reports, e.g. ``ONNX Runtime 1.32.0 (CPUExecutionProvider)``.
         dtype: The floats it computes with: float32, float16 or bfloat16.
         quantization: How the decoder's weights are quantized; None where they are floats.
+        continues_prompts: Whether :meth:`decode` takes several tokens behind a filled cache, and
+            :meth:`fork_cache` is there; else each prompt is read at once.
     """
 
     name: str
     dtype: str
     quantization: QuantizationSpec | None = None
+    continues_prompts: bool = False
 
     @abstractmethod
     def run(self, component: str, feed: Feed) -> Outputs:
@@ -83,8 +86,29 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def new_cache(self, batch_size: int) -> KVCache:
-        """An empty cache for a batch."""
+    def new_cache(self, batch_size: int, num_slots: int) -> KVCache:
+        """An empty cache for a batch.
+
+        Args:
+            batch_size: B.
+            num_slots: The most it will ever hold, padding included, so that memory can be had once.
+        """
+
+    def fork_cache(self, cache: KVCache, batch_size: int, num_slots: int) -> KVCache:
+        """A cache whose rows all begin as the one row of another, which stays as it is.
+
+        Args:
+            cache: Of this backend, with batch size 1.
+            batch_size: Rows of the new one.
+            num_slots: The most it will ever hold, those of ``cache`` included.
+
+        Raises:
+            UsageError: this backend does not continue prompts.
+        """
+        raise UsageError(
+            "this backend reads a prompt at once",
+            seen=f"{cache.length} tokens for {batch_size} rows of {num_slots} to go on from",
+        )
 
     @abstractmethod
     def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
@@ -92,7 +116,7 @@ class Backend(ABC):
 
         Args:
             feed: The decoder's inputs, without those of the cache.
-            cache: From :meth:`new_cache` of this backend.
+            cache: From :meth:`new_cache` or :meth:`fork_cache` of this backend.
         """
 
     def close(self) -> None:  # noqa: B027, most backends hold nothing

@@ -88,6 +88,8 @@ class OnnxRuntimeGraphs(Backend):
         manifest: Describes the model.
     """
 
+    continues_prompts = True
+
     def __init__(self, sessions: dict[str, ort.InferenceSession], manifest: Manifest) -> None:
         decoder = sessions[DECODER]
         used = decoder.get_providers()
@@ -123,8 +125,9 @@ class OnnxRuntimeGraphs(Backend):
         except ORT_ERRORS as err:
             raise _failed(component, err) from err
 
-    def new_cache(self, batch_size: int) -> OnnxRuntimeCache:
-        """See Backend."""
+    def new_cache(self, batch_size: int, num_slots: int) -> OnnxRuntimeCache:
+        """See Backend; each step makes its cache anew, so no memory is had ahead."""
+        del num_slots
         spec = self._manifest.decoder
         shape = (batch_size, spec.num_key_value_heads, 0, spec.head_dim)
         return OnnxRuntimeCache(
@@ -136,6 +139,18 @@ class OnnxRuntimeGraphs(Backend):
                 for name in self._past
             },
         )
+
+    def fork_cache(self, cache: KVCache, batch_size: int, num_slots: int) -> OnnxRuntimeCache:
+        """See Backend. A single row shares the values, which no step writes to."""
+        del num_slots
+        assert isinstance(cache, OnnxRuntimeCache), "a cache belongs to the backend that made it"
+        assert cache.batch_size == 1, "what is forked is one row"
+        values = dict(cache.values)
+        if batch_size > 1:
+            for name, value in values.items():
+                rows = np.repeat(value.numpy(), batch_size, axis=0)
+                values[name] = ort.OrtValue.ortvalue_from_numpy(rows, self._device)
+        return OnnxRuntimeCache(batch_size=batch_size, length=cache.length, values=values)
 
     def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
         """See Backend."""

@@ -46,7 +46,8 @@ from gap_export.spec.positions import continue_table
 class TensorRTBackend(Backend):
     """The engines of one folder of a bundle.
 
-    One cache is in use at a time: :meth:`new_cache` takes the buffers from the one before.
+    One cache is in use at a time: :meth:`new_cache` takes the buffers from the one before. Engines
+    are built for prompts that are read at once, so none is continued.
 
     Args:
         bundle: An opened, that is checked, bundle.
@@ -148,13 +149,16 @@ class TensorRTBackend(Backend):
         names = [tensor.name for tensor in runner.spec.outputs]
         return dict(zip(names, runner.run("only", feed, names), strict=True))
 
-    def new_cache(self, batch_size: int) -> TensorRTCache:
+    def new_cache(self, batch_size: int, num_slots: int) -> TensorRTCache:
         """See Backend; the cache before it cannot be used any more.
+
+        The buffers have room for as much as the engines take, which :meth:`decode` sees to.
 
         Raises:
             UsageError: more rows than the engines were built for.
             GapExportError: the GPU has no room.
         """
+        del num_slots
         if not 1 <= batch_size <= self._limits.max_batch:
             raise UsageError(
                 "more expressions at a time than the engines were built for",

@@ -178,7 +178,7 @@ def test_a_bundle_s_graph_gives_what_it_gives_unchanged(tiny_bundle, linked):
     before = sorted((path.name, path.stat().st_mtime_ns) for path in linked.iterdir())
     seen = run_taps(graph, ["logits", "original_position_ids", "mul_81"], feed | past)
     with OnnxRuntimeBackend(open_bundle(tiny_bundle), ["CPUExecutionProvider"]) as backend:
-        expected = backend.decode(feed, backend.new_cache(1))
+        expected = backend.decode(feed, backend.new_cache(1, 6))
     np.testing.assert_allclose(seen["logits"][:, -1], expected, rtol=1e-5, atol=1e-5)
     # The local function is there, and so is a value that optimizations would have fused.
     np.testing.assert_array_equal(seen["original_position_ids"], feed["kept_positions"])

@@ -43,7 +43,7 @@ def test_floats_are_fed_and_come_out_as_the_graphs_declare(bundle):
         ids = np.asarray([[1, 2, 3]])
         embeds = backend.run("embed_tokens", {"input_ids": ids})["inputs_embeds"]
         assert embeds.dtype == np.float16
-        cache = backend.new_cache(1)
+        cache = backend.new_cache(1, 3)
         feed = {
             "inputs_embeds": embeds,
             "attention_mask": np.ones((1, 3), np.int64),
@@ -55,7 +55,7 @@ def test_floats_are_fed_and_come_out_as_the_graphs_declare(bundle):
         assert {value.data_type() for value in cache.values.values()} == {"tensor(float16)"}
         # A caller with float32 embeddings, as bfloat16 ones are here, is served as well.
         feed["inputs_embeds"] = embeds.astype(np.float32)
-        assert (backend.decode(feed, backend.new_cache(1)) == logits).all()
+        assert (backend.decode(feed, backend.new_cache(1, 3)) == logits).all()
 
 
 def test_newline_is_read_in_the_graphs_dtype(bundle, tmp_path):

@@ -75,8 +75,8 @@ def random_prompt(manifest: Manifest, length: int, rows: int = 1) -> dict[str, A
 
 def test_cache_grown_step_by_step_equals_one_prefill(backend, tiny_bundle):
     given = random_prompt(open_bundle(tiny_bundle).manifest, 9)
-    at_once = backend.decode(given, backend.new_cache(1))
-    cache = backend.new_cache(1)
+    at_once = backend.decode(given, backend.new_cache(1, 9))
+    cache = backend.new_cache(1, 9)
     start = 0
     for end in (4, 5, 7, 9):
         step = {
@@ -90,13 +90,36 @@ def test_cache_grown_step_by_step_equals_one_prefill(backend, tiny_bundle):
         assert cache.length == end
     np.testing.assert_allclose(logits, at_once, atol=1e-4)
     compact = given | {"kept_positions": np.arange(6, dtype=np.int64)[None]}
-    other = backend.decode(compact, backend.new_cache(1))
+    other = backend.decode(compact, backend.new_cache(1, 9))
     assert np.abs(other - at_once).max() > 1e-2
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_forked_caches_go_on_from_one_row_that_stays_as_it_is(backend, tiny_bundle, num_rows):
+    given = random_prompt(open_bundle(tiny_bundle).manifest, 9, rows=num_rows)
+    first = {name: values[:1] for name, values in given.items()}
+    first["inputs_embeds"] = given["inputs_embeds"][:1, :5]
+    first["attention_mask"], first["position_ids"] = np.ones((1, 5), np.int64), np.arange(5)[None]
+    cache = backend.new_cache(1, 5)
+    backend.decode(first, cache)
+    # The rows share their first tokens alone.
+    shared = given["inputs_embeds"].copy()
+    shared[:, :5] = shared[:1, :5]
+    at_once = backend.decode(given | {"inputs_embeds": shared}, backend.new_cache(num_rows, 9))
+    rest = given | {
+        "inputs_embeds": shared[:, 5:],
+        "position_ids": given["position_ids"][:, 5:],
+    }
+    for _ in range(2):
+        fork = backend.fork_cache(cache, num_rows, 9)
+        assert (fork.batch_size, fork.length) == (num_rows, 5)
+        np.testing.assert_allclose(backend.decode(rest, fork), at_once, atol=1e-4)
+        assert (fork.length, cache.length) == (9, 5)
 
 
 def test_cache_is_held_by_onnx_runtime_not_by_numpy(backend, tiny_bundle):
     manifest = open_bundle(tiny_bundle).manifest
-    cache = backend.new_cache(2)
+    cache = backend.new_cache(2, 9)
     backend.decode(random_prompt(manifest, 5, rows=2), cache)
     spec = manifest.decoder
     assert len(cache.values) == 2 * spec.num_layers
@@ -335,7 +358,7 @@ def test_failure_while_computing_is_one_clear_error(backend, tiny_bundle, capfd)
     given = random_prompt(open_bundle(tiny_bundle).manifest, 5)
     given["attention_mask"] = np.ones((1, 3), np.int64)
     with pytest.raises(GapExportError, match="ONNX Runtime failed while computing"):
-        backend.decode(given, backend.new_cache(1))
+        backend.decode(given, backend.new_cache(1, 9))
     with pytest.raises(GapExportError, match="ONNX Runtime failed while computing"):
         backend.run("embed_tokens", {"input_ids": np.asarray([[10**6]])})
     assert capfd.readouterr().err == ""
@@ -359,7 +382,7 @@ def decode_with(bundle: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> A
     opened = open_bundle(bundle)
     with OnnxRuntimeBackend(opened, ["CPUExecutionProvider"], 1) as backend:
         assert backend.quantization is opened.manifest.graph("decoder_model_merged").quantization
-        return backend.decode(random_prompt(opened.manifest, 9), backend.new_cache(1))
+        return backend.decode(random_prompt(opened.manifest, 9), backend.new_cache(1, 9))
 
 
 def test_quantized_decoder_computes_with_float_activations(quantized_bundle, monkeypatch):

@@ -118,7 +118,7 @@ def step_of(prompt: dict[str, Any], number: int) -> dict[str, Any]:
 
 def answers(backend: Any, prompt: dict[str, Any], steps: int = 3) -> list[Any]:
     """Logits of the prefill and of some steps."""
-    cache = backend.new_cache(len(prompt["inputs_embeds"]))
+    cache = backend.new_cache(len(prompt["inputs_embeds"]), 99)
     fed = [prompt, *(step_of(prompt, number) for number in range(steps))]
     return [backend.decode(one, cache) for one in fed]
 
@@ -173,7 +173,7 @@ def test_each_phase_runs_in_a_context_with_its_own_profile(setup):
 def test_the_cache_never_crosses_the_bus(setup):
     with setup.open() as backend:
         prompt = prompt_of(setup.bundle, 9)
-        cache = backend.new_cache(1)
+        cache = backend.new_cache(1, 8)
         backend.decode(prompt, cache)
         setup.device.calls.clear()
         backend.decode(step_of(prompt, 0), cache)
@@ -188,7 +188,7 @@ def test_joined_caches_take_turns_and_an_in_place_cache_stays(make_setup):
     name = "past_key_values.0.key"
     with setup.open() as backend:
         prompt = prompt_of(setup.bundle, 5)
-        cache = backend.new_cache(1)
+        cache = backend.new_cache(1, 8)
         seen = []
         for fed in (prompt, step_of(prompt, 0), step_of(prompt, 1)):
             backend.decode(fed, cache)
@@ -226,8 +226,8 @@ def test_buffers_for_a_larger_batch_replace_the_smaller_ones(setup, expected):
 def test_a_cache_whose_memory_went_to_a_newer_one_is_refused(setup):
     with setup.open() as backend:
         prompt = prompt_of(setup.bundle, 4)
-        old = backend.new_cache(1)
-        backend.new_cache(1)
+        old = backend.new_cache(1, 8)
+        backend.new_cache(1, 8)
         with pytest.raises(UsageError, match="went to a newer one"):
             backend.decode(prompt, old)
 
@@ -264,7 +264,7 @@ def test_images_over_the_profile_are_refused(setup, pixels, words):
 def test_several_tokens_after_the_prompt_are_refused(setup):
     with setup.open() as backend:
         prompt = prompt_of(setup.bundle, 4)
-        cache = backend.new_cache(1)
+        cache = backend.new_cache(1, 8)
         backend.decode(prompt, cache)
         two = step_of(prompt, 1) | {"inputs_embeds": prompt["inputs_embeds"][:, :2]}
         with pytest.raises(UsageError, match="one token at a time"):
