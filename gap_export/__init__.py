@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         BuildOptions,
         EnginesRequest,
         LimitsRequest,
+        OpenVinoOptions,
         PruningRequest,
         WeightsRequest,
     )
@@ -75,6 +76,7 @@ __all__ = [
     "ImageError",
     "LimitsRequest",
     "MissingDependencyError",
+    "OpenVinoOptions",
     "OutputError",
     "ParityError",
     "PassError",
@@ -105,6 +107,7 @@ _HOMES = {
     "Grounding": "gap_export.runtime.grounding",
     "GroundingSession": "gap_export.runtime.session",
     "LimitsRequest": "gap_export.spec.requests",
+    "OpenVinoOptions": "gap_export.spec.requests",
     "PatchReport": "gap_export.patching.options",
     "PruningRequest": "gap_export.spec.requests",
     "WeightsRequest": "gap_export.spec.requests",

@@ -24,6 +24,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     # An address of ray://host:port is read by Ray's client, which needs grpc.
     "ray": ("ray", "grpc"),
     "refcoco": ("pyarrow",),
+    "openvino": ("openvino",),
     # Not "optimum": a folder of that name comes with gap-export itself, see its register stub.
     "optimum": ("optimum.commands.optimum_cli",),
 }

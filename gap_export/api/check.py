@@ -25,9 +25,10 @@ from gap_export.parity.record import record_truth
 from gap_export.parity.results import LEVELS, BackendKey, CheckReport
 from gap_export.parity.truth import GoldenTruth, TorchTruth, Truth
 from gap_export.progress import Progress, SilentProgress
+from gap_export.spec.requests import DEFAULT_OPENVINO, BackendOptions, OpenVinoOptions, options_of
 
 NUM_SAMPLES = 50
-BACKENDS: tuple[BackendKey, ...] = ("ort", "trt")
+BACKENDS: tuple[BackendKey, ...] = ("ort", "trt", "openvino")
 _Choice = TypeVar("_Choice", bound=str)
 
 
@@ -38,6 +39,7 @@ def check(
     checkpoint: Parts | None = None,
     backends: Sequence[str] = ("ort",),
     engines: str | None = None,
+    openvino: OpenVinoOptions = DEFAULT_OPENVINO,
     levels: Sequence[str] = LEVELS,
     samples: int | None = None,
     seed: int | None = None,
@@ -55,9 +57,11 @@ def check(
             golden, or of a patched bundle the export that was patched. Empty: the checkpoint, where
             the bundle's was.
         checkpoint: The checkpoint's folder, or its parts by role.
-        backends: What runs the bundle: ``ort`` for ONNX Runtime, ``trt`` for its engines.
+        backends: What runs the bundle: ``ort`` for ONNX Runtime, ``trt`` for its engines,
+            ``openvino`` for OpenVINO.
         engines: With ``trt``: a folder below the bundle's ``engines/``; None for the first that
             fits.
+        openvino: With ``openvino``: how it runs.
         levels: What to compare: ``positions``, ``tensor``, ``token``, ``box``, ``task``.
         samples: How many expressions to ask; None for 50, or a golden's own.
         seed: Seed of the samples; None for 0.
@@ -98,6 +102,8 @@ def check(
     needed = parity.needs_reference(compared)
     if "trt" not in {*run, *must}:
         refuse_ignored("it is for --backend trt", {"--engines": engines})
+    if "openvino" not in {*run, *must}:
+        refuse_ignored("it is for --backend openvino", openvino_flags(openvino))
     if not needed:
         refuse_ignored(
             "no level that is asked for asks the model anything", reference.questions_given
@@ -122,7 +128,7 @@ def check(
         reference=reference.find(opened, needed=needed),
         backends=run,
         levels=compared,
-        engines=engines,
+        options=BackendOptions(engines=engines, openvino=openvino),
         fail_under=bars,
         per_layer=per_layer,
         required=must,
@@ -299,6 +305,14 @@ def choose(values: Sequence[str], allowed: Sequence[_Choice], option: str) -> li
     if unknown is not None:
         raise UsageError(f"{option} has no such choice", seen=unknown, allowed=", ".join(known))
     return [known[value] for value in dict.fromkeys(values)]
+
+
+def openvino_flags(options: OpenVinoOptions) -> dict[str, bool]:
+    """The flags of OpenVINO's options, and whether each was given a value of its own."""
+    return {
+        each.flag: getattr(options, each.name) != each.default
+        for each in options_of(OpenVinoOptions)
+    }
 
 
 def refuse_ignored(why: str, options: Mapping[str, object]) -> None:

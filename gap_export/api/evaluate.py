@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gap_export.api.check import BACKENDS, choose, refuse_ignored
+from gap_export.api.check import BACKENDS, choose, openvino_flags, refuse_ignored
 from gap_export.api.make import Parts, parts_of
 from gap_export.bundle.drafts import find_standing
 from gap_export.evaluation import evaluate as evaluation
@@ -18,9 +18,21 @@ from gap_export.outputs import NO_RULE, OutputRule
 from gap_export.progress import Progress
 from gap_export.runtime.session import BackendName
 from gap_export.spec.manifest import MANIFEST_NAME
-from gap_export.spec.requests import AS_STORED, PruningRequest, WeightsRequest, options_of
+from gap_export.spec.requests import (
+    AS_STORED,
+    DEFAULT_OPENVINO,
+    BackendOptions,
+    OpenVinoOptions,
+    PruningRequest,
+    WeightsRequest,
+    options_of,
+)
 
-_SESSION_NAMES: Mapping[str, BackendName] = {"ort": "onnxruntime", "trt": "tensorrt"}
+_SESSION_NAMES: Mapping[str, BackendName] = {
+    "ort": "onnxruntime",
+    "trt": "tensorrt",
+    "openvino": "openvino",
+}
 
 
 def evaluate(
@@ -39,6 +51,7 @@ def evaluate(
     baseline: str | Path | None = None,
     backend: str = "ort",
     engines: str | None = None,
+    openvino: OpenVinoOptions = DEFAULT_OPENVINO,
     workers: str = "1",
     records: str | Path | None = None,
     pictures: str | Path | None = None,
@@ -62,8 +75,10 @@ def evaluate(
         recipe: Of a model: the recipe that a checkpoint folder follows.
         checkpoint: The checkpoint's folder, or its parts by role.
         baseline: Of a bundle: its model exported with all tokens; None to make it.
-        backend: What runs a bundle: ``ort`` for ONNX Runtime, ``trt`` for its engines.
+        backend: What runs a bundle: ``ort`` for ONNX Runtime, ``trt`` for its engines,
+            ``openvino`` for OpenVINO.
         engines: With ``trt``: a folder below the bundle's ``engines/``.
+        openvino: With ``openvino``: how it runs.
         workers: Who answers: 1 for this process, a number, ``auto``, or ``ray://HOST:PORT``.
         records: A folder that keeps the answers; what it holds is not asked again.
         pictures: A folder for a drawing of each row's first answer.
@@ -101,8 +116,10 @@ def evaluate(
     if is_bundle(target):
         refuse_ignored("a bundle is pruned already", dict.fromkeys(_flags(prunings), True))
         refuse_ignored("a bundle says that itself", {"--recipe": recipe, "--dtype": weights.dtype})
-        if runner == "ort":
+        if runner != "trt":
             refuse_ignored("it is for --backend trt", {"--engines": engines})
+        if runner != "openvino":
+            refuse_ignored("it is for --backend openvino", openvino_flags(openvino))
         if baseline is not None:
             refuse_ignored("with --baseline no checkpoint is read", {"--checkpoint": parts})
         return evaluation.evaluate_bundle(
@@ -113,10 +130,11 @@ def evaluate(
             num_samples=samples,
             asking=asking,
             backend=_SESSION_NAMES[runner],
-            engines=engines,
+            options=BackendOptions(engines=engines, openvino=openvino),
             progress=progress,
         )
-    refuse_ignored("it is for a BUNDLE", {"--baseline": baseline, "--engines": engines})
+    of_bundles = {"--baseline": baseline, "--engines": engines, **openvino_flags(openvino)}
+    refuse_ignored("it is for a BUNDLE", of_bundles)
     refuse_ignored(
         "a MODEL is measured in ONNX Runtime; export it and name the BUNDLE",
         {"--backend": runner != "ort"},

@@ -27,9 +27,9 @@ BackendsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--backend",
-        metavar="ort|trt",
+        metavar="ort|trt|openvino",
         help="What runs the bundle. ort: ONNX Runtime; trt: its TensorRT engines, on this "
-        "machine's GPU. Repeatable. [default: ort]",
+        "machine's GPU; openvino: OpenVINO. Repeatable. [default: ort]",
     ),
 ]
 LevelsOption = Annotated[
@@ -77,7 +77,7 @@ RequireOption = Annotated[
     list[str] | None,
     typer.Option(
         "--require",
-        metavar="ort|trt",
+        metavar="ort|trt|openvino",
         help="Run this backend, and fail (exit code 3) where it cannot be run here; otherwise "
         "that is reported, and no failure. Repeatable.",
     ),

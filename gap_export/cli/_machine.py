@@ -39,6 +39,7 @@ def describe_machine() -> dict[str, Any]:
         "torch_cuda": _torch_cuda(),
         "gpus": _gpus(),
         "tensorrt": _tensorrt(),
+        "openvino": _openvino(),
     }
 
 
@@ -113,6 +114,20 @@ def _tensorrt() -> dict[str, Any]:
             + ("" if target.built_on == "any" else ", on the GPU the engines are for"),
         }
     return {"libraries": libraries, "targets": targets}
+
+
+def _openvino() -> dict[str, Any]:
+    """Its version and devices by OpenVINO's name; None and nothing where it is not installed."""
+    from gap_export.errors import MissingDependencyError
+    from gap_export.runtime.backends.openvino_loading import import_openvino, version
+
+    try:
+        openvino = import_openvino()
+    except MissingDependencyError:
+        return {"version": None, "devices": {}}
+    core = openvino.Core()
+    devices = {name: core.get_property(name, "FULL_DEVICE_NAME") for name in core.available_devices}
+    return {"version": version(openvino), "devices": devices}
 
 
 def _gpus() -> list[dict[str, str]]:

@@ -14,11 +14,11 @@ from gap_export.cli._terminal import Terminal
 if TYPE_CHECKING:
     from gap_export.runtime.session import BackendName
 
-Backend: TypeAlias = Literal["ort", "trt"]
+Backend: TypeAlias = Literal["ort", "trt", "openvino"]
 
 # What a session calls them.
 BACKENDS: Mapping[Backend, BackendName] = MappingProxyType(
-    {"ort": "onnxruntime", "trt": "tensorrt"}
+    {"ort": "onnxruntime", "trt": "tensorrt", "openvino": "openvino"}
 )
 
 
@@ -74,7 +74,8 @@ BackendOption = Annotated[
     Backend,
     typer.Option(
         "--backend",
-        help="ort: ONNX Runtime; trt: the bundle's TensorRT engines, on this machine's GPU.",
+        help="ort: ONNX Runtime; trt: the bundle's TensorRT engines, on this machine's GPU; "
+        "openvino: OpenVINO.",
     ),
 ]
 EnginesOption = Annotated[

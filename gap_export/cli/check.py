@@ -35,7 +35,9 @@ from gap_export.cli._options import (
     terminal_of,
 )
 from gap_export.cli._outputs import ForceGoldenOption, output_rule, with_sources
+from gap_export.cli._requests import takes_requests
 from gap_export.errors import ParityError, UsageError
+from gap_export.spec.requests import OpenVinoOptions
 from gap_export.visible import visible
 
 if TYPE_CHECKING:
@@ -54,9 +56,11 @@ class _Asked(TypedDict):
     progress: Progress
 
 
+@takes_requests
 def check(
     ctx: typer.Context,
     bundle: BundleArgument,
+    openvino: OpenVinoOptions,
     against: AgainstOption = None,
     checkpoint: CheckpointOption = None,
     backend: BackendsOption = None,
@@ -113,6 +117,7 @@ def check(
             "--level": level, "--fail-under": fail_under, "--per-layer": per_layer,
             "--require": require, "--engines": engines, "--report-json": report_json,
             "--junit": junit, "--markdown": markdown, "--html": html, "--json": as_json,
+            **api.openvino_flags(openvino),
         }  # fmt: skip
         api.refuse_ignored("--record judges nothing", judged)
         golden = api.record(bundle, record, backends=backend or ["ort"], force=force, **asked)
@@ -136,6 +141,7 @@ def check(
         backends=backend or ["ort"],
         levels=level or LEVELS,
         engines=engines,
+        openvino=openvino,
         fail_under=bars,
         per_layer=per_layer,
         required=require or (),

@@ -35,7 +35,8 @@ def doctor(
     if as_json:
         terminal.json(machine)
     else:
-        lines = [*_describe_platform(machine), "", *_describe_tensorrt(machine["tensorrt"]), ""]
+        lines = [*_describe_platform(machine), "", *_describe_tensorrt(machine["tensorrt"])]
+        lines += [_describe_openvino(machine["openvino"]), ""]
         terminal.result("\n".join([*lines, *_describe_packages(machine)]))
         for problem in machine["problems"]:
             terminal.warning(problem)
@@ -96,6 +97,13 @@ def _describe_tensorrt(found: dict[str, Any]) -> list[str]:
         verdict = "can be built here" if target["builds_here"] else f"needs {target['needs']}"
         lines.append(f"  {name}: {target['summary']}: {verdict}")
     return lines
+
+
+def _describe_openvino(found: dict[str, Any]) -> str:
+    devices = (f"{name} ({title})" for name, title in found["devices"].items())
+    return f"OpenVINO   {found['version'] or 'missing'}{': ' if found['devices'] else ''}" + (
+        ", ".join(devices)
+    )
 
 
 def _describe_packages(machine: dict[str, Any]) -> list[str]:

@@ -40,7 +40,7 @@ from gap_export.cli._options import (
 from gap_export.cli._outputs import ForceOption, output_rule, with_sources
 from gap_export.cli._requests import Only, takes_requests
 from gap_export.errors import ParityError, UsageError
-from gap_export.spec.requests import PruningRequest, WeightsRequest
+from gap_export.spec.requests import OpenVinoOptions, PruningRequest, WeightsRequest
 from gap_export.stop_signals import Stopped
 from gap_export.visible import visible
 
@@ -59,6 +59,7 @@ def evaluate(
     target: TargetArgument,
     pruning: Annotated[PruningRequest, Only(_CHOICES)],
     weights: Annotated[WeightsRequest, Only(("dtype",))],
+    openvino: OpenVinoOptions,
     keep: KeepsOption = None,
     pruner: PrunersOption = None,
     misaligned: MisalignedOption = None,
@@ -119,6 +120,7 @@ def evaluate(
             baseline=baseline,
             backend=backend,
             engines=engines,
+            openvino=openvino,
             workers=workers,
             records=records,
             pictures=pictures,

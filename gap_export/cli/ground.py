@@ -17,10 +17,13 @@ from gap_export.cli._options import (
     terminal_of,
 )
 from gap_export.cli._outputs import ForceOption, output_rule
+from gap_export.cli._requests import takes_requests
 from gap_export.errors import UsageError
+from gap_export.spec.requests import DEFAULT_OPENVINO, OpenVinoOptions
 from gap_export.visible import visible
 
 
+@takes_requests
 def ground(
     ctx: typer.Context,
     bundle: BundleArgument,
@@ -28,6 +31,7 @@ def ground(
     expression: Annotated[
         str, typer.Argument(metavar="EXPRESSION", help='What to find: "the small red circle".')
     ],
+    openvino: OpenVinoOptions,
     save: Annotated[
         Path | None,
         typer.Option(
@@ -83,6 +87,7 @@ def ground(
         engines=engines,
         execution_providers=provider,
         num_threads=threads,
+        openvino=None if openvino == DEFAULT_OPENVINO else openvino,
         verify=verify,
     ) as session:
         pad_color = session.manifest.image.pad_color

@@ -36,7 +36,7 @@ from gap_export.runtime.backends.onnxruntime_backend import numpy_dtype
 from gap_export.runtime.session import BackendName
 from gap_export.spec.manifest import PruningSpec
 from gap_export.spec.recipe import Recipe
-from gap_export.spec.requests import PruningRequest
+from gap_export.spec.requests import DEFAULT_BACKEND, BackendOptions, PruningRequest
 
 __all__ = ["Asking", "evaluate_bundle", "evaluate_model"]
 
@@ -152,7 +152,7 @@ def evaluate_bundle(
     num_samples: int | None = None,
     asking: Asking = DEFAULT_ASKING,
     backend: BackendName = "onnxruntime",
-    engines: str | None = None,
+    options: BackendOptions = DEFAULT_BACKEND,
     progress: Progress | None = None,
 ) -> EvaluationReport:
     """Measure a bundle, compact and GAP, beside its unpruned model.
@@ -167,7 +167,7 @@ def evaluate_bundle(
         num_samples: As of :func:`evaluate_model`.
         asking: What is asked, and how.
         backend: What runs the bundle; the unpruned model runs in ONNX Runtime in any case.
-        engines: With TensorRT: which of the bundle's engines.
+        options: How it runs it.
         progress: Progress reporter.
 
     Raises:
@@ -182,7 +182,9 @@ def evaluate_bundle(
             seen="no baseline",
             fix="patch that export once more with --keep 1, and name the bundle: --baseline",
         )
-    runner = RunnerOptions(backend=backend, engines=engines, prompt=asking.prompt, seed=seed)
+    runner = RunnerOptions(
+        backend=backend, backend_options=options, prompt=asking.prompt, seed=seed
+    )
     asked = ModelFacts(
         family=manifest.model.family,
         prompt=manifest.prompt,
@@ -199,7 +201,7 @@ def evaluate_bundle(
             recipe, source = resolve_source(manifest, checkpoint or {})
             quantization = quantization_of(manifest)
             calibrates = quantization is not None and quantization.method == "awq"
-            options = ExportOptions(
+            whole = ExportOptions(
                 model=recipe.name,
                 pruning=PruningRequest(keep_ratio=1.0),
                 dtype=dtype_of(manifest),
@@ -207,9 +209,9 @@ def evaluate_bundle(
                 calibration=tuple(calibration_questions()) if calibrates else None,
                 out=Path(scratch) / "unpruned",
             )
-            baseline = export_checkpoint(recipe, source, options, progress=progress).bundle
+            baseline = export_checkpoint(recipe, source, whole, progress=progress).bundle
             rivals = {bundle: smaller_recipe(recipe, manifest.pruning.num_emitted_tokens)}
-            smaller = _export_smaller(rivals, source, options, progress=progress)
+            smaller = _export_smaller(rivals, source, whole, progress=progress)
         check_baseline(manifest, open_bundle(baseline).manifest)
         return job.measure(baseline, [bundle], progress, smaller=smaller)
 

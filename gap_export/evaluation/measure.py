@@ -26,6 +26,7 @@ from gap_export.runtime.boxes import parse_answer
 from gap_export.runtime.images.image import ImageInput
 from gap_export.runtime.session import BackendName, GroundingSession
 from gap_export.spec.manifest import GridSpec, Manifest, PromptSpec
+from gap_export.spec.requests import DEFAULT_BACKEND, BackendOptions
 
 # Expressions about one image that are asked together, at most. Memory grows with it.
 MAX_BATCH = 16
@@ -38,14 +39,14 @@ class RunnerOptions:
 
     Attributes:
         backend: What runs bundles, where a setting says nothing else.
-        engines: With TensorRT: which of a bundle's engines.
-        num_threads: With ONNX Runtime: threads of one operator; None: it decides.
+        backend_options: How the backend runs them.
+        num_threads: With ONNX Runtime or OpenVINO: threads on a CPU; None: they decide.
         prompt: A template in place of the bundle's; None: the bundle's.
         seed: Seed of random orders.
     """
 
     backend: BackendName = "onnxruntime"
-    engines: str | None = None
+    backend_options: BackendOptions = DEFAULT_BACKEND
     num_threads: int | None = None
     prompt: str | None = None
     seed: int = 0
@@ -138,14 +139,21 @@ class Runner(AbstractContextManager["Runner"]):
         if name == "tensorrt":
             from gap_export.runtime.backends.tensorrt_backend import TensorRTBackend
 
-            engines = TensorRTBackend.open(bundle, engines=self._options.engines)
+            engines = TensorRTBackend.open(bundle, engines=self._options.backend_options.engines)
             self._max_batch = min(MAX_BATCH, engines.max_batch)
             return bundle, self._stack.enter_context(engines)
+        self._max_batch = MAX_BATCH
+        threads = self._options.num_threads
+        if name == "openvino":
+            from gap_export.runtime.backends.openvino_backend import OpenVinoBackend
+
+            openvino = OpenVinoBackend(
+                bundle, self._options.backend_options.openvino, num_threads=threads
+            )
+            return bundle, self._stack.enter_context(openvino)
         from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
-        self._max_batch = MAX_BATCH
-        backend = OnnxRuntimeBackend(bundle, None, self._options.num_threads)
-        return bundle, self._stack.enter_context(backend)
+        return bundle, self._stack.enter_context(OnnxRuntimeBackend(bundle, None, threads))
 
 
 def misalignment_of(setting: Setting, manifest: Manifest, *, seed: int) -> Misalignment | None:

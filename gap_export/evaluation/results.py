@@ -218,7 +218,7 @@ class EvaluationReport:
         model: Recipe name.
         prompt: The template that was used.
         seed: Seed of the samples, of pruners that draw, and of random orders.
-        backend: ``onnxruntime`` or ``tensorrt``; see also each row's.
+        backend: ``onnxruntime``, ``tensorrt`` or ``openvino``; see also each row's.
         misalignments: What was done to positions, in words: where no token is dropped by the name
             of the setting, else by what its ``positions`` are called.
         warnings: What makes the measurement doubtful, in words: most answers of the unpruned model

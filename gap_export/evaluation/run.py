@@ -142,8 +142,10 @@ class Run:
             "seed": str(self.options.seed),
             "backend": setting.backend or self.options.backend,
         }
-        if self.options.engines is not None and setting.backend is None:
-            header["engines"] = self.options.engines
+        if self.options.backend_options.engines is not None and setting.backend is None:
+            header["engines"] = self.options.backend_options.engines
+        if header["backend"] == "openvino":
+            header["openvino"] = repr(self.options.backend_options.openvino)
         pieces = [[question.id for question in shard.questions] for shard in shards]
         return RecordsFile(self.folder / f"{setting.slug}{SUFFIX}", header, pieces=pieces)
 

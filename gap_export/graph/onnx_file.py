@@ -1,8 +1,8 @@
 """The structure of an ONNX file: nodes, attributes, places of weights, without the onnx package.
 
-Reads protobuf's wire format (https://protobuf.dev/programming-guides/encoding/) with the standard
-library alone, since a device may have nothing else, and since the onnx package refuses
-the hard links by which a bundle may hold its weights. No weight in another file is read.
+Read with the standard library alone, see ``wire``, since a device may have nothing else, and since
+the onnx package refuses the hard links by which a bundle may hold its weights. No weight in another
+file is read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from gap_export.errors import BundleError
+from gap_export.graph.wire import Message, read_fields, write_field
 
 # Field numbers of onnx.proto.
 _MODEL_GRAPH, _MODEL_FUNCTION, _FUNCTION_NODE = 7, 25, 7
@@ -31,52 +32,10 @@ _ATTRIBUTE_GRAPHS = (6, 11)
 _TENSOR_DTYPE, _TENSOR_INTS, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 2, 7, 8, 9, 13
 _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_TYPE_DTYPE = 1, 2, 1, 1
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
-# Wire types.
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 # A protobuf message cannot be larger.
 _MAX_BYTES = (1 << 31) - 1
 # Of TensorProto.DataType.
 FLOAT, INT64, FLOAT16, DOUBLE, BFLOAT16 = 1, 7, 10, 11, 16
-
-
-@dataclass(frozen=True)
-class _Field:
-    """One field of a message: its content where it has a length, else its number; all its bytes."""
-
-    number: int
-    content: memoryview | None
-    value: int
-    raw: memoryview
-
-
-class _Message:
-    """A protobuf message, as far as its fields go."""
-
-    def __init__(self, raw: memoryview) -> None:
-        self.fields = tuple(_read_fields(raw))
-
-    def contents(self, *numbers: int) -> list[memoryview]:
-        return [f.content for f in self.fields if f.number in numbers and f.content is not None]
-
-    def texts(self, number: int) -> tuple[str, ...]:
-        return tuple(bytes(content).decode() for content in self.contents(number))
-
-    def text(self, number: int) -> str:
-        """Of a field that should stand once and stands twice, protobuf takes the last."""
-        return (self.texts(number) or ("",))[-1]
-
-    def integers(self, number: int) -> list[int]:
-        """Numbers of a field, packed or one by one."""
-        found: list[int] = []
-        for field in self.fields:
-            if field.number == number and field.content is None:
-                found.append(field.value)
-            elif field.number == number and field.content is not None:
-                at = 0
-                while at < len(field.content):
-                    value, at = _read_varint(field.content, at)
-                    found.append(value)
-        return [value - (1 << 64) if value >> 63 else value for value in found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +59,8 @@ class Node:
     @classmethod
     def of(cls, raw: memoryview) -> Node:
         """Decode a node's message."""
-        message = _Message(raw)
-        attributes = [(_Message(part), part) for part in message.contents(_NODE_ATTRIBUTE)]
+        message = Message(raw)
+        attributes = [(Message(part), part) for part in message.contents(_NODE_ATTRIBUTE)]
         return cls(
             name=message.text(_NODE_NAME),
             op_type=message.text(_NODE_OP_TYPE),
@@ -117,10 +76,10 @@ class Node:
         """The values it reads, and those of the graph around it that its subgraphs read."""
         found = set(self.inputs)
         for raw in self.subgraphs:
-            graph = _Message(raw)
-            read = {_Message(part).text(_VALUE_NAME) for part in graph.contents(_GRAPH_OUTPUT)}
-            own = {_Message(part).text(_VALUE_NAME) for part in graph.contents(_GRAPH_INPUT)}
-            own |= {_Message(p).text(_TENSOR_NAME) for p in graph.contents(_GRAPH_INITIALIZER)}
+            graph = Message(raw)
+            read = {Message(part).text(_VALUE_NAME) for part in graph.contents(_GRAPH_OUTPUT)}
+            own = {Message(part).text(_VALUE_NAME) for part in graph.contents(_GRAPH_INPUT)}
+            own |= {Message(p).text(_TENSOR_NAME) for p in graph.contents(_GRAPH_INITIALIZER)}
             for inner in map(Node.of, graph.contents(_GRAPH_NODE)):
                 read |= inner.reads
                 own.update(inner.outputs)
@@ -135,7 +94,7 @@ class Node:
         """An attribute that is one integer."""
         if name not in self.attributes:
             return default
-        return (_Message(self.attributes[name]).integers(_ATTRIBUTE_INT) or [0])[-1]
+        return (Message(self.attributes[name]).integers(_ATTRIBUTE_INT) or [0])[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +116,9 @@ class Initializer:
     @classmethod
     def of(cls, raw: memoryview) -> Initializer:
         """Decode a tensor's message."""
-        message, external = _Message(raw), dict[str, str]()
+        message, external = Message(raw), dict[str, str]()
         for part in message.contents(_TENSOR_EXTERNAL):
-            entry = _Message(part)
+            entry = Message(part)
             external[entry.text(_ENTRY_KEY)] = entry.text(_ENTRY_VALUE)
         size: int | None = sum(map(len, message.contents(_TENSOR_RAW)[-1:]))
         if external:
@@ -215,27 +174,27 @@ class OnnxFile:
     @cached_property
     def function_nodes(self) -> tuple[Node, ...]:
         """Nodes of the model's local functions, whose values have names of their own."""
-        functions = _Message(memoryview(self.raw)).contents(_MODEL_FUNCTION)
-        parts = (part for each in functions for part in _Message(each).contents(_FUNCTION_NODE))
+        functions = Message(memoryview(self.raw)).contents(_MODEL_FUNCTION)
+        parts = (part for each in functions for part in Message(each).contents(_FUNCTION_NODE))
         return tuple(_flatten(map(Node.of, parts)))
 
     @cached_property
     def initializers(self) -> Mapping[str, Initializer]:
         """By name."""
         parts = self._graph.contents(_GRAPH_INITIALIZER)
-        return {_Message(part).text(_TENSOR_NAME): Initializer.of(part) for part in parts}
+        return {Message(part).text(_TENSOR_NAME): Initializer.of(part) for part in parts}
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
         """Names of what is fed."""
-        names = (_Message(part).text(_VALUE_NAME) for part in self._graph.contents(_GRAPH_INPUT))
+        names = (Message(part).text(_VALUE_NAME) for part in self._graph.contents(_GRAPH_INPUT))
         return tuple(name for name in names if name not in self.initializers)
 
     @cached_property
     def outputs(self) -> tuple[str, ...]:
         """Names of what the graph gives."""
         parts = self._graph.contents(_GRAPH_OUTPUT)
-        return tuple(_Message(part).text(_VALUE_NAME) for part in parts)
+        return tuple(Message(part).text(_VALUE_NAME) for part in parts)
 
     @cached_property
     def producers(self) -> Mapping[str, int]:
@@ -249,10 +208,10 @@ class OnnxFile:
         """Codes of the values whose dtype the file states."""
         found: dict[str, int] = {}
         for part in self._graph.contents(_GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE):
-            value = _Message(part)
+            value = Message(part)
             for kind in value.contents(_VALUE_TYPE):
-                for tensor in _Message(kind).contents(_TYPE_TENSOR):
-                    code = _Message(tensor).integers(_TENSOR_TYPE_DTYPE)
+                for tensor in Message(kind).contents(_TYPE_TENSOR):
+                    code = Message(tensor).integers(_TENSOR_TYPE_DTYPE)
                     found.update({value.text(_VALUE_NAME): code[-1]} if code else {})
         return found | {name: tensor.dtype for name, tensor in self.initializers.items()}
 
@@ -265,12 +224,12 @@ class OnnxFile:
             node = None if index is None else self.nodes[index]
             if node is None or not node.is_standard("Constant") or len(node.attributes) != 1:
                 return None
-            (attribute,) = map(_Message, node.attributes.values())
+            (attribute,) = map(Message, node.attributes.values())
             if not (tensors := attribute.contents(_ATTRIBUTE_TENSOR)):
                 given = attribute.integers(_ATTRIBUTE_INT) + attribute.integers(_ATTRIBUTE_INTS)
                 return given or None
             (raw,) = tensors
-        message = _Message(raw)
+        message = Message(raw)
         if message.integers(_TENSOR_DTYPE) != [INT64] or message.contents(_TENSOR_EXTERNAL):
             return None
         held = message.contents(_TENSOR_RAW)
@@ -304,12 +263,12 @@ class OnnxFile:
                 continue
             is_kept = number in keep if field.number == _GRAPH_NODE else True
             if field.number == _GRAPH_INPUT:
-                is_kept = _Message(field.content).text(_VALUE_NAME) in read
+                is_kept = Message(field.content).text(_VALUE_NAME) in read
             elif field.number == _GRAPH_INITIALIZER:
-                is_kept = _Message(field.content).text(_TENSOR_NAME) in read
+                is_kept = Message(field.content).text(_TENSOR_NAME) in read
             graph += field.raw if is_kept else b""
         for name in names:
-            graph += _write(_GRAPH_OUTPUT, _write(_VALUE_NAME, name.encode()))
+            graph += write_field(_GRAPH_OUTPUT, write_field(_VALUE_NAME, name.encode()))
         return self._with_graph(bytes(graph))
 
     def with_initializers(self, given: Mapping[str, Initializer]) -> OnnxFile:
@@ -318,77 +277,24 @@ class OnnxFile:
         for field in self._graph.fields:
             held = None
             if field.number == _GRAPH_INITIALIZER and field.content is not None:
-                held = given.get(_Message(field.content).text(_TENSOR_NAME))
-            graph += field.raw if held is None else _write(_GRAPH_INITIALIZER, bytes(held.raw))
+                held = given.get(Message(field.content).text(_TENSOR_NAME))
+            graph += field.raw if held is None else write_field(_GRAPH_INITIALIZER, bytes(held.raw))
         return OnnxFile(self._with_graph(bytes(graph)), self.folder)
 
     @cached_property
-    def _graph(self) -> _Message:
-        parts = _Message(memoryview(self.raw)).contents(_MODEL_GRAPH)
-        return _Message(
+    def _graph(self) -> Message:
+        parts = Message(memoryview(self.raw)).contents(_MODEL_GRAPH)
+        return Message(
             memoryview(b"".join(parts)) if len(parts) > 1 else (*parts, memoryview(b""))[0]
         )
 
     def _with_graph(self, graph: bytes) -> bytes:
-        others = [f.raw for f in _read_fields(memoryview(self.raw)) if f.number != _MODEL_GRAPH]
-        return b"".join([*others, _write(_MODEL_GRAPH, graph)])
+        others = [f.raw for f in read_fields(memoryview(self.raw)) if f.number != _MODEL_GRAPH]
+        return b"".join([*others, write_field(_MODEL_GRAPH, graph)])
 
 
 def _flatten(nodes: Iterable[Node]) -> Iterator[Node]:
     for node in nodes:
         for graph in node.subgraphs:
-            yield from _flatten(map(Node.of, _Message(graph).contents(_GRAPH_NODE)))
+            yield from _flatten(map(Node.of, Message(graph).contents(_GRAPH_NODE)))
         yield node
-
-
-def _read_fields(raw: memoryview) -> Iterator[_Field]:
-    """The fields of a protobuf message, in order.
-
-    Raises:
-        ValueError: not a message, or cut short.
-        IndexError: cut short.
-    """
-    at = 0
-    while at < len(raw):
-        start = at
-        key, at = _read_varint(raw, at)
-        number, wire_type = key >> 3, key & 7
-        content, value = None, 0
-        if wire_type == _VARINT:
-            value, at = _read_varint(raw, at)
-        elif wire_type in {_FIXED64, _FIXED32}:
-            at += 8 if wire_type == _FIXED64 else 4
-        elif wire_type == _BYTES:
-            size, at = _read_varint(raw, at)
-            if at + size > len(raw):
-                raise ValueError(f"a field of {size} bytes at {at} of {len(raw)}")
-            content = raw[at : at + size]
-            at += size
-        else:
-            raise ValueError(f"wire type {wire_type} at {at}")
-        if at > len(raw):
-            raise ValueError(f"ends at {at} of {len(raw)}")
-        yield _Field(number, content, value, raw[start:at])
-
-
-def _read_varint(raw: memoryview, at: int) -> tuple[int, int]:
-    """A base-128 number, least significant group first, and where the next byte is."""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = raw[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError(f"a number longer than 10 bytes at {at}")
-
-
-def _write(number: int, content: bytes) -> bytes:
-    """A field of some length."""
-    written = bytearray()
-    for rest in (number << 3 | _BYTES, len(content)):
-        while rest > 0x7F:
-            written.append(rest & 0x7F | 0x80)
-            rest >>= 7  # noqa: PLW2901 - groups of seven bits, the lowest first
-        written.append(rest)
-    return bytes(written) + content

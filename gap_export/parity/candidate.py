@@ -19,6 +19,7 @@ from gap_export.progress import Progress
 from gap_export.runtime.backends.backend import DECODER, Backend
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.session import GroundingSession
+from gap_export.spec.requests import BackendOptions
 from gap_export.spec.tolerances import Tolerance, tolerances_of
 
 # Questions among which two of different lengths are looked for.
@@ -63,7 +64,7 @@ class Answered:
     Attributes:
         tally: Its outputs on the reference's inputs.
         pairs: Its own answers, beside the reference's.
-        batched: In ONNX Runtime, logits of a padded batch; the reference's of each row alone.
+        batched: But for engines, logits of a padded batch; the reference's of each row alone.
         broken: Why it could not be run on the reference's inputs; empty where it could.
     """
 
@@ -74,14 +75,14 @@ class Answered:
 
 
 def open_candidate(
-    bundle: Bundle, key: BackendKey, *, engines: str | None, reference: Truth | None
+    bundle: Bundle, key: BackendKey, *, options: BackendOptions, reference: Truth | None
 ) -> Candidate | CannotRun:
     """Load what runs a bundle.
 
     Args:
         bundle: From :func:`gap_export.engines.folder.open_whole`.
         key: Which.
-        engines: With TensorRT: which of the bundle's engines.
+        options: How it runs it.
         reference: What it is to be compared with.
 
     Raises:
@@ -89,7 +90,7 @@ def open_candidate(
         GapExportError: TensorRT cannot load an engine.
     """
     try:
-        backend, decoder_graph, note = _load(bundle, key, engines)
+        backend, decoder_graph, note = _load(bundle, key, options)
         try:
             tolerances = tolerances_of(backend.dtype)
             if reference is not None:
@@ -136,7 +137,7 @@ def ask_candidate(
                 )
             advance(1)
         # Engines may be built for one row; what they are built from is the graph's, which is not.
-        if replays and not found.broken and candidate.key == "ort":
+        if replays and not found.broken and candidate.key != "trt":
             try:
                 found.batched = decode_padded(candidate.backend, recorded.calls[:_FOR_A_BATCH])
             except GapExportError as err:
@@ -152,14 +153,18 @@ def _ask(session: GroundingSession, question: Question) -> Grounding | GapExport
         return err
 
 
-def _load(bundle: Bundle, key: BackendKey, engines: str | None) -> tuple[Backend, str, str]:
+def _load(bundle: Bundle, key: BackendKey, options: BackendOptions) -> tuple[Backend, str, str]:
     """A backend, the file of its decoder's graph, and what should be known of that graph."""
     if key == "ort":
         from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(bundle), bundle.manifest.graph(DECODER).file, ""
+    if key == "openvino":
+        from gap_export.runtime.backends.openvino_backend import OpenVinoBackend
+
+        return OpenVinoBackend(bundle, options.openvino), bundle.manifest.graph(DECODER).file, ""
     from gap_export.runtime.backends.tensorrt_backend import TensorRTBackend
 
-    backend = TensorRTBackend.open(bundle, engines=engines)
+    backend = TensorRTBackend.open(bundle, engines=options.engines)
     (file,) = (spec.graph for spec in backend.engines if spec.component == DECODER)
     return backend, file, f"read from {file}, which the engine was built from"

@@ -28,6 +28,7 @@ from gap_export.parity.results import (
 from gap_export.parity.tally import tensor_row
 from gap_export.parity.truth import ReferenceOverflowError, TorchTruth, Truth
 from gap_export.progress import Progress, SilentProgress
+from gap_export.spec.requests import DEFAULT_BACKEND, BackendOptions
 
 # Levels of which a share of the questions may be asked for. Position ids and tensors have none: an
 # id is right or wrong, and how far a tensor may be off is in the table of tolerances.
@@ -49,7 +50,7 @@ def check_bundle(
     reference: Truth | None,
     backends: Sequence[BackendKey] = ("ort",),
     levels: Sequence[Level] = LEVELS,
-    engines: str | None = None,
+    options: BackendOptions = DEFAULT_BACKEND,
     fail_under: Mapping[Level, float] = _NO_BARS,
     per_layer: bool = False,
     required: Sequence[BackendKey] = (),
@@ -65,7 +66,7 @@ def check_bundle(
         reference: Asks the questions; None where no level needs one.
         backends: What runs the bundle.
         levels: What to compare.
-        engines: With TensorRT: which of the bundle's engines.
+        options: How each backend runs it.
         fail_under: Share of the questions, or with ``task`` the Acc@0.5, that must be reached, in
             0..1. By default all questions must agree but for ties, and Acc@0.5 may be anything that
             is not significantly worse.
@@ -85,7 +86,7 @@ def check_bundle(
     plan = _Plan(
         reference=reference,
         levels=tuple(level for level in LEVELS if level in levels),
-        engines=engines,
+        options=options,
         fail_under=fail_under,
         per_layer=per_layer,
         progress=progress or SilentProgress(),
@@ -113,7 +114,7 @@ class _Plan:
 
     reference: Truth | None
     levels: tuple[Level, ...]
-    engines: str | None
+    options: BackendOptions
     fail_under: Mapping[Level, float]
     per_layer: bool
     progress: Progress
@@ -167,7 +168,7 @@ def _check_backend(bundle: Bundle, key: BackendKey, plan: _Plan) -> tuple[Backen
         What was found, and what it was compared with; the latter is empty where it was not.
     """
     started = time.perf_counter()
-    candidate = open_candidate(bundle, key, engines=plan.engines, reference=plan.reference)
+    candidate = open_candidate(bundle, key, options=plan.options, reference=plan.reference)
     divergences: tuple[Divergence, ...] = ()
     if isinstance(candidate, CannotRun):
         name = reference = ""

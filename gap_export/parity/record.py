@@ -84,7 +84,7 @@ def record_truth(
 
 
 def _decoder(manifest: Manifest, backend: BackendKey) -> GraphSpec:
-    if backend == "ort":
+    if backend != "trt":
         return manifest.graph(_DECODER)
     for graph in manifest.graphs:
         if graph.component == _DECODER and graph.lowering != _BASE:

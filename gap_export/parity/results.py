@@ -16,7 +16,7 @@ Level = Literal["positions", "tensor", "token", "box", "task"]
 # From what is computed to what it is good for.
 LEVELS: tuple[Level, ...] = ("positions", "tensor", "token", "box", "task")
 Status = Literal["passed", "failed", "not_run"]
-BackendKey = Literal["ort", "trt"]
+BackendKey = Literal["ort", "trt", "openvino"]
 
 SCHEMA = "gap-export-check"
 SCHEMA_VERSION = 1

@@ -30,7 +30,9 @@ from gap_export.report.figures.errors import draw_errors, tolerated
 from gap_export.runtime.images.geometry import Box
 from gap_export.visible import clean, visible_strings
 
-_BACKENDS: Mapping[str, str] = MappingProxyType({"ort": "ONNX Runtime", "trt": "TensorRT"})
+_BACKENDS: Mapping[str, str] = MappingProxyType(
+    {"ort": "ONNX Runtime", "trt": "TensorRT", "openvino": "OpenVINO"}
+)
 _FIGURES: Mapping[str, str] = MappingProxyType(
     {
         "equal": "the same",

@@ -47,13 +47,14 @@ from gap_export.runtime.texts import encode_texts
 from gap_export.runtime.visual_tokens import VisualTokens, encode_image
 from gap_export.spec.manifest import Manifest
 from gap_export.spec.positions import PositionRule
+from gap_export.spec.requests import DEFAULT_OPENVINO, OpenVinoOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["BackendName", "Grounding", "GroundingSession"]
 
-BackendName = Literal["onnxruntime", "tensorrt"]
+BackendName = Literal["onnxruntime", "tensorrt", "openvino"]
 # What is asked and its row of the prompt; gives the row that is fed.
 EditRow = Callable[[str, PromptRow], PromptRow]
 
@@ -123,44 +124,55 @@ class GroundingSession:
         cuda_graphs: bool = False,
         execution_providers: Sequence[str] | None = None,
         num_threads: int | None = None,
+        openvino: OpenVinoOptions | None = None,
         verify: Verify = "stamp",
         positions: PositionRule | None = None,
     ) -> GroundingSession:
-        """Open a bundle in ONNX Runtime, or with its TensorRT engines.
+        """Open a bundle in ONNX Runtime, in OpenVINO, or with its TensorRT engines.
 
         Args:
             bundle: Its folder.
-            backend: ``tensorrt`` runs the engines below ``engines/`` on this machine's GPU.
+            backend: ``tensorrt`` runs the engines below ``engines/`` on this machine's GPU;
+                ``openvino`` takes the package of that name.
             engines: With TensorRT: which of them; by default the first ones that fit.
             cuda_graphs: With TensorRT and engines of the fused lowering: launch each decode step as
                 one recorded graph.
             execution_providers: ONNX Runtime's names; by default CUDA where present, then CPU.
-            num_threads: With ONNX Runtime: threads of one operator; by default it decides.
+            num_threads: With ONNX Runtime or OpenVINO: threads on a CPU; by default they decide.
+            openvino: With OpenVINO: how it runs.
             verify: ``full`` hashes every byte again, ``stamp`` only what changed since last time.
             positions: ``compact`` or ``text-shifted`` run a naive baseline; by default the
                 bundle's own.
 
         Raises:
             BundleError: damaged, incomplete, unsafe, or too new; no engines, or damaged ones.
-            MissingDependencyError: what runs engines is not installed.
-            UsageError: an execution provider that is not available or cannot be loaded; no GPU, or
-                engines for another one; an argument of the other backend.
+            MissingDependencyError: OpenVINO, or what runs engines, is not installed.
+            UsageError: an execution provider or a device that is not available or cannot be loaded;
+                no GPU, or engines for another one; an argument of another backend.
         """
-        if backend == "tensorrt":
-            _refuse_arguments(
-                backend, {"execution providers": execution_providers, "threads": num_threads}
-            )
-        else:
-            _refuse_arguments(backend, {"engines": engines, "CUDA graphs": cuda_graphs or None})
+        _refuse_arguments(
+            backend,
+            {
+                "engines": (engines, "tensorrt"),
+                "CUDA graphs": (cuda_graphs or None, "tensorrt"),
+                "execution providers": (execution_providers, "onnxruntime"),
+                "threads": (num_threads, "onnxruntime", "openvino"),
+                "options of OpenVINO": (openvino, "openvino"),
+            },
+        )
         opened = open_bundle(bundle, verify=verify)
         runs: Backend
-        # Not at the top: a session with one backend needs nothing of the other.
+        # Not at the top: a session with one backend needs nothing of the others.
         if backend == "tensorrt":
             from gap_export.runtime.backends.tensorrt_backend import TensorRTBackend
 
             runs = TensorRTBackend.open(
                 opened, engines=engines, cuda_graphs=cuda_graphs, verify=verify
             )
+        elif backend == "openvino":
+            from gap_export.runtime.backends.openvino_backend import OpenVinoBackend
+
+            runs = OpenVinoBackend(opened, openvino or DEFAULT_OPENVINO, num_threads=num_threads)
         else:
             from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
@@ -380,12 +392,20 @@ class GroundingSession:
         return found
 
 
-def _refuse_arguments(backend: str, arguments: Mapping[str, object]) -> None:
+def _refuse_arguments(backend: BackendName, arguments: Mapping[str, tuple[object, ...]]) -> None:
     """An argument that would be ignored is an error.
 
+    Args:
+        backend: What will run the bundle.
+        arguments: By what they are: their value, None where none is given, and whose they are.
+
     Raises:
-        UsageError: one was given.
+        UsageError: one was given that is not the backend's.
     """
-    given = [name for name, value in arguments.items() if value is not None]
+    given = [
+        name
+        for name, (value, *owners) in arguments.items()
+        if value is not None and backend not in owners
+    ]
     if given:
         raise UsageError(f"{', '.join(given)} cannot be used with {backend}")

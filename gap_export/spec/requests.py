@@ -334,6 +334,41 @@ class BuildOptions:
     ] = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class OpenVinoOptions:
+    """How OpenVINO is to run a bundle.
+
+    Example:
+        >>> from gap_export import OpenVinoOptions
+        >>> OpenVinoOptions(device="GPU").device
+        'GPU'
+    """
+
+    device: Annotated[
+        str,
+        Option(
+            "With --backend openvino: CPU, GPU or NPU, or one of several, as GPU.1; see "
+            "`gap-export doctor`.",
+            metavar="NAME",
+        ),
+    ] = "CPU"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendOptions:
+    """How a backend is to run a bundle; each reads what is its own.
+
+    Attributes:
+        engines: With TensorRT: which of a bundle's engines; None for the first that fits.
+        openvino: With OpenVINO: how it runs.
+    """
+
+    engines: str | None = None
+    openvino: OpenVinoOptions = OpenVinoOptions()
+
+
+DEFAULT_OPENVINO = OpenVinoOptions()
+DEFAULT_BACKEND = BackendOptions()
 DEFAULT_PRUNING = PruningRequest()
 AS_STORED = WeightsRequest()
 NO_ENGINES = EnginesRequest()

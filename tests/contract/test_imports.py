@@ -19,6 +19,7 @@ HEAVY = {
     "onnx_ir",
     "onnxruntime",
     "onnxscript",
+    "openvino",
     "polygraphy",
     "pyarrow",
     "ray",

@@ -62,7 +62,7 @@ def look_inside(
     }
     if not isinstance(reference, TorchTruth):
         return Inside(note=_NO_LAYERS if failures else "")
-    if candidate.key != "ort":
+    if candidate.key == "trt":
         return Inside(note=_NO_ENGINES if failures else "")
     if not failures and not per_layer:
         return Inside()

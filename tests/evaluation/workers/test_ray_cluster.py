@@ -30,7 +30,7 @@ from tests.evaluation.workers.fake_runners import (
     wait_for,
 )
 
-OPTIONS = RunnerOptions(backend="onnxruntime", engines=None, num_threads=1, prompt=None, seed=0)
+OPTIONS = RunnerOptions(backend="onnxruntime", num_threads=1, prompt=None, seed=0)
 
 
 def test_a_node_is_lost_half_way_and_no_answer_with_it(

@@ -19,7 +19,7 @@ from gap_export.evaluation.workers.ray_worker import worker_task
 from gap_export.extras import pip_install
 from gap_export.version import __version__
 
-OPTIONS = RunnerOptions(backend="onnxruntime", engines=None, num_threads=1, prompt=None, seed=0)
+OPTIONS = RunnerOptions(backend="onnxruntime", num_threads=1, prompt=None, seed=0)
 NEEDS_RAY = 'Ray is not installed: pip install -e ".[ray]"'
 
 

@@ -1,0 +1,239 @@
+"""Runs a bundle's base graphs in OpenVINO: on a CPU, or on Intel's GPU or NPU.
+
+The decoder keeps its KV cache itself, as states of an infer request: a cache is a request of its
+own, so that any number of them live side by side.
+
+Left to itself OpenVINO computes in bfloat16 and int8 where a CPU has them, and keeps its cache in
+8 bits. Here it computes in float32, unless asked otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from threading import Lock
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gap_export.bundle import Bundle
+from gap_export.bundle.tensors import read_place
+from gap_export.errors import BundleError, GapExportError, UsageError
+from gap_export.runtime.backends.backend import (
+    DECODER,
+    NEWLINE,
+    Backend,
+    Feed,
+    FloatArray,
+    KVCache,
+    Outputs,
+    graph_components,
+    lacks_component,
+)
+from gap_export.runtime.backends.openvino_loading import (
+    OPENVINO_ERRORS,
+    PAST,
+    first_line,
+    import_openvino,
+    make_stateful,
+    read_graph,
+    refused,
+    version,
+)
+from gap_export.spec.manifest import GraphSpec
+from gap_export.spec.requests import DEFAULT_OPENVINO, OpenVinoOptions
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+_DTYPES = ("float32", "float16")
+
+
+@dataclass
+class OpenVinoCache:
+    """Keys and values, which the infer request holds.
+
+    Attributes:
+        batch_size: B.
+        request: The decoder with its states.
+        length: Slots filled.
+    """
+
+    batch_size: int
+    request: ov.InferRequest
+    length: int = 0
+
+
+class OpenVinoBackend(Backend):
+    """The bundle's base graphs in OpenVINO.
+
+    Args:
+        bundle: An opened, that is checked, bundle.
+        options: The device, and how it computes.
+        num_threads: Threads on a CPU; by default OpenVINO decides.
+
+    Raises:
+        MissingDependencyError: OpenVINO is not installed.
+        UsageError: there is no such device.
+        BundleError: a graph that OpenVINO refuses, or a dtype other than float32 and float16.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: OpenVinoOptions = DEFAULT_OPENVINO,
+        *,
+        num_threads: int | None = None,
+    ) -> None:
+        self._openvino = import_openvino()
+        self._manifest = manifest = bundle.manifest
+        self._core = self._openvino.Core()
+        self.dtype = _check_dtype(manifest.dtype)
+        self.quantization = manifest.graph(DECODER).quantization
+        self._device = self._check_device(options.device)
+        self.name = f"OpenVINO {version(self._openvino)} ({self._device})"
+        self._newline: FloatArray | None = None
+        if manifest.newline is not None:
+            self._newline = read_place(bundle.path, manifest.newline).astype(self.dtype)
+        self._config = self._settings(num_threads)
+        self._graphs = {name: self._load(bundle, name) for name in graph_components(manifest)}
+        self._idle: dict[str, list[ov.InferRequest]] = {name: [] for name in self._graphs}
+        self._lock = Lock()
+
+    def close(self) -> None:
+        """Free the graphs."""
+        self._idle.clear()
+        self._graphs.clear()
+
+    def run(self, component: str, feed: Feed) -> Outputs:
+        """See Backend."""
+        if component == NEWLINE and self._newline is not None:
+            return {"image_newline": self._newline}
+        graph = self._graphs.get(component)
+        if graph is None:
+            raise lacks_component(component, self._manifest)
+        with self._lock:
+            idle = self._idle[component]
+            request = idle.pop() if idle else graph.compiled.create_infer_request()
+        outputs = self._infer(graph, request, feed)
+        with self._lock:
+            idle.append(request)
+        return outputs
+
+    def new_cache(self, batch_size: int) -> OpenVinoCache:
+        """See Backend."""
+        request = self._graphs[DECODER].compiled.create_infer_request()
+        return OpenVinoCache(batch_size=batch_size, request=request)
+
+    def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
+        """See Backend."""
+        assert isinstance(cache, OpenVinoCache), "a cache belongs to the backend that made it"
+        logits = self._infer(self._graphs[DECODER], cache.request, feed)["logits"]
+        cache.length += feed["inputs_embeds"].shape[1]
+        last: FloatArray = logits[:, -1]
+        return last
+
+    def _infer(self, graph: _Graph, request: ov.InferRequest, feed: Feed) -> Outputs:
+        """Outputs by name, copied out of the request."""
+        try:
+            given = {
+                name: np.ascontiguousarray(array, dtype=graph.inputs[name])
+                for name, array in feed.items()
+            }
+            found = request.infer(given, share_inputs=True, share_outputs=False)
+        except OPENVINO_ERRORS as err:
+            raise GapExportError(
+                "OpenVINO failed while computing",
+                seen=f"{graph.component}: {first_line(err)}",
+                fix="check the bundle with: gap-export check BUNDLE --backend openvino",
+            ) from err
+        return {name: found[index] for index, name in enumerate(graph.outputs)}
+
+    def _load(self, bundle: Bundle, component: str) -> _Graph:
+        spec = bundle.manifest.graph(component)
+        model = read_graph(self._openvino, bundle.file(spec.file))
+        _check_interface(model, spec)
+        try:
+            if component == DECODER:
+                names = [value.name for value in spec.inputs if value.name.startswith(PAST)]
+                make_stateful(self._openvino, model, names)
+            compiled = self._core.compile_model(model, self._device, dict(self._config))
+        except OPENVINO_ERRORS as err:
+            raise refused(self._openvino, spec.file, err) from err
+        return _Graph.of(component, compiled)
+
+    def _check_device(self, device: str) -> str:
+        available = self._core.available_devices
+        if device not in available and f"{device}.0" not in available:
+            raise UsageError(
+                "OpenVINO finds no such device here",
+                seen=device,
+                allowed=", ".join(available),
+            )
+        return device
+
+    def _settings(self, num_threads: int | None) -> Mapping[str, str]:
+        wanted = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "KV_CACHE_PRECISION": "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        if num_threads is not None:
+            wanted["INFERENCE_NUM_THREADS"] = str(num_threads)
+        known = self._core.get_property(self._device, "SUPPORTED_PROPERTIES")
+        return MappingProxyType({name: value for name, value in wanted.items() if name in known})
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A graph that can be run: dtypes of its inputs by name, and names of its outputs in order."""
+
+    component: str
+    compiled: ov.CompiledModel
+    inputs: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, component: str, compiled: ov.CompiledModel) -> _Graph:
+        return cls(
+            component,
+            compiled,
+            {
+                value.get_any_name(): np.dtype(value.get_element_type().to_dtype())
+                for value in compiled.inputs
+            },
+            tuple(value.get_any_name() for value in compiled.outputs),
+        )
+
+
+def _check_dtype(name: str) -> str:
+    """The dtype of a bundle's floats, of those that numpy knows.
+
+    Raises:
+        BundleError: another one.
+    """
+    if name not in _DTYPES:
+        raise BundleError(
+            "this runtime cannot run the bundle's dtype",
+            seen=name,
+            allowed=", ".join(_DTYPES),
+            fix="export with another dtype",
+        )
+    return name
+
+
+def _check_interface(model: ov.Model, spec: GraphSpec) -> None:
+    for kind, declared, found in (
+        ("inputs", spec.inputs, model.inputs),
+        ("outputs", spec.outputs, model.outputs),
+    ):
+        names = {name for value in found for name in value.get_names()}
+        if not {value.name for value in declared} <= names or len(declared) != len(found):
+            raise BundleError(
+                f"{kind} of {spec.file} are not the manifest's",
+                seen=", ".join(sorted(names)),
+                allowed=", ".join(sorted(value.name for value in declared)),
+                fix="export the bundle again",
+            )

@@ -1,0 +1,128 @@
+"""Reading a bundle's graphs into OpenVINO.
+
+OpenVINO knows no local functions of ONNX: each of them is read as a model of its own, and its
+operators are put where it is called. So the bundle's own graphs run, none is changed on the disk,
+and the weights are mapped from their files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gap_export.errors import BundleError, MissingDependencyError
+from gap_export.extras import pip_install, require_extra
+from gap_export.graph.function_models import LocalFunction, local_functions
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+# All that OpenVINO raises, by way of pybind11.
+OPENVINO_ERRORS = (RuntimeError, ValueError, TypeError)
+PAST, PRESENT = "past_key_values.", "present."
+# OpenVINO's names of what functions are fed, as codes of TensorProto.DataType.
+_ONNX_DTYPES = {"f32": 1, "i32": 6, "i64": 7, "boolean": 9, "f16": 10, "bf16": 16}
+
+
+def import_openvino() -> Any:
+    """The package.
+
+    Raises:
+        MissingDependencyError: it is not installed, or does not load.
+    """
+    require_extra("openvino", "running a bundle in OpenVINO")
+    try:
+        import openvino
+    except (ImportError, OSError) as err:
+        raise MissingDependencyError(
+            "the package openvino does not load",
+            seen=first_line(err),
+            fix=f"install it again: {pip_install('openvino')}",
+        ) from err
+    return openvino
+
+
+def read_graph(openvino: Any, path: Path) -> ov.Model:
+    """A graph as OpenVINO has it.
+
+    Raises:
+        BundleError: OpenVINO refuses it.
+    """
+    core = openvino.Core()
+    try:
+        for function in local_functions(path):
+            core.add_extension(_inliner(core, function))
+        return core.read_model(path)
+    except OPENVINO_ERRORS as err:
+        raise refused(openvino, path.name, err) from err
+
+
+def make_stateful(openvino: Any, decoder: ov.Model, past: Iterable[str]) -> None:
+    """Let a decoder keep its cache itself, as states, in place of inputs and outputs.
+
+    Args:
+        openvino: The package.
+        decoder: The model, which is changed.
+        past: Its inputs ``past_key_values.*``; each has an output ``present.*``.
+    """
+    import numpy as np
+    from openvino.op import assign, read_value
+    from openvino.op.util import Variable, VariableInfo
+
+    ops = openvino.opset15
+    embeds = decoder.input("inputs_embeds")
+    num_rows = ops.gather(ops.shape_of(embeds), [0], np.int64(0))
+    for name in past:
+        taken = decoder.input(name).get_node()
+        given = decoder.output(name.replace(PAST, PRESENT, 1)).get_node()
+        info = VariableInfo()
+        info.variable_id = name
+        info.data_shape, info.data_type = taken.get_partial_shape(), taken.get_element_type()
+        variable = Variable(info)
+        heads, width = (info.data_shape[axis].get_length() for axis in (1, 3))
+        nothing = ops.concat([num_rows, np.array([heads, 0, width])], 0)
+        empty = ops.broadcast(ops.constant(0.0, info.data_type), nothing)
+        held = read_value(empty, variable)
+        for reader in taken.output(0).get_target_inputs():
+            reader.replace_source_output(held.output(0))
+        decoder.add_sinks([assign(given.input_value(0).get_node(), variable)])
+        decoder.remove_result(given)
+        decoder.remove_parameter(taken)
+
+
+def _inliner(core: ov.Core, function: LocalFunction) -> Any:
+    from openvino.frontend.onnx import ConversionExtension
+
+    def convert(node: Any) -> list[Any]:
+        given = [node.get_input(index) for index in range(function.num_inputs)]
+        dtypes = [_ONNX_DTYPES[value.get_element_type().get_type_name()] for value in given]
+        # Functions that it calls are known to this core as well.
+        body = core.read_model(function.model(dtypes))
+        for parameter, value in zip(body.get_parameters(), given, strict=True):
+            for reader in parameter.output(0).get_target_inputs():
+                reader.replace_source_output(value)
+        return [result.input_value(0) for result in body.get_results()]
+
+    return ConversionExtension(function.name, function.domain, convert)
+
+
+def refused(openvino: Any, file: str, err: Exception) -> BundleError:
+    """The error for a graph that OpenVINO does not run."""
+    return BundleError(
+        f"OpenVINO {version(openvino)} refuses {file}",
+        seen=first_line(err),
+        fix="run the bundle in ONNX Runtime",
+    )
+
+
+def version(openvino: Any) -> str:
+    """Its version without the build."""
+    return str(openvino.__version__).split("-", 1)[0]
+
+
+def first_line(err: Exception) -> str:
+    """What OpenVINO says, without where in its source that was raised."""
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("Exception from ", "Check '"))]
+    return " ".join(told or lines or [type(err).__name__])[:300]
