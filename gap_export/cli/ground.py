@@ -19,7 +19,7 @@ from gap_export.cli._options import (
 from gap_export.cli._outputs import ForceOption, output_rule
 from gap_export.cli._requests import takes_requests
 from gap_export.errors import UsageError
-from gap_export.spec.requests import DEFAULT_OPENVINO, OpenVinoOptions
+from gap_export.spec.requests import OpenVinoOptions
 from gap_export.visible import visible
 
 
@@ -87,7 +87,7 @@ def ground(
         engines=engines,
         execution_providers=provider,
         num_threads=threads,
-        openvino=None if openvino == DEFAULT_OPENVINO else openvino,
+        openvino=openvino,
         verify=verify,
     ) as session:
         pad_color = session.manifest.image.pad_color

@@ -124,7 +124,7 @@ class GroundingSession:
         cuda_graphs: bool = False,
         execution_providers: Sequence[str] | None = None,
         num_threads: int | None = None,
-        openvino: OpenVinoOptions | None = None,
+        openvino: OpenVinoOptions = DEFAULT_OPENVINO,
         verify: Verify = "stamp",
         positions: PositionRule | None = None,
     ) -> GroundingSession:
@@ -157,7 +157,10 @@ class GroundingSession:
                 "CUDA graphs": (cuda_graphs or None, "tensorrt"),
                 "execution providers": (execution_providers, "onnxruntime"),
                 "threads": (num_threads, "onnxruntime", "openvino"),
-                "options of OpenVINO": (openvino, "openvino"),
+                "options of OpenVINO": (
+                    None if openvino == DEFAULT_OPENVINO else openvino,
+                    "openvino",
+                ),
             },
         )
         opened = open_bundle(bundle, verify=verify)
@@ -172,7 +175,7 @@ class GroundingSession:
         elif backend == "openvino":
             from gap_export.runtime.backends.openvino_backend import OpenVinoBackend
 
-            runs = OpenVinoBackend(opened, openvino or DEFAULT_OPENVINO, num_threads=num_threads)
+            runs = OpenVinoBackend(opened, openvino, num_threads=num_threads)
         else:
             from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from gap_export.families import Reference
+from gap_export.runtime.backends.backend import Backend
 from gap_export.spec.positions import compact_positions, gap_remap, slots_from_mask
 
 ATOL = 1e-4
@@ -53,6 +54,17 @@ def onnx_decoder(session: Any) -> Decoder:
             feed["kept_positions"] = table
         logits, *present = session.run(None, feed | dict(zip(caches, past, strict=True)))
         return logits[:, 0], present
+
+    return decode
+
+
+def backend_decoder(backend: Backend) -> Decoder:
+    """A bundle's decoder in any backend; its cache goes along as what is past."""
+
+    def decode(embeds, mask, slots, table, past):
+        (cache,) = past if len(past) == 1 else [backend.new_cache(len(embeds), 1024)]
+        feed = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": slots}
+        return backend.decode(feed | {"kept_positions": table}, cache), [cache]
 
     return decode
 

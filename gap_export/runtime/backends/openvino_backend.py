@@ -79,6 +79,8 @@ class OpenVinoBackend(Backend):
         BundleError: a graph that OpenVINO refuses, or a dtype other than float32 and float16.
     """
 
+    continues_prompts = True
+
     def __init__(
         self,
         bundle: Bundle,
@@ -121,10 +123,23 @@ class OpenVinoBackend(Backend):
             idle.append(request)
         return outputs
 
-    def new_cache(self, batch_size: int) -> OpenVinoCache:
-        """See Backend."""
+    def new_cache(self, batch_size: int, num_slots: int) -> OpenVinoCache:
+        """See Backend; OpenVINO has memory as it needs it."""
+        del num_slots
         request = self._graphs[DECODER].compiled.create_infer_request()
         return OpenVinoCache(batch_size=batch_size, request=request)
+
+    def fork_cache(self, cache: KVCache, batch_size: int, num_slots: int) -> OpenVinoCache:
+        """See Backend."""
+        assert isinstance(cache, OpenVinoCache), "a cache belongs to the backend that made it"
+        assert cache.batch_size == 1, "what is forked is one row"
+        forked = self.new_cache(batch_size, num_slots)
+        held = {state.name: state for state in cache.request.query_state()}
+        for state in forked.request.query_state():
+            rows = np.repeat(held[state.name].state.data, batch_size, axis=0)
+            state.state = self._openvino.Tensor(rows)
+        forked.length = cache.length
+        return forked
 
     def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
         """See Backend."""

@@ -1,0 +1,121 @@
+"""Real graphs in OpenVINO: equal to ONNX Runtime, caches side by side, the oracle, refusals."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gap_export.bundle import open_bundle
+from gap_export.errors import MissingDependencyError, UsageError
+from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.runtime.session import GroundingSession
+from gap_export.spec.positions import VisualSpan, build_kept_positions
+from gap_export.spec.requests import OpenVinoOptions
+from tests.families.masked_oracle import backend_decoder, check_masked_oracle
+from tests.runtime.backends.test_onnxruntime_backend import EXPRESSIONS, random_prompt
+
+pytest.importorskip("openvino", reason="the extra openvino is not installed")
+from gap_export.runtime.backends.openvino_backend import OpenVinoBackend
+
+
+@pytest.fixture(scope="module")
+def backend(tiny_bundle: Path) -> Iterator[OpenVinoBackend]:
+    with OpenVinoBackend(open_bundle(tiny_bundle), num_threads=1) as opened:
+        yield opened
+
+
+def test_answers_are_those_of_onnx_runtime(tiny_bundle, image):
+    answers = []
+    for backend in ("onnxruntime", "openvino"):
+        with GroundingSession.open(tiny_bundle, backend=backend, num_threads=1) as session:
+            answers.append(session.ground_batch(image, EXPRESSIONS))
+    for one, other in zip(*answers, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.keep_indices == other.keep_indices
+        assert one.box == other.box
+    assert answers[1][0].backend.startswith("OpenVINO 2026.")
+
+
+def test_cache_grown_step_by_step_equals_onnx_runtime_at_once(backend, tiny_bundle):
+    bundle = open_bundle(tiny_bundle)
+    given = random_prompt(bundle.manifest, 9, rows=2)
+    # Padding on the left, and a slot in the middle that no later token may see.
+    given["attention_mask"][0, :2] = given["attention_mask"][1, 4] = 0
+    with OnnxRuntimeBackend(bundle, num_threads=1) as truth:
+        at_once = truth.decode(given, truth.new_cache(2, 9))
+    caches = [backend.new_cache(2, 9) for _ in range(2)]
+    for start, end in ((0, 6), (6, 7), (7, 9)):
+        step = {
+            "inputs_embeds": given["inputs_embeds"][:, start:end],
+            "attention_mask": given["attention_mask"][:, :end],
+            "position_ids": given["position_ids"][:, start:end],
+            "kept_positions": given["kept_positions"],
+        }
+        # Two caches that grow in turns.
+        logits = [backend.decode(step, cache) for cache in caches]
+    for each in logits:
+        np.testing.assert_allclose(each, at_once, atol=1e-4)
+    compact = given | {"kept_positions": np.arange(6, dtype=np.int64)[None].repeat(2, axis=0)}
+    assert np.abs(backend.decode(compact, backend.new_cache(2, 9)) - at_once).max() > 1e-2
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_forked_caches_go_on_from_one_row_that_stays_as_it_is(backend, tiny_bundle, num_rows):
+    given = random_prompt(open_bundle(tiny_bundle).manifest, 9, rows=num_rows)
+    given["inputs_embeds"][:, :5] = given["inputs_embeds"][:1, :5]
+    at_once = backend.decode(given, backend.new_cache(num_rows, 9))
+    first = {name: values[:1] for name, values in given.items()}
+    first["inputs_embeds"] = given["inputs_embeds"][:1, :5]
+    first["attention_mask"], first["position_ids"] = np.ones((1, 5), np.int64), np.arange(5)[None]
+    cache = backend.new_cache(1, 5)
+    backend.decode(first, cache)
+    rest = {**given, **{name: given[name][:, 5:] for name in ("inputs_embeds", "position_ids")}}
+    for _ in range(2):
+        fork = backend.fork_cache(cache, num_rows, 9)
+        np.testing.assert_allclose(backend.decode(rest, fork), at_once, atol=1e-4)
+        assert (fork.batch_size, fork.length, cache.length) == (num_rows, 9, 5)
+
+
+def test_oracle_holds_in_openvino(backend, tiny_bundle, tiny_graphs):
+    reference = tiny_graphs.reference()
+    hidden = open_bundle(tiny_bundle).manifest.decoder.hidden_size
+    full = np.random.default_rng(3).normal(size=(1, 25, hidden)).astype(np.float32)
+    span = VisualSpan(start=5, num_visual_tokens=16, keep_indices=np.array([0, 3, 4, 9, 14]))
+    table = build_kept_positions(unpruned_length=25, spans=[span])
+    check_masked_oracle(reference, backend_decoder(backend), full, table, steps=12)
+
+
+def test_threads_share_a_session(tiny_bundle, image):
+    with (
+        GroundingSession.open(tiny_bundle, backend="openvino", num_threads=1) as session,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        alone = [session.ground(image, expression).token_ids for expression in EXPRESSIONS]
+        together = pool.map(lambda text: session.ground(image, text).token_ids, EXPRESSIONS)
+        assert list(together) == alone
+
+
+def test_device_that_is_not_there_is_refused(tiny_bundle):
+    with pytest.raises(UsageError, match=r"no such device here: TPU; allowed: .*CPU"):
+        GroundingSession.open(
+            tiny_bundle, backend="openvino", openvino=OpenVinoOptions(device="TPU")
+        )
+
+
+def test_options_of_another_backend_are_refused(tiny_bundle):
+    for wrong in ({"execution_providers": ["CPUExecutionProvider"]}, {"engines": "orin"}):
+        with pytest.raises(UsageError, match="cannot be used with openvino"):
+            GroundingSession.open(tiny_bundle, backend="openvino", **wrong)
+    with pytest.raises(UsageError, match="options of OpenVINO cannot be used with onnxruntime"):
+        GroundingSession.open(tiny_bundle, openvino=OpenVinoOptions(device="GPU"))
+
+
+def test_missing_package_says_what_to_install(tiny_bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingDependencyError, match=r"not installed: openvino; .*\[openvino\]"):
+        GroundingSession.open(tiny_bundle, backend="openvino")
