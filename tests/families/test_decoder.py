@@ -26,7 +26,7 @@ from gap_export.exporting.trace import save_graph, trace_component
 from gap_export.families.common.checkpoints.configs import decoder_shape
 from gap_export.families.common.components import decoder_component
 from gap_export.families.common.decoder_kind import LLAMA
-from gap_export.families.common.modules.attention import rope_rotation, rotate
+from gap_export.families.common.modules.attention import key_bias, rope_rotation, rotate
 from gap_export.families.common.modules.decoder_stack import TokenEmbedding, rope_constants
 from gap_export.families.common.modules.expected import decoder_key
 from gap_export.families.common.modules.llama_decoder import LlamaDecoder
@@ -235,3 +235,19 @@ def test_a_decoder_with_axes_norms_and_taps_is_exported(tmp_path):
         for ours, theirs in zip(found, wanted, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=2e-5)
         past = found[1:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_bias_blocks_to_the_bit_what_the_finite_minimum_in_its_place_would(dtype):
+    """Zeros in the middle, padding on the left, a row that may see nothing, scores of any size."""
+    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 1]])
+    bias = key_bias(mask, num_queries=3, past=1)
+    slots = torch.arange(4)
+    allowed = (slots <= slots[1:, None]) & (mask != 0)[:, None, None]
+    sizes = torch.tensor([-3e4, -20.0, -1e-3, 3e4])
+    scores = torch.stack([sizes.roll(shift) for shift in range(3)]).to(dtype).expand(2, 1, 3, 4)
+    biased = scores.to(torch.float32) + bias
+    lowest = torch.finfo(torch.float32).min
+    assert torch.equal(biased, torch.where(allowed, scores.to(torch.float32), lowest))
+    assert not allowed[1, 0, 0].any()
+    assert torch.equal(torch.softmax(biased, dim=-1)[1, 0, 0], torch.full((4,), 0.25))

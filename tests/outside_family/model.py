@@ -59,13 +59,13 @@ class PhiLayer(nn.Module):
         self,
         hidden: torch.Tensor,
         size: tuple[int, int],
-        allowed: torch.Tensor,
+        bias: torch.Tensor,
         rotation: Rotation,
         past: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See :class:`DecoderStack`."""
         normal = self.input_layernorm(hidden)
-        attended, key, value = self.self_attn(normal, size, allowed, rotation, past)
+        attended, key, value = self.self_attn(normal, size, bias, rotation, past)
         return hidden + attended + self.mlp(normal), key, value
 
 
@@ -79,14 +79,14 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden_size, width)
         self.dense = nn.Linear(width, shape.hidden_size)
 
-    def forward(self, normal, size, allowed, rotation, past):
+    def forward(self, normal, size, bias, rotation, past):
         shape = self.shape
         query, key, value = (
             split_heads(linear(normal), size, shape.num_heads, shape.head_dim)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
         turned = (rotate(part, rotation, shape.rotary_dim) for part in (query, key))
-        merged, key, value = attend(*turned, value, past, allowed, shape)
+        merged, key, value = attend(*turned, value, past, bias, shape)
         return self.dense(merged), key, value
 
 

@@ -17,7 +17,12 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from gap_export.families.common.modules.attention import Rotation, rope_frequencies, rotate
+from gap_export.families.common.modules.attention import (
+    Rotation,
+    mask_bias,
+    rope_frequencies,
+    rotate,
+)
 from gap_export.families.common.modules.joining import join_patches
 from gap_export.families.common.modules.norms import RmsNorm
 from gap_export.families.common.modules.pruned_vision import VisionFeatures
@@ -83,11 +88,11 @@ class QwenVisionTower(nn.Module):
         images, patches, width = hidden.shape
         cos, sin = (_of_canvas(part, canvas).to(hidden.dtype) for part in (self.cos, self.sin))
         rotation = cos, sin
-        allowed = getattr(self, "window_keys", None)
+        bias = self._window_bias(images)
         flat = hidden.reshape(-1, width)
         tapped, attended = [], None
         for index, layer in enumerate(self.encoder.layers):
-            flat, attended = layer(flat, images, rotation, allowed)
+            flat, attended = layer(flat, images, rotation, bias)
             if index in self.taps:
                 tapped.append(flat)
         assert attended is not None and attended.weights is not None, "the last layer sees all"
@@ -98,6 +103,16 @@ class QwenVisionTower(nn.Module):
             keys=self._joined(attended.keys.mean(dim=1)).flatten(2),
             received_attention=self._joined(received).mean(dim=2),
         )
+
+    def _window_bias(self, images: int) -> torch.Tensor | None:
+        """[I * W, 1, 1, Q], blocks what is beyond the canvas; None where no window reaches there.
+
+        Made for all layers at once.
+        """
+        inside = getattr(self, "window_keys", None)
+        if inside is None:
+            return None
+        return mask_bias(inside.expand(images, -1, -1, -1, -1).reshape(-1, *inside.shape[1:]))
 
     def _joined(self, per_patch: torch.Tensor) -> torch.Tensor:
         """[I, P, ...] to [I, N, J, ...]."""
@@ -274,10 +289,10 @@ class _Layer(nn.Module):
         self.mlp = _GatedMlp(shape) if kind.gated else _Mlp(shape)
 
     def forward(
-        self, hidden: torch.Tensor, images: int, rotation: Rotation, allowed: torch.Tensor | None
+        self, hidden: torch.Tensor, images: int, rotation: Rotation, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, _Attended]:
         """[I * P, D] to the same, and what attention saw."""
-        mixed, attended = self.attn(self.norm1(hidden), images, rotation, allowed)
+        mixed, attended = self.attn(self.norm1(hidden), images, rotation, bias)
         hidden = hidden + mixed
         return hidden + self.mlp(self.norm2(hidden)), attended
 
@@ -293,7 +308,7 @@ class _Attention(nn.Module):
         self.proj = nn.Linear(shape.width, shape.width)
 
     def forward(
-        self, hidden: torch.Tensor, images: int, rotation: Rotation, allowed: torch.Tensor | None
+        self, hidden: torch.Tensor, images: int, rotation: Rotation, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, _Attended]:
         width = hidden.shape[1]
         query, key, value = (self._heads(part, images) for part in self.qkv(hidden).chunk(3, dim=1))
@@ -303,10 +318,8 @@ class _Attention(nn.Module):
         if windows is None:
             mixed, weights = _mix(query, key, value, None)
         else:
-            if allowed is not None:
-                allowed = allowed.expand(images, -1, -1, -1, -1).reshape(-1, *allowed.shape[1:])
             query, key, value = (windows.cut(part) for part in (query, key, value))
-            mixed = windows.join(_mix(query, key, value, allowed)[0])
+            mixed = windows.join(_mix(query, key, value, bias)[0])
         mixed = mixed.transpose(1, 2).reshape(-1, width)
         return self.proj(mixed), _Attended(weights, unturned)
 
@@ -318,14 +331,14 @@ class _Attention(nn.Module):
 
 
 def _mix(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of [B, heads, S, d]: the mixed values, and weights [B, heads, S, S]."""
     scores = torch.matmul(query, key.transpose(2, 3)) * query.shape[3] ** -0.5
-    if allowed is not None:
-        scores = torch.where(allowed, scores, torch.finfo(scores.dtype).min)
     # Cast first: softmax's own dtype argument is exported as a cast of its result.
-    weights = torch.softmax(scores.to(torch.float32), dim=-1).to(scores.dtype)
+    wide = scores.to(torch.float32)
+    wide = wide if bias is None else wide + bias
+    weights = torch.softmax(wide, dim=-1).to(scores.dtype)
     return torch.matmul(weights, value), weights
 
 

@@ -26,19 +26,20 @@ _WIDTHS = range(16, 257, 8)
 
 
 class FuseAttention(PatternPass):
-    """Rewrites ``softmax(where(allowed, q k' * scale, lowest)) v`` to ``Attention(q, k, v, bias)``.
+    """Rewrites ``softmax(q k' * scale + bias) v`` to ``Attention(q, k, v, bias)``.
 
-    ``allowed`` is optional, and so is the repetition of key-value heads: Attention shares them by
-    itself, query head h reading head h // groups. TensorRT wants four axes and, where a row may
-    have nothing that is allowed (padding), a bias that is finite; -inf would give NaN and spread.
-    The bias is half of the lowest number rather than the lowest, since it is added to the score
-    and must not overflow: next to any key that is allowed its weight is 0 just the same. Where
-    nothing is allowed, a row comes out as another mean than before; no such row is read.
+    The bias is ``where(allowed, 0, lowest)`` in float32. It is optional, and so is the repetition
+    of key-value heads: Attention shares them by itself, query head h reads head h // groups.
+    TensorRT wants the bias in the query's dtype, of four axes and, where a row may have nothing
+    that is allowed (padding), finite; -inf would give NaN and spread. It becomes half of that
+    dtype's lowest number rather than the lowest, since the sum must not overflow: next to any key
+    that is allowed its weight is 0 just the same. Where nothing is allowed, a row comes out as
+    another mean than before; no such row is read.
 
     What marks attention is a Softmax whose result is multiplied as a matrix and read by nothing
     else; where something else reads the weights (a pruner reads those of [CLS]) they stay. Does not
     handle: graphs in float32, for which TensorRT has no kernel; head widths but multiples of 8 from
-    16 to 256; dropout; biases that are added.
+    16 to 256; dropout; biases of other numbers.
     """
 
     def __init__(self) -> None:
@@ -55,17 +56,15 @@ class FuseAttention(PatternPass):
         """Attention of query [B, heads, S, d], key and value [B, heads, T, d]."""
         product = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))
         scores = op.Mul(product, scale)
-        allowed, lowest = Var("allowed"), Var("lowest")
-        where = op.Where(allowed, scores, lowest, _outputs=["masked"])
         # The rewriter cannot commute alternatives without a tag.
-        masked = OrValue([where, scores], tag_var="is_plain")
-        wide = OrValue([op.Cast(masked), masked], tag_var="stays_wide")
-        weights = op.Softmax(wide, _outputs=["weights"])
+        wide = OrValue([op.Cast(scores), scores], tag_var="stays_wide")
+        masked = op.Add(wide, Var("bias"))
+        weights = op.Softmax(OrValue([masked, wide], tag_var="is_plain"), _outputs=["weights"])
         return op.MatMul(OrValue([op.Cast(weights), weights], tag_var="stays_narrow"), value)
 
     def replace(self, last: ir.Node, **values: Any) -> ir.Node | None:
         """One Attention, behind the bias of its mask."""
-        softmax, masked = values["weights"].producer(), values.get("masked")
+        softmax, bias = values["weights"].producer(), values.get("bias")
         if _last_of(softmax) is not last:
             return None  # something else reads the weights
         query, key, value = (values[name] for name in ("query", "key", "value"))
@@ -86,8 +85,8 @@ class FuseAttention(PatternPass):
                     fix="use the portable lowering",
                 )
         inputs = [query, _shared(key, where), _shared(value, where)]
-        if masked is not None:
-            inputs.append(self._bias(masked.producer(), query, where))
+        if bias is not None:
+            inputs.append(self._bias(bias, query, where))
         factor, made = float(scale.reshape(())), [like(last.outputs[0])]
         return ir.node("Attention", inputs, {"scale": factor}, outputs=made, name=last.name)
 
@@ -95,12 +94,17 @@ class FuseAttention(PatternPass):
         """A Softmax whose result is multiplied as a matrix and read by nothing else."""
         return _last_of(node) is not None
 
-    def _bias(self, mask: ir.Node, query: ir.Value, where: str) -> ir.Value:
+    def _bias(self, wide: ir.Value, query: ir.Value, where: str) -> ir.Value:
         """0 where a key is allowed, half of the lowest number elsewhere; four axes.
 
         A mask that is the same for all queries is repeated for each: not every runtime does so.
         """
-        graph, (allowed, _, blocked) = mask.graph, mask.inputs
+        mask = wide.producer()
+        if mask is None or not is_operator(mask, "Where"):
+            raise PassError(
+                f"{where}: a bias that is no mask", seen=describe(wide), allowed="Where"
+            )
+        graph, (allowed, added, blocked) = mask.graph, mask.inputs
         assert allowed is not None and query.dtype is not None and isinstance(graph, ir.Graph)
         dtype, length = query.dtype, static_dim(query, 2)
         is_shared = length != 1 and static_dim(allowed, -2) == 1
@@ -110,11 +114,13 @@ class FuseAttention(PatternPass):
         rank, number = None if allowed.shape is None else allowed.shape.rank(), constant(blocked)
         lowest = None if number is None else ir.DataType.from_numpy(number.dtype).min
         is_known = number is not None and number.size == 1 and number.item() == lowest
+        is_known = is_known and constant(added) == 0
         if rank not in {2, 4} or not is_known or (is_shared and length is None):
             raise PassError(
                 f"{where}: masked in another way",
-                seen=f"{describe(allowed)} of {rank} axes, blocked {number}, {length} queries",
-                allowed="2 or 4 axes, blocked the lowest number there is; a mask that is the same "
+                seen=f"{describe(allowed)} of {rank} axes, {constant(added)} or {number}, {length} "
+                "queries",
+                allowed="2 or 4 axes, 0 or the lowest number there is; a mask that is the same "
                 "for all queries, where their number is known",
             )
         assert allowed.shape is not None

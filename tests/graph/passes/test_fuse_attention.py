@@ -11,7 +11,8 @@ from gap_export.graph.passes.raise_opset import RaiseOpset
 from tests.graph.lowering_models import changed, check_declined, kinds, parse, run
 
 RNG = np.random.default_rng(0)
-LOWEST = np.array(np.finfo(np.float16).min, np.float16)
+LOWEST = np.array(np.finfo(np.float32).min)
+ZERO = np.array(0, np.float32)
 SCALE = np.array(0.25, np.float16)
 
 MISSED = "1 places resemble the pattern and do not match it: Softmax .*; use the portable"
@@ -28,9 +29,9 @@ attention (float16[b, 2, s, 16] q, float16[b, 2, t, 16] k, float16[b, 2, t, 16] 
     y = MatMul (weights, v)
 }"""
 MASKED = (
-    PLAIN.replace("float16 scale)", "float16 scale, bool[s, t] allowed, float16 lowest)")
-    .replace("wide = Cast <to = 1> (scaled)", "masked = Where (allowed, scaled, lowest)\n"
-             "    wide = Cast <to = 1> (masked)")
+    PLAIN.replace("float16 scale)", "float16 scale, bool[s, t] allowed, float zero, float lowest)")
+    .replace("softmax = Softmax <axis = -1> (wide)", "bias = Where (allowed, zero, lowest)\n"
+             "    masked = Add (wide, bias)\n    softmax = Softmax <axis = -1> (masked)")
 )  # fmt: skip
 SHARED = (
     PLAIN.replace("[b, 2, s, 16] q", "[b, 4, s, 16] q")
@@ -52,7 +53,8 @@ SHARED = (
 
 def plain(*changes: tuple[str, str], text: str = PLAIN) -> ir.Model:
     text = changed(text, *changes)
-    numbers = {"scale": SCALE} | ({"lowest": LOWEST} if "lowest" in text else {})
+    masked = {"zero": ZERO, "lowest": LOWEST}
+    numbers = {"scale": SCALE} | (masked if "lowest" in text else {})
     return parse(text, **numbers)
 
 
@@ -107,6 +109,13 @@ def test_mask_becomes_a_finite_bias_of_four_axes():
     assert not FuseAttention().run(model)
 
 
+def test_bias_that_is_no_mask_is_refused():
+    model = plain(
+        ("bias = Where (allowed, zero, lowest)", "bias = Cast <to = 1> (allowed)"), text=MASKED
+    )
+    check_declined(FuseAttention(), model, "a bias that is no mask: bias of Cast")
+
+
 def test_bias_does_not_overflow_next_to_large_scores():
     given = feeds(allowed=np.tril(np.ones((5, 7), bool)))
     given["q"] = given["q"] * 40
@@ -118,7 +127,7 @@ def test_bias_does_not_overflow_next_to_large_scores():
 
 def test_layers_share_one_bias():
     body = MASKED[MASKED.index("{") + 1 : MASKED.rindex("}")]
-    own = "turned|product|scaled|masked|wide|softmax|weights|y"
+    own = "turned|product|scaled|bias|masked|wide|softmax|weights|y"
     second = re.sub(rf"\b({own})\b", r"\g<1>2", body).replace("MatMul (q", "MatMul (y")
     text = MASKED.replace(body, body + second).replace("16] y)", "16] y2)")
     model = fused(plain(text=text))
@@ -192,9 +201,12 @@ def test_near_miss_is_refused_and_left(changes, message):
     check_declined(FuseAttention(), plain(*changes), message)
 
 
-@pytest.mark.parametrize("blocked", [-np.inf, -10000.0, 0.0])
-def test_other_blocked_scores_are_refused(blocked):
-    model = parse(MASKED, scale=SCALE, lowest=np.array(blocked, np.float16))
+@pytest.mark.parametrize(
+    ("added", "blocked"), [(0, -np.inf), (0, -10000), (0, 0), (1, np.finfo(np.float32).min)]
+)
+def test_other_biases_are_refused(added, blocked):
+    numbers = {"zero": np.array(added, np.float32), "lowest": np.array(blocked, np.float32)}
+    model = parse(MASKED, scale=SCALE, **numbers)
     check_declined(FuseAttention(), model, "masked in another way")
 
 

@@ -17,13 +17,27 @@ from gap_export.spec.architecture import DecoderShape
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
-def allowed_keys(attention_mask: torch.Tensor, *, num_queries: int, past: int) -> torch.Tensor:
-    """Bool [B, 1, S, T]: not hidden, and not in the future. Causality goes by slot, not by id."""
+def mask_bias(allowed: torch.Tensor) -> torch.Tensor:
+    """What is added to scores: 0 where a key is allowed (bool), elsewhere the finite minimum.
+
+    Float32, to which scores are cast before the sum: their own size is below half a unit in the
+    minimum's last place (about 1e31), so that a blocked score comes out as the minimum exactly, and
+    an allowed one as it was. In float16 the sum could be -inf, and NaN a row that may see nothing
+    (padding).
+    """
+    return torch.where(allowed, 0.0, torch.finfo(torch.float32).min).to(torch.float32)
+
+
+def key_bias(attention_mask: torch.Tensor, *, num_queries: int, past: int) -> torch.Tensor:
+    """Float32 [B, 1, S, T]: blocks what is hidden or in the future; the same for all layers.
+
+    Causality goes by slot, not by id.
+    """
     device = attention_mask.device
     key_slots = torch.arange(past + num_queries, device=device)
     query_slots = torch.arange(num_queries, device=device) + past
     causal = key_slots.unsqueeze(0) <= query_slots.unsqueeze(1)
-    return causal & (attention_mask != 0).unsqueeze(1).unsqueeze(1)
+    return mask_bias(causal & (attention_mask != 0).unsqueeze(1).unsqueeze(1))
 
 
 def rope_frequencies(theta: float, width: int) -> torch.Tensor:
@@ -84,7 +98,7 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     past: tuple[torch.Tensor, torch.Tensor],
-    allowed: torch.Tensor,
+    bias: torch.Tensor,
     shape: DecoderShape,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Grow the cache, and mix its values.
@@ -94,7 +108,7 @@ def attend(
         key: [B, key-value heads, S, d].
         value: As the key.
         past: Keys and values of the slots before, [B, key-value heads, past, d].
-        allowed: bool [B, 1, S, T].
+        bias: float32 [B, 1, S, T], see :func:`key_bias`.
         shape: The decoder's.
 
     Returns:
@@ -103,10 +117,8 @@ def attend(
     key, value = torch.cat((past[0], key), dim=2), torch.cat((past[1], value), dim=2)
     shared = shape.num_heads // shape.num_key_value_heads
     scores = torch.matmul(query, _repeat(key, shared).transpose(2, 3)) * shape.head_dim**-0.5
-    # The finite minimum, never -inf: a row that may see nothing (padding) stays a number.
-    scores = torch.where(allowed, scores, torch.finfo(scores.dtype).min)
     # Cast first: softmax's own dtype argument is exported as a cast of its result.
-    weights = torch.softmax(scores.to(torch.float32), dim=-1).to(query.dtype)
+    weights = torch.softmax(scores.to(torch.float32) + bias, dim=-1).to(query.dtype)
     mixed = torch.matmul(weights, _repeat(value, shared)).transpose(1, 2)
     return mixed.reshape(-1, shape.num_heads * shape.head_dim), key, value
 

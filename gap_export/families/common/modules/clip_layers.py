@@ -44,13 +44,13 @@ class ClipEncoder(nn.Module):
         self.layers = nn.ModuleList([kind(shape) for _ in range(num_layers)])
 
     def forward(
-        self, hidden: torch.Tensor, allowed: torch.Tensor | None = None
+        self, hidden: torch.Tensor, bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Attended | None]:
         """Run the layers.
 
         Args:
             hidden: [B, T, D].
-            allowed: bool [T, T], query by key; None lets everyone see everyone.
+            bias: float32 [T, T], query by key, see :func:`mask_bias`; None lets everyone see all.
 
         Returns:
             hidden states [B, T, D], and the last layer's attention (None where there are no
@@ -61,7 +61,7 @@ class ClipEncoder(nn.Module):
         # A matrix between the steps of attention, for the same reason as in llama_decoder.
         flat = hidden.reshape(-1, width)
         for layer in self.layers:
-            flat, attended = layer(flat, (batch, length), allowed)
+            flat, attended = layer(flat, (batch, length), bias)
         return flat.reshape(batch, length, width), attended
 
 
@@ -74,9 +74,9 @@ class _Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
 
     def forward(
-        self, hidden: torch.Tensor, size: tuple[int, int], allowed: torch.Tensor | None
+        self, hidden: torch.Tensor, size: tuple[int, int], bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, Attended]:
-        merged, attended = self.self_attn(self.layer_norm1(hidden), size, allowed)
+        merged, attended = self.self_attn(self.layer_norm1(hidden), size, bias)
         hidden = hidden + merged
         return hidden + self.mlp(self.layer_norm2(hidden)), attended
 
@@ -88,9 +88,9 @@ class _ScaledLayer(_Layer):
         self.layer_scale2 = nn.Parameter(torch.empty(shape.width))
 
     def forward(
-        self, hidden: torch.Tensor, size: tuple[int, int], allowed: torch.Tensor | None
+        self, hidden: torch.Tensor, size: tuple[int, int], bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, Attended]:
-        merged, attended = self.self_attn(self.layer_norm1(hidden), size, allowed)
+        merged, attended = self.self_attn(self.layer_norm1(hidden), size, bias)
         hidden = hidden + merged * self.layer_scale1
         return hidden + self.mlp(self.layer_norm2(hidden)) * self.layer_scale2, attended
 
@@ -105,16 +105,16 @@ class _Attention(nn.Module):
         self.out_proj = nn.Linear(shape.width, shape.width)
 
     def forward(
-        self, hidden: torch.Tensor, size: tuple[int, int], allowed: torch.Tensor | None
+        self, hidden: torch.Tensor, size: tuple[int, int], bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, Attended]:
         query = self._heads(self.q_proj(hidden), size)
         key = self._heads(self.k_proj(hidden), size)
         value = self._heads(self.v_proj(hidden), size)
         scores = torch.matmul(query, key.transpose(2, 3)) * query.shape[3] ** -0.5
-        if allowed is not None:
-            scores = torch.where(allowed, scores, torch.finfo(scores.dtype).min)
         # Cast first: softmax's own dtype argument is exported as a cast of its result.
-        weights = torch.softmax(scores.to(torch.float32), dim=-1).to(scores.dtype)
+        wide = scores.to(torch.float32)
+        wide = wide if bias is None else wide + bias
+        weights = torch.softmax(wide, dim=-1).to(scores.dtype)
         merged = torch.matmul(weights, value).transpose(1, 2).reshape(-1, hidden.shape[1])
         return self.out_proj(merged), Attended(weights, key)
 

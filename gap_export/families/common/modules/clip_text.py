@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from gap_export.families.common.modules.attention import mask_bias
 from gap_export.families.common.modules.clip_layers import ClipEncoder
 from gap_export.spec.architecture import TextShape
 
@@ -38,7 +39,7 @@ class ClipTextEncoder(nn.Module):
         """
         slots = torch.arange(input_ids.shape[1], device=input_ids.device)
         causal = slots.unsqueeze(0) <= slots.unsqueeze(1)
-        hidden, _ = self.encoder(self.embeddings(input_ids, slots), causal)
+        hidden, _ = self.encoder(self.embeddings(input_ids, slots), mask_bias(causal))
         end = self._end_of_text(input_ids, slots)
         index = end[:, None, None].expand(-1, 1, hidden.shape[2])
         pooled = torch.gather(self.final_layer_norm(hidden), 1, index)[:, 0]

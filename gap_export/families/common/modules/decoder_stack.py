@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gap_export.families.common.modules.attention import (
-    allowed_keys,
+    key_bias,
     rope_frequencies,
     rope_rotation,
 )
@@ -28,9 +28,9 @@ class DecoderStack(nn.Module):
 
     Args:
         shape: What the decoder is made of.
-        layers: Each takes the hidden state [B * S, H], the size (B, S), bool [B, 1, S, T] of the
-            keys that may be seen, a rotation, and its past keys and values; it gives the hidden
-            state, keys and values.
+        layers: Each takes the hidden state [B * S, H], the size (B, S), float32 [B, 1, S, T] that
+            blocks keys (:func:`key_bias`), a rotation, and its past keys and values; it gives the
+            hidden state, keys and values.
         norm: Before the head.
     """
 
@@ -72,7 +72,7 @@ class DecoderStack(nn.Module):
             [B, key-value heads, T, d].
         """
         past_length = past_key_values[0].shape[2]
-        allowed = allowed_keys(attention_mask, num_queries=inputs_embeds.shape[1], past=past_length)
+        bias = key_bias(attention_mask, num_queries=inputs_embeds.shape[1], past=past_length)
         axes = self.rope_axes if self.shape.position_axes > 1 else None
         rotation = rope_rotation(position_ids, self.inv_freq, inputs_embeds.dtype, axes)
         batch, length, width = inputs_embeds.shape
@@ -85,7 +85,7 @@ class DecoderStack(nn.Module):
         present: list[torch.Tensor] = []
         for index, layer in enumerate(self.layers):
             past = past_key_values[2 * index], past_key_values[2 * index + 1]
-            hidden, key, value = layer(hidden, (batch, length), allowed, rotation, past)
+            hidden, key, value = layer(hidden, (batch, length), bias, rotation, past)
             present += [key, value]
             if index < len(taps):
                 hidden = hidden + taps[index]

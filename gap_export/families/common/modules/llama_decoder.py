@@ -43,12 +43,12 @@ class _Layer(nn.Module):
         self,
         hidden: torch.Tensor,
         size: tuple[int, int],
-        allowed: torch.Tensor,
+        bias: torch.Tensor,
         rotation: Rotation,
         past: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         normal = self.input_layernorm(hidden)
-        attended, key, value = self.self_attn(normal, size, allowed, rotation, past)
+        attended, key, value = self.self_attn(normal, size, bias, rotation, past)
         hidden = hidden + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden)), key, value
 
@@ -71,7 +71,7 @@ class _Attention(nn.Module):
         self,
         hidden: torch.Tensor,
         size: tuple[int, int],
-        allowed: torch.Tensor,
+        bias: torch.Tensor,
         rotation: Rotation,
         past: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -82,7 +82,7 @@ class _Attention(nn.Module):
         key = split_heads(self.k_proj(hidden), size, groups, width)
         key = rotate(self.k_norm(key) if shape.qk_norm else key, rotation, shape.rotary_dim)
         value = split_heads(self.v_proj(hidden), size, groups, width)
-        merged, key, value = attend(query, key, value, past, allowed, shape)
+        merged, key, value = attend(query, key, value, past, bias, shape)
         return self.o_proj(merged), key, value
 
 
