@@ -90,6 +90,33 @@ def test_onnx_runtime_gives_pytorchs_tokens_and_boxes(name, number, bundle):
     assert figures["ties"] <= max(1, 0.01 * number)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_questions_that_share_an_image_get_the_answers_of_separate_calls(name, bundle):
+    samples = list(iter_samples(seed=15, num_samples=6))
+    image, texts = samples[0].image, [sample.expression.text for sample in samples]
+    with GroundingSession.open(bundle) as session:
+        logits, decode = [], session.backend.decode
+
+        def watch(feed, cache):
+            logits.append(decode(feed, cache))
+            return logits[-1]
+
+        def ask(ask_one):
+            logits.clear()
+            answers = [ask_one(text) for text in texts]
+            # What chooses a token; the shared tokens of the image give one more.
+            return [answer.token_ids for answer in answers], list(logits)
+
+        session.backend.decode = watch
+        alone, separate = ask(lambda text: session.ground(image, text))
+        with session.look(image) as view:
+            one_by_one, shared = ask(view.ground)
+        together = session.ground_batch(image, texts)
+    assert len(shared) == len(separate) + 1
+    np.testing.assert_allclose(shared[1:], separate, atol=1e-4)
+    assert one_by_one == alone == [answer.token_ids for answer in together]
+
+
 @pytest.mark.parametrize(
     ("name", "least"),
     # The last was trained for half as long, and loses more with its tokens.

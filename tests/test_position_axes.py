@@ -102,9 +102,15 @@ def prompt_row(
     return row, every
 
 
-def logits_of(backend: Any, rows: list[PromptRow], positions: Any = "gap") -> np.ndarray:
-    """[B, steps, V], the same tokens forced."""
-    prompt = assemble_prompt(rows, positions=positions, position_axes=3)
+def logits_of(
+    backend: Any, rows: list[PromptRow], positions: Any = "gap", *, num_shared: int = 0
+) -> np.ndarray:
+    """[B, steps, V], the same tokens forced; the first ``num_shared`` go in once for all rows."""
+    prompt = assemble_prompt(rows, positions=positions, position_axes=3, num_shared=num_shared)
+    prefix = None
+    if num_shared:
+        prefix = backend.new_cache(1, num_shared)
+        backend.decode(prompt.shared_feed, prefix)
     answer = generate(
         backend,
         prompt,
@@ -112,6 +118,7 @@ def logits_of(backend: Any, rows: list[PromptRow], positions: Any = "gap") -> np
         eos_token_ids=(2,),
         forced_tokens=np.repeat(STEPS, len(rows), axis=0),
         keep_logits=True,
+        prefix=prefix,
     )
     assert answer.logits is not None
     return answer.logits
@@ -157,6 +164,9 @@ def test_pruned_equals_unpruned_with_dropped_tokens_hidden(
     assert np.abs(truth).max() > 0.5
     assert np.abs(logits_of(backend, [row]) - truth).max() <= ATOL
     assert np.abs(logits_of(TorchBackend(reference), [row]) - truth).max() <= ATOL
+    shared = before + len(keep)
+    for one in (backend, TorchBackend(reference)):
+        assert np.abs(logits_of(one, [row], num_shared=shared) - truth).max() <= ATOL
     assert np.abs(logits_of(backend, [row], "compact") - truth).max() > 0.1
     shifted = np.abs(logits_of(backend, [row], "text-shifted") - truth).max()
     # Where a token of the longest axis' last line is left, text goes on where it should.
@@ -194,6 +204,15 @@ def test_rows_of_a_padded_batch_equal_the_rows_alone(backend):
     batch = logits_of(backend, rows)
     for index, row in enumerate(rows):
         assert np.abs(batch[index] - logits_of(backend, [row])[0]).max() <= ATOL
+
+
+def test_rows_that_share_their_image_equal_the_rows_alone(backend):
+    longer, _ = prompt_row(backend, (3, 6), [0, 2, 7, 9], after=9)
+    rows = [longer, dataclasses.replace(longer, suffix_embeds=longer.suffix_embeds[3:5])]
+    for positions in ("gap", "compact", "text-shifted"):
+        batch = logits_of(backend, rows, positions, num_shared=8)
+        for index, row in enumerate(rows):
+            assert np.abs(batch[index] - logits_of(backend, [row], positions)[0]).max() <= ATOL
 
 
 def test_a_session_feeds_slots_and_three_axes(bundle):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.errors import UsageError
-from gap_export.runtime.backends.backend import EMBEDDING, Backend, FloatArray
+from gap_export.runtime.backends.backend import EMBEDDING, Backend, FloatArray, KVCache
 from gap_export.runtime.computed import check_computed, choose_tokens
 from gap_export.spec.positions import (
     Int64Array,
@@ -50,15 +50,19 @@ class PromptRow:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderPrompt:
-    """A left-padded batch, ready for prefill.
+    """A batch, ready for prefill.
+
+    Rows that are shorter than the longest are padded in front of what is theirs alone: on the left,
+    or, where all begin with the same tokens, behind these. P' is P without the shared tokens.
 
     Attributes:
-        inputs_embeds: [B, P, H], padding is zeros.
+        inputs_embeds: [B, P', H], padding is zeros.
         attention_mask: int64 [B, P], 0 for padding.
-        position_ids: int64 [B, P], slots.
+        position_ids: int64 [B, P'], slots.
         kept_positions: int64 [B, P], indices in the unpruned sequence.
         id_table: int64 [B, P], or [A, B, P] where positions have several axes: their ids, which is
             what the decoder's graph reads.
+        shared_embeds: [1, P - P', H], tokens that all rows begin with and that go in once.
     """
 
     inputs_embeds: FloatArray
@@ -66,6 +70,23 @@ class DecoderPrompt:
     position_ids: Int64Array
     kept_positions: Int64Array
     id_table: Int64Array
+    shared_embeds: FloatArray
+
+    @property
+    def num_shared(self) -> int:
+        """Tokens that go in once for all rows."""
+        return int(self.shared_embeds.shape[1])
+
+    @property
+    def shared_feed(self) -> dict[str, NDArray[Any]]:
+        """What the decoder reads of the shared tokens, by its input names."""
+        slots = np.arange(self.num_shared, dtype=np.int64)[None]
+        return {
+            "inputs_embeds": self.shared_embeds,
+            "attention_mask": np.ones_like(slots),
+            "position_ids": slots,
+            "kept_positions": self.id_table[..., :1, : self.num_shared],
+        }
 
     @property
     def feed(self) -> dict[str, NDArray[Any]]:
@@ -97,14 +118,20 @@ class Generation:
 
 
 def assemble_prompt(
-    rows: Sequence[PromptRow], *, positions: PositionRule, position_axes: int = 1
+    rows: Sequence[PromptRow],
+    *,
+    positions: PositionRule,
+    position_axes: int = 1,
+    num_shared: int = 0,
 ) -> DecoderPrompt:
-    """Put text and image together, with the position tables, rows padded on the left.
+    """Put text and image together, with the position tables.
 
     Args:
         rows: One per expression.
         positions: ``gap`` keeps original ids; the others are naive baselines.
         position_axes: A, of the decoder.
+        num_shared: Tokens that all rows begin with and that go in once, at most those up to the
+            end of the image; see ``runtime.shared_prefix``.
 
     Raises:
         UsageError: no rows, or keep indices that do not fit.
@@ -116,17 +143,20 @@ def assemble_prompt(
     ]
     kept, ids = zip(*(_tables(row, positions, position_axes) for row in rows), strict=True)
     length = max(len(row) for row in embeds)
-    inputs_embeds = np.zeros((len(rows), length, embeds[0].shape[1]), dtype=embeds[0].dtype)
-    attention_mask = np.zeros((len(rows), length), dtype=np.int64)
+    shape = (len(rows), length - num_shared, embeds[0].shape[1])
+    inputs_embeds = np.zeros(shape, dtype=embeds[0].dtype)
+    attention_mask = np.ones((len(rows), length), dtype=np.int64)
     for index, row_embeds in enumerate(embeds):
-        inputs_embeds[index, length - len(row_embeds) :] = row_embeds
-        attention_mask[index, length - len(row_embeds) :] = 1
+        padding = length - len(row_embeds)
+        inputs_embeds[index, padding:] = row_embeds[num_shared:]
+        attention_mask[index, num_shared : num_shared + padding] = 0
     return DecoderPrompt(
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        position_ids=slots_from_mask(attention_mask),
+        position_ids=slots_from_mask(attention_mask)[:, num_shared:],
         kept_positions=stack_tables(kept),
         id_table=stack_tables(ids),
+        shared_embeds=embeds[0][None, :num_shared],
     )
 
 
@@ -136,6 +166,7 @@ def generate(
     *,
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
+    prefix: KVCache | None = None,
     forced_tokens: Int64Array | None = None,
     keep_logits: bool = False,
 ) -> Generation:
@@ -146,6 +177,7 @@ def generate(
         prompt: From :func:`assemble_prompt`.
         max_new_tokens: Upper bound of tokens per row.
         eos_token_ids: A row ends with any of these.
+        prefix: A cache of the tokens that all rows share, where there are any; it stays as it is.
         forced_tokens: int64 [B, T]: feed these instead of the chosen ones, for T steps (teacher
             forcing, to compare logits step by step).
         keep_logits: Return the logits of every step.
@@ -168,8 +200,17 @@ def generate(
     kept_logits: list[FloatArray] = []
     finished = np.zeros(num_rows, dtype=bool)
     feed = prompt.feed
-    cache = backend.new_cache(num_rows, prompt.inputs_embeds.shape[1] + num_steps)
-    ones = np.ones((num_rows, 1), dtype=np.int64)
+    length = prompt.attention_mask.shape[1]
+    num_slots = length + num_steps
+    cache = (
+        backend.new_cache(num_rows, num_slots)
+        if prefix is None
+        else backend.fork_cache(prefix, num_rows, num_slots)
+    )
+    # Made once for all steps, each of which reads one more of the mask.
+    mask = np.ones((num_rows, num_slots), dtype=np.int64)
+    mask[:, :length] = prompt.attention_mask
+    slots = prompt.position_ids[:, -1:].copy()
     started = first_done = time.perf_counter()
     for step in range(num_steps):
         logits = backend.decode(feed, cache)
@@ -189,10 +230,11 @@ def generate(
             break
         # Finished rows go on being fed their own choices, which are not read.
         fed = tokens if forced_tokens is None else forced_tokens[:, step]
+        slots += 1
         feed |= {
             "inputs_embeds": embed_tokens(backend, fed[:, None], may_be_constant=True),
-            "attention_mask": np.concatenate([feed["attention_mask"], ones], axis=1),
-            "position_ids": feed["position_ids"][:, -1:] + 1,
+            "attention_mask": mask[:, : length + step + 1],
+            "position_ids": slots,
         }
     ended = time.perf_counter()
     token_ids = np.stack(chosen, axis=1)

@@ -32,6 +32,7 @@ class EncodedExpression:
     """One expression in its prompt.
 
     Attributes:
+        expression: As it was given.
         prefix_ids: int64 [s], tokens before the image, beginning-of-sequence included.
         suffix_ids: int64 [t], tokens after the image.
         text_ids: int64 [T'] each, for the pruner: one text, or the segments of a long one;
@@ -39,6 +40,7 @@ class EncodedExpression:
         warnings: What the user should know, e.g. words the tokenizer does not.
     """
 
+    expression: str
     prefix_ids: Int64Array
     suffix_ids: Int64Array
     text_ids: tuple[Int64Array, ...]
@@ -113,6 +115,7 @@ class PromptEncoder:
         unknown = f"words the model does not know: {', '.join(dict.fromkeys(words))}"
         warnings = (unknown,) if words else ()
         encoded = EncodedExpression(
+            expression=expression,
             prefix_ids=np.asarray(prefix, dtype=np.int64),
             suffix_ids=np.asarray(suffix, dtype=np.int64),
             text_ids=self._encode_for_pruner(text),

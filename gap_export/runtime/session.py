@@ -10,41 +10,20 @@ ONNX Runtime.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from gap_export.bundle import Verify, open_bundle
-from gap_export.errors import BundleError, ExpressionError, GapExportError, UsageError
-from gap_export.runtime.answers import read_answer
-from gap_export.runtime.backends.backend import Backend, FloatArray
+from gap_export.errors import GapExportError, UsageError
+from gap_export.runtime.answering import Answering, EditRow
+from gap_export.runtime.backends.backend import Backend
 from gap_export.runtime.clock import StageClock
-from gap_export.runtime.generation import (
-    DecoderPrompt,
-    Generation,
-    PromptRow,
-    assemble_prompt,
-    embed_tokens,
-    generate,
-)
 from gap_export.runtime.grounding import Grounding
-from gap_export.runtime.images.geometry import ImageGeometry
-from gap_export.runtime.images.image import (
-    ColorOrder,
-    ImageFrame,
-    ImageInput,
-    LoadedImage,
-    prepare_image,
-    read_image,
-)
-from gap_export.runtime.images.preparations import tile_layout
-from gap_export.runtime.prompt import EncodedExpression, PromptEncoder
-from gap_export.runtime.texts import encode_texts
-from gap_export.runtime.visual_tokens import VisualTokens, encode_image
+from gap_export.runtime.image_view import ImageView
+from gap_export.runtime.images.image import ColorOrder, ImageFrame, ImageInput
 from gap_export.spec.manifest import Manifest
 from gap_export.spec.positions import PositionRule
 from gap_export.spec.requests import DEFAULT_OPENVINO, OpenVinoOptions
@@ -52,14 +31,14 @@ from gap_export.spec.requests import DEFAULT_OPENVINO, OpenVinoOptions
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["BackendName", "Grounding", "GroundingSession"]
+__all__ = ["BackendName", "Grounding", "GroundingSession", "ImageView"]
 
 BackendName = Literal["onnxruntime", "tensorrt", "openvino"]
-# What is asked and its row of the prompt; gives the row that is fed.
-EditRow = Callable[[str, PromptRow], PromptRow]
+# A 7B model of 32 heads keeps 0.1 GB of an image at keep 0.3 in float16.
+KEPT_BYTES = 512 * 2**20
 
 
-class GroundingSession:
+class GroundingSession(Answering):
     """Grounds expressions in images with one model.
 
     Attributes:
@@ -85,6 +64,7 @@ class GroundingSession:
         *,
         positions: PositionRule | None = None,
         edit_row: EditRow | None = None,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
         """Join a model's facts, its tokenizers and a backend.
 
@@ -94,22 +74,21 @@ class GroundingSession:
             backend: Runs its components; closed with the session.
             positions: Position ids of what pruning leaves; by default the manifest's.
             edit_row: Changes each row of the prompt before it is fed: for experiments on the model.
+            kept_bytes: The most that is kept of images between expressions, see :meth:`look`; of
+                several images, what was not used for longest goes first. 0 keeps nothing.
 
         Raises:
+            UsageError: ``kept_bytes`` is no size.
             BundleError: a tokenizer cannot be used, or the manifest's numbers contradict.
         """
-        self.manifest = manifest
-        self.backend = backend
-        self.positions: PositionRule = positions or manifest.pruning.positions
-        if manifest.grid.num_visual_tokens != manifest.pruning.num_visual_tokens:
-            raise BundleError(
-                "grid and pruning disagree on the number of visual tokens",
-                seen=f"{manifest.grid.num_visual_tokens} and {manifest.pruning.num_visual_tokens}",
-                fix="the bundle does not hold together; export it again",
-            )
-        self._prompts = PromptEncoder(manifest, Path(assets_folder))
-        self._edit_row = edit_row
-        self._backend_name = backend.name
+        super().__init__(
+            manifest,
+            assets_folder,
+            backend,
+            positions=positions,
+            edit_row=edit_row,
+            kept_bytes=kept_bytes,
+        )
         self._closed = False
         self._num_running = 0
         self._lock = threading.RLock()
@@ -127,6 +106,7 @@ class GroundingSession:
         openvino: OpenVinoOptions = DEFAULT_OPENVINO,
         verify: Verify = "stamp",
         positions: PositionRule | None = None,
+        kept_bytes: int = KEPT_BYTES,
     ) -> GroundingSession:
         """Open a bundle in ONNX Runtime, in OpenVINO, or with its TensorRT engines.
 
@@ -143,6 +123,7 @@ class GroundingSession:
             verify: ``full`` hashes every byte again, ``stamp`` only what changed since last time.
             positions: ``compact`` or ``text-shifted`` run a naive baseline; by default the
                 bundle's own.
+            kept_bytes: The most that is kept of images between expressions, see :meth:`look`.
 
         Raises:
             BundleError: damaged, incomplete, unsafe, or too new; no engines, or damaged ones.
@@ -180,7 +161,7 @@ class GroundingSession:
             from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
             runs = OnnxRuntimeBackend(opened, execution_providers, num_threads)
-        return cls(opened.manifest, opened.path, runs, positions=positions)
+        return cls(opened.manifest, opened.path, runs, positions=positions, kept_bytes=kept_bytes)
 
     def __enter__(self) -> Self:
         """Return itself.
@@ -210,7 +191,7 @@ class GroundingSession:
             is_last = not self._closed and not self._num_running
             self._closed = True
         if is_last:
-            self.backend.close()
+            self._free()
 
     def ground(
         self,
@@ -254,7 +235,8 @@ class GroundingSession:
         """Find several objects in one image; the vision encoder sees the image once.
 
         Only where the image is cut into tiles and the pruner reads the text does it see it once
-        for each expression.
+        for each expression. What the prompts begin with, up to the image or its end, is computed
+        once as well where the backend allows; see :meth:`look`.
 
         Args:
             image: As for :meth:`ground`, and likewise the rest.
@@ -269,52 +251,47 @@ class GroundingSession:
             GapExportError: the session is closed.
         """
         with self._kept_open():
-            if isinstance(expressions, str) or not expressions:
-                raise ExpressionError(
-                    "no list of expressions",
-                    seen=repr(expressions),
-                    allowed="at least one, in a list",
-                )
             clock = StageClock()
             with clock.stage("preprocess"):
-                encoded = [self._prompts.encode(expression) for expression in expressions]
-                loaded = read_image(
-                    image,
-                    pad_color=self.manifest.image.pad_color,
-                    frame=frame,
-                    allow_damaged=allow_damaged,
-                    color=color,
-                )
-                pixel_values, geometry = prepare_image(loaded.image, self.manifest.image)
-                layout = tile_layout(geometry, self.manifest.image, self.manifest.grid)
-                if layout is not None:
-                    # Its size decides how long the prompt is.
-                    for row in encoded:
-                        self._prompts.check_context(row, layout.num_visual_tokens)
-            text_embeds: FloatArray | None = None
-            if self.manifest.text_encoder is not None:
-                with clock.stage("text_encoder"):
-                    text_embeds = encode_texts(self.backend, encoded, self.manifest)
-            with clock.stage("vision_encoder"):
-                visual = encode_image(
-                    self.backend,
-                    pixel_values,
-                    text_embeds,
-                    manifest=self.manifest,
-                    geometry=geometry,
-                    num_rows=len(encoded),
-                )
-            with clock.stage("embed_tokens"):
-                prompt = self._assemble(expressions, encoded, visual)
-            answer = generate(
-                self.backend,
-                prompt,
-                max_new_tokens=self.manifest.prompt.max_new_tokens,
-                eos_token_ids=self.manifest.decoder.eos_token_ids,
-            )
-            clock.add("prefill", answer.prefill_ms)
-            clock.add("decode", answer.decode_ms)
-            return self._answers(expressions, encoded, answer, visual, geometry, clock, loaded)
+                encoded = self._encode(expressions)
+                seen = self._prepare(image, frame, color, allow_damaged=allow_damaged)
+            return self._ask(seen, encoded, clock)
+
+    def look(
+        self,
+        image: ImageInput,
+        *,
+        frame: ImageFrame = "upright",
+        allow_damaged: bool = False,
+        color: ColorOrder = "rgb",
+    ) -> ImageView:
+        """Prepare an image that several expressions, one after the other, will be about.
+
+        What the first of them had computed of the image is kept, up to ``kept_bytes`` of the
+        session, and the answers are the same as those of :meth:`ground`.
+
+        Args:
+            image: As for :meth:`ground`, and likewise the rest.
+            frame: See :meth:`ground`.
+            allow_damaged: See :meth:`ground`.
+            color: See :meth:`ground`.
+
+        Raises:
+            ImageError: the image cannot be used.
+            UsageError: no such ``frame`` or ``color``.
+            GapExportError: the session is closed.
+        """
+        with self._kept_open():
+            seen = self._prepare(image, frame, color, allow_damaged=allow_damaged)
+
+        def ask(expressions: Sequence[str]) -> list[Grounding]:
+            with self._kept_open():
+                clock = StageClock()
+                with clock.stage("preprocess"):
+                    encoded = self._encode(expressions)
+                return self._ask(seen, encoded, clock, keeps=True)
+
+        return ImageView(ask)
 
     @contextmanager
     def _kept_open(self) -> Iterator[None]:
@@ -329,70 +306,15 @@ class GroundingSession:
                 self._num_running -= 1
                 is_last = self._closed and not self._num_running
             if is_last:
-                self.backend.close()
+                self._free()
+
+    def _free(self) -> None:
+        self._store.clear()
+        self.backend.close()
 
     def _check_open(self) -> None:
         if self._closed:
             raise GapExportError("the session is closed", fix="open the bundle again")
-
-    def _assemble(
-        self,
-        expressions: Sequence[str],
-        encoded: Sequence[EncodedExpression],
-        visual: Sequence[VisualTokens],
-    ) -> DecoderPrompt:
-        rows = []
-        for row, tokens in zip(encoded, visual, strict=True):
-            start = len(row.prefix_ids)
-            ids = np.concatenate([row.prefix_ids, row.suffix_ids])
-            (embeds,) = embed_tokens(self.backend, ids[None])
-            rows.append(
-                PromptRow(
-                    prefix_embeds=embeds[:start],
-                    suffix_embeds=embeds[start:],
-                    image_features=tokens.features,
-                    keep_indices=tokens.keep_indices,
-                    num_visual_tokens=tokens.num_visual_tokens,
-                    grid=tokens.shape,
-                )
-            )
-        if self._edit_row is not None:
-            rows = [self._edit_row(*pair) for pair in zip(expressions, rows, strict=True)]
-        axes = self.manifest.decoder.position_axes
-        return assemble_prompt(rows, positions=self.positions, position_axes=axes)
-
-    def _answers(
-        self,
-        expressions: Sequence[str],
-        encoded: Sequence[EncodedExpression],
-        answer: Generation,
-        visual: Sequence[VisualTokens],
-        geometry: ImageGeometry,
-        clock: StageClock,
-        loaded: LoadedImage,
-    ) -> list[Grounding]:
-        texts = [self._prompts.decode(token_ids) for token_ids in answer.token_ids]
-        timings = clock.read()
-        found = []
-        for row, text in enumerate(texts):
-            box, problems = read_answer(text, answer.token_ids[row], self.manifest, geometry)
-            found.append(
-                Grounding(
-                    expression=expressions[row],
-                    box=box,
-                    text=text,
-                    token_ids=answer.token_ids[row],
-                    keep_indices=tuple(visual[row].keep_indices.tolist()),
-                    num_visual_tokens=visual[row].num_visual_tokens,
-                    tokens=visual[row].grids,
-                    image_size=(geometry.width, geometry.height),
-                    timings_ms=timings,
-                    backend=self._backend_name,
-                    orientation=loaded.orientation,
-                    warnings=(*loaded.warnings, *encoded[row].warnings, *problems),
-                )
-            )
-        return found
 
 
 def _refuse_arguments(backend: BackendName, arguments: Mapping[str, tuple[object, ...]]) -> None:

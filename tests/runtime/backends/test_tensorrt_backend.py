@@ -261,6 +261,13 @@ def test_images_over_the_profile_are_refused(setup, pixels, words):
         )
 
 
+def test_a_prompt_is_not_continued(setup):
+    with setup.open() as backend:
+        assert not backend.continues_prompts
+        with pytest.raises(UsageError, match="reads a prompt at once"):
+            backend.fork_cache(backend.new_cache(1, 8), 2, 16)
+
+
 def test_several_tokens_after_the_prompt_are_refused(setup):
     with setup.open() as backend:
         prompt = prompt_of(setup.bundle, 4)

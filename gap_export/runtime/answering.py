@@ -1,0 +1,225 @@
+"""From an image and expressions to groundings: the way that every question takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gap_export.errors import BundleError, ExpressionError
+from gap_export.runtime.answers import read_answer
+from gap_export.runtime.backends.backend import Backend, FloatArray
+from gap_export.runtime.byte_store import ByteStore
+from gap_export.runtime.clock import StageClock
+from gap_export.runtime.generation import (
+    Generation,
+    PromptRow,
+    assemble_prompt,
+    embed_tokens,
+    generate,
+)
+from gap_export.runtime.grounding import Grounding
+from gap_export.runtime.image_view import PreparedImage
+from gap_export.runtime.images.image import ColorOrder, ImageFrame, ImageInput, read_image
+from gap_export.runtime.prompt import EncodedExpression, PromptEncoder
+from gap_export.runtime.shared_prefix import (
+    KeptPrefix,
+    bytes_per_slot,
+    choose_length,
+    find_prefix,
+)
+from gap_export.runtime.texts import encode_texts
+from gap_export.runtime.visual_tokens import VisualTokens, encode_image
+from gap_export.spec.manifest import Manifest
+from gap_export.spec.positions import PositionRule
+
+# What is asked and its row of the prompt; gives the row that is fed.
+EditRow = Callable[[str, PromptRow], PromptRow]
+
+
+class Answering:
+    """Answers with one model; the base of ``GroundingSession``, which see."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        assets_folder: str | Path,
+        backend: Backend,
+        *,
+        positions: PositionRule | None,
+        edit_row: EditRow | None,
+        kept_bytes: int,
+    ) -> None:
+        """Join a model's facts, its tokenizers and a backend; see ``GroundingSession``."""
+        self.manifest = manifest
+        self.backend = backend
+        self.positions: PositionRule = positions or manifest.pruning.positions
+        if manifest.grid.num_visual_tokens != manifest.pruning.num_visual_tokens:
+            raise BundleError(
+                "grid and pruning disagree on the number of visual tokens",
+                seen=f"{manifest.grid.num_visual_tokens} and {manifest.pruning.num_visual_tokens}",
+                fix="the bundle does not hold together; export it again",
+            )
+        self._prompts = PromptEncoder(manifest, Path(assets_folder))
+        self._edit_row = edit_row
+        self._backend_name = backend.name
+        self._store = ByteStore(kept_bytes, what="kept_bytes")
+
+    def _encode(self, expressions: Sequence[str]) -> list[EncodedExpression]:
+        if isinstance(expressions, str) or not expressions:
+            raise ExpressionError(
+                "no list of expressions", seen=repr(expressions), allowed="at least one, in a list"
+            )
+        return [self._prompts.encode(expression) for expression in expressions]
+
+    def _prepare(
+        self, image: ImageInput, frame: ImageFrame, color: ColorOrder, *, allow_damaged: bool
+    ) -> PreparedImage:
+        pad_color = self.manifest.image.pad_color
+        loaded = read_image(
+            image, pad_color=pad_color, frame=frame, allow_damaged=allow_damaged, color=color
+        )
+        return PreparedImage.of(loaded, self.manifest)
+
+    def _ask(
+        self,
+        seen: PreparedImage,
+        encoded: Sequence[EncodedExpression],
+        clock: StageClock,
+        *,
+        keeps: bool = False,
+    ) -> list[Grounding]:
+        """Answer expressions; what is computed of the image alone is looked up and kept."""
+        if seen.num_tiled_tokens is not None:
+            # Its size decides how long the prompt is.
+            for row in encoded:
+                self._prompts.check_context(row, seen.num_tiled_tokens)
+        visual = self._see(seen, encoded, clock, keeps=keeps)
+        with clock.stage("embed_tokens"):
+            rows = self._rows(encoded, visual)
+            kept = self._place(seen, encoded, visual) if keeps else None
+            prompt = assemble_prompt(
+                rows,
+                positions=self.positions,
+                position_axes=self.manifest.decoder.position_axes,
+                num_shared=choose_length(rows, self.backend, kept),
+            )
+        started = time.perf_counter()
+        prefix = None
+        if prompt.num_shared:
+            prefix = find_prefix(self.backend, prompt, kept, self.manifest.decoder)
+        prefix_ms = 1e3 * (time.perf_counter() - started)
+        answer = generate(
+            self.backend,
+            prompt,
+            max_new_tokens=self.manifest.prompt.max_new_tokens,
+            eos_token_ids=self.manifest.decoder.eos_token_ids,
+            prefix=prefix,
+        )
+        clock.add("prefill", prefix_ms + answer.prefill_ms)
+        clock.add("decode", answer.decode_ms)
+        return self._answers(seen, encoded, visual, answer, clock)
+
+    def _see(
+        self,
+        seen: PreparedImage,
+        encoded: Sequence[EncodedExpression],
+        clock: StageClock,
+        *,
+        keeps: bool,
+    ) -> Sequence[VisualTokens]:
+        """What the decoder gets to see of the image, for each expression."""
+        text_embeds: FloatArray | None = None
+        if self.manifest.text_encoder is not None:
+            # What is kept of the image depends on the text.
+            keeps = False
+            with clock.stage("text_encoder"):
+                text_embeds = encode_texts(self.backend, encoded, self.manifest)
+        found: VisualTokens | None = self._store.get(seen.key) if keeps else None
+        if found is not None:
+            return [found] * len(encoded)
+        with clock.stage("vision_encoder"):
+            visual = encode_image(
+                self.backend,
+                seen.pixel_values,
+                text_embeds,
+                manifest=self.manifest,
+                geometry=seen.geometry,
+                num_rows=len(encoded),
+            )
+        if keeps:
+            self._store.put(seen.key, visual[0], visual[0].features.nbytes)
+        return visual
+
+    def _rows(
+        self, encoded: Sequence[EncodedExpression], visual: Sequence[VisualTokens]
+    ) -> list[PromptRow]:
+        rows = []
+        for row, tokens in zip(encoded, visual, strict=True):
+            start = len(row.prefix_ids)
+            ids = np.concatenate([row.prefix_ids, row.suffix_ids])
+            (embeds,) = embed_tokens(self.backend, ids[None])
+            rows.append(
+                PromptRow(
+                    prefix_embeds=embeds[:start],
+                    suffix_embeds=embeds[start:],
+                    image_features=tokens.features,
+                    keep_indices=tokens.keep_indices,
+                    num_visual_tokens=tokens.num_visual_tokens,
+                    grid=tokens.shape,
+                )
+            )
+        if self._edit_row is None:
+            return rows
+        return [self._edit_row(one.expression, row) for one, row in zip(encoded, rows, strict=True)]
+
+    def _place(
+        self,
+        seen: PreparedImage,
+        encoded: Sequence[EncodedExpression],
+        visual: Sequence[VisualTokens],
+    ) -> KeptPrefix | None:
+        """Where the beginning of a prompt is kept; None where it would not fit."""
+        if self._edit_row is not None:
+            return None
+        prefix_ids, image_key, length = encoded[0].prefix_ids, None, len(encoded[0].prefix_ids)
+        if self.manifest.text_encoder is None:
+            image_key, length = seen.key, length + len(visual[0].features)
+        num_bytes = length * bytes_per_slot(self.manifest.decoder, self.backend.dtype)
+        if not self._store.has_room(num_bytes):
+            return None
+        key = (image_key, prefix_ids.tobytes(), self.positions)
+        return KeptPrefix(store=self._store, key=key, length=length)
+
+    def _answers(
+        self,
+        seen: PreparedImage,
+        encoded: Sequence[EncodedExpression],
+        visual: Sequence[VisualTokens],
+        answer: Generation,
+        clock: StageClock,
+    ) -> list[Grounding]:
+        texts = [self._prompts.decode(token_ids) for token_ids in answer.token_ids]
+        timings, geometry = clock.read(), seen.geometry
+        found = []
+        for row, text in enumerate(texts):
+            box, problems = read_answer(text, answer.token_ids[row], self.manifest, geometry)
+            found.append(
+                Grounding(
+                    expression=encoded[row].expression,
+                    box=box,
+                    text=text,
+                    token_ids=answer.token_ids[row],
+                    keep_indices=tuple(visual[row].keep_indices.tolist()),
+                    num_visual_tokens=visual[row].num_visual_tokens,
+                    tokens=visual[row].grids,
+                    image_size=(geometry.width, geometry.height),
+                    timings_ms=timings,
+                    backend=self._backend_name,
+                    orientation=seen.orientation,
+                    warnings=(*seen.warnings, *encoded[row].warnings, *problems),
+                )
+            )
+        return found
