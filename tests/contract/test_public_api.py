@@ -124,7 +124,7 @@ _SHOWN = {
 }  # fmt: skip
 # Only a program has them: arrays in place of files, a session that stays open, a bundle's
 # unpruned baseline in other positions.
-_ARRAYS = {"frame", "color", "cuda-graphs", "positions", "expressions"}
+_ARRAYS = {"frame", "color", "cuda-graphs", "positions", "expressions", "kept-bytes"}
 
 
 def _offered(*functions: Callable[..., Any]) -> set[str]:
