@@ -115,7 +115,8 @@ def evaluate(
     parts = parts_of(checkpoint)
     if is_bundle(target):
         refuse_ignored("a bundle is pruned already", dict.fromkeys(_flags(prunings), True))
-        refuse_ignored("a bundle says that itself", {"--recipe": recipe, "--dtype": weights.dtype})
+        own = {each.flag: getattr(weights, each.name) for each in options_of(WeightsRequest)}
+        refuse_ignored("a bundle says that itself", {"--recipe": recipe, **own})
         if runner != "trt":
             refuse_ignored("it is for --backend trt", {"--engines": engines})
         if runner != "openvino":
@@ -139,7 +140,7 @@ def evaluate(
         "a MODEL is measured in ONNX Runtime; export it and name the BUNDLE",
         {"--backend": runner != "ort"},
     )
-    dtype, quantization = weights.resolve()
+    dtype, quantization, activations = weights.resolve()
     options = ExportOptions(
         model=str(target),
         pruning=PruningRequest(seed=seed),
@@ -147,6 +148,7 @@ def evaluate(
         checkpoint=parts,
         dtype=dtype,
         quantization=quantization,
+        activations=activations,
     )
     return evaluation.evaluate_model(
         options, prunings=prunings, num_samples=samples, asking=asking, progress=progress

@@ -75,7 +75,7 @@ def export(
         >>> report.manifest.pruning.num_kept_tokens
         43
     """
-    dtype, quantization = weights.resolve()
+    dtype, quantization, activations = weights.resolve()
     calibration = None
     if quantization is not None and quantization.method == "awq":
         from gap_export.evaluation.refshapes import calibration_questions
@@ -90,6 +90,7 @@ def export(
         checkpoint=parts_of(checkpoint),
         dtype=dtype,
         quantization=quantization,
+        activations=activations,
         calibration=calibration,
         copy_weights=copy_weights,
         random_weights=random_weights,

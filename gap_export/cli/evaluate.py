@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 # The other options of a pruning are repeatable here, or measured both ways.
 _CHOICES = ("order", "extra_token", "extra_position", "budget", "pruner_text", "canvas", "seed")
+_WEIGHTS = ("dtype", "quantize_lm_head", "activations", "runs_on")
 
 
 @takes_requests
@@ -58,7 +59,7 @@ def evaluate(
     ctx: typer.Context,
     target: TargetArgument,
     pruning: Annotated[PruningRequest, Only(_CHOICES)],
-    weights: Annotated[WeightsRequest, Only(("dtype",))],
+    weights: Annotated[WeightsRequest, Only(_WEIGHTS)],
     openvino: OpenVinoOptions,
     keep: KeepsOption = None,
     pruner: PrunersOption = None,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from gap_export.checkpoint.find.source import MAIN
 from gap_export.errors import UsageError
 from gap_export.exporting import DTYPES, Dtype
-from gap_export.spec.manifest import Manifest, QuantizationSpec, SourceFile
+from gap_export.spec.manifest import Activations, Manifest, QuantizationSpec, SourceFile
 
 
 def check_baseline(manifest: Manifest, baseline: Manifest) -> None:
@@ -35,6 +35,8 @@ def check_baseline(manifest: Manifest, baseline: Manifest) -> None:
     ]
     if quantization_of(manifest) != quantization_of(baseline):
         seen.append("another quantization")
+    if activations_of(manifest) != activations_of(baseline):
+        seen.append(f"{activations_of(baseline)} activations")
     if manifest.source.random_seed != baseline.source.random_seed:
         seen.append("other random weights")
     elif manifest.source.random_seed is None and not common:
@@ -66,6 +68,11 @@ def _canvas(manifest: Manifest, baseline: Manifest) -> str:
 def quantization_of(manifest: Manifest) -> QuantizationSpec | None:
     """How weights are quantized; None where none are."""
     return next((graph.quantization for graph in manifest.graphs if graph.quantization), None)
+
+
+def activations_of(manifest: Manifest) -> Activations:
+    """What goes into layers of quantized weights in ONNX Runtime."""
+    return "int8" if any(graph.activations == "int8" for graph in manifest.graphs) else "float"
 
 
 def dtype_of(manifest: Manifest) -> Dtype:

@@ -15,7 +15,12 @@ from pathlib import Path
 from gap_export.bundle import open_bundle
 from gap_export.checkpoint.find.source import Checkpoint, resolve_model, resolve_source
 from gap_export.errors import UsageError
-from gap_export.evaluation.baseline import check_baseline, dtype_of, quantization_of
+from gap_export.evaluation.baseline import (
+    activations_of,
+    check_baseline,
+    dtype_of,
+    quantization_of,
+)
 from gap_export.evaluation.job import DEFAULT_ASKING, Asking, Job, ModelFacts
 from gap_export.evaluation.measure import Runner, RunnerOptions
 from gap_export.evaluation.refshapes import calibration_questions
@@ -206,6 +211,7 @@ def evaluate_bundle(
                 pruning=PruningRequest(keep_ratio=1.0),
                 dtype=dtype_of(manifest),
                 quantization=quantization,
+                activations=activations_of(manifest),
                 calibration=tuple(calibration_questions()) if calibrates else None,
                 out=Path(scratch) / "unpruned",
             )

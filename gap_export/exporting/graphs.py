@@ -18,7 +18,7 @@ from gap_export.exporting.trace import OPSET, describe_interface, save_graph, tr
 from gap_export.families import Component
 from gap_export.graph.passes.quantize_linear import QuantizeLinear
 from gap_export.graph.pipelines import LOWERINGS, PIPELINES, DecoderLimits, lower, run_pipeline
-from gap_export.spec.manifest import GraphSpec, Manifest, QuantizationSpec
+from gap_export.spec.manifest import Activations, GraphSpec, Manifest, QuantizationSpec
 
 # The form that ONNX Runtime gets, which is what the passes leave.
 BASE = "onnxruntime"
@@ -35,6 +35,7 @@ class GraphWriter:
     Attributes:
         folder: The bundle's.
         quantization: How the weights that are quantized are.
+        activations: What goes into layers of quantized weights in ONNX Runtime.
         limits: Of the decoder, for lowerings that ask for them.
         seconds: Receives how long each step took.
         cache: Asked first, where the pruning does not matter.
@@ -42,6 +43,7 @@ class GraphWriter:
 
     folder: Path
     quantization: QuantizationSpec | None
+    activations: Activations
     limits: DecoderLimits | None
     seconds: dict[str, float] = field(repr=False)
     cache: GraphCache = field(repr=False)
@@ -68,8 +70,8 @@ class GraphWriter:
             ExportError: tracing or a pass failed.
         """
         # A graph says where its weights lie, so another place is another graph.
-        places = str((sorted(placed.items()), sorted(quantized.items()), self.limits))
-        key = (component.name, dtype, *component.inputs, *component.outputs, places)
+        made = (sorted(placed.items()), sorted(quantized.items()), self.limits, self.activations)
+        key = (component.name, dtype, *component.inputs, *component.outputs, str(made))
         specs: list[GraphSpec] = []
         base: ir.Model | None = None
         for lowering in lowerings:
@@ -97,6 +99,7 @@ class GraphWriter:
                 inputs=inputs,
                 outputs=outputs,
                 quantization=quantization,
+                activations=self.activations if quantization and lowering == BASE else "float",
             )
             specs.append(spec)
             if not component.prunes:

@@ -11,7 +11,7 @@ from gap_export.engines.folder import EngineFolder
 from gap_export.engines.targets import TargetChoice, parse_targets
 from gap_export.errors import UsageError
 from gap_export.extras import require_extra
-from gap_export.spec.manifest import Manifest, PruningSpec, QuantizationSpec
+from gap_export.spec.manifest import Activations, Manifest, PruningSpec, QuantizationSpec
 from gap_export.spec.manifest.block_sizes import check_block_size
 from gap_export.spec.recipe import Recipe
 from gap_export.spec.requests import (
@@ -43,6 +43,7 @@ class ExportOptions:
         checkpoint: Parts of the checkpoint by role, where they are not to be looked for.
         dtype: Dtype of all weights and of the graphs' interfaces; None for the checkpoint's own.
         quantization: How the decoder's linear layers are quantized; None to leave them as they are.
+        activations: What goes into layers of quantized weights in ONNX Runtime on a CPU.
         calibration: Images and expressions that AWQ looks at, at least one; meant for it alone.
         copy_weights: Copy weights that could be linked, so that the bundle is a folder like any
             other: some ONNX tools refuse links.
@@ -58,6 +59,7 @@ class ExportOptions:
     checkpoint: Mapping[str, Path] = field(default_factory=dict)
     dtype: Dtype | None = None
     quantization: QuantizationSpec | None = None
+    activations: Activations = "float"
     calibration: tuple[tuple[ImageInput, str], ...] | None = None
     copy_weights: bool = False
     random_weights: bool = False

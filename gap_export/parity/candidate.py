@@ -92,7 +92,7 @@ def open_candidate(
     try:
         backend, decoder_graph, note = _load(bundle, key, options)
         try:
-            tolerances = tolerances_of(backend.dtype)
+            tolerances = tolerances_of(backend.dtype, backend.activations)
             if reference is not None:
                 reference.check_dtype(backend.dtype, backend.quantization)
             session = GroundingSession(bundle.manifest, bundle.path, backend)

@@ -65,6 +65,7 @@ class RecordingBackend(Backend):
         self, inner: Backend, *, margins: Callable[[Feed], NDArray[np.float32] | None] | None = None
     ) -> None:
         self.name, self.dtype, self.quantization = inner.name, inner.dtype, inner.quantization
+        self.activations = inner.activations
         self.calls: list[Call] = []
         self._inner, self._margins = inner, margins
 

@@ -23,6 +23,7 @@ from typing import (
 
 from gap_export.errors import UsageError
 from gap_export.spec.manifest import (
+    Activations,
     Budget,
     ExtraPosition,
     ExtraToken,
@@ -32,6 +33,8 @@ from gap_export.spec.manifest import (
 )
 
 BLOCK_SIZE = 32
+# Measured on the demo models: docs/results/quantization.md.
+DEFAULT_ACTIVATIONS: Activations = "int8"
 
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 WeightsDtype: TypeAlias = Literal["float32", "float16", "bfloat16", "int4"]
@@ -177,6 +180,20 @@ class PruningRequest:
         )
 
 
+class ResolvedWeights(NamedTuple):
+    """What a :class:`WeightsRequest` comes to.
+
+    Attributes:
+        dtype: Of the graphs' floats; None for the checkpoint's.
+        quantization: How weights are quantized; None where they are not.
+        activations: What goes into layers of quantized weights on a CPU.
+    """
+
+    dtype: Dtype | None
+    quantization: QuantizationSpec | None
+    activations: Activations
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightsRequest:
     """In which dtype a bundle's weights are stored, and how they are quantized.
@@ -210,24 +227,51 @@ class WeightsRequest:
         ),
     ] = None
     quantize_lm_head: Annotated[bool, Option("With --dtype int4: the LM head as well.")] = False
+    activations: Annotated[
+        Activations | None,
+        Option(
+            "With --dtype int4: what a CPU multiplies INT4 weights with. int8: values rounded to "
+            "8 bits in blocks, faster; float: values as they are. [default: int8]"
+        ),
+    ] = None
+    runs_on: Annotated[
+        Literal["cpu"] | None,
+        Option(
+            "cpu: float32 in place of the checkpoint's float16 or bfloat16, which a CPU casts at "
+            "every step. [default: as --dtype says]",
+            flag="--for",
+        ),
+    ] = None
 
-    def resolve(self) -> tuple[Dtype | None, QuantizationSpec | None]:
-        """The graphs' dtype, and how weights are quantized.
+    def resolve(self) -> ResolvedWeights:
+        """What it comes to.
 
         Raises:
-            UsageError: an option about quantization without ``int4``.
+            UsageError: an option about quantization without ``int4``, or a dtype that a CPU is
+                slow with.
         """
+        dtype: Dtype | None = None if self.dtype == "int4" else self.dtype
+        if self.runs_on == "cpu":
+            if dtype not in (None, "float32"):
+                raise UsageError(
+                    "a CPU is slow with this dtype",
+                    seen=f"--dtype {dtype} --for cpu",
+                    allowed="--for cpu with --dtype float32, --dtype int4, or alone",
+                )
+            dtype = "float32"
         if self.dtype == "int4":
-            return None, QuantizationSpec(
+            quantization = QuantizationSpec(
                 dtype="int4",
                 block_size=BLOCK_SIZE if self.block_size is None else self.block_size,
                 method=self.quantizer or "rtn",
                 lm_head=self.quantize_lm_head,
             )
+            return ResolvedWeights(dtype, quantization, self.activations or DEFAULT_ACTIVATIONS)
         for flag, is_given in (
             ("--block-size", self.block_size is not None),
             ("--quantizer", self.quantizer is not None),
             ("--quantize-lm-head", self.quantize_lm_head),
+            ("--activations", self.activations is not None),
         ):
             if is_given:
                 raise UsageError(
@@ -235,7 +279,7 @@ class WeightsRequest:
                     seen=f"--dtype {self.dtype}" if self.dtype else "no --dtype",
                     fix=f"add --dtype int4, or leave out {flag}",
                 )
-        return self.dtype, None
+        return ResolvedWeights(dtype, None, "float")
 
 
 @dataclass(frozen=True, kw_only=True)

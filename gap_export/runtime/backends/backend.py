@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.errors import UsageError
-from gap_export.spec.manifest import Manifest, QuantizationSpec
+from gap_export.spec.manifest import Activations, Manifest, QuantizationSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -70,12 +70,14 @@ class Backend(ABC):
         quantization: How the decoder's weights are quantized; None where they are floats.
         continues_prompts: Whether :meth:`decode` takes several tokens behind a filled cache, and
             :meth:`fork_cache` is there; else each prompt is read at once.
+        activations: What goes into the layers of those weights.
     """
 
     name: str
     dtype: str
     quantization: QuantizationSpec | None = None
     continues_prompts: bool = False
+    activations: Activations = "float"
 
     @abstractmethod
     def run(self, component: str, feed: Feed) -> Outputs:

@@ -209,6 +209,7 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
         self._num_threads = num_threads
         dtype = numpy_dtype(manifest.dtype)
         self.quantization = manifest.graph(DECODER).quantization
+        self.activations = manifest.graph(DECODER).activations
         self._newline: FloatArray | None = None
         if manifest.newline is not None:
             self._newline = read_place(bundle.path, manifest.newline).astype(dtype)
@@ -248,8 +249,9 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
         return session
 
     def _start(self, path: Path, spec: GraphSpec, providers: list[str]) -> ort.InferenceSession:
-        options = session_options(self._num_threads)
-        if spec.dtype == "float16" and providers == [_CPU]:
+        options = session_options(self._num_threads, activations=spec.activations)
+        # What few weights of an INT4 graph are floats may be cast when it is opened.
+        if spec.dtype == "float16" and providers == [_CPU] and spec.quantization is None:
             spare_memory(options)
         return start_session(path, options, providers)
 

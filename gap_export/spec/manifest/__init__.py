@@ -22,6 +22,7 @@ from gap_export.spec.manifest.plain import ADDED_LATER, differing_fields, from_p
 from gap_export.spec.manifest.specs import (
     FORMAT,
     FORMAT_VERSION,
+    Activations,
     Budget,
     DecoderSpec,
     EngineLimits,
@@ -52,6 +53,7 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "MANIFEST_NAME",
+    "Activations",
     "BoxSpec",
     "Budget",
     "DecoderSpec",

@@ -21,6 +21,7 @@ Budget = Literal["fixed", "adaptive"]
 PrunerText = Literal["expression", "question"]
 LongTexts = Literal["cut", "segments"]
 TextReader = Literal["text_encoder", "embed_tokens"]
+Activations = Literal["float", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +234,8 @@ class GraphSpec(Strict):
             writes the new ones behind them; ``none``: no cache.
         file: Path within the bundle.
         quantization: How the weights are quantized; None where they have the graph's dtype.
+        activations: What goes into a layer of quantized weights in ONNX Runtime on a CPU: ``float``
+            as it is; ``int8`` rounded to 8 bits in blocks that share a scale.
     """
 
     component: str
@@ -243,6 +246,7 @@ class GraphSpec(Strict):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     quantization: QuantizationSpec | None = None
+    activations: Activations = field(default="float", metadata=RARE)
 
 
 @dataclass(frozen=True, kw_only=True)
