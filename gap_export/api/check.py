@@ -25,6 +25,7 @@ from gap_export.parity.record import record_truth
 from gap_export.parity.results import LEVELS, BackendKey, CheckReport
 from gap_export.parity.truth import GoldenTruth, TorchTruth, Truth
 from gap_export.progress import Progress, SilentProgress
+from gap_export.spec.manifest import FormName
 from gap_export.spec.requests import DEFAULT_OPENVINO, BackendOptions, OpenVinoOptions, options_of
 
 NUM_SAMPLES = 50
@@ -39,6 +40,7 @@ def check(
     checkpoint: Parts | None = None,
     backends: Sequence[str] = ("ort",),
     engines: str | None = None,
+    form: FormName | None = None,
     openvino: OpenVinoOptions = DEFAULT_OPENVINO,
     levels: Sequence[str] = LEVELS,
     samples: int | None = None,
@@ -61,6 +63,7 @@ def check(
             ``openvino`` for OpenVINO.
         engines: With ``trt``: a folder below the bundle's ``engines/``; None for the first that
             fits.
+        form: With ``ort``: ``base`` or ``ort`` of the graphs; None for each that the bundle has.
         openvino: With ``openvino``: how it runs.
         levels: What to compare: ``positions``, ``tensor``, ``token``, ``box``, ``task``.
         samples: How many expressions to ask; None for 50, or a golden's own.
@@ -102,6 +105,8 @@ def check(
     needed = parity.needs_reference(compared)
     if "trt" not in {*run, *must}:
         refuse_ignored("it is for --backend trt", {"--engines": engines})
+    if "ort" not in {*run, *must}:
+        refuse_ignored("it is for --backend ort", {"--form": form})
     if "openvino" not in {*run, *must}:
         refuse_ignored("it is for --backend openvino", openvino_flags(openvino))
     if not needed:
@@ -128,7 +133,7 @@ def check(
         reference=reference.find(opened, needed=needed),
         backends=run,
         levels=compared,
-        options=BackendOptions(engines=engines, openvino=openvino),
+        options=BackendOptions(engines=engines, form=form, openvino=openvino),
         fail_under=bars,
         per_layer=per_layer,
         required=must,

@@ -17,7 +17,7 @@ from gap_export.exporting import ExportOptions
 from gap_export.outputs import NO_RULE, OutputRule
 from gap_export.progress import Progress
 from gap_export.runtime.session import BackendName
-from gap_export.spec.manifest import MANIFEST_NAME
+from gap_export.spec.manifest import MANIFEST_NAME, FormName
 from gap_export.spec.requests import (
     AS_STORED,
     DEFAULT_OPENVINO,
@@ -51,6 +51,7 @@ def evaluate(
     baseline: str | Path | None = None,
     backend: str = "ort",
     engines: str | None = None,
+    form: FormName | None = None,
     openvino: OpenVinoOptions = DEFAULT_OPENVINO,
     workers: str = "1",
     records: str | Path | None = None,
@@ -78,6 +79,7 @@ def evaluate(
         backend: What runs a bundle: ``ort`` for ONNX Runtime, ``trt`` for its engines,
             ``openvino`` for OpenVINO.
         engines: With ``trt``: a folder below the bundle's ``engines/``.
+        form: With ``ort``: ``base`` or ``ort`` of the graphs; None for the fastest that runs.
         openvino: With ``openvino``: how it runs.
         workers: Who answers: 1 for this process, a number, ``auto``, or ``ray://HOST:PORT``.
         records: A folder that keeps the answers; what it holds is not asked again.
@@ -119,6 +121,8 @@ def evaluate(
         refuse_ignored("a bundle says that itself", {"--recipe": recipe, **own})
         if runner != "trt":
             refuse_ignored("it is for --backend trt", {"--engines": engines})
+        if runner != "ort":
+            refuse_ignored("it is for --backend ort", {"--form": form})
         if runner != "openvino":
             refuse_ignored("it is for --backend openvino", openvino_flags(openvino))
         if baseline is not None:
@@ -131,10 +135,12 @@ def evaluate(
             num_samples=samples,
             asking=asking,
             backend=_SESSION_NAMES[runner],
-            options=BackendOptions(engines=engines, openvino=openvino),
+            options=BackendOptions(engines=engines, form=form, openvino=openvino),
             progress=progress,
         )
-    of_bundles = {"--baseline": baseline, "--engines": engines, **openvino_flags(openvino)}
+    of_bundles = {
+        "--baseline": baseline, "--engines": engines, "--form": form, **openvino_flags(openvino),
+    }  # fmt: skip
     refuse_ignored("it is for a BUNDLE", of_bundles)
     refuse_ignored(
         "a MODEL is measured in ONNX Runtime; export it and name the BUNDLE",

@@ -86,6 +86,14 @@ EnginesOption = Annotated[
         help="With trt: a folder below the bundle's engines/. [default: the first that fits]",
     ),
 ]
+FormOption = Annotated[
+    Literal["base", "ort"] | None,
+    typer.Option(
+        "--form",
+        help="With ort: of the graphs. base: the portable ones; ort: those of ONNX Runtime's own "
+        "operators, faster on a CPU. [default: the fastest that runs; of a check: each]",
+    ),
+]
 CopyWeightsOption = Annotated[
     bool,
     typer.Option(

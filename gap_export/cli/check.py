@@ -29,6 +29,7 @@ from gap_export.cli._options import (
     BundleArgument,
     CheckpointOption,
     EnginesOption,
+    FormOption,
     JsonOption,
     QuietOption,
     VerboseOption,
@@ -65,6 +66,7 @@ def check(
     checkpoint: CheckpointOption = None,
     backend: BackendsOption = None,
     engines: EnginesOption = None,
+    form: FormOption = None,
     level: LevelsOption = None,
     samples: CheckSamplesOption = None,
     seed: CheckSeedOption = None,
@@ -115,7 +117,8 @@ def check(
     if record is not None:
         judged = {
             "--level": level, "--fail-under": fail_under, "--per-layer": per_layer,
-            "--require": require, "--engines": engines, "--report-json": report_json,
+            "--require": require, "--engines": engines, "--form": form,
+            "--report-json": report_json,
             "--junit": junit, "--markdown": markdown, "--html": html, "--json": as_json,
             **api.openvino_flags(openvino),
         }  # fmt: skip
@@ -141,6 +144,7 @@ def check(
         backends=backend or ["ort"],
         levels=level or LEVELS,
         engines=engines,
+        form=form,
         openvino=openvino,
         fail_under=bars,
         per_layer=per_layer,

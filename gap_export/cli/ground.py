@@ -12,6 +12,7 @@ from gap_export.cli._options import (
     BackendOption,
     BundleArgument,
     EnginesOption,
+    FormOption,
     QuietOption,
     VerboseOption,
     terminal_of,
@@ -54,6 +55,7 @@ def ground(
     ] = "stamp",
     backend: BackendOption = "ort",
     engines: EnginesOption = None,
+    form: FormOption = None,
     provider: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,6 +87,7 @@ def ground(
         bundle,
         backend=BACKENDS[backend],
         engines=engines,
+        form=form,
         execution_providers=provider,
         num_threads=threads,
         openvino=openvino,

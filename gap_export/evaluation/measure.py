@@ -153,7 +153,10 @@ class Runner(AbstractContextManager["Runner"]):
             return bundle, self._stack.enter_context(openvino)
         from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
-        return bundle, self._stack.enter_context(OnnxRuntimeBackend(bundle, None, threads))
+        form = self._options.backend_options.form
+        return bundle, self._stack.enter_context(
+            OnnxRuntimeBackend(bundle, None, threads, form=form)
+        )
 
 
 def misalignment_of(setting: Setting, manifest: Manifest, *, seed: int) -> Misalignment | None:

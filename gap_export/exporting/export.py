@@ -26,7 +26,7 @@ from gap_export.exporting.graph_cache import GraphCache
 from gap_export.exporting.options import ExportOptions, ExportReport, resolve_options
 from gap_export.exporting.timing import timed
 from gap_export.progress import Progress, SilentProgress
-from gap_export.spec.manifest import GraphSpec, Manifest, PruningSpec
+from gap_export.spec.manifest import BASE, ORT, GraphSpec, Manifest, PruningSpec
 from gap_export.spec.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -293,6 +293,7 @@ class _Job:
             limits=decoder_limits(manifest),
             seconds=self.seconds,
             cache=self.cache,
+            warn=self.warn,
         )
         for dtype, lowerings in wanted.items():
             if dtype != reference.dtype:
@@ -330,10 +331,14 @@ class _Job:
 
 
 def _lowerings(base_dtype: str, forms: Iterable[GraphForm]) -> dict[str, list[str]]:
-    """For each dtype the lowerings to make; the base graphs come first."""
-    from gap_export.exporting.graphs import BASE
+    """For each dtype the lowerings to make; the base graphs come first.
 
-    wanted: dict[str, list[str]] = {base_dtype: [BASE]}
+    The form for ONNX Runtime costs some milliseconds and the bytes of a graph.
+    """
+    from gap_export.graph.pipelines import LOWERINGS
+
+    own = [ORT] if base_dtype in LOWERINGS[ORT].dtypes else []
+    wanted: dict[str, list[str]] = {base_dtype: [BASE, *own]}
     for form in forms:
         lowerings = wanted.setdefault(form.dtype, [])
         if form.lowering not in lowerings:

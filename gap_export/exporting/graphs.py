@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -12,16 +12,22 @@ import onnx_ir as ir
 
 from gap_export.checkpoint.weights import PlacedTensor, QuantizedPlace
 from gap_export.engines.profiles import cache_capacity
+from gap_export.errors import PassError
 from gap_export.exporting.graph_cache import GraphCache
 from gap_export.exporting.timing import timed
 from gap_export.exporting.trace import OPSET, describe_interface, save_graph, trace_component
 from gap_export.families import Component
 from gap_export.graph.passes.quantize_linear import QuantizeLinear
-from gap_export.graph.pipelines import LOWERINGS, PIPELINES, DecoderLimits, lower, run_pipeline
-from gap_export.spec.manifest import Activations, GraphSpec, Manifest, QuantizationSpec
+from gap_export.graph.pipelines import (
+    LOWERINGS,
+    ORT_PASSES,
+    PIPELINES,
+    DecoderLimits,
+    lower,
+    run_pipeline,
+)
+from gap_export.spec.manifest import BASE, ORT, Activations, GraphSpec, Manifest, QuantizationSpec
 
-# The form that ONNX Runtime gets, which is what the passes leave.
-BASE = "onnxruntime"
 _SHORT_DTYPES: Mapping[str, str] = MappingProxyType(
     {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 )
@@ -39,6 +45,7 @@ class GraphWriter:
         limits: Of the decoder, for lowerings that ask for them.
         seconds: Receives how long each step took.
         cache: Asked first, where the pruning does not matter.
+        warn: Receives why a form that is made where it can be was not made.
     """
 
     folder: Path
@@ -47,6 +54,7 @@ class GraphWriter:
     limits: DecoderLimits | None
     seconds: dict[str, float] = field(repr=False)
     cache: GraphCache = field(repr=False)
+    warn: Callable[[str], None] = field(repr=False)
 
     def write(
         self,
@@ -75,6 +83,8 @@ class GraphWriter:
         specs: list[GraphSpec] = []
         base: ir.Model | None = None
         for lowering in lowerings:
+            if lowering == ORT and component.name not in ORT_PASSES:
+                continue
             quantization = self.quantization if quantized else None
             name = component.name
             if lowering != BASE:
@@ -87,7 +97,15 @@ class GraphWriter:
                 specs.append(known[1])
                 continue
             base = base or self._trace(component, placed, quantized)
-            model, kv_contract = self._lower(base, component, lowering)
+            try:
+                model, kv_contract = self._lower(base, component, lowering)
+            except PassError as err:
+                if lowering != ORT:
+                    raise
+                self.warn(
+                    f"ONNX Runtime runs the base form of {component.name}, which is slower: {err}"
+                )
+                continue
             save_graph(model, path)
             inputs, outputs = describe_interface(model)
             spec = GraphSpec(
@@ -99,7 +117,9 @@ class GraphWriter:
                 inputs=inputs,
                 outputs=outputs,
                 quantization=quantization,
-                activations=self.activations if quantization and lowering == BASE else "float",
+                activations=self.activations
+                if quantization and lowering in {BASE, ORT}
+                else "float",
             )
             specs.append(spec)
             if not component.prunes:

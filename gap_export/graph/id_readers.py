@@ -1,7 +1,8 @@
 """Where a decoder's graph turns position ids into angles, and whether ids go there alone.
 
-Three forms are known: a Cos or Sin of the product of ids and frequencies; rows taken by id from a
-constant table; a RotaryEmbedding that takes ids and does so itself. No name is looked at.
+Four forms are known: a Cos or Sin of the product of ids and frequencies; rows taken by id from a
+constant table; a RotaryEmbedding that takes ids and does so itself; one that takes rows of such a
+Cos and Sin by number. No name is looked at.
 """
 
 from __future__ import annotations
@@ -56,17 +57,19 @@ class IdReader:
         choice: With several position axes, where each frequency has taken the ids of one: the
             constant [F] that says which; else empty.
         tables: Values that hold cosines and sines, a row an id; empty where angles are computed.
+        rows: Which of the fed tokens each token takes the angles of, by number; empty: its own.
     """
 
     name: str
     ids_name: str
     choice: str = ""
     tables: tuple[str, str] | tuple[()] = ()
+    rows: str = ""
 
     @property
     def values(self) -> tuple[str, ...]:
         """All that :meth:`ids` has to be given."""
-        return tuple(filter(None, (self.ids_name, self.choice, *self.tables)))
+        return tuple(filter(None, (self.ids_name, self.choice, *self.tables, self.rows)))
 
     def ids(self, values: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> Ids | str:
         """Which ids it sees, of that shape; or, in words, why there is no telling.
@@ -86,6 +89,12 @@ class IdReader:
         if found.size != np.prod(shape):
             return f"{self.name} reads {list(found.shape)} ids instead of {list(shape)}"
         ids: Ids = found.reshape(shape)
+        if self.rows:
+            numbers = values[self.rows].ravel().astype(np.int64)
+            fed = int(np.prod(shape[-2:]))
+            if numbers.size != fed or numbers.min() < 0 or numbers.max() >= fed:
+                return f"{self.name} takes {numbers.size} rows up to {numbers.max()} of {fed}"
+            ids = ids.reshape(*shape[:-2], fed)[..., numbers].reshape(shape)
         if not self.tables:
             return ids
         cos, sin = (values[name] for name in self.tables)
@@ -128,7 +137,7 @@ def find_id_readers(graph: OnnxFile) -> tuple[IdReader, ...]:
         if not given or not values.depends[given]:
             continue
         tables: tuple[str, str] | tuple[()] = ()
-        choice = ""
+        choice = rows = ""
         if node.is_standard(*_TRIGONOMETRY):
             given = _ids_behind(graph, given, values.depends)
             choice = _choice_behind(graph, given, values.depends)
@@ -137,8 +146,12 @@ def find_id_readers(graph: OnnxFile) -> tuple[IdReader, ...]:
             cos, sin = (node.inputs[i] if i < len(node.inputs) else "" for i in places)
             known = cos and sin and not values.depends[cos] and not values.depends[sin]
             tables = (cos, sin) if known else ()
+            if cos and values.depends[cos] == 2:
+                rows, angles = given, _angles_behind(graph, cos)
+                given = _ids_behind(graph, angles, values.depends)
+                choice = _choice_behind(graph, given, values.depends)
         name = f"{node.op_type} {node.name}"
-        found.append(IdReader(name=name, ids_name=given, choice=choice, tables=tables))
+        found.append(IdReader(name=name, ids_name=given, choice=choice, tables=tables, rows=rows))
     return tuple(found)
 
 
@@ -258,6 +271,17 @@ class _Values:
             # Rows may be taken by id from a table of floats; one of booleans is a causal mask.
             return 1 if self._dtypes.get(node.inputs[0], FLOAT) in _FLOATS else None
         return None
+
+
+def _angles_behind(graph: OnnxFile, rows: str) -> str:
+    """The angles whose cosines a value holds, in another shape or rounded; empty if none."""
+    index = graph.producers.get(rows)
+    while index is not None:
+        node = graph.nodes[index]
+        if node.is_standard(*_TRIGONOMETRY):
+            return node.inputs[0]
+        index = graph.producers.get(node.inputs[0]) if node.is_standard(*_PASS_FIRST) else None
+    return ""
 
 
 def _ids_behind(graph: OnnxFile, angles: str, depends: Mapping[str, _Depends]) -> str:

@@ -1,4 +1,4 @@
-"""The passes that make each graph's base form, and its forms for TensorRT, in order."""
+"""The passes that make each graph's base form, and its forms for other runtimes, in order."""
 
 from __future__ import annotations
 
@@ -15,16 +15,25 @@ from gap_export.graph.passes.decompose_integer_clip import DecomposeIntegerClip
 from gap_export.graph.passes.drop_zero_bias import DropZeroBias
 from gap_export.graph.passes.fold_constants import FoldConstants
 from gap_export.graph.passes.fuse_attention import FuseAttention
+from gap_export.graph.passes.fuse_group_query_attention import ATTENTION, FuseGroupQueryAttention
 from gap_export.graph.passes.fuse_linear import FuseLinear
 from gap_export.graph.passes.fuse_rms_norm import FuseRmsNorm
 from gap_export.graph.passes.fuse_rotary import FuseRotary
+from gap_export.graph.passes.fuse_simplified_norm import (
+    NORM,
+    SKIP_NORM,
+    FuseSimplifiedNorm,
+    FuseSkipNorm,
+)
 from gap_export.graph.passes.graph_pass import GraphPass
 from gap_export.graph.passes.insert_gap_remap import InsertGapRemap
-from gap_export.graph.passes.matching import is_operator
+from gap_export.graph.passes.matching import CONTRIB, is_operator, qualified_name
 from gap_export.graph.passes.raise_opset import UNCHANGED_OPERATORS, RaiseOpset
+from gap_export.graph.passes.rotate_by_rows import ROTARY, RotateByRows
 from gap_export.graph.passes.strip_trace_metadata import StripTraceMetadata
 from gap_export.graph.passes.take_num_kept_tokens import TakeNumKeptTokens
 from gap_export.graph.passes.update_cache_in_place import PAST, UpdateCacheInPlace
+from gap_export.spec.manifest import ORT
 
 DECODER = "decoder_model_merged"
 PIPELINES: Mapping[str, tuple[GraphPass, ...]] = MappingProxyType(
@@ -48,6 +57,16 @@ FUSED_OPERATORS = PORTABLE_OPERATORS | {
     "RotaryEmbedding",
     "TensorScatter",
 }
+# ONNX Runtime's own, beside what it takes of the standard ones.
+ORT_OPERATORS = PORTABLE_OPERATORS | {
+    NORM,
+    "ReduceProd",
+    *(f"{CONTRIB}::{name}" for name in (ATTENTION, ROTARY, SKIP_NORM)),
+}
+# The passes of the form for ONNX Runtime; of other components the base form is what it gets.
+ORT_PASSES: Mapping[str, tuple[GraphPass, ...]] = MappingProxyType(
+    {DECODER: (FuseSimplifiedNorm(), FuseSkipNorm(), RotateByRows(), FuseGroupQueryAttention())}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +115,12 @@ LOWERINGS: Mapping[str, Lowering] = MappingProxyType(
             # TensorRT has no Attention kernel for float32.
             dtypes=("float16", "bfloat16"),
         ),
+        ORT: Lowering(
+            opset=21,
+            operators=ORT_OPERATORS,
+            kv_contract="in_place",
+            dtypes=("float32", "float16"),
+        ),
     }
 )
 
@@ -143,6 +168,17 @@ def lower(
             allowed=", ".join(form.dtypes),
             fix="export in one of them (--dtype), or use another lowering",
         )
+    lowered = model.clone()
+    run_pipeline(lowered, _passes_of(component, lowering, limits))
+    check_operators(lowered, lowering=lowering, operators=form.operators, max_opset=form.opset)
+    if form.kv_contract == "in_place":
+        _check_every_layer(lowered.graph, _IN_A_LAYER[lowering])
+    return lowered
+
+
+def _passes_of(component: str, lowering: str, limits: DecoderLimits | None) -> list[GraphPass]:
+    if lowering == ORT:
+        return list(ORT_PASSES.get(component, ()))
     passes: list[GraphPass] = [DropZeroBias(), DecomposeIntegerClip()]
     if lowering == "fused":
         passes = [RaiseOpset(), *passes]
@@ -159,15 +195,19 @@ def lower(
                 UpdateCacheInPlace(capacity=limits.cache_capacity),
             ]
         passes.append(FuseAttention())
-    lowered = model.clone()
-    run_pipeline(lowered, passes)
-    check_operators(lowered, lowering=lowering, operators=form.operators, max_opset=form.opset)
-    if form.kv_contract == "in_place":
-        _check_every_layer(lowered.graph)
-    return lowered
+    return passes
 
 
-def _check_every_layer(graph: ir.Graph) -> None:
+# How many nodes of each kind a layer of the decoder has.
+_IN_A_LAYER: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "fused": {"Attention": 1, "RotaryEmbedding": 2, "TensorScatter": 2},
+        ORT: {f"{CONTRIB}::{ATTENTION}": 1, f"{CONTRIB}::{ROTARY}": 2},
+    }
+)
+
+
+def _check_every_layer(graph: ir.Graph, in_a_layer: Mapping[str, int]) -> None:
     """Hold a decoder to one attention, two rotations and caches a layer, and to all of its norms.
 
     How many norms a layer has, and of which kind, the weights say: one of a single axis belongs to
@@ -176,8 +216,8 @@ def _check_every_layer(graph: ir.Graph) -> None:
     layers = sum(PAST.fullmatch(value.name or "") is not None for value in graph.inputs) // 2
     if not layers:
         return
-    wanted = {"Attention": layers, "RotaryEmbedding": 2 * layers, "TensorScatter": 2 * layers}
-    kinds = [node.op_type for node in graph]
+    wanted = {kind: number * layers for kind, number in in_a_layer.items()}
+    kinds = [qualified_name(node) for node in graph]
     seen = {kind: kinds.count(kind) for kind in wanted}
     if seen != wanted:
         raise PassError(

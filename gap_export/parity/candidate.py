@@ -19,6 +19,7 @@ from gap_export.progress import Progress
 from gap_export.runtime.backends.backend import DECODER, Backend
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.session import GroundingSession
+from gap_export.spec.manifest import ORT, FormName, Manifest, check_form
 from gap_export.spec.requests import BackendOptions
 from gap_export.spec.tolerances import Tolerance, tolerances_of
 
@@ -32,6 +33,7 @@ class Candidate:
 
     Attributes:
         key: The backend's name on the command line.
+        form: Of the graphs that ONNX Runtime runs; None with TensorRT.
         session: A session with the backend; the caller closes it.
         decoder_graph: File of the graph that its decoder is, or was built from.
         note: What should be known of that graph.
@@ -39,6 +41,7 @@ class Candidate:
     """
 
     key: BackendKey
+    form: FormName | None
     session: GroundingSession
     decoder_graph: str
     note: str
@@ -74,8 +77,34 @@ class Answered:
     broken: str = ""
 
 
+def forms_of(
+    manifest: Manifest, key: BackendKey, wanted: FormName | None
+) -> tuple[FormName | None, ...]:
+    """The forms of a bundle's graphs that are to be judged, each by itself.
+
+    Args:
+        manifest: The bundle's.
+        key: What runs it.
+        wanted: The only one; None for all that the backend can run.
+
+    Raises:
+        UsageError: the bundle has not got the one that is wanted.
+    """
+    if key != "ort":
+        return (None,)
+    check_form(manifest, wanted)
+    if wanted is not None:
+        return (wanted,)
+    return ("base", "ort") if any(g.lowering == ORT for g in manifest.graphs) else ("base",)
+
+
 def open_candidate(
-    bundle: Bundle, key: BackendKey, *, options: BackendOptions, reference: Truth | None
+    bundle: Bundle,
+    key: BackendKey,
+    *,
+    options: BackendOptions,
+    reference: Truth | None,
+    form: FormName | None = None,
 ) -> Candidate | CannotRun:
     """Load what runs a bundle.
 
@@ -84,13 +113,14 @@ def open_candidate(
         key: Which.
         options: How it runs it.
         reference: What it is to be compared with.
+        form: With ONNX Runtime: of the bundle's graphs.
 
     Raises:
         BundleError: a graph or engines that are damaged.
         GapExportError: TensorRT cannot load an engine.
     """
     try:
-        backend, decoder_graph, note = _load(bundle, key, options)
+        backend, decoder_graph, note = _load(bundle, key, options, form)
         try:
             tolerances = tolerances_of(backend.dtype, backend.activations)
             if reference is not None:
@@ -106,7 +136,12 @@ def open_candidate(
             raise
         return CannotRun(reason=str(err))
     return Candidate(
-        key=key, session=session, decoder_graph=decoder_graph, note=note, tolerances=tolerances
+        key=key,
+        form=form,
+        session=session,
+        decoder_graph=decoder_graph,
+        note=note,
+        tolerances=tolerances,
     )
 
 
@@ -153,12 +188,15 @@ def _ask(session: GroundingSession, question: Question) -> Grounding | GapExport
         return err
 
 
-def _load(bundle: Bundle, key: BackendKey, options: BackendOptions) -> tuple[Backend, str, str]:
+def _load(
+    bundle: Bundle, key: BackendKey, options: BackendOptions, form: FormName | None
+) -> tuple[Backend, str, str]:
     """A backend, the file of its decoder's graph, and what should be known of that graph."""
     if key == "ort":
         from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(bundle), bundle.manifest.graph(DECODER).file, ""
+        runs = OnnxRuntimeBackend(bundle, form=form)
+        return runs, bundle.manifest.graph(DECODER, lowering=runs.forms[DECODER]).file, ""
     if key == "openvino":
         from gap_export.runtime.backends.openvino_backend import OpenVinoBackend
 

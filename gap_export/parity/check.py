@@ -9,7 +9,13 @@ from types import MappingProxyType
 
 from gap_export.bundle import Bundle
 from gap_export.errors import UsageError
-from gap_export.parity.candidate import Candidate, CannotRun, ask_candidate, open_candidate
+from gap_export.parity.candidate import (
+    Candidate,
+    CannotRun,
+    ask_candidate,
+    forms_of,
+    open_candidate,
+)
 from gap_export.parity.inside.look import look_inside
 from gap_export.parity.levels.agreement import judge_boxes, judge_tokens
 from gap_export.parity.levels.fed_ids import first_wrong_fed_ids
@@ -28,6 +34,7 @@ from gap_export.parity.results import (
 from gap_export.parity.tally import tensor_row
 from gap_export.parity.truth import ReferenceOverflowError, TorchTruth, Truth
 from gap_export.progress import Progress, SilentProgress
+from gap_export.spec.manifest import FormName
 from gap_export.spec.requests import DEFAULT_BACKEND, BackendOptions
 
 # Levels of which a share of the questions may be asked for. Position ids and tensors have none: an
@@ -92,7 +99,11 @@ def check_bundle(
         progress=progress or SilentProgress(),
     )
     _check_plan(plan, wanted)
-    found = [_check_backend(bundle, key, plan) for key in wanted]
+    found = [
+        _check_backend(bundle, key, form, plan)
+        for key in wanted
+        for form in forms_of(bundle.manifest, key, options.form)
+    ]
     names = dict.fromkeys(name for _, name in found if name)
     pruning = bundle.manifest.pruning
     return CheckReport(
@@ -161,14 +172,18 @@ def _check_plan(plan: _Plan, backends: Sequence[BackendKey]) -> None:
             )
 
 
-def _check_backend(bundle: Bundle, key: BackendKey, plan: _Plan) -> tuple[BackendResult, str]:
-    """Run and judge one backend.
+def _check_backend(
+    bundle: Bundle, key: BackendKey, form: FormName | None, plan: _Plan
+) -> tuple[BackendResult, str]:
+    """Run and judge one backend, with one form of the graphs.
 
     Returns:
         What was found, and what it was compared with; the latter is empty where it was not.
     """
     started = time.perf_counter()
-    candidate = open_candidate(bundle, key, options=plan.options, reference=plan.reference)
+    candidate = open_candidate(
+        bundle, key, options=plan.options, reference=plan.reference, form=form
+    )
     divergences: tuple[Divergence, ...] = ()
     if isinstance(candidate, CannotRun):
         name = reference = ""

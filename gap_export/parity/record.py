@@ -11,11 +11,10 @@ from gap_export.parity.levels.fed_ids import first_wrong_fed_ids
 from gap_export.parity.results import BackendKey
 from gap_export.parity.truth import Truth
 from gap_export.progress import Progress, SilentProgress
-from gap_export.spec.manifest import GraphSpec, Manifest
+from gap_export.spec.manifest import BASE, ORT, GraphSpec, Manifest
 from gap_export.spec.tolerances import tolerances_of
 
 _DECODER = "decoder_model_merged"
-_BASE = "onnxruntime"
 
 
 def record_truth(
@@ -87,7 +86,7 @@ def _decoder(manifest: Manifest, backend: BackendKey) -> GraphSpec:
     if backend != "trt":
         return manifest.graph(_DECODER)
     for graph in manifest.graphs:
-        if graph.component == _DECODER and graph.lowering != _BASE:
+        if graph.component == _DECODER and graph.lowering not in {BASE, ORT}:
             return graph
     raise UsageError(
         "the bundle has no graphs for TensorRT, whose dtype a golden could have",

@@ -24,7 +24,7 @@ from gap_export.runtime.clock import StageClock
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.image_view import ImageView
 from gap_export.runtime.images.image import ColorOrder, ImageFrame, ImageInput
-from gap_export.spec.manifest import Manifest
+from gap_export.spec.manifest import FormName, Manifest
 from gap_export.spec.positions import PositionRule
 from gap_export.spec.requests import DEFAULT_OPENVINO, OpenVinoOptions
 
@@ -104,6 +104,7 @@ class GroundingSession(Answering):
         execution_providers: Sequence[str] | None = None,
         num_threads: int | None = None,
         openvino: OpenVinoOptions = DEFAULT_OPENVINO,
+        form: FormName | None = None,
         verify: Verify = "stamp",
         positions: PositionRule | None = None,
         kept_bytes: int = KEPT_BYTES,
@@ -120,6 +121,8 @@ class GroundingSession(Answering):
             execution_providers: ONNX Runtime's names; by default CUDA where present, then CPU.
             num_threads: With ONNX Runtime or OpenVINO: threads on a CPU; by default they decide.
             openvino: With OpenVINO: how it runs.
+            form: With ONNX Runtime: ``ort`` runs graphs of its own operators where the bundle has
+                them, ``base`` the portable ones; by default the fastest that runs.
             verify: ``full`` hashes every byte again, ``stamp`` only what changed since last time.
             positions: ``compact`` or ``text-shifted`` run a naive baseline; by default the
                 bundle's own.
@@ -138,6 +141,7 @@ class GroundingSession(Answering):
                 "CUDA graphs": (cuda_graphs or None, "tensorrt"),
                 "execution providers": (execution_providers, "onnxruntime"),
                 "threads": (num_threads, "onnxruntime", "openvino"),
+                "form": (form, "onnxruntime"),
                 "options of OpenVINO": (
                     None if openvino == DEFAULT_OPENVINO else openvino,
                     "openvino",
@@ -160,7 +164,7 @@ class GroundingSession(Answering):
         else:
             from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
-            runs = OnnxRuntimeBackend(opened, execution_providers, num_threads)
+            runs = OnnxRuntimeBackend(opened, execution_providers, num_threads, form=form)
         return cls(opened.manifest, opened.path, runs, positions=positions, kept_bytes=kept_bytes)
 
     def __enter__(self) -> Self:

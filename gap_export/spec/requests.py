@@ -27,6 +27,7 @@ from gap_export.spec.manifest import (
     Budget,
     ExtraPosition,
     ExtraToken,
+    FormName,
     Order,
     PrunerText,
     QuantizationSpec,
@@ -405,9 +406,12 @@ class BackendOptions:
     Attributes:
         engines: With TensorRT: which of a bundle's engines; None for the first that fits.
         openvino: With OpenVINO: how it runs.
+        form: With ONNX Runtime: of the graphs, ``base`` or ``ort``; None for the fastest that runs,
+            and for a check of each.
     """
 
     engines: str | None = None
+    form: FormName | None = None
     openvino: OpenVinoOptions = OpenVinoOptions()
 
 

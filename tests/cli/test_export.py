@@ -115,7 +115,7 @@ def test_a_bundle_is_replaced_by_force_alone(run_cli, tiny_bundle, tiny_checkpoi
 
     outcome = run_cli(tiny_checkpoint, "--keep", "0.25", "--out", out, "--force")
     assert (outcome.code, outcome.out) == (0, f"{out}\n")
-    assert "4 of 16 visual tokens (spatial, gap positions), 3 graphs" in outcome.err
+    assert "4 of 16 visual tokens (spatial, gap positions), 4 graphs" in outcome.err
     assert open_bundle(out, verify="full").manifest.pruning.num_kept_tokens == 4
 
 

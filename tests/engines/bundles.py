@@ -20,7 +20,8 @@ SKIP_RTX = "TensorRT-RTX is not installed: it comes with the extra trt-rtx"
 
 def for_engines(manifest: Manifest, limits: EngineLimits = LIMITS) -> Manifest:
     """A manifest whose base graphs serve as portable ones of float32, for every target."""
-    graphs = tuple(dataclasses.replace(graph, lowering="portable") for graph in manifest.graphs)
+    base = (graph for graph in manifest.graphs if graph.lowering == "onnxruntime")
+    graphs = tuple(dataclasses.replace(graph, lowering="portable") for graph in base)
     targets = tuple(
         TargetSpec(name=name, lowering="portable", dtype=manifest.dtype, preflight=())
         for name in TARGETS

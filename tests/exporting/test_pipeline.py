@@ -71,6 +71,8 @@ def test_graphs_are_portable(tiny_bundle, tmp_path):
     # onnx refuses weights that are hard links.
     plain = shutil.copytree(tiny_bundle, tmp_path / "plain")
     for path in plain.glob("*.onnx"):
+        if path.name == "decoder_model_merged_ort_fp32.onnx":
+            continue  # for ONNX Runtime alone
         model = onnx.load(path, load_external_data=False)
         assert model.ir_version <= 10, path.name
         assert {o.version for o in model.opset_import if o.domain in ("", "ai.onnx")} == {20}

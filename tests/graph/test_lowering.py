@@ -33,6 +33,8 @@ from tests.graph.lowering_models import (
 
 DECODER = "decoder_model_merged"
 CAPACITY = 48
+# The form for ONNX Runtime has tests of its own.
+ENGINE_FORMS = ("portable", "fused")
 LIMITS = DecoderLimits(max_position_embeddings=MAX_POSITIONS, cache_capacity=CAPACITY)
 PROMPT, STEPS = 20, 3
 PLAIN = [case for case in COMPONENTS if DECODER not in getattr(case, "values", case)]
@@ -68,7 +70,7 @@ def check_close(name: str, reference: np.ndarray, candidate: np.ndarray) -> None
     assert found.passed, (name, found)
 
 
-@pytest.mark.parametrize("form", LOWERINGS)
+@pytest.mark.parametrize("form", ENGINE_FORMS)
 @pytest.mark.parametrize(("family", "component"), PLAIN)
 def test_component_gives_what_the_base_graph_gives(lowering_models, family, component, form):
     base = lowering_models.base(family, component)
@@ -138,7 +140,7 @@ class Decode:
         return np.stack(logits), caches
 
 
-@pytest.mark.parametrize("form", LOWERINGS)
+@pytest.mark.parametrize("form", ENGINE_FORMS)
 @pytest.mark.parametrize("family", DECODERS)
 def test_decoder_gives_what_the_base_graph_gives_over_prefill_and_decode(
     lowering_models, family, form
@@ -180,7 +182,7 @@ def test_fused_decoder_is_as_far_from_float32_as_the_base_graph(lowering_models)
     check_close("logits", truth, found)
 
 
-@pytest.mark.parametrize("form", LOWERINGS)
+@pytest.mark.parametrize("form", ENGINE_FORMS)
 @pytest.mark.parametrize(("family", "component"), COMPONENTS)
 def test_interface_stays_but_for_the_cache(lowering_models, family, component, form):
     base = lowering_models.base(family, component)
@@ -198,7 +200,7 @@ def test_interface_stays_but_for_the_cache(lowering_models, family, component, f
         assert [dim if isinstance(dim, int) else str(dim) for dim in new.shape] == shape
 
 
-@pytest.mark.parametrize("form", LOWERINGS)
+@pytest.mark.parametrize("form", ENGINE_FORMS)
 @pytest.mark.parametrize(("family", "component"), COMPONENTS)
 def test_lowering_leaves_the_given_model_and_reads_no_weight(
     lowering_models, family, component, form
@@ -325,7 +327,7 @@ def test_unknown_names_are_refused(lowering_models, component, form, message):
 
 def test_lowering_twice_is_refused_or_changes_nothing(lowering_models):
     base = lowering_models.base("llava_next", "vision_encoder")
-    for form in LOWERINGS:
+    for form in ENGINE_FORMS:
         once = lower(base, "vision_encoder", form)
         assert fingerprint(lower(once, "vision_encoder", form)) == fingerprint(once)
     once = lower(lowering_models.base("llava", DECODER), DECODER, "fused", limits=LIMITS)
@@ -346,7 +348,7 @@ def test_a_layer_that_lost_its_norm_is_not_taken_for_fused(lowering_models):
         lower(model, DECODER, "fused", limits=LIMITS)
 
 
-@pytest.mark.parametrize("form", LOWERINGS)
+@pytest.mark.parametrize("form", ENGINE_FORMS)
 @pytest.mark.parametrize("family", ["llava_next", "interleaved"])
 def test_int4_weights_survive_lowering(lowering_models, family, form):
     """DequantizeLinear and MatMul stand where Gemm stood; no pass looks at either."""

@@ -8,9 +8,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from gap_export.graph.pipelines import LOWERINGS, DecoderLimits, lower
+from gap_export.graph.pipelines import DecoderLimits, lower
 from tests.engines.sm89 import build_plan
 from tests.graph.lowering_models import COMPONENTS, MAX_POSITIONS
+from tests.graph.test_lowering import ENGINE_FORMS
 
 DECODER = "decoder_model_merged"
 LIMITS = DecoderLimits(max_position_embeddings=MAX_POSITIONS, cache_capacity=48)
@@ -38,7 +39,7 @@ def build(path: Path) -> bytes:
     return build_plan(path, *((PREFILL, DECODE) if cached else (PREFILL,)))
 
 
-@pytest.mark.parametrize("form", LOWERINGS)
+@pytest.mark.parametrize("form", ENGINE_FORMS)
 @pytest.mark.parametrize(("family", "component"), COMPONENTS)
 def test_form_builds_for_a_desktop_gpu(lowering_models, family, component, form):
     model = lower(lowering_models.base(family, component), component, form, limits=LIMITS)
@@ -47,7 +48,7 @@ def test_form_builds_for_a_desktop_gpu(lowering_models, family, component, form)
     assert len(build(path)) > 1000
 
 
-@pytest.mark.parametrize("form", LOWERINGS)
+@pytest.mark.parametrize("form", ENGINE_FORMS)
 @pytest.mark.parametrize("family", ["llava_next", "interleaved"])
 def test_int4_decoder_builds(lowering_models, family, form):
     model = lowering_models.base(family, DECODER).clone()
@@ -57,7 +58,7 @@ def test_int4_decoder_builds(lowering_models, family, form):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("form", LOWERINGS)
+@pytest.mark.parametrize("form", ENGINE_FORMS)
 @pytest.mark.parametrize("family", ["llava_next", "interleaved"])
 def test_bfloat16_decoder_builds(lowering_models, family, form):
     """ONNX Runtime has no kernels for it on a CPU, so that this is all that can be asked."""

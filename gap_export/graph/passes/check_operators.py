@@ -7,7 +7,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from gap_export.errors import PassError
-from gap_export.graph.passes.matching import all_nodes
+from gap_export.graph.passes.matching import all_nodes, qualified_name
 
 
 def check_operators(
@@ -18,7 +18,7 @@ def check_operators(
     Args:
         model: A lowered graph.
         lowering: Name of the lowering, for the message.
-        operators: The standard operators it may use.
+        operators: The operators it may use: standard ones by name, others as ``domain::name``.
         max_opset: Highest opset it may declare.
 
     Raises:
@@ -32,7 +32,7 @@ def check_operators(
         )
     for node in all_nodes(model):
         is_ours = node.domain != "" and node.op_identifier() in model.functions
-        if not is_ours and (node.domain != "" or node.op_type not in operators):
+        if not is_ours and qualified_name(node) not in operators:
             raise PassError(
                 f"the {lowering} form has no such operator",
                 seen=f"{node.domain or 'standard'} {node.op_type}, node {node.name}",

@@ -65,7 +65,7 @@ class FuseAttention(PatternPass):
     def replace(self, last: ir.Node, **values: Any) -> ir.Node | None:
         """One Attention, behind the bias of its mask."""
         softmax, bias = values["weights"].producer(), values.get("bias")
-        if _last_of(softmax) is not last:
+        if last_product(softmax) is not last:
             return None  # something else reads the weights
         query, key, value = (values[name] for name in ("query", "key", "value"))
         where = f"attention at {softmax.name}"
@@ -84,7 +84,7 @@ class FuseAttention(PatternPass):
                     f"{_WIDTHS.step} from {_WIDTHS[0]} to {_WIDTHS[-1]}",
                     fix="use the portable lowering",
                 )
-        inputs = [query, _shared(key, where), _shared(value, where)]
+        inputs = [query, shared_heads(key, where), shared_heads(value, where)]
         if bias is not None:
             inputs.append(self._bias(bias, query, where))
         factor, made = float(scale.reshape(())), [like(last.outputs[0])]
@@ -92,7 +92,7 @@ class FuseAttention(PatternPass):
 
     def is_left(self, node: ir.Node) -> bool:
         """A Softmax whose result is multiplied as a matrix and read by nothing else."""
-        return _last_of(node) is not None
+        return last_product(node) is not None
 
     def _bias(self, wide: ir.Value, query: ir.Value, where: str) -> ir.Value:
         """0 where a key is allowed, half of the lowest number elsewhere; four axes.
@@ -147,7 +147,7 @@ class FuseAttention(PatternPass):
         return out
 
 
-def _last_of(softmax: ir.Node) -> ir.Node | None:
+def last_product(softmax: ir.Node) -> ir.Node | None:
     """The product of weights and values; None where that is not all that reads the weights."""
     if not is_operator(softmax, "Softmax"):
         return None
@@ -164,7 +164,7 @@ def _last_of(softmax: ir.Node) -> ir.Node | None:
         value = node.outputs[0]
 
 
-def _shared(heads: ir.Value, where: str) -> ir.Value:
+def shared_heads(heads: ir.Value, where: str) -> ir.Value:
     """Key-value heads before they are repeated; the same where they are not."""
     chain: list[ir.Node] = []
     value: ir.Value | None = heads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,34 @@ from numpy.typing import NDArray
 from gap_export.errors import PassError
 
 HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+# The domain of ONNX Runtime's own operators.
+CONTRIB = "com.microsoft"
 
 
 def is_operator(node: ir.Node | None, op_type: str) -> bool:
     """Whether a node is that standard operator."""
     return node is not None and node.domain == "" and node.op_type == op_type
+
+
+def contrib(
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    settings: Mapping[str, Any],
+    outputs: Sequence[ir.Value],
+    name: str | None,
+) -> ir.Node:
+    """A node of one of ONNX Runtime's own operators."""
+    return ir.node(op_type, inputs, settings, domain=CONTRIB, outputs=outputs, name=name)
+
+
+def is_contrib(node: ir.Node | None, op_type: str) -> bool:
+    """Whether a node is that operator of ONNX Runtime's own."""
+    return node is not None and node.domain == CONTRIB and node.op_type == op_type
+
+
+def qualified_name(node: ir.Node) -> str:
+    """An operator's name, behind its domain where that is not the standard one."""
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
 
 
 def describe(value: ir.Value | None) -> str:

@@ -15,6 +15,9 @@ from gap_export.progress import Progress
 from gap_export.runtime.backends.backend import DECODER
 
 _NO_LAYERS = "where that begins is not known: a golden does not hold what is inside a model"
+_NO_OWN_FORM = (
+    "modules are compared with the base form, whose nodes they are: see there whether it is off"
+)
 _NO_ENGINES = "where that begins is not known: engines cannot be looked into; see --backend ort"
 
 
@@ -64,6 +67,8 @@ def look_inside(
         return Inside(note=_NO_LAYERS if failures else "")
     if candidate.key == "trt":
         return Inside(note=_NO_ENGINES if failures else "")
+    if candidate.form == "ort":
+        return Inside(note=_NO_OWN_FORM if failures else "")
     if not failures and not per_layer:
         return Inside()
     from gap_export.parity.inside.divergence import compare_layers, find_divergence

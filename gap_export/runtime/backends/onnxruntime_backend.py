@@ -1,7 +1,8 @@
 """Runs a bundle's graphs in ONNX Runtime, on the CPU or, where it is present, on CUDA.
 
-The KV cache stays where it was computed: each step's ``present`` outputs are bound as the next
-step's ``past`` inputs, without a copy through numpy.
+Of a component's forms the fastest is taken that the execution provider runs: on the CPU ``ort``,
+made of ONNX Runtime's own operators, where the bundle has it. Elsewhere that has not been measured,
+and it must be asked for.
 
 ONNX Runtime's CPU has no float16 arithmetic: it casts to float32 and back, so float16 graphs run
 there, slowly. See :func:`spare_memory` for what keeps their weights from being held twice.
@@ -9,10 +10,10 @@ there, slowly. See :func:`spare_memory` for what keeps their weights from being 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,14 +31,17 @@ from gap_export.runtime.backends.backend import (
     graph_components,
     lacks_component,
 )
+from gap_export.runtime.backends.onnxruntime_growing import GrowingDecoder
+from gap_export.runtime.backends.onnxruntime_in_place import InPlaceDecoder
 from gap_export.runtime.backends.onnxruntime_options import (
     session_options,
     spare_memory,
     start_session,
 )
 from gap_export.runtime.backends.quiet_onnxruntime import ort, ort_errors
-from gap_export.spec.manifest import GraphSpec, Manifest
+from gap_export.spec.manifest import BASE, ORT, FormName, GraphSpec, Manifest, check_form
 
+_log = logging.getLogger(__name__)
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
 _SUPPORTED = (_CUDA, _CPU)
@@ -65,35 +69,28 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
 )
 
 
-@dataclass
-class OnnxRuntimeCache:
-    """Keys and values as ONNX Runtime holds them.
-
-    Attributes:
-        batch_size: B.
-        length: Slots filled.
-        values: past_key_values.{i}.key|value by input name, [B, heads, length, dim].
-    """
-
-    batch_size: int
-    length: int = 0
-    values: dict[str, ort.OrtValue] = field(default_factory=dict)
-
-
 class OnnxRuntimeGraphs(Backend):
     """Graphs that are loaded already, in ONNX Runtime.
 
     Args:
         sessions: By component; the decoder's logits come first among its outputs.
         manifest: Describes the model.
+        kv_contract: How the decoder's graph hands its cache on, see ``GraphSpec``.
     """
 
     continues_prompts = True
 
-    def __init__(self, sessions: dict[str, ort.InferenceSession], manifest: Manifest) -> None:
+    def __init__(
+        self,
+        sessions: dict[str, ort.InferenceSession],
+        manifest: Manifest,
+        *,
+        kv_contract: Literal["none", "concat", "in_place"] = "concat",
+    ) -> None:
         decoder = sessions[DECODER]
         used = decoder.get_providers()
-        self.name = f"ONNX Runtime {ort.__version__} ({used[0]})"
+        own = ", form ort" if kv_contract == "in_place" else ""
+        self.name = f"ONNX Runtime {ort.__version__} ({used[0]}{own})"
         self.dtype = numpy_dtype(manifest.dtype).name
         self._manifest = manifest
         self._sessions = sessions
@@ -101,12 +98,14 @@ class OnnxRuntimeGraphs(Backend):
             component: {value.name: INPUT_DTYPES[value.type] for value in session.get_inputs()}
             for component, session in sessions.items()
         }
-        self._device = "cuda" if _CUDA in used else "cpu"
-        self._past = {
-            value.name.replace("present.", "past_key_values.", 1): value.name
-            for value in decoder.get_outputs()
-            if value.name.startswith("present.")
-        }
+        device, dtypes = "cuda" if _CUDA in used else "cpu", self._inputs[DECODER]
+        spec = manifest.decoder
+        size = spec.num_key_value_heads, spec.head_dim
+        self._decoder: Any = (
+            InPlaceDecoder(decoder, device, dtypes)
+            if kv_contract == "in_place"
+            else GrowingDecoder(decoder, device, dtypes, size)
+        )
 
     def close(self) -> None:
         """Free the graphs."""
@@ -125,68 +124,40 @@ class OnnxRuntimeGraphs(Backend):
         except ORT_ERRORS as err:
             raise _failed(component, err) from err
 
-    def new_cache(self, batch_size: int, num_slots: int) -> OnnxRuntimeCache:
-        """See Backend; each step makes its cache anew, so no memory is had ahead."""
-        del num_slots
-        spec = self._manifest.decoder
-        shape = (batch_size, spec.num_key_value_heads, 0, spec.head_dim)
-        return OnnxRuntimeCache(
-            batch_size=batch_size,
-            values={
-                name: ort.OrtValue.ortvalue_from_numpy(
-                    np.zeros(shape, dtype=self._inputs[DECODER][name]), self._device
-                )
-                for name in self._past
-            },
-        )
+    def new_cache(self, batch_size: int, num_slots: int) -> KVCache:
+        """See Backend."""
+        cache: KVCache = self._decoder.new_cache(batch_size, num_slots)
+        return cache
 
-    def fork_cache(self, cache: KVCache, batch_size: int, num_slots: int) -> OnnxRuntimeCache:
-        """See Backend. A single row shares the values, which no step writes to."""
-        del num_slots
-        assert isinstance(cache, OnnxRuntimeCache), "a cache belongs to the backend that made it"
+    def fork_cache(self, cache: KVCache, batch_size: int, num_slots: int) -> KVCache:
+        """See Backend."""
         assert cache.batch_size == 1, "what is forked is one row"
-        values = dict(cache.values)
-        if batch_size > 1:
-            for name, value in values.items():
-                rows = np.repeat(value.numpy(), batch_size, axis=0)
-                values[name] = ort.OrtValue.ortvalue_from_numpy(rows, self._device)
-        return OnnxRuntimeCache(batch_size=batch_size, length=cache.length, values=values)
+        made: KVCache = self._decoder.fork_cache(cache, batch_size, num_slots)
+        return made
 
     def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
         """See Backend."""
-        assert isinstance(cache, OnnxRuntimeCache), "a cache belongs to the backend that made it"
-        session, dtypes = self._sessions[DECODER], self._inputs[DECODER]
-        binding = session.io_binding()
-        # The binding reads these arrays in place: they must live, contiguous, until the run ends.
-        held = {
-            name: np.ascontiguousarray(array, dtype=dtypes[name]) for name, array in feed.items()
-        }
-        for name, array in held.items():
-            binding.bind_cpu_input(name, array)
-        for name, value in cache.values.items():
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits", "cpu")
-        for name in self._past.values():
-            binding.bind_output(name, self._device)
         try:
-            session.run_with_iobinding(binding)
+            logits: FloatArray = self._decoder.decode(feed, cache)
         except ORT_ERRORS as err:
             raise _failed(DECODER, err) from err
-        logits, *present = binding.get_outputs()
-        cache.values = dict(zip(self._past, present, strict=True))
-        cache.length += feed["inputs_embeds"].shape[1]
-        last: FloatArray = logits.numpy()[:, -1].copy()
-        return last
+        return logits
 
 
 class OnnxRuntimeBackend(OnnxRuntimeGraphs):
-    """The bundle's base graphs in ONNX Runtime."""
+    """The bundle's graphs in ONNX Runtime.
+
+    Attributes:
+        forms: By component, the lowering of the graph that runs, see ``GraphSpec``.
+    """
 
     def __init__(
         self,
         bundle: Bundle,
         execution_providers: Sequence[str] | None = None,
         num_threads: int | None = None,
+        *,
+        form: FormName | None = None,
     ) -> None:
         """Load the graphs.
 
@@ -195,11 +166,13 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
             execution_providers: ONNX Runtime's names, best first; by default CUDA where this
                 ONNX Runtime has it, then the CPU.
             num_threads: Threads of one operator; by default ONNX Runtime decides.
+            form: ``base`` or ``ort``, of the components that have it; by default the fastest that
+                runs. Where one does not run, the base form takes its place, with a warning.
 
         Raises:
             UsageError: an execution provider that is not supported, that this ONNX Runtime has
                 not got, or, where it was asked for, that cannot be loaded; a number of threads
-                out of range.
+                out of range; a form that no component has or that does not run, asked for.
             BundleError: a graph that ONNX Runtime refuses, or whose inputs are not the manifest's,
                 a dtype other than float32 and float16, or a newline that cannot be read.
         """
@@ -214,7 +187,12 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
         if manifest.newline is not None:
             self._newline = read_place(bundle.path, manifest.newline).astype(dtype)
         components = graph_components(manifest)
-        super().__init__({name: self._load(bundle, name) for name in components}, manifest)
+        check_form(manifest, form)
+        self._form = form
+        self.forms: dict[str, str] = {}
+        sessions = {name: self._load(bundle, name) for name in components}
+        contract = manifest.graph(DECODER, lowering=self.forms[DECODER]).kv_contract
+        super().__init__(sessions, manifest, kv_contract=contract)
 
     def run(self, component: str, feed: Feed) -> Outputs:
         """See Backend."""
@@ -223,7 +201,31 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
         return super().run(component, feed)
 
     def _load(self, bundle: Bundle, component: str) -> ort.InferenceSession:
-        spec = bundle.manifest.graph(component)
+        """A component's graph in the best of its forms that runs."""
+        manifest, form = bundle.manifest, self._form
+        may_be_own = form == ORT or (form is None and self._providers == [_CPU])
+        own = [g for g in manifest.graphs if (g.component, g.lowering) == (component, ORT)]
+        if own and may_be_own:
+            (spec,) = own
+            try:
+                session = self._load_graph(bundle, spec)
+            except BundleError as err:
+                if form is not None:
+                    raise UsageError(
+                        f"the form ort of {component} does not run here",
+                        seen=f"{err.what}: {err.seen}",
+                        fix="use the base form, or another version of ONNX Runtime",
+                    ) from err
+                _log.warning(
+                    "the faster form of %s is not used, the base form is: %s", component, err
+                )
+            else:
+                self.forms[component] = ORT
+                return session
+        self.forms[component] = BASE
+        return self._load_graph(bundle, manifest.graph(component))
+
+    def _load_graph(self, bundle: Bundle, spec: GraphSpec) -> ort.InferenceSession:
         path = bundle.file(spec.file)
         try:
             session = self._start(path, spec, self._providers)

@@ -20,8 +20,10 @@ from gap_export.spec.manifest.facts import (
 )
 from gap_export.spec.manifest.plain import ADDED_LATER, differing_fields, from_plain, to_plain
 from gap_export.spec.manifest.specs import (
+    BASE,
     FORMAT,
     FORMAT_VERSION,
+    ORT,
     Activations,
     Budget,
     DecoderSpec,
@@ -29,6 +31,7 @@ from gap_export.spec.manifest.specs import (
     ExtraPosition,
     ExtraToken,
     FileSpec,
+    FormName,
     GraphSpec,
     LongTexts,
     Manifest,
@@ -45,14 +48,17 @@ from gap_export.spec.manifest.specs import (
     TensorPlace,
     TensorSpec,
     TextEncoderSpec,
+    check_form,
 )
 from gap_export.spec.manifest.values import check_member_path, check_values
 
 __all__ = [
     "ADDED_LATER",
+    "BASE",
     "FORMAT",
     "FORMAT_VERSION",
     "MANIFEST_NAME",
+    "ORT",
     "Activations",
     "BoxSpec",
     "Budget",
@@ -61,6 +67,7 @@ __all__ = [
     "ExtraPosition",
     "ExtraToken",
     "FileSpec",
+    "FormName",
     "GraphSpec",
     "GridSpec",
     "ImageSpec",
@@ -82,6 +89,7 @@ __all__ = [
     "TensorSpec",
     "TextEncoderSpec",
     "TilesSpec",
+    "check_form",
     "check_member_path",
     "differing_fields",
     "from_plain",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gap_export.errors import BundleError
+from gap_export.errors import BundleError, UsageError
 from gap_export.spec.manifest.facts import BoxSpec, GridSpec, ImageSpec, PromptSpec, Strict
 from gap_export.spec.manifest.plain import ADDED_LATER, RARE, to_plain
 
@@ -22,6 +22,9 @@ PrunerText = Literal["expression", "question"]
 LongTexts = Literal["cut", "segments"]
 TextReader = Literal["text_encoder", "embed_tokens"]
 Activations = Literal["float", "int8"]
+# Lowerings of graphs that ONNX Runtime runs: any runtime's, and one of its own operators.
+BASE, ORT = "onnxruntime", "ort"
+FormName = Literal["base", "ort"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,11 +230,14 @@ class GraphSpec(Strict):
 
     Attributes:
         component: vision_encoder, text_encoder, embed_tokens or decoder_model_merged.
-        lowering: ``onnxruntime`` for the base graphs; ``portable`` or ``fused`` for TensorRT's.
+        lowering: ``onnxruntime`` for the base graphs; ``ort`` for those of ONNX Runtime's own
+            operators; ``portable`` or ``fused`` for TensorRT's.
         dtype: Dtype of the float inputs and outputs; ``pixel_values`` is always float32.
         kv_contract: ``concat``: present = past and new, joined; ``in_place``: past and present are
             one buffer [B, heads, capacity, dim] of which the first slots are filled, and a step
-            writes the new ones behind them; ``none``: no cache.
+            writes the new ones behind them; ``none``: no cache. With ``ort`` the capacity is what
+            is fed, each row has its own number of filled slots, and ``attention_mask`` must be
+            ones, as many as are filled and new, with zeros behind.
         file: Path within the bundle.
         quantization: How the weights are quantized; None where they have the graph's dtype.
         activations: What goes into a layer of quantized weights in ONNX Runtime on a CPU: ``float``
@@ -395,3 +401,19 @@ class Manifest(Strict):
         """Canonical UTF-8 JSON."""
         plain = {"format": FORMAT, "format_version": FORMAT_VERSION, **to_plain(self)}
         return (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def check_form(manifest: Manifest, form: str | None) -> None:
+    """See that a bundle has a form of its graphs.
+
+    Raises:
+        UsageError: it has not.
+    """
+    known = ["base"] + (["ort"] if any(g.lowering == ORT for g in manifest.graphs) else [])
+    if form is not None and form not in known:
+        raise UsageError(
+            "the bundle's graphs have no such form",
+            seen=form,
+            allowed=", ".join(known),
+            fix="export it again with this version of gap-export" if form == "ort" else None,
+        )

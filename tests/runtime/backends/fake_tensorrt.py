@@ -315,7 +315,8 @@ def write_engines(
     """
     path = bundle.path / "engines" / folder
     path.mkdir(parents=True)
-    graphs = {graph.component: graph for graph in bundle.manifest.graphs}
+    usable = (graph for graph in bundle.manifest.graphs if graph.lowering != "ort")
+    graphs = {graph.component: graph for graph in usable}
     dtype, weights = changes.pop("dtype", None), changes.pop("weights", "included")
     specs = [
         _write_engine(bundle, path, graph, limits, dtype or graph.dtype, weights)

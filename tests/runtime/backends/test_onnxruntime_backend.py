@@ -117,10 +117,12 @@ def test_forked_caches_go_on_from_one_row_that_stays_as_it_is(backend, tiny_bund
         assert (fork.length, cache.length) == (9, 5)
 
 
-def test_cache_is_held_by_onnx_runtime_not_by_numpy(backend, tiny_bundle):
-    manifest = open_bundle(tiny_bundle).manifest
-    cache = backend.new_cache(2, 9)
-    backend.decode(random_prompt(manifest, 5, rows=2), cache)
+def test_cache_is_held_by_onnx_runtime_not_by_numpy(tiny_bundle):
+    opened = open_bundle(tiny_bundle)
+    manifest = opened.manifest
+    with OnnxRuntimeBackend(opened, form="base") as backend:
+        cache = backend.new_cache(2, 9)
+        backend.decode(random_prompt(manifest, 5, rows=2), cache)
     spec = manifest.decoder
     assert len(cache.values) == 2 * spec.num_layers
     for name, value in cache.values.items():
@@ -151,8 +153,28 @@ def test_compact_positions_give_other_answers(tiny_bundle, image):
 
 def test_name_says_what_runs(tiny_bundle):
     bundle = open_bundle(tiny_bundle)
-    with OnnxRuntimeBackend(bundle, ["CPUExecutionProvider"], num_threads=1) as backend:
-        assert backend.name == f"ONNX Runtime {ort.__version__} (CPUExecutionProvider)"
+    for form, word in (("base", ""), ("ort", ", form ort"), (None, ", form ort")):
+        with OnnxRuntimeBackend(bundle, ["CPUExecutionProvider"], 1, form=form) as backend:
+            assert backend.name == f"ONNX Runtime {ort.__version__} (CPUExecutionProvider{word})"
+    one_form = tuple(g for g in bundle.manifest.graphs if g.lowering == "onnxruntime")
+    old = dataclasses.replace(
+        bundle, manifest=dataclasses.replace(bundle.manifest, graphs=one_form)
+    )
+    with OnnxRuntimeBackend(old) as backend:
+        assert set(backend.forms.values()) == {"onnxruntime"}
+    with pytest.raises(UsageError, match="no such form: ort; allowed: base; export it again"):
+        OnnxRuntimeBackend(old, form="ort")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph"])
+def test_a_form_that_does_not_run_here_gives_way_to_the_base_form(rebuild, content, caplog, image):
+    """As where this ONNX Runtime has not got one of its operators."""
+    bundle = rebuild(contents={f"{DECODER}_ort_fp32.onnx": content})
+    with GroundingSession.open(bundle) as session:
+        assert "form" not in session.ground(image, "the star").backend
+    assert f"ONNX Runtime {ort.__version__} refuses {DECODER}_ort_fp32.onnx" in caplog.text
+    with pytest.raises(UsageError, match=f"form ort of {DECODER} does not run here"):
+        GroundingSession.open(bundle, form="ort")
 
 
 @pytest.mark.parametrize("providers", [["NoSuchProvider"], []])
@@ -344,7 +366,7 @@ def test_a_bundle_that_cannot_be_run_is_refused(rebuild, tiny_bundle, tmp_path, 
     outside = tmp_path / "outside.safetensors"
     outside.write_bytes((tiny_bundle / "model.safetensors").read_bytes())
     with pytest.raises(BundleError, match=words):
-        GroundingSession.open(rebuild(**change(tiny_bundle)))
+        GroundingSession.open(rebuild(**change(tiny_bundle)), form="base")
 
 
 def test_folder_whose_name_is_no_text_is_refused(tiny_bundle, tmp_path):
@@ -357,8 +379,13 @@ def test_folder_whose_name_is_no_text_is_refused(tiny_bundle, tmp_path):
 def test_failure_while_computing_is_one_clear_error(backend, tiny_bundle, capfd):
     given = random_prompt(open_bundle(tiny_bundle).manifest, 5)
     given["attention_mask"] = np.ones((1, 3), np.int64)
-    with pytest.raises(GapExportError, match="ONNX Runtime failed while computing"):
+    with pytest.raises(UsageError, match="attention mask of another size"):
         backend.decode(given, backend.new_cache(1, 9))
+    with (
+        OnnxRuntimeBackend(open_bundle(tiny_bundle), form="base") as base,
+        pytest.raises(GapExportError, match="ONNX Runtime failed while computing"),
+    ):
+        base.decode(given, base.new_cache(1, 9))
     with pytest.raises(GapExportError, match="ONNX Runtime failed while computing"):
         backend.run("embed_tokens", {"input_ids": np.asarray([[10**6]])})
     assert capfd.readouterr().err == ""
@@ -373,8 +400,8 @@ def quantized_bundle(tiny_checkpoint: Path, exports: SharedExports) -> Path:
 def decode_with(bundle: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> Any:
     """Logits of a random prompt, the session's options changed."""
 
-    def options(num_threads: int | None) -> ort.SessionOptions:
-        made = session_options(num_threads)
+    def options(num_threads: int | None, **others: Any) -> ort.SessionOptions:
+        made = session_options(num_threads, **others)
         change(made)
         return made
 
