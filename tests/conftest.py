@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> SharedFolder:
     root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
     root.mkdir(exist_ok=True)
     return SharedFolder(root)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(shared: SharedFolder) -> Iterator[None]:
+    """What the package keeps for the next run stays out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(shared.root / "cache"))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

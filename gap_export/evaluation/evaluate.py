@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gap_export.bundle import open_bundle
@@ -22,6 +22,7 @@ from gap_export.evaluation.baseline import (
     quantization_of,
 )
 from gap_export.evaluation.job import DEFAULT_ASKING, Asking, Job, ModelFacts
+from gap_export.evaluation.kept_baselines import KeptBaselines
 from gap_export.evaluation.measure import Runner, RunnerOptions
 from gap_export.evaluation.refshapes import calibration_questions
 from gap_export.evaluation.results import EvaluationReport
@@ -39,7 +40,7 @@ from gap_export.parity.patched.check import was_patched
 from gap_export.progress import Progress, SilentProgress
 from gap_export.runtime.backends.onnxruntime_backend import numpy_dtype
 from gap_export.runtime.session import BackendName
-from gap_export.spec.manifest import PruningSpec
+from gap_export.spec.manifest import PruningSpec, SourceSpec
 from gap_export.spec.recipe import Recipe
 from gap_export.spec.requests import DEFAULT_BACKEND, BackendOptions, PruningRequest
 
@@ -98,25 +99,33 @@ def evaluate_model(
     job = Job.prepare(asking, runner, asked, num_samples, progress)
     with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
         cache = GraphCache()
-        # With all tokens in raster order nothing is pruned, in any order of the pruned ones.
-        unpruned = replace(
-            base,
-            pruning=PruningRequest(keep_ratio=1.0, order="raster", seed=seed, canvas=canvas),
-            out=Path(scratch) / "unpruned",
-        )
-        whole = export_model(unpruned, progress=progress, cache=cache).bundle
         pruned = [
             export_model(
                 replace(run, out=Path(scratch) / str(number)), progress=progress, cache=cache
             ).bundle
             for number, (_, run) in enumerate(runs)
         ]
+        # With all tokens in raster order nothing is pruned, in any order of the pruned ones.
+        unpruned = replace(
+            base,
+            pruning=PruningRequest(keep_ratio=1.0, order="raster", seed=seed, canvas=canvas),
+        )
+        baselines = _Baselines(
+            checkpoint=checkpoint,
+            source=open_bundle(pruned[0]).manifest.source,
+            options=unpruned,
+            kept=KeptBaselines(Path(scratch)),
+            progress=progress,
+            cache=cache,
+        )
+        whole = baselines.export(found, "unpruned")
         rivals = {
             path: smaller_recipe(found, pruning.num_emitted_tokens)
             for path, (pruning, _) in zip(pruned, runs, strict=True)
         }
-        smaller = _export_smaller(rivals, checkpoint, unpruned, progress=progress, cache=cache)
-        return job.measure(whole, pruned, progress, smaller=smaller)
+        report = job.measure(whole, pruned, progress, smaller=baselines.export_smaller(rivals))
+        baselines.kept.tidy()
+        return report
 
 
 def _one_canvas(requests: Sequence[PruningRequest]) -> str | None:
@@ -202,6 +211,7 @@ def evaluate_bundle(
         attempt.session(pruned_settings(bundle, manifest.pruning)[-1])
     smaller: Mapping[Path, Path] = {}
     with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
+        kept = KeptBaselines(Path(scratch))
         if baseline is None:
             recipe, source = resolve_source(manifest, checkpoint or {})
             quantization = quantization_of(manifest)
@@ -213,33 +223,54 @@ def evaluate_bundle(
                 quantization=quantization,
                 activations=activations_of(manifest),
                 calibration=tuple(calibration_questions()) if calibrates else None,
-                out=Path(scratch) / "unpruned",
             )
-            baseline = export_checkpoint(recipe, source, whole, progress=progress).bundle
+            baselines = _Baselines(
+                checkpoint=source,
+                source=manifest.source,
+                options=whole,
+                kept=kept,
+                progress=progress,
+            )
+            baseline = baselines.export(recipe, "unpruned")
             rivals = {bundle: smaller_recipe(recipe, manifest.pruning.num_emitted_tokens)}
-            smaller = _export_smaller(rivals, source, whole, progress=progress)
+            smaller = baselines.export_smaller(rivals)
         check_baseline(manifest, open_bundle(baseline).manifest)
-        return job.measure(baseline, [bundle], progress, smaller=smaller)
+        report = job.measure(baseline, [bundle], progress, smaller=smaller)
+        kept.tidy()
+        return report
 
 
-def _export_smaller(
-    rivals: Mapping[Path, Recipe | None],
-    checkpoint: Checkpoint,
-    unpruned: ExportOptions,
-    *,
-    progress: Progress,
-    cache: GraphCache | None = None,
-) -> dict[Path, Path]:
-    """Export each smaller image's model once, beside the unpruned one: by pruned bundle."""
-    assert unpruned.out is not None
-    found: dict[Path, Path] = {}
-    for path, recipe in rivals.items():
-        if recipe is None:
-            continue
-        image = recipe.image
-        out = unpruned.out.with_name(f"smaller-image-{image.width}x{image.height}")
-        if out not in found.values():
-            options = replace(unpruned, out=out)
-            export_checkpoint(recipe, checkpoint, options, progress=progress, cache=cache)
-        found[path] = out
-    return found
+@dataclass(frozen=True, kw_only=True)
+class _Baselines:
+    """What a bundle is measured beside, exported from its checkpoint where it is not kept."""
+
+    checkpoint: Checkpoint
+    source: SourceSpec
+    options: ExportOptions
+    kept: KeptBaselines
+    progress: Progress
+    cache: GraphCache = field(default_factory=GraphCache)
+
+    def export(self, recipe: Recipe, name: str) -> Path:
+        """The unpruned bundle of a recipe."""
+
+        def make(out: Path) -> Path:
+            options = replace(self.options, out=out)
+            return export_checkpoint(
+                recipe, self.checkpoint, options, progress=self.progress, cache=self.cache
+            ).bundle
+
+        return self.kept.find_or_make(recipe, self.source, self.options, name, make)
+
+    def export_smaller(self, rivals: Mapping[Path, Recipe | None]) -> dict[Path, Path]:
+        """Export each smaller image's model once: by pruned bundle."""
+        found: dict[Path, Path] = {}
+        by_name: dict[str, Path] = {}
+        for path, recipe in rivals.items():
+            if recipe is None:
+                continue
+            name = f"smaller-image-{recipe.image.width}x{recipe.image.height}"
+            if name not in by_name:
+                by_name[name] = self.export(recipe, name)
+            found[path] = by_name[name]
+        return found

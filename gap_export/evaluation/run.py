@@ -108,6 +108,9 @@ class Run:
                 file = stack.enter_context(self._open(setting, shards))
                 files[setting.name] = file
                 waiting += [shard for shard in shards if shard.questions[0].id not in file.records]
+            # Settings that ask one bundle take turns, so that each image is encoded once for all.
+            order = list(dict.fromkeys(setting.bundle for setting in self.settings))
+            waiting.sort(key=lambda shard: (order.index(shard.setting.bundle), shard.index))
             num_there = sum(len(file.records) for file in files.values())
             title = f"measuring {len(files)} settings"
             if num_there:

@@ -17,7 +17,7 @@ from gap_export.evaluation import evaluate, job
 from gap_export.evaluation.evaluate import Asking, evaluate_bundle, evaluate_model
 from gap_export.exporting import ExportOptions, export_model, resolve_options
 from gap_export.report import EVALUATION_SCHEMA
-from gap_export.spec.manifest import EngineLimits
+from gap_export.spec.manifest import EngineLimits, SourceSpec
 from gap_export.spec.requests import PruningRequest
 from tests.runtime.backends.fake_tensorrt import copy_bundle, use_fakes, write_engines
 
@@ -33,7 +33,15 @@ def known_bundles(exports, monkeypatch):
             changed = {"keep_ratio": 1.0}
         return SimpleNamespace(bundle=exports.bundle(model=options.model, **changed))
 
+    export = evaluate.export_checkpoint
+
+    def checkpoint_of(recipe, checkpoint, options, **how):
+        if Path(options.model).is_dir():
+            return bundle_of(options)
+        return export(recipe, checkpoint, options, **how)
+
     monkeypatch.setattr(evaluate, "export_model", bundle_of)
+    monkeypatch.setattr(evaluate, "export_checkpoint", checkpoint_of)
 
 
 @pytest.fixture
@@ -256,7 +264,7 @@ def test_a_baseline_of_other_weights_is_refused(tiny_bundle, make_checkpoint, tm
 def test_the_baseline_of_a_bundle_is_made_in_its_dtype(tiny_bundle, monkeypatch):
     asked = []
 
-    def refuse(recipe, checkpoint, options, *, progress):
+    def refuse(recipe, checkpoint, options, **_):
         asked.append(options.dtype)
         raise UsageError("far enough")
 
@@ -298,7 +306,12 @@ def exported(tiny_recipe, monkeypatch):
         prunings.append(resolve_options(tiny_recipe, options))
         return SimpleNamespace(bundle=Path())
 
+    manifest = SimpleNamespace(source=SourceSpec(parts=()))
+    monkeypatch.setattr(evaluate, "open_bundle", lambda _: SimpleNamespace(manifest=manifest))
     monkeypatch.setattr(evaluate, "export_model", note)
+    monkeypatch.setattr(
+        evaluate, "export_checkpoint", lambda recipe, checkpoint, options, **_: note(options)
+    )
     monkeypatch.setattr(job.Job, "measure", lambda *_, **__: None)
     return prunings
 
@@ -306,8 +319,8 @@ def exported(tiny_recipe, monkeypatch):
 @pytest.mark.parametrize(
     ("keep_ratios", "budgets"),
     [
-        ((), [("fixed", 1.0), ("adaptive", 1.0), ("fixed", 0.3)]),
-        ((0.5, 0.3), [("fixed", 1.0), *[("fixed", 0.5)] * 2, *[("fixed", 0.3)] * 2]),
+        ((), [("adaptive", 1.0), ("fixed", 0.3), ("fixed", 1.0)]),
+        ((0.5, 0.3), [*[("fixed", 0.5)] * 2, *[("fixed", 0.3)] * 2, ("fixed", 1.0)]),
     ],
 )
 def test_without_a_share_a_pruner_leaves_the_number_to_the_image_as_in_export(
@@ -324,7 +337,7 @@ def test_the_unpruned_model_is_in_raster_order_whatever_that_of_the_pruned_ones(
 ):
     pruning = PruningRequest(order="score", pruner="cls")
     evaluate_model(ExportOptions(model=str(tiny_checkpoint), pruning=pruning), num_samples=1)
-    assert [(one.keep_ratio, one.order) for one in exported] == [(1.0, "raster"), (0.3, "score")]
+    assert [(one.keep_ratio, one.order) for one in exported] == [(0.3, "score"), (1.0, "raster")]
 
 
 @pytest.mark.usefixtures("known_bundles")

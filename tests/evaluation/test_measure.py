@@ -22,7 +22,7 @@ from gap_export.evaluation.measure import (
 from gap_export.evaluation.questions import ImageSource
 from gap_export.evaluation.settings import pruned_settings, whole_settings
 from gap_export.evaluation.workers import Shard, cut_shards
-from gap_export.runtime import session as session_module
+from gap_export.runtime import answering
 from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import (
@@ -40,13 +40,13 @@ QUESTIONS = open_dataset("refshapes", samples=6, seed=0).questions
 def prompts(monkeypatch):
     """Each prompt as it is fed."""
     fed = []
-    generate = session_module.generate
+    generate = answering.generate
 
     def record(backend, prompt, **options):
         fed.append(prompt)
         return generate(backend, prompt, **options)
 
-    monkeypatch.setattr(session_module, "generate", record)
+    monkeypatch.setattr(answering, "generate", record)
     return fed
 
 
@@ -83,7 +83,7 @@ def test_records_are_what_a_session_answers(tiny_bundle, gap):
 
 def test_answers_have_boxes_with_their_fractions(gap, monkeypatch):
     monkeypatch.setattr(
-        session_module.PromptEncoder, "decode", lambda *_: "It is at (0.50, 0.25, 0.10, 0.75)."
+        answering.PromptEncoder, "decode", lambda *_: "It is at (0.50, 0.25, 0.10, 0.75)."
     )
     (record,) = answer(gap, QUESTIONS[:1])
     assert record.fractions == (0.5, 0.25, 0.1, 0.75)

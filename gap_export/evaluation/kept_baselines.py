@@ -1,0 +1,153 @@
+"""Unpruned bundles that evaluations export, kept for the next one that needs the same.
+
+A bundle is found again by all that makes it: the bytes of the checkpoint, the recipe, how it is
+exported, and the code that does it. One that is damaged or out of date is made anew; to forget all,
+remove the folder ``baselines`` of the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+
+import gap_export
+from gap_export.bundle import open_bundle
+from gap_export.bundle.stamps import cache_folder
+from gap_export.errors import GapExportError, OutputError
+from gap_export.exporting import ExportOptions
+from gap_export.spec.manifest import SourceSpec
+from gap_export.spec.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+# What kept bundles may take beside linked weights; those not used for longest go first.
+_MAX_BYTES = 4 * 2**30
+_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy", "tokenizers")
+
+
+class KeptBaselines:
+    """Bundles of one evaluation that are looked up before they are made.
+
+    Args:
+        scratch: Where those are made that are not kept.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        cached = cache_folder()
+        # The code of other packages is not part of a key.
+        self._folder = None if cached is None or _has_plugins() else cached / "baselines"
+
+    def find_or_make(
+        self,
+        recipe: Recipe,
+        source: SourceSpec,
+        options: ExportOptions,
+        name: str,
+        make: Callable[[Path], Path],
+    ) -> Path:
+        """The bundle's folder.
+
+        Args:
+            recipe: What the model is.
+            source: The checkpoint's files.
+            options: How it is exported; only how weights are held is read.
+            name: Of its folder, where it is not kept.
+            make: Exports it into a folder that is not there yet, and says where it is.
+
+        Raises:
+            GapExportError: it cannot be exported.
+        """
+        if self._folder is None:
+            return make(self._scratch / name)
+        path = self._folder / _key(recipe, source, options)
+        if _is_whole(path):
+            return path
+        shutil.rmtree(path, ignore_errors=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            return make(path)
+        except (OSError, OutputError) as err:
+            # Another evaluation was faster, or nothing can be written there.
+            if _is_whole(path):
+                return path
+            logger.info("baseline %s is not kept: %s", path, err)
+            return make(self._scratch / name)
+
+    def tidy(self) -> None:
+        """Remove what is too much, the least recently used first; nothing is in use any more."""
+        if self._folder is None or not self._folder.is_dir():
+            return
+        kept = [path for path in self._folder.iterdir() if path.is_dir()]
+        sizes = {path: _own_bytes(path) for path in kept}
+        for path in sorted(kept, key=_last_use):
+            if sum(sizes.values()) <= _MAX_BYTES:
+                break
+            shutil.rmtree(path, ignore_errors=True)
+            del sizes[path]
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.is_dir():
+        return False
+    try:
+        open_bundle(path)
+        os.utime(path)
+    except (GapExportError, OSError) as err:
+        logger.info("baseline %s is made anew: %s", path, err)
+        return False
+    return True
+
+
+def _key(recipe: Recipe, source: SourceSpec, options: ExportOptions) -> str:
+    files = [(part.role, file.path, file.sha256) for part in source.parts for file in part.files]
+    parts = {
+        "code": _code_digest(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "recipe": recipe.model_dump(mode="json"),
+        "files": sorted(files),
+        "random_seed": source.random_seed,
+        "dtype": options.dtype,
+        "quantization": repr(options.quantization),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _code_digest() -> str:
+    """Of this package's own code, which a version does not tell while it is worked on."""
+    root = Path(gap_export.__file__).parent
+    found = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        content = path.read_bytes()
+        found.update(f"{path.relative_to(root)} {len(content)} ".encode())
+        found.update(content)
+    return found.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _has_plugins() -> bool:
+    return any(group.startswith("gap_export.") for group in entry_points().groups)
+
+
+def _own_bytes(folder: Path) -> int:
+    """Bytes that removing a folder gives back: files that no other folder holds."""
+    stats = [path.lstat() for path in folder.rglob("*") if path.is_file()]
+    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
+
+
+def _last_use(folder: Path) -> float:
+    return folder.stat().st_mtime
