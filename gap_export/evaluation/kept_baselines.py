@@ -17,7 +17,6 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
-import gap_export
 from gap_export.bundle import open_bundle
 from gap_export.bundle.stamps import cache_folder
 from gap_export.errors import GapExportError, OutputError
@@ -123,7 +122,7 @@ def _key(recipe: Recipe, source: SourceSpec, options: ExportOptions) -> str:
 @cache
 def _code_digest() -> str:
     """Of this package's own code, which a version does not tell while it is worked on."""
-    root = Path(gap_export.__file__).parent
+    root = Path(__file__).parents[1]
     found = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         content = path.read_bytes()
