@@ -3,7 +3,7 @@
 - :func:`export` makes a bundle of a model, :func:`patch` of an ONNX export that another tool made;
   :func:`build` adds TensorRT engines.
 - :func:`check` compares a bundle with PyTorch, or with a golden that :func:`record` wrote;
-  :func:`evaluate` measures how well it grounds.
+  :func:`evaluate` measures how well it grounds, and :func:`bench` how fast it is.
 - :class:`GroundingSession` runs a bundle and answers with a :class:`Grounding`, whose ``box`` is a
   :data:`Box`.
 
@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 from gap_export.version import __version__
 
 if TYPE_CHECKING:
+    from gap_export.api.bench import bench
     from gap_export.api.check import check, record
     from gap_export.api.evaluate import evaluate
     from gap_export.api.make import build, export, patch
+    from gap_export.benchmark.results import BenchReport
     from gap_export.errors import (
         BundleError,
         CheckpointError,
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BenchReport",
     "Box",
     "BuildOptions",
     "BundleError",
@@ -88,6 +91,7 @@ __all__ = [
     "UsageError",
     "WeightsRequest",
     "__version__",
+    "bench",
     "build",
     "check",
     "evaluate",
@@ -98,6 +102,7 @@ __all__ = [
 
 # Where a name that is not an error is defined.
 _HOMES = {
+    "BenchReport": "gap_export.benchmark.results",
     "Box": "gap_export.runtime.images.geometry",
     "BuildOptions": "gap_export.spec.requests",
     "CheckReport": "gap_export.parity.results",
@@ -111,6 +116,7 @@ _HOMES = {
     "PatchReport": "gap_export.patching.options",
     "PruningRequest": "gap_export.spec.requests",
     "WeightsRequest": "gap_export.spec.requests",
+    "bench": "gap_export.api.bench",
     "build": "gap_export.api.make",
     "check": "gap_export.api.check",
     "evaluate": "gap_export.api.evaluate",

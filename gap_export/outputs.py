@@ -32,11 +32,11 @@ _LISTS = {BUNDLE_MARK: "a bundle", GOLDEN_MARK: "a golden"}
 # Each form says what it is near its beginning or its end.
 _LOOKED_AT = 1024
 _FORMS = (
-    re.compile(rb'\A\{\s*"schema":\s*"gap-export-(check|evaluation)"'),
+    re.compile(rb'\A\{\s*"schema":\s*"gap-export-(check|evaluation|bench)"'),
     re.compile(rb'\A<\?xml[^>]*>\s*<testsuites name="gap-export check"'),
-    re.compile(rb"\A<!DOCTYPE html>\n.*<title>gap-export (check|eval): ", re.DOTALL),
+    re.compile(rb"\A<!DOCTYPE html>\n.*<title>gap-export (check|eval|bench): ", re.DOTALL),
     re.compile(
-        rb"\A# gap-export (check|eval)\b.*%b\Z" % re.escape(MARKDOWN_END.encode()), re.DOTALL
+        rb"\A# gap-export (check|eval|bench)\b.*%b\Z" % re.escape(MARKDOWN_END.encode()), re.DOTALL
     ),
     re.compile(
         rb"\A(\x89PNG|\xff\xd8\xff|RIFF....WEBP).*%b" % DRAWING_SOFTWARE.encode(), re.DOTALL

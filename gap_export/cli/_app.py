@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from gap_export.cli._options import QuietOption, VerboseOption
+from gap_export.cli.bench import bench
 from gap_export.cli.build import build
 from gap_export.cli.check import check
 from gap_export.cli.doctor import doctor
@@ -149,6 +150,7 @@ def build_command() -> Any:
     app.command("check")(check)
     app.command("ground")(ground)
     app.command("eval")(evaluate)
+    app.command("bench")(bench)
     app.command("inspect")(inspect_bundle)
     app.command("models")(models)
     app.command("pruners")(pruners)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json as json_format
 from pathlib import Path
 
+from gap_export.benchmark.results import BenchReport
 from gap_export.errors import OutputError
 from gap_export.evaluation.results import EvaluationReport
 from gap_export.extras import require_extra
 from gap_export.outputs import MARKDOWN_END, NO_RULE, OutputRule, is_step_summary
 from gap_export.parity.results import CheckReport
+from gap_export.report.bench import document_of_bench
 from gap_export.report.check import document_of_check
 from gap_export.report.document import Document
 from gap_export.report.evaluation import document_of_evaluation
@@ -22,7 +24,7 @@ _MARKDOWN, _HTML = "the Markdown report", "the HTML report"
 
 
 def write_reports(
-    report: CheckReport | EvaluationReport,
+    report: CheckReport | EvaluationReport | BenchReport,
     *,
     json: Path | None = None,
     junit: Path | None = None,
@@ -51,7 +53,7 @@ def write_reports(
         text = json_format.dumps(report.to_plain(), indent=2, allow_nan=False) + "\n"
         rule.write(_JSON, json, text.encode())
     if junit is not None:
-        assert isinstance(report, CheckReport), "an evaluation has no test cases"
+        assert isinstance(report, CheckReport), "only a check has test cases"
         rule.write(_JUNIT, junit, to_junit(report).encode())
     if markdown is not None:
         text = _kept_summary(markdown) + to_markdown(document) + MARKDOWN_END
@@ -83,7 +85,7 @@ def check_writable(
     rule.check({_JSON: json, _JUNIT: junit, _MARKDOWN: markdown, _HTML: html})
 
 
-def document_of(report: CheckReport | EvaluationReport) -> Document:
+def document_of(report: CheckReport | EvaluationReport | BenchReport) -> Document:
     """What a report says to people.
 
     Raises:
@@ -91,6 +93,8 @@ def document_of(report: CheckReport | EvaluationReport) -> Document:
     """
     if isinstance(report, CheckReport):
         return document_of_check(report)
+    if isinstance(report, BenchReport):
+        return document_of_bench(report)
     # A model that was trained to lose tokens is another model, which has no row beside this one.
     others = sorted({row.model for row in report.rows} - {report.model})
     if others:
