@@ -16,7 +16,9 @@ from gap_export.runtime.backends.backend import DECODER
 from gap_export.spec.manifest import Manifest
 
 # What `--backend` takes, and what a session calls it.
-BACKENDS: Mapping[str, str] = MappingProxyType({"ort": "onnxruntime", "trt": "tensorrt"})
+BACKENDS: Mapping[str, str] = MappingProxyType(
+    {"ort": "onnxruntime", "trt": "tensorrt", "openvino": "openvino"}
+)
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 

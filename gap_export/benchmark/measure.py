@@ -73,7 +73,7 @@ def measure(
         with progress.stage("measuring", len(rounds) * len(names)) as advance:
             for asked in rounds:
                 rates.append(probe.do("rates"))
-                for name in _in_turn(names, asked.number):
+                for name in in_turn(names, asked.number):
                     found[name].samples.append(Sample(**workers[name].do("ask", **_order(asked))))
                     advance(1)
         for name, worker in workers.items():
@@ -120,7 +120,7 @@ def _order(asked: Round) -> dict[str, Any]:
     return plain
 
 
-def _in_turn(names: Sequence[str], number: int) -> list[str]:
+def in_turn(names: Sequence[str], number: int) -> list[str]:
     """Each name once, another one first in each round; then in the opposite order."""
     start = number % len(names)
     turned = [*names[start:], *names[:start]]

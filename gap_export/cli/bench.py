@@ -25,7 +25,7 @@ UnprunedOption = Annotated[
     typer.Option(
         "--unpruned",
         metavar="BUNDLE",
-        help="One more, exported with --keep 1, that speed-up is told against. [default: what of "
+        help="One more, which drops nothing, that speed-up is told against. [default: what of "
         "the BUNDLEs drops nothing]",
     ),
 ]

@@ -31,6 +31,8 @@ CHECKING = (
     *("parity/inside/taps", "parity/inside/positions_seen", "parity/results", "parity/truth"),
     *("report/check", "report/document", "report/writing", "report/junit", "report/markdown"),
 )
+# Speed is measured where a model is to run.
+MEASURING = ("benchmark", "api/bench", "report/bench", "report/figures/times")
 BLOCKED = ("onnx", "onnx_ir", "onnxscript", "pydantic", "safetensors", "torch", "transformers")
 # Python 3.11 and later: modules, what is imported from a module, and attributes of modules.
 NEW_MODULES = {"tomllib", "annotationlib", "compression", "concurrent.interpreters"}
@@ -102,7 +104,7 @@ def newer_apis(tree: ast.AST) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "path", files_of((*RUNNING, "parity", "report")), ids=lambda p: str(p.relative_to(ROOT))
+    "path", files_of((*RUNNING, *MEASURING, "parity", "report")), ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_module_has_the_syntax_and_the_apis_of_python_310(path):
     tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
@@ -208,6 +210,11 @@ def test_what_checks_against_a_golden_imports_without_the_export_packages():
     # Recipes are of pydantic, which the base install has.
     blocked = [name for name in BLOCKED if name != "pydantic"]
     import_under(sys.executable, parts=CHECKING, blocked=blocked, may_stand_in=())
+
+
+def test_what_measures_speed_imports_without_the_export_packages():
+    blocked = [name for name in BLOCKED if name != "pydantic"]
+    import_under(sys.executable, parts=MEASURING, blocked=blocked, may_stand_in=())
 
 
 def test_import_of_a_blocked_package_is_an_error():
