@@ -21,12 +21,11 @@ STAGES: Mapping[str, str] = {
     "text_encoder": "text",
     "vision_encoder": "tower",
     "embed_tokens": "words",
-    "prefix": "prefix",
     "prefill": "prefill",
     "decode": "decode",
 }
 TOTAL, PER_TOKEN, MANY, CPU = "total", "decode_token", "all_expressions", "cpu"
-NEXT = "next_question"
+PREFIX, NEXT = "prefix", "next_question"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +75,9 @@ class BenchRow:
         answer_tokens: Tokens of an answer; the mean.
         stages: Milliseconds by stage, ``total`` (one expression about a new image),
             ``decode_token`` (one token after the first), ``cpu`` (processor time of an answer, of
-            all threads) and, where more than one expression is asked, ``all_expressions`` and
-            ``next_question``.
+            all threads) and, where more than one expression is asked, ``all_expressions`` (in one
+            call), ``next_question`` (through :meth:`GroundingSession.look`) and ``prefix`` (of
+            prefill, what the next question does not wait for).
         open_ms: Opening it for the first time, and once more in a new process.
         first_call_ms: The first answer after that.
         num_busy: Samples that were set aside because other processes ran.

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from gap_export.benchmark import energy, machine
 from gap_export.benchmark.questions import Round
-from gap_export.benchmark.results import CPU, MANY, PER_TOKEN, TOTAL
+from gap_export.benchmark.results import CPU, MANY, NEXT, PER_TOKEN, PREFIX, TOTAL
 from gap_export.errors import GapExportError
 from gap_export.runtime.prompt import PromptEncoder
 from gap_export.runtime.session import GroundingSession
@@ -76,6 +76,13 @@ class Worker:
             with machine.watched() as load:
                 self._session.ground_batch(shown, texts)
             stages[MANY] = 1e3 * load.wall_s
+            others.append(load.others)
+            with self._session.look(shown) as view:
+                view.ground(texts[0])
+                with machine.watched() as load:
+                    again = view.ground(texts[1])
+            stages[NEXT] = 1e3 * load.wall_s
+            stages[PREFIX] = max(0.0, answer.timings_ms["prefill"] - again.timings_ms["prefill"])
             others.append(load.others)
         encoded = self._prompts.encode(texts[0])
         num_text = len(encoded.prefix_ids) + len(encoded.suffix_ids)

@@ -33,9 +33,9 @@ BackendsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--backend",
-        metavar="ort|trt",
-        help="What runs each bundle. ort: ONNX Runtime; trt: its TensorRT engines. Repeatable: "
-        "all are measured side by side, and the best is named. [default: ort]",
+        metavar="ort|trt|openvino",
+        help="What runs each bundle. ort: ONNX Runtime; trt: its TensorRT engines; openvino: "
+        "OpenVINO. Repeatable: all are measured side by side, the best is named. [default: ort]",
     ),
 ]
 RoundsOption = Annotated[

@@ -10,6 +10,7 @@ from gap_export.benchmark.results import (
     MANY,
     NEXT,
     PER_TOKEN,
+    PREFIX,
     SCHEMA_VERSION,
     STAGES,
     TOTAL,
@@ -22,7 +23,13 @@ from gap_export.report.figures.times import draw_times
 from gap_export.visible import clean, visible_strings
 
 # Columns after the stages, by what samples call them.
-_AFTER = {PER_TOKEN: "a token", TOTAL: "one answer", NEXT: "next answer", MANY: "all expressions"}
+_AFTER = {
+    PER_TOKEN: "a token",
+    TOTAL: "one answer",
+    PREFIX: "prefix",
+    NEXT: "next answer",
+    MANY: "all expressions",
+}
 _MIB = 1 << 20
 
 
@@ -99,7 +106,8 @@ def _times(report: BenchReport) -> Section:
     notes = [
         "Median, and in brackets the quartiles, of the samples that count. Image: reading and "
         "scaling it, and the tokenizer; a token: one after the first; one answer: from image and "
-        "expression to box.",
+        "expression to box. Next answer: of another expression about the same image; prefix: what "
+        "of prefill it does not wait for.",
     ]
     if any(row.num_busy for row in report.rows):
         notes.append(

@@ -31,7 +31,9 @@ def test_every_stage_of_every_bundle_is_measured(report):
     whole, pruned = report.rows
     for row in report.rows:
         stages = {"preprocess", "vision_encoder", "embed_tokens", "prefill", "decode", "total"}
-        assert stages | {"decode_token", "cpu", "all_expressions"} <= set(row.stages)
+        assert stages | {"decode_token", "cpu", "all_expressions", "next_question"} <= set(
+            row.stages
+        )
         assert row.stages["total"].n == 2
         assert row.answer_tokens == 3
         assert 0 < row.memory.own <= row.memory.steady <= row.memory.peak

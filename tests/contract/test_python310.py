@@ -104,7 +104,9 @@ def newer_apis(tree: ast.AST) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "path", files_of((*RUNNING, *MEASURING, "parity", "report")), ids=lambda p: str(p.relative_to(ROOT))
+    "path",
+    files_of((*RUNNING, *MEASURING, "parity", "report")),
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_module_has_the_syntax_and_the_apis_of_python_310(path):
     tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))

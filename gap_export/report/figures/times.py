@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 # Inches.
 _ROW, _FRAME = 0.42, 1.3
 _MAX_ROWS, _MAX_NAME = 40, 40
-_COLORS = dict(zip(STAGES, (INK, PURPLE, GREEN, GRID, ORANGE, BLUE, VERMILLION), strict=True))
+_COLORS = dict(zip(STAGES, (INK, PURPLE, GREEN, ORANGE, BLUE, VERMILLION), strict=True))
 # Color-blind people, and printers, tell them apart by these.
-_HATCHES = dict(zip(STAGES, ("", "..", "", "", "xx", "", "//"), strict=True))
+_HATCHES = dict(zip(STAGES, ("", "..", "", "xx", "", "//"), strict=True))
 
 
 def draw_times(rows: Sequence[BenchRow], mark: str) -> str:
