@@ -93,6 +93,7 @@ class OpenVinoBackend(Backend):
         self._core = self._openvino.Core()
         self.dtype = _check_dtype(manifest.dtype)
         self.quantization = manifest.graph(DECODER).quantization
+        self.activations = manifest.graph(DECODER).activations
         self._device = self._check_device(options.device)
         self.name = f"OpenVINO {version(self._openvino)} ({self._device})"
         self._newline: FloatArray | None = None
@@ -100,6 +101,11 @@ class OpenVinoBackend(Backend):
             self._newline = read_place(bundle.path, manifest.newline).astype(self.dtype)
         self._config = self._settings(num_threads)
         self._graphs = {name: self._load(bundle, name) for name in graph_components(manifest)}
+        self._states = {
+            value.name: np.dtype(value.dtype)
+            for value in manifest.graph(DECODER).inputs
+            if value.name.startswith(PAST)
+        }
         self._idle: dict[str, list[ov.InferRequest]] = {name: [] for name in self._graphs}
         self._lock = Lock()
 
@@ -126,20 +132,21 @@ class OpenVinoBackend(Backend):
     def new_cache(self, batch_size: int, num_slots: int) -> OpenVinoCache:
         """See Backend; OpenVINO has memory as it needs it."""
         del num_slots
+        spec = self._manifest.decoder
+        shape = (batch_size, spec.num_key_value_heads, 0, spec.head_dim)
         request = self._graphs[DECODER].compiled.create_infer_request()
+        self._fill(request, {name: np.zeros(shape, dtype) for name, dtype in self._states.items()})
         return OpenVinoCache(batch_size=batch_size, request=request)
 
     def fork_cache(self, cache: KVCache, batch_size: int, num_slots: int) -> OpenVinoCache:
         """See Backend."""
         assert isinstance(cache, OpenVinoCache), "a cache belongs to the backend that made it"
         assert cache.batch_size == 1, "what is forked is one row"
-        forked = self.new_cache(batch_size, num_slots)
-        held = {state.name: state for state in cache.request.query_state()}
-        for state in forked.request.query_state():
-            rows = np.repeat(held[state.name].state.data, batch_size, axis=0)
-            state.state = self._openvino.Tensor(rows)
-        forked.length = cache.length
-        return forked
+        del num_slots
+        request = self._graphs[DECODER].compiled.create_infer_request()
+        held = {state.name: state.state.data for state in cache.request.query_state()}
+        self._fill(request, {n: np.repeat(value, batch_size, axis=0) for n, value in held.items()})
+        return OpenVinoCache(batch_size=batch_size, request=request, length=cache.length)
 
     def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
         """See Backend."""
@@ -148,6 +155,11 @@ class OpenVinoBackend(Backend):
         cache.length += feed["inputs_embeds"].shape[1]
         last: FloatArray = logits[:, -1]
         return last
+
+    def _fill(self, request: ov.InferRequest, values: Feed) -> None:
+        """Set the states of a decoder."""
+        for state in request.query_state():
+            state.state = self._openvino.Tensor(np.ascontiguousarray(values[state.name]))
 
     def _infer(self, graph: _Graph, request: ov.InferRequest, feed: Feed) -> Outputs:
         """Outputs by name, copied out of the request."""
@@ -163,7 +175,7 @@ class OpenVinoBackend(Backend):
                 seen=f"{graph.component}: {first_line(err)}",
                 fix="check the bundle with: gap-export check BUNDLE --backend openvino",
             ) from err
-        return {name: found[index] for index, name in enumerate(graph.outputs)}
+        return {name: found[index] for name, index in graph.outputs.items()}
 
     def _load(self, bundle: Bundle, component: str) -> _Graph:
         spec = bundle.manifest.graph(component)
@@ -172,11 +184,11 @@ class OpenVinoBackend(Backend):
         try:
             if component == DECODER:
                 names = [value.name for value in spec.inputs if value.name.startswith(PAST)]
-                make_stateful(self._openvino, model, names)
+                make_stateful(model, names)
             compiled = self._core.compile_model(model, self._device, dict(self._config))
         except OPENVINO_ERRORS as err:
             raise refused(self._openvino, spec.file, err) from err
-        return _Graph.of(component, compiled)
+        return _Graph.of(component, compiled, spec)
 
     def _check_device(self, device: str) -> str:
         available = self._core.available_devices
@@ -192,7 +204,8 @@ class OpenVinoBackend(Backend):
         wanted = {
             "INFERENCE_PRECISION_HINT": "f32",
             "KV_CACHE_PRECISION": "f32",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+            # In blocks that share a scale, and in layers of quantized weights alone; 0 is never.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32" if self.activations == "int8" else "0",
             "PERFORMANCE_HINT": "LATENCY",
         }
         if num_threads is not None:
@@ -203,24 +216,28 @@ class OpenVinoBackend(Backend):
 
 @dataclass(frozen=True)
 class _Graph:
-    """A graph that can be run: dtypes of its inputs by name, and names of its outputs in order."""
+    """A graph that can be run: by name its inputs' dtypes, and where its outputs are."""
 
     component: str
     compiled: ov.CompiledModel
     inputs: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
-    outputs: tuple[str, ...] = ()
+    outputs: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, component: str, compiled: ov.CompiledModel) -> _Graph:
-        return cls(
-            component,
-            compiled,
-            {
-                value.get_any_name(): np.dtype(value.get_element_type().to_dtype())
-                for value in compiled.inputs
-            },
-            tuple(value.get_any_name() for value in compiled.outputs),
-        )
+    def of(cls, component: str, compiled: ov.CompiledModel, spec: GraphSpec) -> _Graph:
+        # A tensor may have more names than the graph's own for it.
+        inputs = {
+            name: np.dtype(value.get_element_type().to_dtype())
+            for value in compiled.inputs
+            for name in value.get_names()
+        }
+        places = {
+            name: index
+            for index, value in enumerate(compiled.outputs)
+            for name in value.get_names()
+        }
+        outputs = {v.name: places[v.name] for v in spec.outputs if v.name in places}
+        return cls(component, compiled, inputs, outputs)
 
 
 def _check_dtype(name: str) -> str:

@@ -58,21 +58,20 @@ def read_graph(openvino: Any, path: Path) -> ov.Model:
         raise refused(openvino, path.name, err) from err
 
 
-def make_stateful(openvino: Any, decoder: ov.Model, past: Iterable[str]) -> None:
+def make_stateful(decoder: ov.Model, past: Iterable[str]) -> None:
     """Let a decoder keep its cache itself, as states, in place of inputs and outputs.
 
+    A state is empty, of no rows, until it is set: a value of its own to begin with is what OpenVINO
+    2026.4 cannot compile in float16.
+
     Args:
-        openvino: The package.
         decoder: The model, which is changed.
-        past: Its inputs ``past_key_values.*``; each has an output ``present.*``.
+        past: Its inputs ``past_key_values.*``, after which the states are called; each has an
+            output ``present.*``.
     """
-    import numpy as np
     from openvino.op import assign, read_value
     from openvino.op.util import Variable, VariableInfo
 
-    ops = openvino.opset15
-    embeds = decoder.input("inputs_embeds")
-    num_rows = ops.gather(ops.shape_of(embeds), [0], np.int64(0))
     for name in past:
         taken = decoder.input(name).get_node()
         given = decoder.output(name.replace(PAST, PRESENT, 1)).get_node()
@@ -80,10 +79,7 @@ def make_stateful(openvino: Any, decoder: ov.Model, past: Iterable[str]) -> None
         info.variable_id = name
         info.data_shape, info.data_type = taken.get_partial_shape(), taken.get_element_type()
         variable = Variable(info)
-        heads, width = (info.data_shape[axis].get_length() for axis in (1, 3))
-        nothing = ops.concat([num_rows, np.array([heads, 0, width])], 0)
-        empty = ops.broadcast(ops.constant(0.0, info.data_type), nothing)
-        held = read_value(empty, variable)
+        held = read_value(variable)
         for reader in taken.output(0).get_target_inputs():
             reader.replace_source_output(held.output(0))
         decoder.add_sinks([assign(given.input_value(0).get_node(), variable)])

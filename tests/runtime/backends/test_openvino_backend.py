@@ -14,6 +14,7 @@ from gap_export.bundle import open_bundle
 from gap_export.errors import MissingDependencyError, UsageError
 from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.session import GroundingSession
+from gap_export.spec.manifest import QuantizationSpec
 from gap_export.spec.positions import VisualSpan, build_kept_positions
 from gap_export.spec.requests import OpenVinoOptions
 from tests.families.masked_oracle import backend_decoder, check_masked_oracle
@@ -29,10 +30,22 @@ def backend(tiny_bundle: Path) -> Iterator[OpenVinoBackend]:
         yield opened
 
 
-def test_answers_are_those_of_onnx_runtime(tiny_bundle, image):
+INT4 = QuantizationSpec(dtype="int4", block_size=32, method="rtn", lm_head=False)
+KINDS = {
+    "float32": {"keep_ratio": 0.3},
+    "text encoder": {"pruner": "text", "keep_ratio": 0.3},
+    "adaptive": {"pruner": "trim"},
+    "float16": {"pruner": "spatial", "keep_ratio": 0.3, "dtype": "float16"},
+    "int4": {"keep_ratio": 0.3, "quantization": INT4},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_those_of_onnx_runtime(tiny_checkpoint, exports, image, kind):
+    bundle = exports.bundle(model=str(tiny_checkpoint), **KINDS[kind])
     answers = []
     for backend in ("onnxruntime", "openvino"):
-        with GroundingSession.open(tiny_bundle, backend=backend, num_threads=1) as session:
+        with GroundingSession.open(bundle, backend=backend, num_threads=1) as session:
             answers.append(session.ground_batch(image, EXPRESSIONS))
     for one, other in zip(*answers, strict=True):
         assert one.token_ids == other.token_ids
