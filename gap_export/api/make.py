@@ -91,6 +91,7 @@ def export(
         dtype=dtype,
         quantization=quantization,
         activations=activations,
+        vision_dtype=weights.vision_dtype,
         calibration=calibration,
         copy_weights=copy_weights,
         random_weights=random_weights,

@@ -171,6 +171,7 @@ def _describe_graphs(manifest: Manifest) -> str:
     lines = []
     for graph in manifest.graphs:
         quantized = "" if graph.quantization is None else f", {graph.quantization.dtype} weights"
+        quantized += ", int8 layers" if graph.linear_layers == "int8" else ""
         form = f"{graph.lowering}, {graph.dtype}{quantized}"
         lines.append(f"{graph.file} ({graph.component}, {form})")
         for arrow, specs in (("<-", graph.inputs), ("->", graph.outputs)):

@@ -147,6 +147,10 @@ class _Job:
     def run(self) -> Manifest:
         """Everything but the commit; the manifest lists no files yet."""
         reference = self._reference(self.options.dtype)
+        if self.options.vision_dtype is not None:
+            from gap_export.exporting.quantization.tower import check_tower
+
+            check_tower(reference.dtype)
         licensed = self.recipe.license_note
         for note in (*([licensed] if licensed else []), *reference.notes):
             self.warn(note)
@@ -164,7 +168,7 @@ class _Job:
             self.choices, base_dtype=reference.dtype, lowering=self.options.engines.lowering
         )
         wanted = _lowerings(reference.dtype, forms.values())
-        quantized = self._quantize(reference, wanted)
+        quantized = {**self._quantize(reference, wanted), **self._quantize_tower(reference)}
         placed = self._place(reference, quantized)
         manifest = self._describe(reference, placed)
         # Before the graphs, which take long: the model may be one that cannot be asked.
@@ -234,6 +238,15 @@ class _Job:
                 dtypes=tuple(dtypes),
                 progress=self.progress,
             )
+
+    def _quantize_tower(self, reference: Reference) -> QuantizedPlaces:
+        """The tower's layers as 8-bit integers, where that is asked for."""
+        from gap_export.exporting.quantization.tower import TOWER, store_tower
+
+        if self.options.vision_dtype is None:
+            return {}
+        with timed(self.seconds, "quantizing"):
+            return {TOWER: store_tower(self.draft, reference, progress=self.progress)}
 
     def _place(
         self,

@@ -6,17 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypeVar
 
 import onnx_ir as ir
 
-from gap_export.checkpoint.weights import PlacedTensor, QuantizedPlace
+from gap_export.checkpoint.weights import Int8Place, PlacedTensor, QuantizedPlace
 from gap_export.engines.profiles import cache_capacity
 from gap_export.errors import PassError
 from gap_export.exporting.graph_cache import GraphCache
 from gap_export.exporting.timing import timed
 from gap_export.exporting.trace import OPSET, describe_interface, save_graph, trace_component
 from gap_export.families import Component
+from gap_export.graph.passes.quantize_dynamically import QuantizeDynamically
 from gap_export.graph.passes.quantize_linear import QuantizeLinear
 from gap_export.graph.pipelines import (
     LOWERINGS,
@@ -31,6 +32,7 @@ from gap_export.spec.manifest import BASE, ORT, Activations, GraphSpec, Manifest
 _SHORT_DTYPES: Mapping[str, str] = MappingProxyType(
     {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 )
+_Place = TypeVar("_Place", QuantizedPlace, Int8Place)
 KvContract = Literal["none", "concat", "in_place"]
 
 
@@ -61,7 +63,7 @@ class GraphWriter:
         component: Component,
         placed: Mapping[str, PlacedTensor],
         *,
-        quantized: Mapping[str, QuantizedPlace],
+        quantized: Mapping[str, QuantizedPlace | Int8Place],
         dtype: str,
         lowerings: Sequence[str],
     ) -> list[GraphSpec]:
@@ -70,7 +72,7 @@ class GraphWriter:
         Args:
             component: On the meta device.
             placed: For each of its weights, where the bundle holds it.
-            quantized: For those it holds as INT4 alone, where.
+            quantized: For those it holds as integers alone, where.
             dtype: Of its floats.
             lowerings: :data:`BASE`, or names of ``LOWERINGS``.
 
@@ -85,7 +87,7 @@ class GraphWriter:
         for lowering in lowerings:
             if lowering == ORT and component.name not in ORT_PASSES:
                 continue
-            quantization = self.quantization if quantized else None
+            quantization = self.quantization if _of(QuantizedPlace, quantized) else None
             name = component.name
             if lowering != BASE:
                 suffix = "" if quantization is None else f"_{quantization.dtype}"
@@ -120,6 +122,7 @@ class GraphWriter:
                 activations=self.activations
                 if quantization and lowering in {BASE, ORT}
                 else "float",
+                linear_layers="int8" if _of(Int8Place, quantized) else "float",
             )
             specs.append(spec)
             if not component.prunes:
@@ -130,15 +133,18 @@ class GraphWriter:
         self,
         component: Component,
         placed: Mapping[str, PlacedTensor],
-        quantized: Mapping[str, QuantizedPlace],
+        quantized: Mapping[str, QuantizedPlace | Int8Place],
     ) -> ir.Model:
         """The base graph."""
         with timed(self.seconds, f"trace {component.name}"):
             model = trace_component(component, placed=placed, opset=OPSET)
         with timed(self.seconds, f"passes {component.name}"):
             run_pipeline(model, PIPELINES[component.name])
-            if quantized:
-                run_pipeline(model, [QuantizeLinear(quantized)])
+            int4, int8 = _of(QuantizedPlace, quantized), _of(Int8Place, quantized)
+            if int4:
+                run_pipeline(model, [QuantizeLinear(int4)])
+            if int8:
+                run_pipeline(model, [QuantizeDynamically(int8)])
         return model
 
     def _lower(
@@ -150,6 +156,10 @@ class GraphWriter:
             model = lower(base, component.name, lowering, limits=self.limits)
         has_cache = component.kv_contract != "none"
         return model, LOWERINGS[lowering].kv_contract if has_cache else "none"
+
+
+def _of(kind: type[_Place], places: Mapping[str, object]) -> dict[str, _Place]:
+    return {name: place for name, place in places.items() if isinstance(place, kind)}
 
 
 def decoder_limits(manifest: Manifest) -> DecoderLimits | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gap_export.engines.folder import EngineFolder
 from gap_export.engines.targets import TargetChoice, parse_targets
@@ -44,6 +44,7 @@ class ExportOptions:
         dtype: Dtype of all weights and of the graphs' interfaces; None for the checkpoint's own.
         quantization: How the decoder's linear layers are quantized; None to leave them as they are.
         activations: What goes into layers of quantized weights in ONNX Runtime on a CPU.
+        vision_dtype: ``int8``: the tower's layers multiply 8-bit integers; None: its floats.
         calibration: Images and expressions that AWQ looks at, at least one; meant for it alone.
         copy_weights: Copy weights that could be linked, so that the bundle is a folder like any
             other: some ONNX tools refuse links.
@@ -60,6 +61,7 @@ class ExportOptions:
     dtype: Dtype | None = None
     quantization: QuantizationSpec | None = None
     activations: Activations = "float"
+    vision_dtype: Literal["int8"] | None = None
     calibration: tuple[tuple[ImageInput, str], ...] | None = None
     copy_weights: bool = False
     random_weights: bool = False
@@ -81,6 +83,14 @@ class ExportOptions:
                     fix=f"add --trt, or leave out {flag}",
                 )
         choices = parse_targets(engines.targets)
+        if self.vision_dtype is not None and choices:
+            raise UsageError(
+                "TensorRT does not round a tower's inputs at run time, as ours does: it has no "
+                "DynamicQuantizeLinear",
+                seen=f"--vision-dtype {self.vision_dtype} with --trt",
+                allowed="--vision-dtype without --trt",
+                fix="export two bundles, or leave out --vision-dtype",
+            )
         if engines.wheel and not any(choice.target.built_on == "device" for choice in choices):
             raise UsageError(
                 "--wheel is for bundles whose engines another machine builds",

@@ -5,8 +5,8 @@ again) in the dtype of the export is never read: its whole file is held in the b
 hard link, or a copy), and graphs point into it. What has to be computed or cast (merged, split,
 of another dtype) is streamed into one file of our own, tensor by tensor.
 
-What is quantized is in the bundle as INT4 alone: a file that holds it as floats is not brought in,
-and what else is needed of such a file is streamed, too.
+What is quantized is in the bundle as integers alone: a file that holds it as floats is not brought
+in, and what else is needed of such a file is streamed, too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from gap_export.checkpoint.weights import (
     SAFETENSORS_NAMES,
     TORCH_DTYPES,
     DerivedWeight,
+    Int8Place,
     PlacedTensor,
     QuantizedPlace,
     TensorRef,
@@ -41,12 +42,12 @@ from gap_export.spec.manifest import QuantizationSpec
 NEWLINE = "image_newline"
 _DECODER = "decoder_model_merged"
 _CONVERTED = "converted"
-# Where a weight is said to lie that the bundle has as INT4 alone. No file is called that: a graph
-# that was not quantized after all cannot be opened.
+# Where a weight is said to lie that the bundle has as integers alone. No file is called that: a
+# graph that was not quantized after all cannot be opened.
 NOT_HELD = "not-held-as-floats"
 
 # By component and key.
-QuantizedPlaces = Mapping[str, Mapping[str, QuantizedPlace]]
+QuantizedPlaces = Mapping[str, Mapping[str, QuantizedPlace | Int8Place]]
 _NONE: QuantizedPlaces = MappingProxyType({})
 
 
@@ -75,7 +76,7 @@ class PlacedWeights:
         self._weights = tuple(weights)
 
     def of(self, refs: Mapping[str, Weight]) -> dict[str, PlacedTensor]:
-        """The places of some weights, by the same keys; :data:`NOT_HELD` where they are INT4."""
+        """The places of some weights, by the same keys; :data:`NOT_HELD` of those of integers."""
         dtype = SAFETENSORS_NAMES[self.dtype]
         item_bytes = TORCH_DTYPES[dtype].itemsize
         return {
@@ -90,13 +91,13 @@ class PlacedWeights:
             for key, weight in refs.items()
         }
 
-    def quantized(self, component: str) -> Mapping[str, QuantizedPlace]:
-        """What a component's graph reads as INT4, by the key of its weight."""
+    def quantized(self, component: str) -> Mapping[str, QuantizedPlace | Int8Place]:
+        """What a component's graph reads as integers, by the key of its weight."""
         return self._quantized.get(component, {})
 
     @property
     def all_quantized(self) -> QuantizedPlaces:
-        """What the bundle holds as INT4, by component and key of its weight."""
+        """What the bundle holds as integers, by component and key of its weight."""
         return self._quantized
 
 
@@ -164,7 +165,7 @@ def place_weights(
         reference: On the meta device.
         hold: How files that serve as they are get there.
         progress: Progress reporter, in bytes converted.
-        quantized: From :func:`quantize_weights`; these are not placed as floats.
+        quantized: From :func:`quantize_weights` and ``store_tower``; not placed as floats.
         beside: What the bundle holds of another reference of the same model, e.g. of another dtype.
 
     Raises:

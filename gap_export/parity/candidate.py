@@ -21,7 +21,7 @@ from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import ORT, FormName, Manifest, check_form
 from gap_export.spec.requests import BackendOptions
-from gap_export.spec.tolerances import Tolerance, tolerances_of
+from gap_export.spec.tolerances import Tolerance, tolerances_of, with_int8_tower
 
 # Questions among which two of different lengths are looked for.
 _FOR_A_BATCH = 4
@@ -123,6 +123,8 @@ def open_candidate(
         backend, decoder_graph, note = _load(bundle, key, options, form)
         try:
             tolerances = tolerances_of(backend.dtype, backend.activations)
+            if bundle.manifest.has_int8_tower:
+                tolerances = with_int8_tower(tolerances)
             if reference is not None:
                 reference.check_dtype(backend.dtype, backend.quantization)
             session = GroundingSession(bundle.manifest, bundle.path, backend)

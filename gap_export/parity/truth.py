@@ -184,6 +184,7 @@ class TorchTruth:
         load_family(self._recipe, progress)
         from gap_export.exporting.torch_backend import TorchBackend
         from gap_export.parity.facts import find_other_facts, write_assets
+        from gap_export.parity.int8_tower import use_int8_tower
         from gap_export.parity.quantized import use_quantized_weights
         from gap_export.pruning import check_pruner_installed
 
@@ -197,6 +198,9 @@ class TorchTruth:
                 self._reference, bundle.path, quantization, progress=progress
             )
         backend = TorchBackend(self._reference, quantization=quantization)
+        if bundle.manifest.has_int8_tower:
+            use_int8_tower(self._reference)
+            backend.name += ", its tower rounded to int8 as the bundle's is"
         recorder = RecordingBackend(backend, margins=backend.margins)
         recipe = self._recipe
         # What the bundle says of these is part of what is checked.

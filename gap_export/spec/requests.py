@@ -227,6 +227,13 @@ class WeightsRequest:
             "show of them. [default: rtn]"
         ),
     ] = None
+    vision_dtype: Annotated[
+        Literal["int8"] | None,
+        Option(
+            "int8: the vision tower's layers multiply 8-bit integers, which a CPU does three times "
+            "as fast as float32. Needs float32 graphs. [default: as --dtype says]"
+        ),
+    ] = None
     quantize_lm_head: Annotated[bool, Option("With --dtype int4: the LM head as well.")] = False
     activations: Annotated[
         Activations | None,

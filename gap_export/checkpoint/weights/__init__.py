@@ -18,6 +18,7 @@ from gap_export.checkpoint.weights.derived import (
     rows,
 )
 from gap_export.checkpoint.weights.files import read_json_object, shard_files
+from gap_export.checkpoint.weights.int8 import INT8_NAME, Int8Place, round_to_int8, store_int8
 from gap_export.checkpoint.weights.pickled import (
     PICKLE_INDEX_NAME,
     PICKLE_NAME,
@@ -54,6 +55,7 @@ from gap_export.checkpoint.weights.weight import (
 __all__ = [
     "FLOAT_DTYPES",
     "INDEX_NAME",
+    "INT8_NAME",
     "PICKLE_INDEX_NAME",
     "PICKLE_NAME",
     "QUANTIZED_NAME",
@@ -61,6 +63,7 @@ __all__ = [
     "TORCH_DTYPES",
     "WEIGHTS_NAME",
     "DerivedWeight",
+    "Int8Place",
     "PickledTensor",
     "PlacedTensor",
     "QuantizedPlace",
@@ -84,8 +87,10 @@ __all__ = [
     "read_header",
     "read_json_object",
     "reshaped",
+    "round_to_int8",
     "rows",
     "shard_files",
+    "store_int8",
     "store_quantized",
     "store_weights",
 ]

@@ -64,11 +64,16 @@ class QuantizeLinear(GraphPass):
         return True
 
 
-def _find_layer(graph: ir.Graph, name: str, place: QuantizedPlace) -> ir.Node:
+def find_gemm(graph: ir.Graph, name: str, *, shape: tuple[int, ...]) -> ir.Node:
     """The Gemm that reads a weight.
 
+    Args:
+        graph: Behind FuseLinear.
+        name: Of the initializer [N, K].
+        shape: (K, N): in, out, as it is held.
+
     Raises:
-        PassError: there is none that the pass handles.
+        PassError: there is none that is a plain linear layer.
     """
     weight = graph.initializers.get(name)
     if weight is None:
@@ -87,20 +92,31 @@ def _find_layer(graph: ir.Graph, name: str, place: QuantizedPlace) -> ir.Node:
             allowed="the second operand of one Gemm with transB=1",
             fix="run FuseLinear before",
         )
-    shape = None if weight.shape is None else tuple(weight.shape)
-    if shape != place.shape[::-1]:
+    own = None if weight.shape is None else tuple(weight.shape)
+    if own != shape[::-1]:
         raise PassError(
             f"the weight {name} is held with another shape",
-            seen=f"(in, out) = {place.shape}",
-            allowed=f"{shape} transposed, as the graph has it",
+            seen=f"(in, out) = {shape}",
+            allowed=f"{own} transposed, as the graph has it",
         )
+    return uses[0][0]
+
+
+def _find_layer(graph: ir.Graph, name: str, place: QuantizedPlace) -> ir.Node:
+    """The Gemm that reads a weight.
+
+    Raises:
+        PassError: there is none that the pass handles.
+    """
+    gemm = find_gemm(graph, name, shape=place.shape)
+    weight = graph.initializers[name]
     if _SAFETENSORS_NAMES.get(weight.dtype) not in place.scales:
         raise PassError(
             f"there are no scales of the dtype of {weight.name}",
             seen=weight.dtype,
             allowed=", ".join(place.scales),
         )
-    return uses[0][0]
+    return gemm
 
 
 def _is_linear(node: ir.Node, index: int) -> bool:
@@ -142,9 +158,11 @@ def _raise_opset(model: ir.Model) -> None:
 def _rewrite(graph: ir.Graph, gemm: ir.Node, name: str, place: QuantizedPlace) -> None:
     weight = graph.initializers[name]
     scales = place.scales[_SAFETENSORS_NAMES[weight.dtype]]
-    packed = _initializer(graph, f"{name}.int4", place.packed, ir.DataType.INT4, place.shape)
+    packed = external_initializer(
+        graph, f"{name}.int4", place.packed, ir.DataType.INT4, place.shape
+    )
     assert weight.dtype is not None
-    factors = _initializer(graph, f"{name}.scales", scales, weight.dtype, scales.shape)
+    factors = external_initializer(graph, f"{name}.scales", scales, weight.dtype, scales.shape)
     floats = new_value(f"{name}.dequantized", weight.dtype, ir.Shape(place.shape))
     blocks, label = {"axis": 0, "block_size": place.block_size}, f"{name}.dequantize"
     dequantize = ir.node(
@@ -175,9 +193,10 @@ def _rewrite(graph: ir.Graph, gemm: ir.Node, name: str, place: QuantizedPlace) -
     del graph.initializers[name]
 
 
-def _initializer(
+def external_initializer(
     graph: ir.Graph, name: str, place: PlacedTensor, dtype: ir.DataType, shape: tuple[int, ...]
 ) -> ir.Value:
+    """A weight of the graph that lies in a file of the bundle."""
     dims = ir.Shape(shape)
     tensor = ir.ExternalTensor(
         location=place.location,

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from gap_export.checkpoint.weights import (
     SAFETENSORS_NAMES,
+    Int8Place,
     PlacedTensor,
     QuantizedPlace,
 )
@@ -21,13 +22,14 @@ from gap_export.exporting.quantization import linear_keys
 from gap_export.exporting.trace import trace_component
 from gap_export.families import Component, build_reference
 from gap_export.graph.onnx_file import OnnxFile
+from gap_export.graph.passes.quantize_dynamically import QuantizeDynamically
 from gap_export.graph.passes.quantize_linear import QuantizeLinear
 from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.parity.inside.reference_taps import ReferenceTaps
 from gap_export.spec.manifest import QuantizationSpec
 
-# Which parts of an INT4 weight are initializers of their own.
-_PARTS = ("", ".int4", ".scales")
+# Which parts of a quantized weight are initializers of their own.
+_PARTS = ("", ".int4", ".int8", ".scales")
 
 
 def export_again(candidate: OnnxFile, component: str, truth: ReferenceTaps) -> OnnxFile | None:
@@ -42,7 +44,7 @@ def export_again(candidate: OnnxFile, component: str, truth: ReferenceTaps) -> O
         A graph that reads the candidate's weights; None where the model cannot be traced here.
     """
     if component not in truth.traced:
-        truth.traced[component] = _trace(component, truth)
+        truth.traced[component] = _trace(component, truth, candidate)
     raw = truth.traced[component]
     if raw is None:
         return None
@@ -52,18 +54,25 @@ def export_again(candidate: OnnxFile, component: str, truth: ReferenceTaps) -> O
     return OnnxFile(raw, candidate.folder).with_initializers(given)
 
 
-def _trace(name: str, truth: ReferenceTaps) -> bytes | None:
+def _trace(name: str, truth: ReferenceTaps, candidate: OnnxFile) -> bytes | None:
     component = build_reference(
         truth.recipe, truth.checkpoint, truth.pruning, device="meta", dtype=truth.reference.dtype
     ).component(name)
     dtype = SAFETENSORS_NAMES[truth.reference.dtype]
     placed = {key: _nowhere(dtype, weight.shape) for key, weight in component.weight_refs.items()}
     quantization = truth.quantization if name == "decoder_model_merged" else None
+    int8 = {
+        key: _int8(weight.shape)
+        for key, weight in component.weight_refs.items()
+        if f"{key}.int8" in candidate.initializers
+    }
     try:
         model = trace_component(component, placed=placed)
         run_pipeline(model, PIPELINES[name])
         if quantization is not None:
             run_pipeline(model, [QuantizeLinear(_quantized(component, quantization, dtype))])
+        if int8:
+            run_pipeline(model, [QuantizeDynamically(int8)])
     except ExportError:
         # It helps to name an operator; whether the bundle is right has been found without it.
         return None
@@ -84,6 +93,10 @@ def _quantized(
             block_size=spec.block_size,
         )
     return places
+
+
+def _int8(shape: tuple[int, ...]) -> Int8Place:
+    return Int8Place(values=_nowhere("I8", shape[::-1]), scales=_nowhere("F32", shape[:1]))
 
 
 def _nowhere(dtype: str, shape: tuple[int, ...]) -> PlacedTensor:

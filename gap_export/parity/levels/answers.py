@@ -129,4 +129,5 @@ class AnswerPair:
         if at_that_step[self.expected.token_ids[step - 1]] != np.max(at_that_step):
             return False
         largest = max((float(np.abs(logits).max()) for logits in self.logits), default=0.0)
-        return self.margin <= 2 * self.tolerances["logits"].absolute(largest)
+        tolerance = self.tolerances.get("answer_logits", self.tolerances["logits"])
+        return self.margin <= 2 * tolerance.absolute(largest)

@@ -242,6 +242,9 @@ class GraphSpec(Strict):
         quantization: How the weights are quantized; None where they have the graph's dtype.
         activations: What goes into a layer of quantized weights in ONNX Runtime on a CPU: ``float``
             as it is; ``int8`` rounded to 8 bits in blocks that share a scale.
+        linear_layers: ``int8``: the tower's layers hold 8-bit weights, one scale an output channel,
+            and round what goes in to unsigned 8 bits, between the smallest and the largest value of
+            each run; ``float``: they compute in the graph's dtype.
     """
 
     component: str
@@ -253,6 +256,7 @@ class GraphSpec(Strict):
     outputs: tuple[TensorSpec, ...]
     quantization: QuantizationSpec | None = None
     activations: Activations = field(default="float", metadata=RARE)
+    linear_layers: Literal["float", "int8"] = field(default="float", metadata=RARE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,6 +378,11 @@ class Manifest(Strict):
             allowed=", ".join(f"{g.component} {g.lowering} {g.dtype}" for g in self.graphs),
             fix="export it again with --trt, naming the target",
         )
+
+    @property
+    def has_int8_tower(self) -> bool:
+        """Whether the vision tower multiplies 8-bit integers."""
+        return any(graph.linear_layers == "int8" for graph in self.graphs)
 
     def target(self, name: str) -> TargetSpec:
         """What the bundle has for a target.
