@@ -155,6 +155,7 @@ def evaluate(
         dtype=dtype,
         quantization=quantization,
         activations=activations,
+        vision_dtype=weights.vision_dtype,
     )
     return evaluation.evaluate_model(
         options, prunings=prunings, num_samples=samples, asking=asking, progress=progress

@@ -38,6 +38,7 @@ def export(
     recipe: str | None = None,
     checkpoint: Parts | None = None,
     copy_weights: bool = False,
+    bake_positions: bool = False,
     random_weights: bool = False,
     out: str | Path | None = None,
     force: bool = False,
@@ -54,6 +55,8 @@ def export(
         recipe: The recipe that a checkpoint folder without a recipe.yaml follows.
         checkpoint: The checkpoint's folder, or its parts by role; None to look for it.
         copy_weights: Copy weights that could be linked, for tools that refuse links.
+        bake_positions: Have the decoder hold ``kept_positions``, for runtimes that feed
+            ``position_ids`` alone; where pruner and the image's place are fixed.
         random_weights: Take no checkpoint: draw noise of the model's true shape.
         out: The bundle's folder; None for ``./<model>-<pruner>-<keep>``.
         force: Replace a bundle that is there; no other folder is ever replaced.
@@ -94,6 +97,7 @@ def export(
         vision_dtype=weights.vision_dtype,
         calibration=calibration,
         copy_weights=copy_weights,
+        bake_positions=bake_positions,
         random_weights=random_weights,
         engines=engines,
     )

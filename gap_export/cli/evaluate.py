@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 # The other options of a pruning are repeatable here, or measured both ways.
 _CHOICES = ("order", "extra_token", "extra_position", "budget", "pruner_text", "canvas", "seed")
-_WEIGHTS = ("dtype", "quantize_lm_head", "activations", "runs_on")
+_WEIGHTS = ("dtype", "vision_dtype", "quantize_lm_head", "activations", "runs_on")
 
 
 @takes_requests

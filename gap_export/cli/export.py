@@ -38,6 +38,14 @@ def export(
     recipe: RecipeOption = None,
     checkpoint: CheckpointOption = None,
     copy_weights: CopyWeightsOption = False,
+    bake_positions: Annotated[
+        bool,
+        typer.Option(
+            "--bake-positions",
+            help="The decoder holds kept_positions, for runtimes that feed position_ids alone; "
+            "where pruner and image's place are fixed.",
+        ),
+    ] = False,
     random_weights: Annotated[
         bool,
         typer.Option(
@@ -65,6 +73,7 @@ def export(
         recipe=recipe,
         checkpoint=parse_parts(checkpoint or []),
         copy_weights=copy_weights,
+        bake_positions=bake_positions,
         random_weights=random_weights,
         out=out,
         force=force,

@@ -37,6 +37,8 @@ def check_baseline(manifest: Manifest, baseline: Manifest) -> None:
         seen.append("another quantization")
     if activations_of(manifest) != activations_of(baseline):
         seen.append(f"{activations_of(baseline)} activations")
+    if manifest.has_int8_tower != baseline.has_int8_tower:
+        seen.append(f"{'an int8' if baseline.has_int8_tower else 'a float'} tower")
     if manifest.source.random_seed != baseline.source.random_seed:
         seen.append("other random weights")
     elif manifest.source.random_seed is None and not common:

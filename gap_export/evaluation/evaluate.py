@@ -222,6 +222,7 @@ def evaluate_bundle(
                 dtype=dtype_of(manifest),
                 quantization=quantization,
                 activations=activations_of(manifest),
+                vision_dtype="int8" if manifest.has_int8_tower else None,
                 calibration=tuple(calibration_questions()) if calibrates else None,
             )
             baselines = _Baselines(

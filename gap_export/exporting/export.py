@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from gap_export.bundle import BundleDraft, write_bundle
 from gap_export.checkpoint.find.source import MAIN, Checkpoint, resolve_model
 from gap_export.engines.targets import TargetChoice
@@ -27,6 +29,7 @@ from gap_export.exporting.options import ExportOptions, ExportReport, resolve_op
 from gap_export.exporting.timing import timed
 from gap_export.progress import Progress, SilentProgress
 from gap_export.spec.manifest import BASE, ORT, GraphSpec, Manifest, PruningSpec
+from gap_export.spec.positions import Int64Array
 from gap_export.spec.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -173,6 +176,8 @@ class _Job:
         manifest = self._describe(reference, placed)
         # Before the graphs, which take long: the model may be one that cannot be asked.
         manifest = self._check_prompt(manifest, reference)
+        if self.options.bake_positions:
+            manifest = self._bake_positions(manifest, reference)
         graphs = self._graphs(manifest, reference, placed, wanted, scales)
         manifest = replace(manifest, graphs=tuple(graphs))
         if self.choices:
@@ -285,6 +290,12 @@ class _Job:
         )
         return replace(manifest, engine_limits=limits)
 
+    def _bake_positions(self, manifest: Manifest, reference: Reference) -> Manifest:
+        from gap_export.exporting.baking import bake_positions
+
+        baked = bake_positions(manifest, reference, self.draft.folder)
+        return replace(manifest, pruning=replace(manifest.pruning, baked_positions=baked))
+
     def _graphs(
         self,
         manifest: Manifest,
@@ -303,6 +314,7 @@ class _Job:
             folder=self.draft.folder,
             quantization=self.options.quantization,
             activations=self.options.activations,
+            baked_positions=_table_of(manifest.pruning),
             limits=decoder_limits(manifest),
             seconds=self.seconds,
             cache=self.cache,
@@ -357,6 +369,14 @@ def _lowerings(base_dtype: str, forms: Iterable[GraphForm]) -> dict[str, list[st
         if form.lowering not in lowerings:
             lowerings.append(form.lowering)
     return wanted
+
+
+def _table_of(pruning: PruningSpec) -> Int64Array | None:
+    """The ids that a decoder holds, int64 [P], or [A, P] with several axes."""
+    if not pruning.baked_positions:
+        return None
+    table = np.array(pruning.baked_positions, dtype=np.int64)
+    return table[0] if len(table) == 1 else table
 
 
 def _scaled(reference: Reference, scales: tuple[ChannelScale, ...]) -> Reference:

@@ -17,9 +17,11 @@ from gap_export.exporting.graph_cache import GraphCache
 from gap_export.exporting.timing import timed
 from gap_export.exporting.trace import OPSET, describe_interface, save_graph, trace_component
 from gap_export.families import Component
+from gap_export.graph.passes.bake_kept_positions import BakeKeptPositions
 from gap_export.graph.passes.quantize_dynamically import QuantizeDynamically
 from gap_export.graph.passes.quantize_linear import QuantizeLinear
 from gap_export.graph.pipelines import (
+    DECODER,
     LOWERINGS,
     ORT_PASSES,
     PIPELINES,
@@ -28,6 +30,7 @@ from gap_export.graph.pipelines import (
     run_pipeline,
 )
 from gap_export.spec.manifest import BASE, ORT, Activations, GraphSpec, Manifest, QuantizationSpec
+from gap_export.spec.positions import Int64Array
 
 _SHORT_DTYPES: Mapping[str, str] = MappingProxyType(
     {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -44,6 +47,7 @@ class GraphWriter:
         folder: The bundle's.
         quantization: How the weights that are quantized are.
         activations: What goes into layers of quantized weights in ONNX Runtime.
+        baked_positions: int64 [P] or [A, P] that the decoder holds; None where it is fed them.
         limits: Of the decoder, for lowerings that ask for them.
         seconds: Receives how long each step took.
         cache: Asked first, where the pruning does not matter.
@@ -53,6 +57,7 @@ class GraphWriter:
     folder: Path
     quantization: QuantizationSpec | None
     activations: Activations
+    baked_positions: Int64Array | None = None
     limits: DecoderLimits | None
     seconds: dict[str, float] = field(repr=False)
     cache: GraphCache = field(repr=False)
@@ -79,13 +84,21 @@ class GraphWriter:
         Raises:
             ExportError: tracing or a pass failed.
         """
+        table = self.baked_positions if component.name == DECODER else None
         # A graph says where its weights lie, so another place is another graph.
-        made = (sorted(placed.items()), sorted(quantized.items()), self.limits, self.activations)
+        made = (
+            sorted(placed.items()),
+            sorted(quantized.items()),
+            self.limits,
+            self.activations,
+            None if table is None else table.tolist(),
+        )
         key = (component.name, dtype, *component.inputs, *component.outputs, str(made))
         specs: list[GraphSpec] = []
         base: ir.Model | None = None
         for lowering in lowerings:
-            if lowering == ORT and component.name not in ORT_PASSES:
+            # Whose positions are baked is meant for other runtimes, and has their operators alone.
+            if lowering == ORT and (component.name not in ORT_PASSES or table is not None):
                 continue
             quantization = self.quantization if _of(QuantizedPlace, quantized) else None
             name = component.name
@@ -145,6 +158,8 @@ class GraphWriter:
                 run_pipeline(model, [QuantizeLinear(int4)])
             if int8:
                 run_pipeline(model, [QuantizeDynamically(int8)])
+            if component.name == DECODER and self.baked_positions is not None:
+                run_pipeline(model, [BakeKeptPositions(self.baked_positions)])
         return model
 
     def _lower(

@@ -45,6 +45,7 @@ class ExportOptions:
         quantization: How the decoder's linear layers are quantized; None to leave them as they are.
         activations: What goes into layers of quantized weights in ONNX Runtime on a CPU.
         vision_dtype: ``int8``: the tower's layers multiply 8-bit integers; None: its floats.
+        bake_positions: Have the decoder hold ``kept_positions``, so that it is no input.
         calibration: Images and expressions that AWQ looks at, at least one; meant for it alone.
         copy_weights: Copy weights that could be linked, so that the bundle is a folder like any
             other: some ONNX tools refuse links.
@@ -62,6 +63,7 @@ class ExportOptions:
     quantization: QuantizationSpec | None = None
     activations: Activations = "float"
     vision_dtype: Literal["int8"] | None = None
+    bake_positions: bool = False
     calibration: tuple[tuple[ImageInput, str], ...] | None = None
     copy_weights: bool = False
     random_weights: bool = False
@@ -75,6 +77,13 @@ class ExportOptions:
                 nothing without a target.
         """
         engines = self.engines
+        if self.bake_positions and engines.targets:
+            raise UsageError(
+                "engines are run by our own sessions, which feed kept_positions",
+                seen="--bake-positions with --trt",
+                allowed="--bake-positions without --trt",
+                fix="export two bundles, or leave out --bake-positions",
+            )
         for flag, value in (("--lowering", engines.lowering), *_limits(engines)):
             if not engines.targets and value is not None:
                 raise UsageError(

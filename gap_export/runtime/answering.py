@@ -17,6 +17,7 @@ from gap_export.runtime.generation import (
     Generation,
     PromptRow,
     assemble_prompt,
+    check_baked,
     embed_tokens,
     generate,
 )
@@ -106,6 +107,8 @@ class Answering:
                 position_axes=self.manifest.decoder.position_axes,
                 num_shared=choose_length(rows, self.backend, kept),
             )
+            if self.manifest.pruning.baked_positions:
+                check_baked(prompt, self.manifest.pruning.baked_positions)
         started = time.perf_counter()
         prefix = None
         if prompt.num_shared:

@@ -19,6 +19,7 @@ from gap_export.spec.positions import (
     VisualSpan,
     build_id_table,
     build_kept_positions,
+    gap_remap,
     slots_from_mask,
     stack_tables,
 )
@@ -158,6 +159,31 @@ def assemble_prompt(
         id_table=stack_tables(ids),
         shared_embeds=embeds[0][None, :num_shared],
     )
+
+
+def check_baked(prompt: DecoderPrompt, baked: Sequence[Sequence[int]]) -> None:
+    """See that a decoder that holds a table of ids reads this prompt by the right ones.
+
+    Args:
+        prompt: From :func:`assemble_prompt`.
+        baked: For each axis of positions the ids it holds; see ``PruningSpec``.
+
+    Raises:
+        UsageError: other ids belong to the prompt.
+    """
+    table = np.array(baked, dtype=np.int64)[:, None]
+    slots = np.arange(prompt.id_table.shape[-1], dtype=np.int64)[None]
+    wanted = prompt.id_table.reshape(len(baked), -1, slots.shape[1])
+    wrong = (gap_remap(slots, table) != wanted).any(axis=(0, 1))
+    if wrong.any():
+        slot = int(wrong.argmax())
+        raise UsageError(
+            "this decoder holds its position ids, and the prompt has others",
+            seen=f"id {wanted[0, 0, slot]} of the token in slot {slot}",
+            allowed=f"{gap_remap(slots, table)[0, 0, slot]}: bundles made with --bake-positions "
+            "take one form of prompt, with GAP",
+            fix="use a bundle that was made without --bake-positions",
+        )
 
 
 def generate(

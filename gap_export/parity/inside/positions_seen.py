@@ -162,6 +162,13 @@ def read_positions(
 def _prompts(manifest: Manifest, *, last_step: int) -> Iterator[_Prompt]:
     """Prompts of the bundle's own shape, and prompts that go as far as ids do."""
     pruning = manifest.pruning
+    if pruning.baked_positions:
+        # There is one table, and text behind the image counts on from it.
+        table = np.array(pruning.baked_positions, dtype=np.int64)
+        texts = (table[:, -1:] + np.arange(1, suffix) for suffix in _SUFFIXES)
+        rows = [np.concatenate([table, text], axis=1) for text in texts]
+        yield _Prompt.of_rows([row if len(table) > 1 else row[0] for row in rows])
+        return
     num_visual, num_kept = pruning.num_visual_tokens, pruning.num_emitted_tokens
     keep = np.linspace(0, num_visual - 1, num_kept).astype(np.int64)
     if pruning.order != "raster":
@@ -271,7 +278,10 @@ def _feed(
         if tensor.name in given:
             pairs = zip(tensor.shape, given[tensor.name].shape, strict=True)
             sizes.update({dim: size for dim, size in pairs if isinstance(dim, str)})
-    feed: dict[str, NDArray[Any]] = dict(given)
+    # A decoder that holds kept_positions is not fed them.
+    feed: dict[str, NDArray[Any]] = {
+        name: array for name, array in given.items() if name in {one.name for one in spec.inputs}
+    }
     for tensor in spec.inputs:
         if tensor.name not in given:
             # A size that no other input has is the number of slots that are filled.

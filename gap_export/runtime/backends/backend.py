@@ -45,6 +45,8 @@ Outputs = dict[str, NDArray[Any]]
 
 VISION, TEXT, EMBEDDING = "vision_encoder", "text_encoder", "embed_tokens"
 PRUNER, DECODER, NEWLINE = "token_pruner", "decoder_model_merged", "newline"
+# An input that a decoder has not where it holds what would be fed.
+BAKED = "kept_positions"
 
 
 class KVCache(Protocol):

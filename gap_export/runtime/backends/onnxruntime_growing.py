@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gap_export.runtime.backends.backend import Feed, FloatArray
+from gap_export.runtime.backends.backend import BAKED, Feed, FloatArray
 from gap_export.runtime.backends.quiet_onnxruntime import ort
 
 
@@ -86,6 +86,7 @@ class GrowingDecoder:
         held = {
             name: np.ascontiguousarray(array, dtype=self._dtypes[name])
             for name, array in feed.items()
+            if name in self._dtypes or name != BAKED
         }
         for name, array in held.items():
             binding.bind_cpu_input(name, array)

@@ -21,6 +21,7 @@ from gap_export.bundle import Bundle
 from gap_export.bundle.tensors import read_place
 from gap_export.errors import BundleError, GapExportError, UsageError
 from gap_export.runtime.backends.backend import (
+    BAKED,
     DECODER,
     NEWLINE,
     Backend,
@@ -167,6 +168,7 @@ class OpenVinoBackend(Backend):
             given = {
                 name: np.ascontiguousarray(array, dtype=graph.inputs[name])
                 for name, array in feed.items()
+                if name in graph.inputs or name != BAKED
             }
             found = request.infer(given, share_inputs=True, share_outputs=False)
         except OPENVINO_ERRORS as err:

@@ -114,6 +114,9 @@ class PruningSpec(Strict):
             in bundles made since every number of 1..K can be kept.
         pruner_text: What a pruner that reads the text reads: the ``expression`` alone, or the whole
             ``question`` that the decoder is asked.
+        baked_positions: For each axis of positions the ids that the decoder's graph holds in place
+            of its input ``kept_positions``: those of a prompt's tokens up to the first behind the
+            image. Empty where they are fed.
     """
 
     pruner: str
@@ -130,6 +133,7 @@ class PruningSpec(Strict):
     budget: Budget = "fixed"
     kept_buckets: tuple[int, ...] = ()
     pruner_text: PrunerText = field(default="expression", metadata=ADDED_LATER)
+    baked_positions: tuple[tuple[int, ...], ...] = field(default=(), metadata=RARE)
 
 
 @dataclass(frozen=True, kw_only=True)
