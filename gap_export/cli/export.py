@@ -88,7 +88,7 @@ def export(
     if report.manifest.dtype == "bfloat16":
         terminal.warning(
             "ONNX Runtime runs no bfloat16 graphs on a CPU: check and ground need a bundle made "
-            "with --dtype float16 or float32"
+            "with --for cpu"
         )
     if random_weights:
         terminal.warning("the weights are random: good for measuring speed, its answers are noise")

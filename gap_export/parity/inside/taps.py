@@ -16,8 +16,12 @@ from numpy.typing import NDArray
 
 from gap_export.errors import GapExportError
 from gap_export.graph.onnx_file import OnnxFile
-from gap_export.runtime.backends.onnxruntime_backend import INPUT_DTYPES, ORT_ERRORS, first_line
-from gap_export.runtime.backends.onnxruntime_options import session_options, spare_memory
+from gap_export.runtime.backends.onnxruntime_backend import INPUT_DTYPES, first_line
+from gap_export.runtime.backends.onnxruntime_options import (
+    ORT_ERRORS,
+    session_options,
+    spare_memory,
+)
 from gap_export.runtime.backends.quiet_onnxruntime import ort
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -23,11 +23,11 @@ from gap_export.runtime.backends.backend import (
     Outputs,
 )
 from gap_export.runtime.backends.onnxruntime_backend import (
-    ORT_ERRORS,
     OnnxRuntimeGraphs,
     first_line,
 )
 from gap_export.runtime.backends.onnxruntime_options import (
+    ORT_ERRORS,
     session_options,
     spare_memory,
     start_session,

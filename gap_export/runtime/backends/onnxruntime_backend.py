@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ from gap_export.errors import BundleError, GapExportError, UsageError
 from gap_export.runtime.backends.backend import (
     DECODER,
     NEWLINE,
+    VISION,
     Backend,
     Feed,
     FloatArray,
@@ -31,14 +31,16 @@ from gap_export.runtime.backends.backend import (
     graph_components,
     lacks_component,
 )
+from gap_export.runtime.backends.kept_graphs import start_kept
 from gap_export.runtime.backends.onnxruntime_growing import GrowingDecoder
 from gap_export.runtime.backends.onnxruntime_in_place import InPlaceDecoder
 from gap_export.runtime.backends.onnxruntime_options import (
+    ORT_ERRORS,
     session_options,
     spare_memory,
     start_session,
 )
-from gap_export.runtime.backends.quiet_onnxruntime import ort, ort_errors
+from gap_export.runtime.backends.quiet_onnxruntime import ort
 from gap_export.spec.manifest import BASE, ORT, FormName, GraphSpec, Manifest, check_form
 
 _log = logging.getLogger(__name__)
@@ -55,17 +57,6 @@ INPUT_DTYPES: Mapping[str, np.dtype[Any]] = {
 _CUDA_FIX = (
     "onnxruntime-gpu takes the place of onnxruntime: pip uninstall -y onnxruntime && "
     "pip install onnxruntime-gpu"
-)
-# All that ONNX Runtime raises: classes with no common base, RuntimeError from bound runs, and
-# UnicodeDecodeError where a name in a graph, also one that it complains of, is not UTF-8.
-ORT_ERRORS: tuple[type[Exception], ...] = (
-    RuntimeError,
-    UnicodeDecodeError,
-    *(
-        value
-        for value in vars(ort_errors).values()
-        if isinstance(value, type) and issubclass(value, Exception)
-    ),
 )
 
 
@@ -226,15 +217,14 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
         return self._load_graph(bundle, manifest.graph(component))
 
     def _load_graph(self, bundle: Bundle, spec: GraphSpec) -> ort.InferenceSession:
-        path = bundle.file(spec.file)
         try:
-            session = self._start(path, spec, self._providers)
+            session = self._start(bundle, spec, self._providers)
         except ORT_ERRORS as err:
             if self._providers == [_CPU]:
                 raise _refused(spec, err) from err
             # Without the GPU it shows whether the graph or the GPU is at fault.
             try:
-                session = self._start(path, spec, [_CPU])
+                session = self._start(bundle, spec, [_CPU])
             except ORT_ERRORS as fault:
                 raise _refused(spec, fault) from fault
             if not self._may_fall_back:
@@ -250,12 +240,24 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
             raise _refused(spec, err) from err
         return session
 
-    def _start(self, path: Path, spec: GraphSpec, providers: list[str]) -> ort.InferenceSession:
-        options = session_options(self._num_threads, activations=spec.activations)
+    def _start(self, bundle: Bundle, spec: GraphSpec, providers: list[str]) -> ort.InferenceSession:
+        def options() -> ort.SessionOptions:
+            return session_options(self._num_threads, activations=spec.activations)
+
+        path = bundle.file(spec.file)
+        if providers != [_CPU]:
+            return start_session(path, options(), providers)
         # What few weights of an INT4 graph are floats may be cast when it is opened.
-        if spec.dtype == "float16" and providers == [_CPU] and spec.quantization is None:
-            spare_memory(options)
-        return start_session(path, options, providers)
+        if spec.dtype == "float16" and spec.quantization is None:
+            spared = options()
+            spare_memory(spared)
+            return start_session(path, spared, providers)
+        # Decoders of floats are as fast unpacked, and too large to be kept twice.
+        if spec.quantization is not None or spec.component == VISION:
+            kept = start_kept(bundle, spec, options)
+            if kept is not None:
+                return kept
+        return start_session(path, options(), providers)
 
 
 def _choose_providers(wanted: Sequence[str] | None) -> list[str]:

@@ -8,8 +8,20 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gap_export.errors import UsageError
-from gap_export.runtime.backends.quiet_onnxruntime import ort
+from gap_export.runtime.backends.quiet_onnxruntime import ort, ort_errors
 from gap_export.spec.manifest import Activations
+
+# All that ONNX Runtime raises: classes with no common base, RuntimeError from bound runs, and
+# UnicodeDecodeError where a name in a graph, also one that it complains of, is not UTF-8.
+ORT_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    UnicodeDecodeError,
+    *(
+        value
+        for value in vars(ort_errors).values()
+        if isinstance(value, type) and issubclass(value, Exception)
+    ),
+)
 
 # Its errors reach the user as ours; it need not write them to stderr as well.
 _FATAL_ONLY = 4

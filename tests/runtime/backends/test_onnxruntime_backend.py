@@ -21,8 +21,8 @@ from gap_export.runtime.backends import onnxruntime_backend
 from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.backends.onnxruntime_options import session_options
 from gap_export.runtime.session import GroundingSession
-from gap_export.spec.manifest import GraphSpec, Manifest, QuantizationSpec
-from gap_export.spec.tolerances import TOLERANCES
+from gap_export.spec.manifest import Activations, GraphSpec, Manifest, QuantizationSpec
+from gap_export.spec.tolerances import TOLERANCES, tolerances_of
 from tests.parity.mutants import rewrite
 from tests.programs import run_program
 from tests.shared import SharedExports
@@ -397,8 +397,14 @@ def quantized_bundle(tiny_checkpoint: Path, exports: SharedExports) -> Path:
     return exports.bundle(model=str(tiny_checkpoint), keep_ratio=0.3, quantization=spec)
 
 
-def decode_with(bundle: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> Any:
-    """Logits of a random prompt, the session's options changed."""
+def decode_with(
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    declared: Activations = "float",
+    change: Any = lambda options: None,
+) -> Any:
+    """Logits of a random prompt; what the manifest declares, and the session's options, changed."""
 
     def options(num_threads: int | None, **others: Any) -> ort.SessionOptions:
         made = session_options(num_threads, **others)
@@ -407,25 +413,35 @@ def decode_with(bundle: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> A
 
     monkeypatch.setattr(onnxruntime_backend, "session_options", options)
     opened = open_bundle(bundle)
+    manifest = opened.manifest
+    graphs = [
+        dataclasses.replace(graph, activations=declared if graph.quantization else "float")
+        for graph in manifest.graphs
+    ]
+    opened = dataclasses.replace(
+        opened, manifest=dataclasses.replace(manifest, graphs=tuple(graphs))
+    )
     with OnnxRuntimeBackend(opened, ["CPUExecutionProvider"], 1) as backend:
-        assert backend.quantization is opened.manifest.graph("decoder_model_merged").quantization
+        assert backend.quantization == manifest.graph("decoder_model_merged").quantization
+        assert backend.activations == declared
         return backend.decode(random_prompt(opened.manifest, 9), backend.new_cache(1, 9))
 
 
-def test_quantized_decoder_computes_with_float_activations(quantized_bundle, monkeypatch):
+def test_quantized_decoder_computes_with_the_activations_its_bundle_declares(
+    quantized_bundle, monkeypatch
+):
     def as_the_graph_says(options: ort.SessionOptions) -> None:
         # Weights are dequantized, and multiplied as floats.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 
-    def as_by_default(options: ort.SessionOptions) -> None:
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
-
-    wanted = decode_with(quantized_bundle, monkeypatch, as_the_graph_says)
-    logits = decode_with(quantized_bundle, monkeypatch, lambda options: None)
+    wanted = decode_with(quantized_bundle, monkeypatch, change=as_the_graph_says)
+    logits = decode_with(quantized_bundle, monkeypatch)
     tolerance = TOLERANCES["float32"]["logits"]
     np.testing.assert_allclose(logits, wanted, atol=tolerance.atol, rtol=tolerance.rtol)
-    rounded = decode_with(quantized_bundle, monkeypatch, as_by_default)
-    assert np.abs(rounded - wanted).max() > 10 * tolerance.atol
+    off = np.abs(decode_with(quantized_bundle, monkeypatch, declared="int8") - wanted).max()
+    largest = float(np.abs(wanted).max())
+    assert 10 * tolerance.atol < off
+    assert off <= tolerances_of("float32", "int8")["logits"].absolute(largest)
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "token_pruner", "newline", "tower"])
