@@ -19,7 +19,7 @@ from gap_export.runtime.backends.backend import DECODER, VISION
 from gap_export.runtime.backends.kept_graphs import KeptGraph
 from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from gap_export.runtime.backends.quiet_onnxruntime import ort
-from gap_export.spec.manifest import QuantizationSpec
+from gap_export.spec.manifest import BASE, ORT, FormName, QuantizationSpec
 from tests.shared import SharedExports
 
 CPU = ["CPUExecutionProvider"]
@@ -60,8 +60,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def logits(bundle: Bundle) -> Any:
-    with OnnxRuntimeBackend(bundle, CPU, 1) as backend:
+def logits(bundle: Bundle, form: FormName | None = None) -> Any:
+    with OnnxRuntimeBackend(bundle, CPU, 1, form=form) as backend:
         ids = np.asarray([[1, 2, 3, 4]])
         feed = {
             "inputs_embeds": backend.run("embed_tokens", {"input_ids": ids})["inputs_embeds"],
@@ -72,28 +72,34 @@ def logits(bundle: Bundle) -> Any:
         return backend.decode(feed, backend.new_cache(1, 4))
 
 
-def kept(bundle: Bundle, component: str = DECODER) -> KeptGraph:
-    found = KeptGraph.of(bundle, bundle.manifest.graph(component))
+def kept(bundle: Bundle, component: str = DECODER, lowering: str = ORT) -> KeptGraph:
+    found = KeptGraph.of(bundle, bundle.manifest.graph(component, lowering=lowering))
     assert found is not None
     return found
 
 
-def without_keeping(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Any:
+def without_keeping(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, form: FormName | None = None
+) -> Any:
     with monkeypatch.context() as patch:
         patch.setattr(kept_graphs, "MIN_BUNDLE_BYTES", 1 << 60)
-        return logits(bundle)
+        return logits(bundle, form)
 
 
-def test_a_kept_graph_computes_the_same_to_the_bit(bundle, cache, started, monkeypatch):
-    plain = without_keeping(bundle, monkeypatch)
+@pytest.mark.parametrize("form", ["base", "ort"])
+def test_a_kept_graph_computes_the_same_to_the_bit(bundle, form, cache, started, monkeypatch):
+    lowering = BASE if form == "base" else ORT
+    plain = without_keeping(bundle, monkeypatch, form)
     assert not cache.exists()
-    assert (logits(bundle) == plain).all()
+    assert (logits(bundle, form) == plain).all()
     made = len(started)
-    assert (logits(bundle) == plain).all()
+    assert (logits(bundle, form) == plain).all()
     again = started[made:]
     # The embedding is a table, which there is nothing to optimize of.
     assert {Path(path).parent for path in again} == {
-        kept(bundle).folder, kept(bundle, VISION).folder, bundle.path,
+        kept(bundle, lowering=lowering).folder,
+        kept(bundle, VISION, BASE).folder,
+        bundle.path,
     }  # fmt: skip
 
 
