@@ -21,7 +21,8 @@ def test_gap_remap_is_found_where_onnx_sees_it(run_cli, tiny_bundle):
     readers = [n.name for n in graph.node if node.output[0] in n.input]
     assert readers
 
-    (remap,) = run_cli("inspect", tiny_bundle, "--json").plain["gap_remap"]
+    remap, own = run_cli("inspect", tiny_bundle, "--json").plain["gap_remap"]
+    assert (own["file"], own["inputs"]) == ("decoder_model_merged_ort_fp32.onnx", remap["inputs"])
     assert (remap["file"], remap["node"]) == ("decoder_model_merged.onnx", node.name)
     assert (remap["domain"], remap["inputs"]) == ("gap_export", ["position_ids", "kept_positions"])
     assert [consumer["node"] for consumer in remap["consumers"]] == readers

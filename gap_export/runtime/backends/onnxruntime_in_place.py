@@ -26,7 +26,7 @@ from gap_export.runtime.backends.backend import Feed, FloatArray
 from gap_export.runtime.backends.quiet_onnxruntime import ort
 
 # Buffers are had in steps of so many slots, so that prompts of about one length share them.
-_STEP = 128
+_STEP = 16
 _MASK = "attention_mask"
 
 
@@ -75,6 +75,8 @@ class InPlaceCache:
         buffers: By the graph's input names.
         stored: bool [B, num_slots]: which of the fed tokens are in the buffers; the rest is hidden.
         length: Tokens fed so far, hidden ones included.
+        filled: int64 [B]: slots that each row has filled.
+        bindings: By first and last row, where the buffers are bound already.
     """
 
     batch_size: int
@@ -83,6 +85,7 @@ class InPlaceCache:
     stored: NDArray[np.bool_]
     length: int = 0
     filled: NDArray[np.int64] = field(init=False)
+    bindings: dict[tuple[int, int], ort.IOBinding] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.filled = self.stored.sum(axis=1)
@@ -193,19 +196,23 @@ class InPlaceDecoder:
         given |= {"kept_positions": feed["kept_positions"][..., rows, :], _MASK: mask}
         # The binding reads these arrays in place: they must live, contiguous, until the run ends.
         held = {n: np.ascontiguousarray(a, dtype=self._dtypes[n]) for n, a in given.items()}
-        binding = self._session.io_binding()
+        binding = cache.bindings.get((rows.start, rows.stop)) or self._bind(cache, rows)
         for name, array in held.items():
             binding.bind_cpu_input(name, array)
+        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        self._session.run_with_iobinding(binding)
+
+    def _bind(self, cache: InPlaceCache, rows: slice) -> ort.IOBinding:
+        """Bind the buffers of some rows, once for all steps."""
+        binding = self._session.io_binding()
         for name, buffer in cache.buffers.items():
-            place = (
-                self._device, 0, buffer.dtype, (len(lengths), *buffer.shape[1:]),
-                buffer.address(rows.start),
-            )  # fmt: skip
+            shape = (rows.stop - rows.start, *buffer.shape[1:])
+            place = self._device, 0, buffer.dtype, shape, buffer.address(rows.start)
             binding.bind_input(name, *place)
             # One buffer for both: that is how the node knows that it may write in place.
             binding.bind_output(self._present[name], *place)
-        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        cache.bindings[rows.start, rows.stop] = binding
+        return binding
 
     def _take_back(self, size: tuple[int, int], buffers: Mapping[str, KVBuffer]) -> None:
         self._spare.clear()
