@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gap_export.errors import BundleError, ExpressionError
 from gap_export.runtime.answers import read_answer
-from gap_export.runtime.backends.backend import Backend, FloatArray
+from gap_export.runtime.backends.backend import Backend, FloatArray, KVCache
 from gap_export.runtime.byte_store import ByteStore
 from gap_export.runtime.clock import StageClock
+from gap_export.runtime.expected_tokens import ExpectedTokens, generate_expecting
 from gap_export.runtime.generation import (
+    DecoderPrompt,
     Generation,
     PromptRow,
     assemble_prompt,
@@ -66,6 +69,7 @@ class Answering:
         self._prompts = PromptEncoder(manifest, Path(assets_folder))
         self._edit_row = edit_row
         self._backend_name = backend.name
+        self._expected = ExpectedTokens(self._prompts.has_digit)
         self._store = ByteStore(kept_bytes, what="kept_bytes")
 
     def _encode(self, expressions: Sequence[str]) -> list[EncodedExpression]:
@@ -114,16 +118,25 @@ class Answering:
         if prompt.num_shared:
             prefix = find_prefix(self.backend, prompt, kept, self.manifest.decoder)
         prefix_ms = 1e3 * (time.perf_counter() - started)
-        answer = generate(
-            self.backend,
-            prompt,
-            max_new_tokens=self.manifest.prompt.max_new_tokens,
-            eos_token_ids=self.manifest.decoder.eos_token_ids,
-            prefix=prefix,
-        )
+        answer = self._generate(prompt, prefix)
         clock.add("prefill", prefix_ms + answer.prefill_ms)
         clock.add("decode", answer.decode_ms)
         return self._answers(seen, encoded, visual, answer, clock)
+
+    def _generate(self, prompt: DecoderPrompt, prefix: KVCache | None) -> Generation:
+        """Greedy decoding, in as few steps as the backend can verify."""
+        limits: dict[str, Any] = {
+            "max_new_tokens": self.manifest.prompt.max_new_tokens,
+            "eos_token_ids": self.manifest.decoder.eos_token_ids,
+            "prefix": prefix,
+        }
+        if len(prompt.inputs_embeds) == 1 and self.backend.num_logits > 1:
+            answer = generate_expecting(self.backend, prompt, self._expected, **limits)
+        else:
+            answer = generate(self.backend, prompt, **limits)
+        for tokens in answer.token_ids:
+            self._expected.learn(tokens)
+        return answer
 
     def _see(
         self,

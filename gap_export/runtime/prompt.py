@@ -63,6 +63,7 @@ class PromptEncoder:
         """
         self._manifest = manifest
         self._tokenizer = _load_tokenizer(assets_folder / TOKENIZER_FILE)
+        self._has_digit: dict[int, bool] = {}
         self._unknown_id = _unknown_id(self._tokenizer)
         self._special = _special_tokens(self._tokenizer) | {manifest.prompt.image_token}
         self._text_tokenizer: Tokenizer | None = None
@@ -155,6 +156,14 @@ class PromptEncoder:
     def decode(self, token_ids: tuple[int, ...]) -> str:
         """Text of an answer, without special tokens."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
+
+    def has_digit(self, token_id: int) -> bool:
+        """Whether a token's text holds a digit."""
+        known = self._has_digit.get(token_id)
+        if known is None:
+            text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+            known = self._has_digit[token_id] = any(c.isdigit() for c in text)
+        return known
 
     def _check_text(self, expression: str) -> str:
         if not isinstance(expression, str):

@@ -11,7 +11,7 @@ there, slowly. See :func:`spare_memory` for what keeps their weights from being 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -97,6 +97,7 @@ class OnnxRuntimeGraphs(Backend):
             if kv_contract == "in_place"
             else GrowingDecoder(decoder, device, dtypes, size)
         )
+        self.num_logits = self._decoder.num_logits
 
     def close(self) -> None:
         """Free the graphs."""
@@ -128,11 +129,20 @@ class OnnxRuntimeGraphs(Backend):
 
     def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
         """See Backend."""
+        return self._decode(self._decoder.decode, feed, cache)
+
+    def decode_each(self, feed: Feed, cache: KVCache) -> FloatArray:
+        """See Backend."""
+        if self.num_logits == 1:
+            return super().decode_each(feed, cache)
+        return self._decode(self._decoder.decode_each, feed, cache)
+
+    @staticmethod
+    def _decode(run: Callable[[Feed, Any], FloatArray], feed: Feed, cache: KVCache) -> FloatArray:
         try:
-            logits: FloatArray = self._decoder.decode(feed, cache)
+            return run(feed, cache)
         except ORT_ERRORS as err:
             raise _failed(DECODER, err) from err
-        return logits
 
 
 class OnnxRuntimeBackend(OnnxRuntimeGraphs):

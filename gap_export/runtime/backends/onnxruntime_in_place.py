@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from gap_export.errors import UsageError
 from gap_export.runtime.backends.backend import Feed, FloatArray
 from gap_export.runtime.backends.quiet_onnxruntime import ort
+from gap_export.spec.manifest import ORT_LOGITS
 
 # Buffers are had in steps of so many slots, so that prompts of about one length share them.
 _STEP = 16
@@ -125,6 +126,8 @@ class InPlaceDecoder:
         }
         (logits,) = (v for v in session.get_outputs() if v.name == "logits")
         self._vocabulary = int(logits.shape[-1])
+        # A graph of before gives those of one token.
+        self.num_logits = 1 if logits.shape[1] == 1 else ORT_LOGITS
         # Of the last cache that was dropped, by its rows and slots.
         self._spare: dict[tuple[int, int], Mapping[str, KVBuffer]] = {}
 
@@ -160,6 +163,17 @@ class InPlaceDecoder:
             UsageError: more tokens than the cache was made for, a mask of another length or that
                 shows again what it hid, or a last token that is hidden.
         """
+        last = [logits[:, -1] for logits in self._decode(feed, cache)]
+        return last[0] if len(last) == 1 else np.concatenate(last)
+
+    def decode_each(self, feed: Feed, cache: InPlaceCache) -> FloatArray:
+        """The logits of each token of the one row, [S, V]."""
+        ((logits,),) = self._decode(feed, cache)
+        found: FloatArray = logits
+        return found
+
+    def _decode(self, feed: Feed, cache: InPlaceCache) -> list[FloatArray]:
+        """The logits of rows that ran together, each [rows, tokens, V]."""
         visible = feed[_MASK] != 0
         past, num_fed = cache.length, feed["inputs_embeds"].shape[1]
         _check_mask(visible, cache, num_fed)
@@ -167,14 +181,12 @@ class InPlaceDecoder:
         if hidden.any():
             cache.hide(hidden)
         new = visible[:, past:]
-        dtype = self._dtypes["inputs_embeds"]
-        logits = np.empty((cache.batch_size, 1, self._vocabulary), dtype=dtype)
-        for rows, fed in _runs(new, cache.filled):
-            self._run(feed, cache, rows, fed, logits[rows])
+        runs = _runs(new, cache.filled)
+        logits = [self._run(feed, cache, rows, fed) for rows, fed in runs]
         cache.stored[:, past : past + num_fed] = new
         cache.filled = cache.filled + new.sum(axis=1)
         cache.length += num_fed
-        return logits[:, -1]
+        return logits
 
     def _run(
         self,
@@ -182,9 +194,8 @@ class InPlaceDecoder:
         cache: InPlaceCache,
         rows: slice,
         fed: NDArray[np.int64],
-        logits: NDArray[Any],
-    ) -> None:
-        """Feed some rows their visible tokens, int64 [rows, tokens] of the S; fills ``logits``."""
+    ) -> FloatArray:
+        """Feed some rows their visible tokens, int64 [rows, tokens] of the S."""
         lengths = cache.filled[rows] + fed.shape[1]
         mask = np.arange(lengths.max()) < lengths[:, None]
         given = {name: feed[name][rows] for name in ("inputs_embeds", "position_ids")}
@@ -199,8 +210,11 @@ class InPlaceDecoder:
         binding = cache.bindings.get((rows.start, rows.stop)) or self._bind(cache, rows)
         for name, array in held.items():
             binding.bind_cpu_input(name, array)
+        shape = len(lengths), min(fed.shape[1], self.num_logits), self._vocabulary
+        logits = np.empty(shape, dtype=self._dtypes["inputs_embeds"])
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
+        return logits
 
     def _bind(self, cache: InPlaceCache, rows: slice) -> ort.IOBinding:
         """Bind the buffers of some rows, once for all steps."""
