@@ -107,7 +107,8 @@ def test_questions_that_share_an_image_get_the_answers_of_separate_calls(name, b
             # What chooses a token; the shared tokens of the image give one more.
             return [answer.token_ids for answer in answers], list(logits)
 
-        session.backend.decode = watch
+        # One call of the decoder for each token of an answer.
+        session.backend.decode, session.backend.num_logits = watch, 1
         alone, separate = ask(lambda text: session.ground(image, text))
         with session.look(image) as view:
             one_by_one, shared = ask(view.ground)

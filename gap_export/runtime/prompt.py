@@ -165,6 +165,20 @@ class PromptEncoder:
             known = self._has_digit[token_id] = any(c.isdigit() for c in text)
         return known
 
+    def pieces(self) -> dict[int, str]:
+        """Text of every token as it stands behind another one; special ones leave none."""
+        ids = sorted(self._tokenizer.get_vocab().values())
+        # Behind a word, so that a space in front of the token shows.
+        before = self._tokenizer.encode("0", add_special_tokens=False).ids
+        start = self._tokenizer.decode(before, skip_special_tokens=True)
+        texts = self._tokenizer.decode_batch(
+            [[*before, token] for token in ids], skip_special_tokens=True
+        )
+        return {
+            token: text[len(start) :] if text.startswith(start) else text
+            for token, text in zip(ids, texts, strict=True)
+        }
+
     def _check_text(self, expression: str) -> str:
         if not isinstance(expression, str):
             raise ExpressionError(

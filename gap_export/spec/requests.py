@@ -406,6 +406,10 @@ class OpenVinoOptions:
     ] = "CPU"
 
 
+# How answers may be constrained.
+GrammarName = Literal["box"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackendOptions:
     """How a backend is to run a bundle; each reads what is its own.
