@@ -19,7 +19,7 @@ from gap_export.parity.compare import compare_arrays
 from gap_export.runtime.backends.onnxruntime_backend import INPUT_DTYPES
 from gap_export.runtime.backends.onnxruntime_in_place import InPlaceDecoder
 from gap_export.spec.tolerances import TOLERANCES
-from tests.graph.lowering_models import DECODERS, NUM_LAYERS, LoweringModels, session
+from tests.graph.lowering_models import DECODERS, FAMILIES, NUM_LAYERS, LoweringModels, session
 from tests.graph.test_lowering import DECODER, PROMPT, STEPS, Decode
 
 ATTENTION, ROTARY = "com.microsoft::GroupQueryAttention", "com.microsoft::RotaryEmbedding"
@@ -31,7 +31,9 @@ def decoder_of(
     lowered = lower(model or lowering_models.base(family, DECODER, dtype), DECODER, "ort")
     runner = session(lowering_models.save(lowered, f"{DECODER}_ort", family, dtype))
     dtypes = {value.name: INPUT_DTYPES[value.type] for value in runner.get_inputs()}
-    return InPlaceDecoder(runner, "cpu", dtypes)
+    shape = FAMILIES[family].decoder_shape
+    size = shape.num_key_value_heads, shape.head_dim, shape.vocab_size
+    return InPlaceDecoder(runner, "cpu", dtypes, size)
 
 
 def run_in_place(

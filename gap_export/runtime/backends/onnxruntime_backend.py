@@ -93,7 +93,7 @@ class OnnxRuntimeGraphs(Backend):
         spec = manifest.decoder
         size = spec.num_key_value_heads, spec.head_dim
         self._decoder: Any = (
-            InPlaceDecoder(decoder, device, dtypes)
+            InPlaceDecoder(decoder, device, dtypes, (*size, spec.vocab_size))
             if kv_contract == "in_place"
             else GrowingDecoder(decoder, device, dtypes, size)
         )
@@ -207,7 +207,7 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
         may_be_own = form == ORT or (form is None and self._providers == [_CPU])
         own = [g for g in manifest.graphs if (g.component, g.lowering) == (component, ORT)]
         if own and may_be_own:
-            (spec,) = own
+            spec = own[0]
             try:
                 session = self._load_graph(bundle, spec)
             except BundleError as err:

@@ -114,18 +114,24 @@ class InPlaceDecoder:
         session: The decoder's graph.
         device: ``cpu`` or ``cuda``.
         dtypes: Those of the graph's inputs, by name.
+        size: Key-value heads, how wide they are, and V.
     """
 
     def __init__(
-        self, session: ort.InferenceSession, device: str, dtypes: Mapping[str, np.dtype[Any]]
+        self,
+        session: ort.InferenceSession,
+        device: str,
+        dtypes: Mapping[str, np.dtype[Any]],
+        size: tuple[int, int, int],
     ) -> None:
         self._session, self._device, self._dtypes = session, device, dtypes
-        self._past = {v.name: v.shape for v in session.get_inputs() if v.name.startswith("past_")}
+        self._heads, self._dim, self._vocabulary = size
         self._present = {
-            name: name.replace("past_key_values.", "present.", 1) for name in self._past
+            name: name.replace("past_key_values.", "present.", 1)
+            for name in dtypes
+            if name.startswith("past_key_values.")
         }
         (logits,) = (v for v in session.get_outputs() if v.name == "logits")
-        self._vocabulary = int(logits.shape[-1])
         # A graph of before gives those of one token.
         self.num_logits = 1 if logits.shape[1] == 1 else ORT_LOGITS
         # Of the last cache that was dropped, by its rows and slots.
@@ -134,9 +140,9 @@ class InPlaceDecoder:
     def new_cache(self, batch_size: int, num_slots: int) -> InPlaceCache:
         """An empty cache; its buffers may be those of one that is no longer used."""
         slots = -(-num_slots // _STEP) * _STEP
+        shape = batch_size, self._heads, slots, self._dim
         buffers = self._spare.pop((batch_size, slots), None) or {
-            name: KVBuffer((batch_size, heads, slots, dim), self._dtypes[name], self._device)
-            for name, (_, heads, _, dim) in self._past.items()
+            name: KVBuffer(shape, self._dtypes[name], self._device) for name in self._present
         }
         stored = np.zeros((batch_size, num_slots), dtype=np.bool_)
         cache = InPlaceCache(batch_size, num_slots, buffers, stored)
