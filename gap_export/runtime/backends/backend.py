@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from gap_export.errors import UsageError
 from gap_export.spec.manifest import Activations, Manifest, QuantizationSpec
+from gap_export.spec.requests import InferencePrecision
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -74,6 +75,7 @@ class Backend(ABC):
             :meth:`fork_cache` is there; else each prompt is read at once.
         num_logits: Of how many of the tokens fed last :meth:`decode_each` gives logits.
         activations: What goes into the layers of those weights.
+        inference_precision: What it computes in, where that is less than the graph's floats.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Backend(ABC):
     continues_prompts: bool = False
     num_logits: int = 1
     activations: Activations = "float"
+    inference_precision: InferencePrecision = "float32"
 
     @abstractmethod
     def run(self, component: str, feed: Feed) -> Outputs:
