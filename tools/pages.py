@@ -23,6 +23,7 @@ SECTIONS = {
     "family-mutants": DOCS / "results" / "parity.md",
     "tolerances": DOCS / "results" / "parity.md",
     "quantization": DOCS / "results" / "quantization.md",
+    "activations": DOCS / "results" / "quantization.md",
     "export": DOCS / "results" / "cost.md",
     "export-qwen3-vl": DOCS / "results" / "cost.md",
     "engines": DOCS / "results" / "cost.md",

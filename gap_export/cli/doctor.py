@@ -84,10 +84,19 @@ def _describe_platform(machine: dict[str, Any]) -> list[str]:
     if not machine["gpus"]:
         lines.append("GPU        none found (nvidia-smi is missing or has no driver)")
     lines.append(f"runs on    {', '.join(machine['execution_providers']) or 'nothing'}")
+    if "CPUExecutionProvider" in machine["execution_providers"]:
+        lines.append(f"on a CPU   {_on_a_cpu(machine)}")
     if cuda is not None:
         built = f"built for CUDA {cuda['built_for']}" if cuda["built_for"] else "a CPU build"
         lines.append(f"torch CUDA {'available' if cuda['available'] else 'not available'}, {built}")
     return lines
+
+
+def _on_a_cpu(machine: dict[str, Any]) -> str:
+    """Which bundles run well."""
+    best = "bundles made with --for cpu run best, with --dtype int4 fastest"
+    has_gpu = "CUDAExecutionProvider" in machine["execution_providers"]
+    return best if has_gpu else f"{best}; float16 ones take twice as long a token"
 
 
 def _describe_tensorrt(found: dict[str, Any]) -> list[str]:

@@ -179,3 +179,21 @@ def test_a_folder_that_is_no_bundle_survives_force(run_cli, tiny_checkpoint, tmp
     assert outcome.code == 2
     assert "photos" in outcome.err
     assert [p.name for p in tmp_path.rglob("*")] == ["photos", "only-copy.jpg"]
+
+
+def test_int4_for_a_cpu_has_float32_graphs_and_the_activations_asked_for(run_cli, seen_options):
+    run_cli("demo", "--dtype", "int4", "--for", "cpu")
+    run_cli("demo", "--dtype", "int4", "--activations", "float")
+    run_cli("demo", "--for", "cpu")
+    seen = [(options.dtype, options.activations) for options in seen_options]
+    assert seen == [("float32", "int8"), (None, "float"), ("float32", "float")]
+
+
+def test_an_export_says_that_float16_graphs_are_slow_on_a_cpu(tiny_checkpoint, tmp_path):
+    said: list[str] = []
+    options = ExportOptions(model=str(tiny_checkpoint), dtype="float16", out=tmp_path / "half")
+    exporting.export_model(options, warn=said.append)
+    assert [text for text in said if "--for cpu" in text]
+    said.clear()
+    exporting.export_model(replace(options, dtype="float32", force=True), warn=said.append)
+    assert not [text for text in said if "--for cpu" in text]

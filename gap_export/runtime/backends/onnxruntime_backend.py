@@ -43,6 +43,9 @@ from gap_export.runtime.backends.onnxruntime_options import (
 from gap_export.runtime.backends.quiet_onnxruntime import ort
 from gap_export.spec.manifest import BASE, ORT, FormName, GraphSpec, Manifest, check_form
 
+SLOW_ON_A_CPU = (
+    "a CPU casts every weight of float16 graphs at every step: for a CPU export with --for cpu"
+)
 _log = logging.getLogger(__name__)
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
@@ -259,6 +262,8 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
             return start_session(path, options(), providers)
         # What few weights of an INT4 graph are floats may be cast when it is opened.
         if spec.dtype == "float16" and spec.quantization is None:
+            if spec.component == DECODER:
+                _log.warning("%s", SLOW_ON_A_CPU)
             spared = options()
             spare_memory(spared)
             return start_session(path, spared, providers)

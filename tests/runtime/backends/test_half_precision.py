@@ -15,8 +15,8 @@ from onnx import TensorProto, helper
 
 from gap_export.bundle import Bundle, open_bundle
 from gap_export.errors import BundleError, UsageError
-from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
-from gap_export.spec.manifest import TensorPlace
+from gap_export.runtime.backends.onnxruntime_backend import SLOW_ON_A_CPU, OnnxRuntimeBackend
+from gap_export.spec.manifest import QuantizationSpec, TensorPlace
 from tests.parity.mutants import rewrite, rewrite_graph
 from tests.programs import run_program
 from tests.shared import SharedExports
@@ -37,7 +37,7 @@ def with_newline(bundle: Bundle, place: TensorPlace) -> Bundle:
 
 
 def test_floats_are_fed_and_come_out_as_the_graphs_declare(bundle):
-    with OnnxRuntimeBackend(bundle, CPU) as backend:
+    with OnnxRuntimeBackend(bundle, CPU, form="base") as backend:
         seen = backend.run("vision_encoder", {"pixel_values": np.ones((2, 3, 32, 32), np.float32)})
         assert (seen["image_features"].dtype, len(seen["keep_indices"])) == (np.float16, 2)
         ids = np.asarray([[1, 2, 3]])
@@ -182,3 +182,27 @@ def test_half_precision_weights_stay_in_their_file(tmp_path):
     assert plain > 1.5 * in_file
     assert spare < 0.7 * in_file
     assert found == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_float16_decoder_says_that_it_is_slow_on_a_cpu(bundle, caplog):
+    OnnxRuntimeBackend(bundle, CPU)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == SLOW_ON_A_CPU
+
+
+def test_float_weights_of_an_int4_decoder_are_cast_when_it_is_opened(
+    tiny_checkpoint, exports, session_options, caplog
+):
+    spec = QuantizationSpec(dtype="int4", block_size=32, method="rtn", lm_head=False)
+    made = exports.bundle(
+        model=str(tiny_checkpoint),
+        pruner="spatial",
+        keep_ratio=0.3,
+        dtype="float16",
+        quantization=spec,
+    )
+    OnnxRuntimeBackend(open_bundle(made), CPU)
+    levels = [options.graph_optimization_level for options in session_options]
+    # The decoder alone; nothing else of it is quantized.
+    assert levels.count(ort.GraphOptimizationLevel.ORT_ENABLE_ALL) == 1
+    assert not caplog.records
