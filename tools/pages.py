@@ -27,6 +27,7 @@ SECTIONS = {
     "export": DOCS / "results" / "cost.md",
     "export-qwen3-vl": DOCS / "results" / "cost.md",
     "engines": DOCS / "results" / "cost.md",
+    "speed": DOCS / "results" / "speed.md",
     "multiply-adds": DOCS / "results" / "cost.md",
 }
 

@@ -36,7 +36,8 @@ def bench(
     Args:
         bundles: Folders.
         unpruned: One more, which drops nothing, to compare with.
-        backends: What runs each of them: ``ort``, ``trt`` or ``openvino``, as ``--backend`` has it.
+        backends: What runs each of them, as ``--backend`` has it: ``ort``, ``ort:base``,
+            ``ort:ort``, ``openvino`` or ``trt``.
         rounds: Questions, each about another image; every bundle is asked each.
         warm_up: Answers before the first that counts, at least one.
         expressions_per_image: Beyond 1, as many expressions about each image are timed as well.

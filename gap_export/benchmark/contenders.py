@@ -15,9 +15,15 @@ from gap_export.graph.onnx_file import BFLOAT16, FLOAT, FLOAT16, INT64, OnnxFile
 from gap_export.runtime.backends.backend import DECODER
 from gap_export.spec.manifest import Manifest
 
-# What `--backend` takes, and what a session calls it.
-BACKENDS: Mapping[str, str] = MappingProxyType(
-    {"ort": "onnxruntime", "trt": "tensorrt", "openvino": "openvino"}
+# What `--backend` takes, and what a session calls it; after a colon the form of the graphs.
+BACKENDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "ort": {"backend": "onnxruntime"},
+        "ort:base": {"backend": "onnxruntime", "form": "base"},
+        "ort:ort": {"backend": "onnxruntime", "form": "ort"},
+        "openvino": {"backend": "openvino"},
+        "trt": {"backend": "tensorrt"},
+    }
 )
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -57,7 +63,7 @@ class Contender:
 
     def arguments(self, num_threads: int | None) -> dict[str, Any]:
         """What :meth:`GroundingSession.open` takes for it, as JSON knows it."""
-        return {"backend": BACKENDS[self.backend], "num_threads": num_threads}
+        return {**BACKENDS[self.backend], "num_threads": num_threads}
 
 
 def contenders_of(paths: Sequence[Path], backends: Sequence[str]) -> list[Contender]:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
@@ -28,13 +28,16 @@ class WorkerProcess:
 
     Args:
         num_threads: Threads of one operator; None: as many as its libraries like.
+        command: What to start; by default the worker of this package.
     """
 
-    def __init__(self, num_threads: int | None = None) -> None:
+    def __init__(
+        self, num_threads: int | None = None, *, command: Sequence[str] | None = None
+    ) -> None:
         threads = {} if num_threads is None else dict.fromkeys(_THREADS, str(num_threads))
         self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", _MODULE],
+            command or [sys.executable, "-m", _MODULE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,

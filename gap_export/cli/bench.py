@@ -33,9 +33,10 @@ BackendsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--backend",
-        metavar="ort|trt|openvino",
-        help="What runs each bundle. ort: ONNX Runtime; trt: its TensorRT engines; openvino: "
-        "OpenVINO. Repeatable: all are measured side by side, the best is named. [default: ort]",
+        metavar="BACKEND[:FORM]",
+        help="What runs each bundle. ort: ONNX Runtime in the fastest form of its graphs, ort:base "
+        "and ort:ort in that form; openvino: OpenVINO; trt: its TensorRT engines. Repeatable: all "
+        "are measured side by side, and the best is named. [default: ort]",
     ),
 ]
 RoundsOption = Annotated[

@@ -122,11 +122,7 @@ def open_candidate(
     try:
         backend, decoder_graph, note = _load(bundle, key, options, form)
         try:
-            tolerances = tolerances_of(
-                backend.dtype,
-                backend.activations,
-                inference_precision=backend.inference_precision,
-            )
+            tolerances = tolerances_of(backend.dtype, backend.activations)
             if bundle.manifest.has_int8_tower:
                 tolerances = with_int8_tower(tolerances)
             if reference is not None:

@@ -66,7 +66,6 @@ class RecordingBackend(Backend):
     ) -> None:
         self.name, self.dtype, self.quantization = inner.name, inner.dtype, inner.quantization
         self.activations = inner.activations
-        self.inference_precision = inner.inference_precision
         self.calls: list[Call] = []
         self._inner, self._margins = inner, margins
 

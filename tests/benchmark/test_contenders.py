@@ -101,6 +101,15 @@ def test_an_unknown_backend_and_no_bundle_are_refused(demo_bundle, tmp_path):
         contenders_of([tmp_path], ["ort"])
 
 
+def test_a_form_is_what_a_session_is_opened_with(demo_bundle):
+    whole, base = contenders_of([demo_bundle], ["ort", "ort:base"])
+    assert whole.arguments(2) == {"backend": "onnxruntime", "num_threads": 2}
+    assert base.arguments(None) == {
+        "backend": "onnxruntime", "form": "base", "num_threads": None,
+    }  # fmt: skip
+    assert base.name.endswith(" ort:base")
+
+
 def test_a_backend_is_measured_once(demo_bundle):
     assert len(contenders_of([demo_bundle], ["ort", "ort"])) == 1
 
