@@ -257,7 +257,7 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
             spared = options()
             spare_memory(spared)
             return start_session(path, spared, providers)
-        # Decoders of floats are as fast unpacked, and too large to be kept twice.
+        # A decoder of floats would take twice its many gigabytes of the user's disk.
         if spec.quantization is not None or spec.component == VISION:
             kept = start_kept(bundle, spec, options)
             if kept is not None:
