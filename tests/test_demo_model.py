@@ -107,7 +107,8 @@ def test_questions_that_share_an_image_get_the_answers_of_separate_calls(name, b
             # What chooses a token; the shared tokens of the image give one more.
             return [answer.token_ids for answer in answers], list(logits)
 
-        session.backend.decode = watch
+        # One call of the decoder for each token of an answer.
+        session.backend.decode, session.backend.num_logits = watch, 1
         alone, separate = ask(lambda text: session.ground(image, text))
         with session.look(image) as view:
             one_by_one, shared = ask(view.ground)
@@ -115,6 +116,33 @@ def test_questions_that_share_an_image_get_the_answers_of_separate_calls(name, b
     assert len(shared) == len(separate) + 1
     np.testing.assert_allclose(shared[1:], separate, atol=1e-4)
     assert one_by_one == alone == [answer.token_ids for answer in together]
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        *((name, 8) for name in NAMES),
+        *(pytest.param(name, 300, marks=pytest.mark.full) for name in NAMES),
+    ],
+)
+def test_answers_do_not_change_where_separators_are_expected(name, number, bundle):
+    samples = list(iter_samples(seed=16, num_samples=number))
+
+    def ask(num_logits):
+        taken = []
+        with GroundingSession.open(bundle, form="ort") as session:
+            assert session.backend.num_logits == 8
+            session.backend.num_logits = num_logits
+            for called in ("decode", "decode_each"):
+                run = getattr(session.backend, called)
+                setattr(session.backend, called, lambda *fed, run=run: taken.append(0) or run(*fed))
+            answers = [session.ground(s.image, s.expression.text).token_ids for s in samples]
+        return answers, len(taken)
+
+    (plain, num_steps), (given, num_fewer) = ask(1), ask(8)
+    assert given == plain
+    # Where a token holds a number and its separator, there is next to nothing to expect.
+    assert num_fewer <= num_steps
 
 
 @pytest.mark.parametrize(

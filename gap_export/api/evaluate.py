@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from gap_export.api.check import BACKENDS, choose, openvino_flags, refuse_ignored
 from gap_export.api.make import Parts, parts_of
@@ -22,6 +23,7 @@ from gap_export.spec.requests import (
     AS_STORED,
     DEFAULT_OPENVINO,
     BackendOptions,
+    GrammarName,
     OpenVinoOptions,
     PruningRequest,
     WeightsRequest,
@@ -44,6 +46,7 @@ def evaluate(
     seed: int = 0,
     protocol: str = "native",
     prompt: str | None = None,
+    grammar: str | None = None,
     misaligned: Sequence[str] = (),
     weights: WeightsRequest = AS_STORED,
     recipe: str | None = None,
@@ -71,6 +74,7 @@ def evaluate(
         seed: Seed of the samples and of random orders.
         protocol: When an answer is right: ``native`` is that of the model's authors.
         prompt: A template in place of the model's own prompt.
+        grammar: ``box`` constrains every answer to hold a well-formed box; None: answers are free.
         misaligned: ``permuted``, ``shifted``: measure the unpruned model with wrong positions too.
         weights: Of a model: the dtype of its weights.
         recipe: Of a model: the recipe that a checkpoint folder follows.
@@ -107,6 +111,9 @@ def evaluate(
         data=data,
         protocol=protocol,
         prompt=prompt,
+        grammar=None
+        if grammar is None
+        else choose([grammar], get_args(GrammarName), "--grammar")[0],
         misaligned=tuple(choose(misaligned, MISALIGNMENTS, "--misaligned")),
         records=None if records is None else Path(records),
         workers=workers,

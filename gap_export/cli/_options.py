@@ -94,6 +94,14 @@ FormOption = Annotated[
         "operators, faster on a CPU. [default: the fastest that runs; of a check: each]",
     ),
 ]
+GrammarOption = Annotated[
+    Literal["box"] | None,
+    typer.Option(
+        "--grammar",
+        help="Constrain answers. box: none ends before it holds a box, and a box that is begun is "
+        "finished in the model's syntax. [default: answers are the model's own]",
+    ),
+]
 CopyWeightsOption = Annotated[
     bool,
     typer.Option(

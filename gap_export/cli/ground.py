@@ -13,6 +13,7 @@ from gap_export.cli._options import (
     BundleArgument,
     EnginesOption,
     FormOption,
+    GrammarOption,
     QuietOption,
     VerboseOption,
     terminal_of,
@@ -53,6 +54,7 @@ def ground(
             "--verify", help="stamp: hash what changed since the last time; full: every byte."
         ),
     ] = "stamp",
+    grammar: GrammarOption = None,
     backend: BackendOption = "ort",
     engines: EnginesOption = None,
     form: FormOption = None,
@@ -92,6 +94,7 @@ def ground(
         num_threads=threads,
         openvino=openvino,
         verify=verify,
+        grammar=grammar,
     ) as session:
         pad_color = session.manifest.image.pad_color
         grounding = session.ground(image, expression, allow_damaged=allow_damaged)

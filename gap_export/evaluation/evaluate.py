@@ -92,7 +92,7 @@ def evaluate_model(
     runs = _settle_runs(found, base, requests)
     reads_question = any(pruning.pruner_text == "question" for pruning, _ in runs)
     seed = options.pruning.seed
-    runner = RunnerOptions(prompt=asking.prompt, seed=seed)
+    runner = RunnerOptions(prompt=asking.prompt, seed=seed, grammar=asking.grammar)
     asked = ModelFacts(
         family=found.family, prompt=found.prompt, box=found.box, reads_question=reads_question
     )
@@ -197,7 +197,11 @@ def evaluate_bundle(
             fix="patch that export once more with --keep 1, and name the bundle: --baseline",
         )
     runner = RunnerOptions(
-        backend=backend, backend_options=options, prompt=asking.prompt, seed=seed
+        backend=backend,
+        backend_options=options,
+        prompt=asking.prompt,
+        seed=seed,
+        grammar=asking.grammar,
     )
     asked = ModelFacts(
         family=manifest.model.family,

@@ -51,6 +51,7 @@ from gap_export.outputs import NO_RULE, OutputRule
 from gap_export.progress import Progress
 from gap_export.runtime.drawing import draw_grounding, save_drawing
 from gap_export.spec.manifest import BoxSpec, Manifest, PromptSpec
+from gap_export.spec.requests import GrammarName
 
 # Number of expressions asked of a data set that has no end.
 DEFAULT_SAMPLES = 500
@@ -68,6 +69,7 @@ class Asking:
             :func:`gap_export.evaluation.protocols.resolve_protocol`.
         prompt: A template in place of the model's; None: the model's.
         misaligned: What is done to the positions of the unpruned model, in settings of their own.
+        grammar: ``box`` constrains every answer, see ``GroundingSession``; None: answers are free.
         records: A folder for the answers, made where it does not exist; what it holds is not asked
             again. None: they are not kept.
         workers: Who answers, see :func:`gap_export.evaluation.run.open_executor`.
@@ -80,6 +82,7 @@ class Asking:
     protocol: str = "native"
     prompt: str | None = None
     misaligned: tuple[MisalignmentKind, ...] = ()
+    grammar: GrammarName | None = None
     records: Path | None = None
     workers: str = IN_PROCESS
     pictures: Path | None = None
@@ -87,6 +90,9 @@ class Asking:
 
 
 DEFAULT_ASKING = Asking()
+_CONSTRAINED: Mapping[str | None, str] = {
+    "box": "; answers are constrained to hold a well-formed box (grammar box)"
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +219,7 @@ class Job:
                 self.dataset, (*unusable, *failed_questions(seen.questions, answers)), answers
             ),
             protocol=self.protocol.name,
-            protocol_summary=self.protocol.summary,
+            protocol_summary=self.protocol.summary + _CONSTRAINED.get(self.runner.grammar, ""),
             prompt=with_prompt(manifest, self.asking.prompt).prompt.template,
             seed=self.runner.seed,
             backend=self.runner.backend,

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -28,6 +29,11 @@ logger = logging.getLogger(__name__)
 
 # What kept bundles may take beside linked weights; those not used for longest go first.
 _MAX_BYTES = 4 * 2**30
+# Options that change nothing in an unpruned bundle's files, or that the recipe, the checkpoint's
+# files and the code say.
+_ELSEWHERE = frozenset(
+    "model pruning out force recipe checkpoint calibration copy_weights random_weights".split()
+)
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy", "tokenizers")
 
 
@@ -57,7 +63,7 @@ class KeptBaselines:
         Args:
             recipe: What the model is.
             source: The checkpoint's files.
-            options: How it is exported; only how weights are held is read.
+            options: How it is exported.
             name: Of its folder, where it is not kept.
             make: Exports it into a folder that is not there yet, and says where it is.
 
@@ -113,8 +119,11 @@ def _key(recipe: Recipe, source: SourceSpec, options: ExportOptions) -> str:
         "recipe": recipe.model_dump(mode="json"),
         "files": sorted(files),
         "random_seed": source.random_seed,
-        "dtype": options.dtype,
-        "quantization": repr(options.quantization),
+        "options": {
+            each.name: repr(getattr(options, each.name))
+            for each in fields(options)
+            if each.name not in _ELSEWHERE
+        },
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

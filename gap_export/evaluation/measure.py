@@ -27,7 +27,7 @@ from gap_export.runtime.boxes import parse_answer
 from gap_export.runtime.images.image import ImageInput
 from gap_export.runtime.session import BackendName, GroundingSession
 from gap_export.spec.manifest import GridSpec, Manifest, PromptSpec
-from gap_export.spec.requests import DEFAULT_BACKEND, BackendOptions
+from gap_export.spec.requests import DEFAULT_BACKEND, BackendOptions, GrammarName
 
 # Expressions about one image that are asked together, at most. Memory grows with it.
 MAX_BATCH = 16
@@ -44,6 +44,7 @@ class RunnerOptions:
         num_threads: With ONNX Runtime or OpenVINO: threads on a CPU; None: they decide.
         prompt: A template in place of the bundle's; None: the bundle's.
         seed: Seed of random orders.
+        grammar: How answers are constrained; None: not at all.
     """
 
     backend: BackendName = "onnxruntime"
@@ -51,6 +52,7 @@ class RunnerOptions:
     num_threads: int | None = None
     prompt: str | None = None
     seed: int = 0
+    grammar: GrammarName | None = None
 
 
 class Runner(AbstractContextManager["Runner"]):
@@ -133,6 +135,7 @@ class Runner(AbstractContextManager["Runner"]):
                 backend,
                 positions=setting.rule,
                 edit_row=None if misalignment is None else misalignment.edit,
+                grammar=self._options.grammar,
             )
         return self._sessions[setting.name]
 

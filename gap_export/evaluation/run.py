@@ -149,6 +149,8 @@ class Run:
             header["engines"] = self.options.backend_options.engines
         if header["backend"] == "openvino":
             header["openvino"] = repr(self.options.backend_options.openvino)
+        if self.options.grammar is not None:
+            header["grammar"] = self.options.grammar
         pieces = [[question.id for question in shard.questions] for shard in shards]
         return RecordsFile(self.folder / f"{setting.slug}{SUFFIX}", header, pieces=pieces)
 

@@ -25,6 +25,7 @@ from gap_export.graph.passes.fuse_simplified_norm import (
     FuseSimplifiedNorm,
     FuseSkipNorm,
 )
+from gap_export.graph.passes.give_more_logits import GiveMoreLogits
 from gap_export.graph.passes.graph_pass import GraphPass
 from gap_export.graph.passes.insert_gap_remap import InsertGapRemap
 from gap_export.graph.passes.matching import CONTRIB, is_operator, qualified_name
@@ -33,7 +34,7 @@ from gap_export.graph.passes.rotate_by_rows import ROTARY, RotateByRows
 from gap_export.graph.passes.strip_trace_metadata import StripTraceMetadata
 from gap_export.graph.passes.take_num_kept_tokens import TakeNumKeptTokens
 from gap_export.graph.passes.update_cache_in_place import PAST, UpdateCacheInPlace
-from gap_export.spec.manifest import ORT
+from gap_export.spec.manifest import ORT, ORT_LOGITS
 
 DECODER = "decoder_model_merged"
 PIPELINES: Mapping[str, tuple[GraphPass, ...]] = MappingProxyType(
@@ -65,7 +66,15 @@ ORT_OPERATORS = PORTABLE_OPERATORS | {
 }
 # The passes of the form for ONNX Runtime; of other components the base form is what it gets.
 ORT_PASSES: Mapping[str, tuple[GraphPass, ...]] = MappingProxyType(
-    {DECODER: (FuseSimplifiedNorm(), FuseSkipNorm(), RotateByRows(), FuseGroupQueryAttention())}
+    {
+        DECODER: (
+            FuseSimplifiedNorm(),
+            FuseSkipNorm(),
+            RotateByRows(),
+            FuseGroupQueryAttention(),
+            GiveMoreLogits(count=ORT_LOGITS),
+        )
+    }
 )
 
 

@@ -122,7 +122,11 @@ def open_candidate(
     try:
         backend, decoder_graph, note = _load(bundle, key, options, form)
         try:
-            tolerances = tolerances_of(backend.dtype, backend.activations)
+            tolerances = tolerances_of(
+                backend.dtype,
+                backend.activations,
+                inference_precision=backend.inference_precision,
+            )
             if bundle.manifest.has_int8_tower:
                 tolerances = with_int8_tower(tolerances)
             if reference is not None:

@@ -66,6 +66,7 @@ class RecordingBackend(Backend):
     ) -> None:
         self.name, self.dtype, self.quantization = inner.name, inner.dtype, inner.quantization
         self.activations = inner.activations
+        self.inference_precision = inner.inference_precision
         self.calls: list[Call] = []
         self._inner, self._margins = inner, margins
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 
-from gap_export.errors import BundleError, ExpressionError
+from gap_export.errors import BundleError, ExpressionError, UsageError
 from gap_export.runtime.answers import read_answer
-from gap_export.runtime.backends.backend import Backend, FloatArray
+from gap_export.runtime.backends.backend import Backend, FloatArray, KVCache
+from gap_export.runtime.box_grammar import BoxGrammar
 from gap_export.runtime.byte_store import ByteStore
 from gap_export.runtime.clock import StageClock
+from gap_export.runtime.expected_tokens import ExpectedTokens, generate_expecting
 from gap_export.runtime.generation import (
+    DecoderPrompt,
     Generation,
     PromptRow,
     assemble_prompt,
@@ -35,6 +39,7 @@ from gap_export.runtime.texts import encode_texts
 from gap_export.runtime.visual_tokens import VisualTokens, encode_image
 from gap_export.spec.manifest import Manifest
 from gap_export.spec.positions import PositionRule
+from gap_export.spec.requests import GrammarName
 
 # What is asked and its row of the prompt; gives the row that is fed.
 EditRow = Callable[[str, PromptRow], PromptRow]
@@ -52,6 +57,7 @@ class Answering:
         positions: PositionRule | None,
         edit_row: EditRow | None,
         kept_bytes: int,
+        grammar: GrammarName | None,
     ) -> None:
         """Join a model's facts, its tokenizers and a backend; see ``GroundingSession``."""
         self.manifest = manifest
@@ -66,6 +72,13 @@ class Answering:
         self._prompts = PromptEncoder(manifest, Path(assets_folder))
         self._edit_row = edit_row
         self._backend_name = backend.name
+        self._expected = ExpectedTokens(self._prompts.has_digit)
+        self._grammar: BoxGrammar | None = None
+        if grammar is not None:
+            if grammar not in get_args(GrammarName):
+                raise UsageError("no such grammar", seen=repr(grammar), allowed="box, or none")
+            pieces, ends = self._prompts.pieces(), manifest.decoder.eos_token_ids
+            self._grammar = BoxGrammar(manifest.box, pieces, ends)
         self._store = ByteStore(kept_bytes, what="kept_bytes")
 
     def _encode(self, expressions: Sequence[str]) -> list[EncodedExpression]:
@@ -114,16 +127,27 @@ class Answering:
         if prompt.num_shared:
             prefix = find_prefix(self.backend, prompt, kept, self.manifest.decoder)
         prefix_ms = 1e3 * (time.perf_counter() - started)
-        answer = generate(
-            self.backend,
-            prompt,
-            max_new_tokens=self.manifest.prompt.max_new_tokens,
-            eos_token_ids=self.manifest.decoder.eos_token_ids,
-            prefix=prefix,
-        )
+        answer = self._generate(prompt, prefix)
         clock.add("prefill", prefix_ms + answer.prefill_ms)
         clock.add("decode", answer.decode_ms)
         return self._answers(seen, encoded, visual, answer, clock)
+
+    def _generate(self, prompt: DecoderPrompt, prefix: KVCache | None) -> Generation:
+        """Greedy decoding, in as few steps as the backend can verify."""
+        limits: dict[str, Any] = {
+            "max_new_tokens": self.manifest.prompt.max_new_tokens,
+            "eos_token_ids": self.manifest.decoder.eos_token_ids,
+            "prefix": prefix,
+        }
+        if self._grammar is not None:
+            return generate(self.backend, prompt, grammar=self._grammar, **limits)
+        if len(prompt.inputs_embeds) == 1 and self.backend.num_logits > 1:
+            answer = generate_expecting(self.backend, prompt, self._expected, **limits)
+        else:
+            answer = generate(self.backend, prompt, **limits)
+        for tokens in answer.token_ids:
+            self._expected.learn(tokens)
+        return answer
 
     def _see(
         self,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from gap_export.errors import UsageError
 from gap_export.runtime.backends.backend import EMBEDDING, Backend, FloatArray, KVCache
+from gap_export.runtime.box_grammar import BoxGrammar
 from gap_export.runtime.computed import check_computed, choose_tokens
 from gap_export.spec.positions import (
     Int64Array,
@@ -193,6 +194,7 @@ def generate(
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
     prefix: KVCache | None = None,
+    grammar: BoxGrammar | None = None,
     forced_tokens: Int64Array | None = None,
     keep_logits: bool = False,
 ) -> Generation:
@@ -204,6 +206,7 @@ def generate(
         max_new_tokens: Upper bound of tokens per row.
         eos_token_ids: A row ends with any of these.
         prefix: A cache of the tokens that all rows share, where there are any; it stays as it is.
+        grammar: Says which tokens may be chosen; None for any.
         forced_tokens: int64 [B, T]: feed these instead of the chosen ones, for T steps (teacher
             forcing, to compare logits step by step).
         keep_logits: Return the logits of every step.
@@ -224,6 +227,7 @@ def generate(
 
     chosen: list[Int64Array] = []
     kept_logits: list[FloatArray] = []
+    empty: list[list[int]] = [[]] * num_rows
     finished = np.zeros(num_rows, dtype=bool)
     feed = prompt.feed
     length = prompt.attention_mask.shape[1]
@@ -240,6 +244,8 @@ def generate(
     started = first_done = time.perf_counter()
     for step in range(num_steps):
         logits = backend.decode(feed, cache)
+        if grammar is not None:
+            logits = grammar.constrain(logits, np.stack(chosen, 1).tolist() if chosen else empty)
         # With forced tokens the caller looks at the logits, also at those that choose nothing.
         tokens = (
             choose_tokens(logits, step=step)

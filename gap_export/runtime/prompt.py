@@ -63,6 +63,7 @@ class PromptEncoder:
         """
         self._manifest = manifest
         self._tokenizer = _load_tokenizer(assets_folder / TOKENIZER_FILE)
+        self._has_digit: dict[int, bool] = {}
         self._unknown_id = _unknown_id(self._tokenizer)
         self._special = _special_tokens(self._tokenizer) | {manifest.prompt.image_token}
         self._text_tokenizer: Tokenizer | None = None
@@ -155,6 +156,28 @@ class PromptEncoder:
     def decode(self, token_ids: tuple[int, ...]) -> str:
         """Text of an answer, without special tokens."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
+
+    def has_digit(self, token_id: int) -> bool:
+        """Whether a token's text holds a digit."""
+        known = self._has_digit.get(token_id)
+        if known is None:
+            text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+            known = self._has_digit[token_id] = any(c.isdigit() for c in text)
+        return known
+
+    def pieces(self) -> dict[int, str]:
+        """Text of every token as it stands behind another one; special ones leave none."""
+        ids = sorted(self._tokenizer.get_vocab().values())
+        # Behind a word, so that a space in front of the token shows.
+        before = self._tokenizer.encode("0", add_special_tokens=False).ids
+        start = self._tokenizer.decode(before, skip_special_tokens=True)
+        texts = self._tokenizer.decode_batch(
+            [[*before, token] for token in ids], skip_special_tokens=True
+        )
+        return {
+            token: text[len(start) :] if text.startswith(start) else text
+            for token, text in zip(ids, texts, strict=True)
+        }
 
     def _check_text(self, expression: str) -> str:
         if not isinstance(expression, str):

@@ -26,7 +26,7 @@ from gap_export.runtime.image_view import ImageView
 from gap_export.runtime.images.image import ColorOrder, ImageFrame, ImageInput
 from gap_export.spec.manifest import FormName, Manifest
 from gap_export.spec.positions import PositionRule
-from gap_export.spec.requests import DEFAULT_OPENVINO, OpenVinoOptions
+from gap_export.spec.requests import DEFAULT_OPENVINO, GrammarName, OpenVinoOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,6 +65,7 @@ class GroundingSession(Answering):
         positions: PositionRule | None = None,
         edit_row: EditRow | None = None,
         kept_bytes: int = KEPT_BYTES,
+        grammar: GrammarName | None = None,
     ) -> None:
         """Join a model's facts, its tokenizers and a backend.
 
@@ -76,9 +77,11 @@ class GroundingSession(Answering):
             edit_row: Changes each row of the prompt before it is fed: for experiments on the model.
             kept_bytes: The most that is kept of images between expressions, see :meth:`look`; of
                 several images, what was not used for longest goes first. 0 keeps nothing.
+            grammar: ``box`` constrains answers: none ends before it holds a box, and what is begun
+                of a box is finished in the model's syntax. None leaves the model its own answer.
 
         Raises:
-            UsageError: ``kept_bytes`` is no size.
+            UsageError: ``kept_bytes`` is no size, or there is no such grammar.
             BundleError: a tokenizer cannot be used, or the manifest's numbers contradict.
         """
         super().__init__(
@@ -88,6 +91,7 @@ class GroundingSession(Answering):
             positions=positions,
             edit_row=edit_row,
             kept_bytes=kept_bytes,
+            grammar=grammar,
         )
         self._closed = False
         self._num_running = 0
@@ -108,6 +112,7 @@ class GroundingSession(Answering):
         verify: Verify = "stamp",
         positions: PositionRule | None = None,
         kept_bytes: int = KEPT_BYTES,
+        grammar: GrammarName | None = None,
     ) -> GroundingSession:
         """Open a bundle in ONNX Runtime, in OpenVINO, or with its TensorRT engines.
 
@@ -127,6 +132,7 @@ class GroundingSession(Answering):
             positions: ``compact`` or ``text-shifted`` run a naive baseline; by default the
                 bundle's own.
             kept_bytes: The most that is kept of images between expressions, see :meth:`look`.
+            grammar: ``box`` constrains answers to hold a well-formed box; by default they are free.
 
         Raises:
             BundleError: damaged, incomplete, unsafe, or too new; no engines, or damaged ones.
@@ -165,7 +171,14 @@ class GroundingSession(Answering):
             from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
             runs = OnnxRuntimeBackend(opened, execution_providers, num_threads, form=form)
-        return cls(opened.manifest, opened.path, runs, positions=positions, kept_bytes=kept_bytes)
+        return cls(
+            opened.manifest,
+            opened.path,
+            runs,
+            positions=positions,
+            kept_bytes=kept_bytes,
+            grammar=grammar,
+        )
 
     def __enter__(self) -> Self:
         """Return itself.

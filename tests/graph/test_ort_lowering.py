@@ -12,13 +12,14 @@ import pytest
 from gap_export.errors import PassError, UsageError
 from gap_export.graph.id_readers import find_id_readers
 from gap_export.graph.onnx_file import OnnxFile
+from gap_export.graph.passes.give_more_logits import GiveMoreLogits
 from gap_export.graph.passes.matching import qualified_name
 from gap_export.graph.pipelines import lower
 from gap_export.parity.compare import compare_arrays
 from gap_export.runtime.backends.onnxruntime_backend import INPUT_DTYPES
 from gap_export.runtime.backends.onnxruntime_in_place import InPlaceDecoder
 from gap_export.spec.tolerances import TOLERANCES
-from tests.graph.lowering_models import DECODERS, NUM_LAYERS, LoweringModels, session
+from tests.graph.lowering_models import DECODERS, FAMILIES, NUM_LAYERS, LoweringModels, session
 from tests.graph.test_lowering import DECODER, PROMPT, STEPS, Decode
 
 ATTENTION, ROTARY = "com.microsoft::GroupQueryAttention", "com.microsoft::RotaryEmbedding"
@@ -30,7 +31,9 @@ def decoder_of(
     lowered = lower(model or lowering_models.base(family, DECODER, dtype), DECODER, "ort")
     runner = session(lowering_models.save(lowered, f"{DECODER}_ort", family, dtype))
     dtypes = {value.name: INPUT_DTYPES[value.type] for value in runner.get_inputs()}
-    return InPlaceDecoder(runner, "cpu", dtypes)
+    shape = FAMILIES[family].decoder_shape
+    size = shape.num_key_value_heads, shape.head_dim, shape.vocab_size
+    return InPlaceDecoder(runner, "cpu", dtypes, size)
 
 
 def run_in_place(
@@ -113,6 +116,41 @@ def test_a_token_hidden_later_is_as_if_it_had_been_hidden(lowering_models):
     step = {**feed, "attention_mask": np.ones((2, PROMPT + 3), np.int64)}
     with pytest.raises(UsageError, match="shows a token that it hid before"):
         decoder.decode(step, cache)
+
+
+def test_each_of_the_last_tokens_has_its_logits(lowering_models):
+    decoder, case = decoder_of(lowering_models, "llava_next", "float32"), Decode("llava_next")
+    assert decoder.num_logits == 8
+    case.mask[:] = 1
+    slots = np.arange(PROMPT + STEPS)[None]
+    given = {"kept_positions": case.kept[..., :1, :]}
+
+    def decode(start: int, end: int, cache: Any, run: Any) -> np.ndarray:
+        feed = {
+            "inputs_embeds": case.embeds[:1, start:end],
+            "attention_mask": case.mask[:1, :end],
+            "position_ids": slots[:, start:end],
+        }
+        return run(feed | given, cache)
+
+    one_by_one = decoder.new_cache(1, PROMPT + STEPS)
+    wanted = [decode(0, PROMPT, one_by_one, decoder.decode)]
+    wanted += [decode(t, t + 1, one_by_one, decoder.decode) for t in range(PROMPT, PROMPT + STEPS)]
+    cache = decoder.new_cache(1, PROMPT + STEPS)
+    check_close(wanted[0], decode(0, PROMPT, cache, decoder.decode), "float32")
+    found = decode(PROMPT, PROMPT + STEPS, cache, decoder.decode_each)
+    check_close(np.concatenate(wanted[1:]), found, "float32")
+
+
+def test_a_head_of_another_form_keeps_its_one_token(lowering_models):
+    model = lowering_models.base("llava_next", DECODER, "float32").clone()
+    (logits,) = (value for value in model.graph.outputs if value.name == "logits")
+    head = logits.producer().inputs[0]
+    doubled = ir.Value(name="doubled", type=head.type, shape=head.shape)
+    node = ir.node("Add", [head, head], outputs=[doubled])
+    model.graph.insert_before(logits.producer(), node)
+    logits.producer().replace_input_with(0, doubled)
+    assert not GiveMoreLogits(count=8).run(model)
 
 
 def test_a_fork_goes_on_as_its_source_would(lowering_models):

@@ -97,6 +97,26 @@ class FakeBackend(Backend):
         return (mixed @ self._head).astype(np.float32)
 
 
+@dataclass
+class VerifyingBackend(FakeBackend):
+    """Gives the logits of several tokens, which it computes one by one."""
+
+    num_logits: int = 8
+
+    def decode_each(self, feed: Any, cache: Any) -> Any:
+        past = feed["attention_mask"].shape[1] - feed["position_ids"].shape[1]
+        each = []
+        for place in range(feed["position_ids"].shape[1]):
+            one = {
+                "inputs_embeds": feed["inputs_embeds"][:, place : place + 1],
+                "attention_mask": feed["attention_mask"][:, : past + place + 1],
+                "position_ids": feed["position_ids"][:, place : place + 1],
+                "kept_positions": feed["kept_positions"],
+            }
+            each.append(self.decode(one, cache))
+        return np.concatenate(each)
+
+
 class EditedBackend(Backend):
     """Another backend, one of whose outputs is changed."""
 

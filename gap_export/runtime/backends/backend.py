@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from gap_export.errors import UsageError
 from gap_export.spec.manifest import Activations, Manifest, QuantizationSpec
+from gap_export.spec.requests import InferencePrecision
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,14 +73,18 @@ class Backend(ABC):
         quantization: How the decoder's weights are quantized; None where they are floats.
         continues_prompts: Whether :meth:`decode` takes several tokens behind a filled cache, and
             :meth:`fork_cache` is there; else each prompt is read at once.
+        num_logits: Of how many of the tokens fed last :meth:`decode_each` gives logits.
         activations: What goes into the layers of those weights.
+        inference_precision: What it computes in, where that is less than the graph's floats.
     """
 
     name: str
     dtype: str
     quantization: QuantizationSpec | None = None
     continues_prompts: bool = False
+    num_logits: int = 1
     activations: Activations = "float"
+    inference_precision: InferencePrecision = "float32"
 
     @abstractmethod
     def run(self, component: str, feed: Feed) -> Outputs:
@@ -122,6 +127,15 @@ class Backend(ABC):
             feed: The decoder's inputs, without those of the cache.
             cache: From :meth:`new_cache` or :meth:`fork_cache` of this backend.
         """
+
+    def decode_each(self, feed: Feed, cache: KVCache) -> FloatArray:
+        """As :meth:`decode`, of one row, with the logits of each of the S tokens, [S, V].
+
+        Args:
+            feed: As of :meth:`decode`, with B = 1, S of at most ``num_logits``, and none hidden.
+            cache: As of :meth:`decode`.
+        """
+        return self.decode(feed, cache)
 
     def close(self) -> None:  # noqa: B027, most backends hold nothing
         """Free what it holds."""

@@ -11,7 +11,7 @@ there, slowly. See :func:`spare_memory` for what keeps their weights from being 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -96,10 +96,11 @@ class OnnxRuntimeGraphs(Backend):
         spec = manifest.decoder
         size = spec.num_key_value_heads, spec.head_dim
         self._decoder: Any = (
-            InPlaceDecoder(decoder, device, dtypes)
+            InPlaceDecoder(decoder, device, dtypes, (*size, spec.vocab_size))
             if kv_contract == "in_place"
             else GrowingDecoder(decoder, device, dtypes, size)
         )
+        self.num_logits = self._decoder.num_logits
 
     def close(self) -> None:
         """Free the graphs."""
@@ -131,11 +132,20 @@ class OnnxRuntimeGraphs(Backend):
 
     def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
         """See Backend."""
+        return self._decode(self._decoder.decode, feed, cache)
+
+    def decode_each(self, feed: Feed, cache: KVCache) -> FloatArray:
+        """See Backend."""
+        if self.num_logits == 1:
+            return super().decode_each(feed, cache)
+        return self._decode(self._decoder.decode_each, feed, cache)
+
+    @staticmethod
+    def _decode(run: Callable[[Feed, Any], FloatArray], feed: Feed, cache: KVCache) -> FloatArray:
         try:
-            logits: FloatArray = self._decoder.decode(feed, cache)
+            return run(feed, cache)
         except ORT_ERRORS as err:
             raise _failed(DECODER, err) from err
-        return logits
 
 
 class OnnxRuntimeBackend(OnnxRuntimeGraphs):
@@ -200,7 +210,7 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
         may_be_own = form == ORT or (form is None and self._providers == [_CPU])
         own = [g for g in manifest.graphs if (g.component, g.lowering) == (component, ORT)]
         if own and may_be_own:
-            (spec,) = own
+            spec = own[0]
             try:
                 session = self._load_graph(bundle, spec)
             except BundleError as err:

@@ -41,6 +41,8 @@ class GrowingDecoder:
         size: Key-value heads, and how wide they are.
     """
 
+    num_logits = 1
+
     def __init__(
         self,
         session: ort.InferenceSession,

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from gap_export.errors import UsageError
 from gap_export.runtime.backends.backend import Feed, FloatArray
 from gap_export.runtime.backends.quiet_onnxruntime import ort
+from gap_export.spec.manifest import ORT_LOGITS
 
 # Buffers are had in steps of so many slots, so that prompts of about one length share them.
 _STEP = 16
@@ -113,27 +114,35 @@ class InPlaceDecoder:
         session: The decoder's graph.
         device: ``cpu`` or ``cuda``.
         dtypes: Those of the graph's inputs, by name.
+        size: Key-value heads, how wide they are, and V.
     """
 
     def __init__(
-        self, session: ort.InferenceSession, device: str, dtypes: Mapping[str, np.dtype[Any]]
+        self,
+        session: ort.InferenceSession,
+        device: str,
+        dtypes: Mapping[str, np.dtype[Any]],
+        size: tuple[int, int, int],
     ) -> None:
         self._session, self._device, self._dtypes = session, device, dtypes
-        self._past = {v.name: v.shape for v in session.get_inputs() if v.name.startswith("past_")}
+        self._heads, self._dim, self._vocabulary = size
         self._present = {
-            name: name.replace("past_key_values.", "present.", 1) for name in self._past
+            name: name.replace("past_key_values.", "present.", 1)
+            for name in dtypes
+            if name.startswith("past_key_values.")
         }
         (logits,) = (v for v in session.get_outputs() if v.name == "logits")
-        self._vocabulary = int(logits.shape[-1])
+        # A graph of before gives those of one token.
+        self.num_logits = 1 if logits.shape[1] == 1 else ORT_LOGITS
         # Of the last cache that was dropped, by its rows and slots.
         self._spare: dict[tuple[int, int], Mapping[str, KVBuffer]] = {}
 
     def new_cache(self, batch_size: int, num_slots: int) -> InPlaceCache:
         """An empty cache; its buffers may be those of one that is no longer used."""
         slots = -(-num_slots // _STEP) * _STEP
+        shape = batch_size, self._heads, slots, self._dim
         buffers = self._spare.pop((batch_size, slots), None) or {
-            name: KVBuffer((batch_size, heads, slots, dim), self._dtypes[name], self._device)
-            for name, (_, heads, _, dim) in self._past.items()
+            name: KVBuffer(shape, self._dtypes[name], self._device) for name in self._present
         }
         stored = np.zeros((batch_size, num_slots), dtype=np.bool_)
         cache = InPlaceCache(batch_size, num_slots, buffers, stored)
@@ -160,6 +169,17 @@ class InPlaceDecoder:
             UsageError: more tokens than the cache was made for, a mask of another length or that
                 shows again what it hid, or a last token that is hidden.
         """
+        last = [logits[:, -1] for logits in self._decode(feed, cache)]
+        return last[0] if len(last) == 1 else np.concatenate(last)
+
+    def decode_each(self, feed: Feed, cache: InPlaceCache) -> FloatArray:
+        """The logits of each token of the one row, [S, V]."""
+        ((logits,),) = self._decode(feed, cache)
+        found: FloatArray = logits
+        return found
+
+    def _decode(self, feed: Feed, cache: InPlaceCache) -> list[FloatArray]:
+        """The logits of rows that ran together, each [rows, tokens, V]."""
         visible = feed[_MASK] != 0
         past, num_fed = cache.length, feed["inputs_embeds"].shape[1]
         _check_mask(visible, cache, num_fed)
@@ -167,14 +187,12 @@ class InPlaceDecoder:
         if hidden.any():
             cache.hide(hidden)
         new = visible[:, past:]
-        dtype = self._dtypes["inputs_embeds"]
-        logits = np.empty((cache.batch_size, 1, self._vocabulary), dtype=dtype)
-        for rows, fed in _runs(new, cache.filled):
-            self._run(feed, cache, rows, fed, logits[rows])
+        runs = _runs(new, cache.filled)
+        logits = [self._run(feed, cache, rows, fed) for rows, fed in runs]
         cache.stored[:, past : past + num_fed] = new
         cache.filled = cache.filled + new.sum(axis=1)
         cache.length += num_fed
-        return logits[:, -1]
+        return logits
 
     def _run(
         self,
@@ -182,9 +200,8 @@ class InPlaceDecoder:
         cache: InPlaceCache,
         rows: slice,
         fed: NDArray[np.int64],
-        logits: NDArray[Any],
-    ) -> None:
-        """Feed some rows their visible tokens, int64 [rows, tokens] of the S; fills ``logits``."""
+    ) -> FloatArray:
+        """Feed some rows their visible tokens, int64 [rows, tokens] of the S."""
         lengths = cache.filled[rows] + fed.shape[1]
         mask = np.arange(lengths.max()) < lengths[:, None]
         given = {name: feed[name][rows] for name in ("inputs_embeds", "position_ids")}
@@ -199,8 +216,11 @@ class InPlaceDecoder:
         binding = cache.bindings.get((rows.start, rows.stop)) or self._bind(cache, rows)
         for name, array in held.items():
             binding.bind_cpu_input(name, array)
+        shape = len(lengths), min(fed.shape[1], self.num_logits), self._vocabulary
+        logits = np.empty(shape, dtype=self._dtypes["inputs_embeds"])
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
+        return logits
 
     def _bind(self, cache: InPlaceCache, rows: slice) -> ort.IOBinding:
         """Bind the buffers of some rows, once for all steps."""

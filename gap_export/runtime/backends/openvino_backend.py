@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     import openvino as ov
 
 _DTYPES = ("float32", "float16")
+_HINTS: Mapping[str, str] = MappingProxyType({"float32": "f32", "bfloat16": "bf16"})
 
 
 @dataclass
@@ -95,8 +96,9 @@ class OpenVinoBackend(Backend):
         self.dtype = _check_dtype(manifest.dtype)
         self.quantization = manifest.graph(DECODER).quantization
         self.activations = manifest.graph(DECODER).activations
+        self.inference_precision = options.inference_precision
         self._device = self._check_device(options.device)
-        self.name = f"OpenVINO {version(self._openvino)} ({self._device})"
+        self.name = f"OpenVINO {version(self._openvino)} ({_describe(options)})"
         self._newline: FloatArray | None = None
         if manifest.newline is not None:
             self._newline = read_place(bundle.path, manifest.newline).astype(self.dtype)
@@ -203,9 +205,10 @@ class OpenVinoBackend(Backend):
         return device
 
     def _settings(self, num_threads: int | None) -> Mapping[str, str]:
+        precision = _HINTS[self.inference_precision]
         wanted = {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "KV_CACHE_PRECISION": "f32",
+            "INFERENCE_PRECISION_HINT": precision,
+            "KV_CACHE_PRECISION": precision,
             # In blocks that share a scale, and in layers of quantized weights alone; 0 is never.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32" if self.activations == "int8" else "0",
             "PERFORMANCE_HINT": "LATENCY",
@@ -213,6 +216,13 @@ class OpenVinoBackend(Backend):
         if num_threads is not None:
             wanted["INFERENCE_NUM_THREADS"] = str(num_threads)
         known = self._core.get_property(self._device, "SUPPORTED_PROPERTIES")
+        can = self._core.get_property(self._device, "OPTIMIZATION_CAPABILITIES")
+        if self.inference_precision == "bfloat16" and "BF16" not in can:
+            raise UsageError(
+                "this device has no arithmetic of bfloat16",
+                seen=self._device,
+                allowed="--inference-precision float32",
+            )
         return MappingProxyType({name: value for name, value in wanted.items() if name in known})
 
 
@@ -240,6 +250,14 @@ class _Graph:
         }
         outputs = {v.name: places[v.name] for v in spec.outputs if v.name in places}
         return cls(component, compiled, inputs, outputs)
+
+
+def _describe(options: OpenVinoOptions) -> str:
+    """The device, and what is not as it is by default."""
+    told = [options.device]
+    if options.inference_precision != "float32":
+        told.append(options.inference_precision)
+    return ", ".join(told)
 
 
 def _check_dtype(name: str) -> str:

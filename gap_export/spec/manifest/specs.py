@@ -24,6 +24,8 @@ TextReader = Literal["text_encoder", "embed_tokens"]
 Activations = Literal["float", "int8"]
 # Lowerings of graphs that ONNX Runtime runs: any runtime's, and one of its own operators.
 BASE, ORT = "onnxruntime", "ort"
+# Most tokens whose logits the form for ONNX Runtime gives at once: the last ones that were fed.
+ORT_LOGITS = 8
 FormName = Literal["base", "ort"]
 
 

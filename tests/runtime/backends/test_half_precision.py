@@ -52,7 +52,7 @@ def test_floats_are_fed_and_come_out_as_the_graphs_declare(bundle):
         }
         logits = backend.decode(feed, cache)
         assert (logits.dtype, logits.shape) == (np.float16, (1, bundle.manifest.decoder.vocab_size))
-        assert {value.data_type() for value in cache.values.values()} == {"tensor(float16)"}
+        assert {buffer.dtype for buffer in cache.buffers.values()} == {np.dtype("float16")}
         # A caller with float32 embeddings, as bfloat16 ones are here, is served as well.
         feed["inputs_embeds"] = embeds.astype(np.float32)
         assert (backend.decode(feed, backend.new_cache(1, 3)) == logits).all()
@@ -92,7 +92,7 @@ def test_input_of_another_dtype_is_refused(tiny_bundle, tmp_path):
 
     spoilt = rewrite_graph(tiny_bundle, tmp_path / "narrow", "decoder_model_merged", narrow)
     with pytest.raises(BundleError, match=r"dtype that is not fed: position_ids: tensor\(int32\)"):
-        OnnxRuntimeBackend(open_bundle(spoilt), CPU)
+        OnnxRuntimeBackend(open_bundle(spoilt), CPU, form="base")
 
 
 def test_memory_is_spared_on_the_cpu_without_being_asked(bundle, session_options):

@@ -13,15 +13,16 @@ import pytest
 from gap_export.bundle import open_bundle
 from gap_export.errors import MissingDependencyError, UsageError
 from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
+from gap_export.runtime.backends.openvino_backend import OpenVinoBackend
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import QuantizationSpec
 from gap_export.spec.positions import VisualSpan, build_kept_positions
 from gap_export.spec.requests import OpenVinoOptions
+from gap_export.spec.tolerances import tolerances_of
 from tests.families.masked_oracle import backend_decoder, check_masked_oracle
 from tests.runtime.backends.test_onnxruntime_backend import EXPRESSIONS, random_prompt
 
-pytest.importorskip("openvino", reason="the extra openvino is not installed")
-from gap_export.runtime.backends.openvino_backend import OpenVinoBackend
+openvino = pytest.importorskip("openvino", reason="the extra openvino is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,27 @@ def test_oracle_holds_in_openvino(backend, tiny_bundle, tiny_graphs):
     span = VisualSpan(start=5, num_visual_tokens=16, keep_indices=np.array([0, 3, 4, 9, 14]))
     table = build_kept_positions(unpruned_length=25, spans=[span])
     check_masked_oracle(reference, backend_decoder(backend), full, table, steps=12)
+
+
+def test_bfloat16_is_no_more_off_than_its_tolerance_and_more_than_that_of_float32(
+    backend, tiny_bundle
+):
+    bundle = open_bundle(tiny_bundle)
+    given = random_prompt(bundle.manifest, 9)
+    options = OpenVinoOptions(inference_precision="bfloat16")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(UsageError, match="no arithmetic of bfloat16"):
+            OpenVinoBackend(bundle, options)
+        pytest.skip("this CPU has no arithmetic of bfloat16")
+    with OpenVinoBackend(bundle, options, num_threads=1) as rounded:
+        logits = rounded.decode(given, rounded.new_cache(1, 9))
+        name, precision = rounded.name, rounded.inference_precision
+    truth = backend.decode(given, backend.new_cache(1, 9))
+    off = float(np.abs(logits - truth).max())
+    exact = tolerances_of("float32")["logits"].absolute(float(np.abs(truth).max()))
+    rule = tolerances_of("float32", inference_precision=precision)["logits"]
+    assert exact < off <= rule.absolute(float(np.abs(truth).max()))
+    assert name.endswith("(CPU, bfloat16)")
 
 
 def test_threads_share_a_session(tiny_bundle, image):
