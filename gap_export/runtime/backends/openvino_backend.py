@@ -33,6 +33,7 @@ from gap_export.runtime.backends.backend import (
     lacks_component,
 )
 from gap_export.runtime.backends.openvino_loading import (
+    BEAM_IDX,
     OPENVINO_ERRORS,
     PAST,
     first_line,
@@ -109,6 +110,7 @@ class OpenVinoBackend(Backend):
             for value in manifest.graph(DECODER).inputs
             if value.name.startswith(PAST)
         }
+        self._reads_beams = BEAM_IDX in self._graphs[DECODER].inputs
         self._idle: dict[str, list[ov.InferRequest]] = {name: [] for name in self._graphs}
         self._lock = Lock()
 
@@ -138,7 +140,9 @@ class OpenVinoBackend(Backend):
         spec = self._manifest.decoder
         shape = (batch_size, spec.num_key_value_heads, 0, spec.head_dim)
         request = self._graphs[DECODER].compiled.create_infer_request()
-        self._fill(request, {name: np.zeros(shape, dtype) for name, dtype in self._states.items()})
+        if not self._reads_beams:
+            empty = {name: np.zeros(shape, dtype) for name, dtype in self._states.items()}
+            self._fill(request, empty)
         return OpenVinoCache(batch_size=batch_size, request=request)
 
     def fork_cache(self, cache: KVCache, batch_size: int, num_slots: int) -> OpenVinoCache:
@@ -154,6 +158,8 @@ class OpenVinoBackend(Backend):
     def decode(self, feed: Feed, cache: KVCache) -> FloatArray:
         """See Backend."""
         assert isinstance(cache, OpenVinoCache), "a cache belongs to the backend that made it"
+        if self._reads_beams:
+            feed = {**feed, BEAM_IDX: np.arange(cache.batch_size)}
         logits = self._infer(self._graphs[DECODER], cache.request, feed)["logits"]
         cache.length += feed["inputs_embeds"].shape[1]
         last: FloatArray = logits[:, -1]
@@ -188,7 +194,7 @@ class OpenVinoBackend(Backend):
         try:
             if component == DECODER:
                 names = [value.name for value in spec.inputs if value.name.startswith(PAST)]
-                make_stateful(model, names)
+                make_stateful(self._openvino, model, names)
             compiled = self._core.compile_model(model, self._device, dict(self._config))
         except OPENVINO_ERRORS as err:
             raise refused(self._openvino, spec.file, err) from err

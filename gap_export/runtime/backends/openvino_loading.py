@@ -7,9 +7,11 @@ and the weights are mapped from their files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from gap_export.errors import BundleError, MissingDependencyError
 from gap_export.extras import pip_install, require_extra
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 # All that OpenVINO raises, by way of pybind11.
 OPENVINO_ERRORS = (RuntimeError, ValueError, TypeError)
-PAST, PRESENT = "past_key_values.", "present."
+PAST, PRESENT, BEAM_IDX = "past_key_values.", "present.", "beam_idx"
 # OpenVINO's names of what functions are fed, as codes of TensorProto.DataType.
 _ONNX_DTYPES = {"f32": 1, "i32": 6, "i64": 7, "boolean": 9, "f16": 10, "bf16": 16}
 
@@ -58,13 +60,16 @@ def read_graph(openvino: Any, path: Path) -> ov.Model:
         raise refused(openvino, path.name, err) from err
 
 
-def make_stateful(decoder: ov.Model, past: Iterable[str]) -> None:
+def make_stateful(openvino: Any, decoder: ov.Model, past: Sequence[str]) -> None:
     """Let a decoder keep its cache itself, as states, in place of inputs and outputs.
 
-    A state is empty, of no rows, until it is set: a value of its own to begin with is what OpenVINO
-    2026.4 cannot compile in float16.
+    Where all layers are float32 attention as an export writes it, that becomes OpenVINO's own
+    operator, behind states that it grows in place: the model then reads :data:`BEAM_IDX` as well,
+    int32 [B], the rows of the cache that rows go on from. Other states are empty, of no rows, until
+    they are set.
 
     Args:
+        openvino: The package.
         decoder: The model, which is changed.
         past: Its inputs ``past_key_values.*``, after which the states are called; each has an
             output ``present.*``.
@@ -72,6 +77,12 @@ def make_stateful(decoder: ov.Model, past: Iterable[str]) -> None:
     from openvino.op import assign, read_value
     from openvino.op.util import Variable, VariableInfo
 
+    ops = openvino.opset15
+    is_fused = 2 * _fuse_attention(openvino, decoder) == len(past)
+    if is_fused:
+        beams = ops.parameter([-1], np.int32, name=BEAM_IDX)
+        beams.output(0).set_names({BEAM_IDX})
+        num_rows = ops.gather(ops.shape_of(decoder.input("attention_mask")), [0], np.int64(0))
     for name in past:
         taken = decoder.input(name).get_node()
         given = decoder.output(name.replace(PAST, PRESENT, 1)).get_node()
@@ -79,12 +90,50 @@ def make_stateful(decoder: ov.Model, past: Iterable[str]) -> None:
         info.variable_id = name
         info.data_shape, info.data_type = taken.get_partial_shape(), taken.get_element_type()
         variable = Variable(info)
-        held = read_value(variable)
+        if is_fused:
+            heads, width = (info.data_shape[axis].get_length() for axis in (1, 3))
+            shape = ops.concat([num_rows, np.array([heads, 0, width])], 0)
+            empty = ops.broadcast(ops.constant(0.0, info.data_type), shape)
+            held = ops.gather(read_value(empty, variable), beams, np.int64(0))
+        else:
+            held = read_value(variable)
         for reader in taken.output(0).get_target_inputs():
             reader.replace_source_output(held.output(0))
         decoder.add_sinks([assign(given.input_value(0).get_node(), variable)])
         decoder.remove_result(given)
         decoder.remove_parameter(taken)
+    if is_fused:
+        decoder.add_parameters([beams])
+
+
+def _fuse_attention(openvino: Any, decoder: ov.Model) -> int:
+    """softmax(q k^T scale + bias) v becomes one operator, where it is float32; how often."""
+    ops, number = openvino.opset15, 0
+    for softmax in decoder.get_ordered_ops():
+        readers = softmax.output(0).get_target_inputs() if softmax.get_output_size() else ()
+        if softmax.get_type_name() != "Softmax" or len(readers) != 1:
+            continue
+        weighted = next(iter(readers)).get_node()
+        add = softmax.input_value(0).get_node()
+        scaled, bias = (add.input_value(i) for i in (0, 1)) if _is(add, "Add") else (None, None)
+        if scaled is None or not _is(scaled.get_node(), "Multiply") or not _is(weighted, "MatMul"):
+            continue
+        product, scale = (scaled.get_node().input_value(index) for index in (0, 1))
+        if not _is(product.get_node(), "MatMul") or not _is(scale.get_node(), "Constant"):
+            continue
+        query, turned = (product.get_node().input_value(index) for index in (0, 1))
+        if not _is(turned.get_node(), "Transpose") or query.get_element_type() != openvino.Type.f32:
+            continue
+        key, value = turned.get_node().input_value(0), weighted.input_value(1)
+        fused = ops.scaled_dot_product_attention(query, key, value, bias, scale, False)
+        for reader in weighted.output(0).get_target_inputs():
+            reader.replace_source_output(fused.output(0))
+        number += 1
+    return number
+
+
+def _is(node: Any, kind: str) -> bool:
+    return bool(node.get_type_name() == kind)
 
 
 def _inliner(core: ov.Core, function: LocalFunction) -> Any:

@@ -95,6 +95,13 @@ def test_forked_caches_go_on_from_one_row_that_stays_as_it_is(backend, tiny_bund
         assert (fork.batch_size, fork.length, cache.length) == (num_rows, 9, 5)
 
 
+def test_attention_of_float32_is_one_operator_whose_cache_grows_in_place(backend):
+    graph = backend._graphs["decoder_model_merged"].compiled.get_runtime_model()
+    kinds = [node.get_rt_info()["layerType"].astype(str) for node in graph.get_ops()]
+    layers = backend._manifest.decoder.num_layers
+    assert (kinds.count("ScaledDotProductAttention"), kinds.count("Softmax")) == (layers, 0)
+
+
 def test_oracle_holds_in_openvino(backend, tiny_bundle, tiny_graphs):
     reference = tiny_graphs.reference()
     hidden = open_bundle(tiny_bundle).manifest.decoder.hidden_size
