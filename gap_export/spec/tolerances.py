@@ -135,9 +135,10 @@ _INT8_TOWER = Tolerance(
 _INT8_SELECTED = Tolerance(
     atol=0.0,
     rtol=0.0,
-    max_changed_fraction=0.02,
-    why="of two tokens whose scores are closer than a step of 8 bits either may be kept; measured "
-    "with cls: one changed token in 4 of 50 images, never two",
+    max_changed_fraction=0.05,
+    why="of two tokens whose scores are closer than a step of 8 bits either may be kept; measured: "
+    "one changed token in 4 of 50 images of the demo model, and in 4 of 8 of the small Qwen3-VL, "
+    "so that two in one image are to be expected",
 )
 _INT8_ANSWER = Tolerance(
     atol=0.0,

@@ -45,6 +45,7 @@ def check_values(manifest: Manifest) -> None:
     _check_tokens(manifest)
     _check_texts(manifest)
     _check_decoder(manifest)
+    _check_baked(manifest)
     _check_sizes(manifest)
     _check_newline(manifest)
     _check_graphs(manifest)
@@ -117,6 +118,19 @@ def _check_tokens(manifest: Manifest) -> None:
         raise _refuse("source", manifest.source.random_seed, "parts of a checkpoint, or a seed")
     if pruning.text_similarity_sign not in (None, 1, -1):
         raise _refuse("pruning.text_similarity_sign", pruning.text_similarity_sign, "1, -1 or null")
+
+
+def _check_baked(manifest: Manifest) -> None:
+    baked, decoder = manifest.pruning.baked_positions, manifest.decoder
+    if not baked:
+        return
+    lengths = {len(row) for row in baked}
+    if len(baked) != decoder.position_axes or len(lengths) != 1 or lengths == {0}:
+        wanted = f"{decoder.position_axes} rows of one length, 1 or more"
+        raise _refuse("pruning.baked_positions", [len(row) for row in baked], wanted)
+    for row in baked:
+        for position in row:
+            _between("pruning.baked_positions", position, 0, decoder.max_position_embeddings - 1)
 
 
 def _check_extra(pruning: PruningSpec) -> None:
