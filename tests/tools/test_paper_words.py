@@ -213,6 +213,10 @@ def test_second_baseline_and_smaller_images_stand_where_they_were_measured(words
     card = words.format_card(found, command="make")
     assert "keep 0.3: compact | text-shifted | GAP" in card
     assert "| compact | 40.0 % |" in card
-    assert card.count("| 70.0 % (68.0-72.0 %) | `spatial` |") == 3
+    assert card.count("| not measured | 70.0 % (68.0-72.0 %) | `spatial` |") == 3
     plain = words.format_card(measured(0.1, 0.8), command="make")
     assert "text-shifted" not in plain and "smaller image" not in plain
+    counted = [{**one, "gmac": one["mean_visual_tokens"], "first_token_ms": 8.04} for one in rows]
+    card = words.format_card(found_of(counted, "refshapes-llava"), command="make")
+    assert "| 44 | 30.7 %, 8.0 ms | 70.0 %" in card
+    assert "| `spatial` | 43 | 30.0 %, 8.0 ms | **80.0 %**" in card

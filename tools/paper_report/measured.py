@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.pruning import PRESETS, find_preset
+from gap_export.report.panels import BEGINNING
 from gap_export.spec.recipe import Recipe
 
 Row = dict[str, Any]
@@ -16,10 +17,13 @@ Row = dict[str, Any]
 COLUMNS = (
     *("model", "protocol", "seed", "pruner", "pruner_text", "budget", "keep_ratio", "positions"),
     *("mean_visual_tokens", "n", "num_images", "acc_at_50", "ci95_low", "ci95_high"),
-    *("mean_iou", "parse_failures", "recovered"),
+    *("mean_iou", "parse_failures", "recovered", "gmac", "first_token_ms"),
 )
 _COUNTS = ("seed", "n", "num_images", "parse_failures")
 _NUMBERS = ("keep_ratio", "mean_visual_tokens", "acc_at_50", "mean_iou", "recovered")
+# What a setting costs until its answer begins, where that was counted: 10^9 multiply-adds of vision
+# encoder and prefill, and their median milliseconds.
+_COSTS = ("gmac", "first_token_ms")
 # What tells one setting from another.
 _WHAT = ("pruner", "pruner_text", "budget", "keep_ratio", "positions")
 _KEEPS = (0.5, 0.3, 0.1, 1.0)
@@ -76,12 +80,22 @@ def with_budget(recipe: Recipe, report: Row, budget: str) -> list[Row]:
     return [
         {
             **row,
+            **_costs(row),
             "budget": budget,
             "pruner_text": "expression" if bare and row["pruner_text"] else row["pruner_text"],
         }
         for row in report["rows"]
         if budget == "fixed" or row["positions"] in ("compact", "gap")
     ]
+
+
+def _costs(row: Row) -> Row:
+    if not row.get("multiply_adds"):
+        return dict.fromkeys(_COSTS)
+    times = [
+        row["latency_ms"][stage]["median"] for stage in BEGINNING if stage in row["latency_ms"]
+    ]
+    return {"gmac": sum(row["multiply_adds"].values()) / 1e9, "first_token_ms": sum(times)}
 
 
 def rows_of(recipe: Recipe, report: Row) -> list[Row]:
@@ -125,7 +139,7 @@ def _parse(line: dict[str, str]) -> Row:
     row: Row = dict(line)
     row["ci95"] = [float(row.pop("ci95_low")), float(row.pop("ci95_high"))]
     row |= {name: int(line[name]) for name in _COUNTS}
-    row |= {name: float(line[name]) if line[name] else None for name in _NUMBERS}
+    row |= {name: float(line[name]) if line.get(name) else None for name in (*_NUMBERS, *_COSTS)}
     preset = PRESETS.get(line["pruner"])
     reads = preset is not None and preset.pruner.reads_text
     row["pruner_text"] = (line.get("pruner_text") or "expression") if reads else None
