@@ -59,7 +59,13 @@ from gap_export.spec.manifest import PrunerText
 from gap_export.spec.recipe import find_recipe
 from gap_export.spec.requests import PruningRequest
 
-MODELS = ("refshapes-llava", "refshapes-shikra", "refshapes-minigpt-v2")
+MODELS = (
+    "refshapes-llava",
+    "refshapes-shikra",
+    "refshapes-minigpt-v2",
+    "refshapes-qwen3-vl",
+    "refshapes-internvl",
+)
 KEEPS = (0.5, 0.3, 0.1)
 DATA = "refshapes"
 

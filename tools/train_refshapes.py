@@ -4,8 +4,8 @@
     python tools/train_refshapes.py refshapes-llava         about an hour on two cores
     python tools/train_refshapes.py refshapes-shikra        about an hour on one core
     python tools/train_refshapes.py refshapes-minigpt-v2    about an hour and a half on one core
-    python tools/train_refshapes.py refshapes-qwen3-vl      about an hour on one core
-    python tools/train_refshapes.py refshapes-internvl      not trained yet
+    python tools/train_refshapes.py refshapes-qwen3-vl      about two hours on one core
+    python tools/train_refshapes.py refshapes-internvl      about an hour and a half on one core
 
 `refshapes-llava` starts from nothing. The others start from its decoder and its vision tower, as
 full-size models start from an LLM and a tower that somebody trained; what they make of them

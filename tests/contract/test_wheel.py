@@ -124,6 +124,7 @@ def test_the_wheel_holds_the_package_the_models_and_nothing_else(wheel):
         "refshapes-llava",
         "refshapes-shikra",
         "refshapes-minigpt-v2",
+        "refshapes-internvl",
         "refshapes-qwen3-vl",
     }
     others = [n for n in models if n.split("/")[2] not in demos]

@@ -53,6 +53,7 @@ INTERNVL_MODELS = {
     "internvl3.5-8b": 17_056_636_928 // 2,
 }
 DEMO_MODELS = (
+    "refshapes-internvl",
     "refshapes-llava",
     "refshapes-minigpt-v2",
     "refshapes-qwen3-vl",
