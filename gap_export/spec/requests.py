@@ -352,7 +352,7 @@ class EnginesRequest(LimitsRequest):
         bool,
         Option(
             "With --trt for another machine: put this gap-export itself into the bundle, as a "
-            "wheel file (35 MB) that the device installs without asking any package index."
+            "wheel file (42 MB) that the device installs without asking any package index."
         ),
     ] = False
 
