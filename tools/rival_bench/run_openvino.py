@@ -16,6 +16,12 @@ _QUESTION = (
     "helpful, detailed, and polite answers to the user's questions. Please provide the bounding "
     "box coordinate of the region this sentence describes: the {color} star"
 )
+# LLaVA-1.5's, without which the pipeline has no second question about an image.
+_CHAT = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
+    "{{ message['content'] }} ASSISTANT:{% else %}{{ message['content'] }}</s>{% endif %}"
+    "{% endfor %}"
+)
 
 
 class OpenVinoGenAI:
@@ -26,6 +32,7 @@ class OpenVinoGenAI:
         del shape
         self.folder = folder / "model"
         self.pipeline = genai.VLMPipeline(str(self.folder), "CPU")
+        self.pipeline.get_tokenizer().set_chat_template(_CHAT)
         self.requests: dict[str, Any] = {}
         self.peak: int | None = None
         return f"OpenVINO GenAI {genai.__version__}, INT4"
