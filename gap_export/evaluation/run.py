@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gap_export.bundle import open_bundle
 from gap_export.errors import OutputError, UsageError
+from gap_export.evaluation.baseline import activations_of
 from gap_export.evaluation.measure import Runner, RunnerOptions, with_prompt
 from gap_export.evaluation.questions import Dataset
 from gap_export.evaluation.records import SUFFIX, Record, RecordsFile
@@ -149,6 +150,11 @@ class Run:
             header["engines"] = self.options.backend_options.engines
         if header["backend"] == "openvino":
             header["openvino"] = repr(self.options.backend_options.openvino)
+        if header["backend"] == "onnxruntime" and self.options.backend_options.form is not None:
+            header["form"] = self.options.backend_options.form
+        # The manifest alone says what is multiplied with INT4 weights: no file differs by it.
+        if activations_of(manifest) != "float":
+            header["activations"] = activations_of(manifest)
         if self.options.grammar is not None:
             header["grammar"] = self.options.grammar
         pieces = [[question.id for question in shard.questions] for shard in shards]

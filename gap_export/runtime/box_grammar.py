@@ -89,7 +89,8 @@ class BoxGrammar:
             allowed = self._allowed(answer)
             if allowed is not None:
                 hidden = np.ones(logits.shape[1], dtype=np.bool_)
-                hidden[allowed] = False
+                # A tokenizer may have more tokens than the model has logits.
+                hidden[allowed[allowed < len(hidden)]] = False
                 found[row, hidden] = -np.inf
         return found
 

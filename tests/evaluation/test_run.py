@@ -15,6 +15,7 @@ from gap_export.evaluation.run import Run, make_folder, open_executor
 from gap_export.evaluation.settings import whole_settings
 from gap_export.evaluation.workers.ray_cluster import RayExecutor
 from gap_export.progress import SilentProgress
+from gap_export.spec.requests import BackendOptions
 from tests.evaluation.answers import WHOLE, record
 
 SETTINGS = ("none", "shifted")
@@ -74,6 +75,7 @@ def test_what_was_answered_is_not_asked_again(run, stop_after):
     ("change", "key"),
     [
         ({"options": RunnerOptions(seed=1)}, "seed"),
+        ({"options": RunnerOptions(backend_options=BackendOptions(form="base"))}, "form"),
         ({"options": RunnerOptions(prompt="<image> {expression}")}, "prompt"),
         (
             {"dataset": open_dataset("refshapes", samples=79, seed=0)},
@@ -92,6 +94,16 @@ def test_answers_of_another_model_are_refused(run, tiny_bundle):
     others = tuple(replace(setting, bundle=tiny_bundle) for setting in run.settings)
     with pytest.raises(OutputError, match=r"another evaluation.* has bundle "):
         replace(run, settings=others).answers(FakeExecutor(), SilentProgress())
+
+
+def test_answers_with_other_activations_are_refused(run, monkeypatch):
+    run.answers(FakeExecutor(), SilentProgress())
+    # No file of a bundle differs by them.
+    monkeypatch.setattr("gap_export.evaluation.run.activations_of", lambda manifest: "int8")
+    with pytest.raises(
+        OutputError, match=r"another evaluation.* has activations none, asked is int8"
+    ):
+        run.answers(FakeExecutor(), SilentProgress())
 
 
 def test_the_same_bundle_elsewhere_is_the_same_model(run, tiny_whole_bundle, tmp_path):

@@ -53,6 +53,13 @@ def test_within_a_box_only_its_syntax_goes_on(syntax, text, allowed):
     assert {texts[token] for token in ids} == allowed
 
 
+def test_tokens_beyond_the_models_logits_are_not_chosen():
+    grammar, texts = grammar_of("bracketed", SIGNS)
+    logits = np.zeros((1, len(texts) - 1), dtype=np.float32)
+    found = grammar.constrain(logits, [[]])
+    assert found[0, END] == -np.inf and (found[0, 1:] == 0).all()
+
+
 @pytest.mark.parametrize(
     ("syntax", "text"),
     [("bracketed", ""), ("bracketed", "the cat"), ("bracketed", "[\n{"), ("angled", "<1>")],

@@ -105,6 +105,8 @@ class OnnxRuntimeGraphs(Backend):
     def close(self) -> None:
         """Free the graphs."""
         self._sessions.clear()
+        # It holds the decoder's graph, the largest, and buffers.
+        self._decoder = None
 
     def run(self, component: str, feed: Feed) -> Outputs:
         """See Backend."""

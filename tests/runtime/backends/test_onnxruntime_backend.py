@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,15 @@ def test_compact_positions_give_other_answers(tiny_bundle, image):
             found = session.ground_batch(image, EXPRESSIONS)
             answers.append([answer.token_ids for answer in found])
     assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize("form", ["base", "ort"])
+def test_a_closed_backend_holds_no_graph(tiny_bundle, form):
+    backend = OnnxRuntimeBackend(open_bundle(tiny_bundle), form=form)
+    graph = weakref.ref(backend._sessions[DECODER])
+    backend.close()
+    gc.collect()
+    assert graph() is None
 
 
 def test_name_says_what_runs(tiny_bundle):
@@ -452,6 +463,7 @@ def test_a_component_that_the_model_has_not_got_is_refused(backend, component):
 
 BARE_SESSION = """
 import sys
+import weakref
 from pathlib import Path
 
 class Refuse:
