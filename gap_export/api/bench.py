@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def bench(
 
     Raises:
         BundleError: a bundle is damaged.
-        UsageError: bundles of different weights, nothing to measure, or no such backend or stage.
+        UsageError: bundles of different weights, nothing to measure, no such backend or stage, or
+            a bar that is no number above 0 or has nothing to compare with.
 
     Example:
         >>> import gap_export
@@ -67,6 +69,9 @@ def bench(
     if unknown is not None:
         allowed = ", ".join((SPEEDUP, *STAGES))
         raise UsageError("--fail-under has no such choice", seen=unknown, allowed=allowed)
+    if not all(math.isfinite(bar) and bar > 0 for bar in bars.values()):
+        seen = ", ".join(f"{name}={bar:g}" for name, bar in bars.items())
+        raise UsageError("--fail-under: no such speed-up", seen=seen, allowed="above 0")
     if answer_tokens is not None and answer_tokens < 1:
         raise UsageError("an answer has tokens", seen=answer_tokens, allowed=">= 1")
     contenders = contenders_of(paths, backends)

@@ -56,10 +56,16 @@ class Contender:
 
     @property
     def dtype(self) -> str:
-        """Of its floats, and what else its decoder's weights are held in."""
-        quantization = self.manifest.graph(DECODER).quantization
-        held = f" ({quantization.dtype})" if quantization is not None else ""
-        return self.manifest.dtype + held
+        """Of its floats, and all else that its layers compute with, since that is no pruning."""
+        told: list[str] = []
+        decoder = self.manifest.graph(DECODER)
+        if decoder.quantization is not None:
+            told.append(decoder.quantization.dtype)
+            told += ["LM head too"] if decoder.quantization.lm_head else []
+            told += ["int8 activations"] if decoder.activations == "int8" else []
+        if any(graph.linear_layers == "int8" for graph in self.manifest.graphs):
+            told.append("int8 tower")
+        return self.manifest.dtype + (f" ({', '.join(told)})" if told else "")
 
     def arguments(self, num_threads: int | None) -> dict[str, Any]:
         """What :meth:`GroundingSession.open` takes for it, as JSON knows it."""

@@ -40,7 +40,7 @@ def measure(
         progress: Progress reporter.
 
     Raises:
-        UsageError: a bar on a speed-up where no pruned bundle has an unpruned one beside it.
+        UsageError: a bar on a speed-up where a pruned bundle has no unpruned one beside it.
         GapExportError: a bundle cannot be opened or run.
     """
     progress = progress or SilentProgress()
@@ -128,9 +128,11 @@ def in_turn(names: Sequence[str], number: int) -> list[str]:
 
 
 def _check_bars(contenders: Sequence[Contender], bars: Mapping[str, float]) -> None:
-    if bars and not any(unpruned_of(one, contenders) for one in contenders):
+    pruned = [one for one in contenders if not one.is_unpruned]
+    alone = [one for one in pruned if unpruned_of(one, contenders) is None]
+    if bars and (alone or not pruned):
         raise UsageError(
-            "--fail-under speedup needs a pruned bundle and an unpruned one of the same dtype",
-            seen=", ".join(one.label for one in contenders),
+            "--fail-under needs a pruned bundle, and beside each an unpruned one of the same dtype",
+            seen=", ".join(f"{one.label}: {one.dtype}" for one in alone or contenders),
             fix="export one with --keep 1 and name it with --unpruned",
         )

@@ -57,8 +57,7 @@ def plan_rounds(
     """Rounds of the user's images and expressions, in turn, or of RefShapes'.
 
     Raises:
-        UsageError: fewer than one round or expression; an image that is no file; images of the
-            user's own without expressions.
+        UsageError: fewer than one round or expression; an image that is no file.
     """
     if min(num_rounds, num_expressions) < 1:
         raise UsageError(

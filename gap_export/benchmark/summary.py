@@ -186,11 +186,16 @@ def _recommend(
 
 
 def _failures(rows: Sequence[BenchRow], bars: Mapping[str, float]) -> tuple[str, ...]:
-    """What is slower than it must be, in words."""
+    """What is slower than it must be, or has no figure to tell by, in words."""
     failed = []
     for name, bar in bars.items():
         for row in rows:
+            # Only what is pruned has an unpruned one beside it.
+            if row.ideal is None:
+                continue
             got = row.speedup.get(TOTAL if name == SPEEDUP else name)
-            if got is not None and got.median < bar:
+            if got is None:
+                failed.append(f"{row.name}: {name} was not measured, must be {bar:g}")
+            elif got.median < bar:
                 failed.append(f"{row.name}: {name} {got.median:.2f}, must be {bar:g}")
     return tuple(failed)

@@ -121,8 +121,15 @@ HtmlOption = Annotated[
 ]
 
 
-def parse_bars(values: Sequence[str]) -> dict[str, float]:
+def parse_bars(
+    values: Sequence[str], *, form: str = "LEVEL=SHARE", example: str = "token=0.98"
+) -> dict[str, float]:
     """``["token=0.98"]`` as shares by level; which level may have one is no matter of syntax.
+
+    Args:
+        values: As given.
+        form: What the command calls the two.
+        example: For who gave something else.
 
     Raises:
         UsageError: not of that form, no number, or a level is named twice.
@@ -134,9 +141,11 @@ def parse_bars(values: Sequence[str]) -> dict[str, float]:
             share = float(number)
         except ValueError as err:
             raise UsageError(
-                "--fail-under takes LEVEL=SHARE", seen=value, allowed="for example token=0.98"
+                f"--fail-under takes {form}", seen=value, allowed=f"for example {example}"
             ) from err
         if level in bars:
-            raise UsageError("--fail-under names a level twice", seen=level)
+            raise UsageError(
+                f"--fail-under names a {form.partition('=')[0].lower()} twice", seen=level
+            )
         bars[level] = share
     return bars

@@ -148,7 +148,7 @@ def bench(
         images=image or (),
         expressions=expression or (),
         num_threads=threads,
-        fail_under=parse_bars(fail_under or []),
+        fail_under=parse_bars(fail_under or [], form="STAGE=TIMES", example="speedup=2.0"),
         progress=terminal.progress(),
     )
     write_reports(report, json=report_json, markdown=markdown, html=html, rule=rule)

@@ -17,7 +17,7 @@ from gap_export.benchmark.contenders import (
 )
 from gap_export.bundle import Bundle, open_bundle
 from gap_export.errors import BundleError, UsageError
-from gap_export.spec.manifest import SourceFile, SourcePart, SourceSpec
+from gap_export.spec.manifest import QuantizationSpec, SourceFile, SourcePart, SourceSpec
 
 
 def bundle_of(manifest, name="one"):
@@ -79,6 +79,21 @@ def test_what_a_pruned_one_is_compared_with_has_its_backend_and_dtype(sample_man
     assert unpruned_of(pruned, [half, elsewhere, unpruned]) is unpruned
     assert unpruned_of(pruned, [half, elsewhere]) is None
     assert unpruned_of(unpruned, [unpruned]) is None
+
+
+def test_an_int8_tower_and_activations_are_no_speed_up_of_pruning(sample_manifest):
+    tower = replace(sample_manifest.graphs[0], component="vision_encoder")
+    held = QuantizationSpec(dtype="int4", block_size=32, method="rtn", lm_head=True)
+    decoder = replace(tower, component="decoder_model_merged", quantization=held)
+    manifest = replace(sample_manifest, graphs=(tower, decoder))
+    eight = replace(manifest, graphs=(replace(tower, linear_layers="int8"), decoder))
+    rounded = replace(manifest, graphs=(tower, replace(decoder, activations="int8")))
+    said = [contender(one).dtype for one in (manifest, eight, rounded)]
+    assert said == [
+        "float32 (int4, LM head too)",
+        "float32 (int4, LM head too, int8 tower)",
+        "float32 (int4, LM head too, int8 activations)",
+    ]
 
 
 def test_names_are_as_long_as_tells_them_apart():

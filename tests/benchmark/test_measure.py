@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 import gap_export
-from gap_export.benchmark.measure import in_turn
+from gap_export.benchmark.contenders import contenders_of
+from gap_export.benchmark.measure import in_turn, measure
 from gap_export.benchmark.process import WorkerProcess
 from gap_export.benchmark.questions import plan_rounds
+from gap_export.benchmark.summary import BenchSettings
 from gap_export.errors import GapExportError, UsageError
 
 
@@ -22,7 +25,7 @@ def report(demo_bundle, demo_whole_bundle):
         rounds=2,
         expressions_per_image=2,
         answer_tokens=3,
-        fail_under={"speedup": 1e9},
+        fail_under={"speedup": 1e9, "text_encoder": 1.0},
         num_threads=1,
     )
 
@@ -46,8 +49,10 @@ def test_every_stage_of_every_bundle_is_measured(report):
 
 
 def test_a_bar_that_is_not_reached_is_said(report):
-    assert len(report.failures) == 1
-    assert "speedup" in report.failures[0] and "must be 1e+09" in report.failures[0]
+    slow, not_run = report.failures
+    assert "speedup" in slow and "must be 1e+09" in slow
+    # No pruner that reads the text: a bar on it must not pass for want of a figure.
+    assert not_run.endswith("text_encoder was not measured, must be 1")
 
 
 def test_the_report_is_json(report):
@@ -78,10 +83,22 @@ def test_each_is_first_in_its_turn():
 
 
 def test_bars_need_something_to_compare_with(demo_bundle):
-    with pytest.raises(UsageError, match="needs a pruned bundle and an unpruned one"):
+    with pytest.raises(UsageError, match="beside each an unpruned one of the same dtype"):
         gap_export.bench(demo_bundle, fail_under={"speedup": 2.0})
     with pytest.raises(UsageError, match="no such choice: speed"):
         gap_export.bench(demo_bundle, fail_under={"speed": 2.0})
+    for bar in (float("nan"), 0.0):
+        with pytest.raises(UsageError, match="no such speed-up"):
+            gap_export.bench(demo_bundle, fail_under={"speedup": bar})
+
+
+def test_a_bar_is_on_every_pruned_bundle(demo_whole_bundle, demo_bundle):
+    pruned, whole = contenders_of([demo_bundle, demo_whole_bundle], ["ort"])
+    half = replace(pruned.manifest, dtype="float16")
+    other = replace(pruned, name="half", bundle=replace(pruned.bundle, manifest=half))
+    settings = BenchSettings(bars={"speedup": 2.0})
+    with pytest.raises(UsageError, match="float16"):
+        measure([pruned, other, whole], [], settings)
 
 
 def test_an_unpruned_bundle_drops_nothing(demo_bundle, demo_whole_bundle):
