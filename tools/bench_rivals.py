@@ -141,12 +141,12 @@ def measure(rival: RivalSpec, rounds: int, work: Path) -> dict[str, Any]:
         for number in range(-1, rounds):
             names = list(turns) if number % 2 else list(turns)[::-1]
             for name in names:
-                # This process only waits, so all that runs beside the one asked is told by it.
-                with watched() as load:
+                asked = worker if name == "rival" else ours[name]
+                with watched(asked.pid) as load:
                     if name == "rival":
                         stages = worker.do("stages", number=number + 1)
                     else:
-                        stages = stages_of(ours[name], name, number)
+                        stages = stages_of(asked, name, number)
                 if number >= 0:
                     turns[name].append(stages)
                     others.append(load.others)

@@ -31,7 +31,7 @@ class Load:
 
     Attributes:
         wall_s: How long it took.
-        cpu_s: Processor time of this process, all threads.
+        cpu_s: Processor time of the process, all threads.
         others: Share of the processors' time that others took.
     """
 
@@ -41,17 +41,20 @@ class Load:
 
 
 @contextmanager
-def watched() -> Iterator[Load]:
+def watched(pid: int | None = None) -> Iterator[Load]:
     """Time what is done within, and see who else ran meanwhile.
+
+    Args:
+        pid: The process that does it; None for this one.
 
     The kernel counts others' time in ticks of usually 10 ms; what a tick on each processor could be
     is not held against anyone.
     """
     load, cpus = Load(), sorted(os.sched_getaffinity(0))
-    busy, own, start = busy_seconds(_STAT.read_text(), cpus), _own_seconds(), time.perf_counter()
+    busy, own, start = busy_seconds(_STAT.read_text(), cpus), _own_seconds(pid), time.perf_counter()
     yield load
     load.wall_s = time.perf_counter() - start
-    load.cpu_s = _own_seconds() - own
+    load.cpu_s = _own_seconds(pid) - own
     taken = busy_seconds(_STAT.read_text(), cpus) - busy - load.cpu_s
     slack = len(cpus) / os.sysconf("SC_CLK_TCK")
     load.others = max(0.0, taken - slack) / (load.wall_s * len(cpus))
@@ -119,7 +122,11 @@ def _best(work: Callable[[], object]) -> float:
     return min(seconds[1:])
 
 
-def _own_seconds() -> float:
+def _own_seconds(pid: int | None) -> float:
+    if pid is not None:
+        # Fields 14 and 15 of proc(5), behind the name, which may hold anything.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 

@@ -60,6 +60,11 @@ class WorkerProcess:
         self._process.communicate()
         self._said.close()
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def do(self, order: str, **arguments: Any) -> Any:
         """Have one order done.
 

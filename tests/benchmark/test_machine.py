@@ -34,13 +34,21 @@ def test_own_work_is_no_other_process():
     assert 0.0 <= load.others <= 1.05
 
 
+def test_work_of_a_process_that_is_named_is_no_others():
+    with machine.watched(os.getpid()) as load:
+        end = time.process_time() + 0.1
+        while time.process_time() < end:
+            pass
+    assert load.cpu_s >= 0.08, "counted in ticks"
+
+
 def test_others_are_what_is_busy_and_not_own(monkeypatch):
     stats = iter([STAT, STAT.replace("cpu1 200", "cpu1 260")])
     monkeypatch.setattr(machine, "_STAT", SimpleNamespace(read_text=lambda: next(stats)))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     clock = iter([0.0, 1.0])
     monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(machine, "_own_seconds", lambda: 0.0)
+    monkeypatch.setattr(machine, "_own_seconds", lambda pid: 0.0)
     with machine.watched() as load:
         pass
     per_second = os.sysconf("SC_CLK_TCK")
