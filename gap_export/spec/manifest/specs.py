@@ -430,5 +430,8 @@ def check_form(manifest: Manifest, form: str | None) -> None:
             "the bundle's graphs have no such form",
             seen=form,
             allowed=", ".join(known),
-            fix="export it again with this version of gap-export" if form == "ort" else None,
+            fix=None
+            if form != "ort"
+            else "use base, or export it again with this version of "
+            "gap-export, in float32, float16 or INT4, without --bake-positions",
         )
