@@ -430,8 +430,8 @@ def check_form(manifest: Manifest, form: str | None) -> None:
             "the bundle's graphs have no such form",
             seen=form,
             allowed=", ".join(known),
-            fix=None
-            if form != "ort"
-            else "use base, or export it again with this version of "
-            "gap-export, in float32, float16 or INT4, without --bake-positions",
+            fix="export it again with this version of gap-export, in float32, float16 or INT4, "
+            "without --bake-positions"
+            if form == "ort"
+            else None,
         )
