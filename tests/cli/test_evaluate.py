@@ -17,7 +17,7 @@ from gap_export.evaluation.questions import Unusable
 from gap_export.evaluation.results import DataSummary, EvaluationReport, SettingRow
 from gap_export.exporting import ExportOptions
 from gap_export.outputs import NO_RULE
-from gap_export.spec.requests import PruningRequest
+from gap_export.spec.requests import BackendOptions, PruningRequest
 from gap_export.stop_signals import Stopped
 
 
@@ -151,7 +151,7 @@ def test_every_flag_of_a_bundle_reaches_the_evaluation(run_cli, calls, bundle, t
         "num_samples": 20,
         "asking": Asking(),
         "backend": "tensorrt",
-        "engines": "rtx-sm89",
+        "options": BackendOptions(engines="rtx-sm89"),
     }
     ((asked, given),) = calls
     rule = given["asking"].rule
