@@ -26,8 +26,10 @@ def test_versions_and_providers_are_those_that_import(run_cli):
     assert outcome.plain["execution_providers"] == onnxruntime.get_available_providers()
     assert set(packages) == {
         "base",
+        "bench",
         "export",
         "gpu",
+        "openvino",
         "optimum",
         "patch",
         "ray",

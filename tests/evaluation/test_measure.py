@@ -178,10 +178,10 @@ def test_one_bundle_is_open_at_a_time_and_each_once(tiny_bundle, tiny_whole_bund
     events = []
 
     class Spy(onnxruntime_backend.OnnxRuntimeBackend):
-        def __init__(self, bundle, *args):
+        def __init__(self, bundle, *args, **options):
             self._bundle_name = bundle.path.name
             events.append(f"open {bundle.path.name}")
-            super().__init__(bundle, *args)
+            super().__init__(bundle, *args, **options)
 
         def close(self):
             events.append(f"close {self._bundle_name}")

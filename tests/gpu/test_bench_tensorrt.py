@@ -30,5 +30,5 @@ def test_what_is_refused_is_written_down_beside_what_ran(tiny_bundle: Path, tmp_
     assert rows["onnxruntime_cpu"]["latency"]["decode_ms"] > 0
     assert rows["onnxruntime_cpu"]["num_prompt_tokens"] == 10
     table = (tmp_path / "out" / "bench_tensorrt.md").read_text()
-    assert "CPUExecutionProvider) | 0.3 | 10 |" in table
+    assert "CPUExecutionProvider, form ort) | 0.3 | 10 |" in table
     assert f"- tensorrt, {tiny_bundle.name}: " in table

@@ -178,7 +178,8 @@ def run_ground(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
 
     def run(bundle: Path) -> tuple[int, str]:
         Image.fromarray(IMAGE).save(tmp_path / "scene.png")
-        code = main(["ground", str(bundle), str(tmp_path / "scene.png"), "the star"])
+        scene = str(tmp_path / "scene.png")
+        code = main(["ground", str(bundle), scene, "the star", "--form", "base"])
         return code, capsys.readouterr().err
 
     return run

@@ -210,5 +210,5 @@ def test_threads_share_a_view(make_session, sample_manifest, image):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(120)
     assert [found[number] for number in range(4)] == alone

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# The longest, which builds llama.cpp, takes half an hour on two busy cores.
+_PREPARING_SECONDS = 7200.0
 _HERE = Path(__file__).resolve().parent
 
 
@@ -143,6 +145,7 @@ def _run(
         stdout=log,  # type: ignore[call-overload]
         stderr=log,
         check=True,
+        timeout=_PREPARING_SECONDS,
     )
 
 

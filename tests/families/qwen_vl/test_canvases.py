@@ -106,7 +106,7 @@ def test_the_graph_is_told_the_canvas_and_has_one_set_of_weights(bundle):
     ]  # fmt: skip
     plain = json.loads((bundle / "gap.json").read_text())["image"]
     assert plain["grids"] == [list(grid) for grid in GRIDS]
-    assert len(list(bundle.glob("*.onnx"))) == 3
+    assert len(list(bundle.glob("*.onnx"))) == 4
 
 
 @pytest.mark.parametrize(("size", "number"), SIZES[:4])

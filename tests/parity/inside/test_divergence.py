@@ -235,7 +235,7 @@ def test_bisection_finds_the_first_of_many_chunks(question, tiny_bundle, tmp_pat
     monkeypatch.setattr(graph_search, "run_taps", counting)
     bundle = mutants.weight_transposed(tiny_bundle, tmp_path / "mutant")
     found = question.find(bundle, "decoder_model_merged")
-    assert (found.tensor, found.last_agreeing) == ("linear_7", "mul_363")
+    assert (found.tensor, found.last_agreeing) == ("linear_7", "mul_367")
     # One at a time, and no more of them than it takes to halve some thirty.
     assert set(looked) == {1}
     assert len(looked) <= 6

@@ -176,13 +176,13 @@ def test_a_bundle_s_graph_gives_what_it_gives_unchanged(tiny_bundle, linked):
     feed, past = decoder_feed(6)
     graph = OnnxFile.read(linked / "decoder_model_merged.onnx")
     before = sorted((path.name, path.stat().st_mtime_ns) for path in linked.iterdir())
-    seen = run_taps(graph, ["logits", "original_position_ids", "mul_81"], feed | past)
+    seen = run_taps(graph, ["logits", "original_position_ids", "mul_85"], feed | past)
     with OnnxRuntimeBackend(open_bundle(tiny_bundle), ["CPUExecutionProvider"]) as backend:
         expected = backend.decode(feed, backend.new_cache(1, 6))
     np.testing.assert_allclose(seen["logits"][:, -1], expected, rtol=1e-5, atol=1e-5)
     # The local function is there, and so is a value that optimizations would have fused.
     np.testing.assert_array_equal(seen["original_position_ids"], feed["kept_positions"])
-    assert seen["mul_81"].shape == (6, 32)
+    assert seen["mul_85"].shape == (6, 32)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in linked.iterdir()) == before
 
 

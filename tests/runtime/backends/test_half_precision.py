@@ -52,7 +52,8 @@ def test_floats_are_fed_and_come_out_as_the_graphs_declare(bundle):
         }
         logits = backend.decode(feed, cache)
         assert (logits.dtype, logits.shape) == (np.float16, (1, bundle.manifest.decoder.vocab_size))
-        assert {buffer.dtype for buffer in cache.buffers.values()} == {np.dtype("float16")}
+        kinds = {value.data_type() for value in cache.values.values()}
+        assert kinds == {"tensor(float16)"}
         # A caller with float32 embeddings, as bfloat16 ones are here, is served as well.
         feed["inputs_embeds"] = embeds.astype(np.float32)
         assert (backend.decode(feed, backend.new_cache(1, 3)) == logits).all()

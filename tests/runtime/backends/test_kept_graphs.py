@@ -161,7 +161,7 @@ def test_two_at_a_time_do_not_disturb_each_other(bundle, monkeypatch):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(120)
     assert len(found) == len(threads)
     assert all((each == plain).all() for each in found)
     assert not [path for path in kept(bundle).root.iterdir() if path.name.startswith(".")]

@@ -84,7 +84,7 @@ def setup(request: pytest.FixtureRequest, make_setup: MakeSetup) -> Setup:
 
 @pytest.fixture
 def expected(tiny_bundle: Path) -> Iterator[OnnxRuntimeBackend]:
-    with OnnxRuntimeBackend(open_bundle(tiny_bundle), num_threads=1) as backend:
+    with OnnxRuntimeBackend(open_bundle(tiny_bundle), num_threads=1, form="base") as backend:
         yield backend
 
 
