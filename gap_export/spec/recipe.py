@@ -43,6 +43,8 @@ from gap_export.spec.strict_yaml import read_yaml
 RECIPE_NAME = "recipe.yaml"
 
 _MAX_SHOWN = 300
+# Shorter, since all names that there are stand beside it.
+_MAX_NAME_SHOWN = 150
 _MAX_TOKEN_ID = 1 << 24
 _MAX_WIDTH = 1 << 20
 _MAX_SIZES = {
@@ -410,10 +412,10 @@ def find_recipe(name: str) -> tuple[Recipe, Path]:
             known[key] = (recipe, folder)
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name[:_MAX_SHOWN], known, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name[:_MAX_NAME_SHOWN], known, n=3, cutoff=0.4)
     raise UnknownModelError(
         "no model of that name",
-        seen=name[:_MAX_SHOWN],
+        seen=name[:_MAX_NAME_SHOWN],
         allowed=", ".join(sorted(known)) + ", the hub id of one, or a checkpoint folder",
         fix=f"did you mean {' or '.join(near)}?" if near else "see: gap-export models",
     )
