@@ -98,7 +98,7 @@ class FuseRotary(PatternPass):
             raise PassError(f"{where}: its frequencies are not a row of float32", seen=frequencies)
         if cos.dtype not in HALF or sin.dtype != cos.dtype:
             raise PassError(f"{where}: not cast to 16-bit floats", seen=f"{cos.dtype}, {sin.dtype}")
-        _check_halves(values, len(frequencies), where)
+        check_halves(values, len(frequencies), where)
         assert isinstance(last.graph, ir.Graph)
         if has_axes:
             _check_choice(values, len(frequencies), where)
@@ -156,7 +156,7 @@ def _tables(graph: ir.Graph, turns: NDArray[np.float32], dtype: ir.DataType) -> 
     ]
 
 
-def _check_halves(values: Mapping[str, Any], half: int, where: str) -> None:
+def check_halves(values: Mapping[str, Any], half: int, where: str) -> None:
     """See that the first half of x turns with the second, and that they are all of it."""
     x = values["x"]
     axes = [values[name].producer().attributes["axis"].as_int() for name in ("angles", "turned")]

@@ -11,6 +11,7 @@ import onnx_ir.passes.common as common_passes
 from onnxscript.rewriter.pattern import OrValue
 
 from gap_export.errors import PassError
+from gap_export.graph.passes.fuse_rotary import check_halves
 from gap_export.graph.passes.matching import (
     CONTRIB,
     add_initializer,
@@ -82,7 +83,7 @@ class RotateByRows(PatternPass):
                 seen=f"heads {x.shape}, angles {half.shape}",
                 allowed="[B, heads, S, d] and [B, 1, S, d / 2]",
             )
-        _check_halves(values, width, where)
+        check_halves(values, width, where)
         inputs = [x, *self._rows_of_tokens(last, values)]
         made = [like(last.outputs[0])]
         return contrib(ROTARY, inputs, {"interleaved": 0}, made, last.name)
@@ -139,25 +140,6 @@ class RotateByRows(PatternPass):
         graph.insert_before(last, nodes)
         self._rows[half] = found
         return found
-
-
-def _check_halves(values: Mapping[str, Any], half: int, where: str) -> None:
-    """See that the first half of x turns with the second, and that they are all of it."""
-    x = values["x"]
-    axes = [values[name].producer().attributes["axis"].as_int() for name in ("angles", "turned")]
-    halves = []
-    for name in ("low", "high"):
-        start, end, axis = read_slice(values[name].producer()) or (None, 0, 0)
-        axes.append(axis)
-        # torch writes "to the end" as the largest integer.
-        halves.append((start, min(end, 2 * half)))
-    wanted = [(0, half), (half, 2 * half)]
-    if static_dim(x, 3) != 2 * half or halves != wanted or not set(axes) <= set(_LAST):
-        raise PassError(
-            f"{where}: it turns other halves",
-            seen=f"{halves} of width {static_dim(x, 3)}, on axes {axes}",
-            allowed=f"{wanted} of width {2 * half}, on the last axis",
-        )
 
 
 def _join_rest(graph: ir.Graph, join: ir.Node) -> bool:
