@@ -40,10 +40,12 @@ def page_of(found: Sequence[Found], missing: Mapping[str, str], alone: Found) ->
         *(_ratio_row(one, backend) for one in found for backend in _BACKENDS),
     ]
     lines += ["", "| bar | asked for | reached |", "|---|---|---|", *_bars(found, alone)]
-    others = median(share for one in found for share in one["others"])
+    shares = [(share, one["rival"]) for one in found for share in one["others"]]
+    others, (most, beside) = median(share for share, _ in shares), max(shares)
     lines += [
         "",
-        f"Other processes took {100 * others:.0f} % of the processors meanwhile (median)."
+        f"Other processes took {100 * others:.0f} % of the processors meanwhile (median), and "
+        f"{100 * most:.0f} % at most, beside {beside}."
         + (" The machine was busy: only ratios mean something." if others > 0.1 else ""),
         *(f"Not measured: {name}: {why}." for name, why in missing.items()),
     ]
