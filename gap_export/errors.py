@@ -9,6 +9,8 @@
     |   |-- OutputError                    the output folder is taken, or cannot be written
     |   |-- BundleError                    a bundle that is damaged, unsafe or too new
     |   |-- ImageError                     an image that cannot be used
+    |   |   |-- ImageFormatError             no image, or of a format that is not read
+    |   |   `-- ImageSizeError               beyond the limits of pixels, bytes or time
     |   |-- ExpressionError                a referring expression that cannot be used
     |   `-- MissingDependencyError         an extra is not installed
     |-- ExportError                     1  tracing or a graph pass failed
@@ -109,6 +111,14 @@ class BundleError(UsageError):
 
 class ImageError(UsageError):
     """An image that cannot be used."""
+
+
+class ImageFormatError(ImageError):
+    """Data that is no image, or of a format that is not read."""
+
+
+class ImageSizeError(ImageError):
+    """An image beyond the limits of pixels, bytes or time to decode it."""
 
 
 class ExpressionError(UsageError):

@@ -25,6 +25,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "ray": ("ray", "grpc"),
     "refcoco": ("pyarrow",),
     "openvino": ("openvino",),
+    "serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart"),
     "bench": ("pynvml",),
     # Not "optimum": a folder of that name comes with gap-export itself, see its register stub.
     "optimum": ("optimum.commands.optimum_cli",),

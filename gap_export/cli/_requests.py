@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -32,7 +32,7 @@ def takes_requests(command: Callable[..., None]) -> Callable[..., None]:
     for parameter in inspect.signature(command).parameters.values():
         hint = hints[parameter.name]
         request, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        if not (isinstance(request, type) and request.__module__ == options_of.__module__):
+        if not (isinstance(request, type) and is_dataclass(request)):
             parameters.append(parameter.replace(annotation=hint))
             continue
         names = next((mark.names for mark in marks if isinstance(mark, Only)), None)

@@ -89,8 +89,15 @@ class Answering:
         return [self._prompts.encode(expression) for expression in expressions]
 
     def _prepare(
-        self, image: ImageInput, frame: ImageFrame, color: ColorOrder, *, allow_damaged: bool
+        self,
+        image: ImageInput | PreparedImage,
+        frame: ImageFrame,
+        color: ColorOrder,
+        *,
+        allow_damaged: bool,
     ) -> PreparedImage:
+        if isinstance(image, PreparedImage):
+            return image
         pad_color = self.manifest.image.pad_color
         loaded = read_image(
             image, pad_color=pad_color, frame=frame, allow_damaged=allow_damaged, color=color

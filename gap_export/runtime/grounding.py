@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 from gap_export.runtime.images.geometry import Box, Frame
 from gap_export.spec.manifest import ADDED_LATER
 from gap_export.spec.tiles import TileTokens
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 View = Literal["image", "base", "tiles"]
 
@@ -58,6 +61,15 @@ class TokenGrid:
             "stood_out": self.stood_out,
             "tiles": [asdict(tile) for tile in self.tiles],
         }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_plain`; what JSON does not hold is None."""
+        values = {one.name: _frozen(plain.get(one.name)) for one in fields(cls)}
+        left, top, width, height = plain["frame"]
+        values["frame"] = Frame(left=left, top=top, width=width, height=height)
+        values["tiles"] = tuple(TileTokens(**tile) for tile in plain["tiles"])
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,3 +124,14 @@ class Grounding:
             "backend": self.backend,
             "warnings": list(self.warnings),
         }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_plain`; what JSON does not hold is None."""
+        values = {one.name: _frozen(plain.get(one.name)) for one in fields(cls)}
+        values["tokens"] = tuple(TokenGrid.from_plain(grid) for grid in plain["tokens"])
+        return cls(**values)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

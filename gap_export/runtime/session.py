@@ -22,7 +22,7 @@ from gap_export.runtime.answering import Answering, EditRow
 from gap_export.runtime.backends.backend import Backend
 from gap_export.runtime.clock import StageClock
 from gap_export.runtime.grounding import Grounding
-from gap_export.runtime.image_view import ImageView
+from gap_export.runtime.image_view import ImageView, PreparedImage
 from gap_export.runtime.images.image import ColorOrder, ImageFrame, ImageInput
 from gap_export.spec.manifest import FormName, Manifest
 from gap_export.spec.positions import PositionRule
@@ -212,7 +212,7 @@ class GroundingSession(Answering):
 
     def ground(
         self,
-        image: ImageInput,
+        image: ImageInput | PreparedImage,
         expression: str,
         *,
         frame: ImageFrame = "upright",
@@ -222,7 +222,9 @@ class GroundingSession(Answering):
         """Find one object.
 
         Args:
-            image: A file, a Pillow image, or a uint8 array [H, W, 3] in the order ``color``.
+            image: A file, a Pillow image, or a uint8 array [H, W, 3] in the order ``color``; or
+                what ``PreparedImage.of`` made of one for this model, which the other options do
+                not change any more.
             expression: What to look for.
             frame: ``upright``: the image is turned as EXIF says, and the box is of what is
                 displayed; ``raw``: both are of the image as stored.
@@ -242,7 +244,7 @@ class GroundingSession(Answering):
 
     def ground_batch(
         self,
-        image: ImageInput,
+        image: ImageInput | PreparedImage,
         expressions: Sequence[str],
         *,
         frame: ImageFrame = "upright",
@@ -276,7 +278,7 @@ class GroundingSession(Answering):
 
     def look(
         self,
-        image: ImageInput,
+        image: ImageInput | PreparedImage,
         *,
         frame: ImageFrame = "upright",
         allow_damaged: bool = False,

@@ -26,7 +26,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from gap_export.errors import ImageError
+from gap_export.errors import ImageError, ImageFormatError, ImageSizeError
 from gap_export.runtime.images.damage import gif_damage, jpeg_damage, png_damage, tiff_damage
 from gap_export.runtime.images.jpeg import JpegFile, read_jpeg
 from gap_export.runtime.images.tiff import ORIENTATION, SIGNATURES, Directory, read_directory
@@ -140,7 +140,7 @@ def open_encoded(encoded: EncodedImage) -> OpenedImage:
     kinds = (kind for kind, signatures in _SIGNATURES.items() if data.startswith(signatures))
     kind = "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else next(kinds, None)
     if kind is None:
-        raise ImageError("not an image that can be read", seen=name, allowed=ALLOWED)
+        raise ImageFormatError("not an image that can be read", seen=name, allowed=ALLOWED)
     jpeg = read_jpeg(data) if kind == "JPEG" else None
     try:
         directory = read_directory(data) if kind == "TIFF" else None
@@ -190,7 +190,7 @@ def check_size(
         # Where one scan is not all of the image, they are all held until the last one.
         each += _BYTES_OF_COEFFICIENTS * (jpeg.is_progressive or jpeg.num_scans > 1)
         if jpeg.num_scans > MAX_SCANS or jpeg.num_scans * pixels > MAX_SCANNED_PIXELS:
-            raise ImageError(
+            raise ImageSizeError(
                 "the JPEG image has too many scans",
                 seen=f"{name}: {jpeg.num_scans} of {width}x{height} pixels",
                 allowed=f"at most {MAX_SCANS}, and {MAX_SCANNED_PIXELS // pixels} at this size",
@@ -204,9 +204,9 @@ def check_size(
         )
 
 
-def too_large(seen: str) -> ImageError:
+def too_large(seen: str) -> ImageSizeError:
     """The error of an image beyond the limits."""
-    return ImageError(
+    return ImageSizeError(
         "the image is too large", seen=seen, allowed=ALLOWED, fix="make it smaller first"
     )
 
