@@ -200,6 +200,8 @@ def test_only_the_leading_channels_of_a_head_turn():
     assert torch.equal(turned[..., :4], lone)
 
 
+# By default tests/families/qwen_vl exports one, of a whole model.
+@pytest.mark.full
 def test_a_decoder_with_axes_norms_and_taps_is_exported(tmp_path):
     """All that Qwen3-VL has and Llama has not, through tracer, GapRemap and ONNX Runtime."""
     sizes = {"rope_sections": (4, 2, 2), "rope_interleaved": True, "qk_norm": True, "num_taps": 2}

@@ -33,6 +33,8 @@ from tests.evaluation.workers.fake_runners import (
 OPTIONS = RunnerOptions(backend="onnxruntime", num_threads=1, prompt=None, seed=0)
 
 
+# By default a worker is killed, which is lost in the same way.
+@pytest.mark.full
 def test_a_node_is_lost_half_way_and_no_answer_with_it(
     cluster, second_node, demo_bundle, tmp_path, caplog
 ):

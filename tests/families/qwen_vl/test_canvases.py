@@ -147,7 +147,9 @@ def _feeds(session: GroundingSession) -> dict[str, Any]:
     return fed
 
 
-@pytest.mark.parametrize("pruner", ["spatial", "fastervlm-received"])
+@pytest.mark.parametrize(
+    "pruner", ["spatial", pytest.param("fastervlm-received", marks=pytest.mark.full)]
+)
 def test_places_are_counted_in_the_grid_of_the_image_s_canvas(tiny_of, tmp_path, pruner):
     """An even lattice is one of each canvas, and so is the middle of what is dropped."""
     folder, out = tiny_of("qwen3_vl").folder, tmp_path / "bundle"
