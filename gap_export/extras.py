@@ -27,6 +27,8 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "openvino": ("openvino",),
     "serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart"),
     "bench": ("pynvml",),
+    "stream": ("av",),
+    "ros": ("rosbags",),
     # Not "optimum": a folder of that name comes with gap-export itself, see its register stub.
     "optimum": ("optimum.commands.optimum_cli",),
 }

@@ -13,7 +13,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +39,8 @@ _FORMS = (
         rb"\A# gap-export (check|eval|bench)\b.*%b\Z" % re.escape(MARKDOWN_END.encode()), re.DOTALL
     ),
     re.compile(
-        rb"\A(\x89PNG|\xff\xd8\xff|RIFF....WEBP).*%b" % DRAWING_SOFTWARE.encode(), re.DOTALL
+        rb"\A(\x89PNG|\xff\xd8\xff|RIFF....WEBP|....ftyp).*%b" % DRAWING_SOFTWARE.encode(),
+        re.DOTALL,
     ),
 )
 
@@ -106,13 +107,23 @@ class OutputRule:
         Raises:
             OutputError: the rule forbids it, or it cannot be written; what was there still is.
         """
+        with self.replacing(what, path) as part:
+            part.write_bytes(content)
+
+    @contextmanager
+    def replacing(self, what: str, path: Path) -> Iterator[Path]:
+        """A new file beside ``path`` to be written, which takes its place when the context ends.
+
+        Raises:
+            OutputError: the rule forbids it, or it cannot be written; what was there still is.
+        """
         self.check({what: path})
         # Not named after the file, whose name may be as long as names can be.
         target = in_real_folder(path)
         part = target.with_name(f".gap-export-{secrets.token_hex(8)}.part")
         try:
-            with part.open("xb") as stream:
-                stream.write(content)
+            part.touch(exist_ok=False)
+            yield part
             part.replace(target)
         except OSError as err:
             raise OutputError(

@@ -54,9 +54,11 @@ class Terminal:
 
     def json(self, plain: Any) -> None:
         """Print the result of a command as JSON; NaN and infinity are not JSON and refused."""
-        # The one control that JSON lets pass in ASCII, and commands of job runners.
-        text = format_json(plain).replace("\x7f", "\\u007f")
-        print(_COMMAND.sub(r"\\u0023", text))
+        print(_harmless(format_json(plain)))
+
+    def json_line(self, plain: Any) -> None:
+        """Print one of several results as a line of JSON, at once."""
+        print(_harmless(json.dumps(plain, allow_nan=False)), flush=True)
 
     def begin(self, text: str) -> None:
         """Say what is being done, before the imports that take seconds; the first sign of life."""
@@ -115,6 +117,11 @@ def _print_error(text: str) -> None:
     # Closed, it is None, which print would take for stdout, among the results.
     if sys.stderr is not None:
         print(visible(text, lines=True), file=sys.stderr)
+
+
+def _harmless(text: str) -> str:
+    """JSON without the one control that it lets pass in ASCII, and commands of job runners."""
+    return _COMMAND.sub(r"\\u0023", text.replace("\x7f", "\\u007f"))
 
 
 def format_json(plain: Any, indent: str = "") -> str:

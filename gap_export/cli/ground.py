@@ -1,12 +1,13 @@
-"""``gap-export ground BUNDLE IMAGE EXPRESSION``: the box, as JSON."""
+"""``gap-export ground BUNDLE SOURCE EXPRESSION...``: the box, as JSON."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from gap_export.cli._frames import FrameOptions, SavedOutput, check_save, ground_frames
 from gap_export.cli._options import (
     BACKENDS,
     BackendOption,
@@ -20,24 +21,63 @@ from gap_export.cli._options import (
 )
 from gap_export.cli._outputs import ForceOption, output_rule
 from gap_export.cli._requests import takes_requests
-from gap_export.errors import UsageError
+from gap_export.cli._terminal import Terminal
 from gap_export.spec.requests import OpenVinoOptions
 from gap_export.visible import visible
+
+if TYPE_CHECKING:
+    from gap_export.runtime.session import GroundingSession
 
 
 @takes_requests
 def ground(
     ctx: typer.Context,
     bundle: BundleArgument,
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file.")],
-    expression: Annotated[
-        str, typer.Argument(metavar="EXPRESSION", help='What to find: "the small red circle".')
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="An image file; or many frames: a folder, a pattern, a video file, a camera's "
+            "number, or an address of rtsp://.",
+        ),
+    ],
+    expressions: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="EXPRESSION", help='What to find: "the small red circle". Repeatable.'
+        ),
     ],
     openvino: OpenVinoOptions,
     save: Annotated[
         Path | None,
         typer.Option(
-            "--save", metavar="FILE", help="Write the image with the box and the kept tokens."
+            "--save",
+            metavar="FILE",
+            help="Write the image with the box and the kept tokens; of many frames, an .mp4 with "
+            "the boxes.",
+        ),
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(
+            "--every", metavar="N", min=1, help="Of many frames: ask about the first of every N."
+        ),
+    ] = None,
+    newest: Annotated[
+        bool,
+        typer.Option(
+            "--newest",
+            help="Of a camera or a video: answer the newest frame, and drop those that came in the "
+            "meantime. A video file runs at its own speed. [default: answer every frame]",
+        ),
+    ] = False,
+    same_frame: Annotated[
+        float | None,
+        typer.Option(
+            "--same-frame",
+            metavar="SHARE",
+            help="Of many frames: skip one that is the same as the last one answered, by this "
+            "sameness or more, in (0, 1]: 1 less the largest difference of 32 x 32 mean colors.",
         ),
     ] = None,
     force: ForceOption = False,
@@ -74,17 +114,18 @@ def ground(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Find something in an image; prints JSON."""
+    """Find something in an image, or in many frames; prints JSON, of many a line a frame."""
     terminal = terminal_of(ctx)
     terminal.begin(f"opening {bundle}")
-    from gap_export.runtime.drawing import check_drawing_path, draw_grounding, save_drawing
     from gap_export.runtime.session import GroundingSession
+    from gap_export.streaming.sources import find_source
 
-    rule = output_rule(force=force, inputs={"IMAGE": [image]}, outside={"the bundle": bundle})
-    if save is not None:
-        check_drawing_path(save, rule)
-    elif force:
-        raise UsageError("--force cannot be used here: no file is to be written")
+    found = find_source(source)
+    files = [source] if found is None else found.files
+    rule = output_rule(force=force, inputs={"SOURCE": files}, outside={"the bundle": bundle})
+    options = FrameOptions(every=every, newest=newest, same_frame=same_frame)
+    options.check(found)
+    check_save(save, rule, found)
     with GroundingSession.open(
         bundle,
         backend=BACKENDS[backend],
@@ -96,15 +137,44 @@ def ground(
         verify=verify,
         grammar=grammar,
     ) as session:
-        pad_color = session.manifest.image.pad_color
-        grounding = session.ground(image, expression, allow_damaged=allow_damaged)
+        output = SavedOutput(save, rule)
+        if found is None and len(expressions) == 1:
+            _ground_image(
+                terminal, session, source, expressions[0], output, allow_damaged=allow_damaged
+            )
+        else:
+            ground_frames(
+                terminal,
+                session,
+                found or source,
+                expressions,
+                options,
+                output,
+                allow_damaged=allow_damaged,
+            )
+
+
+def _ground_image(
+    terminal: Terminal,
+    session: GroundingSession,
+    image: str,
+    expression: str,
+    output: SavedOutput,
+    *,
+    allow_damaged: bool,
+) -> None:
+    """One image, one expression: a document that people can read, and a drawing of all there is."""
+    from gap_export.runtime.drawing import draw_grounding, save_drawing
+
+    grounding = session.ground(image, expression, allow_damaged=allow_damaged)
     for text in grounding.warnings:
         terminal.warning(text)
     for grid in grounding.tokens:
         if grid.stood_out is not None:
             terminal.message(f"stood out {grid.stood_out}, kept {len(grid.kept)} visual tokens")
-    terminal.json({"image": str(image), **grounding.to_plain()})
-    if save is not None:
+    terminal.json({"image": image, **grounding.to_plain()})
+    if output.path is not None:
+        pad_color = session.manifest.image.pad_color
         drawing = draw_grounding(image, grounding, pad_color=pad_color, allow_damaged=allow_damaged)
-        save_drawing(drawing, save, rule=rule)
-        terminal.message(f"wrote {visible(str(save))}")
+        save_drawing(drawing, output.path, rule=output.rule)
+        terminal.message(f"wrote {visible(str(output.path))}")

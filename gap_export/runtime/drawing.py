@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -22,6 +23,8 @@ _MIN_SIDE, _MAX_SIDE = 512, 2048
 _BOX_COLOR = (255, 225, 0)
 _HALO_COLOR = (0, 0, 0)
 _OUTLINE_COLOR = (255, 255, 255)
+# Of several expressions; black words can be read on each.
+_BOX_COLORS = (_BOX_COLOR, (0, 230, 255), (255, 130, 200), (130, 255, 120), (255, 165, 60))
 _CAPTION_COLOR, _CAPTION_BACKGROUND = (235, 235, 235), (24, 24, 24)
 # Pixels that a caption needs for the scale of the heat map and both its ends.
 _LEAST_CAPTION = 400
@@ -86,6 +89,35 @@ def draw_grounding(
             # Without a caption it is for a white page.
             drawing = _put_aside(drawing, other, _CAPTION_BACKGROUND if caption else _WHITE)
     return _with_caption(drawing, _caption(grounding), scores) if caption else drawing
+
+
+def draw_boxes(image: Image.Image, groundings: Sequence[Grounding]) -> Image.Image:
+    """A copy of a frame with the boxes of several expressions, each with its words and score.
+
+    Args:
+        image: RGB, as displayed.
+        groundings: Answers about it; those without a box, and those not found, are left out.
+    """
+    drawing = image.copy()
+    pen = ImageDraw.Draw(drawing)
+    stroke = max(2, max(drawing.size) // 320)
+    font = ImageFont.load_default(size=max(10, max(drawing.size) // 45))
+    for number, grounding in enumerate(groundings):
+        if grounding.box is None:
+            continue
+        color = _BOX_COLORS[number % len(_BOX_COLORS)]
+        corners = _scaled(grounding.box, 1.0)
+        pen.rectangle(corners, outline=color, width=stroke)
+        words = grounding.expression.strip()[: drawing.width]
+        left, top, right, bottom = font.getbbox(words)
+        # Above the box where there is room, else within it.
+        above = corners[1] - (bottom - top) - 2 * stroke
+        place = (corners[0], above if above >= 0 else corners[1])
+        label = (*place, place[0] + right - left + 2 * stroke, place[1] + bottom - top + 2 * stroke)
+        pen.rectangle(label, fill=color)
+        origin = (place[0] + stroke - left, place[1] + stroke - top)
+        pen.text(origin, words, font=font, fill=_HALO_COLOR)
+    return drawing
 
 
 def save_drawing(drawing: Image.Image, path: str | Path, *, rule: OutputRule = NO_RULE) -> Path:

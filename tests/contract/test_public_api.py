@@ -115,8 +115,11 @@ def test_every_option_has_help_and_a_value_name():
 _FLAGS = {
     "check": {"backends": "backend", "levels": "level", "images": "image", "required": "require"},
     "build": {"targets": "target"},
-    "ground": {"execution_providers": "provider", "num_threads": "threads"},
-}
+    "ground": {
+        "execution_providers": "provider", "num_threads": "threads", "image": "source",
+        "expression": "expressions",
+    },
+}  # fmt: skip
 # How things are shown, and where: a caller of a function has its result.
 _SHOWN = {
     "json", "quiet", "verbose", "report-json", "junit", "markdown", "html", "save", "progress",
@@ -125,6 +128,8 @@ _SHOWN = {
 # Only a program has them: arrays in place of files, a session that stays open, a bundle's
 # unpruned baseline in other positions.
 _ARRAYS = {"frame", "color", "cuda-graphs", "positions", "expressions", "kept-bytes"}
+# A program's loop over frames; in Python it is the caller's.
+_FRAMES = {"every", "newest", "same-frame"}
 
 
 def _offered(*functions: Callable[..., Any]) -> set[str]:
@@ -159,7 +164,7 @@ def _offered(*functions: Callable[..., Any]) -> set[str]:
             {*(each.flag[2:] for each in options_of(gap_export.PruningRequest)), "prunings",
              "block-size", "quantizer", "quantize-lm-head"},
         ),
-        ("ground", ["GroundingSession.open", "GroundingSession.ground"], _ARRAYS),
+        ("ground", ["GroundingSession.open", "GroundingSession.ground"], _ARRAYS | _FRAMES),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
