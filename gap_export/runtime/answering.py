@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 
 from gap_export.errors import BundleError, ExpressionError, UsageError
-from gap_export.runtime.answers import read_answer
+from gap_export.runtime.answers import PlacedBox, box_tokens, read_answer
 from gap_export.runtime.backends.backend import Backend, FloatArray, KVCache
 from gap_export.runtime.box_grammar import BoxGrammar
 from gap_export.runtime.byte_store import ByteStore
@@ -25,7 +26,7 @@ from gap_export.runtime.generation import (
     embed_tokens,
     generate,
 )
-from gap_export.runtime.grounding import Grounding
+from gap_export.runtime.grounding import Grounding, ScoredBox
 from gap_export.runtime.image_view import PreparedImage
 from gap_export.runtime.images.image import ColorOrder, ImageFrame, ImageInput, read_image
 from gap_export.runtime.prompt import EncodedExpression, PromptEncoder
@@ -239,13 +240,20 @@ class Answering:
         timings, geometry = clock.read(), seen.geometry
         found = []
         for row, text in enumerate(texts):
-            box, problems = read_answer(text, answer.token_ids[row], self.manifest, geometry)
+            token_ids = answer.token_ids[row]
+            placed, problems = read_answer(text, token_ids, self.manifest, geometry)
+            boxes = tuple(
+                self._score(one, token_ids, answer.log_probabilities[row]) for one in placed
+            )
             found.append(
                 Grounding(
                     expression=encoded[row].expression,
-                    box=box,
+                    box=boxes[0].box if boxes else None,
+                    score=boxes[0].score if boxes else None,
+                    found=boxes[0].found if boxes else None,
+                    boxes=boxes,
                     text=text,
-                    token_ids=answer.token_ids[row],
+                    token_ids=token_ids,
                     keep_indices=tuple(visual[row].keep_indices.tolist()),
                     num_visual_tokens=visual[row].num_visual_tokens,
                     tokens=visual[row].grids,
@@ -257,3 +265,11 @@ class Answering:
                 )
             )
         return found
+
+    def _score(
+        self, placed: PlacedBox, token_ids: tuple[int, ...], log_probabilities: Sequence[float]
+    ) -> ScoredBox:
+        """A box with the probability of its tokens."""
+        tokens = box_tokens(token_ids, placed.span, self._prompts.decode)
+        score = math.exp(math.fsum(log_probabilities[tokens]))
+        return ScoredBox(box=placed.box, score=score, found=None)

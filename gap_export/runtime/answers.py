@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from gap_export.runtime.boxes import parse_answer, to_pixels
+from gap_export.runtime.boxes import parse_boxes, to_pixels
 from gap_export.runtime.images.geometry import Box, ImageGeometry
 from gap_export.spec.manifest import BoxSpec, Manifest
 
@@ -15,16 +17,43 @@ SCALE_TOLERANCE = 0.05
 _NO_FRACTIONS = 100.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlacedBox:
+    """A box of an answer.
+
+    Attributes:
+        box: (x1, y1, x2, y2) in pixels of the image.
+        span: Where in the text it is written; see ``ParsedBox``.
+    """
+
+    box: Box
+    span: tuple[int, int]
+
+
 def read_answer(
-    text: str, token_ids: Sequence[int], manifest: Manifest, geometry: ImageGeometry
-) -> tuple[Box | None, tuple[str, ...]]:
-    """An answer's box in pixels, and warnings; where there is no box, one of them says why."""
-    spec, warnings = manifest.box, []
-    box = None
-    parsed = parse_answer(text, spec)
-    if parsed is None:
+    text: str,
+    token_ids: Sequence[int],
+    manifest: Manifest,
+    geometry: ImageGeometry,
+    *,
+    max_boxes: int = 1,
+) -> tuple[list[PlacedBox], tuple[str, ...]]:
+    """An answer's boxes, and warnings; where one is not usable, one of them says why.
+
+    Args:
+        text: What the model answered.
+        token_ids: Its tokens, the one that ended it included.
+        manifest: Of the model.
+        geometry: Of the image that was asked about.
+        max_boxes: How many boxes are read at most.
+    """
+    spec = manifest.box
+    boxes: list[PlacedBox] = []
+    warnings: list[str] = []
+    all_parsed = parse_boxes(text, spec, most=max_boxes)
+    if not all_parsed:
         warnings.append(f"the answer holds no box: {text!r}")
-    else:
+    for parsed in all_parsed:
         if is_out_of_scale(parsed.fractions, spec):
             warnings.append(
                 "the box is out of scale, its coordinates should run from 0 "
@@ -35,14 +64,39 @@ def read_answer(
             x1, y1, x2, y2 = parsed.fractions
             what = "has no area" if x1 == x2 or y1 == y2 else "lies outside the image"
             warnings.append(f"the answer {what}: {text!r}")
-        elif not parsed.exact:
+            continue
+        boxes.append(PlacedBox(box=box, span=parsed.span))
+        if not parsed.exact:
             warnings.append(
                 f"the box is not written as the model should, and was read with tolerance: {text!r}"
             )
     if not has_ended(token_ids, manifest):
         limit = manifest.prompt.max_new_tokens
         warnings.append(f"the answer was cut off after {limit} tokens, before it ended: {text!r}")
-    return box, tuple(warnings)
+    return boxes, tuple(dict.fromkeys(warnings))
+
+
+def box_tokens(
+    token_ids: tuple[int, ...],
+    span: tuple[int, int],
+    decode: Callable[[tuple[int, ...]], str],
+) -> slice:
+    """Which tokens of an answer write a box: those from its first character to its last.
+
+    Args:
+        token_ids: Of the answer.
+        span: Of the box in the answer's text, which neither begins nor ends with space.
+        decode: Text of tokens, without space around it and without special tokens.
+    """
+    start, end = span
+    # By how much of the text there is after so many tokens: special ones add none.
+    counts = range(len(token_ids) + 1)
+
+    def length(count: int) -> int:
+        return len(decode(token_ids[:count]))
+
+    first = bisect_right(counts, start, key=length) - 1
+    return slice(first, bisect_left(counts, end, key=length))
 
 
 def has_ended(token_ids: Sequence[int], manifest: Manifest) -> bool:

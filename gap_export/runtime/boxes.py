@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from gap_export.runtime.images.geometry import Box, ImageGeometry
 from gap_export.spec.manifest import BoxSpec
@@ -54,10 +55,13 @@ class ParsedBox:
     Attributes:
         fractions: Two corners in the order given, 0..1 where the model keeps to its frame.
         exact: Whether it is written in the model's syntax; else it was read with tolerance.
+        span: Its first character in the answer, and the one behind its last; where it was read with
+            tolerance, of the whole answer.
     """
 
     fractions: Box
     exact: bool
+    span: tuple[int, int]
 
 
 def parse_answer(text: str, spec: BoxSpec) -> ParsedBox | None:
@@ -79,11 +83,25 @@ def parse_answer(text: str, spec: BoxSpec) -> ParsedBox | None:
     Returns:
         None where there is no box.
     """
-    exact = parse_box(text, spec)
-    if exact is not None:
-        return ParsedBox(fractions=exact, exact=True)
-    meant = _MEANT[spec.syntax](text, spec.ends)
-    return None if meant is None else ParsedBox(fractions=meant, exact=False)
+    return next(iter(parse_boxes(text, spec, most=1)), None)
+
+
+def parse_boxes(text: str, spec: BoxSpec, *, most: int) -> list[ParsedBox]:
+    """The first boxes in the model's syntax; without any, the one that :func:`parse_answer` gives.
+
+    Args:
+        text: The model's answer.
+        spec: Syntax and scale.
+        most: How many are read at most.
+    """
+    exact = islice(_SYNTAXES[spec.syntax].finditer(text), most)
+    found = [
+        ParsedBox(fractions=_scaled(one.groups(), spec.ends), exact=True, span=one.span())
+        for one in exact
+    ]
+    if not found and (meant := _MEANT[spec.syntax](text, spec.ends)) is not None:
+        return [ParsedBox(fractions=meant, exact=False, span=(0, len(text)))]
+    return found
 
 
 def parse_box(text: str, spec: BoxSpec) -> Box | None:

@@ -23,6 +23,7 @@ _FIX = (
     "float16 overflows beyond 65504: if the bundle is float16, export with --dtype float32; "
     "gap-export check BUNDLE names the first output that is wrong"
 )
+_DECODER = "decoder_model_merged"
 # The bits of a float16 without its sign; 65504, infinity and the NaNs are the largest, in order.
 _HALF_SIZE, _HALF_MAX = np.uint16(0x7FFF), np.uint16(0x7BFF)
 
@@ -50,7 +51,7 @@ def choose_tokens(logits: NDArray[Any], *, step: int) -> Int64Array:
     if not usable.all():
         row = int(usable.argmin())
         seen = f"{best[row]:g} for token {tokens[row]}"
-        raise _error("decoder_model_merged", "logits", f"{seen}, {_place(row, step)}")
+        raise _error(_DECODER, "logits", f"{seen}, {_place(row, step)}")
     # A row of equals is won by the first that is not masked, so there is nothing to do for nearly
     # all rows.
     lowest = np.finfo(logits.dtype).min
@@ -59,8 +60,38 @@ def choose_tokens(logits: NDArray[Any], *, step: int) -> Int64Array:
         # A mask may leave one token, or two that are equal.
         if left.size > min(2, logits.shape[-1] - 1) and (left == best[row]).all():
             seen = f"{best[row]:g} for each of {left.size} tokens, {_place(row, step)}"
-            raise _error("decoder_model_merged", "logits", seen)
+            raise _error(_DECODER, "logits", seen)
     return tokens
+
+
+def log_probabilities(
+    logits: NDArray[Any], tokens: Int64Array, *, step: int
+) -> NDArray[np.float64]:
+    """Natural logarithm of the probability that a model gives to tokens: the softmax's.
+
+    Args:
+        logits: [B, V], as the model gave them; what a grammar hides counts.
+        tokens: int64 [B].
+        step: As of :func:`choose_tokens`.
+
+    Returns:
+        float64 [B], at most 0.
+
+    Raises:
+        ComputationError: the logits have no softmax: one is NaN or +inf.
+    """
+    # In float16 the sum over a vocabulary overflows.
+    wide = logits.astype(np.float32, copy=False)
+    best = wide.max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        below = wide - best
+    chosen = np.take_along_axis(below, tokens[:, None], axis=-1)[:, 0]
+    # The most likely token adds 1, so that the sum is never 0.
+    found: NDArray[np.float64] = chosen - np.log(np.exp(below).sum(axis=-1, dtype=np.float64))
+    if not np.isfinite(found).all():
+        row = int(np.isfinite(found).argmin())
+        raise _error(_DECODER, "logits", f"{best[row, 0]:g} at most, {_place(row, step)}")
+    return found
 
 
 def check_computed(

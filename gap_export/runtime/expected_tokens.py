@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gap_export.runtime.backends.backend import Backend, FloatArray, KVCache
-from gap_export.runtime.computed import choose_tokens
+from gap_export.runtime.computed import choose_tokens, log_probabilities
 from gap_export.runtime.generation import DecoderPrompt, Generation, embed_tokens
 
 # Slots for tokens that were fed and turn out to be others; where they are used up, none is guessed.
@@ -103,7 +103,15 @@ def generate_expecting(
         if prefix is None
         else backend.fork_cache(prefix, 1, num_slots)
     )
-    answer = choose_tokens(backend.decode(prompt.feed, cache), step=0).tolist()
+    answer: list[int] = []
+    likely: list[float] = []
+
+    def take(logits: FloatArray) -> None:
+        tokens = choose_tokens(logits, step=len(answer))
+        likely.extend(log_probabilities(logits, tokens, step=len(answer)).tolist())
+        answer.extend(tokens.tolist())
+
+    take(backend.decode(prompt.feed, cache))
     first_done = time.perf_counter()
     num_spare = _SPARE_SLOTS
     while len(answer) < max_new_tokens and answer[-1] not in eos_token_ids:
@@ -120,12 +128,13 @@ def generate_expecting(
         }
         logits = backend.decode_each(feed, cache) if guessed else backend.decode(feed, cache)
         num_right = _num_right(logits, guessed)
-        answer += choose_tokens(logits[: num_right + 1], step=len(answer)).tolist()
+        take(logits[: num_right + 1])
         mask[:, length + 1 + num_right : end] = 0
         num_spare -= len(guessed) - num_right
         length = end
     return Generation(
         token_ids=(tuple(answer),),
+        log_probabilities=(tuple(likely),),
         logits=None,
         prefill_ms=1e3 * (first_done - started),
         decode_ms=1e3 * (time.perf_counter() - first_done),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gap_export.errors import UsageError
 from gap_export.runtime.backends.backend import EMBEDDING, Backend, FloatArray, KVCache
 from gap_export.runtime.box_grammar import BoxGrammar
-from gap_export.runtime.computed import check_computed, choose_tokens
+from gap_export.runtime.computed import check_computed, choose_tokens, log_probabilities
 from gap_export.spec.positions import (
     Int64Array,
     PositionRule,
@@ -108,12 +108,15 @@ class Generation:
     Attributes:
         token_ids: Per row the chosen tokens, the one that ended the answer included. Where tokens
             were forced: the tokens that would have been chosen, one per step.
+        log_probabilities: Of each of those tokens, by the model's own logits, whatever a grammar
+            hid; see ``computed.log_probabilities``. Empty rows where tokens were forced.
         logits: [B, steps, V] where asked for, else None.
         prefill_ms: Time to the first token.
         decode_ms: Time of all further ones.
     """
 
     token_ids: tuple[tuple[int, ...], ...]
+    log_probabilities: tuple[tuple[float, ...], ...]
     logits: FloatArray | None
     prefill_ms: float
     decode_ms: float
@@ -226,6 +229,7 @@ def generate(
         raise UsageError("nothing to generate", seen=f"{num_steps} tokens", allowed=">= 1")
 
     chosen: list[Int64Array] = []
+    likely: list[NDArray[np.float64]] = []
     kept_logits: list[FloatArray] = []
     empty: list[list[int]] = [[]] * num_rows
     finished = np.zeros(num_rows, dtype=bool)
@@ -243,7 +247,7 @@ def generate(
     slots = prompt.position_ids[:, -1:].copy()
     started = first_done = time.perf_counter()
     for step in range(num_steps):
-        logits = backend.decode(feed, cache)
+        logits = given = backend.decode(feed, cache)
         if grammar is not None:
             logits = grammar.constrain(logits, np.stack(chosen, 1).tolist() if chosen else empty)
         # With forced tokens the caller looks at the logits, also at those that choose nothing.
@@ -253,6 +257,8 @@ def generate(
             else logits.argmax(axis=-1).astype(np.int64)
         )
         chosen.append(tokens)
+        if forced_tokens is None:
+            likely.append(log_probabilities(given, tokens, step=step))
         if keep_logits:
             kept_logits.append(logits)
         if step == 0:
@@ -275,9 +281,13 @@ def generate(
         # Behind its end a row only went on for the sake of the rest of the batch.
         is_last = np.isin(token_ids, eos_token_ids)
         ends = [int(row.argmax()) + 1 if row.any() else len(chosen) for row in is_last]
+    by_row = np.stack(likely, axis=1) if likely else np.zeros((num_rows, 0))
     return Generation(
         token_ids=tuple(
             tuple(row[:end].tolist()) for row, end in zip(token_ids, ends, strict=True)
+        ),
+        log_probabilities=tuple(
+            tuple(row[:end].tolist()) for row, end in zip(by_row, ends, strict=True)
         ),
         logits=np.stack(kept_logits, axis=1) if keep_logits else None,
         prefill_ms=1e3 * (first_done - started),

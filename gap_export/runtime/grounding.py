@@ -73,6 +73,30 @@ class TokenGrid:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoredBox:
+    """One box of an answer.
+
+    Attributes:
+        box: As ``Grounding.box``.
+        score: As ``Grounding.score``, of this box's tokens.
+        found: As ``Grounding.found``.
+    """
+
+    box: Box
+    score: float | None
+    found: bool | None
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON knows it."""
+        return {"box": plain_box(self.box), "score": plain_score(self.score), "found": self.found}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_plain`."""
+        return cls(**{one.name: _frozen(plain[one.name]) for one in fields(cls)})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Grounding:
     """Where in an image an expression's object is.
 
@@ -80,6 +104,14 @@ class Grounding:
         expression: What was asked.
         box: (x1, y1, x2, y2) in pixels of the image as displayed, or as stored where the frame
             ``raw`` was asked for; None where the answer holds no box, or one without area.
+        score: Probability in 0..1 that the model gave to the box as it is written: the product of
+            the probabilities of the answer's tokens from the first to the last with a character of
+            the box, each given all before it; where a box was read with tolerance, of all tokens of
+            the answer. None where ``box`` is.
+        found: Whether the object is there, by the threshold that ``gap-export calibrate`` found for
+            the bundle; then False where ``box`` is None. None without a calibration.
+        boxes: All boxes of the answer, in its order and at most as many as were asked for; the
+            first is ``box``. Empty where that is None.
         text: The model's answer.
         token_ids: Its tokens, the one that ended it included.
         keep_indices: Index in the unpruned visual sequence of each visual token that the model saw;
@@ -107,12 +139,18 @@ class Grounding:
     backend: str
     warnings: tuple[str, ...]
     orientation: int = 1
+    score: float | None = None
+    found: bool | None = None
+    boxes: tuple[ScoredBox, ...] = ()
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON knows it; the box to a hundredth of a pixel."""
         return {
             "expression": self.expression,
-            "box": None if self.box is None else [round(value, 2) for value in self.box],
+            "box": plain_box(self.box),
+            "score": plain_score(self.score),
+            "found": self.found,
+            "boxes": [one.to_plain() for one in self.boxes],
             "text": self.text,
             "token_ids": list(self.token_ids),
             "keep_indices": list(self.keep_indices),
@@ -130,8 +168,19 @@ class Grounding:
         """The inverse of :meth:`to_plain`; what JSON does not hold is None."""
         values = {one.name: _frozen(plain.get(one.name)) for one in fields(cls)}
         values["tokens"] = tuple(TokenGrid.from_plain(grid) for grid in plain["tokens"])
+        values["boxes"] = tuple(ScoredBox.from_plain(one) for one in plain.get("boxes", ()))
         return cls(**values)
 
 
 def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def plain_box(box: Box | None) -> list[float] | None:
+    """A box as JSON knows it: to a hundredth of a pixel."""
+    return None if box is None else [round(value, 2) for value in box]
+
+
+def plain_score(score: float | None) -> float | None:
+    """A score as JSON knows it: six significant digits, since small ones differ too."""
+    return None if score is None else float(f"{score:.6g}")

@@ -172,7 +172,8 @@ PIXELS = BoxSpec(syntax="bracketed", scale=(640.0, 480.0), frame="image")
 )  # fmt: skip
 def test_corners_are_read_with_and_without_special_tokens(text, exact):
     found = parse_answer(text, CORNERS)
-    assert found == ParsedBox(fractions=(0.1, 0.2, 0.3, 0.4), exact=exact)
+    assert found is not None and found.fractions == (0.1, 0.2, 0.3, 0.4) and found.exact == exact
+    assert text[slice(*found.span)].replace(" ", "") == "(100,200),(300,400)" if exact else text
     assert (parse_box(text, CORNERS) is not None) == exact
 
 
@@ -189,7 +190,8 @@ def test_reading_corners_takes_time_linear_in_the_length():
 def test_pixels_of_the_resized_image_have_a_scale_for_each_axis():
     text = '```json\n[\n\t{"bbox_2d": [64, 48, 320, 480], "label": "the cup"}\n]\n```'
     found = parse_answer(text, PIXELS)
-    assert found == ParsedBox(fractions=(0.1, 0.1, 0.5, 1.0), exact=True)
+    span = text.index("[64"), text.index(', "label')
+    assert found == ParsedBox(fractions=(0.1, 0.1, 0.5, 1.0), exact=True, span=span)
     # The user's image is twice as wide and as high as it was.
     geometry = ImageGeometry(width=1280, height=960)
     assert to_pixels(found.fractions, PIXELS, geometry) == (128, 96, 640, 960)

@@ -98,6 +98,9 @@ def test_answers_are_those_of_the_plain_loop(sample_manifest, make_backend, limi
             backend, prompt, expected, max_new_tokens=limit, eos_token_ids=(END,)
         )
         assert given.token_ids == plain.token_ids
+        np.testing.assert_allclose(
+            given.log_probabilities, plain.log_probabilities, rtol=1e-4, atol=1e-6
+        )
         num_wrong += draft != list(answer)
     assert num_wrong > 6
 

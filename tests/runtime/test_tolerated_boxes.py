@@ -88,7 +88,9 @@ def test_what_is_no_box_is_not_made_one(text, spec):
     ],
 )
 def test_box_in_the_model_s_syntax_goes_before_one_that_is_meant(text, spec):
-    assert parse_answer(text, spec) == ParsedBox(fractions=(0.1, 0.2, 0.3, 0.4), exact=True)
+    span = text.index("{<" if spec is ANGLED else "[0.1"), len(text)
+    box = (0.1, 0.2, 0.3, 0.4)
+    assert parse_answer(text, spec) == ParsedBox(fractions=box, exact=True, span=span)
 
 
 def test_session_answers_a_tolerated_box_with_a_warning():
@@ -100,10 +102,10 @@ def test_session_answers_a_tolerated_box_with_a_warning():
 
     exact = read("[0.1, 0.2, 0.3, 0.4]")
     meant, (warning,) = read("(0.1, 0.2, 0.3, 0.4)")
-    assert exact == (meant, ()) and meant is not None
+    assert exact == (meant, ()) and meant
     assert "read with tolerance: '(0.1, 0.2, 0.3, 0.4)'" in warning
     outside, (reason,) = read("(1.02, 1.02, 1.04, 1.04)")
-    assert outside is None and reason.startswith("the answer lies outside the image")
+    assert not outside and reason.startswith("the answer lies outside the image")
 
 
 def test_percent_is_of_the_frame_whatever_the_scale():
