@@ -25,7 +25,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "ray": ("ray", "grpc"),
     "refcoco": ("pyarrow",),
     "openvino": ("openvino",),
-    "serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "httpx"),
     "bench": ("pynvml",),
     "stream": ("av",),
     "ros": ("rosbags",),

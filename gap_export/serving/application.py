@@ -21,6 +21,7 @@ from gap_export.serving.bodies import (
     plain_answer,
     read_request,
 )
+from gap_export.serving.chat import add_chat
 from gap_export.serving.gate import Gate
 from gap_export.serving.metrics import Metrics
 from gap_export.serving.options import ApiKeys, ServeSettings
@@ -62,6 +63,7 @@ def create_app(settings: ServeSettings) -> FastAPI:
     app.state.models = models
     handle_errors(app)
     _add_ground(app, models)
+    add_chat(app, models)
     _add_probes(app, models)
     if options.cors_origins:
         app.add_middleware(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from fastapi import Request
 
 from gap_export.errors import UnknownModelError
@@ -169,9 +170,15 @@ class Models:
         self, worker: ModelWorker, ticket: Ticket, question: Question
     ) -> tuple[list[Grounding], float]:
         """The answers, and when the image was prepared."""
-        ticket.image = await self._decoders.prepare(
-            ticket.key, worker.name, question.image, question.options
-        )
+        shape = question.options.shape
+        if shape is not None:
+            # Nothing is to be decoded.
+            ticket.image = np.frombuffer(question.image, np.uint8).reshape(shape)
+            ticket.color = question.options.color
+        else:
+            ticket.image = await self._decoders.prepare(
+                ticket.key, worker.name, question.image, question.options
+            )
         prepared = time.monotonic()
         worker.line.put(ticket)
         return await asyncio.wrap_future(ticket.answer), prepared

@@ -6,7 +6,7 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -18,7 +18,11 @@ from gap_export.runtime.images.image import ColorOrder, ImageFrame
 from gap_export.serving.decoders import ImageOptions
 from gap_export.serving.problems import RefusedError
 from gap_export.serving.waiting import Positions
+from gap_export.visible import clean
 
+Body = TypeVar("Body", bound=BaseModel)
+
+PROBLEM_STATUSES = (401, 404, 409, 413, 415, 421, 422, 429, 500, 503, 504)
 MAX_EXPRESSIONS = 64
 _MAX_SIDE = 65_535
 _MANY = ("expressions",)
@@ -145,12 +149,8 @@ async def read_request(request: Request) -> tuple[GroundOptions, bytes]:
         ImageError: an image that is not base64, or not as many pixels as its shape says.
         RefusedError: another kind of body.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     found: GroundOptions
-    if kind == "application/json":
-        found = GroundRequest.model_validate_json(await request.body())
-        data = decode_base64(found.image)
-    elif kind == "multipart/form-data":
+    if _kind_of(request) == "multipart/form-data":
         async with request.form(max_files=1, max_fields=MAX_EXPRESSIONS + 16) as form:
             plain: dict[str, Any] = {
                 name: form.getlist(name) if name in _MANY else form[name] for name in form
@@ -161,12 +161,8 @@ async def read_request(request: Request) -> tuple[GroundOptions, bytes]:
             raise ImageError("the form holds no image", allowed="a file in the field image")
         found = GroundOptions.model_validate(plain)
     else:
-        raise RefusedError(
-            415,
-            "a body of this kind is not read",
-            seen=repr(kind),
-            allowed="application/json, multipart/form-data",
-        )
+        found = sent = await read_json(request, GroundRequest)
+        data = decode_base64(sent.image)
     if not data:
         raise ImageError("the image is empty")
     if found.shape is not None and len(data) != found.shape[0] * found.shape[1] * found.shape[2]:
@@ -175,6 +171,27 @@ async def read_request(request: Request) -> tuple[GroundOptions, bytes]:
             seen=f"{len(data)} bytes for {list(found.shape)}",
         )
     return found, data
+
+
+async def read_json(request: Request, kind: type[Body]) -> Body:
+    """A body of JSON.
+
+    Raises:
+        ValidationError: no JSON, or fields that are missing, unknown or wrong.
+        RefusedError: another kind of body.
+    """
+    if _kind_of(request) != "application/json":
+        raise RefusedError(
+            415,
+            "a body of this kind is not read",
+            seen=repr(clean(_kind_of(request))),
+            allowed="application/json; of /v1/ground also multipart/form-data",
+        )
+    return kind.model_validate_json(await request.body())
+
+
+def _kind_of(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def decode_base64(text: str) -> bytes:
@@ -216,7 +233,3 @@ def described(*, forms: Mapping[str, type[BaseModel]], statuses: tuple[int, ...]
             status: {"description": "Problem", "content": problem} for status in statuses
         },
     }
-
-
-PROBLEM_STATUSES = (401, 404, 409, 413, 415, 421, 422, 429, 500, 503, 504)
-Method = Literal["GET", "POST"]

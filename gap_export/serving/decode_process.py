@@ -98,15 +98,9 @@ def unpack_prepared(head: Mapping[str, Any], data: bytes) -> PreparedImage:
 
 
 def _prepare(head: dict[str, Any], data: bytes, manifest: Manifest) -> PreparedImage:
-    shape = head.pop("shape")
-    image = (
-        EncodedImage(data=data, name="the image")
-        if shape is None
-        else np.frombuffer(data, np.uint8).reshape(shape)
-    )
-    if shape is None:
-        head.pop("color")
-    return PreparedImage.of(read_image(image, pad_color=manifest.image.pad_color, **head), manifest)
+    image = EncodedImage(data=data, name="the image")
+    loaded = read_image(image, pad_color=manifest.image.pad_color, **head)
+    return PreparedImage.of(loaded, manifest)
 
 
 def _pack_error(err: GapExportError) -> tuple[bytes, bytes | memoryview]:

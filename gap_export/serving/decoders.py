@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Hashable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from gap_export.errors import ImageError, ImageSizeError
@@ -64,7 +64,7 @@ class Decoders:
         Args:
             key: The same for the same model, data and options, and for these alone.
             model: Whose preparation it is.
-            data: A file, or pixels.
+            data: A file.
             options: How it is read.
 
         Raises:
@@ -95,11 +95,13 @@ class Decoders:
             process = self._idle.pop() if self._idle else await self._spawn()
             if process.returncode is not None:
                 process = await self._spawn()
+            head = {
+                "model": model,
+                "frame": options.frame,
+                "allow_damaged": options.allow_damaged,
+            }
             try:
-                answer = await asyncio.wait_for(
-                    _exchange(process, pack({"model": model, **asdict(options)}, data)),
-                    self._seconds,
-                )
+                answer = await asyncio.wait_for(_exchange(process, pack(head, data)), self._seconds)
             except (TimeoutError, asyncio.TimeoutError):
                 await _end(process)
                 raise ImageSizeError(

@@ -89,6 +89,8 @@ def _problem(
         "title": HTTPStatus(status).phrase,
         "status": status,
         "detail": clean(detail),
+        # Where clients of OpenAI's API look for it.
+        "error": {"message": clean(detail), "type": kind or "request", "code": status},
         **more,
     }
     return JSONResponse(body, status, headers=headers, media_type=PROBLEM_TYPE)

@@ -10,8 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gap_export.runtime.grounding import Grounding
 from gap_export.runtime.image_view import PreparedImage
+from gap_export.runtime.images.image import ColorOrder
 from gap_export.serving.problems import RefusedError
 
 Positions = Literal["gap", "compact"]
@@ -27,7 +31,8 @@ class Ticket:
         positions: Position ids to answer with; None for the bundle's own.
         deadline: When it is of no use any more, by ``time.monotonic()``.
         stream: Whose frame the image is, of which the newest wins; None for a single image.
-        image: The image, once it is prepared.
+        image: The image, once it is decoded and prepared; or pixels, uint8 [H, W, C].
+        color: Order of the channels of pixels.
         answer: What the line or the worker says.
         started: When the worker took it.
     """
@@ -37,7 +42,8 @@ class Ticket:
     positions: Positions | None
     deadline: float
     stream: Hashable | None = None
-    image: PreparedImage | None = None
+    image: PreparedImage | NDArray[np.uint8] | None = None
+    color: ColorOrder = "rgb"
     answer: Future[list[Grounding]] = field(default_factory=Future)
     started: float | None = None
 

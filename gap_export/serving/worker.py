@@ -14,7 +14,6 @@ import numpy as np
 
 from gap_export.errors import GapExportError
 from gap_export.runtime.grounding import Grounding
-from gap_export.runtime.image_view import PreparedImage
 from gap_export.runtime.session import GroundingSession
 from gap_export.serving.metrics import Metrics
 from gap_export.serving.options import ServeSettings
@@ -102,9 +101,7 @@ class ModelWorker:
         started = time.monotonic()
         expressions = [words for ticket in group for words in ticket.expressions]
         try:
-            image = group[0].image
-            assert image is not None, "only tickets with prepared images are put in line"
-            answers = self._ground(group[0].positions, image, expressions)
+            answers = self._ground(group[0], expressions)
         except Exception as err:  # noqa: BLE001 - the request it is of answers for it
             if len(group) > 1:
                 for ticket in group:
@@ -120,11 +117,10 @@ class ModelWorker:
         self._seconds_per_request += _NEWEST * (each - self._seconds_per_request)
         self._metrics.ran_together.labels(self.name).observe(len(expressions))
 
-    def _ground(
-        self, positions: Positions | None, image: PreparedImage, expressions: Sequence[str]
-    ) -> list[Grounding]:
+    def _ground(self, first: Ticket, expressions: Sequence[str]) -> list[Grounding]:
         size = self._settings.options.batch
-        with self._session(positions).look(image) as view:
+        assert first.image is not None, "only tickets with an image are put in line"
+        with self._session(first.positions).look(first.image, color=first.color) as view:
             return [
                 grounding
                 for start in range(0, len(expressions), size)
