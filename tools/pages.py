@@ -28,6 +28,9 @@ SECTIONS = {
     "export-qwen3-vl": DOCS / "results" / "cost.md",
     "engines": DOCS / "results" / "cost.md",
     "speed": DOCS / "results" / "speed.md",
+    "serve-load": DOCS / "results" / "serve.md",
+    "serve-trouble": DOCS / "results" / "serve.md",
+    "serve-overhead": DOCS / "results" / "serve.md",
     "multiply-adds": DOCS / "results" / "cost.md",
 }
 

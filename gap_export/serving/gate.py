@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gap_export.errors import GapExportError
 from gap_export.serving.metrics import Metrics
 from gap_export.serving.options import ApiKeys, ServeOptions
-from gap_export.serving.problems import RefusedError, problem_of
+from gap_export.serving.problems import RefusedError, problem_of, problem_of_bug
 from gap_export.serving.waiting import expired
 
 # What a probe asks, and the page, which hold nothing of anybody's.
@@ -103,6 +103,12 @@ class Gate:
             await self._app(scope, self._limited(receive, account), answer)
         except GapExportError as err:
             await problem_of(err)(scope, receive, answer)
+        except Exception:
+            # Starlette would raise it once more, and uvicorn reset the connection.
+            log.exception("a bug", extra={"about": {"request": request_id}})
+            if account.status != CLIENT_LEFT:
+                raise
+            await problem_of_bug()(scope, receive, answer)
         finally:
             self._running -= counts
             self._metrics.running.set(self._running)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -30,7 +29,6 @@ _STATUS: tuple[tuple[type[GapExportError], int], ...] = (
     (UsageError, 422),
     (GapExportError, 500),
 )
-log = logging.getLogger(__name__)
 
 
 class RefusedError(GapExportError):
@@ -96,6 +94,11 @@ def _problem(
     return JSONResponse(body, status, headers=headers, media_type=PROBLEM_TYPE)
 
 
+def problem_of_bug() -> JSONResponse:
+    """What a client may know of an error that is ours."""
+    return _problem(500, "a bug in gap-export; the server's log says where")
+
+
 def problem_of_validation(err: ValidationError | RequestValidationError) -> JSONResponse:
     """What is wrong with a body, field by field; never its content, which may be an image."""
     errors = [
@@ -106,7 +109,7 @@ def problem_of_validation(err: ValidationError | RequestValidationError) -> JSON
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Have an application answer every error as a problem."""
+    """Have an application answer errors as problems; the gate answers bugs."""
 
     async def expected(_: Request, err: Exception) -> JSONResponse:
         assert isinstance(err, GapExportError)
@@ -120,12 +123,7 @@ def handle_errors(app: FastAPI) -> None:
         assert isinstance(err, HTTPException)
         return _problem(err.status_code, str(err.detail), headers=err.headers)
 
-    async def bug(_: Request, err: Exception) -> JSONResponse:
-        log.error("a bug", exc_info=err)
-        return _problem(500, "a bug in gap-export; its log says where")
-
     app.add_exception_handler(GapExportError, expected)
     app.add_exception_handler(ValidationError, invalid)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, bug)
