@@ -186,7 +186,7 @@ MIXED = rewriting.cast_to({"multi_modal_projector.": torch.float32, "": torch.fl
 CASES = {
     "llava": Case(write=llava(), options={"pruner": "text"}),
     "llava-float16-as-it-is": Case(
-        write=llava(HALF, shards=2), options={"pruner": "cls"}, dtype="float16"
+        write=llava(HALF, shards=2), options={"pruner": "spatial"}, dtype="float16"
     ),
     "llava_next-mistral-cast": Case(
         write=llava_next(HALF, decoder="mistral"),

@@ -194,6 +194,8 @@ CHOICES = [
 ]
 # They share a rule with another one, and differ in what they read.
 VARIANTS = ("fastervlm-received", "visionzip-received", "text-llm", "cdpruner-llm")
+# What text-llm reads, cdpruner-llm reads as well.
+SELDOM = ("cdpruner-llm",)
 # What a pruner has not in common with others is its scores and what it merges by.
 RICHEST = [
     (name, order, extra)
@@ -205,7 +207,8 @@ RICHEST = [
         and order == (BY_EXTRA[extra][0] if len(PRESETS[name].pruner.orders) > 1 else order)
     )
 ]
-DEFAULT = RICHEST + [choice for choice in CHOICES if choice[0] == "cls" and choice not in RICHEST]
+DEFAULT = [choice for choice in RICHEST if choice[0] not in SELDOM]
+DEFAULT += [choice for choice in CHOICES if choice[0] == "cls" and choice not in RICHEST]
 
 
 def check_graph(name, order, extra, folder, places):
@@ -259,16 +262,18 @@ def test_graph_equals_pytorch_and_builds_for_all_choices(name, order, extra, tmp
         assert build(path)
 
 
-TOKENS = {("raster", "weighted"), ("score", "none")}
 ADAPTIVE = [name for name, preset in PRESETS.items() if "adaptive" in preset.budgets]
 
 
-@pytest.mark.parametrize("name", ADAPTIVE)
+# The order is one rule for all of them.
+TOKENS = {*((name, "raster", "weighted") for name in ADAPTIVE), (ADAPTIVE[0], "score", "none")}
+
+
 @pytest.mark.parametrize(
-    ("order", "extra"),
+    ("name", "order", "extra"),
     [
-        pytest.param(order, extra, marks=[] if (order, extra) in TOKENS else [pytest.mark.full])
-        for order, extra in itertools.product(("raster", "score"), BY_EXTRA)
+        pytest.param(*choice, marks=[] if choice in TOKENS else [pytest.mark.full])
+        for choice in itertools.product(ADAPTIVE, ("raster", "score"), BY_EXTRA)
     ],
 )
 def test_token_pruner_takes_any_number(name, order, extra, tmp_path):

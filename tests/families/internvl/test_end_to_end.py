@@ -35,10 +35,10 @@ IMAGES = [(96, 64), (64, 96), (200, 30), (40, 40)]
 KEPT = [[0, 5, 6], [], [2, 3, 7, 8, 9, 10, 15], [15], [0, 1], list(range(N)), [1, 4, 13]]
 
 
-# By default a demo model has the other form, and one of tests/families/qwen_vl the other decoder.
+# By default a demo model has the other decoder, and tests/parity/test_tile_mutants the other form.
 pytestmark = pytest.mark.parametrize(
     "model",
-    ["qwen2", pytest.param("qwen3", marks=pytest.mark.full)],
+    ["qwen3", pytest.param("qwen2", marks=pytest.mark.full)],
     indirect=True,
     scope="session",
 )
