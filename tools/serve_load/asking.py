@@ -172,11 +172,14 @@ def _comparable(plain: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if name != "timings_ms"}
 
 
-def _is_same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """Whether two answers are equal; a probability is a float of a batch or of a single row."""
-    return found.keys() == expected.keys() and all(
-        math.isclose(value, expected[name], rel_tol=1e-3, abs_tol=1e-6)
-        if isinstance(value, float)
-        else value == expected[name]
-        for name, value in found.items()
-    )
+def _is_same(found: Any, expected: Any) -> bool:
+    """Whether two answers are equal; scores are floats of a batch or of a single row."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(
+            _is_same(value, expected[name]) for name, value in found.items()
+        )
+    if isinstance(found, list) and isinstance(expected, list):
+        return len(found) == len(expected) and all(map(_is_same, found, expected))
+    if isinstance(found, float) and isinstance(expected, float):
+        return math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-6)
+    return bool(found == expected)
