@@ -22,7 +22,7 @@ from gap_export.visible import clean
 
 Body = TypeVar("Body", bound=BaseModel)
 
-PROBLEM_STATUSES = (401, 404, 409, 413, 415, 421, 422, 429, 500, 503, 504)
+PROBLEM_STATUSES = (400, 401, 404, 409, 413, 415, 421, 422, 429, 500, 503, 504)
 MAX_EXPRESSIONS = 64
 _MAX_SIDE = 65_535
 _MANY = ("expressions",)

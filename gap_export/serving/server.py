@@ -11,7 +11,7 @@ import uvicorn
 from gap_export.errors import UsageError
 from gap_export.serving.application import create_app
 from gap_export.serving.gate import JsonFormatter
-from gap_export.serving.options import ServeSettings
+from gap_export.serving.options import ApiKeys, ServeSettings
 from gap_export.stop_signals import Stopped
 
 
@@ -27,7 +27,8 @@ def serve(settings: ServeSettings, *, say: Callable[[str], None]) -> None:
         GapExportError: a bundle cannot be opened.
     """
     options = settings.options
-    # Before the bundles, which take seconds.
+    # Before the bundles, which take seconds; and nothing listens that nobody may ask.
+    ApiKeys.read(options)
     with _listen(options.host, options.port) as listener:
         app = create_app(settings)
         _log_as_json()

@@ -49,15 +49,19 @@ class Ticket:
 
 
 class WaitingLine:
-    """First come, first served; what asks about the image of the first goes with it."""
+    """First come, first served; what asks about the image of the first goes with it.
+
+    Attributes:
+        batch: The most expressions that :meth:`take` puts together, and that run at a time.
+    """
 
     def __init__(self, batch: int) -> None:
         """An empty line.
 
         Args:
-            batch: The most expressions that :meth:`take` puts together.
+            batch: See the class.
         """
-        self._batch = batch
+        self.batch = batch
         self._waiting: list[Ticket] = []
         self._admitted: list[Ticket] = []
         self._closed = False
@@ -125,7 +129,7 @@ class WaitingLine:
     def _take_group(self) -> list[Ticket]:
         """The first ticket, and those that go with it; none where their clients have left."""
         group: list[Ticket] = []
-        room = self._batch
+        room = self.batch
         for ticket in list(self._waiting):
             first = group[0] if group else ticket
             same = ticket.key == first.key and ticket.positions == first.positions

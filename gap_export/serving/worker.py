@@ -42,7 +42,7 @@ class ModelWorker:
             GapExportError: see ``GroundingSession.open``.
         """
         self.name, self.bundle = name, bundle
-        self.line = WaitingLine(settings.options.batch)
+        self.line: WaitingLine
         self.failure: GapExportError | None = None
         self._settings, self._metrics = settings, metrics
         self._seconds_per_request = 0.0
@@ -78,6 +78,8 @@ class ModelWorker:
             return
         with session:
             self._sessions[None] = session
+            most = session.backend.max_batch or self._settings.options.batch
+            self.line = WaitingLine(min(most, self._settings.options.batch))
             opened.set_result(session.manifest)
             self._warm_up(session)
             while group := self.line.take():
@@ -118,7 +120,7 @@ class ModelWorker:
         self._metrics.ran_together.labels(self.name).observe(len(expressions))
 
     def _ground(self, first: Ticket, expressions: Sequence[str]) -> list[Grounding]:
-        size = self._settings.options.batch
+        size = self.line.batch
         assert first.image is not None, "only tickets with an image are put in line"
         with self._session(first.positions).look(first.image, color=first.color) as view:
             return [

@@ -86,6 +86,11 @@ class Backend(ABC):
     activations: Activations = "float"
     inference_precision: InferencePrecision = "float32"
 
+    @property
+    def max_batch(self) -> int | None:
+        """The most rows that it takes at a time; None where any number fits."""
+        return None
+
     @abstractmethod
     def run(self, component: str, feed: Feed) -> Outputs:
         """Run any component but the decoder.
