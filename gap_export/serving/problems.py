@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from http import HTTPStatus
+from http.client import responses
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -84,7 +84,7 @@ def _problem(
 ) -> JSONResponse:
     body = {
         "type": f"urn:gap-export:{kind}" if kind else "about:blank",
-        "title": HTTPStatus(status).phrase,
+        "title": responses.get(status, "Client Left"),
         "status": status,
         "detail": clean(detail),
         # Where clients of OpenAI's API look for it.
