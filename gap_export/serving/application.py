@@ -25,6 +25,7 @@ from gap_export.serving.chat import add_chat
 from gap_export.serving.gate import Gate
 from gap_export.serving.metrics import Metrics
 from gap_export.serving.options import ApiKeys, ServeSettings
+from gap_export.serving.page import add_page
 from gap_export.serving.problems import handle_errors
 from gap_export.serving.worker import ModelWorker
 from gap_export.version import __version__
@@ -65,6 +66,7 @@ def create_app(settings: ServeSettings) -> FastAPI:
     _add_ground(app, models)
     add_chat(app, models)
     _add_probes(app, models)
+    add_page(app)
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware,

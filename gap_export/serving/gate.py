@@ -22,7 +22,7 @@ from gap_export.serving.problems import RefusedError, problem_of, problem_of_bug
 from gap_export.serving.waiting import expired
 
 # What a probe asks, and the page, which hold nothing of anybody's.
-_OPEN = ("/healthz", "/readyz")
+_OPEN = ("/healthz", "/readyz", "/", "/page.css", "/page.js")
 # To a client that has left.
 CLIENT_LEFT = 499
 log = logging.getLogger("gap_export.serving.requests")
