@@ -110,7 +110,8 @@ def test_the_wheel_holds_the_package_the_models_and_nothing_else(wheel):
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"gap_export", "optimum"}
-    for wanted in ("cli/ground.py", "py.typed", "_models/refshapes-llava/recipe.yaml"):
+    page = [f"serving/page/{name}" for name in ("index.html", "page.css", "page.js")]
+    for wanted in ("cli/ground.py", "py.typed", "_models/refshapes-llava/recipe.yaml", *page):
         assert f"gap_export/{wanted}" in names
     assert [n for n in names if n.endswith((".pyc", ".part"))] == []
     # One file in Optimum's namespace, and no __init__.py, which would hide Optimum itself.
