@@ -26,6 +26,7 @@ from gap_export.cli.inspect_bundle import inspect_bundle
 from gap_export.cli.models import models
 from gap_export.cli.patch import patch
 from gap_export.cli.pruners import pruners
+from gap_export.cli.ros_bag import ros_bag
 from gap_export.cli.serve import serve
 from gap_export.engines.targets import AUTO
 from gap_export.errors import UnknownModelError
@@ -150,6 +151,7 @@ def build_command() -> Any:
     app.command("build")(build)
     app.command("check")(check)
     app.command("ground")(ground)
+    app.command("ros-bag")(ros_bag)
     app.command("serve")(serve)
     app.command("eval")(evaluate)
     app.command("bench")(bench)

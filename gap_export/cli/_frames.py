@@ -58,10 +58,11 @@ class FrameOptions:
                 seen=source.name,
                 allowed="a video, a camera or an address of rtsp://",
             )
-        if self.same_frame is not None and not 0.0 < self.same_frame <= 1.0:
-            raise UsageError(
-                "--same-frame is no share", seen=self.same_frame, allowed="more than 0, at most 1"
-            )
+        if self.same_frame is not None:
+            # Not at the top: one image needs nothing of it.
+            from gap_export.streaming.answering import check_same_frame
+
+            check_same_frame(self.same_frame)
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,7 @@ def ground_frames(
     """
     from gap_export.streaming import answer_frames
 
-    counts = {"answered": 0, "skipped": 0, "dropped": 0, "failed": 0}
-    failure: str | None = None
+    counts = FrameCounts()
     with ExitStack() as stack:
         frames = stack.enter_context(_frames_of(source, options, allow_damaged=allow_damaged))
         save = _saver(source, output, terminal, stack)
@@ -136,18 +136,40 @@ def ground_frames(
         )
         for answer in answers:
             terminal.json_line(answer.to_plain())
-            counts["dropped"] += answer.frame.num_dropped
-            counts[answer.outcome] += 1
-            failure = failure or answer.error
+            counts.add(answer)
             if save is not None and answer.shown is not None:
                 save(answer.shown, answer)
-    terminal.message(f"frames: {', '.join(f'{n} {what}' for what, n in counts.items() if n)}")
-    if failure is not None:
-        num_frames = sum(counts.values()) - counts["dropped"]
-        raise UsageError(
-            f"{counts['failed']} of {num_frames} frames could not be used",
-            seen=f"the first: {failure}",
-        )
+    counts.end(terminal)
+
+
+class FrameCounts:
+    """What became of the frames of a command."""
+
+    def __init__(self) -> None:
+        """Begin at none."""
+        self._numbers = {"answered": 0, "skipped": 0, "failed": 0, "dropped": 0}
+        self._failure: str | None = None
+
+    def add(self, answer: FrameAnswer) -> None:
+        """Count a frame, and those that were dropped before it."""
+        self._numbers[answer.outcome] += 1
+        self._numbers["dropped"] += answer.frame.num_dropped
+        self._failure = self._failure or answer.error
+
+    def end(self, terminal: Terminal) -> None:
+        """Say it.
+
+        Raises:
+            UsageError: some frames could not be used.
+        """
+        said = ", ".join(f"{number} {what}" for what, number in self._numbers.items() if number)
+        terminal.message(f"frames: {said or 'none'}")
+        if self._failure is not None:
+            num_frames = sum(self._numbers.values()) - self._numbers["dropped"]
+            raise UsageError(
+                f"{self._numbers['failed']} of {num_frames} frames could not be used",
+                seen=f"the first: {self._failure}",
+            )
 
 
 @contextmanager

@@ -92,8 +92,7 @@ def answer_frames(
         UsageError: ``same_frame`` is no such number.
         ExpressionError: there are no expressions, or one cannot be used.
     """
-    if same_frame is not None and not 0.0 < same_frame <= 1.0:
-        raise UsageError("no share of sameness", seen=same_frame, allowed="in (0, 1]")
+    check_same_frame(same_frame)
     last: _Answered | None = None
     for frame in frames:
         if frame.image is None:
@@ -126,6 +125,16 @@ def answer_frames(
         )
         last = _Answered.of(answer, None if same_frame is None else shown)
         yield answer
+
+
+def check_same_frame(share: float | None) -> None:
+    """Refuse a sameness that is none.
+
+    Raises:
+        UsageError: it is.
+    """
+    if share is not None and not 0.0 < share <= 1.0:
+        raise UsageError("--same-frame is no share", seen=share, allowed="more than 0, at most 1")
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def test_an_expression_that_cannot_be_used_ends_it(session):
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.1, float("nan")])
 def test_a_share_out_of_range_is_refused(session, share):
-    with pytest.raises(UsageError, match="no share of sameness"):
+    with pytest.raises(UsageError, match="is no share"):
         list(answer_frames(session, frames_of(scene()), EXPRESSIONS, same_frame=share))
 
 
