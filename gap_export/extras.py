@@ -29,6 +29,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "bench": ("pynvml",),
     "stream": ("av",),
     "ros": ("rosbags",),
+    "dora": ("dora", "pyarrow"),
     # Not "optimum": a folder of that name comes with gap-export itself, see its register stub.
     "optimum": ("optimum.commands.optimum_cli",),
 }

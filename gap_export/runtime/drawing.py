@@ -102,13 +102,19 @@ def draw_boxes(image: Image.Image, groundings: Sequence[Grounding]) -> Image.Ima
     pen = ImageDraw.Draw(drawing)
     stroke = max(2, max(drawing.size) // 320)
     font = ImageFont.load_default(size=max(10, max(drawing.size) // 45))
-    for number, grounding in enumerate(groundings):
-        if grounding.box is None:
-            continue
+    found = [
+        (number, grounding.expression.strip(), one)
+        for number, grounding in enumerate(groundings)
+        for one in grounding.boxes
+        if one.found is not False
+    ]
+    for number, expression, one in found:
         color = _BOX_COLORS[number % len(_BOX_COLORS)]
-        corners = _scaled(grounding.box, 1.0)
+        corners = _scaled(one.box, 1.0)
         pen.rectangle(corners, outline=color, width=stroke)
-        words = grounding.expression.strip()[: drawing.width]
+        # No letter is narrower than a pixel.
+        words = expression[: drawing.width]
+        words = words if one.score is None else f"{words} {one.score:.2f}"
         left, top, right, bottom = font.getbbox(words)
         # Above the box where there is room, else within it.
         above = corners[1] - (bottom - top) - 2 * stroke

@@ -25,7 +25,8 @@ def boxes(monkeypatch):
 
     def with_boxes(session, image, expressions, **options):
         found = ground_batch(session, image, expressions, **options)
-        plain = [{**one.to_plain(), "box": [2, 4, 12, 10]} for one in found]
+        box = {"box": [2, 4, 12, 10], "score": 0.5, "found": None}
+        plain = [{**one.to_plain(), "box": box["box"], "boxes": [box]} for one in found]
         return [Grounding.from_plain(one) for one in plain]
 
     monkeypatch.setattr(GroundingSession, "ground_batch", with_boxes)

@@ -238,6 +238,6 @@ def python310() -> str:
 
 @pytest.mark.parametrize("parts", [BUILDING, RUNNING], ids=["building", "running"])
 def test_every_module_imports_under_a_real_python_310(parts):
-    third_party = ("av", "numpy", "PIL", "onnxruntime", "simplejpeg", "tokenizers")
+    third_party = ("av", "rosbags", "numpy", "PIL", "onnxruntime", "simplejpeg", "tokenizers")
     said = import_under(python310(), parts=parts, blocked=BLOCKED, may_stand_in=third_party)
     assert "(3, 10)" in said

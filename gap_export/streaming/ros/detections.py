@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from gap_export.errors import ExpressionError
-from gap_export.runtime.grounding import Grounding
+from gap_export.runtime.grounding import Grounding, ScoredBox
+from gap_export.runtime.images.geometry import Box
 
 DETECTIONS_TYPE = "vision_msgs/msg/Detection2DArray"
 # Of vision_msgs 4, since ROS 2 Humble. https://github.com/ros-perception/vision_msgs
@@ -65,19 +66,17 @@ def build_detections(find_type: FindType, header: Any, groundings: Sequence[Grou
     point_type = find_type("vision_msgs/msg/Point2D")
     detection = find_type("vision_msgs/msg/Detection2D")
     detections = []
-    for grounding in groundings:
-        if not is_detected(grounding):
-            continue
-        x, y, width, height = center_and_size(grounding)
+    for number, found in _detected(groundings):
+        x, y, width, height = _center_and_size(found.box)
         detections.append(
             detection(
                 header=header,
                 results=[
                     with_pose(
                         hypothesis=hypothesis(
-                            class_id=grounding.expression, score=score_of(grounding)
+                            class_id=groundings[number].expression, score=_score(found)
                         ),
-                        pose=no_pose(find_type),
+                        pose=_no_pose(find_type),
                     )
                 ],
                 bbox=box_type(
@@ -108,40 +107,12 @@ def build_ros1_detections(find_type: FindType, header: Any, groundings: Sequence
         data=np.zeros(0, np.uint8),
     )  # fmt: skip
     detections = []
-    for number, grounding in enumerate(groundings):
-        if not is_detected(grounding):
-            continue
-        x, y, width, height = center_and_size(grounding)
-        result = with_pose(id=number, score=score_of(grounding), pose=no_pose(find_type))
+    for number, found in _detected(groundings):
+        x, y, width, height = _center_and_size(found.box)
+        result = with_pose(id=number, score=_score(found), pose=_no_pose(find_type))
         box = box_type(center=pose_type(x=x, y=y, theta=0.0), size_x=width, size_y=height)
         detections.append(detection(header=header, results=[result], bbox=box, source_img=no_image))
     return find_type(DETECTIONS_TYPE)(header=header, detections=detections)
-
-
-def is_detected(grounding: Grounding) -> bool:
-    """Whether an answer is to be published as a detection."""
-    return grounding.box is not None and getattr(grounding, "found", None) is not False
-
-
-def score_of(grounding: Grounding) -> float:
-    """The answer's score; NaN where there is none."""
-    score = getattr(grounding, "score", None)
-    return float("nan") if score is None else float(score)
-
-
-def center_and_size(grounding: Grounding) -> tuple[float, float, float, float]:
-    """Center x and y, width and height of a box, in pixels."""
-    assert grounding.box is not None
-    x1, y1, x2, y2 = (float(value) for value in grounding.box)
-    return (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
-
-
-def no_pose(find_type: FindType) -> Any:
-    """A pose of which nothing is known: at the origin, not turned."""
-    point = find_type("geometry_msgs/msg/Point")(x=0.0, y=0.0, z=0.0)
-    turn = find_type("geometry_msgs/msg/Quaternion")(x=0.0, y=0.0, z=0.0, w=1.0)
-    pose = find_type("geometry_msgs/msg/Pose")(position=point, orientation=turn)
-    return find_type("geometry_msgs/msg/PoseWithCovariance")(pose=pose, covariance=np.zeros(36))
 
 
 def parse_expressions(text: str) -> tuple[str, ...]:
@@ -154,3 +125,28 @@ def parse_expressions(text: str) -> tuple[str, ...]:
     if not found:
         raise ExpressionError("no expression", seen=repr(text[:80]), allowed="one a line")
     return found
+
+
+def _detected(groundings: Sequence[Grounding]) -> Iterator[tuple[int, ScoredBox]]:
+    """The boxes that are to be published, each with the number of its expression."""
+    for number, grounding in enumerate(groundings):
+        for one in grounding.boxes:
+            if one.found is not False:
+                yield number, one
+
+
+def _score(found: ScoredBox) -> float:
+    return float("nan") if found.score is None else found.score
+
+
+def _center_and_size(box: Box) -> tuple[float, float, float, float]:
+    x1, y1, x2, y2 = (float(value) for value in box)
+    return (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
+
+
+def _no_pose(find_type: FindType) -> Any:
+    """A pose of which nothing is known: at the origin, not turned."""
+    point = find_type("geometry_msgs/msg/Point")(x=0.0, y=0.0, z=0.0)
+    turn = find_type("geometry_msgs/msg/Quaternion")(x=0.0, y=0.0, z=0.0, w=1.0)
+    pose = find_type("geometry_msgs/msg/Pose")(position=point, orientation=turn)
+    return find_type("geometry_msgs/msg/PoseWithCovariance")(pose=pose, covariance=np.zeros(36))

@@ -9,6 +9,7 @@ import pytest
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 from gap_export.errors import ExpressionError
+from gap_export.runtime.grounding import ScoredBox
 from gap_export.streaming.ros.detections import (
     DETECTIONS_TYPE,
     ROS1_DEFINITIONS,
@@ -19,11 +20,16 @@ from gap_export.streaming.ros.detections import (
 )
 from tests.streaming.ros.bag_files import ROS1, ROS2, header
 
+
+def answer(expression, *boxes):
+    return SimpleNamespace(expression=expression, boxes=boxes)
+
+
 ANSWERS = (
-    SimpleNamespace(expression="the mug", box=(10.0, 20.0, 30.0, 60.0), score=0.75, found=True),
-    SimpleNamespace(expression="no box", box=None, score=0.5, found=None),
-    SimpleNamespace(expression="not there", box=(1.0, 1.0, 2.0, 2.0), score=0.01, found=False),
-    SimpleNamespace(expression="no score", box=(0.0, 0.0, 4.0, 2.0), score=None, found=None),
+    answer("the mug", ScoredBox(box=(10.0, 20.0, 30.0, 60.0), score=0.75, found=True)),
+    answer("no box"),
+    answer("not there", ScoredBox(box=(1.0, 1.0, 2.0, 2.0), score=0.01, found=False)),
+    answer("no score", ScoredBox(box=(0.0, 0.0, 4.0, 2.0), score=None, found=None)),
 )
 
 
