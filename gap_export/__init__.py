@@ -3,7 +3,8 @@
 - :func:`export` makes a bundle of a model, :func:`patch` of an ONNX export that another tool made;
   :func:`build` adds TensorRT engines.
 - :func:`check` compares a bundle with PyTorch, or with a golden that :func:`record` wrote;
-  :func:`evaluate` measures how well it grounds, and :func:`bench` how fast it is.
+  :func:`evaluate` measures how well it grounds, and :func:`bench` how fast it is;
+  :func:`calibrate` finds the score from which on an object is there.
 - :class:`GroundingSession` runs a bundle and answers with a :class:`Grounding`, whose ``box`` is a
   :data:`Box`.
 
@@ -21,6 +22,7 @@ from gap_export.version import __version__
 
 if TYPE_CHECKING:
     from gap_export.api.bench import bench
+    from gap_export.api.calibrate import calibrate
     from gap_export.api.check import check, record
     from gap_export.api.evaluate import evaluate
     from gap_export.api.make import build, export, patch
@@ -93,6 +95,7 @@ __all__ = [
     "__version__",
     "bench",
     "build",
+    "calibrate",
     "check",
     "evaluate",
     "export",
@@ -118,6 +121,7 @@ _HOMES = {
     "WeightsRequest": "gap_export.spec.requests",
     "bench": "gap_export.api.bench",
     "build": "gap_export.api.make",
+    "calibrate": "gap_export.api.calibrate",
     "check": "gap_export.api.check",
     "evaluate": "gap_export.api.evaluate",
     "export": "gap_export.api.make",

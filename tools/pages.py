@@ -24,6 +24,7 @@ SECTIONS = {
     "tolerances": DOCS / "results" / "parity.md",
     "quantization": DOCS / "results" / "quantization.md",
     "activations": DOCS / "results" / "quantization.md",
+    "absence": DOCS / "results" / "absence.md",
     "export": DOCS / "results" / "cost.md",
     "export-qwen3-vl": DOCS / "results" / "cost.md",
     "engines": DOCS / "results" / "cost.md",

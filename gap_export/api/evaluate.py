@@ -30,7 +30,7 @@ from gap_export.spec.requests import (
     options_of,
 )
 
-_SESSION_NAMES: Mapping[str, BackendName] = {
+SESSION_NAMES: Mapping[str, BackendName] = {
     "ort": "onnxruntime",
     "trt": "tensorrt",
     "openvino": "openvino",
@@ -43,6 +43,7 @@ def evaluate(
     *,
     data: str = "refshapes",
     samples: int | None = None,
+    absent: float = 0.0,
     seed: int = 0,
     protocol: str = "native",
     prompt: str | None = None,
@@ -71,6 +72,8 @@ def evaluate(
             refcocog; or ``FOLDER[:SPLIT]``.
         samples: Expressions to ask, the first of each split; 0 for all; None for 500 of refshapes,
             else all.
+        absent: Of refshapes: share of expressions in all that is asked whose object is not there;
+            they come on top of ``samples`` and are part of no accuracy.
         seed: Seed of the samples and of random orders.
         protocol: When an answer is right: ``native`` is that of the model's authors.
         prompt: A template in place of the model's own prompt.
@@ -119,6 +122,7 @@ def evaluate(
         workers=workers,
         pictures=None if pictures is None else Path(pictures),
         rule=rule,
+        absent=absent,
     )
     (runner,) = choose([backend], BACKENDS, "--backend")
     parts = parts_of(checkpoint)
@@ -141,7 +145,7 @@ def evaluate(
             seed=seed,
             num_samples=samples,
             asking=asking,
-            backend=_SESSION_NAMES[runner],
+            backend=SESSION_NAMES[runner],
             options=BackendOptions(engines=engines, form=form, openvino=openvino),
             progress=progress,
         )

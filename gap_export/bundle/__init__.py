@@ -2,7 +2,8 @@
 
 A bundle is a folder whose ``gap.json`` lists every file with its size and SHA-256. Writing happens
 in a hidden sibling folder that is renamed at the end; opening refuses anything that is not exactly
-what the manifest says. Only ``engines/`` may grow afterwards; its folders hash themselves.
+what the manifest says. Only ``engines/`` may grow afterwards, whose folders hash themselves, and
+``calibration.json`` may be put beside the manifest, which names it by its hash.
 """
 
 from __future__ import annotations

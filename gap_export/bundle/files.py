@@ -16,10 +16,18 @@ from gap_export.spec.manifest import MANIFEST_NAME
 
 HASH_NAME = BUNDLE_MARK
 ENGINES_FOLDER = "engines"
+CALIBRATION_NAME = "calibration.json"
+# A name of its own while it is written: a killed writer leaves a bundle that can be opened.
+CALIBRATION_PART = f"{CALIBRATION_NAME}.part"
 
 _CHUNK_BYTES = 1 << 20
 # Bundles have two levels; each costs a call within a call here and wherever a folder is removed.
 _MAX_DEPTH, _MAX_SHOWN = 32, 80
+
+
+def may_be_unlisted(path: str) -> bool:
+    """Whether a file of a bundle may be there without being listed in its manifest."""
+    return path in (CALIBRATION_NAME, CALIBRATION_PART) or path.startswith(f"{ENGINES_FOLDER}/")
 
 
 def hash_line(raw: bytes, *, name: str = MANIFEST_NAME) -> bytes:

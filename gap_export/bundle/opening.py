@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gap_export.bundle.drafts import find_standing
-from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME, hash_line, walk_files
+from gap_export.bundle.files import (
+    CALIBRATION_NAME,
+    ENGINES_FOLDER,
+    HASH_NAME,
+    hash_line,
+    may_be_unlisted,
+    walk_files,
+)
 from gap_export.bundle.stamps import Verify, verify_hashes
 from gap_export.errors import BundleError
 from gap_export.spec.manifest import MANIFEST_NAME, FileSpec, Manifest, parse_manifest
@@ -135,13 +142,14 @@ def _check_presence(manifest: Manifest, present: Mapping[str, os.stat_result]) -
         for path in present
         if path not in listed
         and path not in (MANIFEST_NAME, HASH_NAME)
-        and not path.startswith(f"{ENGINES_FOLDER}/")
+        and not may_be_unlisted(path)
     ]
     if unlisted:
         raise BundleError(
             "the bundle holds files its manifest does not list",
             seen=", ".join(unlisted[:5]) + (", ..." if len(unlisted) > 5 else ""),
-            allowed=f"the files of {MANIFEST_NAME}, and all that is below {ENGINES_FOLDER}/",
+            allowed=f"the files of {MANIFEST_NAME}, {CALIBRATION_NAME}, and all that is below "
+            f"{ENGINES_FOLDER}/",
             fix="move them out of the bundle",
         )
     for file in manifest.files:

@@ -24,7 +24,7 @@ from gap_export.bundle.drafts import (
     sweep_drafts,
     sync_tree,
 )
-from gap_export.bundle.files import ENGINES_FOLDER, HASH_NAME, hash_line, walk_files
+from gap_export.bundle.files import HASH_NAME, hash_line, may_be_unlisted, walk_files
 from gap_export.bundle.hashing import FileHasher, FileState, changed
 from gap_export.bundle.holding import Held, HeldFile, Hold, hold_file
 from gap_export.errors import BundleError, OutputError
@@ -261,7 +261,7 @@ def _what_is_foreign(folder: Path) -> str | None:
         manifest = parse_manifest((folder / MANIFEST_NAME).read_bytes())
         listed = {file.path for file in manifest.files} | {MANIFEST_NAME, HASH_NAME}
         for path, _ in walk_files(folder):
-            if path not in listed and not path.startswith(f"{ENGINES_FOLDER}/"):
+            if path not in listed and not may_be_unlisted(path):
                 return f"it holds {path}, which the bundle does not list"
     except FileNotFoundError:
         return f"no {MANIFEST_NAME}"

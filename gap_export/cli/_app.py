@@ -17,6 +17,7 @@ from typer.main import get_command
 from gap_export.cli._options import QuietOption, VerboseOption
 from gap_export.cli.bench import bench
 from gap_export.cli.build import build
+from gap_export.cli.calibrate import calibrate
 from gap_export.cli.check import check
 from gap_export.cli.doctor import doctor
 from gap_export.cli.evaluate import evaluate
@@ -154,6 +155,7 @@ def build_command() -> Any:
     app.command("ros-bag")(ros_bag)
     app.command("serve")(serve)
     app.command("eval")(evaluate)
+    app.command("calibrate")(calibrate)
     app.command("bench")(bench)
     app.command("inspect")(inspect_bundle)
     app.command("models")(models)

@@ -46,6 +46,7 @@ def describe_evaluation(report: EvaluationReport) -> str:
         "",
         format_table(_HEADER, [_table_row(row) for row in report.rows]),
     ]
+    lines += _absences(report)
     lines += _costs(report.rows)
     texts = {row.pruner: row.pruner_text for row in report.rows if row.pruner_text is not None}
     lines += [f"{name}: the pruner reads the {text}" for name, text in texts.items()]
@@ -71,6 +72,29 @@ def _table_row(row: SettingRow) -> list[str]:
         f"{100 * row.mean_iou:.1f}",
         str(row.parse_failures),
     ]
+
+
+def _absences(report: EvaluationReport) -> list[str]:
+    """How well scores tell what is not there, where that was asked."""
+    rows = []
+    for row in report.rows:
+        if (one := row.absence) is not None:
+            (low, high), (least, most) = one.auroc_ci95, one.false_box_ci95
+            rows.append(
+                [
+                    row.name,
+                    f"{one.auroc:.3f}",
+                    f"{low:.3f}-{high:.3f}",
+                    f"{100 * one.false_box_rate:.1f}",
+                    f"{100 * least:.1f}-{100 * most:.1f}",
+                    f"{100 * one.recall:.1f}",
+                    f"{one.num_boxes} of {one.num_absent}",
+                ]
+            )
+    if not rows:
+        return []
+    header = ("what is not there", "AUROC", "95 % interval", "false boxes %", "95 % interval")
+    return ["", format_table((*header, "at recall %", "boxes at any score"), rows)]
 
 
 def _costs(rows: Sequence[SettingRow]) -> list[str]:

@@ -48,6 +48,15 @@ EvaluateSamplesOption = Annotated[
         "refshapes, else all]",
     ),
 ]
+AbsentOption = Annotated[
+    float,
+    typer.Option(
+        "--absent",
+        metavar="SHARE",
+        help="Of refshapes: so large a share of what is asked is not there, on top of --samples. "
+        "Reports how well the score tells.",
+    ),
+]
 ProtocolOption = Annotated[
     str,
     typer.Option(

@@ -11,6 +11,7 @@ import typer
 
 from gap_export.cli._check_options import HtmlOption, MarkdownOption, ReportJsonOption
 from gap_export.cli._evaluate_options import (
+    AbsentOption,
     BaselineOption,
     DataOption,
     EvaluateSamplesOption,
@@ -69,6 +70,7 @@ def evaluate(
     recipe: RecipeOption = None,
     data: DataOption = "refshapes",
     samples: EvaluateSamplesOption = None,
+    absent: AbsentOption = 0.0,
     protocol: ProtocolOption = "native",
     prompt: PromptOption = None,
     grammar: GrammarOption = None,
@@ -115,6 +117,7 @@ def evaluate(
             pruning.variants(split_names("--pruner", pruner or []), keep or ()),
             data=data,
             samples=samples,
+            absent=absent,
             seed=pruning.seed,
             protocol=protocol,
             prompt=prompt,

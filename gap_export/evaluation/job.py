@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from gap_export.bundle import open_bundle
 from gap_export.errors import UsageError
+from gap_export.evaluation.absence import judge_absence
 from gap_export.evaluation.datasets import open_dataset
 from gap_export.evaluation.datasets.refshapes_set import NAME as REFSHAPES
 from gap_export.evaluation.doubts import find_doubts
@@ -76,6 +77,7 @@ class Asking:
         pictures: A folder that is made, for a drawing of each setting's first answer: box, kept
             tokens and, where the pruner has scores, their heat map.
         rule: What those drawings must stay away from.
+        absent: Of RefShapes: share of expressions whose object is not there.
     """
 
     data: str = REFSHAPES
@@ -87,6 +89,7 @@ class Asking:
     workers: str = IN_PROCESS
     pictures: Path | None = None
     rule: OutputRule = NO_RULE
+    absent: float = 0.0
 
 
 DEFAULT_ASKING = Asking()
@@ -140,7 +143,9 @@ class Job:
             num_samples = DEFAULT_SAMPLES
         with progress.stage("opening the data set"):
             # 0 and None are all there are.
-            dataset = open_dataset(asking.data, samples=num_samples or None, seed=runner.seed)
+            dataset = open_dataset(
+                asking.data, samples=num_samples or None, seed=runner.seed, absent=asking.absent
+            )
         for what, folder in (("records", asking.records), ("drawings", asking.pictures)):
             if folder is not None:
                 make_folder(folder, what)
@@ -207,7 +212,11 @@ class Job:
                 box = open_bundle(setting.bundle).manifest.box if smaller else manifest.box
                 own = replace(judging, box_spec=box)
                 judged.append(own.judge(setting, answers[setting.name]))
-                rows.append(own.row(judged[-1], rows[0].acc_at_50 if rows else None))
+                row = own.row(judged[-1], rows[0].acc_at_50 if rows else None)
+                absence = judge_absence(
+                    self.dataset.asked, answers[setting.name], seed=self.runner.seed
+                )
+                rows.append(replace(row, absence=absence))
                 advance(1)
             if smaller:
                 rows = self._with_costs(rows, settings, manifest.grid.num_visual_tokens)
@@ -319,4 +328,5 @@ def _summarize(
         num_excluded=sum(not one.counts_as_wrong for one in unusable),
         unusable=unusable,
         fingerprint=dataset.fingerprint,
+        num_absent=len(dataset.absent),
     )

@@ -16,7 +16,7 @@ from gap_export.errors import (
     ImageError,
     UsageError,
 )
-from gap_export.evaluation.questions import Question
+from gap_export.evaluation.questions import AnyQuestion
 from gap_export.evaluation.records import Record
 from gap_export.evaluation.remembering import RememberingBackend
 from gap_export.evaluation.settings import Misalignment, Setting
@@ -225,7 +225,7 @@ def check_prompt(template: str, spec: PromptSpec, *, reads_question: bool = Fals
 
 
 def _answer_batch(
-    session: GroundingSession, image: ImageInput, questions: Sequence[Question]
+    session: GroundingSession, image: ImageInput, questions: Sequence[AnyQuestion]
 ) -> list[Record]:
     remembering = session.backend
     assert isinstance(remembering, RememberingBackend), "the runner opened it"
@@ -269,12 +269,13 @@ def _answer_batch(
             batch_size=len(questions),
             cut_off=not has_ended(answer.token_ids, session.manifest),
             backend=answer.backend,
+            score=answer.score,
         )
         records.append(record)
     return records
 
 
-def _failed(question: Question, err: GapExportError) -> Record:
+def _failed(question: AnyQuestion, err: GapExportError) -> Record:
     return Record(
         question_id=question.id,
         text="",

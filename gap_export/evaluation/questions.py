@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from gap_export.evaluation.refshapes import Split, generate_scene
 from gap_export.parity.metrics import Box
@@ -85,7 +85,8 @@ class Asked:
         id: Unique in the data set, the same whenever it is opened.
         image_id: Shared by all expressions about one image.
         expression: What to look for, of any length.
-        box: (x1, y1, x2, y2) in pixels of the image, in its frame; finite.
+        box: (x1, y1, x2, y2) in pixels of the image, in its frame; finite. None where the object
+            is not there.
         image_size: Width and height in pixels as annotated; None where they are not.
         kind: Type of the expression; None in a set without types.
         split: Which part of the data set it is from.
@@ -94,7 +95,7 @@ class Asked:
     id: str
     image_id: str
     expression: str
-    box: Box
+    box: Box | None
     image_size: tuple[int, int] | None
     kind: str | None
     split: str
@@ -108,7 +109,23 @@ class Question(Asked):
         image: Where the image comes from; the same for all questions about one image.
     """
 
+    box: Box
     image: ImageSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsentQuestion(Asked):
+    """An expression about an image that does not show the object: there is no right box.
+
+    Attributes:
+        image: See :class:`Question`.
+    """
+
+    box: None = None
+    image: ImageSource
+
+
+AnyQuestion: TypeAlias = Question | AbsentQuestion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +183,7 @@ class Dataset:
             images' bytes and where they are have no part in it.
         questions: Those about one image stand together.
         unusable: Those that were asked for and cannot be.
+        absent: Expressions of objects that are not there; no part of ``num_expressions``.
     """
 
     spec: str
@@ -175,6 +193,16 @@ class Dataset:
     fingerprint: str
     questions: tuple[Question, ...]
     unusable: tuple[Unusable, ...]
+    absent: tuple[AbsentQuestion, ...] = ()
+
+    @property
+    def asked(self) -> tuple[AnyQuestion, ...]:
+        """All that are asked, those about one image together."""
+        by_image: dict[str, list[AnyQuestion]] = {}
+        all_asked: list[AnyQuestion] = [*self.questions, *self.absent]
+        for one in all_asked:
+            by_image.setdefault(one.image_id, []).append(one)
+        return tuple(one for group in by_image.values() for one in group)
 
     @property
     def num_expressions(self) -> int:

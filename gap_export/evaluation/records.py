@@ -21,7 +21,7 @@ from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter, with_config
 from gap_export.errors import OutputError
 
 FORMAT = "gap-export-records"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SUFFIX = ".jsonl"
 Fault = Literal["broken picture", "refused expression"]
 _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -57,6 +57,7 @@ class Record:
         fault: Which of the two, with an error.
         cut_off: Whether the answer was cut off at the model's ``max_new_tokens``.
         backend: What ran the model, with its version and device; empty with an error.
+        score: ``Grounding.score``; None where there is no box.
     """
 
     question_id: _Text
@@ -73,6 +74,7 @@ class Record:
     fault: Fault | None = None
     cut_off: Annotated[bool, Field(strict=True)] = False
     backend: _Text = ""
+    score: _Number | None = None
 
 
 _READER = TypeAdapter(Record)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from gap_export.evaluation.absence import Absence
 from gap_export.evaluation.questions import ImageSource, Unusable
 from gap_export.evaluation.settings import SettingPositions
 from gap_export.parity.results import plain_values
@@ -82,6 +83,8 @@ class SettingRow(Accuracy):
         multiply_adds: Of matrix products and convolutions until an answer begins, by stage
             (``vision``, ``prefill``), of one expression at the mean length of prompts; empty where
             no smaller image is measured.
+        absence: How well the score tells what is there; None where nothing that is not was asked
+            for, or no answer has a box.
     """
 
     name: str
@@ -106,6 +109,7 @@ class SettingRow(Accuracy):
     backend: str = ""
     pruner_text: PrunerText | None = None
     multiply_adds: Mapping[str, int] = field(default_factory=dict)
+    absence: Absence | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """JSON form; what it is comes first, then what was measured."""
@@ -155,6 +159,7 @@ class DataSummary:
             are left out of every accuracy.
         unusable: What could not be asked, and why.
         fingerprint: SHA-256, hex, of ids, expressions and boxes.
+        num_absent: Expressions whose object is not there, which are part of no accuracy.
     """
 
     spec: str
@@ -168,6 +173,7 @@ class DataSummary:
     num_excluded: int = 0
     unusable: tuple[Unusable, ...] = ()
     fingerprint: str = ""
+    num_absent: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,7 @@ class Run:
             files: dict[str, RecordsFile] = {}
             waiting: list[Shard] = []
             for setting in self.settings:
-                shards = cut_shards(setting, self.dataset.questions)
+                shards = cut_shards(setting, self.dataset.asked)
                 file = stack.enter_context(self._open(setting, shards))
                 files[setting.name] = file
                 waiting += [shard for shard in shards if shard.questions[0].id not in file.records]
@@ -139,7 +139,7 @@ class Run:
             "setting": setting.name,
             "data": self.dataset.name,
             "splits": ", ".join(self.dataset.splits),
-            "expressions": str(len(self.dataset.questions)),
+            "expressions": str(len(self.dataset.asked)),
             "questions": self.dataset.fingerprint,
             "frame": self.dataset.frame,
             "prompt": manifest.prompt.template,

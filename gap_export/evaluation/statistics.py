@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,32 @@ def bootstrap_interval(
         means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)
+
+
+def draw_clusters(
+    clusters: Sequence[str], *, seed: int, num_resamples: int = 1000
+) -> Iterator[NDArray[np.float64]]:
+    """How often each value is in each resample of a bootstrap over clusters, in blocks.
+
+    Args:
+        clusters: As of :func:`bootstrap_interval`, and likewise the rest.
+        seed: See :func:`bootstrap_interval`.
+        num_resamples: In all.
+
+    Yields:
+        float64 [R, N]: some resamples.
+    """
+    places = {name: place for place, name in enumerate(sorted(set(clusters)))}
+    members = np.array([places[name] for name in clusters], dtype=np.int64)
+    count = len(places)
+    stream = np.random.PCG64(seed)
+    block = max(1, _MAX_DRAWN // len(members))
+    for start in range(0, num_resamples, block):
+        size = min(block, num_resamples - start)
+        drawn = (stream.random_raw(size * count) % count).astype(np.int64)
+        places_drawn = np.repeat(np.arange(size), count) * count + drawn
+        times = np.bincount(places_drawn, minlength=size * count).reshape(size, count)
+        yield times[:, members].astype(np.float64)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

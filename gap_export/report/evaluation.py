@@ -16,6 +16,7 @@ from gap_export.evaluation.results import (
     Interval,
     SettingRow,
 )
+from gap_export.report.absence import tabulate_absence
 from gap_export.report.document import Document, Figure, Section, Table, Tile
 from gap_export.report.figures.accuracies import (
     draw_accuracies,
@@ -48,6 +49,7 @@ def document_of_evaluation(report: EvaluationReport) -> Document:
     panels = panels_of(report.rows)
     made = (
         _accuracy(report, lead),
+        Section(title="Objects that are not there", tables=(tabulate_absence(report.rows),)),
         Section(title="Paired comparisons", tables=(_comparisons(report),)),
         Section(
             title="Accuracy by threshold of IoU",

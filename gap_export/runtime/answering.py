@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from gap_export.bundle.calibration import Calibration
 from gap_export.errors import BundleError, ExpressionError, UsageError
 from gap_export.runtime.answers import PlacedBox, box_tokens, read_answer
 from gap_export.runtime.backends.backend import Backend, FloatArray, KVCache
@@ -42,6 +43,10 @@ from gap_export.spec.manifest import Manifest
 from gap_export.spec.positions import PositionRule
 from gap_export.spec.requests import GrammarName
 
+_OTHER_CALIBRATION = (
+    "no verdict whether it is there: the bundle was calibrated with another grammar or other "
+    "positions"
+)
 # What is asked and its row of the prompt; gives the row that is fed.
 EditRow = Callable[[str, PromptRow], PromptRow]
 
@@ -59,6 +64,7 @@ class Answering:
         edit_row: EditRow | None,
         kept_bytes: int,
         grammar: GrammarName | None,
+        calibration: Calibration | None,
     ) -> None:
         """Join a model's facts, its tokenizers and a backend; see ``GroundingSession``."""
         self.manifest = manifest
@@ -80,6 +86,13 @@ class Answering:
                 raise UsageError("no such grammar", seen=repr(grammar), allowed="box, or none")
             pieces, ends = self._prompts.pieces(), manifest.decoder.eos_token_ids
             self._grammar = BoxGrammar(manifest.box, pieces, ends)
+        self._threshold: float | None = None
+        self._own_warnings: tuple[str, ...] = ()
+        if calibration is not None:
+            if (calibration.positions, calibration.grammar) == (self.positions, grammar):
+                self._threshold = calibration.threshold
+            else:
+                self._own_warnings = (_OTHER_CALIBRATION,)
         self._store = ByteStore(kept_bytes, what="kept_bytes")
 
     def _encode(self, expressions: Sequence[str]) -> list[EncodedExpression]:
@@ -250,7 +263,7 @@ class Answering:
                     expression=encoded[row].expression,
                     box=boxes[0].box if boxes else None,
                     score=boxes[0].score if boxes else None,
-                    found=boxes[0].found if boxes else None,
+                    found=boxes[0].found if boxes else self._is_found(None),
                     boxes=boxes,
                     text=text,
                     token_ids=token_ids,
@@ -261,7 +274,12 @@ class Answering:
                     timings_ms=timings,
                     backend=self._backend_name,
                     orientation=seen.orientation,
-                    warnings=(*seen.warnings, *encoded[row].warnings, *problems),
+                    warnings=(
+                        *self._own_warnings,
+                        *seen.warnings,
+                        *encoded[row].warnings,
+                        *problems,
+                    ),
                 )
             )
         return found
@@ -272,4 +290,10 @@ class Answering:
         """A box with the probability of its tokens."""
         tokens = box_tokens(token_ids, placed.span, self._prompts.decode)
         score = math.exp(math.fsum(log_probabilities[tokens]))
-        return ScoredBox(box=placed.box, score=score, found=None)
+        return ScoredBox(box=placed.box, score=score, found=self._is_found(score))
+
+    def _is_found(self, score: float | None) -> bool | None:
+        """Whether a score, or an answer without a box, is that of an object that is there."""
+        if self._threshold is None:
+            return None
+        return score is not None and score >= self._threshold

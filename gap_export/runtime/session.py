@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from gap_export.bundle import Verify, open_bundle
+from gap_export.bundle.calibration import Calibration, read_calibration
 from gap_export.errors import GapExportError, UsageError
 from gap_export.runtime.answering import Answering, EditRow
 from gap_export.runtime.backends.backend import Backend
@@ -66,6 +67,7 @@ class GroundingSession(Answering):
         edit_row: EditRow | None = None,
         kept_bytes: int = KEPT_BYTES,
         grammar: GrammarName | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         """Join a model's facts, its tokenizers and a backend.
 
@@ -79,6 +81,7 @@ class GroundingSession(Answering):
                 several images, what was not used for longest goes first. 0 keeps nothing.
             grammar: ``box`` constrains answers: none ends before it holds a box, and what is begun
                 of a box is finished in the model's syntax. None leaves the model its own answer.
+            calibration: Gives ``Grounding.found``; None: there is no verdict.
 
         Raises:
             UsageError: ``kept_bytes`` is no size, or there is no such grammar.
@@ -92,6 +95,7 @@ class GroundingSession(Answering):
             edit_row=edit_row,
             kept_bytes=kept_bytes,
             grammar=grammar,
+            calibration=calibration,
         )
         self._closed = False
         self._num_running = 0
@@ -155,6 +159,7 @@ class GroundingSession(Answering):
             },
         )
         opened = open_bundle(bundle, verify=verify)
+        calibration = read_calibration(opened)
         runs: Backend
         # Not at the top: a session with one backend needs nothing of the others.
         if backend == "tensorrt":
@@ -178,6 +183,7 @@ class GroundingSession(Answering):
             positions=positions,
             kept_bytes=kept_bytes,
             grammar=grammar,
+            calibration=calibration,
         )
 
     def __enter__(self) -> Self:

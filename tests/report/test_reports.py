@@ -128,6 +128,7 @@ def test_schema_refuses_what_is_no_report(kind, path, value):
         ("check", "backend", checked.BackendResult),
         ("eval", "accuracy", measured.Accuracy),
         ("eval", "row", measured.SettingRow),
+        ("eval", "absence", measured.Absence),
         ("eval", "comparison", measured.Comparison),
         ("eval", "data", measured.DataSummary),
         ("eval", "unusable", questions.Unusable),

@@ -22,8 +22,8 @@ from pathlib import Path
 from gap_export.errors import UsageError
 from gap_export.evaluation.datasets import own, parquet, per_split, refer
 from gap_export.evaluation.datasets.annotations import assemble, check_box
+from gap_export.evaluation.datasets.refshapes_set import MAX_ABSENT_SHARE, open_refshapes
 from gap_export.evaluation.datasets.refshapes_set import NAME as REFSHAPES
-from gap_export.evaluation.datasets.refshapes_set import open_refshapes
 from gap_export.evaluation.datasets.stored import KNOWN_SETS, KnownSet, StoredSet
 from gap_export.evaluation.questions import Dataset
 
@@ -40,7 +40,7 @@ _MAX_SHOWN = 300
 _ALLOWED = f"{REFSHAPES}[:SPLIT], {'|'.join(KNOWN_SETS)}:ROOT[:SPLITS] or FOLDER[:SPLITS]"
 
 
-def open_dataset(spec: str, *, samples: int | None, seed: int) -> Dataset:
+def open_dataset(spec: str, *, samples: int | None, seed: int, absent: float = 0.0) -> Dataset:
     """Open a data set.
 
     Args:
@@ -48,6 +48,8 @@ def open_dataset(spec: str, *, samples: int | None, seed: int) -> Dataset:
         samples: Ask the first so many expressions of each split, those that cannot be asked
             included; None for all.
         seed: Seed of the scenes of RefShapes; nothing else is drawn.
+        absent: Of RefShapes: share of expressions whose object is not there, see
+            ``refshapes_set``. Other data sets say themselves which those are.
 
     Raises:
         UsageError: no such data set, several, or a split that it has not got; its files cannot be
@@ -56,9 +58,19 @@ def open_dataset(spec: str, *, samples: int | None, seed: int) -> Dataset:
     """
     if samples is not None and samples < 1:
         raise UsageError("too few samples", seen=samples, allowed=">= 1")
+    if not 0 <= absent <= MAX_ABSENT_SHARE:
+        raise UsageError(
+            "no such share of absent objects", seen=absent, allowed=f"0 to {MAX_ABSENT_SHARE}"
+        )
     name, _, rest = spec.partition(":")
     if name == REFSHAPES:
-        return open_refshapes(spec, rest or None, samples=samples, seed=seed)
+        return open_refshapes(spec, rest or None, samples=samples, seed=seed, absent=absent)
+    if absent:
+        raise UsageError(
+            "which objects are not there is drawn for RefShapes alone",
+            seen=f"{absent:g} of {spec!r}",
+            allowed=f"--absent with {REFSHAPES}; questions.jsonl has lines with a box of null",
+        )
     known = KNOWN_SETS.get(name)
     place, wanted = _place_and_splits(spec if known is None else rest)
     root = _check_folder(place, spec)

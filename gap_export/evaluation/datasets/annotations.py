@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 from gap_export.errors import UsageError
 from gap_export.evaluation.questions import (
+    AbsentQuestion,
     Asked,
     Dataset,
     ImageSource,
@@ -77,6 +78,7 @@ def assemble(
         chosen += [one for group in groups.values() for one in group][:samples]
     _check_ids(chosen)
     questions: list[Question] = []
+    absent: list[AbsentQuestion] = []
     unusable: list[Unusable] = []
     # Rows of one image may hold a copy of it each: one of them is enough.
     images: dict[str, ImageSource] = {}
@@ -86,15 +88,18 @@ def assemble(
         made = _judge(one, images.get(one.image_id))
         if isinstance(made, Question):
             questions.append(made)
+        elif isinstance(made, AbsentQuestion):
+            absent.append(made)
         else:
             unusable.append(made)
     if not questions:
-        raise _nothing_to_ask(spec, unusable, looked_in)
+        raise _nothing_to_ask(spec, unusable, looked_in, num_absent=len(absent))
     # What cannot be asked is part of it: it is in the denominator.
     digest = hashlib.sha256()
-    for question in questions:
-        said = [question.id, question.image_id, question.split, question.kind, question.expression]
-        digest.update(json.dumps([*said, *question.box]).encode() + b"\n")
+    all_asked: list[Asked] = [*questions, *absent]
+    for asked in all_asked:
+        said = [asked.id, asked.image_id, asked.split, asked.kind, asked.expression]
+        digest.update(json.dumps([*said, *(asked.box or ())]).encode() + b"\n")
     for other in unusable:
         digest.update(json.dumps([other.question_id, other.reason]).encode() + b"\n")
     return Dataset(
@@ -105,6 +110,7 @@ def assemble(
         fingerprint=digest.hexdigest(),
         questions=tuple(questions),
         unusable=tuple(unusable),
+        absent=tuple(absent),
     )
 
 
@@ -138,11 +144,11 @@ def _check_ids(annotations: Sequence[Annotation]) -> None:
         )
 
 
-def _judge(one: Annotation, image: ImageSource | None) -> Question | Unusable:
+def _judge(one: Annotation, image: ImageSource | None) -> Question | AbsentQuestion | Unusable:
     """A question, or why there is none. What is wrong with the annotation goes first."""
-    checked = check_box(one.box, one.image_size)
+    checked = None if one.box is None else check_box(one.box, one.image_size)
     reason: UnusableReason
-    if isinstance(checked, str):
+    if one.box is not None and isinstance(checked, str):
         size = "" if one.image_size is None else f", image {one.image_size[0]}x{one.image_size[1]}"
         reason, detail = checked, f"box {', '.join(f'{edge:g}' for edge in one.box)}{size}"
     elif not one.expression.strip():
@@ -151,11 +157,21 @@ def _judge(one: Annotation, image: ImageSource | None) -> Question | Unusable:
         reason, detail = "missing picture", one.image_name
     else:
         annotated = {field.name: getattr(one, field.name) for field in fields(Asked)}
+        if checked is None:
+            return AbsentQuestion(**annotated, image=image)
         return Question(**{**annotated, "box": checked}, image=image)
     return Unusable.of(one, reason, detail)
 
 
-def _nothing_to_ask(spec: str, unusable: Sequence[Unusable], looked_in: str) -> UsageError:
+def _nothing_to_ask(
+    spec: str, unusable: Sequence[Unusable], looked_in: str, *, num_absent: int
+) -> UsageError:
+    if num_absent:
+        return UsageError(
+            "no expression of the data set has an object that is there and can be asked about",
+            seen=f"{num_absent} expressions without a box, {len(unusable)} that cannot be asked",
+            allowed="expressions with a box, and any number without",
+        )
     if not unusable:
         return UsageError("the data set has no expressions", seen=spec)
     counts = Counter(one.reason for one in unusable)

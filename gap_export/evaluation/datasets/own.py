@@ -4,7 +4,8 @@ Each line is a JSON object::
 
     {"image": "images/yard.jpg", "expression": "the dog on the left", "box": [12, 40, 118, 203]}
 
-``image`` is a path below the folder, ``box`` [x1, y1, x2, y2] in pixels of the image. Optional:
+``image`` is a path below the folder, ``box`` [x1, y1, x2, y2] in pixels of the image, or null where
+the image does not show the object. Optional:
 ``frame`` (``upright``, the default: boxes are of the image as displayed, turned as EXIF says;
 ``raw``: of the image as stored; the same in all lines about one image), ``kind`` (a type of
 expression, reported by itself), ``split`` (in every line or in none) and ``id`` (else the number of
@@ -85,7 +86,7 @@ def _annotations(folder: Path, split: str, rows: Sequence[Row]) -> Iterator[Anno
             image=ImageSource(path=path, frame=frame) if there else None,
             image_name=name,
             expression=row.text("expression"),
-            box=row.corners("box"),
+            box=None if row.values.get("box", 0) is None else row.corners("box"),
             image_size=sizes[name],
             kind=row.label("kind") if "kind" in row.values else None,
             split=split,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
 from gap_export.errors import UsageError
 from gap_export.evaluation.datasets.annotations import Annotation, assemble
@@ -10,16 +11,30 @@ from gap_export.evaluation.questions import Dataset, ImageSource
 from gap_export.evaluation.refshapes import (
     EXPRESSIONS_PER_IMAGE,
     IMAGE_SIZE,
+    Sample,
     Split,
+    absent_expressions,
     iter_samples,
 )
 
 NAME = "refshapes"
 SPLITS: tuple[Split, ...] = ("heldout", "train")
+# Of one scene there are not many more.
+MAX_ABSENT_SHARE = 0.8
 
 
-def open_refshapes(spec: str, split: str | None, *, samples: int | None, seed: int) -> Dataset:
+def open_refshapes(
+    spec: str, split: str | None, *, samples: int | None, seed: int, absent: float = 0.0
+) -> Dataset:
     """The first expressions of a split, by default of what is held out; it has no end.
+
+    Args:
+        spec: How the user named it.
+        split: Which; None for the default.
+        samples: How many expressions that have an object.
+        seed: Seed of the scenes.
+        absent: Share in all that is asked of expressions whose object is not there; they come on
+            top of ``samples``.
 
     Raises:
         UsageError: no such split, or no number.
@@ -33,29 +48,50 @@ def open_refshapes(spec: str, split: str | None, *, samples: int | None, seed: i
             fix="say how many",
         )
     return assemble(
-        _annotations(chosen[0], samples, seed),
+        _annotations(chosen[0], samples, seed, absent),
         spec=spec,
         name=NAME,
         layout=NAME,
         splits=chosen,
-        samples=samples,
+        samples=None,
         looked_in="nowhere: they are drawn",
     )
 
 
-def _annotations(split: Split, samples: int, seed: int) -> Iterator[Annotation]:
-    for sample in iter_samples(split=split, seed=seed, num_samples=samples):
-        scene, expression = sample.scene, sample.expression
-        image_id = f"{split}-{seed}-{scene.index}"
-        left, top, right, bottom = sample.box
-        yield Annotation(
-            id=f"{image_id}-{scene.expressions.index(expression)}",
-            image_id=image_id,
-            image=ImageSource(scene=(split, seed, scene.index, EXPRESSIONS_PER_IMAGE)),
-            image_name=image_id,
-            expression=expression.text,
-            box=(float(left), float(top), float(right), float(bottom)),
-            image_size=(IMAGE_SIZE, IMAGE_SIZE),
-            kind=expression.kind,
-            split=split,
-        )
+def _annotations(split: Split, samples: int, seed: int, absent: float) -> Iterator[Annotation]:
+    """Scene by scene what is there, and of what is not so many that the share holds so far."""
+    per_present = absent / (1.0 - absent)
+    num_present = num_absent = 0
+    for _, group in groupby(
+        iter_samples(split=split, seed=seed, num_samples=samples), key=lambda one: one.scene.index
+    ):
+        of_scene = list(group)
+        scene = of_scene[0].scene
+        for sample in of_scene:
+            place = scene.expressions.index(sample.expression)
+            yield _annotation(
+                sample, str(place), sample.expression.text, sample.expression.kind, sample.box
+            )
+        num_present += len(of_scene)
+        wanted = round(num_present * per_present) - num_absent
+        for place, one in enumerate(absent_expressions(scene, wanted) if wanted > 0 else ()):
+            num_absent += 1
+            yield _annotation(of_scene[0], f"absent-{place}", one.text, one.kind, None)
+
+
+def _annotation(
+    sample: Sample, place: str, text: str, kind: str, box: tuple[int, int, int, int] | None
+) -> Annotation:
+    scene = sample.scene
+    image_id = f"{scene.split}-{scene.seed}-{scene.index}"
+    return Annotation(
+        id=f"{image_id}-{place}",
+        image_id=image_id,
+        image=ImageSource(scene=(scene.split, scene.seed, scene.index, EXPRESSIONS_PER_IMAGE)),
+        image_name=image_id,
+        expression=text,
+        box=None if box is None else (float(box[0]), float(box[1]), float(box[2]), float(box[3])),
+        image_size=(IMAGE_SIZE, IMAGE_SIZE),
+        kind=kind,
+        split=scene.split,
+    )

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gap_export.evaluation.refshapes.absent import AbsentExpression, sample_absent
 from gap_export.evaluation.refshapes.expressions import (
     WORDS,
     Expression,
@@ -47,12 +48,14 @@ __all__ = [
     "SHAPES",
     "SIZES",
     "WORDS",
+    "AbsentExpression",
     "Expression",
     "Kind",
     "Sample",
     "Scene",
     "SceneObject",
     "Split",
+    "absent_expressions",
     "calibration_questions",
     "generate_scene",
     "iter_samples",
@@ -61,6 +64,8 @@ __all__ = [
 Split = Literal["train", "heldout"]
 
 _SPLIT_KEYS: dict[str, int] = {"train": 1, "heldout": 2}
+# The random generator's key of what is not there: scenes are the same with and without.
+_ABSENT_KEY = 3
 _MIN_EXPRESSIONS = 4
 # Questions about one image, at most.
 EXPRESSIONS_PER_IMAGE = 4
@@ -167,6 +172,16 @@ def iter_samples(*, seed: int, num_samples: int, split: Split = "heldout") -> It
         for expression in scene.expressions[: num_samples - yielded]:
             yield Sample(scene=scene, expression=expression)
             yielded += 1
+
+
+def absent_expressions(scene: Scene, count: int) -> tuple[AbsentExpression, ...]:
+    """Expressions that no object of a scene answers to, at most `count`.
+
+    They are a function of the scene and of `count` and of nothing else; those of a held-out scene
+    are held out with it.
+    """
+    key = [_SPLIT_KEYS[scene.split], scene.seed, scene.index, _ABSENT_KEY]
+    return sample_absent(np.random.default_rng(key), scene.objects, count)
 
 
 def calibration_questions(

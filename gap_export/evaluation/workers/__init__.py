@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
-from gap_export.evaluation.questions import Question
+from gap_export.evaluation.questions import AnyQuestion
 from gap_export.evaluation.records import Record
 from gap_export.evaluation.settings import Setting
 
@@ -32,7 +32,7 @@ class Shard:
 
     setting: Setting
     index: int
-    questions: tuple[Question, ...]
+    questions: tuple[AnyQuestion, ...]
 
 
 class Executor(Protocol):
@@ -51,11 +51,14 @@ class Executor(Protocol):
 
 
 def cut_shards(
-    setting: Setting, questions: Sequence[Question], *, size: int = SHARD_SIZE
+    setting: Setting,
+    questions: Sequence[AnyQuestion],
+    *,
+    size: int = SHARD_SIZE,
 ) -> list[Shard]:
     """Cut questions, those of one image together, into shards that end once they have that size."""
-    pieces: list[tuple[Question, ...]] = []
-    current: list[Question] = []
+    pieces: list[tuple[AnyQuestion, ...]] = []
+    current: list[AnyQuestion] = []
     for _, group in groupby(questions, key=lambda question: question.image_id):
         current += group
         if len(current) >= size:
