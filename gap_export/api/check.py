@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from gap_export.api.make import Parts, parts_of
 from gap_export.bundle import Bundle
-from gap_export.checkpoint.find.source import parse_parts, resolve_source
+from gap_export.checkpoint.find.bundle_source import resolve_source
+from gap_export.checkpoint.find.source import parse_parts
 from gap_export.engines.folder import open_whole
 from gap_export.errors import UsageError
 from gap_export.parity import check as parity

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gap_export.bundle import open_bundle
-from gap_export.checkpoint.find.source import Checkpoint, resolve_model, resolve_source
+from gap_export.checkpoint.find.bundle_source import resolve_source
+from gap_export.checkpoint.find.source import Checkpoint, resolve_model
 from gap_export.errors import UsageError
 from gap_export.evaluation.baseline import (
     activations_of,

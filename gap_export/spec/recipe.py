@@ -24,9 +24,7 @@ from pydantic import (
 from gap_export.errors import RecipeError, UnknownModelError
 from gap_export.spec.architecture import (
     Architecture,
-    ProjectorShape,
     TextShape,
-    VisionShape,
 )
 from gap_export.spec.family import other_families
 from gap_export.spec.manifest import (
@@ -38,6 +36,7 @@ from gap_export.spec.manifest import (
 from gap_export.spec.manifest.facts import SLOT, wrong_facts
 from gap_export.spec.manifest.sizes import image_sizes, prompt_sizes
 from gap_export.spec.recipe_base import with_base
+from gap_export.spec.recipe_sizes import MAX_TOKEN_ID, check_in_range, check_sizes
 from gap_export.spec.strict_yaml import read_yaml
 
 RECIPE_NAME = "recipe.yaml"
@@ -45,17 +44,6 @@ RECIPE_NAME = "recipe.yaml"
 _MAX_SHOWN = 300
 # Shorter, since all names that there are stand beside it.
 _MAX_NAME_SHOWN = 150
-_MAX_TOKEN_ID = 1 << 24
-_MAX_WIDTH = 1 << 20
-_MAX_SIZES = {
-    "num_layers": 1_000,
-    "vocab_size": _MAX_TOKEN_ID,
-    "max_position_embeddings": _MAX_TOKEN_ID,
-}
-# One matrix of each layer's MLP; in a 70B model they have 19e9.
-_MAX_WEIGHTS = 1 << 38
-# A position in M-RoPE has time, row and column.
-_AXES = 3
 HUB_ID = r"^[\w-][\w.-]*/[\w-][\w.-]*$"
 # A name becomes part of a folder's name, and must not lead out of the current folder.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -246,7 +234,7 @@ class Recipe(_Strict):
         if unknown:
             raise ValueError(f"end_of_answer must name special_tokens; {unknown} are none")
         for text, token in self.special_tokens.items():
-            _in_range(f"special_tokens of {text!r}", token, 0, _MAX_TOKEN_ID)
+            check_in_range(f"special_tokens of {text!r}", token, 0, MAX_TOKEN_ID)
         roles = tuple(self.checkpoint.parts) or ("main",)
         if self.text_tower is not None and self.text_tower.role not in roles:
             raise ValueError(f"text_tower.role must be one of {', '.join(roles)}")
@@ -259,68 +247,10 @@ class Recipe(_Strict):
             width = self.architecture.decoder.embeds_size
             sizes += prompt_sizes(self.image, self.grid, self.prompt, width)
         for name, seen, most in sizes:
-            _in_range(f"{name} ({seen})", seen, 1, most)
+            check_in_range(f"{name} ({seen})", seen, 1, most)
         if self.architecture is not None:
-            _check_sizes(self.architecture, self.image, self.grid)
+            check_sizes(self.architecture, self.image, self.grid)
         return self
-
-
-def _check_sizes(architecture: Architecture, image: ImageSpec, grid: GridSpec) -> None:
-    """Refuse a grid that no model of these sizes has, and modules that do not fit each other."""
-    vision, projector, decoder = architecture.vision, architecture.projector, architecture.decoder
-    for name, module in vars(architecture).items():
-        for key, size in vars(module).items():
-            if isinstance(size, int) and not isinstance(size, bool):
-                most = _MAX_SIZES.get(key, _MAX_WIDTH)
-                low = 0 if key == "num_taps" else 1
-                _in_range(f"architecture.{name}.{key}", size, low, most)
-    weights = decoder.num_layers * decoder.hidden_size * decoder.intermediate_size
-    _in_range(f"weights of architecture.decoder's layers ({weights})", weights, 1, _MAX_WEIGHTS)
-    if (image.height, image.width) != vision.canvas:
-        height, width = vision.canvas
-        raise ValueError(
-            f"image must be {height} px high and {width} wide, architecture.vision.image_size"
-        )
-    _check_vision(vision, projector, image)
-    if projector.num_taps != decoder.num_taps:
-        raise ValueError("architecture.projector and architecture.decoder must have as many taps")
-    if projector.width % vision.width or projector.hidden_size != decoder.hidden_size:
-        raise ValueError("architecture.projector must go from vision.width to decoder.hidden_size")
-    if projector.width % (projector.norm_width or 1):
-        raise ValueError("architecture.projector.norm_width must divide its width")
-    if vision.width % vision.num_heads or decoder.num_heads % decoder.num_key_value_heads:
-        raise ValueError("architecture: heads must divide the width, and groups the heads")
-    sections, turned = decoder.rope_sections, decoder.num_frequencies
-    if sections and (len(sections) != _AXES or sum(sections) != turned):
-        raise ValueError(
-            f"architecture.decoder.rope_sections must be {_AXES} numbers that add up to {turned}"
-        )
-    channels = decoder.rotary_dim if decoder.rotary_dim is not None else decoder.head_dim
-    if channels % 2 or channels > decoder.head_dim:
-        raise ValueError("architecture.decoder: RoPE turns pairs of a head's channels")
-    rows, cols = architecture.token_grid
-    if (grid.rows, grid.cols) != (rows, cols):
-        raise ValueError(f"grid must be {rows} rows, {cols} cols, as architecture says")
-
-
-def _check_vision(vision: VisionShape, projector: ProjectorShape, image: ImageSpec) -> None:
-    """Refuse layers that the tower has not got, and canvases that are not the image's."""
-    if vision.grids != image.grids or (vision.grids and vision.window_size is not None):
-        raise ValueError("architecture.vision.grids must be image.grids, and no windows beside it")
-    for key, layers in (("full_attention", vision.full_attention), ("taps", vision.taps)):
-        if list(layers) != sorted(set(layers) & set(range(vision.num_layers))):
-            raise ValueError(
-                f"architecture.vision.{key} must be layers of 0..{vision.num_layers - 1}, ascending"
-            )
-    if vision.window_size is not None and vision.num_layers - 1 not in vision.full_attention:
-        raise ValueError("architecture.vision: the last layer must see the whole image")
-    if vision.taps and len(vision.taps) != projector.num_taps:
-        raise ValueError("architecture.projector must have as many taps as architecture.vision")
-
-
-def _in_range(key: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{key} must lie in {low}..{high}")
 
 
 @lru_cache(maxsize=1)

@@ -45,6 +45,7 @@ EXPORT_ONLY = {
 # What runs a bundle, by module or package; the rest may import the export extra.
 BASE_MODULES = (
     "gap_export.bundle",
+    "gap_export.checkpoint.find.bundle_source",
     "gap_export.checkpoint.find.parts",
     "gap_export.cli",
     "gap_export.errors",

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gap_export.checkpoint.find.source import resolve_source
+from gap_export.checkpoint.find.bundle_source import resolve_source
 from gap_export.evaluation.refshapes import iter_samples
 from gap_export.parity.question import Question
 from gap_export.runtime.backends.device import CudaDevice, DeviceMemory

@@ -11,7 +11,7 @@ import shutil
 import pytest
 
 from gap_export.bundle import Bundle, open_bundle
-from gap_export.checkpoint.find.source import resolve_source
+from gap_export.checkpoint.find.bundle_source import resolve_source
 from gap_export.evaluation.refshapes import iter_samples
 from gap_export.parity.check import check_bundle
 from gap_export.parity.golden import open_golden

@@ -50,7 +50,7 @@ def pytorch_cuda(bundle: Path) -> Iterator[tuple[str, Decoder]]:
     """The reference's decoder in PyTorch, in the bundle's dtype."""
     import torch
 
-    from gap_export.checkpoint.find.source import resolve_source
+    from gap_export.checkpoint.find.bundle_source import resolve_source
     from gap_export.families import build_reference
 
     if not torch.cuda.is_available():

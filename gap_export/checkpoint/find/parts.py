@@ -7,12 +7,14 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from gap_export.checkpoint.find.hub_cache import look_for
 from gap_export.errors import CheckpointError, UsageError
-from gap_export.spec.recipe import Recipe
+from gap_export.spec.recipe import RECIPE_NAME, Recipe
 
 MAIN = "main"
+NO_PARTS: Mapping[str, Path] = MappingProxyType({})
 _MAX_SHOWN = 300
 _ROLE = re.compile(r"(?P<role>\w+)=(?P<path>.*)", re.ASCII | re.DOTALL)
 
@@ -179,3 +181,8 @@ def exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
+
+
+def recipe_file(place: Path) -> Path:
+    """Where a main part's own recipe is: in its folder, or beside it where it is a file."""
+    return (place.parent if place.is_file() else place) / RECIPE_NAME

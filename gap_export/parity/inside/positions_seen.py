@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from gap_export.bundle import Bundle
 from gap_export.errors import BundleError, GapExportError
-from gap_export.graph.id_readers import IdReader, find_id_readers
+from gap_export.graph.id_readers import find_id_readers
 from gap_export.graph.onnx_file import OnnxFile
+from gap_export.graph.seen_ids import IdReader
 from gap_export.parity.inside.taps import run_taps
 from gap_export.parity.results import PositionsRow
 from gap_export.spec.manifest import GraphSpec, Manifest

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.bundle.files import sha256_of
-from gap_export.checkpoint.find.source import resolve_recipe
+from gap_export.checkpoint.find.bundle_source import resolve_recipe
 from gap_export.errors import ParityError, UsageError
 from gap_export.runtime.backends.backend import (
     DECODER,

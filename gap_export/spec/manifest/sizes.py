@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gap_export.spec.manifest.facts import GridSpec, ImageSpec, PromptSpec
-from gap_export.spec.manifest.specs import DecoderSpec, EngineLimits
+from gap_export.spec.manifest.graphs import EngineLimits
+from gap_export.spec.manifest.specs import DecoderSpec
 
 # Pixels that a vision encoder reads of one image, its tiles included: 192 MiB as float32.
 MAX_INPUT_PIXELS = 1 << 24

@@ -12,8 +12,9 @@ from pathlib import PurePosixPath
 
 from gap_export.errors import BundleError
 from gap_export.spec.manifest.facts import MAX_TOKENS, wrong_facts, wrong_template
+from gap_export.spec.manifest.graphs import GraphSpec
 from gap_export.spec.manifest.sizes import decoder_sizes, engine_sizes, image_sizes
-from gap_export.spec.manifest.specs import GraphSpec, Manifest, PruningSpec
+from gap_export.spec.manifest.specs import Manifest, PruningSpec
 from gap_export.spec.preparations import WITH_NEWLINE
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -12,7 +12,8 @@ import yaml
 
 from gap_export.bundle import open_bundle
 from gap_export.bundle.files import sha256_of
-from gap_export.checkpoint.find.source import Checkpoint, resolve_model, resolve_source
+from gap_export.checkpoint.find.bundle_source import resolve_source
+from gap_export.checkpoint.find.source import Checkpoint, resolve_model
 from gap_export.errors import CheckpointError, RecipeError, UnknownModelError, UsageError
 from gap_export.spec.manifest import Manifest, SourceFile, SourcePart, SourceSpec, TilesSpec
 from gap_export.spec.recipe import Recipe, find_recipe
