@@ -53,7 +53,9 @@ def measure(
         workers: dict[str, WorkerProcess] = {}
         with progress.stage("opening bundles", len(contenders)) as advance:
             for one in contenders:
-                first = _open_once(one, settings)
+                # In a process that does nothing else: what is kept for the next time is made here.
+                with WorkerProcess(settings.num_threads) as alone:
+                    first = _open(alone, one, settings)
                 worker = workers[one.name] = stack.enter_context(WorkerProcess(threads))
                 again = _open(worker, one, settings)
                 found[one.name] = Measured(
@@ -80,12 +82,6 @@ def measure(
             found[name].memory = Memory(**worker.do("memory"))
         meter = str(probe.do("meter"))
     return summarize(contenders, found, rounds, settings, rates, meter, warnings)
-
-
-def _open_once(one: Contender, settings: BenchSettings) -> dict[str, Any]:
-    """Open it in a process that does nothing else: what is kept for the next time is made here."""
-    with WorkerProcess(settings.num_threads) as worker:
-        return _open(worker, one, settings)
 
 
 def _open(worker: WorkerProcess, one: Contender, settings: BenchSettings) -> dict[str, Any]:

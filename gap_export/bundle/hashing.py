@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from types import TracebackType
 
 from gap_export.errors import CheckpointError, OutputError
 
@@ -65,12 +64,7 @@ class FileHasher:
     def __enter__(self) -> FileHasher:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._threads.shutdown(wait=True, cancel_futures=True)
 

@@ -48,7 +48,8 @@ class KeptBaselines:
         self._scratch = scratch
         cached = cache_folder()
         # The code of other packages is not part of a key.
-        self._folder = None if cached is None or _has_plugins() else cached / "baselines"
+        others = any(group.startswith("gap_export.") for group in entry_points().groups)
+        self._folder = None if cached is None or others else cached / "baselines"
 
     def find_or_make(
         self,
@@ -92,7 +93,7 @@ class KeptBaselines:
             return
         kept = [path for path in self._folder.iterdir() if path.is_dir()]
         sizes = {path: _own_bytes(path) for path in kept}
-        for path in sorted(kept, key=_last_use):
+        for path in sorted(kept, key=lambda path: path.stat().st_mtime):
             if sum(sizes.values()) <= _MAX_BYTES:
                 break
             shutil.rmtree(path, ignore_errors=True)
@@ -147,15 +148,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _has_plugins() -> bool:
-    return any(group.startswith("gap_export.") for group in entry_points().groups)
-
-
 def _own_bytes(folder: Path) -> int:
     """Bytes that removing a folder gives back: files that no other folder holds."""
     stats = [path.lstat() for path in folder.rglob("*") if path.is_file()]
     return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
-
-
-def _last_use(folder: Path) -> float:
-    return folder.stat().st_mtime

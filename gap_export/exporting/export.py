@@ -177,7 +177,10 @@ class _Job:
         # Before the graphs, which take long: the model may be one that cannot be asked.
         manifest = self._check_prompt(manifest, reference)
         if self.options.bake_positions:
-            manifest = self._bake_positions(manifest, reference)
+            from gap_export.exporting.baking import bake_positions
+
+            baked = bake_positions(manifest, reference, self.draft.folder)
+            manifest = replace(manifest, pruning=replace(manifest.pruning, baked_positions=baked))
         graphs = self._graphs(manifest, reference, placed, wanted, scales)
         manifest = replace(manifest, graphs=tuple(graphs))
         if self.choices:
@@ -289,12 +292,6 @@ class _Job:
             request=self.options.engines,
         )
         return replace(manifest, engine_limits=limits)
-
-    def _bake_positions(self, manifest: Manifest, reference: Reference) -> Manifest:
-        from gap_export.exporting.baking import bake_positions
-
-        baked = bake_positions(manifest, reference, self.draft.folder)
-        return replace(manifest, pruning=replace(manifest.pruning, baked_positions=baked))
 
     def _graphs(
         self,

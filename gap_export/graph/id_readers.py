@@ -7,7 +7,7 @@ Cos and Sin by number. No name is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,7 +62,8 @@ def find_id_readers(graph: OnnxFile) -> tuple[IdReader, ...]:
             known = cos and sin and not values.depends[cos] and not values.depends[sin]
             tables = (cos, sin) if known else ()
             if cos and values.depends[cos] == 2:
-                rows, angles = given, _angles_behind(graph, cos)
+                turned = _find_behind(graph, cos, lambda node: node.is_standard(*_TRIGONOMETRY))
+                rows, angles = given, "" if turned is None else turned.inputs[0]
                 given = _ids_behind(graph, angles, values.depends)
                 choice = _choice_behind(graph, given, values.depends)
         name = f"{node.op_type} {node.name}"
@@ -188,15 +189,15 @@ class _Values:
         return None
 
 
-def _angles_behind(graph: OnnxFile, rows: str) -> str:
-    """The angles whose cosines a value holds, in another shape or rounded; empty if none."""
-    index = graph.producers.get(rows)
+def _find_behind(graph: OnnxFile, name: str, is_it: Callable[[Node], bool]) -> Node | None:
+    """The nearest such node behind a value, which is handed on as it is, reshaped or rounded."""
+    index = graph.producers.get(name)
     while index is not None:
         node = graph.nodes[index]
-        if node.is_standard(*_TRIGONOMETRY):
-            return node.inputs[0]
+        if is_it(node):
+            return node
         index = graph.producers.get(node.inputs[0]) if node.is_standard(*_PASS_FIRST) else None
-    return ""
+    return None
 
 
 def _ids_behind(graph: OnnxFile, angles: str, depends: Mapping[str, _Depends]) -> str:
@@ -227,13 +228,8 @@ def _is_choice(node: Node, depends: Mapping[str, _Depends]) -> bool:
 
 def _choice_behind(graph: OnnxFile, ids: str, depends: Mapping[str, _Depends]) -> str:
     """The constant by which each frequency was given the ids of one axis; empty if none."""
-    index = graph.producers.get(ids)
-    while index is not None:
-        node = graph.nodes[index]
-        if _is_choice(node, depends):
-            return node.inputs[1]
-        index = graph.producers.get(node.inputs[0]) if node.is_standard(*_PASS_FIRST) else None
-    return ""
+    node = _find_behind(graph, ids, lambda node: _is_choice(node, depends))
+    return "" if node is None else node.inputs[1]
 
 
 def _keeps_tokens_apart(node: Node, index: int, graph: OnnxFile, values: _Values) -> bool:

@@ -116,7 +116,10 @@ def replay(calls: Sequence[Call], candidate: Backend) -> list[Outputs]:
     cache: KVCache | None = None
     for place, call in enumerate(calls):
         if call.component == NEW_CACHE:
-            num_slots = _num_fed(calls[place + 1 :])
+            # All tokens that it is fed before the next one is made.
+            of_cache = takewhile(lambda later: later.component != NEW_CACHE, calls[place + 1 :])
+            fed = (later.inputs["inputs_embeds"] for later in of_cache if later.is_decode)
+            num_slots = sum(embeds.shape[1] for embeds in fed)
             cache = candidate.new_cache(int(call.inputs["batch_size"][0]), num_slots)
             found.append({})
         elif call.is_decode:
@@ -125,9 +128,3 @@ def replay(calls: Sequence[Call], candidate: Backend) -> list[Outputs]:
         else:
             found.append(candidate.run(call.component, call.inputs))
     return found
-
-
-def _num_fed(calls: Sequence[Call]) -> int:
-    """Tokens that a cache is fed before the next one is made."""
-    of_cache = takewhile(lambda call: call.component != NEW_CACHE, calls)
-    return sum(call.inputs["inputs_embeds"].shape[1] for call in of_cache if call.is_decode)

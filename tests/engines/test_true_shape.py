@@ -98,12 +98,12 @@ QWEN3_VL: Mapping[str, Any] = {
     "num_taps": 1,
 }
 SMALL = {
-    "small-int4": Case(heads=8, inner=2816, quantization=INT4),
     # As in Qwen3-VL-4B, whose heads are together wider than its hidden state.
-    "small-qwen3-vl": Case(
-        heads=4, hidden=320, key_value_heads=1, inner=1216, vocabulary=8192, more=QWEN3_VL
+    "small-int4": Case(
+        heads=8, hidden=960, key_value_heads=2, inner=3072, vocabulary=8192, more=QWEN3_VL,
+        quantization=INT4,
     ),
-}
+}  # fmt: skip
 CASES = {
     "int4": Case(quantization=INT4),
     "fp16": Case(),
@@ -197,7 +197,7 @@ def test_true_shape_decoder_builds_and_the_plan_is_as_large_as_its_weights(case,
     least, most = case.sizes
     assert engine.quantization == case.quantization
     # Norms, kernels and RoPE's tables take a few MB, whatever the width. Of the small case's INT4
-    # weights, one byte a value instead of half of one would be 12 MiB.
+    # weights, one byte a value instead of half of one would be 11 MB.
     assert least < engine.size < most + max(most // 20, 8 << 20)
 
 

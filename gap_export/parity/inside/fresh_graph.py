@@ -62,7 +62,9 @@ def _trace(name: str, truth: ReferenceTaps, candidate: OnnxFile) -> bytes | None
     placed = {key: _nowhere(dtype, weight.shape) for key, weight in component.weight_refs.items()}
     quantization = truth.quantization if name == "decoder_model_merged" else None
     int8 = {
-        key: _int8(weight.shape)
+        key: Int8Place(
+            values=_nowhere("I8", weight.shape[::-1]), scales=_nowhere("F32", weight.shape[:1])
+        )
         for key, weight in component.weight_refs.items()
         if f"{key}.int8" in candidate.initializers
     }
@@ -93,10 +95,6 @@ def _quantized(
             block_size=spec.block_size,
         )
     return places
-
-
-def _int8(shape: tuple[int, ...]) -> Int8Place:
-    return Int8Place(values=_nowhere("I8", shape[::-1]), scales=_nowhere("F32", shape[:1]))
 
 
 def _nowhere(dtype: str, shape: tuple[int, ...]) -> PlacedTensor:

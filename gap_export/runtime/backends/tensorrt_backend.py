@@ -88,7 +88,8 @@ class TensorRTBackend(Backend):
             stack.callback(self._memory.close)
             self._runners: dict[str, EngineRunner] = {}
             # Called first: what TensorRT holds must go before the stream it works on.
-            stack.callback(self._drop_engines)
+            stack.callback(self._runners.clear)
+            stack.callback(self._memory.settle)
             loader = EngineLoader(bundle, chosen, self._memory)
             for component in graph_components(self._manifest):
                 self._runners[component] = self._load(bundle, loader, component, cuda_graphs)
@@ -226,10 +227,6 @@ class TensorRTBackend(Backend):
         names = [tensor.name for tensor in (*graph.inputs, *graph.outputs)]
         cached = frozenset(name for name in names if name.startswith((PAST, PRESENT)))
         return EngineRunner(engine, spec, graph, self._memory, executions=executions, bound=cached)
-
-    def _drop_engines(self) -> None:
-        self._memory.settle()
-        self._runners.clear()
 
     def _check_length(self, total: int, num_tokens: int) -> None:
         limits = self._limits
