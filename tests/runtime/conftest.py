@@ -83,3 +83,19 @@ def image() -> Any:
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stamps of bundles opened here stay out of the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """The graph and the options of every session that ONNX Runtime starts."""
+    from gap_export.runtime.backends.quiet_onnxruntime import ort
+
+    seen: list[tuple[str, Any]] = []
+    real = ort.InferenceSession
+
+    def start(path: str, options: Any, **given: Any) -> Any:
+        seen.append((path, options))
+        return real(path, options, **given)
+
+    monkeypatch.setattr(ort, "InferenceSession", start)
+    return seen

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -96,26 +95,12 @@ def test_input_of_another_dtype_is_refused(tiny_bundle, tmp_path):
         OnnxRuntimeBackend(open_bundle(spoilt), CPU, form="base")
 
 
-def test_memory_is_spared_on_the_cpu_without_being_asked(bundle, session_options):
+def test_memory_is_spared_on_the_cpu_without_being_asked(bundle, started):
     OnnxRuntimeBackend(bundle, CPU)
-    levels = {options.graph_optimization_level for options in session_options}
-    orders = {options.execution_order for options in session_options}
+    levels = {options.graph_optimization_level for _, options in started}
+    orders = {options.execution_order for _, options in started}
     assert levels == {ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED}
     assert orders == {ort.ExecutionOrder.PRIORITY_BASED}
-
-
-@pytest.fixture
-def session_options(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Options of every session that is started."""
-    seen: list[Any] = []
-    real = ort.InferenceSession
-
-    def start(path: str, options: Any, **given: Any) -> Any:
-        seen.append(options)
-        return real(path, options, **given)
-
-    monkeypatch.setattr(ort, "InferenceSession", start)
-    return seen
 
 
 NUM_LAYERS, WIDTH = 24, 1024
@@ -192,7 +177,7 @@ def test_a_float16_decoder_says_that_it_is_slow_on_a_cpu(bundle, caplog):
 
 
 def test_float_weights_of_an_int4_decoder_are_cast_when_it_is_opened(
-    tiny_checkpoint, exports, session_options, caplog
+    tiny_checkpoint, exports, started, caplog
 ):
     spec = QuantizationSpec(dtype="int4", block_size=32, method="rtn", lm_head=False)
     made = exports.bundle(
@@ -203,7 +188,7 @@ def test_float_weights_of_an_int4_decoder_are_cast_when_it_is_opened(
         quantization=spec,
     )
     OnnxRuntimeBackend(open_bundle(made), CPU)
-    levels = [options.graph_optimization_level for options in session_options]
+    levels = [options.graph_optimization_level for _, options in started]
     # The decoder alone; nothing else of it is quantized.
     assert levels.count(ort.GraphOptimizationLevel.ORT_ENABLE_ALL) == 1
     assert not caplog.records
