@@ -85,7 +85,8 @@ def test_what_cannot_be_kept_is_made_for_this_time(asked, cache_folder, tmp_path
     (cache_folder / "gap-export" / "baselines").write_text("no folder")
     assert asked.ask() == tmp_path / "scratch" / "unpruned"
     shutil.rmtree(tmp_path / "scratch")
-    monkeypatch.setattr(kept_baselines, "_has_plugins", lambda: True)
+    installed = SimpleNamespace(groups={"console_scripts", "gap_export.pruners"})
+    monkeypatch.setattr(kept_baselines, "entry_points", lambda: installed)
     assert asked.ask() == tmp_path / "scratch" / "unpruned"
 
 
