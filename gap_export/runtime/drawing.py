@@ -114,7 +114,7 @@ def draw_boxes(image: Image.Image, groundings: Sequence[Grounding]) -> Image.Ima
         pen.rectangle(corners, outline=color, width=stroke)
         # No letter is narrower than a pixel.
         words = expression[: drawing.width]
-        words = words if one.score is None else f"{words} {one.score:.2f}"
+        words = words if one.score is None else f"{words} {one.score:.2g}"
         left, top, right, bottom = font.getbbox(words)
         # Above the box where there is room, else within it.
         above = corners[1] - (bottom - top) - 2 * stroke
