@@ -95,6 +95,16 @@ def ground(
         ),
     ] = "stamp",
     grammar: GrammarOption = None,
+    max_boxes: Annotated[
+        int,
+        typer.Option(
+            "--max-boxes",
+            metavar="N",
+            min=1,
+            max=100,
+            help="How many boxes of an answer to read: Qwen-VL, InternVL, MiniGPT-v2 write lists.",
+        ),
+    ] = 1,
     backend: BackendOption = "ort",
     engines: EnginesOption = None,
     form: FormOption = None,
@@ -136,6 +146,7 @@ def ground(
         openvino=openvino,
         verify=verify,
         grammar=grammar,
+        max_boxes=max_boxes,
     ) as session:
         output = SavedOutput(save, rule)
         if found is None and len(expressions) == 1:

@@ -43,6 +43,8 @@ from gap_export.spec.manifest import Manifest
 from gap_export.spec.positions import PositionRule
 from gap_export.spec.requests import GrammarName
 
+# More than any answer has room for.
+MAX_BOXES = 100
 _OTHER_CALIBRATION = (
     "no verdict whether it is there: the bundle was calibrated with another grammar or other "
     "positions"
@@ -65,6 +67,7 @@ class Answering:
         kept_bytes: int,
         grammar: GrammarName | None,
         calibration: Calibration | None,
+        max_boxes: int,
     ) -> None:
         """Join a model's facts, its tokenizers and a backend; see ``GroundingSession``."""
         self.manifest = manifest
@@ -76,6 +79,9 @@ class Answering:
                 seen=f"{manifest.grid.num_visual_tokens} and {manifest.pruning.num_visual_tokens}",
                 fix="the bundle does not hold together; export it again",
             )
+        if not 1 <= max_boxes <= MAX_BOXES:
+            raise UsageError("no such number of boxes", seen=max_boxes, allowed=f"1 to {MAX_BOXES}")
+        self._max_boxes = max_boxes
         self._prompts = PromptEncoder(manifest, Path(assets_folder))
         self._edit_row = edit_row
         self._backend_name = backend.name
@@ -254,7 +260,9 @@ class Answering:
         found = []
         for row, text in enumerate(texts):
             token_ids = answer.token_ids[row]
-            placed, problems = read_answer(text, token_ids, self.manifest, geometry)
+            placed, problems = read_answer(
+                text, token_ids, self.manifest, geometry, max_boxes=self._max_boxes
+            )
             boxes = tuple(
                 self._score(one, token_ids, answer.log_probabilities[row]) for one in placed
             )

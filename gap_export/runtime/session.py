@@ -67,6 +67,7 @@ class GroundingSession(Answering):
         kept_bytes: int = KEPT_BYTES,
         grammar: GrammarName | None = None,
         calibration: Calibration | None = None,
+        max_boxes: int = 1,
     ) -> None:
         """Join a model's facts, its tokenizers and a backend.
 
@@ -81,9 +82,12 @@ class GroundingSession(Answering):
             grammar: ``box`` constrains answers: none ends before it holds a box, and what is begun
                 of a box is finished in the model's syntax. None leaves the model its own answer.
             calibration: Gives ``Grounding.found``; None: there is no verdict.
+            max_boxes: How many boxes of an answer are read into ``Grounding.boxes``. Models whose
+                answers are lists give several: Qwen-VL, InternVL and MiniGPT-v2.
 
         Raises:
-            UsageError: ``kept_bytes`` is no size, or there is no such grammar.
+            UsageError: ``kept_bytes`` is no size, there is no such grammar, or ``max_boxes`` is
+                below 1 or above 100.
             BundleError: a tokenizer cannot be used, or the manifest's numbers contradict.
         """
         super().__init__(
@@ -95,6 +99,7 @@ class GroundingSession(Answering):
             kept_bytes=kept_bytes,
             grammar=grammar,
             calibration=calibration,
+            max_boxes=max_boxes,
         )
         self._closed = False
         self._num_running = 0
@@ -116,6 +121,7 @@ class GroundingSession(Answering):
         positions: PositionRule | None = None,
         kept_bytes: int = KEPT_BYTES,
         grammar: GrammarName | None = None,
+        max_boxes: int = 1,
     ) -> GroundingSession:
         """Open a bundle in ONNX Runtime, in OpenVINO, or with its TensorRT engines.
 
@@ -136,6 +142,7 @@ class GroundingSession(Answering):
                 bundle's own.
             kept_bytes: The most that is kept of images between expressions, see :meth:`look`.
             grammar: ``box`` constrains answers to hold a well-formed box; by default they are free.
+            max_boxes: How many boxes of an answer are read.
 
         Raises:
             BundleError: damaged, incomplete, unsafe, or too new; no engines, or damaged ones.
@@ -183,6 +190,7 @@ class GroundingSession(Answering):
             kept_bytes=kept_bytes,
             grammar=grammar,
             calibration=calibration,
+            max_boxes=max_boxes,
         )
 
     def __enter__(self) -> Self:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from gap_export.errors import ComputationError
+from gap_export.errors import ComputationError, UsageError
 from gap_export.evaluation.refshapes import generate_scene
-from gap_export.runtime.answers import box_tokens
+from gap_export.runtime.answers import box_tokens, read_answer
 from gap_export.runtime.computed import log_probabilities
+from gap_export.runtime.images.geometry import ImageGeometry
 from gap_export.runtime.session import GroundingSession
+from gap_export.spec.manifest import BoxSpec
 
 PIECES = ["", "see ", "", "(1", "2,", "3)", ",(4,5", ")", "", " there", ""]
 TEXT = "see (12,3),(4,5) there"
@@ -116,3 +119,37 @@ def test_an_answer_without_a_box_has_no_score(tiny_bundle):
         answer = session.ground(image, "the cup")
     assert answer.box is None and answer.score is None and answer.boxes == ()
     assert answer.to_plain()["score"] is None
+
+
+@pytest.mark.parametrize(
+    ("syntax", "text"),
+    [
+        ("bracketed", "<ref>cups</ref><box>[[10, 20, 30, 40], [50, 50, 50, 60], [50, 60, 70, 80]]"),
+        ("bracketed", '[{"bbox_2d": [10, 20, 30, 40]}, {"bbox_2d": [50, 60, 70, 80]}]'),
+        ("corners", "(10,20),(30,40)(50,60),(70,80)"),
+        ("angled", "{<10><20><30><40>}<delim>{<50><60><70><80>}"),
+    ],
+)  # fmt: skip
+def test_a_list_has_as_many_boxes_as_are_asked_for(syntax, text):
+    spec = BoxSpec(syntax=syntax, scale=100.0, frame="image")
+    manifest: Any = SimpleNamespace(box=spec, decoder=SimpleNamespace(eos_token_ids=(2,)))
+    geometry = ImageGeometry(width=100, height=100)
+    both, warnings = read_answer(text, (2,), manifest, geometry, max_boxes=5)
+    assert [one.box for one in both] == [(10, 20, 30, 40), (50, 60, 70, 80)]
+    # Each is read from where it stands; one without area is left out, and said.
+    assert all(str(int(one.box[0])) in text[slice(*one.span)] for one in both)
+    assert len(warnings) == ("50, 50, 50" in text)
+    assert [one.box for one in read_answer(text, (2,), manifest, geometry)[0]] == [both[0].box]
+
+
+def test_every_box_of_an_answer_has_a_score_of_its_own(demo_bundle, asked, monkeypatch):
+    image, texts = asked
+    written = "[0.1, 0.1, 0.5, 0.5], [0.2, 0.2, 0.9, 0.9]"
+    with GroundingSession.open(demo_bundle, max_boxes=2) as session:
+        monkeypatch.setattr(session._prompts, "decode", lambda ids: written[: 4 * len(ids)].strip())
+        answer = session.ground(image, texts[0])
+    first, second = answer.boxes
+    assert answer.box == first.box != second.box and answer.score == first.score
+    assert answer.to_plain()["boxes"][1]["score"] == pytest.approx(second.score, rel=1e-5)
+    with pytest.raises(UsageError, match="number of boxes"):
+        GroundingSession.open(demo_bundle, max_boxes=0)
