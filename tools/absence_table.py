@@ -5,7 +5,7 @@
     tools/absence_table.py --samples 100       quicker and coarser
     tools/absence_table.py --write             puts it into docs/results
 
-Beside the score of an answer: its mean over tokens, the margin before the runner-up, and whether a
+Beside the score of an answer: the margin before the runner-up, and whether a
 second answer, to other words or with other tokens kept, has the same box. Held-out scenes, and
 intervals by a bootstrap over images.
 """
@@ -50,13 +50,11 @@ class Answer:
 
     Attributes:
         grounding: The answer.
-        mean: Geometric mean of the probabilities of the box's tokens; 0 without a box.
-        margin: 1 less the largest quotient of the second and the first probability among them: how
-            far behind the most likely box is that differs in one token; 0 without a box.
+        margin: How far behind the most likely box is that differs in one token: 1 less the largest
+            quotient of the second and the first probability among the box's tokens; 0 without one.
     """
 
     grounding: Grounding
-    mean: float
     margin: float
 
 
@@ -89,14 +87,13 @@ class Asker:
         found = self.session.ground(image, expression)
         parsed = parse_answer(found.text, self.session.manifest.box)
         if parsed is None or found.score is None:
-            return Answer(grounding=found, mean=0.0, margin=0.0)
+            return Answer(grounding=found, margin=0.0)
         # The prompt's beginning may have taken steps of its own.
         gaps = self._gaps[-len(found.token_ids) :]
         chosen = box_tokens(found.token_ids, parsed.span, self._prompts.decode)
         of_box = gaps[chosen]
         return Answer(
             grounding=found,
-            mean=found.score ** (1 / len(of_box)),
             margin=1 - math.exp(-min(of_box)),
         )
 
@@ -159,7 +156,6 @@ def measure(model: str, dataset: Dataset) -> Iterator[tuple[str, str, list[float
         answers = {name: one.ask(dataset) for name, one in settings.items()}
         for name, given in answers.items():
             yield name, "score: probability of the box", [a.grounding.score or 0.0 for a in given]
-            yield name, "its geometric mean by token", [a.mean for a in given]
             yield name, "margin before the runner-up token", [a.margin for a in given]
             other = settings[name].ask(dataset, article=False)
             yield name, "IoU with the answer to the words without articles", _agree(given, other)
