@@ -146,7 +146,7 @@ def test_every_box_of_an_answer_has_a_score_of_its_own(demo_bundle, asked, monke
     image, texts = asked
     written = "[0.1, 0.1, 0.5, 0.5], [0.2, 0.2, 0.9, 0.9]"
     with GroundingSession.open(demo_bundle, max_boxes=2) as session:
-        monkeypatch.setattr(session._prompts, "decode", lambda ids: written[: 8 * len(ids)].strip())
+        monkeypatch.setattr(session._prompts, "decode", lambda ids: written[: 9 * len(ids)].strip())
         answer = session.ground(image, texts[0])
     first, second = answer.boxes
     assert answer.box == first.box != second.box and answer.score == first.score
