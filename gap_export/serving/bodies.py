@@ -226,10 +226,13 @@ def described(*, forms: Mapping[str, type[BaseModel]], statuses: tuple[int, ...]
         media: {"schema": model.model_json_schema(ref_template="#/$defs/{model}")}
         for media, model in forms.items()
     }
-    problem = {"application/problem+json": {"schema": Problem.model_json_schema()}}
     return {
         "openapi_extra": {"requestBody": {"required": True, "content": content}},
-        "responses": {
-            status: {"description": "Problem", "content": problem} for status in statuses
-        },
+        "responses": described_problems(*statuses),
     }
+
+
+def described_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI is told of the problems that a route answers, by their statuses."""
+    content = {"application/problem+json": {"schema": Problem.model_json_schema()}}
+    return {status: {"description": "Problem", "content": content} for status in statuses}

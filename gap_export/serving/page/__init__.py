@@ -15,6 +15,7 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from gap_export.evaluation.refshapes import EXPRESSIONS_PER_IMAGE, generate_scene
+from gap_export.serving.bodies import described_problems
 
 # Only what the page itself brings runs in it, and it asks this server alone. Its icon is data.
 _POLICY = (
@@ -57,7 +58,11 @@ def add_page(app: FastAPI) -> None:
     for path, (name, media_type) in FILES.items():
         app.add_api_route(path, _sender(_FOLDER / name, media_type), include_in_schema=False)
 
-    @app.get("/v1/examples/{index}", summary="An image to try the page with.")
+    @app.get(
+        "/v1/examples/{index}",
+        summary="An image to try the page with.",
+        responses=described_problems(401, 421, 422),
+    )
     def example(
         index: Annotated[int, fastapi.Path(ge=0, lt=_NUM_EXAMPLES)],
     ) -> Example:

@@ -114,7 +114,7 @@ async function useBlob(blob, name, truth = new Map()) {
   const bitmap = await createImageBitmap(blob).catch(() => null);
   frame = { blob, bitmap, truth };
   answers = {};
-  $("source").textContent = name;
+  $("source").textContent = bitmap ? name : `${name} (this browser cannot show it)`;
   showProblems([]);
   draw();
   say(expressionsTyped().length ? "" : "Now type what to look for.");
@@ -315,15 +315,20 @@ function drawFound(names) {
     pick.dataset.at = at;
     pick.setAttribute("aria-pressed", picked === at);
     pick.append(make("span", "number", at + 1), make("span", "words", expression));
-    const warnings = new Set();
+    const warnings = new Map();
     for (const name of shown) {
       const one = answers[name].groundings[at];
       const cell = make("span", "answer");
       cell.append(make("span", "name", NAMES[name]), ` ${describe(one)}${compare(one, at, name)}`);
       pick.append(cell);
-      for (const warning of one.warnings) warnings.add(warning);
+      for (const warning of one.warnings) {
+        warnings.set(warning, [...(warnings.get(warning) ?? []), NAMES[name]]);
+      }
     }
-    for (const warning of warnings) pick.append(make("span", "warning", warning));
+    for (const [warning, of] of warnings) {
+      const whose = of.length < shown.length ? `${of[0]}: ` : "";
+      pick.append(make("span", "warning", whose + warning));
+    }
     line.append(pick);
     return line;
   });
