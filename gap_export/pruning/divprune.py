@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 # Above any distance of two directions, which is at most 2.
-_FAR = 4.0
+FAR = 4.0
 
 
 class DivPrunePruner(GreedyPruner):
@@ -29,13 +29,9 @@ class DivPrunePruner(GreedyPruner):
         import torch
 
         assert state.image_embeds is not None
-        embeds = unit(state.image_embeds)
-        cosine = torch.matmul(embeds, embeds.transpose(1, 2))
-        # A product of matrices may round its two halves differently. Tokens that are each other's
-        # nearest must tie, or the first choice would be another one in another runtime.
-        distance = 1 - (cosine + cosine.transpose(1, 2)) / 2
-        index = torch.arange(embeds.shape[1], device=embeds.device)
-        nearest = torch.where(index[:, None] == index, _FAR, distance).amin(dim=2)
+        distance = cosine_distances(state.image_embeds)
+        index = torch.arange(distance.shape[1], device=distance.device)
+        nearest = torch.where(index[:, None] == index, FAR, distance).amin(dim=2)
 
         def follow(
             merits: torch.Tensor, closest: torch.Tensor, chosen: torch.Tensor
@@ -45,5 +41,16 @@ class DivPrunePruner(GreedyPruner):
             closest = torch.minimum(closest, rows_at(distance, chosen))
             return closest, closest.clone()
 
-        far = torch.full_like(nearest, _FAR)
+        far = torch.full_like(nearest, FAR)
         return Choices(nearest, far, follow)
+
+
+def cosine_distances(embeds: torch.Tensor) -> torch.Tensor:
+    """1 - cosine of each two tokens of [B, N, H], the same both ways: [B, N, N]."""
+    import torch
+
+    embeds = unit(embeds)
+    cosine = torch.matmul(embeds, embeds.transpose(1, 2))
+    # A product of matrices may round its two halves differently. Tokens that are each other's
+    # nearest must tie, or the first choice would be another one in another runtime.
+    return 1 - (cosine + cosine.transpose(1, 2)) / 2

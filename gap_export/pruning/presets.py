@@ -17,6 +17,7 @@ from gap_export.pruning.cdpruner import CdPruner, LlmCdPruner
 from gap_export.pruning.cls import ClsPruner
 from gap_export.pruning.dart import DartPruner
 from gap_export.pruning.divprune import DivPrunePruner
+from gap_export.pruning.extent import ExtentPruner, LlmExtentPruner
 from gap_export.pruning.fastervlm import FasterVlmPruner, FasterVlmReceivedPruner
 from gap_export.pruning.preset import Preset, check_preset
 from gap_export.pruning.prumerge import PruMergePlusPruner, PruMergePruner, PruMergeSelection
@@ -102,6 +103,10 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 paper="arXiv 2506.10967",
             ),
             Preset(name="dart", pruner=DartPruner(), paper="arXiv 2502.11494"),
+            Preset(name="extent", pruner=ExtentPruner(), paper="our own"),
+            Preset(
+                name="extent-llm", pruner=LlmExtentPruner(), long_texts="segments", paper="our own"
+            ),
         )
     }
 )

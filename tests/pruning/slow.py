@@ -130,6 +130,27 @@ def cdpruner(embeds, fits, count):
     return chosen
 
 
+def between(values, least):
+    """The smallest becomes ``least``, the largest 1."""
+    low, high = min(values), max(values)
+    return [least + (1 - least) * (v - low) / max(high - low, 1e-6) for v in values]
+
+
+def extent(embeds, count, fits=None):
+    weights = between([math.sqrt(e @ e) for e in embeds], 0.4)
+    if fits is not None:
+        weights = [w * fit for w, fit in zip(weights, between(fits, 0.1), strict=True)]
+    unit = [e / math.sqrt(e @ e) for e in embeds]
+    chosen = best_first(weights, 1)
+    while len(chosen) < count:
+        merits = []
+        for i, weight in enumerate(weights):
+            nearest = min(1 - float(unit[i] @ unit[j]) for j in chosen)
+            merits.append(-9.0 if i in chosen else weight * nearest)
+        chosen += best_first(merits, 1)
+    return chosen
+
+
 def dart(embeds, count):
     norms = [sum(abs(x) for x in embed) for embed in embeds]
     num_pivots = min(4, count)

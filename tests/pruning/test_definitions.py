@@ -71,6 +71,11 @@ def chosen_slowly(name: str, seen: dict[str, np.ndarray], count: int, sign: int)
         return slow.divprune(seen["image_embeds"], count)
     if name == "dart":
         return slow.dart(seen["image_embeds"], count)
+    if name == "extent":
+        return slow.extent(seen["image_embeds"], count)
+    if name == "extent-llm":
+        fits = slow.word_scores([seen["word_embeds"]], seen["image_embeds"])
+        return slow.extent(seen["image_embeds"], count, fits)
     if name == "cdpruner":
         embeds, text = seen["patch_embeds"], seen["text_embeds"]
         fits = [sign * slow.cosine(text, patch) for patch in embeds]
@@ -167,7 +172,10 @@ def test_equal_tokens_go_by_their_index(name, count):
 @pytest.mark.parametrize("which", ["one", "third", "all"])
 def test_choice_on_real_sizes(name, num_tokens, which):
     count = {"one": 1, "third": round(0.3 * num_tokens), "all": num_tokens}[which]
-    if name in {"divprune", *CDPRUNERS} and (num_tokens, which) != (144, "one"):
+    if name in {"divprune", "extent", "extent-llm", *CDPRUNERS} and (num_tokens, which) != (
+        144,
+        "one",
+    ):
         # The slow ones are too slow; what must hold of any choice is looked at.
         state = make_state(5, num_tokens, ties=True)
         for row in chosen(name, state, count):

@@ -193,9 +193,12 @@ CHOICES = [
     for order, extra in itertools.product(preset.pruner.orders, preset.pruner.extra_tokens)
 ]
 # They share a rule with another one, and differ in what they read.
-VARIANTS = ("fastervlm-received", "visionzip-received", "text-llm", "cdpruner-llm")
-# What text-llm reads, cdpruner-llm reads as well.
-SELDOM = ("cdpruner-llm",)
+VARIANTS = (
+    *("fastervlm-received", "visionzip-received", "text-llm"),
+    *("cdpruner-llm", "extent-llm"),
+)
+# What text-llm reads, these read as well.
+SELDOM = ("cdpruner-llm", "extent-llm")
 # What a pruner has not in common with others is its scores and what it merges by.
 RICHEST = [
     (name, order, extra)
