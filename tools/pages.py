@@ -18,6 +18,8 @@ SECTIONS = {
     "summary": README,
     "accuracy": DOCS / "results" / "index.md",
     "paper": DOCS / "results" / "paper.md",
+    "lost": DOCS / "results" / "lost.md",
+    "extent": DOCS / "results" / "lost.md",
     "parity": DOCS / "results" / "parity.md",
     "mutants": DOCS / "results" / "parity.md",
     "family-mutants": DOCS / "results" / "parity.md",
