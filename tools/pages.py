@@ -19,6 +19,7 @@ SECTIONS = {
     "accuracy": DOCS / "results" / "index.md",
     "paper": DOCS / "results" / "paper.md",
     "lost": DOCS / "results" / "lost.md",
+    "counted": DOCS / "results" / "lost.md",
     "extent": DOCS / "results" / "lost.md",
     "parity": DOCS / "results" / "parity.md",
     "mutants": DOCS / "results" / "parity.md",

@@ -8,6 +8,8 @@ by the package's own pruners, and the answers are decoded greedily in PyTorch, w
     tools/what_is_lost.py refshapes-llava --samples 500
     tools/what_is_lost.py --write                      into docs/results/lost.md, with plots
 
+    tools/what_is_lost.py --counted --write            the page's second table instead
+
 "Counted" is no way to run a pruned model: each kept token is fed as many times as there were tokens
 for it, at the same ids, which adds the log of that number to what attention makes of it. It tells
 what is lost with the dropped tokens from what is lost because so few are left to look at.
@@ -16,6 +18,8 @@ what is lost with the dropped tokens from what is lost because so few are left t
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +30,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pages import IMAGES, called_as, note, percent, publish
 from pruner_trials.losses import FATES, Loss, measure
-from pruner_trials.model import TrialModel
+from pruner_trials.model import TrialModel, hits
 
 from gap_export.families import supported_pruners
 from gap_export.pruning import PRESETS
@@ -41,6 +45,7 @@ MODELS = (
     "refshapes-internvl",
 )
 KEEPS = (0.3, 0.1)
+_COUNTED = ("extent", "extent-llm", "divprune", "cdpruner-llm")
 _COLORS = (BLUE, VERMILLION, "#e6b800", "#999999")
 
 Losses = dict[tuple[str, float], Loss]
@@ -51,10 +56,14 @@ def main(
     samples: Annotated[int, typer.Option(min=1, help="Held-out expressions.")] = 200,
     seed: int = 0,
     threads: Annotated[int, typer.Option(min=1, help="Of PyTorch.")] = 1,
+    counted: Annotated[bool, typer.Option(help="What is lost for want of attention.")] = False,
     write: Annotated[bool, typer.Option(help="Put page and plots into docs/.")] = False,
 ) -> None:
     """Measure, print, and with --write publish."""
     torch.set_num_threads(threads)
+    if counted:
+        publish("counted", count(model or MODELS, samples=samples, seed=seed), write=write)
+        return
     parts = [f"`{called_as('what_is_lost.py')}`: {samples} held-out expressions, seed {seed}."]
     for name in model or MODELS:
         losses = lose(name, samples=samples, seed=seed)
@@ -77,21 +86,46 @@ def lose(name: str, *, samples: int, seed: int) -> Losses:
     return found
 
 
+def count(names: Sequence[str], *, samples: int, seed: int) -> str:
+    """Acc@0.5 as it is, and where tokens are counted: a row a pruner and share."""
+    rows: dict[tuple[str, float], list[str]] = {}
+    for name in names:
+        with TrialModel(name, num_samples=samples, split="heldout", seed=seed) as model:
+            for pruner, keep in product(_COUNTED, KEEPS):
+                kept = model.prune(PRESETS[pruner], keep)
+                copies = round(model.owners.shape[1] / len(kept[0].keep_indices))
+                shares = [
+                    float(hits(model.answer(kept, copies=times), model.samples).mean())
+                    for times in (1, copies)
+                ]
+                cell = f"{percent(shares[0])}, counted **{percent(shares[1])}**"
+                rows.setdefault((pruner, keep), []).append(cell)
+                note(f"{name} {pruner} {keep:g}: {cell}")
+    lines = [
+        f"`{called_as('what_is_lost.py')}`: {samples} held-out expressions, seed {seed}.",
+        "",
+        f"| pruner | keep | {' | '.join(names)} |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    lines += [f"| `{p}` | {keep:g} | {' | '.join(cells)} |" for (p, keep), cells in rows.items()]
+    return "\n".join(lines)
+
+
 def format_model(name: str, losses: Losses) -> str:
     """A section: one table, one plot."""
     lines = [
         f"## {name}",
         "",
-        "| pruner | keep | Acc@0.5 | counted | another object (named) | wrong extent: size, offset "
+        "| pruner | keep | Acc@0.5 | another object (named) | wrong extent: size, offset "
         "| no box | target kept | its sides | ground |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for (pruner, keep), loss in losses.items():
         right, another, extent, none = (percent(share) for share in loss.fates)
         named = "" if loss.named is None else f" ({percent(loss.named)})"
         size = "" if loss.size is None else f": {loss.size:.2f}, {loss.offset:.2f}"
         lines.append(
-            f"| `{pruner}` | {keep:g} | **{right}** | {percent(loss.counted)} | {another}{named} "
+            f"| `{pruner}` | {keep:g} | **{right}** | {another}{named} "
             f"| {extent}{size} | {none} | {percent(loss.target)} | {percent(loss.sides)} "
             f"| {percent(loss.ground)} |"
         )
@@ -112,8 +146,6 @@ def draw(losses: Losses, path: Path, *, title: str) -> None:
                 shares = [100 * losses[pruner, keep].fates[fate] for pruner in pruners]
                 panel.barh(pruners, shares, left=left, color=color, label=FATES[fate])
                 left = [start + share for start, share in zip(left, shares, strict=True)]
-            counted = [100 * losses[pruner, keep].counted for pruner in pruners]
-            panel.plot(counted, pruners, "|", color=INK, label="right, tokens counted")
             panel.set_title(f"keep {keep:g}", fontsize=10)
             panel.set_xlabel("% of the answers")
             panel.set_xlim(0, 100)
@@ -121,7 +153,7 @@ def draw(losses: Losses, path: Path, *, title: str) -> None:
         panels[0].invert_yaxis()
         figure.suptitle(f"{title}: what becomes of the answers, with GAP", color=INK)
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         figure.savefig(path, dpi=120)
 
 

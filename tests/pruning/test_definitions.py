@@ -67,15 +67,11 @@ def chosen_slowly(name: str, seen: dict[str, np.ndarray], count: int, sign: int)
     if name in VISIONZIP:
         parts = (seen["patch_features"], seen["keys"], seen[VISIONZIP[name]])
         return slow.visionzip(*parts, count)[0]
-    if name == "divprune":
-        return slow.divprune(seen["image_embeds"], count)
-    if name == "dart":
-        return slow.dart(seen["image_embeds"], count)
-    if name == "extent":
-        return slow.extent(seen["image_embeds"], count)
-    if name == "extent-llm":
+    if name in {"divprune", "dart"}:
+        return getattr(slow, name)(seen["image_embeds"], count)
+    if name in EXTENTS:
         fits = slow.word_scores([seen["word_embeds"]], seen["image_embeds"])
-        return slow.extent(seen["image_embeds"], count, fits)
+        return slow.extent(seen["image_embeds"], count, fits if "llm" in name else None)
     if name == "cdpruner":
         embeds, text = seen["patch_embeds"], seen["text_embeds"]
         fits = [sign * slow.cosine(text, patch) for patch in embeds]
@@ -114,6 +110,7 @@ def number_of(num_tokens: int, share: float) -> int:
 # Whose attention their dominant tokens go by.
 VISIONZIP = {"visionzip": "cls_attention", "visionzip-received": "received_attention"}
 CDPRUNERS = ("cdpruner", "cdpruner-llm")
+EXTENTS = ("extent", "extent-llm")
 CHOOSING = [n for n, preset in PRESETS.items() if not isinstance(preset.pruner, FixedPruner)]
 
 
@@ -172,7 +169,7 @@ def test_equal_tokens_go_by_their_index(name, count):
 @pytest.mark.parametrize("which", ["one", "third", "all"])
 def test_choice_on_real_sizes(name, num_tokens, which):
     count = {"one": 1, "third": round(0.3 * num_tokens), "all": num_tokens}[which]
-    if name in {"divprune", "extent", "extent-llm", *CDPRUNERS} and (num_tokens, which) != (
+    if name in {"divprune", *EXTENTS, *CDPRUNERS} and (num_tokens, which) != (
         144,
         "one",
     ):

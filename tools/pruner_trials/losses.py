@@ -21,7 +21,6 @@ class Loss:
 
     Attributes:
         fates: Share of each of ``FATES``; the first is Acc@0.5.
-        counted: Acc@0.5 where every kept token is fed as often as there are tokens for it.
         target: Share of the target's tokens that are kept.
         sides: Share of the four sides of a target whose outermost row or column of tokens is kept,
             in part at least.
@@ -32,7 +31,6 @@ class Loss:
     """
 
     fates: tuple[float, ...]
-    counted: float
     target: float
     sides: float
     ground: float
@@ -49,8 +47,6 @@ def measure(model: TrialModel, kept: Sequence[Kept]) -> Loss:
         kept: What is left for each.
     """
     boxes = model.answer(kept)
-    copies = round(model.owners.shape[1] / len(kept[0].keep_indices))
-    counted = model.answer(kept, copies=copies)
     fates = [_fate(box, sample) for box, sample in zip(boxes, model.samples, strict=True)]
     extents = [
         _size_and_offset(box, sample.box)
@@ -66,9 +62,6 @@ def measure(model: TrialModel, kept: Sequence[Kept]) -> Loss:
     target, sides, ground = np.mean(seen, axis=0).tolist()
     return Loss(
         fates=tuple(fates.count(fate) / len(fates) for fate in FATES),
-        counted=float(
-            np.mean([_fate(b, s) == "right" for b, s in zip(counted, model.samples, strict=True)])
-        ),
         target=target,
         sides=sides,
         ground=ground,

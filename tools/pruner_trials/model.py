@@ -189,7 +189,8 @@ class TrialModel(AbstractContextManager["TrialModel"]):
             for number, tokens in zip(questions, answers.token_ids, strict=True):
                 geometry = self._prepared[self._image_of[number]].geometry
                 text = self._encoder.decode(tokens)
-                boxes.append(read_answer(text, tokens, self.manifest, geometry)[0])
+                found = read_answer(text, tokens, self.manifest, geometry)[0]
+                boxes.append(found[0].box if found else None)
         return boxes
 
     def _build(self, pruner: str) -> Reference:
@@ -279,15 +280,15 @@ class TrialModel(AbstractContextManager["TrialModel"]):
 
     def _texts_of(self, preset: Preset) -> torch.Tensor:
         """[Q, E or H], of each question what the pruner reads."""
-        if preset.name not in self._texts:
-            # A trial that no registry knows reads the expression's words.
-            known = preset.name if preset.name in PRESETS else "text-llm"
+        # A trial that no registry knows reads the expression's words.
+        known = preset.name if preset.name in PRESETS else "text-llm"
+        if known not in self._texts:
             home, manifest = self._export(known)
             encoder = PromptEncoder(manifest, home)
             encoded = [encoder.encode(sample.expression.text) for sample in self.samples]
             backend = TorchBackend(self._build(known))
-            self._texts[preset.name] = torch.from_numpy(encode_texts(backend, encoded, manifest))
-        return self._texts[preset.name]
+            self._texts[known] = torch.from_numpy(encode_texts(backend, encoded, manifest))
+        return self._texts[known]
 
     def _emit(
         self, preset: Preset, spec: PruningSpec, state: VisionState
@@ -341,27 +342,31 @@ def repeat_visual(prompt: DecoderPrompt, rows: Sequence[PromptRow], copies: int)
     log(copies). Rows keep as many visual tokens as each other.
     """
     length = prompt.attention_mask.shape[1]
-    source = np.stack(
-        [np.repeat(np.arange(length), _copies_of(row, length, copies)) for row in rows]
-    )
-    row = np.arange(len(rows))[:, None]
-    mask = prompt.attention_mask[row, source]
+    # What is fed is padded in front, tables of ids behind: there the first token has slot 0.
+    columns, slots = [], []
+    for row in rows:
+        before, visual = len(row.prefix_embeds), len(row.image_features)
+        padding = length - before - visual - len(row.suffix_embeds)
+        columns.append(_repeated(length, padding + before, visual, copies))
+        slots.append(_repeated(length, before, visual, copies))
+    column, slot = np.stack(columns), np.stack(slots)
+    index = np.arange(len(rows))[:, None]
+    mask = prompt.attention_mask[index, column]
     return replace(
         prompt,
-        inputs_embeds=prompt.inputs_embeds[row, source],
+        inputs_embeds=prompt.inputs_embeds[index, column],
         attention_mask=mask,
         position_ids=slots_from_mask(mask),
-        kept_positions=prompt.kept_positions[row, source],
-        id_table=prompt.id_table[..., row, source],
+        kept_positions=prompt.kept_positions[index, slot],
+        id_table=prompt.id_table[..., index, slot],
     )
 
 
-def _copies_of(row: PromptRow, length: int, copies: int) -> NDArray[np.int64]:
-    """Of each column of a row padded on the left how often it is fed, int64 [length]."""
-    found = np.ones(length, np.int64)
-    first = length - len(row.suffix_embeds) - len(row.image_features)
-    found[first : first + len(row.image_features)] = copies
-    return found
+def _repeated(length: int, first: int, count: int, copies: int) -> NDArray[np.int64]:
+    """0..length-1, ``count`` of them from ``first`` on ``copies`` times each."""
+    times = np.ones(length, np.int64)
+    times[first : first + count] = copies
+    return np.repeat(np.arange(length), times)
 
 
 def overlap(box: Box | None, truth: Sequence[float]) -> float:
