@@ -194,12 +194,14 @@ async def _terminate(server: Server, questions: list[Question]) -> list[str]:
     code = await asyncio.to_thread(server.stop)
     await asyncio.gather(*tasks)
     await asyncio.sleep(0.5)
+    for bug in server.bugs:
+        note(str(bug.get("trace", bug)))
     accepted = {name for name in server.answered if name.startswith("stop-")}
     return [
         f"| SIGTERM under 32 clients: let in, answered, lost, wrong | {len(accepted):,}, "
         f"{len(accepted & got.keys()):,}, {len(accepted - got.keys())}, "
         f"{sum(not right for right in got.values())} |",
-        f"| exit code | {code} |",
+        f"| exit code; errors in the server's log | {code}; {len(server.bugs)} |",
     ]
 
 

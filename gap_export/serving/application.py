@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from gap_export.serving.asking import Models, Question
 from gap_export.serving.bodies import (
@@ -136,7 +136,7 @@ def _add_probes(app: FastAPI, models: Models) -> None:
             status_code=200 if is_ready else 503,
         )
 
-    @app.get("/metrics", summary="Figures for Prometheus.")
+    @app.get("/metrics", summary="Figures for Prometheus.", response_class=PlainTextResponse)
     async def read_metrics() -> Response:
         return Response(models.metrics.text(), media_type="text/plain; version=0.0.4")
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gap_export.errors import GapExportError
@@ -103,6 +104,9 @@ class Gate:
             await self._app(scope, self._limited(receive, account), answer)
         except GapExportError as err:
             await problem_of(err)(scope, receive, answer)
+        except ClientDisconnect:
+            # In the middle of its body: there is nobody to answer.
+            account.status = CLIENT_LEFT
         except Exception:
             # Starlette would raise it once more, and uvicorn reset the connection.
             log.exception("a bug", extra={"about": {"request": request_id}})

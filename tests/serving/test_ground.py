@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -223,6 +224,19 @@ def test_a_client_that_leaves_leaves_no_work(served, held, png, pixels):
     assert held.runs == [["a"]]
     text = http_text(served, "/metrics")
     assert 'gap_export_requests_total{route="/v1/ground",status="499"}' in text
+
+
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
+def test_a_client_that_leaves_within_its_body_is_no_bug(served, caplog, kind):
+    port = int(served.url.rpartition(":")[2])
+    head = f"POST /v1/ground HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
+    with caplog.at_level("INFO", "gap_export.serving"):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(f"{head}Content-Length: 1000\r\n\r\n--x\r\n".encode())
+            time.sleep(0.1)
+        wait_until(lambda: caplog.records)
+    assert [record.getMessage() for record in caplog.records] == ["answered"]
+    assert caplog.records[0].about["status"] == 499
 
 
 def http_text(served, path):

@@ -54,7 +54,12 @@ class Server:
     @property
     def answered(self) -> dict[str, int]:
         """Statuses by the names of requests."""
-        return {one["request"]: one["status"] for one in self.log if "request" in one}
+        return {one["request"]: one["status"] for one in self.log if "status" in one}
+
+    @property
+    def bugs(self) -> list[dict[str, Any]]:
+        """Log lines of errors that are ours."""
+        return [one for one in self.log if one["level"] == "error"]
 
     def _get(self, path: str) -> str | None:
         with suppress(OSError):
