@@ -322,6 +322,28 @@ def test_it_can_be_read_in_both_schemes_and_sizes(open_page, scheme, size):
     assert small == []
 
 
+def test_a_calibrated_bundle_says_what_is_there(open_page):
+    page = open_page()
+
+    def judged(route: Any) -> None:
+        answer = route.fetch()
+        plain = answer.json()
+        for at, one in enumerate(plain["groundings"]):
+            one["found"] = one["boxes"][0]["found"] = at != 1
+        route.fulfill(response=answer, json=plain)
+
+    page.route("**/v1/ground", judged)
+    show_example(page)
+    assert page.get_by_role("status").inner_text().startswith("3 of 4 are there.")
+    verdicts = [text.split(" ·")[0] for text in page.locator(".answer").all_inner_texts()]
+    assert verdicts == [
+        f"{name} {verdict}"
+        for verdict in ("there", "not there", "there", "there")
+        for name in ("GAP", "Compact")
+    ]
+    assert page.locator("#gap .box.absent").count() == 1
+
+
 def test_an_error_is_shown_in_the_words_of_the_server(open_page):
     page = open_page()
     page.get_by_label("What to look for").fill("the red circle")

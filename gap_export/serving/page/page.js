@@ -26,7 +26,7 @@ let asking = null;
 let stream = null;
 let nextExample = 0;
 let exampleText = "";
-let lastTyped = 0;
+let lastTyped = -TYPING_MS;
 
 // ---- Asking the server
 
@@ -342,10 +342,11 @@ function compare(one, at, name) {
 }
 
 function describe(one) {
-  if (!one.box) return `no box; the model said: ${one.text}`;
   const verdict = { true: "there · ", false: "not there · " }[one.found] ?? "";
+  if (!one.box) return `${verdict}no box; the model said: ${one.text}`;
   const score = typeof one.score === "number" ? ` · score\u00a0${one.score.toPrecision(2)}` : "";
-  return `${verdict}${one.box.map((side) => Math.round(side)).join(",\u00a0")}\u00a0px${score}`;
+  const more = boxesOf(one).length > 1 ? ` and ${boxesOf(one).length - 1} more` : "";
+  return `${verdict}${one.box.map((side) => Math.round(side)).join(",\u00a0")}\u00a0px${score}${more}`;
 }
 
 function iou(a, b) {
@@ -387,8 +388,9 @@ function summary() {
   const first = answers.gap ?? answers.compact;
   if (!first) return "";
   const there = first.groundings.filter((one) => one.box && one.found !== false).length;
+  const verb = first.groundings.some((one) => one.found !== null) ? "are there" : "have a box";
   const { kept, all } = tokensOf(first.groundings[picked ?? 0]);
-  return `${there} of ${first.groundings.length} have a box. The model saw ${kept} of ${all} visual tokens.`;
+  return `${there} of ${first.groundings.length} ${verb}. The model saw ${kept} of ${all} visual tokens.`;
 }
 
 const tokensOf = (one) => ({ kept: one.keep_indices.length, all: one.num_visual_tokens });
@@ -446,7 +448,10 @@ const useFile = async (files) => {
   await useBlob(file, file.name);
 };
 
-$("question").addEventListener("submit", reported(() => askNow({ isForced: true })));
+$("question").addEventListener("submit", reported(() => {
+  lastTyped = -TYPING_MS;
+  return askNow({ isForced: true });
+}));
 $("expressions").addEventListener("input", () => (lastTyped = performance.now()));
 $("expressions").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("question").requestSubmit();
