@@ -48,8 +48,8 @@ class Example(BaseModel):
     image: Annotated[str, Field(description="A PNG file in base64.")]
     expressions: list[str]
     boxes: Annotated[
-        list[tuple[int, int, int, int]],
-        Field(description="The true box of each expression, in pixels."),
+        list[list[int]],
+        Field(description="The true box (x1, y1, x2, y2) of each expression, in pixels."),
     ]
 
 
@@ -74,7 +74,7 @@ def add_page(app: FastAPI) -> None:
         return Example(
             image=base64.b64encode(png.getvalue()).decode(),
             expressions=[one.text for one in scene.expressions],
-            boxes=[scene.objects[one.target].box for one in scene.expressions],
+            boxes=[list(scene.objects[one.target].box) for one in scene.expressions],
         )
 
 
