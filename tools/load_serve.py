@@ -279,7 +279,7 @@ def _memory(seen: list[float]) -> tuple[float, float]:
 
 def _publish(name: str, lines: list[str], *, write: bool) -> None:
     others = os.getloadavg()[0]
-    command = f"`{called_as('load_serve.py')}`"
+    command = f"`{called_as('load_serve.py').replace(str(_BUNDLE), _BUNDLE.name)}`"
     end = f"{command} on {os.cpu_count()} CPU cores, load {others:.1f} with what else ran there."
     publish(name, "\n".join([*lines, "", end]), write=write)
 
