@@ -14,8 +14,8 @@ import pytest
 from tests.programs import run_program, start_program
 
 ROOT = Path(__file__).resolve().parents[2]
-# Where tests start programs; a tool that looks at its program five times a second; one that ends the
-# server that it started.
+# Where tests start programs; a tool that looks at its program five times a second; one that ends
+# the server that it started.
 WITH_LIMITS = {
     ROOT / "tests" / "programs.py",
     ROOT / "tools" / "engine_bench" / "watch.py",
