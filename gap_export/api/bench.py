@@ -38,7 +38,7 @@ def bench(
         bundles: Folders.
         unpruned: One more, which drops nothing, to compare with.
         backends: What runs each of them, as ``--backend`` has it: ``ort``, ``ort:base``,
-            ``ort:ort``, ``openvino`` or ``trt``.
+            ``ort:ort``, ``openvino``, ``openvino:bfloat16`` or ``trt``.
         rounds: Questions, each about another image; every bundle is asked each.
         warm_up: Answers before the first that counts, at least one.
         expressions_per_image: Beyond 1, as many expressions about each image are timed as well.

@@ -15,13 +15,18 @@ from gap_export.graph.onnx_file import BFLOAT16, FLOAT, FLOAT16, INT64, OnnxFile
 from gap_export.runtime.backends.backend import DECODER
 from gap_export.spec.manifest import Manifest
 
-# What `--backend` takes, and what a session calls it; after a colon the form of the graphs.
-BACKENDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+# What `--backend` takes, and what a session calls it; after a colon the form of the graphs, or what
+# is computed in.
+BACKENDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "ort": {"backend": "onnxruntime"},
         "ort:base": {"backend": "onnxruntime", "form": "base"},
         "ort:ort": {"backend": "onnxruntime", "form": "ort"},
         "openvino": {"backend": "openvino"},
+        "openvino:bfloat16": {
+            "backend": "openvino",
+            "openvino": {"inference_precision": "bfloat16"},
+        },
         "trt": {"backend": "tensorrt"},
     }
 )

@@ -21,6 +21,7 @@ from gap_export.benchmark.results import CPU, MANY, NEXT, PER_TOKEN, PREFIX, TOT
 from gap_export.errors import GapExportError
 from gap_export.runtime.prompt import PromptEncoder
 from gap_export.runtime.session import GroundingSession
+from gap_export.spec.requests import OpenVinoOptions
 
 
 class Worker:
@@ -36,7 +37,10 @@ class Worker:
     ) -> dict[str, Any]:
         """Open a bundle, as :meth:`GroundingSession.open` takes it."""
         start = time.perf_counter()
-        session = GroundingSession.open(bundle, **arguments)
+        given = dict(arguments)
+        if "openvino" in given:
+            given["openvino"] = OpenVinoOptions(**given["openvino"])
+        session = GroundingSession.open(bundle, **given)
         opened = time.perf_counter()
         manifest = session.manifest
         if answer_tokens is not None:

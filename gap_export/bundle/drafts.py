@@ -53,7 +53,7 @@ def make_draft_folder(final: Path) -> tuple[Path, int]:
                 seen=final,
                 fix="choose another place",
             ) from err
-        lock = _try_lock(folder)
+        lock = try_lock(folder)
         # Another process may sweep between mkdir and lock; then take a new name.
         if lock is not None and folder.is_dir():
             return folder, lock
@@ -69,7 +69,7 @@ def sweep_drafts(final: Path) -> None:
         is_replaced = folder.name.startswith(prefix + REPLACED_MARK)
         if not (is_draft or is_replaced) or folder.is_symlink() or not folder.is_dir():
             continue
-        lock = _try_lock(folder)
+        lock = try_lock(folder)
         if lock is None:
             continue
         try:
@@ -94,7 +94,7 @@ def put_in_place(folder: Path, final: Path) -> None:
         OSError: the parent cannot be written.
     """
     taken = final.is_dir() and any(final.iterdir())
-    lock = _try_lock(final) if taken else None
+    lock = try_lock(final) if taken else None
     try:
         old = _exchange(folder, final) if taken else None
         if old is None:
@@ -191,7 +191,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _try_lock(folder: Path) -> int | None:
+def try_lock(folder: Path, *, shared: bool = False) -> int | None:
+    """The descriptor that holds a lock on a folder; None where there is no folder, or no lock."""
     # Not at the top: reading bundles needs no locks, and works where fcntl does not exist.
     import fcntl
 
@@ -200,7 +201,7 @@ def _try_lock(folder: Path) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         return None

@@ -35,8 +35,9 @@ BackendsOption = Annotated[
         "--backend",
         metavar="BACKEND[:FORM]",
         help="What runs each bundle. ort: ONNX Runtime in the fastest form of its graphs, ort:base "
-        "and ort:ort in that form; openvino: OpenVINO; trt: its TensorRT engines. Repeatable: all "
-        "are measured side by side, and the best is named. [default: ort]",
+        "and ort:ort in that form; openvino: OpenVINO, openvino:bfloat16 computing in that; trt: "
+        "its TensorRT engines. Repeatable: all are measured side by side, and the best is named. "
+        "[default: ort]",
     ),
 ]
 RoundsOption = Annotated[

@@ -98,7 +98,10 @@ def evaluate_model(
         family=found.family, prompt=found.prompt, box=found.box, reads_question=reads_question
     )
     job = Job.prepare(asking, runner, asked, num_samples, progress)
-    with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch,
+        KeptBaselines(Path(scratch)) as kept,
+    ):
         cache = GraphCache()
         pruned = [
             export_model(
@@ -115,7 +118,7 @@ def evaluate_model(
             checkpoint=checkpoint,
             source=open_bundle(pruned[0]).manifest.source,
             options=unpruned,
-            kept=KeptBaselines(Path(scratch)),
+            kept=kept,
             progress=progress,
             cache=cache,
         )
@@ -124,9 +127,7 @@ def evaluate_model(
             path: smaller_recipe(found, pruning.num_emitted_tokens)
             for path, (pruning, _) in zip(pruned, runs, strict=True)
         }
-        report = job.measure(whole, pruned, progress, smaller=baselines.export_smaller(rivals))
-        baselines.kept.tidy()
-        return report
+        return job.measure(whole, pruned, progress, smaller=baselines.export_smaller(rivals))
 
 
 def _one_canvas(requests: Sequence[PruningRequest]) -> str | None:
@@ -215,8 +216,10 @@ def evaluate_bundle(
     with Runner(runner) as attempt:
         attempt.session(pruned_settings(bundle, manifest.pruning)[-1])
     smaller: Mapping[Path, Path] = {}
-    with tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch:
-        kept = KeptBaselines(Path(scratch))
+    with (
+        tempfile.TemporaryDirectory(prefix="gap-export-eval-") as scratch,
+        KeptBaselines(Path(scratch)) as kept,
+    ):
         if baseline is None:
             recipe, source = resolve_source(manifest, checkpoint or {})
             quantization = quantization_of(manifest)
@@ -241,9 +244,7 @@ def evaluate_bundle(
             rivals = {bundle: smaller_recipe(recipe, manifest.pruning.num_emitted_tokens)}
             smaller = baselines.export_smaller(rivals)
         check_baseline(manifest, open_bundle(baseline).manifest)
-        report = job.measure(baseline, [bundle], progress, smaller=smaller)
-        kept.tidy()
-        return report
+        return job.measure(baseline, [bundle], progress, smaller=smaller)
 
 
 @dataclass(frozen=True, kw_only=True)

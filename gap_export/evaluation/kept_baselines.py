@@ -2,7 +2,8 @@
 
 A bundle is found again by all that makes it: the bytes of the checkpoint, the recipe, how it is
 exported, and the code that does it. One that is damaged or out of date is made anew; to forget all,
-remove the folder ``baselines`` of the cache.
+remove the folder ``baselines`` of the cache. An evaluation locks those that it uses, so that no
+other removes them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,19 @@ from dataclasses import fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 from gap_export.bundle import open_bundle
+from gap_export.bundle.drafts import try_lock
 from gap_export.bundle.stamps import cache_folder
 from gap_export.errors import GapExportError, OutputError
 from gap_export.exporting import ExportOptions
 from gap_export.spec.manifest import SourceSpec
 from gap_export.spec.recipe import Recipe
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +45,7 @@ _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy", 
 
 
 class KeptBaselines:
-    """Bundles of one evaluation that are looked up before they are made.
+    """Bundles of one evaluation that are looked up before they are made; a context manager.
 
     Args:
         scratch: Where those are made that are not kept.
@@ -46,10 +53,27 @@ class KeptBaselines:
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
+        # Descriptors of the folders of what is in use, which are locked.
+        self._used: list[int] = []
         cached = cache_folder()
         # The code of other packages is not part of a key.
         others = any(group.startswith("gap_export.") for group in entry_points().groups)
         self._folder = None if cached is None or others else cached / "baselines"
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Let go of what was used, and remove what is too much."""
+        while self._used:
+            os.close(self._used.pop())
+        self.tidy()
 
     def find_or_make(
         self,
@@ -74,21 +98,31 @@ class KeptBaselines:
         if self._folder is None:
             return make(self._scratch / name)
         path = self._folder / _key(recipe, source, options)
-        if _is_whole(path):
+        if self._take(path):
             return path
-        shutil.rmtree(path, ignore_errors=True)
+        _remove_unused(path)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            return make(path)
+            make(path)
         except (OSError, OutputError) as err:
             # Another evaluation was faster, or nothing can be written there.
-            if _is_whole(path):
-                return path
-            logger.info("baseline %s is not kept: %s", path, err)
-            return make(self._scratch / name)
+            logger.info("baseline %s is not made there: %s", path, err)
+        return path if self._take(path) else make(self._scratch / name)
+
+    def _take(self, path: Path) -> bool:
+        """Lock a baseline for as long as this evaluation lasts; False where it is not whole."""
+        descriptor = try_lock(path, shared=True)
+        if descriptor is None:
+            return False
+        # Another evaluation may have made it anew between the two.
+        if not _is_whole(path) or not os.path.samestat(os.fstat(descriptor), path.stat()):
+            os.close(descriptor)
+            return False
+        self._used.append(descriptor)
+        return True
 
     def tidy(self) -> None:
-        """Remove what is too much, the least recently used first; nothing is in use any more."""
+        """Remove what is too much and that no evaluation uses, the least recently used first."""
         if self._folder is None or not self._folder.is_dir():
             return
         kept = [path for path in self._folder.iterdir() if path.is_dir()]
@@ -96,8 +130,20 @@ class KeptBaselines:
         for path in sorted(kept, key=lambda path: path.stat().st_mtime):
             if sum(sizes.values()) <= _MAX_BYTES:
                 break
-            shutil.rmtree(path, ignore_errors=True)
-            del sizes[path]
+            if _remove_unused(path):
+                del sizes[path]
+
+
+def _remove_unused(path: Path) -> bool:
+    """Remove a baseline unless another evaluation uses it; whether it did."""
+    descriptor = try_lock(path)
+    if descriptor is None:
+        return False
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _is_whole(path: Path) -> bool:

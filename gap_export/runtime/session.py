@@ -120,6 +120,7 @@ class GroundingSession(Answering):
         verify: Verify = "stamp",
         positions: PositionRule | None = None,
         kept_bytes: int = KEPT_BYTES,
+        kept_graph_bytes: int | None = None,
         grammar: GrammarName | None = None,
         max_boxes: int = 1,
     ) -> GroundingSession:
@@ -141,6 +142,9 @@ class GroundingSession(Answering):
             positions: ``compact`` or ``text-shifted`` run a naive baseline; by default the
                 bundle's own.
             kept_bytes: The most that is kept of images between expressions, see :meth:`look`.
+            kept_graph_bytes: With ONNX Runtime: the most that optimized graphs, of all bundles
+                together, may take of the user's cache; 0 keeps none and uses none; by default what
+                ``GAP_EXPORT_OPTIMIZED_GB`` says, or 20 * 10^9.
             grammar: ``box`` constrains answers to hold a well-formed box; by default they are free.
             max_boxes: How many boxes of an answer are read.
 
@@ -158,6 +162,7 @@ class GroundingSession(Answering):
                 "execution providers": (execution_providers, "onnxruntime"),
                 "threads": (num_threads, "onnxruntime", "openvino"),
                 "form": (form, "onnxruntime"),
+                "kept graphs": (kept_graph_bytes, "onnxruntime"),
                 "options of OpenVINO": (
                     None if openvino == DEFAULT_OPENVINO else openvino,
                     "openvino",
@@ -181,7 +186,14 @@ class GroundingSession(Answering):
         else:
             from gap_export.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
-            runs = OnnxRuntimeBackend(opened, execution_providers, num_threads, form=form)
+            runs = OnnxRuntimeBackend(
+                opened,
+                execution_providers,
+                num_threads,
+                form=form,
+                verify=verify,
+                kept_graph_bytes=kept_graph_bytes,
+            )
         return cls(
             opened.manifest,
             opened.path,

@@ -32,11 +32,10 @@ def asked(tiny_bundle, tiny_recipe, tmp_path):
     source = open_bundle(tiny_bundle).manifest.source
 
     def ask(*, recipe=tiny_recipe, source=source, options=OPTIONS, make=make) -> Path:
-        return KeptBaselines(tmp_path / "scratch").find_or_make(
-            recipe, source, options, "unpruned", make
-        )
+        with KeptBaselines(tmp_path / "scratch") as kept:
+            return kept.find_or_make(recipe, source, options, "unpruned", make)
 
-    return SimpleNamespace(ask=ask, made=made, source=source, recipe=tiny_recipe)
+    return SimpleNamespace(ask=ask, make=make, made=made, source=source, recipe=tiny_recipe)
 
 
 def test_a_baseline_is_made_once(asked, cache_folder):
@@ -105,6 +104,22 @@ def test_another_evaluation_may_be_faster(asked, tiny_bundle):
 
     path = asked.ask(make=late)
     assert asked.ask() == path and not asked.made
+
+
+def test_what_another_evaluation_uses_stays(asked, monkeypatch, tmp_path):
+    monkeypatch.setattr(kept_baselines, "_MAX_BYTES", 0)
+    with KeptBaselines(tmp_path / "scratch") as first:
+        path = first.find_or_make(asked.recipe, asked.source, OPTIONS, "unpruned", asked.make)
+        with KeptBaselines(tmp_path / "other") as second:
+            found = second.find_or_make(asked.recipe, asked.source, OPTIONS, "unpruned", asked.make)
+            assert found == path
+        # The second is done and tidies; so does a third, which finds it damaged.
+        assert path.is_dir()
+        monkeypatch.setattr(kept_baselines, "_is_whole", lambda path: False)
+        with KeptBaselines(tmp_path / "third") as third:
+            made = third.find_or_make(asked.recipe, asked.source, OPTIONS, "own", asked.make)
+        assert made == tmp_path / "third" / "own" and path.is_dir()
+    assert not path.exists()
 
 
 def test_the_least_used_go_where_there_are_too_many(asked, monkeypatch, tmp_path):

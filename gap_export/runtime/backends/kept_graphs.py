@@ -7,6 +7,8 @@ result is mapped: it is there at once, and once, for all processes together.
 What is kept is good for the very graph and weights, runtime, CPU and options it was made with, all
 of which its folder is named by. It is hashed like a bundle's files, and made anew where anything
 differs. A bundle itself is never written to, so that one that is read-only is served as well.
+
+Together they take no more than :func:`kept_graph_bytes` says; those not used for longest go first.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ from pathlib import Path
 
 from gap_export.bundle import Bundle
 from gap_export.bundle.files import sha256_of, walk_files
-from gap_export.bundle.stamps import cache_folder, file_stamp, is_settled, verify_hashes
+from gap_export.bundle.stamps import Verify, cache_folder, file_stamp, is_settled, verify_hashes
 from gap_export.bundle.stamps import write_stamps as remember
-from gap_export.errors import BundleError, GapExportError
+from gap_export.errors import BundleError, GapExportError, UsageError
 from gap_export.runtime.backends.onnxruntime_options import ORT_ERRORS, start_session
 from gap_export.runtime.backends.quiet_onnxruntime import ort
 from gap_export.spec.manifest import GraphSpec
@@ -45,6 +47,8 @@ _ROOM = 2.5
 _PARTS_OLDER_THAN_S = 3600.0
 # Of one graph: a home may be shared by machines whose CPUs differ.
 _MAX_KEPT = 3
+# The most that all take, in the environment, in units of 10^9 bytes, and where nothing says so.
+LIMIT_VARIABLE, DEFAULT_LIMIT_GB = "GAP_EXPORT_OPTIMIZED_GB", 20.0
 _CANNOT_KEEP: tuple[type[Exception], ...] = (OSError, ValueError, GapExportError, *ORT_ERRORS)
 _Options = Callable[[], ort.SessionOptions]
 
@@ -85,19 +89,19 @@ class KeptGraph:
         key = hashlib.sha256(json.dumps(dict(self.facts)).encode()).hexdigest()
         return self.root / key[:32]
 
-    def check(self) -> bool:
+    def check(self, verify: Verify = "stamp") -> bool:
         """Whether it is there and every byte is as it was written; what is not is removed."""
         if not self.folder.is_dir():
             return False
         try:
-            self._verify()
+            self._verify(verify)
         except (OSError, ValueError, LookupError, TypeError, BundleError) as err:
             logger.warning("the kept graph %s is not usable and made anew: %s", self.folder, err)
             shutil.rmtree(self.folder, ignore_errors=True)
             return False
         return True
 
-    def _verify(self) -> None:
+    def _verify(self, verify: Verify) -> None:
         raw = (self.folder / _FACTS).read_bytes()
         held = json.loads(raw)
         hashes = {name: str(held["files"][name]) for name in (_GRAPH, _WEIGHTS)}
@@ -108,13 +112,15 @@ class KeptGraph:
             self.folder,
             hashes,
             statuses,
-            verify="stamp",
+            verify=verify,
             owner_sha256=hashlib.sha256(raw).hexdigest(),
             refusal=lambda path, seen: BundleError(f"{path} is damaged", seen=seen),
         )
 
     def start(self, options: ort.SessionOptions) -> ort.InferenceSession:
         """A session of what is kept; raises what ONNX Runtime raises."""
+        # When it was last used, by which the oldest is told.
+        os.utime(self.folder)
         # All of it was optimized before.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         return start_session(self.folder / _GRAPH, options, [_CPU])
@@ -170,6 +176,16 @@ class KeptGraph:
             if number + 2 > _MAX_KEPT:
                 shutil.rmtree(path, ignore_errors=True)
 
+    def trim(self, max_bytes: int) -> None:
+        """Remove what of all graphs was not used for longest, but this one, as far as it must."""
+        stats = {path: path.stat() for path in self.root.parent.glob("*/[!.]*")}
+        sizes = {path: sum(s.st_size for _, s in walk_files(path)) for path in stats}
+        for path in sorted(stats.keys() - {self.folder}, key=lambda path: stats[path].st_mtime):
+            if sum(sizes.values()) <= max_bytes:
+                break
+            shutil.rmtree(path, ignore_errors=True)
+            del sizes[path]
+
     def _differing(self, other: Path) -> str:
         try:
             held = json.loads((other / _FACTS).read_bytes())["facts"]
@@ -185,29 +201,43 @@ class KeptGraph:
             remember(self.folder, stamps, manifest_sha256=owner_sha256)
 
 
-def start_kept(bundle: Bundle, spec: GraphSpec, options: _Options) -> ort.InferenceSession | None:
+def start_kept(
+    bundle: Bundle,
+    spec: GraphSpec,
+    options: _Options,
+    *,
+    verify: Verify = "stamp",
+    max_bytes: int | None = None,
+) -> ort.InferenceSession | None:
     """A session of a graph as it is kept, which is made where it is not there.
 
     Args:
         bundle: An opened, that is checked, bundle.
         spec: One of its graphs, to be run on the CPU.
         options: Makes the options of a session.
+        verify: ``full`` hashes what is kept again.
+        max_bytes: The most that all kept graphs may take; None: as the environment says.
 
     Returns:
-        The session; None where it is not worth it or cannot be kept.
+        The session; None where it is not worth it, not wanted, or cannot be kept.
+
+    Raises:
+        UsageError: see :func:`kept_graph_bytes`.
     """
     # What is wrong with the options is no matter of what is kept.
     options()
+    limit = kept_graph_bytes(max_bytes)
     size = sum(file.size for file in bundle.manifest.files)
-    kept = KeptGraph.of(bundle, spec) if size >= MIN_BUNDLE_BYTES else None
+    kept = KeptGraph.of(bundle, spec) if limit and size >= MIN_BUNDLE_BYTES else None
     if kept is None:
         return None
     try:
-        if not kept.check():
+        if not kept.check(verify):
             kept.tidy()
-            if not _has_room(kept.root, size):
+            if not _has_room(kept.root, size, limit):
                 return None
             kept.make(bundle.file(spec.file), options())
+            kept.trim(limit)
             if not kept.check():
                 return None
         return kept.start(options())
@@ -216,7 +246,36 @@ def start_kept(bundle: Bundle, spec: GraphSpec, options: _Options) -> ort.Infere
         return None
 
 
-def _has_room(folder: Path, size: int) -> bool:
+def kept_graph_bytes(asked: int | None = None) -> int:
+    """The most that all kept graphs may take, in bytes; 0: none is kept, and none used.
+
+    Args:
+        asked: By the caller; None: the environment says, in :data:`LIMIT_VARIABLE`, or the default.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    if asked is None:
+        text = os.environ.get(LIMIT_VARIABLE, "")
+        try:
+            limit = 1e9 * float(text or DEFAULT_LIMIT_GB)
+        except ValueError:
+            limit = -1.0
+    else:
+        text, limit = str(asked), float(asked)
+    if not 0 <= limit < float("inf"):
+        raise UsageError(
+            "no size that optimized graphs may take of the cache",
+            seen=f"{LIMIT_VARIABLE}={text}" if asked is None else text,
+            allowed=f"{LIMIT_VARIABLE}: 10^9 bytes, 0 or more; 0 keeps none",
+        )
+    return int(limit)
+
+
+def _has_room(folder: Path, size: int, limit: int) -> bool:
+    if limit < _ROOM * size:
+        logger.info("optimized graphs of a bundle of %d bytes may not be kept: %d", size, limit)
+        return False
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < _ROOM * size:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gap_export.bundle import Bundle
+from gap_export.bundle import Bundle, Verify
 from gap_export.bundle.tensors import read_place
 from gap_export.errors import BundleError, GapExportError, UsageError
 from gap_export.runtime.backends.backend import (
@@ -164,6 +164,8 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
         num_threads: int | None = None,
         *,
         form: FormName | None = None,
+        verify: Verify = "stamp",
+        kept_graph_bytes: int | None = None,
     ) -> None:
         """Load the graphs.
 
@@ -174,6 +176,8 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
             num_threads: Threads of one operator; by default ONNX Runtime decides.
             form: ``base`` or ``ort``, of the components that have it; by default the fastest that
                 runs. Where one does not run, the base form takes its place, with a warning.
+            verify: ``full`` hashes optimized graphs that are kept again.
+            kept_graph_bytes: The most that such graphs may take, see ``kept_graphs``.
 
         Raises:
             UsageError: an execution provider that is not supported, that this ONNX Runtime has
@@ -186,6 +190,7 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
         self._providers = _choose_providers(execution_providers)
         self._may_fall_back = execution_providers is None
         self._num_threads = num_threads
+        self._keeping: Any = {"verify": verify, "max_bytes": kept_graph_bytes}
         dtype = numpy_dtype(manifest.dtype)
         self.quantization = manifest.graph(DECODER).quantization
         self.activations = manifest.graph(DECODER).activations
@@ -271,7 +276,7 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
             return start_session(path, spared, providers)
         # A decoder of floats would take twice its many gigabytes of the user's disk.
         if spec.quantization is not None or spec.component == VISION:
-            kept = start_kept(bundle, spec, options)
+            kept = start_kept(bundle, spec, options, **self._keeping)
             if kept is not None:
                 return kept
         return start_session(path, options(), providers)

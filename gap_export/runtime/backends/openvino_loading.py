@@ -16,10 +16,13 @@ import numpy as np
 from gap_export.errors import BundleError, MissingDependencyError
 from gap_export.extras import pip_install, require_extra
 from gap_export.graph.function_models import LocalFunction, local_functions
+from gap_export.runtime.backends.openvino_int8 import float_products, join_scales
 
 if TYPE_CHECKING:
     import openvino as ov
 
+# What fails is often named last.
+_MOST_TOLD = 1000
 # All that OpenVINO raises, by way of pybind11.
 OPENVINO_ERRORS = (RuntimeError, ValueError, TypeError)
 PAST, PRESENT, BEAM_IDX = "past_key_values.", "present.", "beam_idx"
@@ -45,8 +48,14 @@ def import_openvino() -> Any:
     return openvino
 
 
-def read_graph(openvino: Any, path: Path) -> ov.Model:
+def read_graph(openvino: Any, path: Path, *, has_int8_layers: bool = False) -> ov.Model:
     """A graph as OpenVINO has it.
+
+    Args:
+        openvino: The package.
+        path: The graph's file.
+        has_int8_layers: Whether it has linear layers as QuantizeDynamically writes them: they are
+            read as products with compressed weights, see ``openvino_int8``.
 
     Raises:
         BundleError: OpenVINO refuses it.
@@ -55,9 +64,14 @@ def read_graph(openvino: Any, path: Path) -> ov.Model:
     try:
         for function in local_functions(path):
             core.add_extension(_inliner(core, function))
-        return core.read_model(path)
+        for extension in float_products(openvino) if has_int8_layers else ():
+            core.add_extension(extension)
+        model = core.read_model(path)
+        if has_int8_layers:
+            join_scales(openvino, model)
     except OPENVINO_ERRORS as err:
         raise refused(openvino, path.name, err) from err
+    return model
 
 
 def make_stateful(openvino: Any, decoder: ov.Model, past: Sequence[str]) -> None:
@@ -170,4 +184,4 @@ def first_line(err: Exception) -> str:
     """What OpenVINO says, without where in its source that was raised."""
     lines = [line.strip() for line in str(err).splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("Exception from ", "Check '"))]
-    return " ".join(told or lines or [type(err).__name__])[:300]
+    return " ".join(told or lines or [type(err).__name__])[:_MOST_TOLD]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gap_export.bundle import Bundle, open_bundle
+from gap_export.bundle import Bundle, open_bundle, stamps
 from gap_export.errors import UsageError
 from gap_export.runtime.backends import kept_graphs
 from gap_export.runtime.backends.backend import DECODER, VISION
@@ -138,6 +139,49 @@ def test_only_the_newest_are_held_and_what_a_killed_process_left_goes(bundle, ca
     monkeypatch.setattr(kept_graphs, "_PARTS_OLDER_THAN_S", -1.0)
     kept(bundle).tidy()
     assert not left.exists()
+
+
+@pytest.mark.parametrize("asked", [0, None])
+def test_where_none_may_be_kept_none_is_made_or_used(bundle, cache, asked, started, monkeypatch):
+    logits(bundle)
+    folders = set(cache.glob("*/*"))
+    started.clear()
+    monkeypatch.setenv(kept_graphs.LIMIT_VARIABLE, "9" if asked == 0 else "0")
+    OnnxRuntimeBackend(bundle, CPU, 1, kept_graph_bytes=asked).close()
+    assert {Path(path).parent for path in started} == {bundle.path}
+    assert set(cache.glob("*/*")) == folders
+
+
+def test_those_not_used_for_longest_go_where_all_are_too_large(bundle, cache, monkeypatch):
+    logits(bundle, "base")
+    old, used = kept(bundle, lowering=BASE).folder, kept(bundle, VISION, BASE).folder
+    os.utime(old, (1e9, 1e9))
+    size = sum(path.stat().st_size for path in (*old.iterdir(), *used.iterdir()))
+    monkeypatch.setattr(kept_graphs, "_ROOM", 0.0)
+    monkeypatch.setenv(kept_graphs.LIMIT_VARIABLE, str(1.1 * size / 1e9))
+    logits(bundle, "ort")
+    assert not old.exists() and used.exists() and kept(bundle).check()
+
+
+@pytest.mark.parametrize("wrong", ["-1", "much", "nan", "inf"])
+def test_what_is_no_size_is_refused(bundle, wrong, monkeypatch):
+    monkeypatch.setenv(kept_graphs.LIMIT_VARIABLE, wrong)
+    with pytest.raises(UsageError, match=f"{kept_graphs.LIMIT_VARIABLE}={wrong}"):
+        OnnxRuntimeBackend(bundle, CPU, 1)
+
+
+def test_full_verification_hashes_what_is_kept_again(bundle, monkeypatch):
+    logits(bundle)
+    hashed: list[Path] = []
+    real = stamps.sha256_of
+    monkeypatch.setattr(stamps, "sha256_of", lambda path: hashed.append(path) or real(path))
+    monkeypatch.setattr(stamps, "is_settled", lambda status: True)
+    assert kept(bundle).check()
+    hashed.clear()
+    assert kept(bundle).check()
+    assert not hashed
+    OnnxRuntimeBackend(bundle, CPU, 1, verify="full").close()
+    assert kept(bundle).folder / "weights.bin" in hashed
 
 
 def test_two_at_a_time_do_not_disturb_each_other(bundle, monkeypatch):

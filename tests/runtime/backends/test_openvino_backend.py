@@ -18,7 +18,7 @@ from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import QuantizationSpec
 from gap_export.spec.positions import VisualSpan, build_kept_positions
 from gap_export.spec.requests import OpenVinoOptions
-from gap_export.spec.tolerances import tolerances_of
+from gap_export.spec.tolerances import tolerances_of, with_int8_tower
 from tests.families.masked_oracle import backend_decoder, check_masked_oracle
 from tests.runtime.backends.test_onnxruntime_backend import EXPRESSIONS, random_prompt
 
@@ -161,3 +161,24 @@ def test_missing_package_says_what_to_install(tiny_bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingDependencyError, match=r"not installed: openvino; .*\[openvino\]"):
         GroundingSession.open(tiny_bundle, backend="openvino")
+
+
+def test_int8_tower_keeps_its_weights_as_integers(tiny_checkpoint, exports):
+    bundle = open_bundle(
+        exports.bundle(
+            model=str(tiny_checkpoint), pruner="fastervlm", keep_ratio=0.3, vision_dtype="int8"
+        )
+    )
+    shape = (1, *bundle.manifest.graph("vision_encoder").inputs[0].shape[1:])
+    pixels = np.random.default_rng(5).normal(size=shape).astype(np.float32)
+    with OnnxRuntimeBackend(bundle, num_threads=1) as truth:
+        wanted = truth.run("vision_encoder", {"pixel_values": pixels})
+    with OpenVinoBackend(bundle, num_threads=1) as rounded:
+        found = rounded.run("vision_encoder", {"pixel_values": pixels})
+        graph = rounded._graphs["vision_encoder"].compiled.get_runtime_model()
+    kinds = [node.get_rt_info() for node in graph.get_ops()]
+    layers = [kind for kind in kinds if kind["layerType"].astype(str) == "FullyConnected"]
+    assert "i8" in {layer["runtimePrecision"].astype(str) for layer in layers}
+    rule = with_int8_tower(tolerances_of("float32"))["token_scores"]
+    off = np.abs(found["token_scores"] - wanted["token_scores"]).max()
+    assert 0 < off <= rule.absolute(float(np.abs(wanted["token_scores"]).max()))
