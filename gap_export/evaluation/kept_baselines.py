@@ -111,7 +111,7 @@ class KeptBaselines:
 
     def _take(self, path: Path) -> bool:
         """Lock a baseline for as long as this evaluation lasts; False where it is not whole."""
-        descriptor = try_lock(path, shared=True)
+        descriptor = _lock(path, shared=True)
         if descriptor is None:
             return False
         # Another evaluation may have made it anew between the two.
@@ -134,9 +134,18 @@ class KeptBaselines:
                 del sizes[path]
 
 
+def _lock(path: Path, *, shared: bool) -> int | None:
+    """See try_lock; what cannot be opened is not locked."""
+    try:
+        return try_lock(path, shared=shared)
+    except OSError as err:
+        logger.debug("%s is not locked: %s", path, err)
+        return None
+
+
 def _remove_unused(path: Path) -> bool:
     """Remove a baseline unless another evaluation uses it; whether it did."""
-    descriptor = try_lock(path)
+    descriptor = _lock(path, shared=False)
     if descriptor is None:
         return False
     try:

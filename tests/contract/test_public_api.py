@@ -126,8 +126,10 @@ _SHOWN = {
     "warn", "force", "min-recovered", "rule",
 }  # fmt: skip
 # Only a program has them: arrays in place of files, a session that stays open, a bundle's
-# unpruned baseline in other positions.
-_ARRAYS = {"frame", "color", "cuda-graphs", "positions", "expressions", "kept-bytes"}
+# unpruned baseline in other positions, and what commands read of the environment.
+_ARRAYS = {
+    "frame", "color", "cuda-graphs", "positions", "expressions", "kept-bytes", "kept-graph-bytes",
+}  # fmt: skip
 # A program's loop over frames; in Python it is the caller's.
 _FRAMES = {"every", "newest", "same-frame"}
 

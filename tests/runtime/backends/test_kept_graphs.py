@@ -148,7 +148,7 @@ def test_where_none_may_be_kept_none_is_made_or_used(bundle, cache, asked, start
     started.clear()
     monkeypatch.setenv(kept_graphs.LIMIT_VARIABLE, "9" if asked == 0 else "0")
     OnnxRuntimeBackend(bundle, CPU, 1, kept_graph_bytes=asked).close()
-    assert {Path(path).parent for path in started} == {bundle.path}
+    assert {Path(path).parent for path, _ in started} == {bundle.path}
     assert set(cache.glob("*/*")) == folders
 
 
