@@ -204,7 +204,8 @@ def test_500_samples_of_refshapes_and_all_of_other_data_are_the_default(
 ):
     asked = []
 
-    def refuse(spec, *, samples, seed):
+    def refuse(spec, *, samples, seed, absent):
+        assert absent == 0
         asked.append((spec, samples, seed))
         raise ImageError("far enough")
 
