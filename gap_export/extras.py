@@ -26,6 +26,8 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "refcoco": ("pyarrow",),
     "openvino": ("openvino",),
     "serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "httpx"),
+    # Not ray.serve, which comes with ray; to look for it would import ray.
+    "serve-ray": ("ray", "aiohttp", "mmh3", "smart_open", "watchfiles"),
     "bench": ("pynvml",),
     "stream": ("av",),
     "ros": ("rosbags",),

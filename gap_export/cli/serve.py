@@ -20,6 +20,7 @@ from gap_export.cli._options import (
 from gap_export.cli._requests import takes_requests
 from gap_export.extras import require_extra
 from gap_export.serving.options import ServeOptions, ServeSettings
+from gap_export.serving.replicas.options import ReplicaOptions
 from gap_export.spec.requests import BackendOptions, OpenVinoOptions
 
 
@@ -31,6 +32,7 @@ def serve(
         typer.Argument(metavar="BUNDLE...", help="Folders of bundles, which name the models."),
     ],
     options: ServeOptions,
+    replicas: ReplicaOptions,
     openvino: OpenVinoOptions,
     grammar: GrammarOption = None,
     backend: BackendOption = "ort",
@@ -38,7 +40,12 @@ def serve(
     form: FormOption = None,
     threads: Annotated[
         int | None,
-        typer.Option("--threads", metavar="N", min=1, help="CPU threads. [default: all]"),
+        typer.Option(
+            "--threads",
+            metavar="N",
+            min=1,
+            help="CPU threads. [default: all; with --ray, 1 a replica]",
+        ),
     ] = None,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -57,4 +64,4 @@ def serve(
         num_threads=threads,
         grammar=grammar,
     )
-    run(settings, say=terminal.message)
+    run(settings, replicas, say=terminal.message)

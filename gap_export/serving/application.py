@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from gap_export.serving.asking import Models, Question
@@ -22,7 +21,7 @@ from gap_export.serving.bodies import (
     read_request,
 )
 from gap_export.serving.chat import add_chat
-from gap_export.serving.gate import Gate
+from gap_export.serving.gate import add_gate
 from gap_export.serving.metrics import Metrics
 from gap_export.serving.options import ApiKeys, ServeSettings
 from gap_export.serving.page import add_page
@@ -67,18 +66,7 @@ def create_app(settings: ServeSettings) -> FastAPI:
     add_chat(app, models)
     _add_probes(app, models)
     add_page(app)
-    if options.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(options.cors_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-            expose_headers=["Retry-After", "X-Request-Id"],
-        )
-    # Added last, it comes first.
-    app.add_middleware(
-        Gate, options=options, keys=keys, metrics=metrics, retry_after=models.retry_after
-    )
+    add_gate(app, options, keys, metrics, models.retry_after)
     return app
 
 

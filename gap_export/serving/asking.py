@@ -149,7 +149,7 @@ class Models:
         with worker.line.admitted(ticket):
             self.metrics.waiting.labels(worker.name).set(len(worker.line))
             work = asyncio.ensure_future(self._work(worker, ticket, question))
-            gone = asyncio.ensure_future(_until_gone(request))
+            gone = asyncio.ensure_future(until_gone(request))
             left = max(account.deadline - time.monotonic(), 0)
             try:
                 await asyncio.wait({work, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
@@ -199,7 +199,7 @@ class Models:
             worker.close(self._settings.options.deadline_s)
 
 
-async def _until_gone(request: Request) -> None:
+async def until_gone(request: Request) -> None:
     """Wait until the client closes the connection; its body was read before."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -85,8 +87,10 @@ class Gate:
             await self._app(scope, receive, send)
             return
         started = time.monotonic()
+        # A replica's front is the gate of what comes with an account.
+        is_let_in = "gap_export.account" in scope
         account = Account(deadline=started + self._options.deadline_s)
-        scope["gap_export.account"] = account
+        account = scope.setdefault("gap_export.account", account)
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
 
@@ -100,7 +104,8 @@ class Gate:
         self._running += counts
         self._metrics.running.set(self._running)
         try:
-            self._check(scope, headers, account)
+            if not is_let_in:
+                self._check(scope, headers, account)
             await self._app(scope, self._limited(receive, account), answer)
         except GapExportError as err:
             await problem_of(err)(scope, receive, answer)
@@ -203,6 +208,26 @@ class Gate:
         }
         level = logging.DEBUG if route in _OPEN else logging.INFO
         log.log(level, "answered", extra={"about": about})
+
+
+def add_gate(
+    app: Starlette,
+    options: ServeOptions,
+    keys: ApiKeys,
+    metrics: Metrics,
+    retry_after: Callable[[], int],
+) -> None:
+    """Put a gate before an application; pages of other sites may read what options say."""
+    if options.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(options.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["Retry-After", "X-Request-Id"],
+        )
+    # Added last, it comes first.
+    app.add_middleware(Gate, options=options, keys=keys, metrics=metrics, retry_after=retry_after)
 
 
 class JsonFormatter(logging.Formatter):

@@ -5,32 +5,47 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from gap_export.errors import UsageError
 from gap_export.serving.application import create_app
 from gap_export.serving.gate import JsonFormatter
 from gap_export.serving.options import ApiKeys, ServeSettings
+from gap_export.serving.replicas.options import ReplicaOptions
 from gap_export.stop_signals import Stopped
 
+_NO_REPLICAS = ReplicaOptions()
 
-def serve(settings: ServeSettings, *, say: Callable[[str], None]) -> None:
+
+def serve(
+    settings: ServeSettings,
+    replicas: ReplicaOptions = _NO_REPLICAS,
+    *,
+    say: Callable[[str], None],
+) -> None:
     """Serve until SIGINT or SIGTERM; what was let in by then is answered.
 
     Args:
         settings: What is served, and where.
+        replicas: Whether the models run in a Ray cluster, and in how many replicas.
         say: Hears where the server listens.
 
     Raises:
-        UsageError: the address cannot be listened at, or what ``create_app`` says.
+        UsageError: the address cannot be listened at, or what ``create_app`` or ``replicated``
+            says.
         GapExportError: a bundle cannot be opened.
     """
     options = settings.options
     # Before the bundles, which take seconds; and nothing listens that nobody may ask.
     ApiKeys.read(options)
-    with _listen(options.host, options.port) as listener:
-        app = create_app(settings)
+    replicas.check(settings)
+    with (
+        _listen(options.host, options.port) as listener,
+        _application(settings, replicas) as app,
+    ):
         _log_as_json()
         server = uvicorn.Server(
             uvicorn.Config(
@@ -52,6 +67,17 @@ def serve(settings: ServeSettings, *, say: Callable[[str], None]) -> None:
         except Stopped:
             # Raised by uvicorn after it has stopped in order.
             say("stopped; all that was let in was answered")
+
+
+def _application(
+    settings: ServeSettings, replicas: ReplicaOptions
+) -> AbstractContextManager[ASGIApp]:
+    if not replicas.ray:
+        return nullcontext(create_app(settings))
+    from gap_export.serving.replicas.deployment import replicated
+
+    settings.named_bundles()
+    return replicated(settings, replicas)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -61,6 +61,10 @@ class ModelWorker:
         """Whether it has warmed up and can answer."""
         return self._is_warm.is_set() and self.failure is None
 
+    def wait_until_warm(self) -> None:
+        """Wait until it can answer, or :attr:`failure` says why it cannot."""
+        self._is_warm.wait()
+
     def retry_after(self) -> int:
         """Seconds, at least one, until what waits now is answered, by the time requests took."""
         return max(1, math.ceil((len(self.line) + 1) * self._seconds_per_request))

@@ -131,7 +131,7 @@ def _refusal(address: str | None, host: str | None, err: Exception) -> GapExport
         return GapExportError(
             "Ray does not start on this machine",
             seen=reason,
-            fix="without --workers no Ray is needed",
+            fix="with one process, without --workers or --ray, no Ray is needed",
         )
     return UsageError(
         "the Ray cluster cannot be joined",
