@@ -134,7 +134,7 @@ def questions(number: int = 3) -> list[Question]:
 def test_its_model_is_found_and_offers_what_its_tower_can(package):
     recipe, folder = find_recipe(MODEL)
     assert folder.name == MODEL and recipe.family == "phi_siglip"
-    assert set(supported_pruners(recipe)) == {"random", "spatial", "divprune", "dart"}
+    assert set(supported_pruners(recipe)) == {"random", "spatial", "divprune", "dart", "extent"}
 
 
 def test_unpruned_it_is_what_transformers_computes(package, theirs, checkpoint):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from gap_export.errors import ImageError, OutputError, UsageError
-from gap_export.evaluation import evaluate, job
+from gap_export.evaluation import evaluate, job, kept_baselines
 from gap_export.evaluation.evaluate import Asking, evaluate_bundle, evaluate_model
 from gap_export.exporting import ExportOptions, export_model, resolve_options
 from gap_export.report import EVALUATION_SCHEMA
@@ -314,6 +314,8 @@ def exported(tiny_recipe, monkeypatch):
         evaluate, "export_checkpoint", lambda recipe, checkpoint, options, **_: note(options)
     )
     monkeypatch.setattr(job.Job, "measure", lambda *_, **__: None)
+    # What was not exported cannot be kept, and would be made again.
+    monkeypatch.setattr(kept_baselines, "cache_folder", lambda: None)
     return prunings
 
 
