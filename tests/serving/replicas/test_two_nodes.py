@@ -65,6 +65,8 @@ def test_a_node_that_is_killed_under_load_loses_no_request(
         *("--api-keys", tmp_path / "keys"),
     ]
     log = tmp_path / "log"
+    # It is read before the shell may have made it.
+    log.touch()
     with start_program(["sh", "-c", f'exec "$@" >{log} 2>&1', "sh", *command]) as server:
         url = address_of(server, log)
         with httpx.Client(base_url=url, timeout=START_S) as client:
