@@ -7,10 +7,10 @@ with GroundingClient("http://robot:8000", api_key=key) as client:
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ __all__ = ["AsyncGroundingClient", "GroundingClient", "ServerError"]
 
 # A file, the bytes of one, or pixels: uint8 [H, W, 3] or [H, W, 4].
 SentImage = str | os.PathLike[str] | bytes | NDArray[np.uint8]
+# A client of httpx.
+_Http = TypeVar("_Http")
 
 
 class ServerError(GapExportError):
@@ -76,7 +78,7 @@ class AskOptions(TypedDict, total=False):
     deadline_ms: int
 
 
-class _Client:
+class _Client(ABC, Generic[_Http]):
     """What both clients share: the requests that they send, and the answers that they read."""
 
     def __init__(
@@ -100,11 +102,12 @@ class _Client:
         """
         require_extra("serve", "the client")
         self._model = model
-        self._settings: dict[str, Any] = {
-            "base_url": address,
-            "timeout": timeout_s,
-            "headers": {} if api_key is None else {"Authorization": f"Bearer {api_key}"},
-        }
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._http = self._connect(base_url=address, timeout=timeout_s, headers=headers)
+
+    @abstractmethod
+    def _connect(self, **settings: Any) -> _Http:
+        """Make httpx's client."""
 
     def _request(
         self, image: SentImage, expressions: Sequence[str], options: AskOptions
@@ -126,7 +129,7 @@ class _Client:
         return {"url": "/v1/ground", "data": fields, "files": {"image": ("image", data)}}
 
 
-class GroundingClient(_Client):
+class GroundingClient(_Client["httpx.Client"]):
     """Grounds expressions in images on a server; threads may share it.
 
     Example:
@@ -136,19 +139,10 @@ class GroundingClient(_Client):
         True
     """
 
-    def __init__(
-        self,
-        address: str,
-        *,
-        api_key: str | None = None,
-        model: str | None = None,
-        timeout_s: float = 60.0,
-    ) -> None:
-        """Know a server; see :class:`_Client`."""
-        super().__init__(address, api_key=api_key, model=model, timeout_s=timeout_s)
+    def _connect(self, **settings: Any) -> httpx.Client:
         import httpx
 
-        self._http = httpx.Client(**self._settings)
+        return httpx.Client(**settings)
 
     def ground(self, image: SentImage, expression: str, **options: Unpack[AskOptions]) -> Grounding:
         """Find one object; see :meth:`ground_batch`."""
@@ -193,32 +187,18 @@ class GroundingClient(_Client):
         """Return itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close it."""
         self.close()
 
 
-class AsyncGroundingClient(_Client):
+class AsyncGroundingClient(_Client["httpx.AsyncClient"]):
     """As :class:`GroundingClient`, for asyncio."""
 
-    def __init__(
-        self,
-        address: str,
-        *,
-        api_key: str | None = None,
-        model: str | None = None,
-        timeout_s: float = 60.0,
-    ) -> None:
-        """Know a server; see :class:`_Client`."""
-        super().__init__(address, api_key=api_key, model=model, timeout_s=timeout_s)
+    def _connect(self, **settings: Any) -> httpx.AsyncClient:
         import httpx
 
-        self._http = httpx.AsyncClient(**self._settings)
+        return httpx.AsyncClient(**settings)
 
     async def ground(
         self, image: SentImage, expression: str, **options: Unpack[AskOptions]
@@ -251,12 +231,7 @@ class AsyncGroundingClient(_Client):
         """Return itself."""
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         """Close it."""
         await self.close()
 
