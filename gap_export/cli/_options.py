@@ -78,6 +78,10 @@ BackendOption = Annotated[
         "openvino: OpenVINO.",
     ),
 ]
+CpuThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", metavar="N", min=1, help="CPU threads. [default: all]"),
+]
 EnginesOption = Annotated[
     str | None,
     typer.Option(

@@ -12,6 +12,7 @@ from gap_export.cli._options import (
     BACKENDS,
     BackendOption,
     BundleArgument,
+    CpuThreadsOption,
     EnginesOption,
     FormOption,
     GrammarOption,
@@ -117,10 +118,7 @@ def ground(
             "[default: CUDA where it loads, else the CPU]",
         ),
     ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option("--threads", metavar="N", min=1, help="CPU threads. [default: all]"),
-    ] = None,
+    threads: CpuThreadsOption = None,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:

@@ -13,6 +13,7 @@ from gap_export.cli._options import (
     BACKENDS,
     BackendOption,
     BundleArgument,
+    CpuThreadsOption,
     QuietOption,
     VerboseOption,
     terminal_of,
@@ -68,10 +69,7 @@ def ros_bag(
         ),
     ] = None,
     backend: BackendOption = "ort",
-    threads: Annotated[
-        int | None,
-        typer.Option("--threads", metavar="N", min=1, help="CPU threads. [default: all]"),
-    ] = None,
+    threads: CpuThreadsOption = None,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
