@@ -12,7 +12,8 @@ from PIL import Image
 
 from gap_export.errors import ImageError, UsageError
 from gap_export.runtime.grounding import Grounding
-from gap_export.runtime.images.image import ImageFrame, read_image
+from gap_export.runtime.image_view import PreparedImage
+from gap_export.runtime.images.image import ImageFrame, ImageInput, read_image
 from gap_export.runtime.session import GroundingSession
 from gap_export.streaming.same_frame import sameness, summarize
 from gap_export.streaming.sources import SourceFrame
@@ -99,20 +100,25 @@ def answer_frames(
             yield FrameAnswer(frame=frame, error=frame.error)
             continue
         try:
-            shown = None
+            image: ImageInput | PreparedImage = frame.image
+            loaded = shown = None
             if same_frame is not None or shows:
-                shown = read_image(
+                loaded = read_image(
                     frame.image,
                     pad_color=session.manifest.image.pad_color,
                     frame=image_frame,
                     allow_damaged=allow_damaged,
-                ).image
+                )
+                shown = loaded.image
             alike = None if last is None or shown is None else last.sameness(shown)
             if last and alike is not None and same_frame is not None and alike >= same_frame:
                 yield last.skipped(frame, alike, shown if shows else None)
                 continue
+            if loaded is not None:
+                # It is decoded already.
+                image = PreparedImage.of(loaded, session.manifest)
             groundings = session.ground_batch(
-                frame.image, expressions, frame=image_frame, allow_damaged=allow_damaged
+                image, expressions, frame=image_frame, allow_damaged=allow_damaged
             )
         except ImageError as err:
             yield FrameAnswer(frame=frame, error=str(err))
