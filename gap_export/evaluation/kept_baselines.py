@@ -18,7 +18,6 @@ from dataclasses import fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from gap_export.bundle import open_bundle
@@ -64,12 +63,7 @@ class KeptBaselines:
         """Return itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Let go of what was used, and remove what is too much."""
         while self._used:
             os.close(self._used.pop())
