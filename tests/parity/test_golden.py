@@ -26,9 +26,10 @@ from gap_export.parity.golden import (
     open_golden,
     record_golden,
 )
-from gap_export.parity.golden.playback import check_holds_together
+from gap_export.parity.golden.playback import agree, check_holds_together
 from gap_export.parity.question import Question
 from gap_export.parity.replay import Call, RecordingBackend
+from gap_export.runtime.grounding import ScoredBox
 from gap_export.runtime.session import GroundingSession
 from gap_export.spec.manifest import QuantizationSpec
 from gap_export.version import __version__
@@ -297,6 +298,23 @@ def test_a_golden_that_does_not_hold_together_is_refused(recorded, copied, chang
     rewrite(copied, change)
     with pytest.raises(UsageError):
         open_golden(copied, recorded[1]["manifest"])
+
+
+def test_a_score_may_end_in_other_bits_and_a_box_may_not():
+    """The exponential of float32 that numpy takes does, on aarch64 beside x86-64."""
+    box = ScoredBox(box=(1.0, 2.0, 3.0, 4.0), score=0.0103140052, found=None)
+    rounded = replace(box, score=box.score * (1 + 1e-7))
+    assert agree("score", box.score, rounded.score) and agree("boxes", (box,), (rounded,))
+    for other in (
+        replace(box, score=box.score * (1 + 1e-4)),
+        replace(box, score=None),
+        replace(box, found=True),
+        replace(box, box=(1.0, 2.0, 3.0, 4.0 + 1e-7)),
+    ):
+        assert not agree("boxes", (box,), (other,))
+    assert not agree("boxes", (box,), ())
+    assert not agree("score", None, box.score) and agree("score", None, None)
+    assert not agree("token_ids", (1, 2), (1, 3))
 
 
 def leaves(plain, path=()):

@@ -7,8 +7,9 @@ tokens, texts, boxes, kept tokens) is so worked out anew, by the code that worke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,9 @@ from gap_export.spec.manifest import from_plain, to_plain
 # Two machines may resize an image to values one level of 255 apart, which the deviation of a
 # color makes larger.
 _PIXEL_ATOL = 0.05
+# And numpy's exponential of float32, which scores are made of, ends in other bits on another
+# processor: by some 1e-7 of the probability of each token, so an answer of 50 tokens by 5e-6.
+_SCORE_RTOL = 1e-5
 # What each run has anew.
 _OF_THE_RUN = frozenset({"timings_ms"})
 
@@ -55,11 +59,26 @@ def check_holds_together(golden: Golden, bundle: Bundle) -> None:
             played = from_plain(Grounding, to_plain(without_scores(given)), where="the answer")
             for field in fields(Grounding):
                 recorded, right = getattr(expected, field.name), getattr(played, field.name)
-                if field.name not in _OF_THE_RUN and recorded != right:
+                if field.name not in _OF_THE_RUN and not agree(field.name, recorded, right):
                     raise _torn(
                         f"question {number}: {field.name} of the answer is {recorded!r}, and what "
                         f"was recorded gives {right!r}"
                     )
+
+
+def agree(field: str, recorded: Any, played: Any) -> bool:
+    """Whether a field of an answer is the recorded one: scores up to rounding."""
+    if field == "score":
+        if recorded is None or played is None:
+            return recorded is played
+        return math.isclose(recorded, played, rel_tol=_SCORE_RTOL)
+    if field == "boxes":
+        return len(recorded) == len(played) and all(
+            replace(one, score=None) == replace(other, score=None)
+            and agree("score", one.score, other.score)
+            for one, other in zip(recorded, played, strict=True)
+        )
+    return bool(recorded == played)
 
 
 class _TornError(UsageError):
