@@ -68,10 +68,10 @@ def evaluate(
     Args:
         target: A model, which is exported for every pruning; or a bundle, taken as it is.
         prunings: What is measured of a model; empty for what its recipe has.
-        data: What to measure on: ``refshapes[:heldout|train]``; ``refcoco:ROOT:SPLIT``, refcoco+ or
-            refcocog; or ``FOLDER[:SPLIT]``.
-        samples: Expressions to ask, the first of each split; 0 for all; None for 500 of refshapes,
-            else all.
+        data: What to measure on: ``refshapes[:heldout|train]``, or ``refshapes-2``, which is
+            harder; ``refcoco:ROOT:SPLIT``, refcoco+ or refcocog; or ``FOLDER[:SPLIT]``.
+        samples: Expressions to ask, the first of each split; 0 for all; None for 500 of what
+            is drawn, else all.
         absent: Of refshapes: share of expressions in all that is asked whose object is not there;
             they come on top of ``samples`` and are part of no accuracy.
         seed: Seed of the samples and of random orders.

@@ -34,8 +34,9 @@ DataOption = Annotated[
     typer.Option(
         "--data",
         metavar="DATA",
-        help="What to measure on: refshapes[:heldout|train], drawn here; refcoco:ROOT:SPLIT, "
-        "refcoco+ or refcocog, in the folder ROOT; or FOLDER[:SPLIT].",
+        help="What to measure on: refshapes[:heldout|train], or refshapes-2, which is harder, "
+        "drawn here; refcoco:ROOT:SPLIT, refcoco+ or refcocog, in the folder ROOT; or "
+        "FOLDER[:SPLIT].",
     ),
 ]
 EvaluateSamplesOption = Annotated[
@@ -45,7 +46,7 @@ EvaluateSamplesOption = Annotated[
         metavar="N",
         min=0,
         help="How many expressions to ask, the first of each split; 0: all. [default: 500 of "
-        "refshapes, else all]",
+        "what is drawn, else all]",
     ),
 ]
 AbsentOption = Annotated[

@@ -64,7 +64,7 @@ def evaluate_model(
         prunings: What is measured; empty for the options' own. Each is measured with naive
             positions and with GAP, whichever it names.
         num_samples: Expressions to ask, the first of the data set; 0 for all; None for 500 of
-            RefShapes, and all of any other.
+            what is drawn, and all of any other.
         asking: What is asked, and how.
         progress: Progress reporter.
 

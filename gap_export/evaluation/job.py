@@ -15,6 +15,7 @@ from gap_export.evaluation.absence import judge_absence
 from gap_export.evaluation.datasets import open_dataset
 from gap_export.evaluation.datasets.refshapes_set import NAME as REFSHAPES
 from gap_export.evaluation.doubts import find_doubts
+from gap_export.evaluation.drawn import drawn_name
 from gap_export.evaluation.faults import compare_with_images, failed_questions
 from gap_export.evaluation.measure import (
     Runner,
@@ -139,7 +140,7 @@ class Job:
         if asking.prompt is not None:
             check_prompt(asking.prompt, asked.prompt, reads_question=asked.reads_question)
         executor = open_executor(asking.workers, runner, progress)
-        if num_samples is None and asking.data.partition(":")[0] == REFSHAPES:
+        if num_samples is None and drawn_name(asking.data) is not None:
             num_samples = DEFAULT_SAMPLES
         with progress.stage("opening the data set"):
             # 0 and None are all there are.

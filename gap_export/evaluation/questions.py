@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from gap_export.evaluation.refshapes import Split, generate_scene
+from gap_export.evaluation.drawn import GENERATORS, DrawnName
+from gap_export.evaluation.refshapes import Split
 from gap_export.parity.metrics import Box
 from gap_export.runtime.images.files import EncodedImage
 from gap_export.runtime.images.image import ImageFrame, ImageInput
@@ -36,7 +37,8 @@ class ImageSource:
     Attributes:
         path: A file.
         parquet: A file of parquet and a row of it, from 0; its column ``image`` holds the image.
-        scene: Split, seed, index and number of expressions of a RefShapes scene.
+        scene: Split, seed, index and number of expressions of a scene that is drawn.
+        generator: Which data set the scene is of.
         frame: ``raw``: boxes are of the image as stored; ``upright``: as displayed, turned as EXIF
             says.
     """
@@ -44,6 +46,7 @@ class ImageSource:
     path: Path | None = None
     parquet: tuple[Path, int] | None = None
     scene: tuple[Split, int, int, int] | None = None
+    generator: DrawnName = "refshapes"
     frame: ImageFrame = "upright"
 
     def __post_init__(self) -> None:
@@ -72,9 +75,8 @@ class ImageSource:
             return EncodedImage(data=read_image(file, row), name=f"{file}, row {row}")
         assert self.scene is not None, "an image has one source"
         split, seed, index, num_expressions = self.scene
-        return generate_scene(
-            split=split, seed=seed, index=index, num_expressions=num_expressions
-        ).image
+        generate = GENERATORS[self.generator]
+        return generate(split=split, seed=seed, index=index, num_expressions=num_expressions).image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +178,7 @@ class Dataset:
 
     Attributes:
         spec: How the user named it.
-        name: ``refshapes``, ``refcoco``, or a folder's name.
+        name: ``refshapes``, ``refshapes-2``, ``refcoco``, or a folder's name.
         splits: Those that were opened.
         layout: How it is stored.
         fingerprint: SHA-256, hex, of what is asked: ids, images, expressions, boxes, splits. The

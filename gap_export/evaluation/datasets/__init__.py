@@ -2,6 +2,7 @@
 
 ========================  =========================================================================
 ``refshapes[:SPLIT]``     drawn here: ``heldout`` (the default) or ``train``
+``refshapes-2[:SPLIT]``   the same of harder scenes, see ``refshapes2``
 ``NAME:ROOT[:SPLITS]``    a published one in the folder ROOT. NAME: ``refcoco``, ``refcoco+``,
                           ``refcocog`` (of its two sets of splits UMD's, whose splits share no
                           image), ``refcoco-google``, ``refcocog-google``
@@ -22,9 +23,10 @@ from pathlib import Path
 from gap_export.errors import UsageError
 from gap_export.evaluation.datasets import own, parquet, per_split, refer
 from gap_export.evaluation.datasets.annotations import assemble, check_box
-from gap_export.evaluation.datasets.refshapes_set import MAX_ABSENT_SHARE, open_refshapes
+from gap_export.evaluation.datasets.refshapes_set import MAX_ABSENT_SHARE, open_drawn
 from gap_export.evaluation.datasets.refshapes_set import NAME as REFSHAPES
 from gap_export.evaluation.datasets.stored import KNOWN_SETS, KnownSet, StoredSet
+from gap_export.evaluation.drawn import GENERATORS, drawn_name
 from gap_export.evaluation.questions import Dataset
 
 __all__ = ["check_box", "open_dataset"]
@@ -37,7 +39,9 @@ _FINDERS: tuple[Callable[[Path, KnownSet | None], Sequence[StoredSet]], ...] = (
 )
 _SPLITS = re.compile(r"[\w+-]+(,[\w+-]+)*", re.ASCII)
 _MAX_SHOWN = 300
-_ALLOWED = f"{REFSHAPES}[:SPLIT], {'|'.join(KNOWN_SETS)}:ROOT[:SPLITS] or FOLDER[:SPLITS]"
+_ALLOWED = (
+    f"{'|'.join(GENERATORS)}[:SPLIT], {'|'.join(KNOWN_SETS)}:ROOT[:SPLITS] or FOLDER[:SPLITS]"
+)
 
 
 def open_dataset(spec: str, *, samples: int | None, seed: int, absent: float = 0.0) -> Dataset:
@@ -47,7 +51,7 @@ def open_dataset(spec: str, *, samples: int | None, seed: int, absent: float = 0
         spec: Which; see above.
         samples: Ask the first so many expressions of each split, those that cannot be asked
             included; None for all.
-        seed: Seed of the scenes of RefShapes; nothing else is drawn.
+        seed: Seed of the scenes of what is drawn; nothing else is drawn.
         absent: Of RefShapes: share of expressions whose object is not there, see
             ``refshapes_set``. Other data sets say themselves which those are.
 
@@ -63,14 +67,15 @@ def open_dataset(spec: str, *, samples: int | None, seed: int, absent: float = 0
             "no such share of absent objects", seen=absent, allowed=f"0 to {MAX_ABSENT_SHARE}"
         )
     name, _, rest = spec.partition(":")
-    if name == REFSHAPES:
-        return open_refshapes(spec, rest or None, samples=samples, seed=seed, absent=absent)
-    if absent:
+    drawn = drawn_name(spec)
+    if absent and name != REFSHAPES:
         raise UsageError(
             "which objects are not there is drawn for RefShapes alone",
             seen=f"{absent:g} of {spec!r}",
             allowed=f"--absent with {REFSHAPES}; questions.jsonl has lines with a box of null",
         )
+    if drawn is not None:
+        return open_drawn(drawn, spec, rest or None, samples=samples, seed=seed, absent=absent)
     known = KNOWN_SETS.get(name)
     place, wanted = _place_and_splits(spec if known is None else rest)
     root = _check_folder(place, spec)

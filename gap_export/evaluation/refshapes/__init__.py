@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +37,12 @@ from gap_export.evaluation.refshapes.objects import (
     sample_objects,
 )
 from gap_export.evaluation.refshapes.render import render
+from gap_export.evaluation.refshapes.scene_number import (
+    EXPRESSIONS_PER_IMAGE,
+    MIN_EXPRESSIONS,
+    Split,
+    check_number,
+)
 
 __all__ = [
     "COLORS",
@@ -61,14 +66,9 @@ __all__ = [
     "iter_samples",
 ]
 
-Split = Literal["train", "heldout"]
-
 _SPLIT_KEYS: dict[str, int] = {"train": 1, "heldout": 2}
 # The random generator's key of what is not there: scenes are the same with and without.
 _ABSENT_KEY = 3
-_MIN_EXPRESSIONS = 4
-# Questions about one image, at most.
-EXPRESSIONS_PER_IMAGE = 4
 # Enough for the mean size of every channel; AWQ's authors take as few.
 _NUM_CALIBRATION_IMAGES = 32
 
@@ -127,18 +127,12 @@ def generate_scene(*, split: Split, seed: int, index: int, num_expressions: int 
     Raises:
         ValueError: If an argument is out of range.
     """
-    if split not in _SPLIT_KEYS:
-        raise ValueError(f"split is {split!r}; use one of {', '.join(_SPLIT_KEYS)}")
-    if min(seed, index) < 0 or num_expressions < 1:
-        raise ValueError(
-            f"seed={seed}, index={index}, num_expressions={num_expressions}: "
-            "seed and index must be 0 or more, num_expressions 1 or more"
-        )
+    check_number(split, seed, index, num_expressions)
     rng = np.random.default_rng([_SPLIT_KEYS[split], seed, index])
     while True:
         objects = sample_objects(rng, split)
         expressions = sample_expressions(rng, objects, num_expressions)
-        if len(expressions) >= min(_MIN_EXPRESSIONS, num_expressions):
+        if len(expressions) >= min(MIN_EXPRESSIONS, num_expressions):
             break
     image, object_map = render(rng, objects)
     return Scene(

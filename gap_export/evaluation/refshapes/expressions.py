@@ -14,7 +14,8 @@ import numpy as np
 
 from gap_export.evaluation.refshapes.objects import COLORS, SHAPES, SIZES, SceneObject
 
-Kind = Literal["attribute", "superlative", "relation"]
+Kind = Literal["attribute", "superlative", "relation", "ordinal", "comparative"]
+"""How a phrase picks out its object; the last two are of RefShapes-2 alone."""
 
 SUPERLATIVES: tuple[str, ...] = ("left-most", "right-most", "top-most", "bottom-most")
 RELATIONS: tuple[str, ...] = ("above", "below", "left of", "right of")

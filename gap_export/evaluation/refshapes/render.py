@@ -19,10 +19,14 @@ from gap_export.evaluation.refshapes.objects import (
 MIN_PATCH_PIXELS = 7.0
 """A patch belongs to an object that covers more than this many of its 64 pixels."""
 
-_SUPERSAMPLING = 4
-_COLOR_JITTER = 8.0
+COLOR_JITTER = 8.0
+"""Standard deviation of an object's color around that of its name, in 8-bit steps."""
 
-_Plane = NDArray[np.float64]
+_SUPERSAMPLING = 4
+
+Plane = NDArray[np.float64]
+Inside = Callable[[Plane, Plane], NDArray[np.bool_]]
+"""Which points (x, y) of the square [-1, 1] a shape covers; y points down."""
 
 
 def render(
@@ -38,10 +42,10 @@ def render(
         image: uint8 [96, 96, 3], RGB.
         object_map: int64 [12, 12], index of the object that covers most of the patch, or -1.
     """
-    image = _ground(rng)
+    image = draw_ground(rng, IMAGE_SIZE, IMAGE_SIZE)
     object_map = np.full((GRID_SIZE, GRID_SIZE), -1, np.int64)
     most = np.full((GRID_SIZE, GRID_SIZE), MIN_PATCH_PIXELS, np.float32)
-    jitter = rng.standard_normal((len(objects), 3), dtype=np.float32) * _COLOR_JITTER
+    jitter = rng.standard_normal((len(objects), 3), dtype=np.float32) * COLOR_JITTER
     for index, item in enumerate(objects):
         alpha = shape_mask(item.shape, item.extent)
         x1, y1, x2, y2 = item.box
@@ -69,17 +73,24 @@ def shape_mask(shape: str, extent: int) -> NDArray[np.float32]:
     Returns:
         float32 [extent, extent] in [0, 1]; shared and read-only.
     """
-    samples = extent * _SUPERSAMPLING
-    axis = (np.arange(samples) + 0.5) / samples * 2 - 1
-    x, y = np.meshgrid(axis, axis)
-    inside = _INSIDE[shape](x, y)
-    blocks = inside.reshape(extent, _SUPERSAMPLING, extent, _SUPERSAMPLING)
+    return coverage(INSIDE[shape], extent, extent)
+
+
+def coverage(inside: Inside, width: int, height: int) -> NDArray[np.float32]:
+    """How much of each pixel a shape covers that is stretched over a box.
+
+    Returns:
+        float32 [height, width] in [0, 1], read-only.
+    """
+    samples = width * _SUPERSAMPLING, height * _SUPERSAMPLING
+    x, y = np.meshgrid(*((np.arange(n) + 0.5) / n * 2 - 1 for n in samples))
+    blocks = inside(x, y).reshape(height, _SUPERSAMPLING, width, _SUPERSAMPLING)
     mask: NDArray[np.float32] = blocks.mean((1, 3)).astype(np.float32)
     mask.setflags(write=False)
     return mask
 
 
-def _star(x: _Plane, y: _Plane) -> NDArray[np.bool_]:
+def _star(x: Plane, y: Plane) -> NDArray[np.bool_]:
     """Five-pointed star stretched to fill the square [-1, 1] (even-odd rule)."""
     corner = np.arange(10)
     radius = np.where(corner % 2 == 0, 1.0, 0.4)
@@ -96,7 +107,7 @@ def _star(x: _Plane, y: _Plane) -> NDArray[np.bool_]:
     return inside
 
 
-_INSIDE: dict[str, Callable[[_Plane, _Plane], NDArray[np.bool_]]] = {
+INSIDE: dict[str, Inside] = {
     "circle": lambda x, y: x * x + y * y <= 1,
     "square": lambda x, y: (np.abs(x) <= 1) & (np.abs(y) <= 1),
     "triangle": lambda x, y: np.abs(x) <= (y + 1) / 2,
@@ -106,25 +117,31 @@ _INSIDE: dict[str, Callable[[_Plane, _Plane], NDArray[np.bool_]]] = {
 }
 
 
-def _ground(rng: np.random.Generator) -> NDArray[np.float32]:
+def draw_ground(rng: np.random.Generator, width: int, height: int) -> NDArray[np.float32]:
     """A dim, nearly gray ground: block noise, pixel noise and one of four large textures.
 
+    Args:
+        rng: Source of randomness; advanced.
+        width: Of the image, pixels; whole patches.
+        height: As ``width``.
+
     Returns:
-        float32 [96, 96, 3], values roughly 0..150.
+        float32 [height, width, 3], values roughly 0..150.
     """
     base = rng.uniform(25, 110) + rng.uniform(-18, 18, 3)
-    blocks = rng.standard_normal((GRID_SIZE, GRID_SIZE), dtype=np.float32) * rng.uniform(3, 11)
+    grid = height // PATCH_SIZE, width // PATCH_SIZE
+    blocks = rng.standard_normal(grid, dtype=np.float32) * rng.uniform(3, 11)
     luminance = np.repeat(np.repeat(blocks, PATCH_SIZE, 0), PATCH_SIZE, 1)
-    luminance = luminance + _texture(rng)
-    image = rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
+    luminance = luminance + _texture(rng, width, height)
+    image = rng.standard_normal((height, width, 3), dtype=np.float32)
     image *= np.float32(rng.uniform(4, 11))
     image += luminance[..., None]
     image += base.astype(np.float32)
     return image
 
 
-def _texture(rng: np.random.Generator) -> NDArray[np.float32]:
-    """Gradient, stripes, checkers or nothing; float32 [96, 96], gray levels around 0.
+def _texture(rng: np.random.Generator, width: int, height: int) -> NDArray[np.float32]:
+    """Gradient, stripes, checkers or nothing; float32 [height, width], gray levels around 0.
 
     Only additions and floor divisions, so that the bytes do not depend on a math library.
     """
@@ -132,13 +149,13 @@ def _texture(rng: np.random.Generator) -> NDArray[np.float32]:
     strength = np.float32(rng.uniform(5, 16))
     slope_x, slope_y = (int(v) for v in rng.integers(-3, 4, 2))
     period = int(rng.integers(10, 40))
-    axis = np.arange(IMAGE_SIZE)
-    ramp = slope_x * axis[None, :] + slope_y * axis[:, None]
+    x, y = np.arange(width)[None, :], np.arange(height)[:, None]
+    ramp = slope_x * x + slope_y * y
     if kind == 0:
-        return (ramp / (3.0 * IMAGE_SIZE) * 2 * strength).astype(np.float32)
+        return (ramp / (3.0 * max(width, height)) * 2 * strength).astype(np.float32)
     if kind == 1:
         return ((ramp // period % 2 - 0.5) * strength).astype(np.float32)
     if kind == 2:
-        parity = (axis[None, :] // period + axis[:, None] // period) % 2
+        parity = (x // period + y // period) % 2
         return ((parity - 0.5) * strength).astype(np.float32)
-    return np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    return np.zeros((height, width), np.float32)

@@ -117,7 +117,7 @@ def notes(folder: Path) -> Path:
 
 
 BY_NAME = r"is not in this folder.* beside instances\.json, .*<split>\.json, <split>-00000-of"
-UNKNOWN = r"no such data set.*refshapes\[:SPLIT\], refcoco\|"
+UNKNOWN = r"no such data set.*refshapes-2\[:SPLIT\], refcoco\|"
 
 
 @pytest.mark.parametrize(
