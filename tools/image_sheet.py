@@ -74,7 +74,12 @@ def add_true_box(drawing: Image.Image, box: Box, scale: float) -> None:
 
 
 def make_sheet(
-    rows: Sequence[tuple[str, Sequence[Tile]]], *, width: int, heading: str = "", heat: bool = False
+    rows: Sequence[tuple[str, Sequence[Tile]]],
+    *,
+    width: int,
+    heading: str = "",
+    heat: bool = False,
+    legend: bool = True,
 ) -> Image.Image:
     """Rows of tiles on white.
 
@@ -83,11 +88,12 @@ def make_sheet(
         width: The width of a tile, which its drawing is scaled to.
         heading: A line above all.
         heat: Whether there are heat maps, which the legend then explains.
+        legend: Whether there is one.
     """
     columns = max(len(tiles) for _, tiles in rows)
     heights = [_row_height(label, tiles, width) for label, tiles in rows]
     top = _line(TEXT) + GAP if heading else 0
-    size = (columns * (width + GAP) - GAP, top + sum(heights) + _line(SMALL))
+    size = (columns * (width + GAP) - GAP, top + sum(heights) + _line(SMALL) * legend)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     if heading:
@@ -101,7 +107,8 @@ def make_sheet(
         for number, tile in enumerate(tiles):
             _put_tile(sheet, tile, (number * (width + GAP), below), width)
         top += height
-    _put_legend(sheet, top, heat=heat)
+    if legend:
+        _put_legend(sheet, top, heat=heat)
     return sheet
 
 
