@@ -53,7 +53,16 @@ if TYPE_CHECKING:
 
 
 # The other options of a pruning are repeatable here, or measured both ways.
-_CHOICES = ("order", "extra_token", "extra_position", "budget", "pruner_text", "canvas", "seed")
+_CHOICES = (
+    "order",
+    "extra_token",
+    "extra_position",
+    "budget",
+    "pruner_text",
+    "attention",
+    "canvas",
+    "seed",
+)
 _WEIGHTS = ("dtype", "vision_dtype", "quantize_lm_head", "activations", "runs_on")
 
 
@@ -192,8 +201,8 @@ def _check_bar(report: EvaluationReport, bar: float) -> None:
     below = [
         f"{row.pruner} at keep {row.keep_ratio:g}: "
         + ("unknown" if row.recovered is None else f"{row.recovered:.3f}")
-        for row in report.rows
-        if row.positions == "gap" and (row.recovered is None or row.recovered < bar)
+        for row in report.gap_rows()
+        if row.recovered is None or row.recovered < bar
     ]
     if below:
         raise ParityError(

@@ -19,8 +19,9 @@ from gap_export.errors import (
 from gap_export.evaluation.questions import AnyQuestion
 from gap_export.evaluation.records import Record
 from gap_export.evaluation.remembering import RememberingBackend
-from gap_export.evaluation.settings import Misalignment, Setting
+from gap_export.evaluation.settings import Misalignment, Setting, count_as_one
 from gap_export.evaluation.workers import Shard
+from gap_export.runtime.answering import EditRow
 from gap_export.runtime.answers import has_ended
 from gap_export.runtime.backends.backend import Backend
 from gap_export.runtime.boxes import parse_answer
@@ -128,13 +129,12 @@ class Runner(AbstractContextManager["Runner"]):
         bundle, backend = self._opened
         if setting.name not in self._sessions:
             manifest = with_prompt(bundle.manifest, self._options.prompt)
-            misalignment = misalignment_of(setting, manifest, seed=self._options.seed)
             self._sessions[setting.name] = GroundingSession(
                 manifest,
                 bundle.path,
                 backend,
                 positions=setting.rule,
-                edit_row=None if misalignment is None else misalignment.edit,
+                edit_row=edit_of(setting, manifest, seed=self._options.seed),
                 grammar=self._options.grammar,
             )
         return self._sessions[setting.name]
@@ -162,6 +162,15 @@ class Runner(AbstractContextManager["Runner"]):
 
     def _remembering(self, backend: Backend) -> RememberingBackend:
         return self._stack.enter_context(RememberingBackend(backend))
+
+
+def edit_of(setting: Setting, manifest: Manifest, *, seed: int) -> EditRow | None:
+    """What a setting changes in what is fed; None where it is fed as pruning leaves it."""
+    misalignment = misalignment_of(setting, manifest, seed=seed)
+    if misalignment is not None:
+        return misalignment.edit
+    is_own = manifest.pruning.attention == "plain" or setting.positions == "gap+proportional"
+    return None if is_own else count_as_one
 
 
 def misalignment_of(setting: Setting, manifest: Manifest, *, seed: int) -> Misalignment | None:

@@ -257,9 +257,13 @@ class EvaluationReport:
             "gallery": [item.to_plain() for item in self.gallery],
         }
 
+    def gap_rows(self) -> list[SettingRow]:
+        """The rows of pruned bundles as they are: with GAP, and their own attention."""
+        own = {(r.pruner, r.keep_ratio): r for r in self.rows if r.positions == "gap"}
+        own |= {(r.pruner, r.keep_ratio): r for r in self.rows if r.positions == "gap+proportional"}
+        return list(own.values())
+
     def worst_recovery(self) -> float | None:
         """Smallest share of the unpruned accuracy that GAP recovered, over the GAP rows."""
-        shares = [
-            r.recovered for r in self.rows if r.positions == "gap" and r.recovered is not None
-        ]
+        shares = [row.recovered for row in self.gap_rows() if row.recovered is not None]
         return min(shares, default=None)

@@ -19,7 +19,14 @@ from gap_export.spec.positions import Int64Array, PositionRule
 MisalignmentKind = Literal["permuted", "shifted"]
 MISALIGNMENTS: tuple[MisalignmentKind, ...] = ("permuted", "shifted")
 SettingPositions = Literal[
-    "none", "compact", "text-shifted", "gap", "permuted", "shifted", "smaller-image"
+    "none",
+    "compact",
+    "text-shifted",
+    "gap",
+    "gap+proportional",
+    "permuted",
+    "shifted",
+    "smaller-image",
 ]
 _UNPRUNED = "unpruned"
 
@@ -33,7 +40,9 @@ class Setting:
         pruner: Its pruner; ``none`` where nothing is dropped.
         keep_ratio: 1.0 where nothing is dropped.
         positions: ``none``: nothing is dropped and nothing misaligned; ``compact``,
-            ``text-shifted`` or ``gap``: of what pruning left, see ``spec.positions``; ``permuted``
+            ``text-shifted`` or ``gap``: of what pruning left, see ``spec.positions``;
+            ``gap+proportional``: and kept tokens count as often as the bundle has it, while those
+            before let each count as one, see ``spec.proportional``; ``permuted``
             or ``shifted``: nothing is dropped, see :class:`Misalignment`; ``smaller-image``:
             neither, of a smaller image, see ``evaluation.smaller_image``.
         backend: What runs it, where that is not what the runner's options say.
@@ -101,10 +110,16 @@ def whole_settings(bundle: Path, positions: Sequence[SettingPositions]) -> list[
 def pruned_settings(
     bundle: Path, pruning: PruningSpec, *, position_axes: int = 1
 ) -> tuple[Setting, ...]:
-    """A pruned bundle with naive positions, ``compact`` first, and with GAP, which is the last."""
+    """A pruned bundle with naive positions, ``compact`` first, with GAP, and last as it is.
+
+    All but the last let each kept token count as one.
+    """
     keep = f"{pruning.keep_ratio:g}"
     # As short as can be, without two being the same.
     exact = keep if float(keep) == pruning.keep_ratio else repr(pruning.keep_ratio)
+    modes: tuple[SettingPositions, ...] = (*naive_rules(position_axes), "gap")
+    if pruning.attention == "proportional":
+        modes = (*modes, "gap+proportional")
     return tuple(
         Setting(
             name=f"{pruning.pruner} keep {exact} {mode}",
@@ -114,7 +129,7 @@ def pruned_settings(
             positions=mode,
             pruner_text=None if pruning.text_similarity_sign is None else pruning.pruner_text,
         )
-        for mode in (*naive_rules(position_axes), "gap")
+        for mode in modes
     )
 
 
@@ -134,6 +149,11 @@ def describe_positions(position_axes: int) -> dict[str, str]:
         "text-shifted": "visual tokens keep their ids, and the text behind them goes on after the "
         "largest id that is left; with no token dropped that is the unpruned model",
     }
+
+
+def count_as_one(_expression: str, row: PromptRow) -> PromptRow:
+    """A row each of whose tokens counts as one."""
+    return replace(row, counts=None)
 
 
 @dataclass(frozen=True, kw_only=True)

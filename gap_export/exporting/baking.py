@@ -80,6 +80,11 @@ def _check_fixed(manifest: Manifest) -> None:
             "--extra-token none",
         ),
         (
+            "what tokens count as is fed in attention_mask",
+            None if pruning.attention == "plain" else pruning.attention,
+            "--attention plain",
+        ),
+        (
             "the expression stands before the image, whose place so depends on it",
             prompt.template if expression < place else None,
             "a template with the image first",

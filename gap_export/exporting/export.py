@@ -312,6 +312,7 @@ class _Job:
             quantization=self.options.quantization,
             activations=self.options.activations,
             baked_positions=_table_of(manifest.pruning),
+            attention=manifest.pruning.attention,
             limits=decoder_limits(manifest),
             seconds=self.seconds,
             cache=self.cache,

@@ -29,7 +29,15 @@ from gap_export.graph.pipelines import (
     lower,
     run_pipeline,
 )
-from gap_export.spec.manifest import BASE, ORT, Activations, GraphSpec, Manifest, QuantizationSpec
+from gap_export.spec.manifest import (
+    BASE,
+    ORT,
+    Activations,
+    Attention,
+    GraphSpec,
+    Manifest,
+    QuantizationSpec,
+)
 from gap_export.spec.positions import Int64Array
 
 _SHORT_DTYPES: Mapping[str, str] = MappingProxyType(
@@ -48,6 +56,7 @@ class GraphWriter:
         quantization: How the weights that are quantized are.
         activations: What goes into layers of quantized weights in ONNX Runtime.
         baked_positions: int64 [P] or [A, P] that the decoder holds; None where it is fed them.
+        attention: How the decoder weighs its tokens.
         limits: Of the decoder, for lowerings that ask for them.
         seconds: Receives how long each step took.
         cache: Asked first, where the pruning does not matter.
@@ -58,6 +67,7 @@ class GraphWriter:
     quantization: QuantizationSpec | None
     activations: Activations
     baked_positions: Int64Array | None = None
+    attention: Attention = "plain"
     limits: DecoderLimits | None
     seconds: dict[str, float] = field(repr=False)
     cache: GraphCache = field(repr=False)
@@ -91,6 +101,7 @@ class GraphWriter:
             sorted(quantized.items()),
             self.limits,
             self.activations,
+            self.attention,
             None if table is None else table.tolist(),
         )
         key = (component.name, dtype, *component.inputs, *component.outputs, str(made))

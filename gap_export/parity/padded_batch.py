@@ -36,7 +36,9 @@ def decode_padded(backend: Backend, questions: Sequence[Sequence[Call]]) -> list
     first, *more = ([call for call in calls if call.is_decode] for calls in questions)
     longer = (row for row in more if _length(row) != _length(first))
     rows = [first, next(longer, more[0] if more else first)]
-    embeds, mask = _pad([_input(row[0], "inputs_embeds") for row in rows])
+    embeds, mask = _pad(
+        *([_input(row[0], name) for row in rows] for name in ("inputs_embeds", "attention_mask"))
+    )
     slots = slots_from_mask(mask)
     table = stack_tables([_table(row[0]) for row in rows])
     num_steps = min(2, *map(len, rows))
@@ -74,13 +76,13 @@ def _table(call: Call) -> Int64Array:
     return table
 
 
-def _pad(rows: Sequence[FloatArray]) -> tuple[FloatArray, Int64Array]:
+def _pad(rows: Sequence[FloatArray], masks: Sequence[Int64Array]) -> tuple[FloatArray, Int64Array]:
     """Rows [n, H] as [B, P, H], padded on the left by their own vectors turned around, and mask."""
     length = _PADDING + max(map(len, rows))
     mask = np.zeros((len(rows), length), dtype=np.int64)
     padded = []
     for index, row in enumerate(rows):
-        mask[index, length - len(row) :] = 1
+        mask[index, length - len(row) :] = masks[index]
         padded.append(
             np.concatenate([np.resize(-row[::-1], (length - len(row), row.shape[1])), row])
         )

@@ -112,6 +112,7 @@ def resolve_request(
         extra_position=(request.extra_position or "last") if extra != "none" else "last",
         budget=budget,
         pruner_text=pruner_text,
+        attention=request.attention,
     )
 
 

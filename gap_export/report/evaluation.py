@@ -125,6 +125,7 @@ def _tiles(report: EvaluationReport) -> tuple[Tile, ...]:
     for positions, pruned, name in (
         ("none", False, "unpruned"),
         ("gap", True, "GAP"),
+        ("gap+proportional", True, "GAP, proportional attention"),
         ("compact", True, "compact positions"),
         ("text-shifted", True, "text-shifted"),
         (SMALLER_IMAGE, False, "smaller image"),

@@ -13,7 +13,7 @@ from PIL import Image
 from gap_export.errors import ImageError, MissingDependencyError
 from gap_export.evaluation.results import Box, EvaluationReport, GalleryItem, GalleryKind
 from gap_export.report.document import Answer, Card, Shelf, Stroke
-from gap_export.report.figures import BLUE, GREEN, INK, ORANGE, VERMILLION
+from gap_export.report.figures import BLUE, GREEN, INK, ORANGE, PURPLE, VERMILLION
 from gap_export.report.panels import Panel, panels_of
 from gap_export.runtime.images.image import load_image
 from gap_export.visible import clean
@@ -38,6 +38,7 @@ _TRUTH = Stroke(label="right box", color=INK, width=7)
 _STROKES: Mapping[str, Stroke] = MappingProxyType(
     {
         "gap": Stroke(label="GAP", color=BLUE, width=3),
+        "gap+proportional": Stroke(label="GAP, proportional attention", color=PURPLE, width=3),
         "compact": Stroke(label="compact positions", color=VERMILLION, width=3, dashes="9 5"),
         "text-shifted": Stroke(label="text-shifted", color=ORANGE, width=3, dashes="4 4"),
         "none": Stroke(label="nothing pruned", color=GREEN, width=3, dashes="3 3"),

@@ -211,6 +211,7 @@ class Answering:
         self, encoded: Sequence[EncodedExpression], visual: Sequence[VisualTokens]
     ) -> list[PromptRow]:
         rows = []
+        weighs = self.manifest.pruning.attention == "proportional"
         for row, tokens in zip(encoded, visual, strict=True):
             start = len(row.prefix_ids)
             ids = np.concatenate([row.prefix_ids, row.suffix_ids])
@@ -223,6 +224,7 @@ class Answering:
                     keep_indices=tokens.keep_indices,
                     num_visual_tokens=tokens.num_visual_tokens,
                     grid=tokens.shape,
+                    counts=tokens.counts if weighs else None,
                 )
             )
         if self._edit_row is None:

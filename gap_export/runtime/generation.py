@@ -37,6 +37,7 @@ class PromptRow:
         keep_indices: int64 [M], index of each of them in the unpruned visual sequence.
         num_visual_tokens: Length of that sequence.
         grid: Its rows and columns, where it has them; see ``VisualSpan``.
+        counts: int64 [M], as how many tokens each of them counts in attention; None: as one.
         shift: Added to every position id from the first visual token on; not 0 only where wrong
             positions are what is measured.
     """
@@ -47,6 +48,7 @@ class PromptRow:
     keep_indices: Int64Array
     num_visual_tokens: int
     grid: tuple[int, int] | None = None
+    counts: Int64Array | None = None
     shift: int = 0
 
 
@@ -59,7 +61,8 @@ class DecoderPrompt:
 
     Attributes:
         inputs_embeds: [B, P', H], padding is zeros.
-        attention_mask: int64 [B, P], 0 for padding.
+        attention_mask: int64 [B, P], 0 for padding, else as how many tokens it counts: 1, unless
+            rows have ``counts``.
         position_ids: int64 [B, P'], slots.
         kept_positions: int64 [B, P], indices in the unpruned sequence.
         id_table: int64 [B, P], or [A, B, P] where positions have several axes: their ids, which is
@@ -85,7 +88,7 @@ class DecoderPrompt:
         slots = np.arange(self.num_shared, dtype=np.int64)[None]
         return {
             "inputs_embeds": self.shared_embeds,
-            "attention_mask": np.ones_like(slots),
+            "attention_mask": self.attention_mask[:1, : self.num_shared],
             "position_ids": slots,
             "kept_positions": self.id_table[..., :1, : self.num_shared],
         }
@@ -155,6 +158,12 @@ def assemble_prompt(
         padding = length - len(row_embeds)
         inputs_embeds[index, padding:] = row_embeds[num_shared:]
         attention_mask[index, num_shared : num_shared + padding] = 0
+        if (counts := rows[index].counts) is not None:
+            # Shared tokens, which may be visual ones, lie before the padding.
+            of_row = np.ones(len(row_embeds), dtype=np.int64)
+            start = len(rows[index].prefix_embeds)
+            of_row[start : start + len(counts)] = counts
+            attention_mask[index, attention_mask[index] != 0] = of_row
     return DecoderPrompt(
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,

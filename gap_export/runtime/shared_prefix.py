@@ -79,8 +79,10 @@ def _common(one: PromptRow, other: PromptRow) -> int:
     start = _num_equal(one.prefix_embeds, other.prefix_embeds)
     if start < max(len(one.prefix_embeds), len(other.prefix_embeds)):
         return start
-    # A visual token's id follows from its index, the grid and the shift.
-    if (one.grid, one.shift) != (other.grid, other.shift):
+    # A visual token's id follows from its index, the grid and the shift. What it counts as follows
+    # from how many there are.
+    seen = [(row.grid, row.shift, row.counts is None or len(row.counts)) for row in (one, other)]
+    if seen[0] != seen[1]:
         return start
     same = min(
         _num_equal(one.image_features, other.image_features),

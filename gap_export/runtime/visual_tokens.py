@@ -26,6 +26,7 @@ from gap_export.runtime.images.preparations import input_frame, tile_layout
 from gap_export.spec.keep_indices import check_keep_indices
 from gap_export.spec.manifest import Manifest
 from gap_export.spec.positions import Int64Array
+from gap_export.spec.proportional import spread_counts
 from gap_export.spec.tiles import (
     TiledTokens,
     TileLayout,
@@ -46,6 +47,8 @@ class VisualTokens:
         features: [M, H], in the order they are fed.
         keep_indices: int64 [M], of each its index in the unpruned visual sequence.
         num_visual_tokens: Length of that sequence.
+        counts: int64 [M], as how many tokens each counts with proportional attention; see
+            ``spec.proportional``.
         shape: Its rows and columns; None where it is joined from tiles.
         grids: The same by what they look at.
     """
@@ -53,6 +56,7 @@ class VisualTokens:
     features: FloatArray
     keep_indices: Int64Array
     num_visual_tokens: int
+    counts: Int64Array
     shape: tuple[int, int] | None
     grids: tuple[TokenGrid, ...]
 
@@ -225,6 +229,7 @@ def _of_whole(row: Outputs, manifest: Manifest, geometry: ImageGeometry) -> Visu
         features=row["image_features"],
         keep_indices=keep,
         num_visual_tokens=pruning.num_visual_tokens,
+        counts=spread_counts(pruning.num_visual_tokens, len(keep)),
         shape=(rows, cols),
         grids=(view,),
     )
@@ -250,10 +255,15 @@ def _of_tiles(
     else:
         tokens = stack_tiles(keep, layout)
         grids = _stacked_grids(keep, tokens, layout, whole)
+    # Newlines are all there, pruned or not.
+    counts, is_patch = np.ones_like(tokens.keep_indices), tokens.source >= 0
+    num_newlines = int((~is_patch).sum())
+    counts[is_patch] = spread_counts(tokens.num_visual_tokens - num_newlines, int(is_patch.sum()))
     return VisualTokens(
         features=np.concatenate(features)[tokens.source],
         keep_indices=tokens.keep_indices,
         num_visual_tokens=tokens.num_visual_tokens,
+        counts=counts,
         shape=None,
         grids=grids,
     )

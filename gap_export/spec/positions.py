@@ -256,15 +256,15 @@ def continue_table(table: Int64Array, length: int) -> Int64Array:
 
 
 def slots_from_mask(attention_mask: NDArray[Any]) -> Int64Array:
-    """Slots of a left-padded batch: cumsum(mask) - 1, never negative.
+    """Slots of a left-padded batch: cumsum(mask != 0) - 1, never negative.
 
     Args:
-        attention_mask: [B, T], 1 for a token, 0 for padding on the left.
+        attention_mask: [B, T], not 0 for a token, 0 for padding on the left.
 
     Returns:
         int64 [B, T]; padding gets slot 0, the first real token of a row slot 0, then 1, 2, ...
     """
-    slots = np.cumsum(attention_mask.astype(np.int64), axis=1) - 1
+    slots = np.cumsum(attention_mask != 0, axis=1, dtype=np.int64) - 1
     return np.maximum(slots, 0)
 
 

@@ -24,6 +24,7 @@ from typing import (
 from gap_export.errors import UsageError
 from gap_export.spec.manifest import (
     Activations,
+    Attention,
     Budget,
     ExtraPosition,
     ExtraToken,
@@ -153,6 +154,14 @@ class PruningRequest:
         Positions,
         Option("gap: original position ids; compact: re-numbered, the naive baseline."),
     ] = "gap"
+    attention: Annotated[
+        Attention,
+        Option(
+            "plain: each kept visual token counts as one; proportional: it counts as N/K tokens, "
+            "whose log is added to its attention scores, so that the image weighs as much as "
+            "unpruned."
+        ),
+    ] = "plain"
     canvas: Annotated[
         str | None,
         Option(

@@ -104,7 +104,7 @@ class ModelBuilder:
                 *token_pruner,
                 *([text_component(text, dtype=dtype)] if text is not None else []),
                 embedding_component(source, dtype=dtype),
-                decoder_component(source, self.decoder, dtype=dtype),
+                decoder_component(source, self.decoder, dtype=dtype, attention=pruning.attention),
             ]
         return assemble(
             components,

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from gap_export.checkpoint.weights import SAFETENSORS_NAMES, TORCH_DTYPES, cast
-from gap_export.errors import CheckpointError, RecipeError
+from gap_export.errors import CheckpointError, RecipeError, UsageError
 from gap_export.families.common.checkpoints.clip_text_tower import TextTowerSource
 from gap_export.families.common.checkpoints.unread import look_for_unread
 from gap_export.families.common.decoder_kind import DecoderKind
 from gap_export.families.common.modules.clip_text import ClipTextEncoder
-from gap_export.families.common.modules.decoder_stack import TokenEmbedding
+from gap_export.families.common.modules.decoder_stack import DecoderStack, TokenEmbedding
 from gap_export.families.common.modules.expected import NEWLINE_KEY, decoder_key
 from gap_export.families.common.reference import (
     Component,
@@ -23,7 +23,7 @@ from gap_export.families.common.reference import (
     spec,
 )
 from gap_export.pruning import find_preset, find_pruner
-from gap_export.spec.manifest import DecoderSpec, PruningSpec, TextEncoderSpec
+from gap_export.spec.manifest import Attention, DecoderSpec, PruningSpec, TextEncoderSpec
 from gap_export.spec.manifest.facts import MAX_TOKENS, SLOT
 from gap_export.spec.recipe import Recipe
 
@@ -62,10 +62,25 @@ def embedding_component(source: ModelSource, *, dtype: str) -> Component:
     )
 
 
-def decoder_component(source: ModelSource, kind: DecoderKind, *, dtype: str) -> Component:
-    """Prefill and decode in one graph; position ids explicit, not yet remapped."""
+def decoder_component(
+    source: ModelSource, kind: DecoderKind, *, dtype: str, attention: Attention = "plain"
+) -> Component:
+    """Prefill and decode in one graph; position ids explicit, not yet remapped.
+
+    Raises:
+        UsageError: proportional attention of a decoder that knows none.
+    """
     shape = source.architecture.decoder
     module = kind.module(shape)
+    if attention == "proportional":
+        if not isinstance(module, DecoderStack):
+            raise UsageError(
+                "this family's decoder has no proportional attention",
+                seen=type(module).__name__,
+                allowed="a DecoderStack",
+                fix="leave out --attention",
+            )
+        module.proportional_attention = True
     axes = (shape.position_axes,) if shape.position_axes > 1 else ()
     width, heads = shape.head_dim, shape.num_key_value_heads
     cache = [f"{i}.{part}" for i in range(shape.num_layers) for part in ("key", "value")]

@@ -28,7 +28,8 @@ _WIDTHS = range(16, 257, 8)
 class FuseAttention(PatternPass):
     """Rewrites ``softmax(q k' * scale + bias) v`` to ``Attention(q, k, v, bias)``.
 
-    The bias is ``where(allowed, 0, lowest)`` in float32. It is optional, and so is the repetition
+    The bias is ``where(allowed, 0, lowest)`` in float32, or with proportional attention
+    ``where(allowed, log(attention_mask), lowest)``. It is optional, and so is the repetition
     of key-value heads: Attention shares them by itself, query head h reads head h // groups.
     TensorRT wants the bias in the query's dtype, of four axes and, where a row may have nothing
     that is allowed (padding), finite; -inf would give NaN and spread. It becomes half of that
@@ -114,7 +115,8 @@ class FuseAttention(PatternPass):
         rank, number = None if allowed.shape is None else allowed.shape.rank(), constant(blocked)
         lowest = None if number is None else ir.DataType.from_numpy(number.dtype).min
         is_known = number is not None and number.size == 1 and number.item() == lowest
-        is_known = is_known and constant(added) == 0
+        counts = added if is_log_of_mask(added) else None
+        is_known = is_known and (counts is not None or constant(added) == 0)
         if rank not in {2, 4} or not is_known or (is_shared and length is None):
             raise PassError(
                 f"{where}: masked in another way",
@@ -128,7 +130,11 @@ class FuseAttention(PatternPass):
         zero = add_initializer(graph, "attention.allowed", np.array(0, kind))
         low = add_initializer(graph, "attention.blocked", np.array(float(dtype.min) / 2, kind))
         out = new_value(f"{allowed.name}.bias", dtype, allowed.shape)
-        nodes = [ir.Node("", "Where", [allowed, zero, low], outputs=[out], name=name)]
+        nodes: list[ir.Node] = []
+        if counts is not None:
+            zero = new_value(f"{name}.counts", dtype, counts.shape)
+            nodes.append(ir.node("Cast", [counts], {"to": dtype.value}, outputs=[zero]))
+        nodes.append(ir.Node("", "Where", [allowed, zero, low], outputs=[out], name=name))
         if rank == 2:
             axes = add_initializer(graph, "attention.axes", np.array([0, 1]))
             wide = new_value(f"{out.name}.wide", dtype, ir.Shape([1, 1, *allowed.shape]))
@@ -162,6 +168,21 @@ def last_product(softmax: ir.Node) -> ir.Node | None:
         if not is_operator(node, "Cast"):
             return None
         value = node.outputs[0]
+
+
+def is_log_of_mask(value: ir.Value | None) -> bool:
+    """Whether it is ``log(max(attention_mask, 1))``, what proportional attention adds to scores."""
+    chain = ("Unsqueeze", "Unsqueeze", "Log", "Cast")
+    for kind in chain:
+        node = None if value is None else value.producer()
+        if node is None or not is_operator(node, kind):
+            return False
+        value = node.inputs[0]
+    node = None if value is None else value.producer()
+    if node is None or not (is_operator(node, "Max") or is_operator(node, "Clip")):
+        return False
+    mask, least = node.inputs[:2]
+    return mask is not None and mask.name == "attention_mask" and constant(least) == 1
 
 
 def shared_heads(heads: ir.Value, where: str) -> ir.Value:

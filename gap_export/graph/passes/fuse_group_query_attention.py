@@ -10,7 +10,7 @@ import onnx_ir.passes.common as common_passes
 from onnxscript.rewriter.pattern import OrValue
 
 from gap_export.errors import PassError
-from gap_export.graph.passes.fuse_attention import last_product, shared_heads
+from gap_export.graph.passes.fuse_attention import is_log_of_mask, last_product, shared_heads
 from gap_export.graph.passes.fuse_simplified_norm import NORM
 from gap_export.graph.passes.matching import (
     CONTRIB,
@@ -32,6 +32,7 @@ ATTENTION = "GroupQueryAttention"
 NUM_SLOTS = "num_slots"
 _MASK = "attention_mask"
 _BY_TOKEN = (0, 2, 1, 3)
+_LOWEST = np.finfo(np.float32).min
 
 
 class FuseGroupQueryAttention(PatternPass):
@@ -42,19 +43,21 @@ class FuseGroupQueryAttention(PatternPass):
     in a token's row, [B, S, heads * d], so that nothing is transposed.
 
     **The mask means less than in the base graph**: the node counts the filled slots of each row,
-    so that ``attention_mask`` [B, T] must hold ones and behind them zeros. Rows that are padded or
-    hidden elsewhere are for the caller to feed without what is hidden; each row's new tokens go
-    behind its own last slot. With tokens in the cache, several more are taken of one row alone.
+    so that ``attention_mask`` [B, T] must hold what is visible and behind it zeros. What a slot
+    counts as in proportional attention goes in as a bias. Rows that are padded or hidden elsewhere
+    are for the caller to feed without what is hidden; each row's new tokens go behind its own last
+    slot. With tokens in the cache, several more are taken of one row alone.
 
     To be run after FuseSimplifiedNorm and RotateByRows. Does not handle: masks other than "not in
     the future, by slot, and ``attention_mask`` is not 0" (sliding windows, say), caches that
-    anything else reads, biases.
+    anything else reads, biases other than the log of ``attention_mask``.
     """
 
     def __init__(self) -> None:
         # What all layers share; filled anew by each run.
         self._shared: dict[str, ir.Value] = {}
-        self._known_masks: set[ir.Value] = set()
+        # By the bias of the base graph: what of it the node takes as a bias.
+        self._known_masks: dict[ir.Value, ir.Value | None] = {}
 
     def apply(self, model: ir.Model) -> bool:
         """Rewrite; True if there was attention over a cache.
@@ -91,7 +94,7 @@ class FuseGroupQueryAttention(PatternPass):
             raise PassError(f"{where}: its weights are read by something else")
         if scale is None or scale.size != 1:
             raise PassError(f"{where}: the scale is not one number", seen=describe(values["scale"]))
-        self._check_mask(values["bias"], where)
+        counts = self._read_mask(values["bias"], where)
         query = values["query"]
         caches = [_find_cache(shared_heads(values[n], where), where) for n in ("key", "value")]
         heads, width = static_dim(query, 1), static_dim(query, 3)
@@ -114,7 +117,14 @@ class FuseGroupQueryAttention(PatternPass):
             "num_heads": heads, "kv_num_heads": few, "scale": float(scale.reshape(())),
             "do_rotary": 0,
         }  # fmt: skip
-        inputs = [*flat, *(past for past, _ in caches), *self._lengths(graph, last)]
+        inputs: list[ir.Value | None] = [
+            *flat,
+            *(past for past, _ in caches),
+            *self._lengths(graph, last, counts),
+        ]
+        if counts is not None:
+            # Between them: rotary caches and position ids, which it has no use for.
+            inputs += [None, None, None, self._bias(graph, last, counts, query.dtype)]
         node = contrib(ATTENTION, inputs, settings, [made, *presents], f"{last.name}.attention")
         node.metadata_props.update(softmax.metadata_props)
         graph.insert_before(last, node)
@@ -127,14 +137,18 @@ class FuseGroupQueryAttention(PatternPass):
         """A Softmax whose result is multiplied as a matrix and read by nothing else."""
         return last_product(node) is not None
 
-    def _lengths(self, graph: ir.Graph, last: ir.Node) -> list[ir.Value]:
+    def _lengths(self, graph: ir.Graph, last: ir.Node, counts: ir.Value | None) -> list[ir.Value]:
         """The last filled slot of each row, int32 [B], and the slots of the longest, int32 []."""
         if "last_slot" not in self._shared:
             (mask,) = (value for value in graph.inputs if value.name == _MASK)
             add = _Adder(graph, last, "attention")
             axis = add_initializer(graph, "attention.axis", np.array([1]))
             one = add_initializer(graph, "attention.one", np.array(1))
-            filled = add("filled", "ReduceSum", [mask, axis], ir.DataType.INT64, keepdims=0)
+            slots = mask
+            if counts is not None:
+                # Whatever it counts as, it is one slot.
+                slots = add("visible", "Min", [mask, one], ir.DataType.INT64)
+            filled = add("filled", "ReduceSum", [slots, axis], ir.DataType.INT64, keepdims=0)
             slot = add("last_filled", "Sub", [filled, one], ir.DataType.INT64)
             longest = add("longest", "Shape", [mask], ir.DataType.INT64, start=1, end=2)
             number = add("num_slots", "Squeeze", [longest], ir.DataType.INT64)
@@ -191,25 +205,42 @@ class FuseGroupQueryAttention(PatternPass):
             return add("norm", NORM, inputs, heads.dtype, **settings)
         return add("turned", "Transpose", [heads], heads.dtype, perm=_BY_TOKEN)
 
-    def _check_mask(self, bias: ir.Value, where: str) -> None:
+    def _bias(
+        self, graph: ir.Graph, last: ir.Node, counts: ir.Value, dtype: ir.DataType
+    ) -> ir.Value:
+        """What is added to scores, [B, 1, 1, T], for each query: [B, 1, S, T]."""
+        if "bias" not in self._shared:
+            (ids,) = (value for value in graph.inputs if value.name == "position_ids")
+            add, whole = _Adder(graph, last, "attention"), ir.DataType.INT64
+            before = add_initializer(graph, "attention.before_queries", np.array([1, 1]))
+            behind = add_initializer(graph, "attention.axis", np.array([1]))
+            queries = add("num_queries", "Shape", [ids], whole, start=1, end=2)
+            each = add("of_each_query", "Concat", [before, queries, behind], whole, axis=0)
+            narrow = add("counts", "Cast", [counts], dtype, to=dtype.value)
+            self._shared["bias"] = add("bias", "Expand", [narrow, each], dtype)
+        return self._shared["bias"]
+
+    def _read_mask(self, bias: ir.Value, where: str) -> ir.Value | None:
+        """What a mask adds to the scores of visible keys; None where that is nothing."""
         if bias in self._known_masks:
-            return
+            return self._known_masks[bias]
         node = bias.producer()
         while node is not None and is_operator(node, "Cast"):
             node = node.predecessors()[0]
-        allowed, zero, lowest = node.inputs if is_operator(node, "Where") and node else [None] * 3
-        numbers = constant(zero), constant(lowest)
-        blocks = all(number is not None and number.size == 1 for number in numbers) and (
-            numbers[0].item() == 0 and numbers[1].item() == np.finfo(np.float32).min  # type: ignore[union-attr]
-        )
-        if allowed is None or not blocks or not _is_causal_mask(allowed):
+        allowed, added, lowest = node.inputs if is_operator(node, "Where") and node else [None] * 3
+        number = constant(lowest)
+        blocks = number is not None and number.size == 1 and number.item() == _LOWEST
+        adds_nothing = constant(added) is not None and not np.any(constant(added))
+        is_known = adds_nothing or is_log_of_mask(added)
+        if allowed is None or not blocks or not is_known or not _is_causal_mask(allowed):
             raise PassError(
                 f"{where}: masked in another way",
                 seen=describe(allowed or bias),
-                allowed="a bias that is 0 where key slot <= query slot and attention_mask is not "
-                "0, and elsewhere the lowest number of float32",
+                allowed="a bias that is 0, or the log of attention_mask, where key slot <= query "
+                "slot and attention_mask is not 0, and elsewhere the lowest number of float32",
             )
-        self._known_masks.add(bias)
+        self._known_masks[bias] = None if adds_nothing else added
+        return self._known_masks[bias]
 
 
 class _Adder:

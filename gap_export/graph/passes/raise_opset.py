@@ -15,7 +15,7 @@ UNCHANGED_OPERATORS = frozenset(
     """
     Abs Add And ArgMax Cast Clip Concat Constant Conv Cos CumSum DequantizeLinear Div Equal Erf
     Expand Gather GatherElements Gelu Gemm Greater GreaterOrEqual LayerNormalization Less
-    LessOrEqual MatMul Max Min Mod Mul Neg Not Or Pad Pow Range Reciprocal ReduceMax ReduceMean
+    LessOrEqual Log MatMul Max Min Mod Mul Neg Not Or Pad Pow Range Reciprocal ReduceMax ReduceMean
     ReduceMin ReduceSum Reshape Scan Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh
     TopK Transpose Unsqueeze Where
     """.split()

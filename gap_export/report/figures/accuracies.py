@@ -54,6 +54,12 @@ _LOOKS: Mapping[SettingPositions, dict[str, Any]] = MappingProxyType(
             "label": "text-shifted",
         },
         "gap": {"color": BLUE, "marker": "o", "linestyle": "-", "label": "GAP"},
+        "gap+proportional": {
+            "color": PURPLE,
+            "marker": "*",
+            "linestyle": "-",
+            "label": "GAP, proportional attention",
+        },
         "smaller-image": {
             "color": GREEN,
             "marker": "X",

@@ -203,7 +203,11 @@ class InPlaceDecoder:
     ) -> FloatArray:
         """Feed some rows their visible tokens, int64 [rows, tokens] of the S."""
         lengths = cache.filled[rows] + fed.shape[1]
-        mask = np.arange(lengths.max()) < lengths[:, None]
+        # What each stored token counts as, hidden ones left out; zeros behind shorter rows.
+        mask = np.zeros((len(lengths), lengths.max()), dtype=np.int64)
+        for target, counts in zip(mask, feed[_MASK][rows], strict=True):
+            stored = counts[counts != 0]
+            target[: len(stored)] = stored
         given = {name: feed[name][rows] for name in ("inputs_embeds", "position_ids")}
         if fed.shape[1] < feed["position_ids"].shape[1]:
             given = {

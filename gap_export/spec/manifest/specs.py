@@ -19,6 +19,7 @@ Order = Literal["raster", "score"]
 ExtraToken = Literal["none", "mean", "weighted"]
 ExtraPosition = Literal["last", "centroid"]
 Budget = Literal["fixed", "adaptive"]
+Attention = Literal["plain", "proportional"]
 PrunerText = Literal["expression", "question"]
 LongTexts = Literal["cut", "segments"]
 TextReader = Literal["text_encoder", "embed_tokens"]
@@ -119,6 +120,8 @@ class PruningSpec(Strict):
         baked_positions: For each axis of positions the ids that the decoder's graph holds in place
             of its input ``kept_positions``: those of a prompt's tokens up to the first behind the
             image. Empty where they are fed.
+        attention: ``plain``: each kept token counts as one; ``proportional``: as many as there were
+            for each that is left, which ``attention_mask`` then says in place of 1.
     """
 
     pruner: str
@@ -136,6 +139,7 @@ class PruningSpec(Strict):
     kept_buckets: tuple[int, ...] = ()
     pruner_text: PrunerText = field(default="expression", metadata=ADDED_LATER)
     baked_positions: tuple[tuple[int, ...], ...] = field(default=(), metadata=RARE)
+    attention: Attention = field(default="plain", metadata=RARE)
 
 
 @dataclass(frozen=True, kw_only=True)

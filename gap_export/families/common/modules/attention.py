@@ -28,16 +28,31 @@ def mask_bias(allowed: torch.Tensor) -> torch.Tensor:
     return torch.where(allowed, 0.0, torch.finfo(torch.float32).min).to(torch.float32)
 
 
-def key_bias(attention_mask: torch.Tensor, *, num_queries: int, past: int) -> torch.Tensor:
+def key_bias(
+    attention_mask: torch.Tensor, *, num_queries: int, past: int, proportional: bool = False
+) -> torch.Tensor:
     """Float32 [B, 1, S, T]: blocks what is hidden or in the future; the same for all layers.
 
     Causality goes by slot, not by id.
+
+    Args:
+        attention_mask: int64 [B, T], 0 for a hidden slot.
+        num_queries: S.
+        past: Slots before the first query's.
+        proportional: Proportional attention (Token Merging, arXiv 2210.09461): a slot counts as so
+            many tokens as its entry of the mask says, whose log is added to its scores.
     """
     device = attention_mask.device
     key_slots = torch.arange(past + num_queries, device=device)
     query_slots = torch.arange(num_queries, device=device) + past
     causal = key_slots.unsqueeze(0) <= query_slots.unsqueeze(1)
-    return mask_bias(causal & (attention_mask != 0).unsqueeze(1).unsqueeze(1))
+    allowed = causal & (attention_mask != 0).unsqueeze(1).unsqueeze(1)
+    if not proportional:
+        return mask_bias(allowed)
+    # The log of 1 is 0 to the bit, so that a mask of zeros and ones means what it always does.
+    counts = attention_mask.clamp(min=1).to(torch.float32).log()
+    lowest = torch.finfo(torch.float32).min
+    return torch.where(allowed, counts.unsqueeze(1).unsqueeze(1), lowest)
 
 
 def rope_frequencies(theta: float, width: int) -> torch.Tensor:

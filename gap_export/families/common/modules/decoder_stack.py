@@ -32,6 +32,10 @@ class DecoderStack(nn.Module):
             blocks keys (:func:`key_bias`), a rotation, and its past keys and values; it gives the
             hidden state, keys and values.
         norm: Before the head.
+
+    Attributes:
+        proportional_attention: Whether ``attention_mask`` says as how many tokens a slot counts;
+            see :func:`key_bias`.
     """
 
     inv_freq: torch.Tensor
@@ -42,6 +46,7 @@ class DecoderStack(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = shape
+        self.proportional_attention = False
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
@@ -62,7 +67,8 @@ class DecoderStack(nn.Module):
         Args:
             inputs_embeds: float [B, S, (1 + taps) * H]: the hidden state, then a plane a tap.
             attention_mask: int64 [B, T], over cache slots; 0 hides a slot from every query. Zeros
-                may lie anywhere.
+                may lie anywhere. What is above 0 is 1, or with proportional attention the number of
+                tokens that the slot counts as.
             position_ids: int64 [B, S], what RoPE sees; [A, B, S] where positions have axes.
             *past_key_values: key and value of each layer in turn, float
                 [B, key-value heads, past, d].
@@ -72,7 +78,12 @@ class DecoderStack(nn.Module):
             [B, key-value heads, T, d].
         """
         past_length = past_key_values[0].shape[2]
-        bias = key_bias(attention_mask, num_queries=inputs_embeds.shape[1], past=past_length)
+        bias = key_bias(
+            attention_mask,
+            num_queries=inputs_embeds.shape[1],
+            past=past_length,
+            proportional=self.proportional_attention,
+        )
         axes = self.rope_axes if self.shape.position_axes > 1 else None
         rotation = rope_rotation(position_ids, self.inv_freq, inputs_embeds.dtype, axes)
         batch, length, width = inputs_embeds.shape
