@@ -10,31 +10,35 @@ by the package's own pruners, and the answers are decoded greedily in PyTorch, w
 
     tools/what_is_lost.py --counted --write            the page's second table instead
 
-"Counted" is no way to run a pruned model: each kept token is fed as many times as there were tokens
-for it, at the same ids, which adds the log of that number to what attention makes of it. It tells
-what is lost with the dropped tokens from what is lost because so few are left to look at.
+"Counted" is proportional attention, and tells what is lost with the dropped tokens from what is
+lost because so few are left to look at. Beside it stands a finer way to count that was tried: each
+dropped token is counted with the kept one that is nearest in the image.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from pages import IMAGES, called_as, note, percent, publish
 from pruner_trials.losses import FATES, Loss, measure
-from pruner_trials.model import TrialModel, hits
+from pruner_trials.model import Kept, TrialModel, hits
 
 from gap_export.families import supported_pruners
 from gap_export.pruning import PRESETS
 from gap_export.report.figures import BLUE, GRID, INK, STYLE, VERMILLION
+from gap_export.spec.proportional import spread_counts
 from gap_export.spec.recipe import find_recipe
 
 MODELS = (
@@ -45,7 +49,8 @@ MODELS = (
     "refshapes-internvl",
 )
 KEEPS = (0.3, 0.1)
-_COUNTED = ("extent", "extent-llm", "divprune", "cdpruner-llm")
+_COUNTED = ("random", "divprune", "extent", "extent-llm", "cdpruner-llm")
+_COUNTED_KEEPS = (0.3, 0.1, 0.05)
 _COLORS = (BLUE, VERMILLION, "#e6b800", "#999999")
 
 Losses = dict[tuple[str, float], Loss]
@@ -87,28 +92,46 @@ def lose(name: str, *, samples: int, seed: int) -> Losses:
 
 
 def count(names: Sequence[str], *, samples: int, seed: int) -> str:
-    """Acc@0.5 as it is, and where tokens are counted: a row a pruner and share."""
+    """Acc@0.5 by how tokens are counted: a row a pruner and share."""
     rows: dict[tuple[str, float], list[str]] = {}
     for name in names:
         with TrialModel(name, num_samples=samples, split="heldout", seed=seed) as model:
-            for pruner, keep in product(_COUNTED, KEEPS):
+            ways = [None, partial(count_evenly, model), partial(count_nearest, model)]
+            if model.num_tiles > 1:
+                # What is near in an image lies in several tiles.
+                del ways[2]
+            for pruner, keep in product(_COUNTED, _COUNTED_KEEPS):
                 kept = model.prune(PRESETS[pruner], keep)
-                copies = round(model.owners.shape[1] / len(kept[0].keep_indices))
-                shares = [
-                    float(hits(model.answer(kept, copies=times), model.samples).mean())
-                    for times in (1, copies)
-                ]
-                cell = f"{percent(shares[0])}, counted **{percent(shares[1])}**"
+                shares = [hits(model.answer(kept, count=way), model.samples) for way in ways]
+                plain, even, *nearest = (percent(float(share.mean())) for share in shares)
+                cell = " / ".join([plain, f"**{even}**", *nearest])
                 rows.setdefault((pruner, keep), []).append(cell)
                 note(f"{name} {pruner} {keep:g}: {cell}")
     lines = [
-        f"`{called_as('what_is_lost.py')}`: {samples} held-out expressions, seed {seed}.",
+        f"`{called_as('what_is_lost.py')}`: {samples} held-out expressions, seed {seed}. Each token "
+        "counts as one / **as N/K** / as all that are nearest to it (not of images cut into tiles).",
         "",
         f"| pruner | keep | {' | '.join(names)} |",
         "|---|---|" + "---|" * len(names),
     ]
     lines += [f"| `{p}` | {keep:g} | {' | '.join(cells)} |" for (p, keep), cells in rows.items()]
     return "\n".join(lines)
+
+
+def count_evenly(model: TrialModel, kept: Kept) -> NDArray[np.int64]:
+    """What `--attention proportional` does."""
+    return spread_counts(model.owners.shape[1], len(kept.keep_indices))
+
+
+def count_nearest(model: TrialModel, kept: Kept) -> NDArray[np.int64]:
+    """How many cells of the grid are nearer to a kept token than to the others."""
+    cols = model.recipe.grid.cols
+    cells, left = (
+        np.stack(np.divmod(places, cols), axis=-1)
+        for places in (np.arange(model.owners.shape[1]), kept.keep_indices)
+    )
+    distance = ((cells[:, None] - left[None]) ** 2).sum(axis=-1)
+    return np.bincount(distance.argmin(axis=1), minlength=len(left))
 
 
 def format_model(name: str, losses: Losses) -> str:

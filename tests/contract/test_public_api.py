@@ -155,7 +155,10 @@ def _offered(*functions: Callable[..., Any]) -> set[str]:
         # Other choices of a pruning are refused by patch.
         (
             "patch", ["patch"],
-            {"order", "extra-token", "extra-position", "budget", "pruner-text", "canvas"},
+            {
+                "order", "extra-token", "extra-position", "budget", "pruner-text", "attention",
+                "canvas",
+            },
         ),
         ("build", ["build"], set()),
         # The flag makes one command of the two functions.

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from gap_export.evaluation import settings
+from gap_export.evaluation.measure import edit_of
 from gap_export.evaluation.settings import (
     Misalignment,
     Setting,
+    count_as_one,
     describe_positions,
     pruned_settings,
     random_order,
@@ -130,3 +132,16 @@ def test_random_orders_depend_on_seed_and_expression(other):
 def test_what_is_done_is_told_with_its_amount():
     assert "6 higher" in Misalignment(kind="shifted", shift=6).describe()
     assert "seed 4" in Misalignment(kind="permuted", seed=4).describe()
+
+
+def test_a_bundle_of_proportional_attention_is_asked_without_it_too(sample_manifest):
+    pruning = replace(sample_manifest.pruning, attention="proportional")
+    settings = pruned_settings(Path("b"), pruning)
+    assert [one.positions for one in settings] == ["compact", "gap", "gap+proportional"]
+    assert [one.rule for one in settings] == ["compact", "gap", "gap"]
+    assert len({one.slug for one in settings}) == 3
+    manifest = replace(sample_manifest, pruning=pruning)
+    edits = [edit_of(one, manifest, seed=0) for one in settings]
+    assert edits == [count_as_one, count_as_one, None]
+    plain = pruned_settings(Path("b"), sample_manifest.pruning)[-1]
+    assert edit_of(plain, sample_manifest, seed=0) is None

@@ -105,6 +105,43 @@ def test_prefill_and_cached_decode_are_transformers_own(name, tmp_path):
         torch.testing.assert_close(logits[:, 0], answer.logits[:, -1], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_token_that_counts_several_times_is_a_bias_of_its_log_in_transformers(name, tmp_path):
+    """Their unpruned prompt, dropped tokens hidden, over prefill and four steps.
+
+    Rows and columns of their mask are queries and keys, its numbers are added to scores.
+    """
+    theirs = randomized(*MODELS[name])
+    shape = decoder_shape(theirs.config, tmp_path)
+    state = {
+        key.removeprefix("model."): value
+        for key, value in theirs.state_dict().items()
+        if key != "model.embed_tokens.weight"
+    }
+    ours = filled(shape, state)
+    ours.proportional_attention = True
+    length, generator = 18, torch.Generator().manual_seed(1)
+    embeds = torch.randn(1, length, shape.hidden_size, generator=generator)
+    counts = torch.tensor([1, 1, 0, 4, 0, 0, 3, 0, 7, 0, 1, 1, 1, 1, 1, 1, 1, 1])
+    kept = torch.nonzero(counts)[:, 0]
+    lowest = torch.finfo(torch.float32).min
+    bias = torch.where(counts > 0, counts.clamp(min=1).log(), lowest).expand(length, -1)
+    bias = bias.where(torch.ones(length, length).tril().bool(), lowest)
+    with torch.inference_mode():
+        truth = theirs(inputs_embeds=embeds, attention_mask=bias[None, None]).logits[0]
+    past = [torch.zeros(1, shape.num_key_value_heads, 0, shape.head_dim)] * 2 * shape.num_layers
+    first = len(kept) - 4
+    for start, end in ((0, first), *((at, at + 1) for at in range(first, len(kept)))):
+        now, so_far = kept[start:end], counts[kept[:end]][None]
+        step = embeds[:, now], so_far, now[None]
+        with torch.inference_mode():
+            plain, *_ = filled(shape, state)(*step, *past)
+            logits, *past = ours(*step, *past)
+        torch.testing.assert_close(logits[0, 0], truth[now[-1]], atol=2e-5, rtol=1e-5)
+        # Without the counts it is something else.
+        assert (plain[0, 0] - truth[now[-1]]).abs().max() > 1e-2
+
+
 SMALL = DecoderShape(
     hidden_size=32,
     intermediate_size=48,

@@ -26,6 +26,7 @@ from gap_export.graph.passes.graph_pass import GraphPass, fingerprint
 from gap_export.graph.passes.quantize_linear import QuantizeLinear
 from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.spec.architecture import Architecture, DecoderShape, ProjectorShape, VisionShape
+from gap_export.spec.manifest import Attention
 from gap_export.spec.recipe import Recipe, find_recipe
 from gap_export.spec.requests import PruningRequest
 from tests.shared import SharedFolder
@@ -48,6 +49,7 @@ class Family:
         tower_width: Width of the vision tower, which has 2 heads.
         join: Patches to a token.
         decoder: What else is special of its decoder.
+        attention: How it weighs tokens.
     """
 
     recipe: str
@@ -59,6 +61,7 @@ class Family:
     activation: str = "quick_gelu"
     projector: str | None = "gelu"
     decoder: Mapping[str, Any] = field(default_factory=dict)
+    attention: Attention = "plain"
 
     @property
     def decoder_shape(self) -> DecoderShape:
@@ -106,6 +109,9 @@ FAMILIES = {
             "num_taps": 1,
         },
     ),
+    "proportional": Family(
+        recipe="llava-1.5-7b", pruner="spatial", key_value_heads=2, attention="proportional"
+    ),
     # That of Qwen2.5-VL: each axis has a run of frequencies, and heads have biases.
     "chunked": Family(
         recipe="llava-1.5-7b",
@@ -119,6 +125,7 @@ DECODERS = (
     "llava",
     "llava_next",
     "interleaved",
+    "proportional",
     pytest.param("chunked", marks=pytest.mark.full),
 )
 COMPONENTS = [
@@ -228,7 +235,9 @@ def _trace(case: Family, name: str, dtype: str, folder: Path) -> ir.Model:
     recipe = small_recipe(case)
     pruning = resolve_pruning(
         recipe,
-        PruningRequest(pruner=case.pruner, keep_ratio=0.3, order="raster"),
+        PruningRequest(
+            pruner=case.pruner, keep_ratio=0.3, order="raster", attention=case.attention
+        ),
     )
     nothing = Checkpoint(parts={}, random_seed=0)
     reference = build_reference(recipe, nothing, pruning, device="meta", dtype=dtype)

@@ -19,6 +19,7 @@ from gap_export.graph.pipelines import (
     lower,
 )
 from gap_export.parity.compare import compare_arrays
+from gap_export.spec.positions import slots_from_mask
 from gap_export.spec.tolerances import TOLERANCES
 from tests.graph.lowering_models import (
     COMPONENTS,
@@ -104,7 +105,9 @@ class Decode:
         self.mask[1, :6] = 0
         # Hidden in the middle, as the oracle of the design has dropped tokens.
         self.mask[0, 9:11] = 0
-        self.slots = np.maximum(np.cumsum(self.mask, axis=1) - 1, 0)
+        self.slots = slots_from_mask(self.mask)
+        if FAMILIES[family].attention == "proportional":
+            self.mask *= rng.integers(1, 6, self.mask.shape)
         rows = [
             np.sort(rng.choice(3900, PROMPT, replace=False)) for _ in range(2 * shape.position_axes)
         ]

@@ -65,6 +65,8 @@ def check_close(reference: np.ndarray, candidate: np.ndarray, dtype: str) -> Non
     [
         *((family, "float16") for family in ("llava", "llava_next", "interleaved")),
         ("llava_next", "float32"),
+        ("proportional", "float16"),
+        ("proportional", "float32"),
         pytest.param("chunked", "float16", marks=pytest.mark.full),
         *(
             pytest.param(family, "float32", marks=pytest.mark.full)

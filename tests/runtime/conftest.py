@@ -68,6 +68,16 @@ def tiled_manifest(sample_manifest: Manifest) -> Manifest:
 
 
 @pytest.fixture
+def stacked_manifest(tiled_manifest: Manifest) -> Manifest:
+    """As tiled_manifest, for tiles of 32 px that are stacked: no newline, one to six of them."""
+    sizes = ((32, 32), (64, 32), (32, 64), (96, 64), (64, 96))
+    image = dataclasses.replace(
+        tiled_manifest.image, preparation="dynamic_tiles", tiles=TilesSpec(resolutions=sizes)
+    )
+    return dataclasses.replace(tiled_manifest, image=image, newline=None)
+
+
+@pytest.fixture
 def tiled_text_manifest(text_manifest: Manifest) -> Manifest:
     """As tiled_manifest, with a pruner that reads the text."""
     return _tiled(text_manifest)

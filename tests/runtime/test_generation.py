@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,28 @@ def test_rows_may_differ_in_how_many_visual_tokens_there_were():
     prompt = assembled(rows)
     # The shorter table goes on by itself.
     assert prompt.kept_positions.tolist() == [[0, 1, 2, 5, 6, 7, 8], [0, 1, 2, 5, 10, 11, 12]]
+
+
+def test_what_visual_tokens_count_as_stands_at_their_slots():
+    rows = [
+        replace(ROWS[0], counts=np.array([4, 3, 5, 4])),
+        replace(ROWS[1], counts=np.array([16, 1, 2, 3])),
+        ROWS[2],
+    ]
+    prompt, plain = assembled(rows), assembled(ROWS)
+    assert prompt.attention_mask[0].tolist() == [1, 1, 4, 3, 5, 4, 1, 1, 1, 1, 1]
+    assert prompt.attention_mask[1].tolist() == [0, 0, 0, 0, 1, 1, 16, 1, 2, 3, 1]
+    assert (prompt.attention_mask[2] == plain.attention_mask[2]).all()
+    assert (prompt.position_ids == plain.position_ids).all()
+    assert (prompt.id_table == plain.id_table).all()
+    # Padding stands behind what is shared.
+    shared = assemble_prompt(
+        [rows[0], replace(rows[0], suffix_embeds=ROWS[1].suffix_embeds)],
+        positions="gap",
+        num_shared=4,
+    )
+    assert shared.attention_mask[1].tolist() == [1, 1, 4, 3, 0, 0, 0, 0, 5, 4, 1]
+    assert shared.shared_feed["attention_mask"].tolist() == [[1, 1, 4, 3]]
 
 
 def test_no_rows_are_refused():

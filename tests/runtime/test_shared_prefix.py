@@ -47,10 +47,20 @@ def facts(answers: Any) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["", "text", "tiled", "tiled_text"])
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [
+        *((kind, "plain") for kind in ("", "text", "tiled", "tiled_text")),
+        ("", "proportional"),
+        ("tiled_text", "proportional"),
+    ],
+)
 @pytest.mark.parametrize("kept_bytes", [0, 2**20])
-def test_a_view_answers_as_separate_calls_do(make_session, manifest, image, kind, kept_bytes):
-    session = make_session(manifest, kept_bytes=kept_bytes)
+def test_a_view_answers_as_separate_calls_do(
+    make_session, manifest, image, kind, kept_bytes, attention
+):
+    pruning = dataclasses.replace(manifest.pruning, attention=attention)
+    session = make_session(dataclasses.replace(manifest, pruning=pruning), kept_bytes=kept_bytes)
     alone = facts(session.ground(image, expression) for expression in EXPRESSIONS)
     assert len({answer.token_ids for answer in alone}) > 1
     with session.look(image) as view:
@@ -95,6 +105,7 @@ def test_what_rows_have_in_common_ends_with_the_first_difference(sample_manifest
         ({"prefix_embeds": first.prefix_embeds + 1}, 0),
         ({"shift": 1}, 2),
         ({"grid": (4, 4)}, 2),
+        ({"counts": np.array([4, 4, 4, 4])}, 2),
     ):
         assert common_length([first, dataclasses.replace(first, **changes)]) == common
     backend = make_backend(sample_manifest)

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from gap_export.runtime.drawing import draw_grounding
 from gap_export.runtime.images.image import load_image, prepare_image
-from gap_export.spec.manifest import Manifest, TilesSpec
 from gap_export.spec.tiles import TileTokens
 from tests.runtime.fake_backends import prefilled_embeds
 
 KEPT = [0, 3, 6, 9, 12]
 N = 16
 EXPRESSIONS = ["the star", "the small red circle above the star"]
-
-
-@pytest.fixture
-def stacked_manifest(tiled_manifest: Manifest) -> Manifest:
-    """As tiled_manifest, for tiles of 32 px that are stacked: no newline, one to six of them."""
-    sizes = ((32, 32), (64, 32), (32, 64), (96, 64), (64, 96))
-    image = dataclasses.replace(
-        tiled_manifest.image, preparation="dynamic_tiles", tiles=TilesSpec(resolutions=sizes)
-    )
-    return dataclasses.replace(tiled_manifest, image=image, newline=None)
 
 
 def test_prompt_holds_tile_after_tile_and_no_newline(

@@ -10,7 +10,7 @@ N tokens of a row, K kept, V visual tokens of an image.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -47,7 +47,6 @@ from gap_export.pruning.probe import fixed_places
 from gap_export.pruning.select import put_in_order
 from gap_export.runtime.answers import read_answer
 from gap_export.runtime.generation import (
-    DecoderPrompt,
     PromptRow,
     assemble_prompt,
     embed_tokens,
@@ -59,7 +58,6 @@ from gap_export.runtime.images.preparations import tile_layout
 from gap_export.runtime.prompt import PromptEncoder
 from gap_export.runtime.texts import encode_texts
 from gap_export.spec.manifest import PruningSpec
-from gap_export.spec.positions import slots_from_mask
 from gap_export.spec.requests import PruningRequest
 from gap_export.spec.tiles import TileStack, stack_tiles
 
@@ -161,10 +159,14 @@ class TrialModel(AbstractContextManager["TrialModel"]):
             found += self._join(spec, *(part.numpy() for part in emitted))
         return found
 
-    def answer(self, kept: Sequence[Kept], *, copies: int = 1) -> list[Box | None]:
+    def answer(
+        self, kept: Sequence[Kept], *, count: Callable[[Kept], NDArray[np.int64]] | None = None
+    ) -> list[Box | None]:
         """The box of each question in pixels, found by the tokens that are left, with GAP.
 
-        With several ``copies`` of each token; see :func:`repeat_visual`.
+        Args:
+            kept: From :meth:`prune`.
+            count: Says as how many each token counts in attention; None: as one.
         """
         boxes: list[Box | None] = []
         for start in range(0, len(kept), _QUESTIONS_AT_ONCE):
@@ -174,6 +176,7 @@ class TrialModel(AbstractContextManager["TrialModel"]):
                     self._rows_of_text[number],
                     image_features=kept[number].features,
                     keep_indices=kept[number].keep_indices,
+                    counts=None if count is None else count(kept[number]),
                 )
                 for number in questions
             ]
@@ -182,7 +185,7 @@ class TrialModel(AbstractContextManager["TrialModel"]):
             )
             answers = generate(
                 self._backend,
-                repeat_visual(prompt, rows, copies) if copies > 1 else prompt,
+                prompt,
                 max_new_tokens=self.manifest.prompt.max_new_tokens,
                 eos_token_ids=self.manifest.decoder.eos_token_ids,
             )
@@ -194,7 +197,9 @@ class TrialModel(AbstractContextManager["TrialModel"]):
         return boxes
 
     def _build(self, pruner: str) -> Reference:
-        spec = resolve_pruning(self.recipe, PruningRequest(pruner=pruner, keep_ratio=1.0))
+        # Its decoder takes any counts; where all are 1 it is the plain one.
+        request = PruningRequest(pruner=pruner, keep_ratio=1.0, attention="proportional")
+        spec = resolve_pruning(self.recipe, request)
         return build_reference(self.recipe, self._checkpoint, spec, device="cpu")
 
     def _export(self, pruner: str) -> tuple[Path, Any]:
@@ -333,40 +338,6 @@ class TrialModel(AbstractContextManager["TrialModel"]):
                 keep_indices=tokens.keep_indices,
                 survivors=tokens.keep_indices,
             )
-
-
-def repeat_visual(prompt: DecoderPrompt, rows: Sequence[PromptRow], copies: int) -> DecoderPrompt:
-    """The prompt with every visual token fed ``copies`` times in a row, at the same ids.
-
-    All that reads a visual token then finds it as many times: its attention's logit is larger by
-    log(copies). Rows keep as many visual tokens as each other.
-    """
-    length = prompt.attention_mask.shape[1]
-    # What is fed is padded in front, tables of ids behind: there the first token has slot 0.
-    columns, slots = [], []
-    for row in rows:
-        before, visual = len(row.prefix_embeds), len(row.image_features)
-        padding = length - before - visual - len(row.suffix_embeds)
-        columns.append(_repeated(length, padding + before, visual, copies))
-        slots.append(_repeated(length, before, visual, copies))
-    column, slot = np.stack(columns), np.stack(slots)
-    index = np.arange(len(rows))[:, None]
-    mask = prompt.attention_mask[index, column]
-    return replace(
-        prompt,
-        inputs_embeds=prompt.inputs_embeds[index, column],
-        attention_mask=mask,
-        position_ids=slots_from_mask(mask),
-        kept_positions=prompt.kept_positions[index, slot],
-        id_table=prompt.id_table[..., index, slot],
-    )
-
-
-def _repeated(length: int, first: int, count: int, copies: int) -> NDArray[np.int64]:
-    """0..length-1, ``count`` of them from ``first`` on ``copies`` times each."""
-    times = np.ones(length, np.int64)
-    times[first : first + count] = copies
-    return np.repeat(np.arange(length), times)
 
 
 def overlap(box: Box | None, truth: Sequence[float]) -> float:
