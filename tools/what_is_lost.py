@@ -108,8 +108,8 @@ def count(names: Sequence[str], *, samples: int, seed: int) -> str:
                 rows.setdefault((pruner, keep), []).append(cell)
                 note(f"{name} {pruner} {keep:g}: {cell}")
     lines = [
-        f"`{called_as('what_is_lost.py')}`: {samples} held-out expressions, seed {seed}. Each token "
-        "counts as one / **as N/K** / as all that are nearest to it (not of images cut into tiles).",
+        f"`{called_as('what_is_lost.py')}`: {samples} held-out expressions, seed {seed}. A token "
+        "counts as one / **as N/K** / as all that are nearest to it (unless there are tiles).",
         "",
         f"| pruner | keep | {' | '.join(names)} |",
         "|---|---|" + "---|" * len(names),
