@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from gap_export.evaluation.refshapes.objects import COLOR_VALUES
 from gap_export.evaluation.refshapes.render import COLOR_JITTER, INSIDE, coverage, draw_ground
-from gap_export.evaluation.refshapes2.things import Box, Layout, Thing
+from gap_export.evaluation.refshapes2.things import Layout, Thing
 
 _Image = NDArray[np.float32]
 _SHADOW = 0.55
@@ -90,16 +90,10 @@ def _paste(
 ) -> None:
     """Lay a surface over the image with its top-left corner at (x, y); what is outside is cut."""
     x, y = corner
-    box = _inside((x, y, x + alpha.shape[1], y + alpha.shape[0]), image)
-    if box is None:
-        return
-    x1, y1, x2, y2 = box
-    own = slice(y1 - y, y2 - y), slice(x1 - x, x2 - x)
-    region = image[y1:y2, x1:x2]
-    region += alpha[own][..., None] * (surface[own] - region)
-
-
-def _inside(box: Box, image: _Image) -> Box | None:
-    x1, y1 = max(box[0], 0), max(box[1], 0)
-    x2, y2 = min(box[2], image.shape[1]), min(box[3], image.shape[0])
-    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+    height, width = alpha.shape
+    x1, y1 = max(x, 0), max(y, 0)
+    x2, y2 = min(x + width, image.shape[1]), min(y + height, image.shape[0])
+    if x1 < x2 and y1 < y2:
+        own = slice(y1 - y, y2 - y), slice(x1 - x, x2 - x)
+        region = image[y1:y2, x1:x2]
+        region += alpha[own][..., None] * (surface[own] - region)

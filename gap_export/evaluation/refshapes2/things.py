@@ -7,7 +7,7 @@ All lengths are in pixels; the origin is the image's top-left corner.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -101,6 +101,28 @@ def _mask(shape: str, width: int, height: int, *, flipped: bool) -> NDArray[np.f
     return mask[:, ::-1] if flipped else mask
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pools:
+    """What the looks of a scene's things are drawn from: small, so that things look alike."""
+
+    shapes: tuple[str, ...]
+    colors: tuple[str, ...]
+    pattern: Pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Look:
+    """A thing that has no place yet; ``across`` and ``down`` are its width and height."""
+
+    shape: str
+    color: str
+    pattern: Pattern
+    hangs: bool
+    flipped: bool
+    across: int
+    down: int
+
+
 def sample_layout(rng: np.random.Generator) -> Layout | None:
     """Draw one scene; None where too few things found a place.
 
@@ -111,62 +133,75 @@ def sample_layout(rng: np.random.Generator) -> Layout | None:
     horizon = int(height * rng.uniform(0.2, 0.45))
     wanted = int(rng.integers(MIN_THINGS, MAX_THINGS + 1))
     depths = sorted(rng.uniform(0.0, 1.1, wanted).tolist(), reverse=True)
-    shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:_NUM_SHAPES]]
-    colors = [COLORS[i] for i in rng.permutation(len(COLORS))[:_NUM_COLORS]]
-    pattern = PATTERNS[int(rng.integers(len(PATTERNS)))]
+    pools = _Pools(
+        shapes=tuple(SHAPES[i] for i in rng.permutation(len(SHAPES))[:_NUM_SHAPES]),
+        colors=tuple(COLORS[i] for i in rng.permutation(len(COLORS))[:_NUM_COLORS]),
+        pattern=PATTERNS[int(rng.integers(len(PATTERNS)))],
+    )
     owners = np.full((height, width), -1, np.int64)
     things: list[Thing] = []
     for depth in depths:
-        if things and rng.random() < _COPY_PROBABILITY:
-            like = things[int(rng.integers(len(things)))]
-            shape, color = like.shape, like.color
-        else:
-            shape = shapes[int(rng.integers(len(shapes)))]
-            color = colors[int(rng.integers(len(colors)))]
-        across, down = _draw_size(rng, shape, depth)
-        has_pattern = (
-            rng.random() < _PATTERN_PROBABILITY
-            and shape in SOLID
-            and min(across, down) >= _MIN_PATTERN_SIDE
-        )
-        hangs = bool(rng.random() < _HANGING_PROBABILITY)
-        flipped = bool(rng.random() < 0.5)
+        look = _draw_look(rng, pools, things, depth)
         foot = horizon + depth * (height - horizon)
+        middle = look.down / 2
         # Up to half of it may lie beyond the left or the right border.
         places = (
             (
-                round(x_draw * width - across / 2),
-                round(down / 2 + y_draw * (foot - down / 2) if hangs else foot) - down,
+                round(x_draw * width - look.across / 2),
+                round(middle + y_draw * (foot - middle) if look.hangs else foot) - look.down,
             )
             for x_draw, y_draw in rng.random((_TRIES, 2)).tolist()
         )
-        mask = _mask(shape, across, down, flipped=flipped)
+        mask = _mask(look.shape, look.across, look.down, flipped=look.flipped)
         placed = _place(mask, places, owners)
         if placed is None:
             continue
         (x, y), seen = placed
         owners[seen] = len(things)
         rows, columns = np.nonzero(seen)
+        left, top = int(columns.min()), int(rows.min())
         things.append(
             Thing(
-                shape=shape,
-                color=color,
-                pattern=pattern if has_pattern else "plain",
+                shape=look.shape,
+                color=look.color,
+                pattern=look.pattern,
                 depth=depth,
-                hangs=hangs,
-                flipped=flipped,
-                full_box=(x, y, x + across, y + down),
-                box=(
-                    int(columns.min()),
-                    int(rows.min()),
-                    int(columns.max()) + 1,
-                    int(rows.max()) + 1,
-                ),
+                hangs=look.hangs,
+                flipped=look.flipped,
+                full_box=(x, y, x + look.across, y + look.down),
+                box=(left, top, int(columns.max()) + 1, int(rows.max()) + 1),
             )
         )
     if len(things) < MIN_THINGS:
         return None
     return Layout(width=width, height=height, horizon=horizon, things=tuple(things), owners=owners)
+
+
+def _draw_look(
+    rng: np.random.Generator, pools: _Pools, things: Sequence[Thing], depth: float
+) -> _Look:
+    """Draw what a thing at a depth looks like; some are near-duplicates of one that is there."""
+    if things and rng.random() < _COPY_PROBABILITY:
+        like = things[int(rng.integers(len(things)))]
+        shape, color = like.shape, like.color
+    else:
+        shape = pools.shapes[int(rng.integers(len(pools.shapes)))]
+        color = pools.colors[int(rng.integers(len(pools.colors)))]
+    across, down = _draw_size(rng, shape, depth)
+    has_pattern = (
+        rng.random() < _PATTERN_PROBABILITY
+        and shape in SOLID
+        and min(across, down) >= _MIN_PATTERN_SIDE
+    )
+    return _Look(
+        shape=shape,
+        color=color,
+        pattern=pools.pattern if has_pattern else "plain",
+        hangs=bool(rng.random() < _HANGING_PROBABILITY),
+        flipped=bool(rng.random() < 0.5),
+        across=across,
+        down=down,
+    )
 
 
 def _draw_size(rng: np.random.Generator, shape: str, depth: float) -> tuple[int, int]:
