@@ -35,6 +35,7 @@ SECTIONS = {
     "speed": DOCS / "results" / "speed.md",
     "serve-load": DOCS / "results" / "serve.md",
     "serve-trouble": DOCS / "results" / "serve.md",
+    "gpu": DOCS / "results" / "gpu.md",
     "serve-overhead": DOCS / "results" / "serve.md",
     "multiply-adds": DOCS / "results" / "cost.md",
 }

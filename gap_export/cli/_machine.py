@@ -13,25 +13,34 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, get_args
 
+from gap_export.version import __version__
+
 _DISTRIBUTION = "gap-export"
 _EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _SMI_FIELDS = ("name", "driver_version", "memory.total", "compute_cap")
 # Jetson boards have no nvidia-smi worth asking, but say here what they are.
 _BOARD_FILE = Path("/proc/device-tree/model")
+# "# R36 (release), REVISION: 4.3, GCID: ...": what JetPack's version follows from.
+_L4T_FILE = Path("/etc/nv_tegra_release")
+_L4T = re.compile(r"# (R\d+) \(release\), REVISION: ([\d.]+)")
+_MEMINFO = Path("/proc/meminfo")
 
 
 def describe_machine() -> dict[str, Any]:
     """Everything ``doctor`` knows, as JSON data."""
     return {
+        "gap_export": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "platform": {
             "system": platform.platform(),
             "machine": platform.machine(),
             "cpus": os.cpu_count(),
             "board": _board(),
+            "l4t": _l4t(),
             "memory_bytes": _memory("SC_PHYS_PAGES"),
             "memory_free_bytes": _memory("SC_AVPHYS_PAGES"),
+            "swap_bytes": _swap(),
             "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
         },
         "packages": installed_packages(),
@@ -150,6 +159,23 @@ def _board() -> str | None:
         return _BOARD_FILE.read_text(encoding="utf-8").strip("\0\n ")
     except (OSError, UnicodeDecodeError):
         return None
+
+
+def _l4t() -> str | None:
+    """Release of NVIDIA's Linux for Tegra, e.g. ``R36.4.3``; None where it is none."""
+    try:
+        found = _L4T.match(_L4T_FILE.read_text(encoding="ascii"))
+    except (OSError, UnicodeDecodeError):
+        return None
+    return ".".join(found.groups()) if found else None
+
+
+def _swap() -> int | None:
+    try:
+        found = re.search(r"^SwapTotal:\s+(\d+) kB", _MEMINFO.read_text(encoding="ascii"), re.M)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(found.group(1)) * 1024 if found else None
 
 
 def _memory(pages: str) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,13 @@ _NOT_SHOWN = ("all", "dev", "docs", "full")
 def doctor(
     ctx: typer.Context,
     as_json: JsonOption = False,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            help="JSON to send to others: without names, paths, addresses and serial numbers.",
+        ),
+    ] = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -32,7 +39,11 @@ def doctor(
     machine = describe_machine()
     machine["packages"] = {k: v for k, v in machine["packages"].items() if k not in _NOT_SHOWN}
     machine["problems"] = _problems(machine)
-    if as_json:
+    if report:
+        from gap_export.cli._redact import redact
+
+        terminal.json(redact(machine))
+    elif as_json:
         terminal.json(machine)
     else:
         lines = [*_describe_platform(machine), "", *_describe_tensorrt(machine["tensorrt"])]
@@ -76,10 +87,13 @@ def _describe_platform(machine: dict[str, Any]) -> list[str]:
         f"python     {machine['python']['version']} ({machine['python']['executable']})",
         f"platform   {facts['system']}, {facts['cpus']} CPUs",
         f"memory     {_size(facts['memory_bytes'])}, {_size(facts['memory_free_bytes'])} free",
+        f"swap       {_size(facts['swap_bytes'])}",
         f"disk here  {_size(facts['disk_free_bytes'])} free",
     ]
     if facts["board"]:
         lines.append(f"board      {facts['board']}")
+    if facts["l4t"]:
+        lines.append(f"L4T        {facts['l4t']}")
     lines += [f"GPU        {', '.join(gpu.values())}" for gpu in machine["gpus"]]
     if not machine["gpus"]:
         lines.append("GPU        none found (nvidia-smi is missing or has no driver)")

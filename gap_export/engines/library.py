@@ -9,8 +9,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from gap_export.engines.targets import TARGETS, Platform, Target, Version
-from gap_export.errors import MissingDependencyError
+from gap_export.engines.targets import (
+    TARGETS,
+    Platform,
+    Target,
+    TargetChoice,
+    Version,
+    parse_targets,
+)
+from gap_export.errors import MissingDependencyError, UsageError
 from gap_export.extras import pip_install
 
 LibraryName = Literal["tensorrt", "tensorrt_rtx"]
@@ -110,6 +117,32 @@ def library_for(target: Target) -> TensorRT:
             fix=elsewhere(target) or f"install a version of {library.name} that fits",
         )
     return library
+
+
+def target_for(compute_capability: int) -> TargetChoice:
+    """The target whose engines can be built on this machine and run on a GPU of that generation.
+
+    Args:
+        compute_capability: SM number of the GPU at hand, e.g. 89.
+
+    Raises:
+        UsageError: there is none; ``seen`` says of every target why.
+    """
+    refusals = []
+    # A board's own target before that of any GPU.
+    for row in sorted(TARGETS.values(), key=lambda one: not one.compute_capabilities):
+        known = compute_capability in row.compute_capabilities
+        if row.compute_capabilities and not known:
+            refusals.append(f"{row.name} has no SM {compute_capability}")
+            continue
+        try:
+            library_for(row)
+        except MissingDependencyError as err:
+            refusals.append(f"{row.name}: {err.what}: {err.seen}")
+            continue
+        (choice,) = parse_targets([f"{row.name}:sm{compute_capability}" if known else row.name])
+        return choice
+    raise UsageError("nothing here builds engines for this GPU", seen="; ".join(refusals))
 
 
 def describe_versions(target: Target) -> str:

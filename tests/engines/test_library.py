@@ -17,9 +17,10 @@ from gap_export.engines.library import (
     import_tensorrt,
     installed_targets,
     library_for,
+    target_for,
 )
 from gap_export.engines.targets import TARGETS
-from gap_export.errors import MissingDependencyError
+from gap_export.errors import MissingDependencyError, UsageError
 from gap_export.extras import pip_install
 
 
@@ -128,3 +129,12 @@ def test_versions_and_places_are_told_for_people():
     assert describe_versions(TARGETS["orin"]).startswith("10.3 (JetPack 6.2), 10.16 to ")
     assert elsewhere(TARGETS["rtx"]) is None
     assert "the machine that has the GPU" in str(elsewhere(TARGETS["desktop"]))
+
+
+def test_a_board_has_its_own_target_and_any_other_gpu_that_of_its_tensorrt(monkeypatch):
+    install(monkeypatch, "tensorrt", "10.16.0")
+    uninstall(monkeypatch, "tensorrt_rtx")
+    assert [target_for(sm).spec for sm in (87, 110, 90)] == ["orin:sm87", "thor:sm110", "desktop"]
+    uninstall(monkeypatch, "tensorrt")
+    with pytest.raises(UsageError, match=r"rtx has no SM 90.*desktop: building engines"):
+        target_for(90)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from gap_export.engines.targets import TARGETS
 from gap_export.errors import GapExportError
 from gap_export.runtime.backends.device import CudaDevice
 from gap_export.spec.requests import EnginesRequest, PruningRequest
@@ -24,21 +23,12 @@ def gpu() -> CudaDevice:
 @pytest.fixture(scope="session")
 def target(gpu: CudaDevice) -> str:
     """What engines must be built for to run here, as ``--trt`` has it."""
-    from gap_export.engines.library import library_for
+    from gap_export.engines.library import target_for
 
-    refusals = []
-    for name, row in TARGETS.items():
-        known = gpu.compute_capability in row.compute_capabilities
-        if row.compute_capabilities and not known:
-            refusals.append(f"{name} has no SM {gpu.compute_capability}")
-            continue
-        try:
-            library_for(row)
-        except GapExportError as err:
-            refusals.append(f"{name}: {err}")
-            continue
-        return f"{name}:sm{gpu.compute_capability}" if known else name
-    pytest.skip(f"nothing builds engines for this GPU: {'; '.join(refusals)}")
+    try:
+        return target_for(gpu.compute_capability).spec
+    except GapExportError as err:
+        pytest.skip(str(err))
 
 
 @pytest.fixture(scope="session", params=["portable", "fused"])

@@ -45,38 +45,48 @@ def onnxruntime_cpu(bundle: Path) -> Iterator[tuple[str, Decoder]]:
         yield session.backend.name, BackendDecoder(session.backend)
 
 
+def pytorch_cuda(bundle: Path) -> AbstractContextManager[tuple[str, Decoder]]:
+    """The reference's decoder in PyTorch on the GPU, in the bundle's dtype."""
+    return pytorch(bundle, "cuda")
+
+
 @contextmanager
-def pytorch_cuda(bundle: Path) -> Iterator[tuple[str, Decoder]]:
-    """The reference's decoder in PyTorch, in the bundle's dtype."""
+def pytorch(bundle: Path, device: str) -> Iterator[tuple[str, Decoder]]:
+    """The same on a device by PyTorch's name.
+
+    Raises:
+        UsageError: PyTorch sees no GPU.
+    """
     import torch
 
     from gap_export.checkpoint.find.bundle_source import resolve_source
     from gap_export.families import build_reference
 
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("PyTorch sees no GPU", seen=f"torch {torch.__version__}")
     manifest = open_bundle(bundle).manifest
     recipe, checkpoint = resolve_source(manifest, {})
     reference = build_reference(
         recipe, checkpoint, manifest.pruning, device="cpu", dtype=manifest.dtype
     )
-    name = f"PyTorch {torch.__version__} ({torch.cuda.get_device_name()}, {manifest.dtype})"
+    where = torch.cuda.get_device_name() if device == "cuda" else device
     with torch.inference_mode():
-        yield name, _TorchDecoder(reference)
+        decoder = _TorchDecoder(reference, device)
+        yield f"PyTorch {torch.__version__} ({where}, {manifest.dtype})", decoder
 
 
 class _TorchDecoder:
     """Joins its cache, as the graphs of the portable lowering do."""
 
-    def __init__(self, reference: Any) -> None:
+    def __init__(self, reference: Any, device: str) -> None:
         import torch
 
-        self._torch = torch
-        self._decoder = reference.decoder.to("cuda")
+        self._torch, self._device = torch, device
+        self._decoder = reference.decoder.to(device)
         self._dtype = getattr(torch, reference.dtype)
         spec = reference.decoder_spec
         shape = (1, spec.num_key_value_heads, 0, spec.head_dim)
-        self._empty = [torch.zeros(shape, dtype=self._dtype, device="cuda")] * (2 * spec.num_layers)
+        self._empty = [torch.zeros(shape, dtype=self._dtype, device=device)] * (2 * spec.num_layers)
         self._cache = self._empty
 
     def start(self, num_slots: int) -> None:
@@ -87,7 +97,7 @@ class _TorchDecoder:
     def step(self, feed: Feed) -> None:
         """See Decoder."""
         embeds, mask, ids = (
-            self._torch.from_numpy(feed[name]).to("cuda")
+            self._torch.from_numpy(feed[name]).to(self._device)
             for name in ("inputs_embeds", "attention_mask", "position_ids")
         )
         logits, *self._cache = self._decoder(embeds.to(self._dtype), mask, ids, *self._cache)
