@@ -44,12 +44,12 @@ def calibrate(
     Args:
         bundle: Its folder.
         data: As of ``evaluate``; some of its expressions have no object in their image.
-        samples: Expressions whose object is there; None for 500 of refshapes, else all there are.
-        absent: Of refshapes: share of expressions whose object is not there; None for half.
+        samples: Expressions whose object is there; None for 500 of what is drawn, else all.
+        absent: Of what is drawn: share of expressions whose object is not there; None for half.
         recall: Share of the objects that are there to be found. The threshold is the highest that
             reaches it.
-        seed: Of the scenes of refshapes, and of the intervals; another one than an evaluation's by
-            default.
+        seed: Of the scenes that are drawn, and of the intervals; another one than an
+            evaluation's by default.
         grammar: As of ``GroundingSession``, which gives verdicts with the same one alone.
         backend: What runs the bundle, as of ``evaluate``.
         engines: As of ``evaluate``.

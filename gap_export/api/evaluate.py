@@ -72,8 +72,8 @@ def evaluate(
             harder; ``refcoco:ROOT:SPLIT``, refcoco+ or refcocog; or ``FOLDER[:SPLIT]``.
         samples: Expressions to ask, the first of each split; 0 for all; None for 500 of what
             is drawn, else all.
-        absent: Of refshapes: share of expressions in all that is asked whose object is not there;
-            they come on top of ``samples`` and are part of no accuracy.
+        absent: Of what is drawn: share of expressions in all that is asked whose object is not
+            there; they come on top of ``samples`` and are part of no accuracy.
         seed: Seed of the samples and of random orders.
         protocol: When an answer is right: ``native`` is that of the model's authors.
         prompt: A template in place of the model's own prompt.

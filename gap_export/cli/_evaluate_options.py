@@ -54,8 +54,8 @@ AbsentOption = Annotated[
     typer.Option(
         "--absent",
         metavar="SHARE",
-        help="Of refshapes: so large a share of what is asked is not there, on top of --samples. "
-        "Reports how well the score tells.",
+        help="Of what is drawn: so large a share of all that is asked is not there, on top of "
+        "--samples. Reports how well the score tells.",
     ),
 ]
 ProtocolOption = Annotated[

@@ -36,7 +36,7 @@ def calibrate(
             metavar="N",
             min=1,
             help="How many expressions to ask whose object is there. "
-            "[default: 500 of refshapes, else all]",
+            "[default: 500 of what is drawn, else all]",
         ),
     ] = None,
     absent: Annotated[
@@ -44,7 +44,7 @@ def calibrate(
         typer.Option(
             "--absent",
             metavar="SHARE",
-            help="Of refshapes: so large a share of what is asked is not there. [default: 0.5]",
+            help="Of what is drawn: so large a share of what is asked is not there. [default: 0.5]",
         ),
     ] = None,
     recall: Annotated[
@@ -56,7 +56,7 @@ def calibrate(
         ),
     ] = 0.95,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", min=0, help="Of the scenes of refshapes.")
+        int, typer.Option("--seed", metavar="N", min=0, help="Of the scenes that are drawn.")
     ] = 1,
     grammar: GrammarOption = None,
     backend: BackendOption = "ort",

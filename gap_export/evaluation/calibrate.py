@@ -10,6 +10,7 @@ from gap_export.errors import UsageError
 from gap_export.evaluation.absence import ScoredAnswers, curve_points, summarize, trace_curve
 from gap_export.evaluation.datasets import open_dataset
 from gap_export.evaluation.datasets.refshapes_set import NAME as REFSHAPES
+from gap_export.evaluation.drawn import drawn_name
 from gap_export.evaluation.measure import Runner, RunnerOptions
 from gap_export.evaluation.questions import Dataset
 from gap_export.evaluation.records import Record
@@ -33,9 +34,9 @@ class CalibrationData:
 
     Attributes:
         data: As of :class:`gap_export.evaluation.job.Asking`.
-        samples: Expressions whose object is there, of RefShapes; of other data the first so many
-            of each split. None: 500 of RefShapes, else all.
-        absent: Of RefShapes: share of expressions whose object is not there; None: 0.5.
+        samples: Expressions whose object is there, of what is drawn; of other data the first
+            so many of each split. None: 500 of what is drawn, else all.
+        absent: Of what is drawn: share of expressions whose object is not there; None: 0.5.
         recall: Share of the objects that are there to be found, in (0, 1].
         seed: Of the scenes, and of the intervals.
     """
@@ -55,7 +56,7 @@ class CalibrationData:
         """
         if not 0 < self.recall <= 1:
             raise UsageError("no such recall", seen=self.recall, allowed="above 0, up to 1")
-        is_drawn = self.data.partition(":")[0] == REFSHAPES
+        is_drawn = drawn_name(self.data) is not None
         samples = DEFAULT_SAMPLES if self.samples is None and is_drawn else self.samples
         absent = DEFAULT_ABSENT if self.absent is None and is_drawn else self.absent or 0.0
         found = open_dataset(self.data, samples=samples, seed=self.seed, absent=absent)

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 from gap_export.evaluation import refshapes, refshapes2
+from gap_export.evaluation.refshapes import AbsentExpression
 
 DrawnName = Literal["refshapes", "refshapes-2"]
 AnyScene: TypeAlias = "refshapes.Scene | refshapes2.Scene"
 
-GENERATORS: Mapping[DrawnName, Callable[..., AnyScene]] = {
-    "refshapes": refshapes.generate_scene,
-    "refshapes-2": refshapes2.generate_scene,
+
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """What draws a data set.
+
+    Attributes:
+        scene: From split, seed, index and number of expressions, all by name.
+        absent: From one of its scenes and a number to as many expressions of what is not there.
+    """
+
+    scene: Callable[..., AnyScene]
+    absent: Callable[[Any, int], tuple[AbsentExpression, ...]]
+
+
+GENERATORS: Mapping[DrawnName, Generator] = {
+    "refshapes": Generator(scene=refshapes.generate_scene, absent=refshapes.absent_expressions),
+    "refshapes-2": Generator(scene=refshapes2.generate_scene, absent=refshapes2.absent_expressions),
 }
 
 

@@ -78,7 +78,7 @@ class Asking:
         pictures: A folder that is made, for a drawing of each setting's first answer: box, kept
             tokens and, where the pruner has scores, their heat map.
         rule: What those drawings must stay away from.
-        absent: Of RefShapes: share of expressions whose object is not there.
+        absent: Of what is drawn: share of expressions whose object is not there.
     """
 
     data: str = REFSHAPES

@@ -75,7 +75,7 @@ class ImageSource:
             return EncodedImage(data=read_image(file, row), name=f"{file}, row {row}")
         assert self.scene is not None, "an image has one source"
         split, seed, index, num_expressions = self.scene
-        generate = GENERATORS[self.generator]
+        generate = GENERATORS[self.generator].scene
         return generate(split=split, seed=seed, index=index, num_expressions=num_expressions).image
 
 

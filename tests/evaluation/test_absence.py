@@ -157,7 +157,7 @@ def test_own_data_says_by_a_null_box_what_is_not_there(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     found = open_dataset(str(tmp_path), samples=None, seed=0)
     assert [one.id for one in found.asked] == ["0", "1"] and found.absent[0].box is None
-    with pytest.raises(UsageError, match="drawn for RefShapes alone"):
+    with pytest.raises(UsageError, match="known of drawn scenes alone"):
         open_dataset(str(tmp_path), samples=None, seed=0, absent=0.3)
     (tmp_path / "questions.jsonl").write_text(json.dumps(lines[1]))
     with pytest.raises(UsageError, match="no expression of the data set has an object"):

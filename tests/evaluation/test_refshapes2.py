@@ -23,6 +23,7 @@ from gap_export.evaluation.refshapes2 import (
     WORDS,
     Scene,
     Thing,
+    absent_expressions,
     generate_scene,
 )
 
@@ -139,6 +140,27 @@ def test_expressions_mean_exactly_one_thing_in_every_reading(scenes: list[Scene]
         for one in scene.expressions:
             for boxes, border in product((seen_boxes(scene), whole_boxes(scene)), (32, 40)):
                 assert meant(one.text, scene.objects, boxes, border) == {one.target}, one
+
+
+def test_absent_expressions_mean_nothing_in_every_reading(scenes: list[Scene]) -> None:
+    kinds: Counter[str] = Counter()
+    for scene in scenes:
+        found = absent_expressions(scene, 4)
+        assert found == absent_expressions(scene, 4)
+        assert len({one.text for one in found}) == len(found) == 4
+        for one in found:
+            kinds[one.kind] += 1
+            assert set(one.text.split(" ")) <= set(WORDS)
+            shapes = {name: any(t.shape == name for t in scene.objects) for name in SHAPES}
+            is_there = [shapes[word] for word in one.text.split(" ") if word in shapes]
+            assert all(is_there) == (one.kind != "absent object")
+            for boxes, border in product((seen_boxes(scene), whole_boxes(scene)), (32, 40)):
+                assert meant(one.text, scene.objects, boxes, border) == set(), one
+                if one.kind == "wrong relation":
+                    anchor = "the " + one.text.rpartition(" the ")[2]
+                    assert len(meant(anchor, scene.objects, boxes, border)) == 1
+    assert set(kinds) == {"absent object", "wrong color", "wrong relation"}
+    assert min(kinds.values()) > 0.2 * kinds.total()
 
 
 def test_meaning_survives_that_every_box_is_misjudged_by_three_pixels(scenes: list[Scene]) -> None:

@@ -24,7 +24,6 @@ from gap_export.errors import UsageError
 from gap_export.evaluation.datasets import own, parquet, per_split, refer
 from gap_export.evaluation.datasets.annotations import assemble, check_box
 from gap_export.evaluation.datasets.refshapes_set import MAX_ABSENT_SHARE, open_drawn
-from gap_export.evaluation.datasets.refshapes_set import NAME as REFSHAPES
 from gap_export.evaluation.datasets.stored import KNOWN_SETS, KnownSet, StoredSet
 from gap_export.evaluation.drawn import GENERATORS, drawn_name
 from gap_export.evaluation.questions import Dataset
@@ -52,7 +51,7 @@ def open_dataset(spec: str, *, samples: int | None, seed: int, absent: float = 0
         samples: Ask the first so many expressions of each split, those that cannot be asked
             included; None for all.
         seed: Seed of the scenes of what is drawn; nothing else is drawn.
-        absent: Of RefShapes: share of expressions whose object is not there, see
+        absent: Of what is drawn: share of expressions whose object is not there, see
             ``refshapes_set``. Other data sets say themselves which those are.
 
     Raises:
@@ -68,11 +67,12 @@ def open_dataset(spec: str, *, samples: int | None, seed: int, absent: float = 0
         )
     name, _, rest = spec.partition(":")
     drawn = drawn_name(spec)
-    if absent and name != REFSHAPES:
+    if absent and drawn is None:
         raise UsageError(
-            "which objects are not there is drawn for RefShapes alone",
+            "which objects are not there is known of drawn scenes alone",
             seen=f"{absent:g} of {spec!r}",
-            allowed=f"--absent with {REFSHAPES}; questions.jsonl has lines with a box of null",
+            allowed=f"--absent with {' or '.join(GENERATORS)}; questions.jsonl has lines with a "
+            "box of null",
         )
     if drawn is not None:
         return open_drawn(drawn, spec, rest or None, samples=samples, seed=seed, absent=absent)

@@ -11,9 +11,7 @@ from gap_export.evaluation.drawn import GENERATORS, AnyScene, DrawnName
 from gap_export.evaluation.questions import Dataset, ImageSource
 from gap_export.evaluation.refshapes import (
     EXPRESSIONS_PER_IMAGE,
-    Scene,
     Split,
-    absent_expressions,
 )
 
 NAME: DrawnName = "refshapes"
@@ -41,7 +39,7 @@ def open_drawn(
         split: Which; None for the default.
         samples: How many expressions that have an object.
         seed: Seed of the scenes.
-        absent: Of RefShapes: share in all that is asked of expressions whose object is not there;
+        absent: Share in all that is asked of expressions whose object is not there;
             they come on top of ``samples``.
 
     Raises:
@@ -72,10 +70,11 @@ def _annotations(
     """Scene by scene what is there, and of what is not so many that the share holds so far."""
     per_present = absent / (1.0 - absent)
     num_present = num_absent = 0
+    generator = GENERATORS[name]
     for index in count():
         if num_present == samples:
             return
-        scene = GENERATORS[name](
+        scene = generator.scene(
             split=split, seed=seed, index=index, num_expressions=EXPRESSIONS_PER_IMAGE
         )
         present = scene.expressions[: samples - num_present]
@@ -84,11 +83,9 @@ def _annotations(
             yield _annotation(name, scene, str(place), one.text, one.kind, box)
         num_present += len(present)
         wanted = round(num_present * per_present) - num_absent
-        if wanted > 0:
-            assert isinstance(scene, Scene), "absent expressions are of RefShapes alone"
-            for place, other in enumerate(absent_expressions(scene, wanted)):
-                num_absent += 1
-                yield _annotation(name, scene, f"absent-{place}", other.text, other.kind, None)
+        for place, other in enumerate(generator.absent(scene, wanted) if wanted > 0 else ()):
+            num_absent += 1
+            yield _annotation(name, scene, f"absent-{place}", other.text, other.kind, None)
 
 
 def _annotation(

@@ -6,8 +6,9 @@ names, and where places are compared no object is near the border that would mak
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -24,6 +25,8 @@ AbsentKind = Literal["absent object", "wrong color", "wrong relation"]
 ABSENT_KINDS: tuple[AbsentKind, ...] = ("absent object", "wrong color", "wrong relation")
 _DRAWS_PER_EXPRESSION = 12
 _NAMED = (False, True, True)
+Maker = Callable[[Sequence[float]], str | None]
+"""From four numbers of [0, 1) to a text; None where the scene has none of that kind for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +53,26 @@ def sample_absent(
         objects: Objects of the scene, at least one.
         count: How many to look for; a scene of one object has no wrong relation.
     """
+    return take_turns(rng, {kind: partial(make, objects) for kind, make in _MAKERS.items()}, count)
+
+
+def take_turns(
+    rng: np.random.Generator, makers: Mapping[AbsentKind, Maker], count: int
+) -> tuple[AbsentExpression, ...]:
+    """Draw up to `count` different expressions, the kinds taking turns.
+
+    Args:
+        rng: Source of randomness; advanced by an amount that depends on `count` alone.
+        makers: Of all kinds.
+        count: How many to look for.
+    """
     draws = rng.random((count * _DRAWS_PER_EXPRESSION, 4)).tolist()
     # Which kind begins differs by scene, so that a few of each scene are of all kinds.
     turn = int(draws[0][3] * len(ABSENT_KINDS)) if draws else 0
     found: dict[str, AbsentExpression] = {}
     for number, choices in enumerate(draws):
         kind = ABSENT_KINDS[(turn + len(found) + number // count) % len(ABSENT_KINDS)]
-        text = _MAKERS[kind](objects, choices)
+        text = makers[kind](choices)
         if text is not None:
             found.setdefault(text, AbsentExpression(text=text, kind=kind))
             if len(found) == count:
@@ -104,7 +120,7 @@ def _wrong_relation(objects: Sequence[SceneObject], choices: Sequence[float]) ->
     return f"the {described[0]} {RELATIONS[relation]} the {described[1]}"
 
 
-_MAKERS = {
+_MAKERS: dict[AbsentKind, Callable[[Sequence[SceneObject], Sequence[float]], str | None]] = {
     "absent object": _absent_object,
     "wrong color": _wrong_color,
     "wrong relation": _wrong_relation,

@@ -24,17 +24,27 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.evaluation.refshapes import Expression, Split
+from gap_export.evaluation.refshapes import AbsentExpression, Expression, Split
 from gap_export.evaluation.refshapes.scene_number import MIN_EXPRESSIONS, check_number
+from gap_export.evaluation.refshapes2.absent import sample_absent
 from gap_export.evaluation.refshapes2.outlines import SHAPES
 from gap_export.evaluation.refshapes2.phrases import WORDS, sample_expressions
 from gap_export.evaluation.refshapes2.render import render
 from gap_export.evaluation.refshapes2.things import CANVASES, Thing, sample_layout
 
-__all__ = ["CANVASES", "SHAPES", "WORDS", "Scene", "Thing", "generate_scene"]
+__all__ = [
+    "CANVASES",
+    "SHAPES",
+    "WORDS",
+    "Scene",
+    "Thing",
+    "absent_expressions",
+    "generate_scene",
+]
 
 # Not RefShapes' own keys: its scenes have nothing to do with these.
 _SPLIT_KEYS: dict[Split, int] = {"train": 21, "heldout": 22}
+_ABSENT_KEY = 23
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,3 +99,9 @@ def generate_scene(*, split: Split, seed: int, index: int, num_expressions: int 
         seed=seed,
         index=index,
     )
+
+
+def absent_expressions(scene: Scene, count: int) -> tuple[AbsentExpression, ...]:
+    """Expressions that no object of a scene answers to, at most ``count``; see RefShapes' own."""
+    key = [_SPLIT_KEYS[scene.split], scene.seed, scene.index, _ABSENT_KEY]
+    return sample_absent(np.random.default_rng(key), scene.objects, count)

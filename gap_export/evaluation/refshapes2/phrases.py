@@ -29,7 +29,8 @@ Key = Literal["left", "right", "top", "bottom", "largest", "smallest"]
 Relation = Literal["left of", "right of", "above", "below", "nearest to"]
 SIDES: tuple[Key, ...] = ("left", "right", "top", "bottom")
 KEYS: tuple[Key, ...] = (*SIDES, "largest", "smallest")
-RELATIONS: tuple[Relation, ...] = ("left of", "right of", "above", "below", "nearest to")
+SIDE_RELATIONS: tuple[Relation, ...] = ("left of", "right of", "above", "below")
+RELATIONS: tuple[Relation, ...] = (*SIDE_RELATIONS, "nearest to")
 RANKS: dict[int, str] = {2: "second", 3: "third", 4: "fourth"}
 OF_TWO: dict[Key, str] = {
     "left": "left",
@@ -223,10 +224,18 @@ _PLACES: dict[Key, Callable[[Reading, int], float]] = {
 }
 
 
+_SIDE_OF: dict[Relation, Key] = {
+    "left of": "left",
+    "right of": "right",
+    "above": "top",
+    "below": "bottom",
+}
+
+
 def _related(relation: Relation, anchor: int, found: Sequence[int], reading: Reading) -> int | None:
     """The only thing on a side of the anchor, or the one nearest to it."""
-    x, y = reading.center(anchor)
     if relation == "nearest to":
+        x, y = reading.center(anchor)
         away = sorted(
             ((cx - x) * (cx - x) + (cy - y) * (cy - y), i)
             for i, (cx, cy) in ((i, reading.center(i)) for i in found)
@@ -234,13 +243,16 @@ def _related(relation: Relation, anchor: int, found: Sequence[int], reading: Rea
         if len(away) < 2 or away[1][0] < SIZE_MARGIN * SIZE_MARGIN * away[0][0]:
             return None
         return away[0][1]
-    axis, sign = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}[
-        relation
-    ]
-    ahead = [(sign * ((x, y)[axis] - reading.center(i)[axis]), i) for i in found]
-    beyond = [i for gap, i in ahead if gap > PLACE_MARGIN]
-    close = [i for gap, i in ahead if abs(gap) <= PLACE_MARGIN]
+    gaps = [(ahead(relation, anchor, i, reading), i) for i in found]
+    beyond = [i for gap, i in gaps if gap > PLACE_MARGIN]
+    close = [i for gap, i in gaps if abs(gap) <= PLACE_MARGIN]
     return beyond[0] if len(beyond) == 1 and not close else None
+
+
+def ahead(relation: Relation, anchor: int, index: int, reading: Reading) -> float:
+    """How far a thing is on a side of the anchor, pixels between centers; negative: not there."""
+    place = _PLACES[_SIDE_OF[relation]]
+    return place(reading, anchor) - place(reading, index)
 
 
 def sample_expressions(
@@ -278,17 +290,17 @@ def sample_expressions(
 
 def _draw_phrase(things: Sequence[Thing], kind: Kind, choices: Sequence[float]) -> Phrase:
     """A phrase of words that fit something in the scene; it may pick out nothing."""
-    what = _describe(things[int(choices[0] * len(things))], _pick(_USES, choices[1]))
+    what = _describe(things[int(choices[0] * len(things))], pick(_USES, choices[1]))
     if kind == "attribute":
         return Phrase(kind=kind, what=what)
     if kind == "relation":
-        anchor = _describe(things[int(choices[2] * len(things))], _pick(_USES, choices[3]))
-        return Phrase(kind=kind, what=what, relation=_pick(RELATIONS, choices[4]), anchor=anchor)
-    key = _pick(KEYS, choices[4])
+        anchor = _describe(things[int(choices[2] * len(things))], pick(_USES, choices[3]))
+        return Phrase(kind=kind, what=what, relation=pick(RELATIONS, choices[4]), anchor=anchor)
+    key = pick(KEYS, choices[4])
     # No one says "the fourth smallest".
     ranks = tuple(RANKS) if key in SIDES else (2,)
     return Phrase(
-        kind=kind, what=what, key=key, rank=_pick(ranks, choices[5]) if kind == "ordinal" else 1
+        kind=kind, what=what, key=key, rank=pick(ranks, choices[5]) if kind == "ordinal" else 1
     )
 
 
@@ -303,5 +315,6 @@ def _describe(thing: Thing, use: _Use) -> Description:
     )
 
 
-def _pick(names: Sequence[_Named], choice: float) -> _Named:
+def pick(names: Sequence[_Named], choice: float) -> _Named:
+    """One of several, by a number of [0, 1)."""
     return names[int(choice * len(names))]
