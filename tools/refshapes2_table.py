@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from pages import ROOT, called_as, interval, percent, publish
+from pages import DEMO_MODEL, ROOT, called_as, interval, percent, publish
 from paper_report.measured import Measured, Row, read_csv
 from paper_table import MODELS, ask
 
@@ -60,8 +60,6 @@ class Answer:
 # By setting and question.
 Rights = dict[str, dict[str, Answer]]
 KEEP = 0.3
-# They take several times as long, and are asked half as many expressions.
-SLOW = ("refshapes-qwen3-vl", "refshapes-internvl")
 PRUNERS = (
     *("random", "spatial", "divprune", "extent", "extent-llm", "cdpruner-llm", "text-llm"),
     *("fastervlm", "fastervlm-received"),
@@ -70,7 +68,7 @@ PRUNERS = (
 
 def main(
     model: Annotated[list[str] | None, typer.Argument(help="Demo models; all.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Held-out expressions.")] = 1000,
+    samples: Annotated[int, typer.Option(min=1, help="Half of them of all but llava.")] = 1000,
     seed: int = 0,
     workers: Annotated[str, typer.Option(help="As of gap-export eval.")] = "1",
     results: Path = Path("refshapes2-results"),
@@ -79,7 +77,7 @@ def main(
     """Measure what is not measured yet, and write the page."""
     reports, rights = {}, {}
     for name in model or MODELS:
-        num_samples = max(1, samples // 2) if name in SLOW else samples
+        num_samples = samples if name == DEMO_MODEL else max(1, samples // 2)
         folder = results / f"{name}-{num_samples}-{seed}"
         make_folder(folder, "results")
         served = supported_pruners(find_recipe(name)[0])
