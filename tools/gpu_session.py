@@ -13,7 +13,7 @@ with cuda-python its engines. What is missing is *not run*, with the reason. Whe
 installed: ``PYTHONPATH=. python3 tools/gpu_session.py run``.
 
 Each step is a process of its own, so that one that hangs or crashes costs itself alone; what it
-found before is kept. results.json and gpu.md in the folder are written after each step.
+found before is kept. results.json in the folder is written after each step, gpu.md at the end.
 """
 
 from __future__ import annotations
@@ -79,9 +79,10 @@ def run_session(
         found = run_step(STEPS[name], out, limit_s=allowed, rehearse=rehearse)
         results["steps"][name] = found
         write_json(out / "results.json", results)
-        (out / "gpu.md").write_text(page_of(results) + "\n", encoding="utf-8")
         count = {o: sum(item["outcome"] == o for item in found["items"]) for o in _OUTCOMES}
         note(f"{name}: {', '.join(f'{n} {o}' for o, n in count.items())}, {found['seconds']:.0f} s")
+    # Last, so that a fault of the page costs no figure: `report` writes it again.
+    (out / "gpu.md").write_text(page_of(results) + "\n", encoding="utf-8")
     print(out / "gpu.md")
 
 

@@ -15,10 +15,11 @@ from tests.programs import run_program, start_program
 
 ROOT = Path(__file__).resolve().parents[2]
 # Where tests start programs; a tool that looks at its program five times a second; one that ends
-# the server that it started.
+# the server that it started; one that looks ten times a second and ends what takes too long.
 WITH_LIMITS = {
     ROOT / "tests" / "programs.py",
     ROOT / "tools" / "engine_bench" / "watch.py",
+    ROOT / "tools" / "gpu_session.py",
     ROOT / "tools" / "serve_load" / "server.py",
 }
 STARTS = {

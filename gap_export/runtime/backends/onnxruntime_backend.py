@@ -56,6 +56,9 @@ INPUT_DTYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float16)": np.dtype("float16"),
     "tensor(int64)": np.dtype("int64"),
 }
+# GroupQueryAttention of ONNX Runtime 1.19 takes several tokens behind others for the beginning of a
+# prompt, and answers about an image that was looked at before are wrong.
+_CONTINUES_FROM = (1, 20)
 # Both packages hold the same module, so the one for the CPU must go first.
 _CUDA_FIX = (
     "onnxruntime-gpu takes the place of onnxruntime: pip uninstall -y onnxruntime && "
@@ -219,6 +222,8 @@ class OnnxRuntimeBackend(OnnxRuntimeGraphs):
         if own and may_be_own:
             spec = own[0]
             try:
+                if spec.kv_contract == "in_place":
+                    _check_continues()
                 session = self._load_graph(bundle, spec)
             except BundleError as err:
                 if form is not None:
@@ -303,6 +308,21 @@ def _choose_providers(wanted: Sequence[str] | None) -> list[str]:
             fix=f"for CUDA: {_CUDA_FIX}" if _CUDA in missing else None,
         )
     return list(dict.fromkeys(wanted))
+
+
+def _check_continues() -> None:
+    """See that this ONNX Runtime continues a prompt in the form ``ort``.
+
+    Raises:
+        BundleError: it is too old.
+    """
+    release = tuple(int(number) for number in ort.__version__.split(".")[:2])
+    if release < _CONTINUES_FROM:
+        raise BundleError(
+            "its GroupQueryAttention cannot continue a prompt",
+            seen=f"onnxruntime {ort.__version__}",
+            allowed=f">= {'.'.join(map(str, _CONTINUES_FROM))}",
+        )
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

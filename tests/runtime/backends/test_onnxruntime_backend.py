@@ -188,6 +188,21 @@ def test_a_form_that_does_not_run_here_gives_way_to_the_base_form(rebuild, conte
         GroundingSession.open(bundle, form="ort")
 
 
+def test_a_runtime_that_cannot_continue_a_prompt_runs_the_base_form(
+    tiny_bundle, caplog, image, monkeypatch
+):
+    """GroupQueryAttention of ONNX Runtime 1.19 forgets what was fed before several tokens."""
+    monkeypatch.setattr(ort, "__version__", "1.19.2")
+    with GroundingSession.open(tiny_bundle) as session:
+        assert "form" not in session.ground(image, "the star").backend
+    assert "cannot continue a prompt: onnxruntime 1.19.2" in caplog.text
+    with pytest.raises(UsageError, match=r"does not run here.*onnxruntime 1\.19\.2"):
+        GroundingSession.open(tiny_bundle, form="ort")
+    monkeypatch.setattr(ort, "__version__", "1.20.0")
+    with GroundingSession.open(tiny_bundle, form="ort") as session:
+        assert "form ort" in session.backend.name
+
+
 @pytest.mark.parametrize("providers", [["NoSuchProvider"], []])
 def test_execution_provider_that_is_not_there_is_refused(tiny_bundle, providers):
     with pytest.raises(UsageError, match=r"not supported.*allowed: .*CPUExecutionProvider"):
