@@ -27,7 +27,7 @@ from tests.families.masked_oracle import (
     torch_decoder,
 )
 
-PRUNERS = ("cls", "text", "random", "spatial", "fastervlm", "extent")
+PRUNERS = ("cls", "text", "random", "spatial", "fastervlm", "extent", "ivc-extent")
 NUM_VISUAL = 16
 
 

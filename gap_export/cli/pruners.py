@@ -24,6 +24,8 @@ _READINGS = {
     "text": "a CLIP text tower",
     "llm_text": "the decoder's words",
     "image_embeds": "the projected tokens",
+    "places": "places in a grid",
+    "rope_sums": "the decoder's RoPE",
 }
 _ADAPTIVE = (
     "adaptive: an image keeps exactly as many tokens as have scores above Q3 + 1.5 (Q3 - Q1), at "

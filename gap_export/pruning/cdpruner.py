@@ -29,10 +29,11 @@ class CdPruner(GreedyPruner):
     summary: ClassVar[str] = "patches that fit the question, as unlike each other as can be"
     reads: ClassVar[frozenset[Reading]] = frozenset({"text", "image_embeds"})
 
-    def start(self, state: VisionState) -> Choices:
+    def start(self, state: VisionState, *, num_kept_tokens: int) -> Choices:
         """See GreedyPruner; merits are what is left of relevance squared, at most about 1."""
         import torch
 
+        del num_kept_tokens
         assert state.image_embeds is not None
         embeds, relevance = unit(state.image_embeds), _relevance(self.fits(state))
         similarity = torch.matmul(embeds, embeds.transpose(1, 2))

@@ -24,10 +24,11 @@ class DivPrunePruner(GreedyPruner):
     summary: ClassVar[str] = "patches as unlike each other as can be"
     reads: ClassVar[frozenset[Reading]] = frozenset({"image_embeds"})
 
-    def start(self, state: VisionState) -> Choices:
+    def start(self, state: VisionState, *, num_kept_tokens: int) -> Choices:
         """See GreedyPruner; merits are distances, 0..2."""
         import torch
 
+        del num_kept_tokens
         assert state.image_embeds is not None
         distance = cosine_distances(state.image_embeds)
         index = torch.arange(distance.shape[1], device=distance.device)

@@ -35,10 +35,11 @@ class ExtentPruner(GreedyPruner):
     summary: ClassVar[str] = "patches that say most by their norm, as unlike each other as can be"
     reads: ClassVar[frozenset[Reading]] = frozenset({"image_embeds"})
 
-    def start(self, state: VisionState) -> Choices:
+    def start(self, state: VisionState, *, num_kept_tokens: int) -> Choices:
         """See GreedyPruner; merits are weighted distances, 0..2."""
         import torch
 
+        del num_kept_tokens
         weights, distance = self.weights(state), self.distances(state)
 
         def follow(

@@ -47,16 +47,18 @@ class GreedyPruner(ChoosingPruner):
     """Chooses the token of most merit, lets the others' merits follow from it, and again."""
 
     @abstractmethod
-    def start(self, state: VisionState) -> Choices:
-        """What it chooses by."""
+    def start(self, state: VisionState, *, num_kept_tokens: int) -> Choices:
+        """What it chooses by, where K are to be chosen."""
 
     def choose(self, state: VisionState, *, num_kept_tokens: int) -> torch.Tensor:
         """int64 [B, K]."""
-        return choose_one_by_one(self.start(state), num_choices=num_kept_tokens)
+        choices = self.start(state, num_kept_tokens=num_kept_tokens)
+        return choose_one_by_one(choices, num_choices=num_kept_tokens)
 
     def margins(self, state: VisionState, *, num_kept_tokens: int) -> torch.Tensor:
-        """By how much the closest of its K choices was decided, float [B]; not for graphs."""
-        return closest_margins(self.start(state), num_choices=num_kept_tokens)
+        """See ChoosingPruner; in units of the merits."""
+        choices = self.start(state, num_kept_tokens=num_kept_tokens)
+        return closest_margins(choices, num_choices=num_kept_tokens)
 
 
 def choose_one_by_one(choices: Choices, *, num_choices: int) -> torch.Tensor:

@@ -15,10 +15,14 @@ from gap_export.errors import GapExportError, MissingDependencyError, UsageError
 from gap_export.plugins import Plugins
 from gap_export.pruning.cdpruner import CdPruner, LlmCdPruner
 from gap_export.pruning.cls import ClsPruner
+from gap_export.pruning.d2pruner import D2Pruner, LlmD2Pruner
 from gap_export.pruning.dart import DartPruner
 from gap_export.pruning.divprune import DivPrunePruner
 from gap_export.pruning.extent import ExtentPruner, LlmExtentPruner
 from gap_export.pruning.fastervlm import FasterVlmPruner, FasterVlmReceivedPruner
+from gap_export.pruning.ivc import IvcExtentPruner, LlmIvcPruner
+from gap_export.pruning.litelvlm import LiteLvlmPruner
+from gap_export.pruning.nuwa import NuwaPruner, NuwaReceivedPruner
 from gap_export.pruning.preset import Preset, check_preset
 from gap_export.pruning.prumerge import PruMergePlusPruner, PruMergePruner, PruMergeSelection
 from gap_export.pruning.pruner import Pruner
@@ -34,6 +38,9 @@ PACKAGE_MARK = "pruner: "
 
 _GAP = "arXiv 2506.21873"
 _PRUMERGE = "arXiv 2403.15388"
+_D2PRUNER = "arXiv 2512.19443"
+_NUWA = "arXiv 2602.02951"
+_IVC = "arXiv 2602.03060"
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
@@ -107,6 +114,15 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             Preset(
                 name="extent-llm", pruner=LlmExtentPruner(), long_texts="segments", paper="our own"
             ),
+            Preset(name="d2pruner", pruner=D2Pruner(), paper=_D2PRUNER),
+            Preset(
+                name="d2pruner-llm", pruner=LlmD2Pruner(), long_texts="segments", paper=_D2PRUNER
+            ),
+            Preset(name="nuwa", pruner=NuwaPruner(), paper=_NUWA),
+            Preset(name="nuwa-received", pruner=NuwaReceivedPruner(), paper=_NUWA),
+            Preset(name="ivc-extent", pruner=IvcExtentPruner(), paper=_IVC),
+            Preset(name="ivc-text-llm", pruner=LlmIvcPruner(), long_texts="segments", paper=_IVC),
+            Preset(name="litelvlm", pruner=LiteLvlmPruner(), paper="arXiv 2605.13178"),
         )
     }
 )

@@ -192,4 +192,9 @@ def _random_state(num_tokens: int, reads: frozenset[Reading], device: str = "cpu
         patch_embeds=show("text", draw(num_tokens, _WIDTH)),
         text_embeds=show("text", draw(_WIDTH)),
         word_embeds=show("llm_text", draw(_WIDTH)),
+        # In one row: the probe knows no grid.
+        places=show(
+            "places", torch.arange(num_tokens, device=device)[:, None] * torch.tensor([0, 1])
+        ),
+        rope_sums=show("rope_sums", draw(num_tokens, 2)[0]),
     )

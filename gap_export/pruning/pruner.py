@@ -28,6 +28,8 @@ Reading = Literal[
     "text",
     "llm_text",
     "image_embeds",
+    "places",
+    "rope_sums",
 ]
 
 # Either needs one vector of the text, of another space each.
@@ -54,6 +56,9 @@ class VisionState:
         text_embeds: float [B, E], the expression or question in CLIP's joint space.
         word_embeds: float [B, H], the expression or question as the decoder reads its words: the
             mean of their unit vectors, so that a product with it is a mean of cosines.
+        places: int64 [N, 2], row and column of each token in its grid.
+        rope_sums: float [N, 2], sums of the cosines and of the sines of the angles that the
+            decoder's RoPE turns a token by, see :func:`gap_export.spec.places.rope_sums`.
         text_similarity_sign: +1 or -1; -1 where patch-text similarity is inverted.
     """
 
@@ -68,6 +73,8 @@ class VisionState:
     patch_embeds: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
     word_embeds: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+    rope_sums: torch.Tensor | None = None
     text_similarity_sign: int = 1
 
 
@@ -143,6 +150,14 @@ class ChoosingPruner(Pruner):
     def choose(self, state: VisionState, *, num_kept_tokens: int) -> torch.Tensor:
         """int64 [B, K] of 0..N-1 without repeats in a row, in the order of choice."""
 
+    def margins(self, state: VisionState, *, num_kept_tokens: int) -> torch.Tensor | None:
+        """By how much the closest of its K choices was decided, float [B]; not for graphs.
+
+        None, the default, where that is not known.
+        """
+        del state, num_kept_tokens
+        return None
+
 
 class FixedPruner(Pruner):
     """Keeps the same places in every image; they become a constant of the graph."""
@@ -174,3 +189,8 @@ def unit(vectors: torch.Tensor) -> torch.Tensor:
     vectors = wide(vectors)
     norm = vectors.pow(2).sum(dim=-1, keepdim=True).sqrt()
     return vectors / norm.clamp(min=1e-8)
+
+
+def share_of_largest(values: torch.Tensor) -> torch.Tensor:
+    """Values 0 or more, [B, N], as shares of the largest of their row; zeros stay zeros."""
+    return values / values.amax(dim=1, keepdim=True).clamp(min=1e-12)

@@ -1,4 +1,4 @@
-"""Which visual tokens pruners keep that do not look at the image, in plain numpy.
+"""Where visual tokens are, and which of them pruners keep that do not look at the image, in numpy.
 
 Shape letters: N visual tokens before pruning, K kept.
 """
@@ -10,7 +10,43 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from gap_export.spec.architecture import DecoderShape
 from gap_export.spec.manifest import GridSpec
+from gap_export.spec.positions import VisualSpan, unpruned_ids
+
+
+def token_places(grid: GridSpec) -> NDArray[np.int64]:
+    """Row and column of each token: int64 [N, 2]."""
+    index = np.arange(grid.num_visual_tokens, dtype=np.int64)
+    return np.stack(np.divmod(index, grid.cols), axis=1)
+
+
+def rope_sums(grid: GridSpec, decoder: DecoderShape) -> NDArray[np.float32]:
+    """How near RoPE's rotation of a token is to none, and to a quarter turn (arXiv 2602.03060).
+
+    V = sum over frequencies of cos(m theta), and U, the same of sin. The paper's m is a token's id
+    in a prompt. Here ids count from the image's first token, of a tiled image from each tile's: a
+    vision encoder does not know what stands before the image, and by RoPE only differences count.
+
+    Args:
+        grid: Of the N tokens of an image or tile.
+        decoder: Whose RoPE; with M-RoPE each frequency turns by the id of its own axis.
+
+    Returns:
+        float32 [N, 2], V and U of each token.
+    """
+    number = grid.num_visual_tokens
+    span = VisualSpan(
+        start=0,
+        num_visual_tokens=number,
+        keep_indices=np.arange(number),
+        grid=(grid.rows, grid.cols),
+    )
+    ids = unpruned_ids(number, [span], position_axes=decoder.position_axes)
+    powers = np.arange(decoder.num_frequencies) / decoder.num_frequencies
+    angles = ids[list(decoder.frequency_axes())].T * decoder.rope_theta**-powers
+    sums = np.stack([np.cos(angles).sum(axis=1), np.sin(angles).sum(axis=1)], axis=1)
+    return sums.astype(np.float32)
 
 
 def lattice_places(grid: GridSpec, *, num_kept_tokens: int) -> NDArray[np.int64]:

@@ -167,6 +167,75 @@ def dart(embeds, count):
     return chosen
 
 
+def d2pruner(importance, embeds, places, count):
+    size = len(importance)
+    lines = [
+        [[i for i in range(size) if places[i][axis] == at] for at in range(size)] for axis in (0, 1)
+    ]
+    mean = sum(importance) / size
+    relative = []
+    for i in range(size):
+        row, col = (lines[axis][places[i][axis]] for axis in (0, 1))
+        by_row = sum(importance[j] for j in row) / len(row)
+        by_col = sum(importance[j] for j in col) / len(col)
+        relative.append(importance[i] / (by_row * by_col / mean))
+    chosen = best_first(relative, count * 7 // 10)
+    longest = max(math.dist(one, other) for one in places for other in places) or 1
+
+    def are_neighbors(i, j):
+        alike = (1 + cosine(embeds[i], embeds[j])) / 2
+        return (alike + 1 - math.dist(places[i], places[j]) / longest) / 2 > 0.8
+
+    left = [i for i in best_first(relative, size) if i not in chosen]
+    out = []
+    while len(chosen) < count and left:
+        best = left.pop(0)
+        chosen.append(best)
+        out += [i for i in left if are_neighbors(best, i)]
+        left = [i for i in left if i not in out]
+    return chosen + [i for i in best_first(relative, size) if i in out][: count - len(chosen)]
+
+
+def nuwa(attention, keys, places, count):
+    """Turn after turn: what each region gives, the best of it first."""
+    salience = [a * math.sqrt(key @ key) for a, key in zip(attention, keys, strict=True)]
+    regions = {}
+    for i in best_first(salience, len(salience)):
+        regions.setdefault((places[i][0] // 2, places[i][1] // 2), []).append(i)
+    chosen = []
+    for turn in range(4):
+        given = sorted(members[turn] for members in regions.values() if len(members) > turn)
+        chosen += [given[k] for k in best_first([salience[i] for i in given], len(given))]
+    return chosen[:count]
+
+
+def litelvlm(fits, attention, count):
+    chosen = best_first(fits, math.ceil(count / 2))
+    return chosen + [i for i in best_first(attention, len(fits)) if i not in chosen][: count // 2]
+
+
+def ivc(sums, others, count):
+    """Origins, then what another pruner would choose; ``others`` best first."""
+    by_cos, by_sin = (best_first(sums[:, k], len(sums)) for k in (0, 1))
+    origins = []
+    for pair in zip(by_cos, by_sin, strict=True):
+        for one in pair:
+            if one not in origins and len(origins) < math.floor(count / 5 + 0.5):
+                origins.append(one)
+    return origins + [i for i in others if i not in origins][: count - len(origins)]
+
+
+def rope_sums(rows, cols, theta, frequency_axes):
+    """Angles of M-RoPE's three axes (time, row, column), or of one."""
+    sums, number = [], len(frequency_axes)
+    for row in range(rows):
+        for col in range(cols):
+            ids = (0, row, col) if max(frequency_axes) else (row * cols + col,)
+            angles = [ids[axis] / theta ** (k / number) for k, axis in enumerate(frequency_axes)]
+            sums.append([sum(map(math.cos, angles)), sum(map(math.sin, angles))])
+    return np.array(sums)
+
+
 def extra_token(patches, kept, weights=None):
     """Mean of the dropped, or their weighted sum; zeros where nothing was dropped."""
     total, count = np.zeros(patches.shape[1]), 0

@@ -28,11 +28,13 @@ from gap_export.families.common.reference import Component
 from gap_export.graph.pipelines import PIPELINES, run_pipeline
 from gap_export.pruning import PRESETS, FixedPruner, ScoringPruner, find_preset
 from gap_export.spec.manifest import GridSpec, PruningSpec, TensorSpec
+from gap_export.spec.places import rope_sums, token_places
 from gap_export.spec.positions import (
     VisualSpan,
     build_kept_positions,
     compact_positions,
 )
+from tests.graph.lowering_models import Family
 
 GRID = GridSpec(rows=6, cols=7)
 N, WIDTH, HIDDEN, KEPT = 42, 16, 16, 13
@@ -118,6 +120,10 @@ def make_component(pruning: PruningSpec) -> Component:
         ]
         if isinstance(pruner, ScoringPruner):
             outputs.append(scores)
+        if "places" in pruner.reads:
+            constants["places"] = token_places(GRID)
+        if "rope_sums" in pruner.reads:
+            constants["rope_sums"] = rope_sums(GRID, Family(recipe="", pruner="").decoder_shape)
         if isinstance(pruner, FixedPruner):
             places = pruner.places(GRID, num_kept_tokens=KEPT, seed=3)
             constants["fixed_places"] = np.sort(places) if pruning.order == "raster" else places
@@ -195,10 +201,10 @@ CHOICES = [
 # They share a rule with another one, and differ in what they read.
 VARIANTS = (
     *("fastervlm-received", "visionzip-received", "text-llm"),
-    *("cdpruner-llm", "extent-llm"),
+    *("cdpruner-llm", "extent-llm", "d2pruner-llm", "nuwa-received", "ivc-text-llm"),
 )
-# What text-llm reads, these read as well.
-SELDOM = ("cdpruner-llm", "extent-llm")
+# What these read, text-llm or visionzip-received reads as well.
+SELDOM = ("cdpruner-llm", "extent-llm", "d2pruner-llm", "nuwa-received", "ivc-text-llm")
 # What a pruner has not in common with others is its scores and what it merges by.
 RICHEST = [
     (name, order, extra)
@@ -222,8 +228,9 @@ def check_graph(name, order, extra, folder, places):
         for buffer, value in component.constants.items():
             module.register_buffer(buffer, torch.from_numpy(value), persistent=False)
         rng = np.random.default_rng(1)
-        # A DPP divides as it goes: what would tie is told apart by rounding.
-        for seed, ties in itertools.product(range(3), (False, "cdpruner" not in name)):
+        # What would tie is told apart by rounding, where sums are divided.
+        is_tied = "cdpruner" not in name and "d2pruner" not in name
+        for seed, ties in itertools.product(range(3), (False, is_tied)):
             feed = {"pixel_values": random_pixels(seed, 2, ties=ties)}
             if len(component.inputs) == 2:
                 text = rng.normal(size=(2, component.inputs[1].shape[1])).astype(np.float32)

@@ -10,7 +10,7 @@ N tokens of a row, K kept, V visual tokens of an image.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ from gap_export.pruning import (
 )
 from gap_export.pruning.emit import emit_kept, emit_scored
 from gap_export.pruning.probe import fixed_places
+from gap_export.pruning.pruner import TEXT_READINGS
 from gap_export.pruning.select import put_in_order
 from gap_export.runtime.answers import read_answer
 from gap_export.runtime.generation import (
@@ -63,6 +64,8 @@ from gap_export.spec.tiles import TileStack, stack_tiles
 
 Box = tuple[float, float, float, float]
 _IMAGES_AT_ONCE, _QUESTIONS_AT_ONCE = 32, 64
+# What a pruner reads that is the same for all images, and one that reads it.
+_OF_ALL_IMAGES = {"places": "nuwa-received", "rope_sums": "ivc-extent"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +112,7 @@ class TrialModel(AbstractContextManager["TrialModel"]):
             )
             for scene in self._scenes
         ]
-        self._texts: dict[str, torch.Tensor] = {}
+        self._texts: dict[Hashable, torch.Tensor] = {}
         self._rows_of_text = self._embed_prompts()
         self._state = self._look()
 
@@ -134,7 +137,8 @@ class TrialModel(AbstractContextManager["TrialModel"]):
         parts: dict[str, Any] = {
             field.name: value.index_select(0, rows)
             for field in fields(VisionState)
-            if isinstance(value := getattr(self._state, field.name), torch.Tensor)
+            if field.name not in _OF_ALL_IMAGES
+            and isinstance(value := getattr(self._state, field.name), torch.Tensor)
         }
         reads = preset.pruner.reads
         if preset.pruner.reads_text:
@@ -278,6 +282,9 @@ class TrialModel(AbstractContextManager["TrialModel"]):
             for field in fields(VisionState)
             if isinstance(getattr(seen[0], field.name), torch.Tensor)
         }
+        for reading, reader in _OF_ALL_IMAGES.items():
+            constants = self._build(reader).component("vision_encoder").constants
+            joined[reading] = torch.from_numpy(constants[reading])
         return VisionState(**joined)
 
     def _build_part(self, pruner: str) -> Any:
@@ -287,13 +294,15 @@ class TrialModel(AbstractContextManager["TrialModel"]):
         """[Q, E or H], of each question what the pruner reads."""
         # A trial that no registry knows reads the expression's words.
         known = preset.name if preset.name in PRESETS else "text-llm"
-        if known not in self._texts:
+        one = PRESETS[known]
+        key = (one.pruner.reads & TEXT_READINGS, one.pruner_text, one.long_texts)
+        if key not in self._texts:
             home, manifest = self._export(known)
             encoder = PromptEncoder(manifest, home)
             encoded = [encoder.encode(sample.expression.text) for sample in self.samples]
             backend = TorchBackend(self._build(known))
-            self._texts[known] = torch.from_numpy(encode_texts(backend, encoded, manifest))
-        return self._texts[known]
+            self._texts[key] = torch.from_numpy(encode_texts(backend, encoded, manifest))
+        return self._texts[key]
 
     def _emit(
         self, preset: Preset, spec: PruningSpec, state: VisionState

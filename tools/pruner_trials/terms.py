@@ -74,8 +74,9 @@ class Volume(GreedyPruner):
 
     summary = "volume in place of distances"
 
-    def start(self, state: VisionState) -> Choices:
+    def start(self, state: VisionState, *, num_kept_tokens: int) -> Choices:
         """See GreedyPruner."""
+        del num_kept_tokens
         assert state.image_embeds is not None
         embeds, weights = unit(state.image_embeds), ExtentPruner().weights(state)
         scaled = weights[:, :, None] * embeds

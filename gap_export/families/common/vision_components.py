@@ -6,7 +6,7 @@ second keeps the number that it is given: the tower runs once all the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,10 @@ from gap_export.families.common.modules.pruned_vision import (
 from gap_export.families.common.reference import Component, ModelSource, spec
 from gap_export.pruning import PRESETS, FixedPruner, Pruner, ScoringPruner, find_pruner
 from gap_export.pruning.probe import fixed_places, probe_pruner
+from gap_export.spec.architecture import DecoderShape
 from gap_export.spec.keep_indices import check_keep_indices
 from gap_export.spec.manifest import GridSpec, PruningSpec, TensorSpec
+from gap_export.spec.places import rope_sums, token_places
 from gap_export.spec.recipe import Recipe
 
 _F32, _I64 = "float32", "int64"
@@ -69,17 +71,13 @@ def vision_components(
         next_layer=NextLayer(width=width, eps=eps) if "next_layer" in pruner.reads else None,
         pruner=pruner,
         pruning=pruning,
+        num_canvases=len(recipe.image.grids),
     )
     if pruning.pruner not in PRESETS and not isinstance(pruner, FixedPruner):
         probe_pruner(pruner, pruning)
     projector = build_projector(source.architecture.projector)
     if pruning.budget == "fixed":
-        encoder = PrunedVisionEncoder(
-            parts,
-            projector=projector,
-            grid=recipe.grid,
-            num_canvases=len(recipe.image.grids),
-        )
+        encoder = PrunedVisionEncoder(parts, projector=projector, grid=recipe.grid)
         return [_vision(encoder, source, recipe=recipe, text=text, dtype=dtype)]
     assert isinstance(pruner, ScoringPruner), "an image decides by scores"
     if recipe.image.grids and pruning.extra_position == "centroid":
@@ -141,7 +139,7 @@ def _vision(
         outputs=tuple(outputs),
         example_sizes=sizes,
         weight_refs={key: weights[key] for key in module.state_dict()},
-        constants=_constants(module, recipe),
+        constants=_constants(module, recipe, decoder),
         # A tap reads what is between layers.
         repeated=None if source.architecture.vision.taps else f"tower.{_LAYERS}",
     )
@@ -212,20 +210,26 @@ def _weights(
 
 
 def _constants(
-    module: PrunedVisionEncoder | ScoredVisionEncoder, recipe: Recipe
+    module: PrunedVisionEncoder | ScoredVisionEncoder, recipe: Recipe, decoder: DecoderShape
 ) -> dict[str, NDArray[Any]]:
     """Constants of the graph that depend on the grid: of several canvases one behind the other.
 
     Raises:
         GapExportError: as :func:`_fixed_places`.
     """
+    pruner, pruning = module.pruner, module.pruning
     grids = [GridSpec(rows=rows, cols=cols) for rows, cols in recipe.image.grids]
+
+    def of_each(made: Callable[[GridSpec], NDArray[Any]]) -> NDArray[Any]:
+        return np.stack([made(grid) for grid in grids]) if grids else made(recipe.grid)
+
     found: dict[str, NDArray[Any]] = {}
-    if isinstance(module.pruner, FixedPruner):
-        each = [_fixed_places(module.pruner, module.pruning, grid) for grid in grids]
-        found["fixed_places"] = (
-            np.stack(each) if each else _fixed_places(module.pruner, module.pruning, recipe.grid)
-        )
+    if isinstance(pruner, FixedPruner):
+        found["fixed_places"] = of_each(lambda grid: _fixed_places(pruner, pruning, grid))
+    if "places" in pruner.reads:
+        found["places"] = of_each(token_places)
+    if "rope_sums" in pruner.reads:
+        found["rope_sums"] = of_each(lambda grid: rope_sums(grid, decoder))
     if hasattr(module, "canvas_cols"):
         found["canvas_cols"] = np.array([grid.cols for grid in grids], dtype=np.int64)
     return found

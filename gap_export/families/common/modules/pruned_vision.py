@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +17,6 @@ from gap_export.families.common.modules.projector import TappedProjector, embeds
 from gap_export.pruning import (
     ChoosingPruner,
     FixedPruner,
-    GreedyPruner,
     Pruner,
     Reading,
     ScoringPruner,
@@ -102,6 +101,7 @@ class VisionParts(NamedTuple):
         next_layer: None unless the pruner reads it.
         pruner: Who survives.
         pruning: How many, in which order, with which extra token.
+        num_canvases: C, where the tower is told which of several canvases an image is on.
     """
 
     tower: nn.Module
@@ -109,10 +109,14 @@ class VisionParts(NamedTuple):
     next_layer: NextLayer | None
     pruner: Pruner
     pruning: PruningSpec
+    num_canvases: int = 0
 
 
 class _VisionReader(nn.Module):
     """From an image to what the pruner reads."""
+
+    places: torch.Tensor
+    rope_sums: torch.Tensor
 
     def __init__(self, parts: VisionParts) -> None:
         super().__init__()
@@ -122,6 +126,20 @@ class _VisionReader(nn.Module):
         self.pruner = parts.pruner
         self.pruning = parts.pruning
         self.takes_canvas = bool(getattr(parts.tower, "takes_canvas", False))
+        self._each = (parts.num_canvases,) if self.takes_canvas else ()
+        for name, dtype in (("places", torch.int64), ("rope_sums", torch.float32)):
+            if name in parts.pruner.reads:
+                shape = (*self._each, parts.pruning.num_visual_tokens, 2)
+                self.register_buffer(name, torch.empty(shape, dtype=dtype), persistent=False)
+
+    def _of_grid(
+        self, reading: Literal["places", "rope_sums"], beside: Sequence[torch.Tensor]
+    ) -> torch.Tensor | None:
+        """[N, 2] of the grid, or of the canvas that images are on; None where it is not read."""
+        if reading not in self.pruner.reads:
+            return None
+        constant: torch.Tensor = getattr(self, reading)
+        return constant.index_select(0, beside[-1])[0] if self.takes_canvas else constant
 
     def _state(
         self,
@@ -169,6 +187,8 @@ class _VisionReader(nn.Module):
             ),
             text_embeds=None if self.joint_space is None else text_embeds,
             word_embeds=text_embeds if "llm_text" in self.pruner.reads else None,
+            places=self._of_grid("places", beside),
+            rope_sums=self._of_grid("rope_sums", beside),
             text_similarity_sign=self.pruning.text_similarity_sign or 1,
         )
 
@@ -180,24 +200,20 @@ class PrunedVisionEncoder(_VisionReader):
         parts: What it is made of.
         projector: [..., D] to [..., H].
         grid: Rows and columns of the N tokens.
-        num_canvases: C, where the tower is told which of several canvases an image is on.
     """
 
     fixed_places: torch.Tensor
     canvas_cols: torch.Tensor
 
-    def __init__(
-        self, parts: VisionParts, *, projector: nn.Module, grid: GridSpec, num_canvases: int = 0
-    ) -> None:
+    def __init__(self, parts: VisionParts, *, projector: nn.Module, grid: GridSpec) -> None:
         super().__init__(parts)
         self.projector = projector
         self.grid = grid
-        each = (num_canvases,) if self.takes_canvas else ()
         if isinstance(parts.pruner, FixedPruner):
-            places = torch.empty((*each, parts.pruning.num_kept_tokens), dtype=torch.int64)
+            places = torch.empty((*self._each, parts.pruning.num_kept_tokens), dtype=torch.int64)
             self.register_buffer("fixed_places", places, persistent=False)
         if self.takes_canvas and parts.pruning.extra_position == "centroid":
-            cols = torch.empty(num_canvases, dtype=torch.int64)
+            cols = torch.empty(parts.num_canvases, dtype=torch.int64)
             self.register_buffer("canvas_cols", cols, persistent=False)
 
     def forward(
@@ -248,17 +264,17 @@ class PrunedVisionEncoder(_VisionReader):
         return CanvasGrid(cols=self.canvas_cols.index_select(0, beside[-1]))
 
     def margins(self, pixel_values: torch.Tensor, *beside: torch.Tensor) -> torch.Tensor | None:
-        """By how much the closest choice of a greedy pruner was decided; no part of the graph.
+        """By how much the closest of a pruner's choices was decided; no part of the graph.
 
         Args:
             pixel_values: As of :meth:`forward`.
             *beside: As of :meth:`forward`.
 
         Returns:
-            float [B]; None of another pruner.
+            float [B]; None of another pruner, or where the pruner does not know.
         """
         pruner = self.pruner
-        if not isinstance(pruner, GreedyPruner):
+        if not isinstance(pruner, ChoosingPruner):
             return None
         state = self._state(pixel_values, beside, self._projector_of_all())
         return pruner.margins(state, num_kept_tokens=self.pruning.num_kept_tokens)
