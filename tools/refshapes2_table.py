@@ -5,7 +5,8 @@
     tools/refshapes2_table.py refshapes-llava --samples 200
     tools/refshapes2_table.py --write              into docs/results/refshapes-2.md
 
-Answers are kept below ``--results`` as they come: started again, it asks what is not answered yet.
+Answers are kept below ``--results`` as they come: started again, it asks what is not answered yet,
+and takes a model's finished report as it is.
 Ranks on RefShapes are those of models/*/accuracy.csv.
 """
 
@@ -81,15 +82,20 @@ def main(
         folder = results / f"{name}-{num_samples}-{seed}"
         make_folder(folder, "results")
         served = supported_pruners(find_recipe(name)[0])
-        reports[name] = ask(
-            folder,
-            ExportOptions(model=name, pruning=PruningRequest(seed=seed)),
-            PruningRequest(seed=seed).variants([p for p in PRUNERS if p in served], (KEEP,)),
-            samples=num_samples,
-            asking=Asking(data=DATA, workers=workers, records=folder),
-        )
+        finished = folder / "report.json"
+        if finished.exists():
+            reports[name] = json.loads(finished.read_text(encoding="utf-8"))
+        else:
+            reports[name] = ask(
+                folder,
+                ExportOptions(model=name, pruning=PruningRequest(seed=seed)),
+                PruningRequest(seed=seed).variants([p for p in PRUNERS if p in served], (KEEP,)),
+                samples=num_samples,
+                asking=Asking(data=DATA, workers=workers, records=folder),
+            )
         rights[name] = judge(reports[name], folder)
     parts = [f"`{called_as('refshapes2_table.py')}`", format_overview(reports, rights)]
+    parts.append(format_shares(reports))
     parts += [format_model(name, report, rights[name]) for name, report in reports.items()]
     publish("refshapes-2", "\n\n".join(parts), write=write)
 
@@ -147,6 +153,31 @@ def format_overview(reports: Mapping[str, Row], rights: Mapping[str, Rights]) ->
             f"| {' | '.join(cells)} |"
         )
     return "\n".join(["Unpruned:", "", *lines])
+
+
+def format_shares(reports: Mapping[str, Row]) -> str:
+    """What GAP brings back with each pruner, a column a model, best on average first."""
+    shares = {
+        pruner: {
+            name: row["recovered"]
+            for name, report in reports.items()
+            for row in report["rows"]
+            if (row["pruner"], row["positions"]) == (pruner, "gap") and row["recovered"] is not None
+        }
+        for pruner in PRUNERS
+    }
+    lines = [
+        f"With GAP at keep {KEEP:g}, of the unpruned accuracy:",
+        "",
+        f"| pruner | {' | '.join(reports)} | mean |",
+        "|---" * (2 + len(reports)) + "|",
+    ]
+    means = {pruner: sum(of.values()) / len(of) for pruner, of in shares.items() if of}
+    for pruner in sorted(means, key=lambda one: -means[one]):
+        cells = [percent(shares[pruner][n]) if n in shares[pruner] else "" for n in reports]
+        mean = percent(means[pruner]) if len(shares[pruner]) == len(reports) else ""
+        lines.append(f"| `{pruner}` | {' | '.join(cells)} | {mean} |")
+    return "\n".join(lines)
 
 
 def format_known(answers: Mapping[str, Answer]) -> str:
@@ -211,7 +242,7 @@ def format_model(name: str, report: Row, rights: Rights) -> str:
     agreement = np.corrcoef([(here[p], there[p]) for p in both], rowvar=False)[0, 1]
     lines += [
         "",
-        f"{num_behind} of {len(gap) - 1} others are behind the best by more than chance. The rank "
+        f"{num_behind} of {len(gap) - 1} others are behind the best by a paired interval without 0. The rank "
         f"correlation (Spearman's) with RefShapes is {agreement:.2f}, over {len(both)} pruners.",
     ]
     return "\n".join(lines)
