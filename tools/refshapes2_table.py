@@ -242,8 +242,9 @@ def format_model(name: str, report: Row, rights: Rights) -> str:
     agreement = np.corrcoef([(here[p], there[p]) for p in both], rowvar=False)[0, 1]
     lines += [
         "",
-        f"{num_behind} of {len(gap) - 1} others are behind the best by a paired interval without 0. The rank "
-        f"correlation (Spearman's) with RefShapes is {agreement:.2f}, over {len(both)} pruners.",
+        f"{num_behind} of {len(gap) - 1} others are behind the best by a paired interval "
+        f"without 0. The rank correlation (Spearman's) with RefShapes is {agreement:.2f}, "
+        f"over {len(both)} pruners.",
     ]
     return "\n".join(lines)
 
