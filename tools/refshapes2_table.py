@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from pages import DEMO_MODEL, ROOT, called_as, interval, percent, publish
+from pages import DEMO_MODEL, ROOT, interval, percent, publish
 from paper_report.measured import Measured, Row, read_csv
 from paper_table import MODELS, ask
 
@@ -94,7 +94,9 @@ def main(
                 asking=Asking(data=DATA, workers=workers, records=folder),
             )
         rights[name] = judge(reports[name], folder)
-    parts = [f"`{called_as('refshapes2_table.py')}`", format_overview(reports, rights)]
+    # Where the answers are kept changes no figure.
+    asked = " ".join(["tools/refshapes2_table.py", *(model or ()), f"--samples {samples}"])
+    parts = [f"`{asked} --seed {seed}`", format_overview(reports, rights)]
     parts.append(format_shares(reports))
     parts += [format_model(name, report, rights[name]) for name, report in reports.items()]
     publish("refshapes-2", "\n\n".join(parts), write=write)
