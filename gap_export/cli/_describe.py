@@ -25,6 +25,8 @@ def describe_tokens(manifest: Manifest) -> str:
             text += f" (rounded up to one of {', '.join(map(str, pruning.kept_buckets))})"
     if pruning.extra_token != "none":
         text += f" and an extra one, {pruning.extra_token} of what is dropped"
+    if pruning.attention == "proportional":
+        text += ", each counting as many as there were for it"
     if tiles is None:
         return text
     area = manifest.image.height * manifest.image.width

@@ -39,6 +39,7 @@ from gap_export.evaluation.settings import (
     MISALIGNMENTS,
     MisalignmentKind,
     Setting,
+    describe_attention,
     describe_positions,
     pruned_settings,
     smaller_setting,
@@ -235,6 +236,7 @@ class Job:
             backend=self.runner.backend,
             misalignments={
                 **describe_positions(axes),
+                **describe_attention(settings),
                 **{
                     setting.name: done.describe()
                     for setting in unpruned

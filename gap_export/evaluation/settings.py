@@ -151,6 +151,17 @@ def describe_positions(position_axes: int) -> dict[str, str]:
     }
 
 
+def describe_attention(settings: Sequence[Setting]) -> dict[str, str]:
+    """What proportional attention does, in words, where a setting has it."""
+    arm: SettingPositions = "gap+proportional"
+    if all(setting.positions != arm for setting in settings):
+        return {}
+    return {
+        arm: "as gap, and each visual token counts as so many in attention as there were for each "
+        "that is left; in all other rows it counts as one"
+    }
+
+
 def count_as_one(_expression: str, row: PromptRow) -> PromptRow:
     """A row each of whose tokens counts as one."""
     return replace(row, counts=None)

@@ -14,6 +14,7 @@ from gap_export.evaluation.settings import (
     Misalignment,
     Setting,
     count_as_one,
+    describe_attention,
     describe_positions,
     pruned_settings,
     random_order,
@@ -143,5 +144,7 @@ def test_a_bundle_of_proportional_attention_is_asked_without_it_too(sample_manif
     manifest = replace(sample_manifest, pruning=pruning)
     edits = [edit_of(one, manifest, seed=0) for one in settings]
     assert edits == [count_as_one, count_as_one, None]
+    assert list(describe_attention(settings)) == ["gap+proportional"]
+    assert describe_attention(settings[:2]) == {}
     plain = pruned_settings(Path("b"), sample_manifest.pruning)[-1]
     assert edit_of(plain, sample_manifest, seed=0) is None
