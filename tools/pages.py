@@ -37,6 +37,7 @@ SECTIONS = {
     "serve-load": DOCS / "results" / "serve.md",
     "serve-trouble": DOCS / "results" / "serve.md",
     "gpu": DOCS / "results" / "gpu.md",
+    "aarch64": DOCS / "jetson.md",
     "serve-overhead": DOCS / "results" / "serve.md",
     "multiply-adds": DOCS / "results" / "cost.md",
 }

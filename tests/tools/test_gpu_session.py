@@ -257,7 +257,7 @@ def test_a_step_without_time_is_not_begun(tool, tmp_path):
 def test_a_rehearsal_takes_all_steps_as_the_command_does(tmp_path):
     out = tmp_path / "session"
     command = [sys.executable, TOOL, "run", "--rehearse", "--out", out, "--limit", "3000"]
-    done = run_program(command, timeout=3300)
+    done = run_program(command, seconds=3300)
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "results.json").read_text())
     failed = [
