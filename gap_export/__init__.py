@@ -4,7 +4,8 @@
   :func:`build` adds TensorRT engines.
 - :func:`check` compares a bundle with PyTorch, or with a golden that :func:`record` wrote;
   :func:`evaluate` measures how well it grounds, and :func:`bench` how fast it is;
-  :func:`calibrate` finds the score from which on an object is there.
+  :func:`plan` says beforehand what fits a device and how fast; :func:`calibrate` finds the score
+  from which on an object is there.
 - :class:`GroundingSession` runs a bundle and answers with a :class:`Grounding`, whose ``box`` is a
   :data:`Box`.
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from gap_export.api.check import check, record
     from gap_export.api.evaluate import evaluate
     from gap_export.api.make import build, export, patch
+    from gap_export.api.plan import plan
     from gap_export.benchmark.results import BenchReport
     from gap_export.errors import (
         BundleError,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from gap_export.exporting.options import ExportReport
     from gap_export.parity.results import CheckReport
     from gap_export.patching.options import PatchReport
+    from gap_export.planning.results import PlanReport
     from gap_export.runtime.grounding import Grounding
     from gap_export.runtime.images.geometry import Box
     from gap_export.runtime.session import GroundingSession
@@ -86,6 +89,7 @@ __all__ = [
     "ParityError",
     "PassError",
     "PatchReport",
+    "PlanReport",
     "PruningRequest",
     "RecipeError",
     "UnknownModelError",
@@ -100,6 +104,7 @@ __all__ = [
     "evaluate",
     "export",
     "patch",
+    "plan",
     "record",
 ]
 
@@ -117,6 +122,7 @@ _HOMES = {
     "LimitsRequest": "gap_export.spec.requests",
     "OpenVinoOptions": "gap_export.spec.requests",
     "PatchReport": "gap_export.patching.options",
+    "PlanReport": "gap_export.planning.results",
     "PruningRequest": "gap_export.spec.requests",
     "WeightsRequest": "gap_export.spec.requests",
     "bench": "gap_export.api.bench",
@@ -126,6 +132,7 @@ _HOMES = {
     "evaluate": "gap_export.api.evaluate",
     "export": "gap_export.api.make",
     "patch": "gap_export.api.make",
+    "plan": "gap_export.api.plan",
     "record": "gap_export.api.check",
 }
 

@@ -26,6 +26,7 @@ from gap_export.cli.ground import ground
 from gap_export.cli.inspect_bundle import inspect_bundle
 from gap_export.cli.models import models
 from gap_export.cli.patch import patch
+from gap_export.cli.plan import plan
 from gap_export.cli.pruners import pruners
 from gap_export.cli.ros_bag import ros_bag
 from gap_export.cli.serve import serve
@@ -157,6 +158,7 @@ def build_command() -> Any:
     app.command("eval")(evaluate)
     app.command("calibrate")(calibrate)
     app.command("bench")(bench)
+    app.command("plan")(plan)
     app.command("inspect")(inspect_bundle)
     app.command("models")(models)
     app.command("pruners")(pruners)

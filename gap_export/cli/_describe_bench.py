@@ -1,4 +1,4 @@
-"""A benchmark for people at a terminal."""
+"""A benchmark or a plan for people at a terminal."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from gap_export.report import document_of
 
 if TYPE_CHECKING:
     from gap_export.benchmark.results import BenchReport
+    from gap_export.planning.results import PlanReport
 
 
-def describe_bench(report: BenchReport) -> str:
+def describe_report(report: BenchReport | PlanReport) -> str:
     """The tables of the report, and what it comes to."""
     document = document_of(report)
     lines = [document.title, *(f"{name}: {value}" for name, value in document.facts)]

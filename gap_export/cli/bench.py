@@ -156,9 +156,9 @@ def bench(
     if as_json:
         terminal.json(report.to_plain())
     else:
-        from gap_export.cli._describe_bench import describe_bench
+        from gap_export.cli._describe_bench import describe_report
 
-        terminal.result(describe_bench(report))
+        terminal.result(describe_report(report))
     for text in report.warnings:
         terminal.warning(text)
     if report.failures:

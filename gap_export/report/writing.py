@@ -11,12 +11,14 @@ from gap_export.evaluation.results import EvaluationReport
 from gap_export.extras import require_extra
 from gap_export.outputs import MARKDOWN_END, NO_RULE, OutputRule, is_step_summary
 from gap_export.parity.results import CheckReport
+from gap_export.planning.results import PlanReport
 from gap_export.report.bench import document_of_bench
 from gap_export.report.check import document_of_check
 from gap_export.report.document import Document
 from gap_export.report.evaluation import document_of_evaluation
 from gap_export.report.junit import to_junit
 from gap_export.report.markdown import to_markdown
+from gap_export.report.plan import document_of_plan
 
 # What messages call the files.
 _JSON, _JUNIT = "the JSON report", "the JUnit report"
@@ -24,7 +26,7 @@ _MARKDOWN, _HTML = "the Markdown report", "the HTML report"
 
 
 def write_reports(
-    report: CheckReport | EvaluationReport | BenchReport,
+    report: CheckReport | EvaluationReport | BenchReport | PlanReport,
     *,
     json: Path | None = None,
     junit: Path | None = None,
@@ -85,7 +87,7 @@ def check_writable(
     rule.check({_JSON: json, _JUNIT: junit, _MARKDOWN: markdown, _HTML: html})
 
 
-def document_of(report: CheckReport | EvaluationReport | BenchReport) -> Document:
+def document_of(report: CheckReport | EvaluationReport | BenchReport | PlanReport) -> Document:
     """What a report says to people.
 
     Raises:
@@ -95,6 +97,8 @@ def document_of(report: CheckReport | EvaluationReport | BenchReport) -> Documen
         return document_of_check(report)
     if isinstance(report, BenchReport):
         return document_of_bench(report)
+    if isinstance(report, PlanReport):
+        return document_of_plan(report)
     # A model that was trained to lose tokens is another model, which has no row beside this one.
     others = sorted({row.model for row in report.rows} - {report.model})
     if others:
