@@ -21,6 +21,7 @@ SECTIONS = {
     "lost": DOCS / "results" / "lost.md",
     "counted": DOCS / "results" / "lost.md",
     "extent": DOCS / "results" / "lost.md",
+    "literature": DOCS / "results" / "lost.md",
     "few-tokens": DOCS / "results" / "few-tokens.md",
     "refshapes-2": DOCS / "results" / "refshapes-2.md",
     "parity": DOCS / "results" / "parity.md",

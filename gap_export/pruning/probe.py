@@ -194,7 +194,8 @@ def _random_state(num_tokens: int, reads: frozenset[Reading], device: str = "cpu
         word_embeds=show("llm_text", draw(_WIDTH)),
         # In one row: the probe knows no grid.
         places=show(
-            "places", torch.arange(num_tokens, device=device)[:, None] * torch.tensor([0, 1])
+            "places",
+            torch.arange(num_tokens, device=device)[:, None] * torch.tensor([0, 1], device=device),
         ),
         rope_sums=show("rope_sums", draw(num_tokens, 2)[0]),
     )
