@@ -69,23 +69,13 @@ def main(work: Path = ROOT / "build" / "aarch64", write: bool = False) -> None:
     bounds = lower_bounds()
     fetch_wheels(bounds, shared / "wheels")
     python = "/work/venv/bin/python"
-    if not (shared / "venv" / "done").exists():
-        note("installing them, emulated")
-        shutil.rmtree(shared / "venv", ignore_errors=True)
-        inside(work, ["python3", "-m", "venv", "/work/venv"])
-        (wheel,) = (shared / "bundle").glob("gap_export-*.whl")
-        install = [
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-compile",
-            "--no-index",
-            "--only-binary=:all:",
-        ]
-        files = ["--find-links", "/work/wheels", f"/work/bundle/{wheel.name}", *bounds]
-        inside(work, [python, *install, *files])
-        (shared / "venv" / "done").touch()
+    note("installing them, emulated")
+    shutil.rmtree(shared / "venv", ignore_errors=True)
+    inside(work, ["python3", "-m", "venv", "/work/venv"])
+    (wheel,) = (shared / "bundle").glob("gap_export-*.whl")
+    install = ["-m", "pip", "install", "-q", "--no-compile", "--no-index", "--only-binary=:all:"]
+    files = ["--find-links", "/work/wheels", f"/work/bundle/{wheel.name}", *bounds]
+    inside(work, [python, *install, *files])
     cli = [python, "-m", "gap_export"]
     note("doctor, inspect, engines")
     machine = json.loads(inside(work, [*cli, "doctor", "--json"]).stdout)
@@ -140,10 +130,7 @@ def make_inputs(shared: Path) -> None:
     bundle = shared / "bundle"
     export = ["export", DEMO_MODEL, "--keep", "0.3", "--trt", "orin", "--wheel", "--force", "-q"]
     gap_export = [sys.executable, "-m", "gap_export"]
-    # The wheel holds the package as it is now.
     do([*gap_export, *export, "--out", bundle])
-    if (shared / "venv").exists():
-        shutil.rmtree(shared / "venv")
     samples = ["--samples", str(NUM_EXPRESSIONS), "--force", "-q"]
     do([*gap_export, "check", bundle, "--record", shared / "golden", *samples])
     images = [ROOT / "tools" / "make_images.py", "--out", shared / "images"]
