@@ -40,6 +40,8 @@ SECTIONS = {
     "gpu": DOCS / "results" / "gpu.md",
     "aarch64": DOCS / "jetson.md",
     "serve-overhead": DOCS / "results" / "serve.md",
+    "plan-cpu": DOCS / "results" / "plan.md",
+    "plan-published": DOCS / "results" / "plan.md",
     "multiply-adds": DOCS / "results" / "cost.md",
 }
 

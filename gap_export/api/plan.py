@@ -72,16 +72,22 @@ def plan(
         text_tokens=text_tokens,
     )
     require_extra("export", "planning an export")
+    from gap_export.planning.devices import THIS_CPU, cpu_of, find_device, list_devices
+
+    own = None if device_file is None else Path(device_file)
+    known = list_devices(own)
+    # A name that is none is said before the imports that take seconds.
+    there = None if device == THIS_CPU and device not in known else find_device(device, own)
     with (progress or SilentProgress()).stage("loading PyTorch"):
         from gap_export.families import supported_pruners
         from gap_export.planning.calibrate import calibrated, read_benchmark
-        from gap_export.planning.devices import cpu_of, find_device, list_devices
         from gap_export.planning.model import PlannedModel
         from gap_export.planning.plan import KEEPS, Budget, make_plan
 
-    own = None if device_file is None else Path(device_file)
     reports = [read_benchmark(Path(one)) for one in measured]
-    if reports and device == "this-cpu" and device not in list_devices(own):
+    if there is not None:
+        found = there
+    elif reports:
         # At the rates that it had while it was measured.
         facts = [one["machine"] for one in reports]
         found = cpu_of(

@@ -80,53 +80,89 @@ def read_benchmark(path: Path) -> dict[str, Any]:
     return plain
 
 
-def points_of(
-    report: Mapping[str, Any], device: Device, *, model: str | None = None
-) -> list[Point]:
+def points_of(report: Mapping[str, Any], device: Device) -> list[Point]:
     """What a report measured, and what the roofline says of it.
+
+    A report does not name pruners, whose share of a tower's time is small: the recipe's stands for
+    them.
 
     Args:
         report: From :func:`read_benchmark`.
         device: Whose peaks count.
-        model: MODEL to take the sizes of; None: what the report names.
 
     Raises:
         UsageError: the model that was measured is not known here.
     """
     found: list[Point] = []
     for row in report["rows"]:
-        answer = max(2, round(row["answer_tokens"]))
+        floats = row["dtype"].partition(" ")[0]
+        stages = {
+            stage: row["stages"][name]["median"]
+            for stage, name in STAGES.items()
+            if name in row["stages"]
+        }
         try:
-            planned = PlannedModel(model or report["model"], answer_tokens=answer, text_tokens=1)
-            pruner = planned.recipe.defaults.pruner
-            request = PruningRequest(keep_ratio=row["keep_ratio"], pruner=pruner)
-            text = round(row["prompt_tokens"]) - planned.work(request).visual_tokens
-            planned = PlannedModel(
-                model or report["model"], answer_tokens=answer, text_tokens=max(1, text)
+            found += points_of_bundle(
+                report["model"],
+                device,
+                row=f"{report['model']} {row['name']}",
+                request=PruningRequest(keep_ratio=row["keep_ratio"]),
+                dtype="int4" if "int4" in row["dtype"] else floats,
+                floats=floats,
+                prompt_tokens=round(row["prompt_tokens"]),
+                answer_tokens=round(row["answer_tokens"]),
+                measured_ms=stages,
             )
-            work = planned.work(request)
         except GapExportError as err:
             raise UsageError(
                 "the model of a benchmark is not known here, so its work cannot be counted",
                 seen=str(report["model"])[:_MAX_SHOWN],
                 fix="measure a model that has a recipe: gap-export models",
             ) from err
-        floats = row["dtype"].partition(" ")[0]
-        dtype = "int4" if "int4" in row["dtype"] else floats
-        weights = weights_of(work, dtype, floats)
-        for stage, name in STAGES.items():
-            if name not in row["stages"]:
-                continue
-            found.append(
-                Point(
-                    stage=stage,
-                    dtype=floats if stage == TOWER else dtype,
-                    row=f"{report['model']} {row['name']}",
-                    ideal_ms=1e3 * roofline_s(work.costs[stage], weights, device),
-                    measured_ms=row["stages"][name]["median"],
-                )
-            )
     return found
+
+
+def points_of_bundle(
+    model: str,
+    device: Device,
+    *,
+    row: str,
+    request: PruningRequest,
+    dtype: str,
+    floats: str,
+    prompt_tokens: int,
+    answer_tokens: int,
+    measured_ms: Mapping[str, float],
+) -> list[Point]:
+    """The stages of one bundle.
+
+    Args:
+        model: MODEL to take the sizes of.
+        device: Whose peaks count.
+        row: What to call it.
+        request: How it is pruned.
+        dtype: As ``--dtype`` has it.
+        floats: Dtype of what is no 4-bit integer.
+        prompt_tokens: Tokens of a prompt.
+        answer_tokens: Tokens of an answer.
+        measured_ms: Milliseconds by stage.
+
+    Raises:
+        GapExportError: no such model, or it cannot be pruned so.
+    """
+    planned = PlannedModel(model, answer_tokens=max(2, answer_tokens), prompt_tokens=prompt_tokens)
+    work = planned.work(request)
+    weights = weights_of(work, dtype, floats)
+    return [
+        Point(
+            stage=stage,
+            dtype=weights.kind(stage),
+            row=row,
+            ideal_ms=1e3 * roofline_s(work.costs[stage], weights, device),
+            measured_ms=milliseconds,
+        )
+        for stage, milliseconds in measured_ms.items()
+    ]
 
 
 def fit_points(points: Sequence[Point]) -> dict[str, Fit]:

@@ -39,6 +39,12 @@ class Weights:
     packed: frozenset[str]
     sizes: Mapping[str, Mapping[str, int]]
 
+    def kind(self, stage: str) -> str:
+        """What a stage multiplies: its floats, or 4-bit weights with them."""
+        if stage == TOWER or self.dtype == self.floats:
+            return self.floats
+        return f"{self.dtype} and {self.floats}"
+
     def bytes_of(self, name: str | None, size: int) -> float:
         """Bytes of a weight of the decoder or of any other component."""
         if name in self.packed:
@@ -81,7 +87,7 @@ def roofline_s(
 
 def stage_time(stage: str, cost: Cost, weights: Weights, device: Device) -> Estimate:
     """Milliseconds of one run of a stage."""
-    fit = device.fits.get(f"{stage} {weights.dtype if stage != TOWER else weights.floats}")
+    fit = device.fits.get(f"{stage} {weights.kind(stage)}")
     if fit is not None:
         likely = 1e3 * roofline_s(cost, weights, device) / fit.share + fit.step_us / 1e3
         return Estimate(

@@ -66,6 +66,7 @@ class PlannedModel:
         recipe: Recipe that a checkpoint folder follows.
         answer_tokens: Tokens of an answer.
         text_tokens: Tokens of a prompt beside the visual ones; None: of the recipe's template.
+        prompt_tokens: Of the whole prompt, where that is known.
     """
 
     def __init__(
@@ -75,10 +76,12 @@ class PlannedModel:
         recipe: str | None = None,
         answer_tokens: int,
         text_tokens: int | None = None,
+        prompt_tokens: int | None = None,
     ) -> None:
         self.recipe, self.checkpoint = find_sizes(model, recipe)
         self.answer_tokens = answer_tokens
         self._text_tokens = text_tokens
+        self._prompt_tokens = prompt_tokens
         self._language: dict[tuple[str, int], Cost] = {}
 
     @property
@@ -114,7 +117,7 @@ class PlannedModel:
         reference = build_reference(recipe, self.checkpoint, pruning, device="meta")
         num_images = 1 + _most_tiles(recipe)
         visual = pruning.num_emitted_tokens * num_images
-        prompt = visual + self.text_tokens
+        prompt = self._prompt_tokens or visual + self.text_tokens
         tower = Cost()
         for component in reference.components:
             if component.name in ("vision_encoder", "token_pruner", "text_encoder"):
