@@ -28,10 +28,7 @@ from gap_export.planning.results import DECODE, PREFILL
 from gap_export.spec.requests import PruningRequest
 
 KEPT = DOCS / "results" / "plan.json"
-CALIBRATED_ON = [
-    *("refshapes-llava-1-float32", "refshapes-llava-1-int4"),
-    *("shape-0.3-float32", "shape-1-int4"),
-]
+CALIBRATED_ON = ["refshapes-llava-1-float32", "refshapes-llava-1-int4"]
 # TensorRT Edge-LLM on Jetson AGX Orin 64 GB, INT4, a prompt of 292 tokens: milliseconds of prefill,
 # tokens a second, GB in all, as its authors publish them.
 PUBLISHED = {"qwen3-vl-8b": (178.0, 32.0, 9.0), "qwen3-vl-4b": (106.0, 55.0, 6.1)}
