@@ -199,7 +199,7 @@ def test_masked_oracle_holds(recipe, shared_parts, pruner):
 
 
 def test_pruners_that_read_text_are_refused(recipe):
-    reading = {"text", "trim", "cdpruner"}
+    reading = {"text", "trim", "cdpruner", "litelvlm"}
     # These look at the layer behind the one whose features are read; here that is the last.
     merging = {"prumerge", "prumerge+", "prumerge-select"}
     assert set(supported_pruners(recipe)) == set(PRESETS) - reading - merging

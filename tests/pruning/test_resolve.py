@@ -42,7 +42,7 @@ def test_model_without_text_tower_refuses_text_and_names_the_others(tiny_recipe)
     recipe = tiny_recipe.model_copy(update={"text_tower": None})
     assert supported_pruners(tiny_recipe) == tuple(PRESETS)
     reading = {name for name, preset in PRESETS.items() if "text" in preset.pruner.reads}
-    assert reading == {"text", "trim", "cdpruner"}
+    assert reading == {"text", "trim", "cdpruner", "litelvlm"}
     assert set(supported_pruners(recipe)) == set(PRESETS) - reading
     with pytest.raises(
         UnsupportedPrunerError, match=r"text.*allowed: cls, random, spatial, prumerge"
