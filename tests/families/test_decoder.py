@@ -62,6 +62,15 @@ def randomized(kind: type, config: Any) -> Any:
     return model
 
 
+def decoder_state(theirs: Any) -> dict[str, torch.Tensor]:
+    """Their weights by our names, the word embeddings left out."""
+    return {
+        key.removeprefix("model."): value
+        for key, value in theirs.state_dict().items()
+        if key != "model.embed_tokens.weight"
+    }
+
+
 def filled(shape: DecoderShape, state: dict[str, torch.Tensor]) -> LlamaDecoder:
     module = LlamaDecoder(shape).eval()
     module.load_state_dict(state)
@@ -75,11 +84,7 @@ def test_prefill_and_cached_decode_are_transformers_own(name, tmp_path):
     """Ids with gaps, a hidden slot in the middle, then four tokens one by one."""
     theirs = randomized(*MODELS[name])
     shape = decoder_shape(theirs.config, tmp_path)
-    state = {
-        key.removeprefix("model."): value
-        for key, value in theirs.state_dict().items()
-        if key != "model.embed_tokens.weight"
-    }
+    state = decoder_state(theirs)
     assert shape.tied_embeddings == (name == "qwen3")
     ours = filled(shape, state)
     generator = torch.Generator().manual_seed(1)
@@ -113,11 +118,7 @@ def test_a_token_that_counts_several_times_is_a_bias_of_its_log_in_transformers(
     """
     theirs = randomized(*MODELS[name])
     shape = decoder_shape(theirs.config, tmp_path)
-    state = {
-        key.removeprefix("model."): value
-        for key, value in theirs.state_dict().items()
-        if key != "model.embed_tokens.weight"
-    }
+    state = decoder_state(theirs)
     ours = filled(shape, state)
     ours.proportional_attention = True
     length, generator = 18, torch.Generator().manual_seed(1)
