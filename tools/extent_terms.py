@@ -14,10 +14,10 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import typer
-from pages import called_as, note, publish
+from pages import DEMO_MODELS, called_as, note, publish
 from pruner_trials.model import TrialModel, hits
 from pruner_trials.terms import all_terms
-from what_is_lost import KEEPS, MODELS
+from what_is_lost import KEEPS
 
 from gap_export.families import resolve_pruning
 from gap_export.pruning import PRESETS, Preset
@@ -35,7 +35,7 @@ def main(
 ) -> None:
     """Measure, print, and with --write publish."""
     torch.set_num_threads(1)
-    names = model or MODELS
+    names = model or DEMO_MODELS
     columns = [measure(name, samples=samples, split=split, seed=seed) for name in names]
     heads = [f"{name.removeprefix('refshapes-')} {keep:g}" for keep in KEEPS for name in names]
     lines = [

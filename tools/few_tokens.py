@@ -20,20 +20,13 @@ import typer
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from pages import IMAGES, called_as, interval, note, percent, publish
+from pages import DEMO_MODELS, IMAGES, called_as, interval, note, percent, publish
 
 import gap_export
 from gap_export.evaluation.results import EvaluationReport, SettingRow
 from gap_export.report.figures import BLUE, GRID, INK, PURPLE, STYLE
 from gap_export.spec.requests import PruningRequest
 
-MODELS = (
-    "refshapes-llava",
-    "refshapes-shikra",
-    "refshapes-minigpt-v2",
-    "refshapes-qwen3-vl",
-    "refshapes-internvl",
-)
 PRUNERS = ("cdpruner-llm", "extent-llm", "extent")
 KEEPS = (0.5, 0.3, 0.2, 0.1, 0.05)
 HEADLINE, HEADLINE_KEEPS, SEEDS = "cdpruner-llm", (0.3, 0.1), (0, 1, 2)
@@ -53,7 +46,7 @@ def main(
     write: Annotated[bool, typer.Option(help="Put page and plot into docs/.")] = False,
 ) -> None:
     """Measure, print, and with --write publish."""
-    names = tuple(model or MODELS)
+    names = tuple(model or DEMO_MODELS)
     reports = {name: ask(name, PRUNERS, KEEPS, seed=0, samples=samples) for name in names}
     seeds = {
         (name, seed): reports[name]

@@ -22,9 +22,9 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from pages import called_as, note, publish
+from pages import DEMO_MODELS, called_as, note, publish
 from pruner_trials.model import TrialModel, hits
-from what_is_lost import KEEPS, MODELS
+from what_is_lost import KEEPS
 
 from gap_export.evaluation.statistics import bootstrap_interval
 from gap_export.families import supported_pruners
@@ -55,7 +55,7 @@ def main(
 ) -> None:
     """Measure, print, and with --write publish."""
     torch.set_num_threads(1)
-    names = model or MODELS
+    names = model or DEMO_MODELS
     found: dict[str, dict[str, list[str]]] = {}
     results.mkdir(exist_ok=True)
     for name in names:

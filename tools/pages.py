@@ -14,6 +14,13 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 IMAGES = DOCS / "images"
 DEMO_MODEL = "refshapes-llava"
+DEMO_MODELS = (
+    DEMO_MODEL,
+    "refshapes-shikra",
+    "refshapes-minigpt-v2",
+    "refshapes-qwen3-vl",
+    "refshapes-internvl",
+)
 SECTIONS = {
     "summary": README,
     "accuracy": DOCS / "results" / "index.md",

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-from pages import IMAGES, ROOT, publish, write_section
+from pages import DEMO_MODELS, IMAGES, ROOT, publish, write_section
 from paper_report.measured import (
     Measured,
     Row,
@@ -59,13 +59,6 @@ from gap_export.spec.manifest import PrunerText
 from gap_export.spec.recipe import find_recipe
 from gap_export.spec.requests import PruningRequest
 
-MODELS = (
-    "refshapes-llava",
-    "refshapes-shikra",
-    "refshapes-minigpt-v2",
-    "refshapes-qwen3-vl",
-    "refshapes-internvl",
-)
 KEEPS = (0.5, 0.3, 0.1)
 DATA = "refshapes"
 
@@ -91,7 +84,7 @@ def main(
 ) -> None:
     """Measure what is not measured yet, and write tables and plots."""
     # A slip in the last name must not cost the hours of those before it.
-    names = dict.fromkeys(find_recipe(name)[0].name for name in model or MODELS)
+    names = dict.fromkeys(find_recipe(name)[0].name for name in model or DEMO_MODELS)
     only = [find_preset(name).name for name in pruner or []]
     command = f"tools/paper_table.py --samples {samples} --seed {seed}"
     if report or published:
@@ -129,7 +122,7 @@ def show(measured: list[Measured], command: str, *, write: bool) -> None:
         plot = IMAGES / f"accuracy-{one.recipe.name}.png"
         draw_table(one.rows(), plot, title=one.recipe.name)
         write_section(home / "README.md", "accuracy", format_card(one, command=command))
-    of_all = {one.recipe.name for one in measured} == set(MODELS)
+    of_all = {one.recipe.name for one in measured} == set(DEMO_MODELS)
     publish("summary", format_front(measured), write=write and of_all)
     publish("paper", format_summary(measured, command=command), write=write and of_all)
 

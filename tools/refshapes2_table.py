@@ -22,9 +22,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from pages import DEMO_MODEL, ROOT, interval, percent, publish
+from pages import DEMO_MODEL, DEMO_MODELS, ROOT, interval, percent, publish
 from paper_report.measured import Measured, Row, read_csv
-from paper_table import MODELS, ask
+from paper_table import ask
 
 from gap_export.cli import main as run
 from gap_export.evaluation.datasets import open_dataset
@@ -77,7 +77,7 @@ def main(
 ) -> None:
     """Measure what is not measured yet, and write the page."""
     reports, rights = {}, {}
-    for name in model or MODELS:
+    for name in model or DEMO_MODELS:
         num_samples = samples if name == DEMO_MODEL else max(1, samples // 2)
         folder = results / f"{name}-{num_samples}-{seed}"
         make_folder(folder, "results")

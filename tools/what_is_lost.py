@@ -31,7 +31,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from pages import IMAGES, called_as, note, percent, publish
+from pages import DEMO_MODELS, IMAGES, called_as, note, percent, publish
 from pruner_trials.losses import FATES, Loss, measure
 from pruner_trials.model import Kept, TrialModel, hits
 
@@ -41,13 +41,6 @@ from gap_export.report.figures import BLUE, GRID, INK, STYLE, VERMILLION
 from gap_export.spec.proportional import spread_counts
 from gap_export.spec.recipe import find_recipe
 
-MODELS = (
-    "refshapes-llava",
-    "refshapes-shikra",
-    "refshapes-minigpt-v2",
-    "refshapes-qwen3-vl",
-    "refshapes-internvl",
-)
 KEEPS = (0.3, 0.1)
 _COUNTED = ("random", "divprune", "extent", "extent-llm", "cdpruner-llm")
 _COUNTED_KEEPS = (0.3, 0.1, 0.05)
@@ -67,10 +60,10 @@ def main(
     """Measure, print, and with --write publish."""
     torch.set_num_threads(threads)
     if counted:
-        publish("counted", count(model or MODELS, samples=samples, seed=seed), write=write)
+        publish("counted", count(model or DEMO_MODELS, samples=samples, seed=seed), write=write)
         return
     parts = [f"`{called_as('what_is_lost.py')}`: {samples} held-out expressions, seed {seed}."]
-    for name in model or MODELS:
+    for name in model or DEMO_MODELS:
         losses = lose(name, samples=samples, seed=seed)
         parts.append(format_model(name, losses))
         if write:
