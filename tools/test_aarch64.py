@@ -58,7 +58,7 @@ def main(work: Path = ROOT / "build" / "aarch64", write: bool = False) -> None:
     """Prepare, run, compare, print the table; fails where anything is not as it should be."""
     need_tools()
     work = work.absolute()
-    shared = work / "root" / "work"
+    shared = work / "root" / "job"
     if not (work / "root" / "usr" / "bin" / "python3").exists():
         note("unpacking a Debian for arm64")
         unpack_debian(work / "root")
@@ -68,24 +68,24 @@ def main(work: Path = ROOT / "build" / "aarch64", write: bool = False) -> None:
     note("fetching wheels of the lower bounds")
     bounds = lower_bounds()
     fetch_wheels(bounds, shared / "wheels")
-    python = "/work/venv/bin/python"
+    python = "/job/venv/bin/python"
     note("installing them, emulated")
     shutil.rmtree(shared / "venv", ignore_errors=True)
-    inside(work, ["python3", "-m", "venv", "/work/venv"])
+    inside(work, ["python3", "-m", "venv", "/job/venv"])
     (wheel,) = (shared / "bundle").glob("gap_export-*.whl")
     install = ["-m", "pip", "install", "-q", "--no-compile", "--no-index", "--only-binary=:all:"]
-    files = ["--find-links", "/work/wheels", f"/work/bundle/{wheel.name}", *bounds]
+    files = ["--find-links", "/job/wheels", f"/job/bundle/{wheel.name}", *bounds]
     inside(work, [python, *install, *files])
     cli = [python, "-m", "gap_export"]
     note("doctor, inspect, engines")
     machine = json.loads(inside(work, [*cli, "doctor", "--json"]).stdout)
-    inside(work, [*cli, "inspect", "/work/bundle"])
-    engines = [python, "-m", "gap_export.engines", "build", "/work/bundle", "--target", "orin"]
+    inside(work, [*cli, "inspect", "/job/bundle"])
+    engines = [python, "-m", "gap_export.engines", "build", "/job/bundle", "--target", "orin"]
     refused = inside(work, engines, exit_code=2).stderr.strip().splitlines()[-1]
     note("asking both machines")
     compared = [compare(work, python, form) for form in ("base", "ort")]
     note("check against the golden, some minutes")
-    check = [*cli, "check", "/work/bundle", "--against", "/work/golden", "--json"]
+    check = [*cli, "check", "/job/bundle", "--against", "/job/golden", "--json"]
     report = json.loads(inside(work, check).stdout)
     publish("aarch64", page_of(machine, bounds, compared, report, refused), write=write)
 
@@ -163,8 +163,8 @@ def compare(work: Path, python: str, form: str) -> dict[str, Any]:
     Raises:
         SystemExit: an answer differs.
     """
-    shared = work / "root" / "work"
-    asked = inside(work, [python, "-c", _ASK, "/work/bundle", "/work/images", form], allowed=True)
+    shared = work / "root" / "job"
+    asked = inside(work, [python, "-c", _ASK, "/job/bundle", "/job/images", form], allowed=True)
     if asked.returncode != 0:
         return {"form": form, "refused": asked.stderr.strip().splitlines()[-1]}
     command = [sys.executable, "-c", _ASK, shared / "bundle", shared / "images", form]
